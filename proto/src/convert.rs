@@ -1,0 +1,322 @@
+//! Between wire and domain. Every function checks its field's bound; a refusal names the field.
+
+use crate::{
+    domain::{
+        AllocationId, BlockHash, Device, DeviceUuid, Extent, Generation, Handle, HandleKind,
+        LeaseId, Link, LinkKind, OpaqueHandle, RegionId, RevokeReason, Shortfall,
+    },
+    v1,
+};
+
+/// The most hashes, slots or leases one message may carry: a prompt of one million tokens in 16-token blocks.
+pub const MAX_BLOCKS: usize = 65_536;
+/// Bytes of one packed block hash.
+pub const HASH_BYTES: usize = 16;
+/// The longest session name, bytes.
+pub const MAX_NAME_BYTES: usize = 128;
+/// The longest tenant label, bytes.
+pub const MAX_TENANT_BYTES: usize = 64;
+/// The longest namespace, bytes.
+pub const MAX_NAMESPACE_BYTES: usize = 256;
+/// The smallest and largest slab, bytes.
+pub const SLAB_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 << 30;
+/// The longest drain window, milliseconds.
+pub const MAX_DRAIN_MS: u32 = 600_000;
+/// The largest message either side accepts, bytes: [`MAX_BLOCKS`] hashes and as many slots, and some.
+pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
+
+/// A field that broke its bound. The broker answers INVALID_ARGUMENT with this text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct InvalidField {
+    /// The field's name as the .proto spells it.
+    pub field: &'static str,
+    /// What is wrong with it and what it takes.
+    pub problem: String,
+}
+
+impl InvalidField {
+    /// A refusal of `field`, saying what is wrong.
+    pub fn new(field: &'static str, problem: impl Into<String>) -> Self {
+        Self {
+            field,
+            problem: problem.into(),
+        }
+    }
+}
+
+type Checked<T> = Result<T, InvalidField>;
+
+fn bytes16(field: &'static str, bytes: &[u8]) -> Checked<[u8; 16]> {
+    bytes
+        .try_into()
+        .map_err(|_| InvalidField::new(field, format!("is {} bytes; takes 16", bytes.len())))
+}
+
+/// A 16-byte region id.
+pub fn region_id(field: &'static str, bytes: &[u8]) -> Checked<RegionId> {
+    bytes16(field, bytes).map(RegionId)
+}
+
+/// A 16-byte allocation id.
+pub fn allocation_id(field: &'static str, bytes: &[u8]) -> Checked<AllocationId> {
+    bytes16(field, bytes).map(AllocationId)
+}
+
+/// A device UUID.
+pub fn device_uuid(field: &'static str, text: &str) -> Checked<DeviceUuid> {
+    text.parse()
+        .map_err(|problem: String| InvalidField::new(field, problem))
+}
+
+/// Text of `1..=max` bytes without control characters.
+pub fn text(field: &'static str, text: &str, max: usize) -> Checked<String> {
+    if text.is_empty() {
+        return Err(InvalidField::new(
+            field,
+            format!("is empty; takes 1 to {max} bytes"),
+        ));
+    }
+    optional_text(field, text, max)
+}
+
+/// Text of `0..=max` bytes without control characters.
+pub fn optional_text(field: &'static str, text: &str, max: usize) -> Checked<String> {
+    if text.len() > max {
+        let problem = format!("is {} bytes; takes at most {max}", text.len());
+        return Err(InvalidField::new(field, problem));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(InvalidField::new(field, "holds a control character"));
+    }
+    Ok(text.to_owned())
+}
+
+/// A list of at most [`MAX_BLOCKS`] entries.
+pub fn bounded<'a, T>(field: &'static str, list: &'a [T]) -> Checked<&'a [T]> {
+    if list.len() > MAX_BLOCKS {
+        let problem = format!("has {} entries; takes at most {MAX_BLOCKS}", list.len());
+        return Err(InvalidField::new(field, problem));
+    }
+    Ok(list)
+}
+
+/// Packed block hashes, read in place: 16 bytes each, at most [`MAX_BLOCKS`].
+pub fn hashes<'a>(
+    field: &'static str,
+    packed: &'a [u8],
+) -> Checked<impl ExactSizeIterator<Item = BlockHash> + Clone + 'a> {
+    let (whole, rest) = packed.as_chunks::<HASH_BYTES>();
+    if !rest.is_empty() {
+        let problem = format!(
+            "is {} bytes; takes a multiple of {HASH_BYTES}",
+            packed.len()
+        );
+        return Err(InvalidField::new(field, problem));
+    }
+    bounded(field, whole)?;
+    Ok(whole.iter().map(|hash| BlockHash(*hash)))
+}
+
+/// Packs block hashes for the wire.
+pub fn pack_hashes(hashes: &[BlockHash]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}
+
+/// A drain window; 0 means `default_ms`.
+pub fn drain_ms(field: &'static str, ms: u32, default_ms: u32) -> Checked<u32> {
+    match ms {
+        0 => Ok(default_ms),
+        1..=MAX_DRAIN_MS => Ok(ms),
+        _ => Err(InvalidField::new(
+            field,
+            format!("is {ms}; takes at most {MAX_DRAIN_MS}"),
+        )),
+    }
+}
+
+/// The handle in an offer.
+pub fn offered_handle(handle: Option<&v1::Handle>) -> Checked<Handle> {
+    let handle = handle.ok_or_else(|| InvalidField::new("handle", "is missing"))?;
+    let opaque = || -> Checked<OpaqueHandle> {
+        let bytes = handle.opaque.as_ref().try_into().map_err(|_| {
+            let problem = format!("is {} bytes; takes 64", handle.opaque.len());
+            InvalidField::new("handle.opaque", problem)
+        })?;
+        Ok(OpaqueHandle(bytes))
+    };
+    match handle.kind() {
+        v1::HandleKind::CudaIpc => Ok(Handle::CudaIpc(opaque()?)),
+        v1::HandleKind::Fabric => Ok(Handle::Fabric(opaque()?)),
+        v1::HandleKind::PosixFd if handle.opaque.is_empty() => Ok(Handle::PosixFd),
+        v1::HandleKind::PosixFd => Err(InvalidField::new(
+            "handle.opaque",
+            "must be empty: the descriptor travels over the fd socket",
+        )),
+        v1::HandleKind::Unspecified => Err(InvalidField::new(
+            "handle.kind",
+            format!("is {}, which is no handle kind", handle.kind),
+        )),
+    }
+}
+
+impl From<HandleKind> for v1::HandleKind {
+    fn from(kind: HandleKind) -> Self {
+        match kind {
+            HandleKind::CudaIpc => Self::CudaIpc,
+            HandleKind::PosixFd => Self::PosixFd,
+            HandleKind::Fabric => Self::Fabric,
+        }
+    }
+}
+
+impl From<LinkKind> for v1::LinkKind {
+    fn from(kind: LinkKind) -> Self {
+        match kind {
+            LinkKind::SameDevice => Self::SameDevice,
+            LinkKind::Nvlink => Self::Nvlink,
+            LinkKind::Pcie => Self::Pcie,
+            LinkKind::Host => Self::Host,
+        }
+    }
+}
+
+impl TryFrom<v1::LinkKind> for LinkKind {
+    type Error = InvalidField;
+
+    fn try_from(kind: v1::LinkKind) -> Checked<Self> {
+        match kind {
+            v1::LinkKind::SameDevice => Ok(Self::SameDevice),
+            v1::LinkKind::Nvlink => Ok(Self::Nvlink),
+            v1::LinkKind::Pcie => Ok(Self::Pcie),
+            v1::LinkKind::Host => Ok(Self::Host),
+            v1::LinkKind::Unspecified => Err(InvalidField::new("link", "is unspecified")),
+        }
+    }
+}
+
+impl From<RevokeReason> for v1::RevokeReason {
+    fn from(reason: RevokeReason) -> Self {
+        match reason {
+            RevokeReason::Withdrawn => Self::Withdrawn,
+            RevokeReason::DonorGone => Self::DonorGone,
+            RevokeReason::Drained => Self::Drained,
+            RevokeReason::Fairness => Self::Fairness,
+            RevokeReason::LesseeGone => Self::LesseeGone,
+            RevokeReason::Released => Self::Released,
+        }
+    }
+}
+
+impl TryFrom<v1::RevokeReason> for RevokeReason {
+    type Error = InvalidField;
+
+    fn try_from(reason: v1::RevokeReason) -> Checked<Self> {
+        match reason {
+            v1::RevokeReason::Withdrawn => Ok(Self::Withdrawn),
+            v1::RevokeReason::DonorGone => Ok(Self::DonorGone),
+            v1::RevokeReason::Drained => Ok(Self::Drained),
+            v1::RevokeReason::Fairness => Ok(Self::Fairness),
+            v1::RevokeReason::LesseeGone => Ok(Self::LesseeGone),
+            v1::RevokeReason::Released => Ok(Self::Released),
+            v1::RevokeReason::Unspecified => Err(InvalidField::new("reason", "is unspecified")),
+        }
+    }
+}
+
+impl From<Shortfall> for v1::Shortfall {
+    fn from(shortfall: Shortfall) -> Self {
+        match shortfall {
+            Shortfall::None => Self::None,
+            Shortfall::NoFreeSlab => Self::NoFreeSlab,
+            Shortfall::Quota => Self::Quota,
+            Shortfall::Scrubbing => Self::Scrubbing,
+            Shortfall::Fairness => Self::Fairness,
+            Shortfall::BlockTooLarge => Self::BlockTooLarge,
+        }
+    }
+}
+
+impl From<v1::Shortfall> for Shortfall {
+    /// An unknown reason from a newer broker reads as "no free slab": the caller can only ask again later.
+    fn from(shortfall: v1::Shortfall) -> Self {
+        match shortfall {
+            v1::Shortfall::None => Self::None,
+            v1::Shortfall::NoFreeSlab | v1::Shortfall::Unspecified => Self::NoFreeSlab,
+            v1::Shortfall::Quota => Self::Quota,
+            v1::Shortfall::Scrubbing => Self::Scrubbing,
+            v1::Shortfall::Fairness => Self::Fairness,
+            v1::Shortfall::BlockTooLarge => Self::BlockTooLarge,
+        }
+    }
+}
+
+impl From<Extent> for v1::Extent {
+    fn from(extent: Extent) -> Self {
+        Self {
+            lease_id: extent.lease.0,
+            generation: extent.generation.0,
+            first_slot: extent.first_slot,
+            count: extent.count,
+        }
+    }
+}
+
+impl From<&v1::Extent> for Extent {
+    fn from(extent: &v1::Extent) -> Self {
+        Self {
+            lease: LeaseId(extent.lease_id),
+            generation: Generation(extent.generation),
+            first_slot: extent.first_slot,
+            count: extent.count,
+        }
+    }
+}
+
+impl From<&Device> for v1::Device {
+    fn from(device: &Device) -> Self {
+        Self {
+            uuid: device.uuid.to_string(),
+            name: device.name.clone(),
+            hbm_bytes: device.hbm_bytes,
+            ordinal: device.ordinal,
+        }
+    }
+}
+
+impl TryFrom<&v1::Device> for Device {
+    type Error = InvalidField;
+
+    fn try_from(device: &v1::Device) -> Checked<Self> {
+        Ok(Self {
+            uuid: device_uuid("device.uuid", &device.uuid)?,
+            name: device.name.clone(),
+            hbm_bytes: device.hbm_bytes,
+            ordinal: device.ordinal,
+        })
+    }
+}
+
+impl From<&Link> for v1::Link {
+    fn from(link: &Link) -> Self {
+        Self {
+            from_uuid: link.from.to_string(),
+            to_uuid: link.to.to_string(),
+            kind: v1::LinkKind::from(link.kind).into(),
+            bytes_per_second: link.bytes_per_second,
+        }
+    }
+}
+
+impl TryFrom<&v1::Link> for Link {
+    type Error = InvalidField;
+
+    fn try_from(link: &v1::Link) -> Checked<Self> {
+        Ok(Self {
+            from: device_uuid("link.from_uuid", &link.from_uuid)?,
+            to: device_uuid("link.to_uuid", &link.to_uuid)?,
+            kind: link.kind().try_into()?,
+            bytes_per_second: link.bytes_per_second,
+        })
+    }
+}
