@@ -1,0 +1,153 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Parser;
+use serde::Serialize;
+
+use super::LogFormat;
+use crate::probe::ProbeChoice;
+
+/// The node's broker: tracks idle HBM, leases it out, and indexes the KV blocks kept in it.
+///
+/// Every setting can also stand in the file given by --config (its name with underscores) or in the
+/// environment (SWIFTCACHE_ and its name in capitals). Flags win over the environment, the environment over
+/// the file, the file over the defaults. --print-config shows what comes of it.
+#[derive(Debug, Parser)]
+#[command(name = "swiftcache-broker", version, max_term_width = 110)]
+pub struct Flags {
+    /// Read settings from this TOML file
+    #[arg(long, value_name = "FILE", env = "SWIFTCACHE_CONFIG")]
+    pub config: Option<PathBuf>,
+
+    /// Print the merged settings as TOML and exit
+    #[arg(long)]
+    pub print_config: bool,
+
+    /// Check the settings and exit: status 0 when they are good, 2 when not
+    #[arg(long, conflicts_with = "print_config")]
+    pub check_config: bool,
+
+    /// The settings.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// One flag for each setting; what is not given is left to the other layers.
+#[derive(Clone, Debug, Default, Parser, Serialize)]
+pub struct Settings {
+    /// Unix socket for gRPC [default: /run/swiftcache/broker.sock]
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+
+    /// Unix socket that passes file descriptors [default: broker-fd.sock beside the socket]
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd_socket: Option<PathBuf>,
+
+    /// Group whose members may connect [default: the broker's own group]
+    #[arg(long, value_name = "NAME|GID")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+
+    /// Directory of the ledger [default: the socket's directory]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_dir: Option<PathBuf>,
+
+    /// Also serve Admin, health and reflection on this TCP address; beyond loopback only with the tls flags
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_tcp: Option<SocketAddr>,
+
+    /// Certificate chain of the TCP server, PEM
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Key of the TCP server, PEM
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Certificate authority that TCP clients' certificates must be signed by, PEM
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// Serve Prometheus metrics on this TCP address, at /metrics
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
+
+    /// Where devices come from [default: auto]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<ProbeChoice>,
+
+    /// Simulate this node: hgx-8, pcie-4, or a TOML file
+    #[arg(long, value_name = "NAME|FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<String>,
+
+    /// Time lessees have to move hot blocks away when a donor names none, milliseconds [default: 5000]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_ms: Option<u32>,
+
+    /// Time a lookup protects other sessions' slots from being overwritten, milliseconds [default: 10000]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin_ms: Option<u32>,
+
+    /// Time an unmet demand counts against those above their fair share, milliseconds [default: 2000]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wait_ms: Option<u32>,
+
+    /// Sessions at once [default: 1024]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_sessions: Option<u32>,
+
+    /// Regions at once [default: 65536]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_regions: Option<u32>,
+
+    /// Leases at once [default: 262144]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_leases: Option<u32>,
+
+    /// Blocks in the index [default: 16777216]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_blocks: Option<u64>,
+
+    /// Bytes one tenant's namespace may lease [default: unlimited]
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace_quota_bytes: Option<u64>,
+
+    /// Bytes one session may lease [default: unlimited]
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_quota_bytes: Option<u64>,
+
+    /// Time RPCs in flight have to finish on SIGTERM, milliseconds [default: 5000]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown_ms: Option<u64>,
+
+    /// What is logged: error, warn, info, debug, trace, or a filter like swiftcache_broker=debug [default: info]
+    #[arg(long, value_name = "FILTER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log: Option<String>,
+
+    /// How log lines look [default: text]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+}

@@ -1,0 +1,76 @@
+//! What the core is told once, when it starts.
+
+use swiftcache_proto::domain::{Device, Link};
+
+/// The node's hardware, as the probe found it.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    /// Its devices.
+    pub devices: Vec<Device>,
+    /// The links between them, both directions. A pair that is not listed cannot reach each other.
+    pub links: Vec<Link>,
+}
+
+/// Windows, quotas and bounds. [`Default`] is what a node runs with unless its operator says otherwise.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// How long a lookup's pins last, milliseconds.
+    pub pin_ms: u32,
+    /// The drain window of revocations that nobody gave one, milliseconds.
+    pub default_drain_ms: u32,
+    /// How long an unmet demand is remembered after its session last asked, milliseconds.
+    pub wait_ms: u32,
+    /// The id before the first pin's. Drawn at random by the shell, so that an `Unpin` meant for the broker before
+    /// this one ends nobody's pin.
+    pub pin_base: u64,
+    /// The most a session may hold, bytes; `None` is no quota.
+    pub session_quota_bytes: Option<u64>,
+    /// The most a tenant's namespace may hold, bytes; `None` is no quota.
+    pub namespace_quota_bytes: Option<u64>,
+    /// Sessions at a time.
+    pub max_sessions: usize,
+    /// Regions at a time.
+    pub max_regions: usize,
+    /// Slabs at a time.
+    pub max_slabs: usize,
+    /// Leases at a time.
+    pub max_leases: usize,
+    /// Leases that one session holds or reads at a time: as many as it can name when it resumes.
+    pub max_leases_per_session: usize,
+    /// Slabs granted by one reply.
+    pub max_grants: usize,
+    /// Sessions that read one lease at a time.
+    pub max_readers: usize,
+    /// Pins of one session at a time.
+    pub max_pins_per_session: usize,
+    /// Extents under the pins of one session at a time.
+    pub max_pinned_extents_per_session: usize,
+    /// Blocks in the index.
+    pub max_blocks: u64,
+    /// Slots in one lease; a slab of smaller blocks has fewer slots than would fit.
+    pub max_slots: u32,
+}
+
+impl Default for CoreConfig {
+    fn default() -> Self {
+        Self {
+            pin_ms: 10_000,
+            default_drain_ms: 5_000,
+            wait_ms: 2_000,
+            pin_base: 0,
+            session_quota_bytes: None,
+            namespace_quota_bytes: None,
+            max_sessions: 16_384,
+            max_regions: 65_536,
+            max_slabs: 1 << 20,
+            max_leases: 262_144,
+            max_leases_per_session: 65_536,
+            max_grants: 4_096,
+            max_readers: 1_024,
+            max_pins_per_session: 1_024,
+            max_pinned_extents_per_session: 262_144,
+            max_blocks: 16 << 20,
+            max_slots: 1 << 20,
+        }
+    }
+}

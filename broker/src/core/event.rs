@@ -1,0 +1,257 @@
+//! What happens to the broker: every input of [`State::apply`](super::State::apply).
+
+use serde::{Deserialize, Serialize};
+use swiftcache_proto::domain::{
+    AllocationId, BlockHash, DeviceUuid, Generation, Handle, LeaseId, PinId, RegionId, SessionId,
+};
+
+use super::Process;
+
+/// Milliseconds on a clock that never goes back; the shell's, since the core has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Now(pub u64);
+
+/// Who speaks: the session a message names, and the process the kernel says is at the other end. The core
+/// refuses a message whose process is not the session's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The session the message names.
+    pub session: SessionId,
+    /// The process that sent it.
+    pub process: Process,
+}
+
+/// Everything that can happen.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A process opens or resumes a session. Answered by `Reply::Registered`.
+    Register(Register),
+    /// The session's stream is up: what is outstanding is sent (again). Answered by `Reply::Done`.
+    Attach(Caller),
+    /// The session's stream went down. Proves nothing about the process.
+    Detach(SessionId),
+    /// The process leaves in good order. Answered by `Reply::Done`.
+    Leave(Caller),
+    /// The kernel reports the process dead: it can touch nothing any more.
+    ProcessGone(Process),
+    /// Answered by `Reply::Done`.
+    Offer(Offer),
+    /// Answered by `Reply::Withdrawing`.
+    Withdraw(Withdraw),
+    /// Answered by `Reply::Leased`.
+    Lease(LeaseDemand),
+    /// The lessee gives leases back, unmapped. Answered by `Reply::Done`.
+    Release {
+        /// Who speaks.
+        caller: Caller,
+        /// What it gives back.
+        leases: Vec<LeaseId>,
+    },
+    /// Answered by `Reply::Shared`.
+    Share {
+        /// Who speaks.
+        caller: Caller,
+        /// The lease to open for reading.
+        lease: LeaseId,
+        /// The device the reader computes on.
+        device: DeviceUuid,
+    },
+    /// Answered by `Reply::Published`.
+    Publish(Publish),
+    /// Answered by `Reply::Unpublished`.
+    Unpublish {
+        /// Who speaks.
+        caller: Caller,
+        /// The lease whose slots are to be reused.
+        lease: LeaseId,
+        /// Which leasing of the slab.
+        generation: Generation,
+        /// The slots.
+        slots: Vec<u32>,
+    },
+    /// Answered by `Reply::Found`.
+    Lookup {
+        /// Who speaks.
+        caller: Caller,
+        /// The model fingerprint.
+        namespace: String,
+        /// The hashes in prefix order.
+        hashes: Vec<BlockHash>,
+    },
+    /// A session has let go of a revoked lease (its own, or one it reads). Stale ones are ignored.
+    Acknowledge {
+        /// Who speaks.
+        caller: Caller,
+        /// The lease.
+        lease: LeaseId,
+        /// Which leasing of the slab.
+        generation: Generation,
+    },
+    /// The donor has zeroed a slab. Stale ones are ignored.
+    Scrubbed {
+        /// Who speaks.
+        caller: Caller,
+        /// The region.
+        region: RegionId,
+        /// The slab in it.
+        slab: u32,
+        /// From the scrub.
+        generation: Generation,
+    },
+    /// Reads are over. Unknown pins are ignored.
+    Unpin {
+        /// Who speaks.
+        caller: Caller,
+        /// The pins.
+        pins: Vec<PinId>,
+    },
+    /// An operator takes something out of service. Answered by `Reply::Drained`.
+    Drain {
+        /// What.
+        target: DrainTarget,
+        /// The drain window, milliseconds.
+        drain_ms: u32,
+    },
+    /// An operator ends a drain of a device or donor. Answered by `Reply::Done`.
+    Undrain(DrainTarget),
+    /// An operator drops blocks from the index. Answered by `Reply::Evicted`.
+    Evict(EvictTarget),
+    /// An operator bounds what somebody may hold. Answered by `Reply::QuotaSet`.
+    SetQuota(SetQuota),
+    /// Time passes: drain windows close, pins end.
+    Tick,
+}
+
+/// See `RegisterRequest`.
+#[derive(Clone, Debug)]
+pub struct Register {
+    /// The process at the other end.
+    pub process: Process,
+    /// A fresh random id, used when a new session is opened.
+    pub fresh_id: SessionId,
+    /// For people.
+    pub name: String,
+    /// The whole tenant: the peer's uid, or `<uid>/<label>`.
+    pub tenant: String,
+    /// The session to resume.
+    pub resume: Option<SessionId>,
+    /// When resuming: leases still mapped.
+    pub held: Vec<LeaseId>,
+    /// When resuming: foreign leases still mapped for reading.
+    pub shared: Vec<LeaseId>,
+}
+
+/// See `OfferRequest`.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The region's id.
+    pub region: RegionId,
+    /// The device that holds it.
+    pub device: DeviceUuid,
+    /// The allocation behind the handle.
+    pub allocation: AllocationId,
+    /// Where the region starts in it, bytes.
+    pub offset: u64,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// Its lease unit, bytes.
+    pub slab_bytes: u64,
+    /// How to map it.
+    pub handle: Handle,
+}
+
+/// See `WithdrawRequest`.
+#[derive(Clone, Debug)]
+pub struct Withdraw {
+    /// Who speaks.
+    pub caller: Caller,
+    /// What it wants back.
+    pub what: WithdrawWhat,
+    /// The drain window, milliseconds.
+    pub drain_ms: u32,
+}
+
+/// What a donor wants back.
+#[derive(Clone, Debug)]
+pub enum WithdrawWhat {
+    /// These regions.
+    Regions(Vec<RegionId>),
+    /// At least this many bytes of its regions on a device, the cheapest to give up first: free ones, then
+    /// those with the least worth keeping.
+    Bytes {
+        /// The device.
+        device: DeviceUuid,
+        /// How much.
+        bytes: u64,
+    },
+}
+
+/// See `LeaseRequest`.
+#[derive(Clone, Debug)]
+pub struct LeaseDemand {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The model fingerprint.
+    pub namespace: String,
+    /// The device the borrower computes on.
+    pub device: DeviceUuid,
+    /// How much, bytes.
+    pub bytes: u64,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
+}
+
+/// See `PublishRequest`.
+#[derive(Clone, Debug)]
+pub struct Publish {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The lease whose slab holds the blocks.
+    pub lease: LeaseId,
+    /// Which leasing of the slab.
+    pub generation: Generation,
+    /// The blocks, each with the slot it lies in.
+    pub blocks: Vec<(BlockHash, u32)>,
+}
+
+/// What an operator drains.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DrainTarget {
+    /// Every region on a device, and what is offered there later.
+    Device(DeviceUuid),
+    /// Every region of the session with this label.
+    Donor(String),
+    /// One region.
+    Region(RegionId),
+}
+
+/// See `SetQuotaRequest`.
+#[derive(Clone, Debug)]
+pub struct SetQuota {
+    /// Whom.
+    pub target: QuotaTarget,
+    /// The most it may hold, bytes; `None`: what is configured.
+    pub bytes: Option<u64>,
+}
+
+/// Whom an operator's quota bounds.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum QuotaTarget {
+    /// Each tenant's namespace of this name.
+    Namespace(String),
+    /// All namespaces of a tenant together.
+    Tenant(String),
+}
+
+/// What an operator evicts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvictTarget {
+    /// Every tenant's namespace of this name.
+    Namespace(String),
+    /// One lease, revoked altogether.
+    Lease(LeaseId),
+}

@@ -1,0 +1,255 @@
+//! What donors and borrowers do in a history.
+
+use super::{
+    fixture::*,
+    history::{History, Outcome, pick},
+    steps::{TENANTS, any_device},
+    world::{Client, Mapping, SlotUse},
+};
+use crate::core::{Caller, Event, LeaseDemand, Offer, Publish, Reply, Withdraw, WithdrawWhat};
+use swiftcache_proto::domain::{Handle, LeaseId, RegionId, SessionId};
+
+/// Blocks that exist, per namespace.
+const BLOCKS: u64 = 6;
+
+/// The bytes of a block: no two tenants or namespaces have the same.
+fn content(tenant: &str, namespace: &str, block: u64) -> u64 {
+    block | u64::from(tenant == TENANTS[0]) << 8 | u64::from(namespace == "model") << 9
+}
+
+impl History {
+    pub(super) fn offer(&mut self, client: &Client, b: u8, c: u8, d: u8) -> Outcome {
+        let number = self.drawn;
+        self.drawn += 1;
+        // Mostly an allocation of its own; now and then beside, or on top of, another region.
+        let beside = client
+            .offers
+            .values()
+            .next()
+            .filter(|_| d.is_multiple_of(5));
+        let offer = Offer {
+            caller: client.caller,
+            region: region(number),
+            device: beside.map_or(any_device(b), |offer| offer.device.clone()),
+            allocation: beside.map_or(allocation(number), |offer| offer.allocation),
+            offset: beside.map_or(0, |offer| offer.offset + u64::from(b % 4) * SLAB),
+            bytes: u64::from(c % 4).min(u64::from(d)) * SLAB,
+            slab_bytes: SLAB,
+            handle: Handle::PosixFd,
+        };
+        let reply = self.apply(Event::Offer(offer.clone()))?;
+        if let (Some(Reply::Done), Some(client)) = (reply, self.world.client(client.caller.session))
+        {
+            client.offers.insert(offer.region, offer);
+        }
+        Ok(())
+    }
+
+    pub(super) fn offer_again(&mut self, client: &Client, b: u8) -> Outcome {
+        if client.behind {
+            return self.resume(client, b);
+        }
+        let offers: Vec<_> = client.offers.values().collect();
+        let Some(offer) = pick(&offers, b) else {
+            return Ok(());
+        };
+        let mut offer = (*offer).clone();
+        if b.is_multiple_of(16) {
+            offer.bytes += SLAB;
+        }
+        self.apply(Event::Offer(offer)).map(drop)
+    }
+
+    pub(super) fn withdraw_one(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
+        let mut regions: Vec<RegionId> = client.offers.keys().copied().collect();
+        regions.push(region(c.into()));
+        let Some(region) = pick(&regions, b).copied() else {
+            return Ok(());
+        };
+        self.send_withdraw(client.caller, WithdrawWhat::Regions(vec![region]), c)
+    }
+
+    pub(super) fn send_withdraw(&mut self, caller: Caller, what: WithdrawWhat, ms: u8) -> Outcome {
+        let withdraw = Withdraw {
+            caller,
+            what,
+            drain_ms: u32::from(ms),
+        };
+        self.apply(Event::Withdraw(withdraw)).map(drop)
+    }
+
+    pub(super) fn demand_of(client: &Client, [b, c, d]: [u8; 3]) -> LeaseDemand {
+        LeaseDemand {
+            caller: client.caller,
+            namespace: ["model", "other"][usize::from(d.is_multiple_of(8))].to_owned(),
+            device: device(u32::from(b) % 3),
+            bytes: u64::from(c % 9).div_ceil(2) * SLAB,
+            block_bytes: [BLOCK, BLOCK, SLAB / 2, SLAB * 2][usize::from(d % 16) / 5],
+        }
+    }
+
+    pub(super) fn lease(&mut self, client: &Client, picks: [u8; 3]) -> Outcome {
+        let demand = Self::demand_of(client, picks);
+        let namespace = demand.namespace.clone();
+        if let Some(Reply::Leased { grants, .. }) = self.apply(Event::Lease(demand))? {
+            for grant in grants {
+                self.world
+                    .map(client.caller.session, &grant, &namespace, true);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn share(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
+        let others = self.world.clients.iter();
+        let leases: Vec<_> = others
+            .filter(|other| other.tenant == client.tenant || c.is_multiple_of(8))
+            .filter(|other| other.caller != client.caller || c.is_multiple_of(16))
+            .flat_map(|client| client.mapped.iter().filter(|(_, mapping)| mapping.lessee))
+            .map(|(lease, mapping)| (*lease, mapping.namespace.clone()))
+            .collect();
+        let Some((lease, namespace)) = pick(&leases, b).cloned() else {
+            return Ok(());
+        };
+        let event = Event::Share {
+            caller: client.caller,
+            lease,
+            device: device(u32::from(c) % 3),
+        };
+        if let Some(Reply::Shared(grant)) = self.apply(event)? {
+            self.world
+                .map(client.caller.session, &grant, &namespace, false);
+        }
+        Ok(())
+    }
+
+    /// The lessee writes blocks into slots it may write, and publishes them.
+    pub(super) fn write(&mut self, client: &Client, [b, c, d]: [u8; 3]) -> Outcome {
+        let Some((lease, mapping)) = self.any_mapping(client, b, true) else {
+            return Ok(());
+        };
+        let id = client.caller.session;
+        let mut blocks = Vec::new();
+        for number in 0..u32::from(1 + d % 3) {
+            let slot = (u32::from(c) + number) % mapping.slots.max(1);
+            let writable = match mapping.uses.get(&slot) {
+                None => true,
+                Some(SlotUse::NotBefore(until)) => *until <= self.now,
+                Some(SlotUse::Published(_)) => false,
+            };
+            if !writable || blocks.iter().any(|(_, taken)| *taken == slot) {
+                continue;
+            }
+            let block = (u64::from(d % 4) + u64::from(number)) % BLOCKS;
+            let content = content(&client.tenant, &mapping.namespace, block);
+            self.world.write(id, lease, slot, content, self.now)?;
+            blocks.push((block, slot));
+        }
+        let event = Event::Publish(Publish {
+            caller: client.caller,
+            lease,
+            generation: mapping.generation,
+            blocks: blocks.iter().map(|(n, slot)| (hash(*n), *slot)).collect(),
+        });
+        // If no reply comes, the broker may have told others.
+        let reply = self.apply(event)?;
+        let free_again = match &reply {
+            Some(Reply::Published { duplicates }) => duplicates.clone(),
+            Some(_) => (0..blocks.len() as u32).collect(),
+            None => Vec::new(),
+        };
+        if let Some(mapping) = self.mapping(id, lease) {
+            for (number, (block, slot)) in (0..).zip(blocks) {
+                if free_again.contains(&number) {
+                    mapping.uses.remove(&slot);
+                } else {
+                    mapping.uses.insert(slot, SlotUse::Published(block));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn mapping(&mut self, session: SessionId, lease: LeaseId) -> Option<&mut Mapping> {
+        self.world.client(session)?.mapped.get_mut(&lease)
+    }
+
+    /// As after a restart: the lessee says again what lies where.
+    pub(super) fn publish_again(&mut self, client: &Client, b: u8) -> Outcome {
+        let Some((lease, mapping)) = self.any_mapping(client, b, true) else {
+            return Ok(());
+        };
+        let published = mapping.uses.iter().filter_map(|(slot, used)| match used {
+            SlotUse::Published(block) => Some((hash(*block), *slot)),
+            SlotUse::NotBefore(_) => None,
+        });
+        let event = Event::Publish(Publish {
+            caller: client.caller,
+            lease,
+            generation: mapping.generation,
+            blocks: published.collect(),
+        });
+        self.apply(event).map(drop)
+    }
+
+    pub(super) fn unpublish(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
+        let Some((lease, mapping)) = self.any_mapping(client, b, true) else {
+            return Ok(());
+        };
+        let slots: Vec<u32> = match mapping.uses.keys().nth(usize::from(c % 4)) {
+            Some(slot) => vec![*slot, *slot],
+            None => vec![u32::from(c % 5)],
+        };
+        let event = Event::Unpublish {
+            caller: client.caller,
+            lease,
+            generation: mapping.generation,
+            slots: slots.clone(),
+        };
+        let now = self.now;
+        if let Some(Reply::Unpublished { pinned, retry_ms }) = self.apply(event)?
+            && let Some(mapping) = self.mapping(client.caller.session, lease)
+        {
+            for slot in slots {
+                if pinned.contains(&slot) {
+                    let until = now + u64::from(retry_ms);
+                    mapping.uses.insert(slot, SlotUse::NotBefore(until));
+                } else {
+                    mapping.uses.remove(&slot);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn lookup(&mut self, client: &Client, [b, c, d]: [u8; 3]) -> Outcome {
+        let first = u64::from(b % 4);
+        let blocks: Vec<_> = (first..first + 1 + u64::from(c % 6)).collect();
+        let namespace = ["model", "other"][usize::from(d.is_multiple_of(8))];
+        let event = Event::Lookup {
+            caller: client.caller,
+            namespace: namespace.to_owned(),
+            hashes: hashes(blocks.iter().copied()),
+        };
+        let deadline = self.now + u64::from(self.config.pin_ms);
+        let Some(Reply::Found { extents, pin }) = self.apply(event)? else {
+            return Ok(());
+        };
+        let Some(pin) = pin else {
+            return Ok(());
+        };
+        let slots = extents.iter().flat_map(|extent| {
+            (extent.first_slot..extent.first_slot + extent.count).map(|slot| (extent.lease, slot))
+        });
+        let id = client.caller.session;
+        for ((lease, slot), block) in slots.zip(blocks) {
+            let content = content(&client.tenant, namespace, block);
+            self.world
+                .found(id, (lease, slot, pin), content, deadline)?;
+        }
+        if let Some(client) = self.world.client(id) {
+            client.pins.push(pin);
+        }
+        Ok(())
+    }
+}

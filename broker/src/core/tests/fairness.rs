@@ -1,0 +1,142 @@
+//! Fair shares, and that they come to rest.
+
+use swiftcache_proto::domain::{RevokeReason, Shortfall};
+
+use super::fixture::*;
+use crate::core::{Caller, Event, Grant, LeaseDemand, Outgoing, fairness::max_min_level};
+
+#[test]
+fn max_min_levels() {
+    assert_eq!(max_min_level(vec![], 10), u64::MAX);
+    assert_eq!(max_min_level(vec![3, 3], 10), u64::MAX);
+    assert_eq!(max_min_level(vec![10, 10], 10), 5);
+    assert_eq!(max_min_level(vec![2, 10], 10), 8);
+    assert_eq!(max_min_level(vec![1, 2, 10, 10], 10), 3);
+}
+
+/// What sessions were asked back for the sake of fairness; they acknowledge.
+fn give_back(bench: &mut Bench, caller: Caller, held: &mut Vec<Grant>) -> usize {
+    let mut given = 0;
+    for message in bench.heard(caller) {
+        let Outgoing::Revoke { lease, reason, .. } = message else {
+            continue;
+        };
+        assert_eq!(reason, RevokeReason::Fairness);
+        let place = held.iter().position(|grant| grant.lease == lease).unwrap();
+        let grant = held.remove(place);
+        bench.acknowledge(caller, &grant);
+        given += 1;
+    }
+    given
+}
+
+#[test]
+fn a_latecomer_gets_its_share_and_nobody_thrashes() {
+    for slabs in [4, 5] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        let early = bench.join("early", "1000");
+        let late = bench.join("late", "1000");
+        bench.offer(donor, 1, 1, slabs);
+        let mut held = [bench.lease(early, slabs), Vec::new()];
+        // The slab with the fewest blocks goes first.
+        bench.publish(early, &held[0][0].clone(), &[(1, 0)]);
+        let mut moved = 0;
+        for round in 0..10 {
+            for (who, caller) in [early, late].into_iter().enumerate() {
+                let (grants, _) = bench.ask(caller, slabs);
+                held[who].extend(grants);
+                moved += give_back(&mut bench, early, &mut held[0]);
+                moved += give_back(&mut bench, late, &mut held[1]);
+            }
+            if round > 1 {
+                assert_eq!(moved as u64, slabs / 2, "slabs keep moving");
+            }
+        }
+        let sizes = (held[0].len() as u64, held[1].len() as u64);
+        assert_eq!(sizes, (slabs - slabs / 2, slabs / 2));
+        assert_eq!(bench.hits(early, 1..2), 1);
+    }
+}
+
+/// However many want everything at once: slabs come to rest, spread as evenly as slabs can be.
+#[test]
+fn any_number_of_borrowers_comes_to_rest() {
+    for (borrowers, slabs) in (2..6).flat_map(|n| (1..13).map(move |slabs| (n, slabs))) {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        bench.offer(donor, 1, 1, slabs);
+        let callers: Vec<_> = (0..borrowers).map(|_| bench.join("b", "1000")).collect();
+        let mut held = vec![bench.lease(callers[0], slabs)];
+        held.resize_with(borrowers, Vec::new);
+        let mut last_moved = 0;
+        for round in 0..3 * borrowers + 6 {
+            for who in 0..borrowers {
+                held[who].extend(bench.ask(callers[who], slabs).0);
+                for (caller, held) in callers.iter().zip(&mut held) {
+                    if give_back(&mut bench, *caller, held) > 0 {
+                        last_moved = round;
+                    }
+                }
+            }
+        }
+        let sizes: Vec<_> = held.iter().map(Vec::len).collect();
+        let spread = sizes.iter().max().unwrap() - sizes.iter().min().unwrap();
+        assert!(
+            last_moved < 3 * borrowers,
+            "{slabs} slabs keep moving: {sizes:?}"
+        );
+        assert!(spread <= 1, "{sizes:?}");
+        assert_eq!(sizes.iter().sum::<usize>() as u64, slabs);
+    }
+}
+
+#[test]
+fn what_was_taken_for_one_is_not_given_to_another() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let early = bench.join("early", "1000");
+    let late = bench.join("late", "1000");
+    bench.offer(donor, 1, 1, 4);
+    let mut held = bench.lease(early, 4);
+    assert_eq!(bench.ask(late, 1), (vec![], Shortfall::NoFreeSlab));
+    // Asking again while it is on its way takes no more.
+    assert_eq!(bench.ask(late, 1), (vec![], Shortfall::NoFreeSlab));
+    assert_eq!(give_back(&mut bench, early, &mut held), 1);
+    assert_eq!(bench.ask(early, 1), (vec![], Shortfall::Fairness));
+    bench.lease(late, 1);
+}
+
+#[test]
+fn a_demand_is_forgotten_when_its_session_stops_asking() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let early = bench.join("early", "1000");
+    let late = bench.join("late", "1000");
+    bench.offer(donor, 1, 1, 4);
+    let mut held = bench.lease(early, 4);
+    bench.ask(late, 1);
+    assert_eq!(give_back(&mut bench, early, &mut held), 1);
+    assert_eq!(bench.ask(early, 1).1, Shortfall::Fairness);
+    bench.tick(bench.config.wait_ms.into());
+    bench.lease(early, 1);
+}
+
+#[test]
+fn slabs_that_the_asker_cannot_use_stay_where_they_are() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let early = bench.join("early", "1000");
+    let late = bench.join("late", "1000");
+    bench.offer(donor, 1, 1, 4);
+    bench.lease(early, 4);
+    let mut big = Bench::offer_event(donor, 2, 1, 2);
+    big.slab_bytes = 2 * SLAB;
+    bench.done(Event::Offer(big));
+    let (grants, _) = bench.demanded(LeaseDemand {
+        block_bytes: 2 * SLAB,
+        ..Bench::demand(late, 4)
+    });
+    assert_eq!(grants.len(), 1);
+    assert_eq!(bench.heard(early), []);
+}

@@ -1,0 +1,212 @@
+//! The oracle on leases that are held and the blocks in them.
+
+use super::{
+    allowed::link,
+    fixture::SLAB,
+    oracle::{Answer, No, OLease, OPin, Oracle},
+};
+use crate::core::{Caller, Effect, Grant, Publish, Reply};
+use swiftcache_proto::domain::{
+    BlockHash, DeviceUuid, Extent, Generation, Handle, LeaseId, PinId, RevokeReason,
+};
+
+impl Oracle {
+    pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId]) -> Answer {
+        let session = self.session(caller)?.id;
+        for id in ids {
+            let lease = self.leases.iter().find(|lease| lease.id == *id);
+            let mine = |lease: &OLease| lease.lessee == session || lease.holders.contains(&session);
+            if lease.is_some_and(|lease| !mine(lease)) {
+                return Err(No::NotYours);
+            }
+        }
+        for id in ids {
+            match self.leases.iter().find(|lease| lease.id == *id) {
+                Some(lease) if lease.lessee == session => {
+                    self.lessee_lets_go(*id, RevokeReason::Released);
+                }
+                Some(_) => self.let_go(*id, session),
+                None => {}
+            }
+        }
+        Ok(Some(Reply::Done))
+    }
+
+    pub(super) fn share(&mut self, caller: Caller, id: LeaseId, device: &DeviceUuid) -> Answer {
+        let session = self.session(caller)?;
+        let lease = self.leases.iter_mut().find(|lease| lease.id == id);
+        let lease = lease.ok_or(No::Unknown)?;
+        if lease.tenant != session.tenant {
+            return Err(No::NotYours);
+        }
+        if lease.lessee == session.id {
+            return Err(No::Invalid);
+        }
+        let region = self.regions.iter().find(|region| region.id == lease.region);
+        let region = region.ok_or(No::Unknown)?;
+        if lease.revoked.is_some() || !region.handle {
+            return Err(No::Stale);
+        }
+        if !lease.holders.contains(&session.id) {
+            lease.holders.push(session.id);
+        }
+        Ok(Some(Reply::Shared(Grant {
+            lease: id,
+            generation: Generation(lease.generation),
+            region: region.id,
+            slab: lease.slab,
+            slab_bytes: SLAB,
+            allocation: region.allocation,
+            offset: region.offset + u64::from(lease.slab) * SLAB,
+            device: region.device.clone(),
+            handle: Handle::PosixFd,
+            link: link(device, &region.device).ok_or(No::Invalid)?,
+            slots: lease.slots,
+            block_bytes: SLAB / u64::from(lease.slots),
+            map_bytes: region.offset + region.slabs.len() as u64 * SLAB,
+        })))
+    }
+
+    /// The caller's own lease, of this generation and not revoked.
+    pub(super) fn active(
+        &self,
+        caller: Caller,
+        id: LeaseId,
+        generation: Generation,
+    ) -> Result<OLease, No> {
+        self.session(caller)?;
+        let lease = self.leases.iter().find(|lease| lease.id == id);
+        let lease = lease.ok_or(No::Unknown)?;
+        if lease.lessee != caller.session {
+            return Err(No::NotYours);
+        }
+        if lease.generation != generation.0 || lease.revoked.is_some() {
+            return Err(No::Stale);
+        }
+        Ok(lease.clone())
+    }
+
+    pub(super) fn publish(&mut self, publish: &Publish) -> Answer {
+        let lease = self.active(publish.caller, publish.lease, publish.generation)?;
+        for (number, (hash, slot)) in publish.blocks.iter().enumerate() {
+            let other = |(held, at): &(_, u32)| at == slot && held != hash;
+            let again = publish.blocks[..number].iter().any(|(_, at)| at == slot);
+            if *slot >= lease.slots || lease.blocks.iter().any(other) || again {
+                return Err(No::Invalid);
+            }
+        }
+        let mut duplicates = Vec::new();
+        for (number, (hash, slot)) in (0..).zip(&publish.blocks) {
+            let mut same = self
+                .leases
+                .iter()
+                .filter(|other| other.tenant == lease.tenant && other.namespace == lease.namespace);
+            let held = same.find_map(|other| {
+                let mut blocks = other.blocks.iter();
+                let (_, at) = blocks.find(|(held, _)| held == hash)?;
+                Some((other.id, *at))
+            });
+            match held {
+                Some(at) if at == (lease.id, *slot) => {}
+                Some(_) => duplicates.push(number),
+                None => {
+                    for known in self.leases.iter_mut().filter(|known| known.id == lease.id) {
+                        known.blocks.push((*hash, *slot));
+                    }
+                }
+            }
+        }
+        Ok(Some(Reply::Published { duplicates }))
+    }
+
+    pub(super) fn unpublish(
+        &mut self,
+        caller: Caller,
+        lease: LeaseId,
+        generation: Generation,
+        slots: &[u32],
+    ) -> Answer {
+        let lease = self.active(caller, lease, generation)?;
+        if slots.iter().any(|slot| *slot >= lease.slots) {
+            return Err(No::Invalid);
+        }
+        for known in &mut self.leases {
+            if known.id == lease.id {
+                known.blocks.retain(|(_, slot)| !slots.contains(slot));
+            }
+        }
+        let mut pinned = Vec::new();
+        let mut until = self.now;
+        for slot in slots {
+            let pins = self.pins.iter();
+            let here = pins.filter(|pin| pin.lease == lease.id && pin.slot == *slot);
+            let mut deadlines: Vec<_> = here.map(|pin| pin.deadline).collect();
+            if lease.restored && self.now < self.grace_until {
+                deadlines.push(self.grace_until);
+            }
+            if let Some(latest) = deadlines.into_iter().max() {
+                until = until.max(latest);
+                pinned.push(*slot);
+            }
+        }
+        pinned.sort();
+        pinned.dedup();
+        let retry_ms = (until - self.now) as u32;
+        Ok(Some(Reply::Unpublished { pinned, retry_ms }))
+    }
+
+    pub(super) fn lookup(
+        &mut self,
+        caller: Caller,
+        namespace: &str,
+        hashes: &[BlockHash],
+        effects: &[Effect],
+    ) -> Answer {
+        let session = self.session(caller)?;
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut pinned = Vec::new();
+        for hash in hashes {
+            let same_namespace = self
+                .leases
+                .iter()
+                .filter(|lease| lease.tenant == session.tenant && lease.namespace == namespace);
+            let mut found = same_namespace.flat_map(|lease| {
+                let here = lease.blocks.iter().filter(|(held, _)| held == hash);
+                here.map(move |(_, slot)| (lease, *slot))
+            });
+            let Some((lease, slot)) = found.next() else {
+                break;
+            };
+            if lease.lessee != session.id {
+                pinned.push((lease.id, slot));
+            }
+            match extents.last_mut() {
+                Some(last) if last.lease == lease.id && last.first_slot + last.count == slot => {
+                    last.count += 1;
+                }
+                _ => extents.push(Extent {
+                    lease: lease.id,
+                    generation: Generation(lease.generation),
+                    first_slot: slot,
+                    count: 1,
+                }),
+            }
+        }
+        // Which id a pin gets is the core's to choose.
+        let pin = effects.iter().find_map(|effect| match effect {
+            Effect::Reply(Reply::Found { pin, .. }) => *pin,
+            _ => None,
+        });
+        let pin = pin.filter(|_| !extents.is_empty());
+        for (lease, slot) in pinned {
+            self.pins.push(OPin {
+                id: pin.unwrap_or(PinId(0)),
+                session: session.id,
+                lease,
+                slot,
+                deadline: self.now + u64::from(self.config.pin_ms),
+            });
+        }
+        Ok(Some(Reply::Found { extents, pin }))
+    }
+}

@@ -1,0 +1,274 @@
+//! Which slab goes to whom: links, filling, quotas, tenants, and fair shares.
+
+use swiftcache_proto::domain::{LinkKind, Shortfall};
+
+use super::fixture::*;
+use crate::core::{
+    CoreConfig, DrainTarget, Event, EvictTarget, Grant, LeaseDemand, Node, Outgoing, Refusal,
+    Reply, State, WithdrawWhat,
+};
+
+fn links(grants: &[Grant]) -> Vec<LinkKind> {
+    grants.iter().map(|grant| grant.link).collect()
+}
+
+#[test]
+fn the_best_link_comes_first() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    for on in [2, 1, 0] {
+        bench.offer(donor, u64::from(on), on, 1);
+    }
+    let grants = bench.lease(borrower, 3);
+    let best = [LinkKind::SameDevice, LinkKind::Nvlink, LinkKind::Pcie];
+    assert_eq!(links(&grants), best);
+}
+
+#[test]
+fn devices_without_a_link_are_not_lent_from() {
+    let mut bench = Bench::new();
+    bench.state = State::new(
+        bench.config.clone(),
+        Node {
+            links: Vec::new(),
+            ..node()
+        },
+    );
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    bench.offer(donor, 1, 1, 1);
+    assert_eq!(bench.ask(borrower, 1).1, Shortfall::NoFreeSlab);
+}
+
+#[test]
+fn regions_in_use_fill_up_before_whole_ones_are_touched() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    bench.offer(donor, 1, 1, 4);
+    bench.offer(donor, 2, 1, 4);
+    for _ in 0..4 {
+        bench.lease(borrower, 1);
+    }
+    let whole = bench
+        .state
+        .regions()
+        .filter(|region| region.account.leased == 0);
+    assert_eq!(whole.count(), 1);
+    let on_device = WithdrawWhat::Bytes {
+        device: device(1),
+        bytes: 1,
+    };
+    let free: Vec<_> = bench.withdraw(donor, on_device);
+    assert_eq!(bench.heard(donor), [Outgoing::Returned(free[0])]);
+    assert_eq!(bench.heard(borrower), []);
+}
+
+#[test]
+fn equal_links_share_the_load() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    bench.offer(donor, 1, 0, 2);
+    bench.offer(donor, 2, 1, 2);
+    let (grants, _) = bench.demanded(LeaseDemand {
+        device: device(2),
+        ..Bench::demand(borrower, 2)
+    });
+    assert_ne!(grants[0].device, grants[1].device);
+}
+
+#[test]
+fn the_cheapest_lent_region_goes_first() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    for number in 1..=3 {
+        bench.offer(donor, number, 1, 1);
+    }
+    let grants = bench.lease(borrower, 3);
+    bench.publish(borrower, &grants[0], &[(1, 0), (2, 1)]);
+    bench.publish(borrower, &grants[1], &[(3, 0)]);
+    bench.publish(borrower, &grants[2], &[(4, 0)]);
+    bench.now += 10;
+    bench.hits(borrower, 3..4);
+    let give_up = |bench: &mut Bench| {
+        let what = WithdrawWhat::Bytes {
+            device: device(1),
+            bytes: SLAB,
+        };
+        bench.withdraw(donor, what)
+    };
+    // Fewest blocks, found longest ago; then fewest blocks; then the rest.
+    assert_eq!(give_up(&mut bench), [grants[2].region]);
+    assert_eq!(give_up(&mut bench), [grants[1].region]);
+    assert_eq!(give_up(&mut bench), [grants[0].region]);
+    assert_eq!(give_up(&mut bench), []);
+}
+
+#[test]
+fn quotas_bound_sessions_and_namespaces() {
+    let bench_with = |session, namespace| {
+        let mut bench = Bench::with(CoreConfig {
+            session_quota_bytes: session,
+            namespace_quota_bytes: namespace,
+            ..CoreConfig::default()
+        });
+        let donor = bench.join("donor", "1000");
+        bench.offer(donor, 1, 1, 4);
+        let pair = (bench.join("a", "1000"), bench.join("b", "1000"));
+        (bench, pair)
+    };
+    let (mut bench, (a, b)) = bench_with(Some(SLAB), None);
+    assert_eq!(bench.ask(a, 2).1, Shortfall::Quota);
+    assert_eq!(bench.ask(b, 2).0.len(), 1);
+    let (mut bench, (a, b)) = bench_with(None, Some(3 * SLAB));
+    bench.lease(a, 2);
+    let (grants, shortfall) = bench.ask(b, 2);
+    assert_eq!((grants.len(), shortfall), (1, Shortfall::Quota));
+}
+
+#[test]
+fn a_block_larger_than_every_slab_is_said_to_be() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    let demand = LeaseDemand {
+        block_bytes: SLAB + 1,
+        ..Bench::demand(borrower, 1)
+    };
+    assert_eq!(bench.demanded(demand.clone()).1, Shortfall::NoFreeSlab);
+    bench.offer(donor, 1, 1, 1);
+    assert_eq!(bench.demanded(demand).1, Shortfall::BlockTooLarge);
+}
+
+#[test]
+fn a_slab_is_zeroed_between_tenants_and_once_per_leasing() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "blue");
+    let red = bench.join("red", "red");
+    bench.offer(donor, 1, 1, 1);
+    let grant = bench.lease(blue, 1).remove(0);
+    bench.release(blue, &[&grant]);
+    // The same tenant may have it as it is.
+    let grant = bench.lease(blue, 1).remove(0);
+    bench.release(blue, &[&grant]);
+
+    assert_eq!(bench.ask(red, 1), (vec![], Shortfall::Scrubbing));
+    assert_eq!(bench.ask(red, 1), (vec![], Shortfall::Scrubbing));
+    let scrub = Outgoing::Scrub {
+        region: region(1),
+        slab: 0,
+        generation: grant.generation,
+    };
+    assert_eq!(bench.heard(donor), [scrub]);
+    assert_eq!(bench.state.total().scrubbing, SLAB);
+    let mut stale = grant.generation;
+    stale.0 -= 1;
+    for (generation, scrubbing) in [(stale, SLAB), (grant.generation, 0)] {
+        bench.apply(Event::Scrubbed {
+            caller: donor,
+            region: region(1),
+            slab: 0,
+            generation,
+        });
+        assert_eq!(bench.state.total().scrubbing, scrubbing);
+    }
+    bench.lease(red, 1);
+}
+
+#[test]
+fn a_withdrawn_region_is_not_zeroed_first() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "blue");
+    let red = bench.join("red", "red");
+    bench.offer(donor, 1, 1, 1);
+    let grant = bench.lease(blue, 1).remove(0);
+    bench.release(blue, &[&grant]);
+    bench.ask(red, 1);
+    bench.heard(donor);
+    bench.withdraw_region(donor, 1);
+    assert_eq!(bench.heard(donor), [Outgoing::Returned(region(1))]);
+    let refusal = bench.refused(Event::Offer(Bench::offer_event(donor, 1, 1, 1)));
+    assert!(matches!(refusal, Refusal::Stale(_)), "{refusal:?}");
+}
+
+#[test]
+fn offers_that_overlap_or_trespass_are_refused() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let other = bench.join("other", "1000");
+    bench.offer(donor, 1, 1, 2);
+    let beside = |caller, number, on, offset, slabs| {
+        let mut offer = Bench::offer_event(caller, number, on, slabs);
+        offer.allocation = allocation(1);
+        offer.offset = offset;
+        Event::Offer(offer)
+    };
+    for (offset, slabs) in [(0, 1), (SLAB, 1), (SLAB / 2, 2), (2 * SLAB - 1, 1)] {
+        let refusal = bench.refused(beside(donor, 2, 1, offset, slabs));
+        assert!(matches!(refusal, Refusal::Overlap { .. }), "{refusal:?}");
+    }
+    let refusal = bench.refused(beside(other, 2, 1, 2 * SLAB, 1));
+    assert!(matches!(refusal, Refusal::NotYours { .. }), "{refusal:?}");
+    let refusal = bench.refused(beside(donor, 2, 0, 2 * SLAB, 1));
+    assert!(matches!(refusal, Refusal::Invalid { .. }), "{refusal:?}");
+    let refusal = bench.refused(Event::Offer(Bench::offer_event(other, 1, 1, 2)));
+    assert!(matches!(refusal, Refusal::Overlap { .. }), "{refusal:?}");
+    let refusal = bench.refused(beside(donor, 2, 1, u64::MAX, 1));
+    assert!(
+        matches!(
+            refusal,
+            Refusal::Invalid {
+                field: "offset",
+                ..
+            }
+        ),
+        "{refusal:?}"
+    );
+    bench.done(beside(donor, 2, 1, 2 * SLAB, 1));
+}
+
+#[test]
+fn operators_take_devices_donors_and_regions_out_of_service() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let borrower = bench.join("borrower", "1000");
+    bench.offer(donor, 1, 1, 2);
+    for target in [
+        DrainTarget::Device(device(1)),
+        DrainTarget::Donor(donor.session.label()),
+        DrainTarget::Region(region(1)),
+    ] {
+        let grant = bench.lease(borrower, 1).remove(0);
+        let event = Event::Drain {
+            target: target.clone(),
+            drain_ms: 9,
+        };
+        let reply = bench.apply(event.clone());
+        assert!(matches!(
+            reply,
+            Some(Reply::Drained {
+                leases: 1,
+                bytes: SLAB
+            })
+        ));
+        let reply = bench.apply(event);
+        assert!(matches!(
+            reply,
+            Some(Reply::Drained {
+                leases: 0,
+                bytes: 0
+            })
+        ));
+        bench.acknowledge(borrower, &grant);
+        assert_eq!(bench.ask(borrower, 1).0.len(), 0);
+        bench.done(Event::Undrain(target));
+    }
+    let grant = bench.lease(borrower, 1).remove(0);
+    let reply = bench.apply(Event::Evict(EvictTarget::Lease(grant.lease)));
+    assert!(matches!(reply, Some(Reply::Evicted { leases: 1, .. })));
+}

@@ -1,0 +1,227 @@
+//! What operators ask and set: what a withdrawal would do, and quotas.
+
+use swiftcache_proto::domain::{RegionId, Shortfall};
+
+use super::fixture::*;
+use crate::core::{
+    Caller, CoreConfig, Effect, Event, LeaseDemand, Need, Note, QuotaTarget, Record, Refusal,
+    Reply, SetQuota, WithdrawWhat,
+};
+
+fn need(donor: Option<Caller>, slabs: u64) -> Need {
+    Need {
+        device: device(1),
+        bytes: slabs * SLAB,
+        donor: donor.map(|donor| donor.session.label()),
+    }
+}
+
+/// Two donors on device 1 and a borrower that filled some of each.
+fn lent() -> (Bench, [Caller; 2], Caller) {
+    let mut bench = Bench::new();
+    let donors = [bench.join("first", "1000"), bench.join("second", "1000")];
+    let borrower = bench.join("borrower", "1000");
+    for number in 1..=3 {
+        bench.offer(donors[0], number, 1, 2);
+        bench.offer(donors[1], 10 + number, 1, 1);
+    }
+    bench.offer(donors[0], 20, 2, 8);
+    let grants = bench.lease(borrower, 8);
+    for (number, grant) in (0..).zip(&grants) {
+        let blocks: Vec<_> = (0..number % 4)
+            .map(|slot| (u64::from(10 * number + slot), slot))
+            .collect();
+        bench.publish(borrower, grant, &blocks);
+    }
+    bench.now += 10;
+    bench.hits(borrower, 10..11);
+    (bench, donors, borrower)
+}
+
+fn regions_revoked(bench: &Bench) -> Vec<u64> {
+    let leases = bench.effects.iter().filter_map(|effect| match effect {
+        Effect::Note(Note::Revoked { lease, .. }) => Some(lease.0),
+        _ => None,
+    });
+    leases.collect()
+}
+
+#[test]
+fn a_withdrawal_does_what_its_preview_said() {
+    for slabs in 1..=7 {
+        let (mut bench, [donor, _], _) = lent();
+        let records = bench.state.records();
+        let preview = bench
+            .state
+            .preview_withdraw(&need(Some(donor), slabs))
+            .unwrap();
+        let regions: Vec<RegionId> = preview.regions.iter().map(|region| region.id).collect();
+        let leases: Vec<u64> = preview.leases.iter().map(|lease| lease.id.0).collect();
+        assert!(!leases.is_empty() && !regions.contains(&region(20)));
+        assert_eq!(bench.state.records(), records, "a preview changes nothing");
+        let what = WithdrawWhat::Bytes {
+            device: device(1),
+            bytes: slabs * SLAB,
+        };
+        assert_eq!(bench.withdraw(donor, what), regions);
+        assert_eq!(regions_revoked(&bench), leases);
+        // What is on its way back already is not promised again.
+        let rest = bench
+            .state
+            .preview_withdraw(&need(Some(donor), 100))
+            .unwrap();
+        assert!(
+            rest.regions
+                .iter()
+                .all(|region| !regions.contains(&region.id))
+        );
+        assert_eq!(rest.regions.len() + regions.len(), 3);
+    }
+}
+
+#[test]
+fn a_device_is_asked_across_its_donors() {
+    let (bench, donors, _) = lent();
+    let all = bench.state.preview_withdraw(&need(None, 100)).unwrap();
+    assert_eq!(all.regions.len(), 6, "not those on other devices");
+    let cheapest = bench.state.preview_withdraw(&need(None, 1)).unwrap();
+    let of_each = donors.map(|donor| {
+        let preview = bench.state.preview_withdraw(&need(Some(donor), 1)).unwrap();
+        preview.regions[0].id
+    });
+    assert!(of_each.contains(&cheapest.regions[0].id));
+    assert_ne!(of_each[0], of_each[1]);
+}
+
+#[test]
+fn a_preview_names_what_is_wrong_with_the_question() {
+    let (bench, _, _) = lent();
+    let ask = |need| bench.state.preview_withdraw(&need).unwrap_err();
+    assert!(matches!(
+        ask(need(None, 0)),
+        Refusal::Invalid { field: "bytes", .. }
+    ));
+    let nobody = Need {
+        donor: Some("ffff".to_owned()),
+        ..need(None, 1)
+    };
+    assert!(matches!(
+        ask(nobody),
+        Refusal::Unknown { what: "donor", .. }
+    ));
+    let nowhere = Need {
+        device: device(9),
+        ..need(None, 1)
+    };
+    assert!(matches!(
+        ask(nowhere),
+        Refusal::Unknown { what: "device", .. }
+    ));
+}
+
+fn set(bench: &mut Bench, target: QuotaTarget, slabs: Option<u64>) -> u64 {
+    let bytes = slabs.map(|slabs| slabs * SLAB);
+    match bench.apply(Event::SetQuota(SetQuota { target, bytes })) {
+        Some(Reply::QuotaSet { leased_bytes }) => leased_bytes / SLAB,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn model() -> QuotaTarget {
+    QuotaTarget::Namespace("model".to_owned())
+}
+
+/// A node with a configured quota of three slabs a namespace, ten slabs on offer, and a tenant's borrower.
+fn bounded() -> (Bench, Caller, Caller) {
+    let mut bench = Bench::with(CoreConfig {
+        namespace_quota_bytes: Some(3 * SLAB),
+        ..CoreConfig::default()
+    });
+    let donor = bench.join("donor", "1000");
+    bench.offer(donor, 1, 1, 10);
+    let borrower = bench.join("borrower", "1000");
+    (bench, donor, borrower)
+}
+
+#[test]
+fn a_namespace_quota_takes_the_place_of_the_configured_one() {
+    let (mut bench, _, borrower) = bounded();
+    assert_eq!(bench.ask(borrower, 9).0.len(), 3);
+    assert_eq!(set(&mut bench, model(), Some(5)), 3);
+    let (grants, shortfall) = bench.ask(borrower, 9);
+    assert_eq!((grants.len(), shortfall), (2, Shortfall::Quota));
+    // Nothing is revoked by a smaller one, and nothing granted.
+    assert_eq!(set(&mut bench, model(), Some(1)), 5);
+    assert_eq!(regions_revoked(&bench), [0u64; 0]);
+    assert_eq!(bench.ask(borrower, 1), (Vec::new(), Shortfall::Quota));
+    let view = bench.state.namespaces().next().unwrap();
+    assert_eq!(
+        (view.quota_bytes, view.leased_bytes),
+        (Some(SLAB), 5 * SLAB)
+    );
+    assert_eq!(set(&mut bench, model(), None), 5);
+    assert_eq!(bench.state.namespace_quota("model"), Some(3 * SLAB));
+    assert_eq!(bench.state.quotas().count(), 0);
+}
+
+#[test]
+fn a_tenant_quota_bounds_its_namespaces_together_and_nobody_else() {
+    let (mut bench, _, borrower) = bounded();
+    let other = bench.join("other", "2000");
+    set(&mut bench, QuotaTarget::Tenant("1000".to_owned()), Some(4));
+    bench.lease(borrower, 3);
+    let second = LeaseDemand {
+        namespace: "second".to_owned(),
+        ..Bench::demand(borrower, 3)
+    };
+    let (grants, shortfall) = bench.demanded(second);
+    assert_eq!((grants.len(), shortfall), (1, Shortfall::Quota));
+    bench.lease(other, 3);
+}
+
+#[test]
+fn quotas_outlive_the_broker_also_in_a_compacted_ledger() {
+    let (mut bench, donor, borrower) = bounded();
+    set(&mut bench, model(), Some(2));
+    set(&mut bench, QuotaTarget::Tenant("9".to_owned()), Some(0));
+    set(&mut bench, QuotaTarget::Tenant("9".to_owned()), Some(0));
+    set(&mut bench, QuotaTarget::Tenant("8".to_owned()), Some(1));
+    set(&mut bench, QuotaTarget::Tenant("8".to_owned()), None);
+    let quota = |record: &&Record| matches!(record, Record::Quota { .. });
+    assert_eq!(
+        bench.ledger.iter().filter(quota).count(),
+        4,
+        "what changes nothing is not written"
+    );
+    let before: Vec<_> = bench.state.quotas().map(|(t, b)| (t.clone(), b)).collect();
+    for _ in 0..2 {
+        bench.restart();
+        let after: Vec<_> = bench.state.quotas().map(|(t, b)| (t.clone(), b)).collect();
+        assert_eq!(after, before);
+        bench.ledger = bench.state.records();
+        assert_eq!(bench.ledger.iter().filter(quota).count(), 2);
+    }
+    bench.offer(donor, 1, 1, 10);
+    assert_eq!(bench.ask(borrower, 9).0.len(), 2);
+}
+
+#[test]
+fn a_shortfall_says_who_asked_for_what() {
+    let (mut bench, _, borrower) = bounded();
+    bench.ask(borrower, 9);
+    let short = bench.effects.iter().find_map(|effect| match effect {
+        Effect::Note(note @ Note::LeaseShort { .. }) => Some(note.clone()),
+        _ => None,
+    });
+    let expected = Note::LeaseShort {
+        session: borrower.session,
+        name: "borrower".to_owned(),
+        tenant: "1000".to_owned(),
+        namespace: "model".to_owned(),
+        device: device(0),
+        asked_bytes: 9 * SLAB,
+        granted_bytes: 3 * SLAB,
+        shortfall: Shortfall::Quota,
+    };
+    assert_eq!(short, Some(expected));
+}

@@ -1,0 +1,181 @@
+//! The fd socket: descriptors cannot cross gRPC, so donors upload them here and lessees fetch them here, one
+//! request a connection. Frames are in [`swiftcache_proto::fd_socket`].
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use swiftcache_proto::fd_socket::{REQUEST_BYTES, Request, Status};
+use tokio::{
+    io::Interest,
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{owner::Owner, peer::Peer};
+
+/// Time one connection may take. A frame and its answer take microseconds; this outlasts a swapped-out peer.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Connections at once; more wait in the listen queue's place: they are closed.
+const MAX_CONNECTIONS: usize = 128;
+/// Pause after a failed accept, so that a full descriptor table does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `stop`.
+pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection to the fd socket could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            tracing::warn!(
+                limit = MAX_CONNECTIONS,
+                "too many connections to the fd socket"
+            );
+            continue;
+        };
+        let owner = Arc::clone(&owner);
+        tokio::spawn(async move {
+            match tokio::time::timeout(DEADLINE, converse(&stream, &owner)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "a conversation on the fd socket broke off")
+                }
+                Err(_) => tracing::debug!("a conversation on the fd socket took too long"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn converse(stream: &UnixStream, owner: &Owner) -> io::Result<()> {
+    let peer = Peer::of(stream)?;
+    let (frame, descriptor) = match receive(stream).await? {
+        Some(received) => received,
+        None => return reply(stream, Status::Malformed, None).await,
+    };
+    let (status, descriptor) = answer(owner, &peer, &frame, descriptor);
+    reply(stream, status, descriptor).await
+}
+
+fn answer(
+    owner: &Owner,
+    peer: &Peer,
+    frame: &[u8; REQUEST_BYTES],
+    descriptor: Option<OwnedFd>,
+) -> (Status, Option<Arc<OwnedFd>>) {
+    match (Request::decode(frame), descriptor) {
+        (
+            Some(Request::Upload {
+                session,
+                allocation,
+            }),
+            Some(descriptor),
+        ) => {
+            if !owner.is_session_of(session, peer.process) {
+                return (Status::NotYours, None);
+            }
+            let now = Instant::now();
+            let kept = owner
+                .descriptors()
+                .upload(session, allocation, descriptor, now);
+            (kept.map_or(Status::Full, |()| Status::Ok), None)
+        }
+        (Some(Request::Fetch { token }), None) => {
+            let now = Instant::now();
+            match owner.descriptors().fetch(peer.process, token, now) {
+                Some(descriptor) => (Status::Ok, Some(descriptor)),
+                None => (Status::NoSuchToken, None),
+            }
+        }
+        _ => (Status::Malformed, None),
+    }
+}
+
+/// One whole frame and the descriptor beside it. `None`: the frame ends early, or brings more than one
+/// descriptor; the kernel closes those there is no room for.
+async fn receive(
+    stream: &UnixStream,
+) -> io::Result<Option<([u8; REQUEST_BYTES], Option<OwnedFd>)>> {
+    let mut frame = [0; REQUEST_BYTES];
+    let mut filled = 0;
+    let mut descriptor = None;
+    while filled < REQUEST_BYTES {
+        let rest = &mut frame[filled..];
+        let (bytes, well_formed) = stream
+            .async_io(Interest::READABLE, || {
+                receive_some(stream, rest, &mut descriptor)
+            })
+            .await?;
+        if bytes == 0 || !well_formed {
+            return Ok(None);
+        }
+        filled += bytes;
+    }
+    Ok(Some((frame, descriptor)))
+}
+
+/// Bytes received, and whether no more than one descriptor came with them and before.
+fn receive_some(
+    stream: &UnixStream,
+    rest: &mut [u8],
+    descriptor: &mut Option<OwnedFd>,
+) -> io::Result<(usize, bool)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        stream,
+        &mut [IoSliceMut::new(rest)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    let mut well_formed = !received.flags.contains(ReturnFlags::CTRUNC);
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            for another in descriptors {
+                well_formed &= descriptor.replace(another).is_none();
+            }
+        }
+    }
+    Ok((received.bytes, well_formed))
+}
+
+async fn reply(
+    stream: &UnixStream,
+    status: Status,
+    descriptor: Option<Arc<OwnedFd>>,
+) -> io::Result<()> {
+    let byte = [status as u8];
+    let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_fd()).collect();
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !descriptors.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(&descriptors));
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            sendmsg(stream, &[IoSlice::new(&byte)], &mut control, flags)?;
+            Ok(())
+        })
+        .await
+}

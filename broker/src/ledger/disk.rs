@@ -1,0 +1,400 @@
+//! The ledger on disk: reading it back, appending, replacing it in one step.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::{Ledger, Medium};
+use crate::{core::Record, error::BrokerError};
+
+/// What the header says the file is.
+const FORMAT: &str = "swiftcache-ledger";
+/// The format's version: a ledger of another one is moved aside.
+const VERSION: u32 = 1;
+/// It names sessions and processes: nobody else's business.
+const MODE: u32 = 0o600;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    format: String,
+    version: u32,
+    /// The kernel's boot id: after a reboot no process of the ledger lives.
+    boot: String,
+    /// The PID namespace that the ledger's pids are of. Its number is used again only when nothing lives in it.
+    pid_namespace: u64,
+}
+
+/// A lock file held for as long as this lives; the kernel lets go when the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    held: File,
+}
+
+impl Drop for Lock {
+    /// Lets go even where a process just forked off still has a copy of the descriptor.
+    fn drop(&mut self) {
+        if let Err(error) = flock(&self.held, FlockOperation::Unlock) {
+            tracing::warn!(%error, "a lock file could not be unlocked");
+        }
+    }
+}
+
+impl Lock {
+    /// Takes the lock at `path`; `what` and `key` name what it guards.
+    ///
+    /// # Errors
+    /// [`BrokerError::Taken`] when another process holds it.
+    pub fn take(path: PathBuf, what: String, key: &'static str) -> Result<Self, BrokerError> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(MODE)
+            .open(&path)
+            .map_err(BrokerError::file("open", &path))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { held: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(BrokerError::Taken {
+                what,
+                lock: path,
+                key,
+            }),
+            Err(error) => Err(BrokerError::file("lock", path)(error.into())),
+        }
+    }
+}
+
+/// The file.
+pub struct Disk {
+    path: PathBuf,
+    header: Header,
+    file: File,
+    bytes: u64,
+}
+
+/// Opens the ledger in `directory`, which exists, and reads back what it records. A ledger of an earlier boot is
+/// void; one that is corrupt, or names processes in a way that means nothing here, is moved aside.
+///
+/// # Errors
+/// When the directory or the file cannot be used.
+pub fn open(directory: &Path) -> Result<(Ledger, Vec<Record>), BrokerError> {
+    let path = directory.join("ledger");
+    let here = Header::here()?;
+    let records = match fs::read(&path) {
+        Ok(bytes) => match parse(&bytes, &here) {
+            Ok(records) => records,
+            Err(problem) => {
+                set_aside(&path, &problem)?;
+                Vec::new()
+            }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(BrokerError::file("read", path)(error)),
+    };
+    let disk = Disk::create(&path, here).map_err(BrokerError::file("write", &path))?;
+    let mut ledger = Ledger::new(&path, Box::new(disk));
+    // Drops a torn last line and a void header before anything is appended behind them.
+    ledger.rewrite(&records);
+    Ok((ledger, records))
+}
+
+/// Moves a ledger that cannot be used out of the way, for people to look at.
+///
+/// # Errors
+/// When it cannot be renamed.
+pub fn set_aside(path: &Path, problem: &str) -> Result<(), BrokerError> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let aside = path.with_extension(format!("corrupt-{}", now.as_millis()));
+    fs::rename(path, &aside).map_err(BrokerError::file("rename", path))?;
+    tracing::error!(
+        ledger = %path.display(), aside = %aside.display(), problem,
+        "the ledger cannot be used and was moved aside: sessions of before are answered NOT_FOUND, drop \
+         their leases and register anew"
+    );
+    Ok(())
+}
+
+/// Creates a directory and its parents, accessible to everyone who may reach the sockets in it.
+///
+/// # Errors
+/// When it cannot be created.
+pub fn create_directory(path: &Path) -> Result<(), BrokerError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .map_err(BrokerError::file("create the directory", path))
+}
+
+fn parse(bytes: &[u8], here: &Header) -> Result<Vec<Record>, String> {
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    // What follows the last newline is empty, or a line torn by a crash of the broker.
+    let torn = lines.next_back().unwrap_or_default();
+    let Some(header) = lines.next() else {
+        return Ok(Vec::new());
+    };
+    let header: Header =
+        serde_json::from_slice(header).map_err(|error| format!("line 1: {error}"))?;
+    if (&header.format, header.version) != (&here.format, here.version) {
+        return Err(format!(
+            "line 1: is {} version {}; takes {FORMAT} version {VERSION}",
+            header.format, header.version
+        ));
+    }
+    if header.boot != here.boot {
+        tracing::info!("the ledger is of an earlier boot of this machine: void");
+        return Ok(Vec::new());
+    }
+    if !torn.is_empty() {
+        tracing::warn!(
+            bytes = torn.len(),
+            "the ledger's last line is torn: dropped, its reply never left"
+        );
+    }
+    let records: Vec<Record> = (2_u64..)
+        .zip(lines)
+        .map(|(number, line)| {
+            serde_json::from_slice(line).map_err(|error| format!("line {number}: {error}"))
+        })
+        .collect::<Result<_, _>>()?;
+    if header.pid_namespace != here.pid_namespace && names_a_pid(&records) {
+        return Err("it names processes by pids of another PID namespace than the broker's".into());
+    }
+    Ok(records)
+}
+
+/// Whether a session in it is told by its pid; those told by their pidfd's inode mean the same everywhere.
+fn names_a_pid(records: &[Record]) -> bool {
+    let mut by_pid = HashSet::new();
+    for record in records {
+        match record {
+            Record::Session {
+                session, process, ..
+            } if process.pid != 0 => {
+                by_pid.insert(session);
+            }
+            Record::SessionOver { session } => {
+                by_pid.remove(session);
+            }
+            _ => {}
+        }
+    }
+    !by_pid.is_empty()
+}
+
+impl Header {
+    /// The header of a ledger written here and now.
+    fn here() -> Result<Self, BrokerError> {
+        let boot = "/proc/sys/kernel/random/boot_id";
+        let id = fs::read_to_string(boot).map_err(BrokerError::file("read", boot))?;
+        let namespace = "/proc/self/ns/pid";
+        let namespace = fs::metadata(namespace).map_err(BrokerError::file("look at", namespace))?;
+        Ok(Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            boot: id.trim().to_owned(),
+            pid_namespace: namespace.ino(),
+        })
+    }
+}
+
+impl Disk {
+    fn create(path: &Path, header: Header) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(MODE)
+            .open(path)?;
+        let bytes = file.metadata()?.len();
+        Ok(Self {
+            path: path.to_owned(),
+            header,
+            file,
+            bytes,
+        })
+    }
+}
+
+impl Medium for Disk {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let written = self.file.write_all(bytes);
+        match &written {
+            Ok(()) => self.bytes += bytes.len() as u64,
+            // Best effort: what stays of it is rewritten before the next grant anyway.
+            Err(_) => drop(self.file.set_len(self.bytes)),
+        }
+        written
+    }
+
+    fn replace(&mut self, records: &[u8]) -> io::Result<u64> {
+        let fresh = self.path.with_extension("new");
+        let mut bytes = serde_json::to_vec(&self.header)?;
+        bytes.push(b'\n');
+        bytes.extend_from_slice(records);
+        // Never through a file somebody else left there.
+        match fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(MODE)
+            .open(&fresh)?;
+        file.write_all(&bytes)
+            .and_then(|()| fs::rename(&fresh, &self.path))
+            .inspect_err(|_| drop(fs::remove_file(&fresh)))?;
+        self.file = file;
+        self.bytes = bytes.len() as u64;
+        Ok(self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use swiftcache_proto::domain::SessionId;
+
+    use super::*;
+
+    fn over(id: u64) -> Record {
+        Record::SessionOver {
+            session: SessionId(id),
+        }
+    }
+
+    /// A ledger of two records, closed again.
+    fn written() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut ledger, records) = open(directory.path()).unwrap();
+        assert!(records.is_empty());
+        assert!(ledger.append(&[over(1), over(2)]));
+        directory
+    }
+
+    fn append(directory: &Path, text: &str) {
+        let path = directory.join("ledger");
+        let mut file = OpenOptions::new().append(true).open(path).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+    }
+
+    fn asides(directory: &Path) -> usize {
+        let names = fs::read_dir(directory).unwrap();
+        names
+            .filter(|name| {
+                let name = name.as_ref().unwrap().file_name();
+                name.to_string_lossy().starts_with("ledger.corrupt-")
+            })
+            .count()
+    }
+
+    #[test]
+    fn what_was_appended_is_read_back_and_nobody_else_may_read_it() {
+        let directory = written();
+        let mode = fs::metadata(directory.path().join("ledger"))
+            .unwrap()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let (_, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(1), over(2)]);
+    }
+
+    #[test]
+    fn a_torn_last_line_is_dropped_and_appends_go_on_behind_the_whole_ones() {
+        let directory = written();
+        append(directory.path(), "{\"record\":\"session-ov");
+        let (mut ledger, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(1), over(2)]);
+        assert!(ledger.append(&[over(3)]));
+        let (_, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(1), over(2), over(3)]);
+        assert_eq!(asides(directory.path()), 0);
+    }
+
+    #[test]
+    fn a_corrupt_line_that_is_not_the_last_moves_the_ledger_aside() {
+        let directory = written();
+        append(directory.path(), "garbage\n");
+        let (_, records) = open(directory.path()).unwrap();
+        assert!(records.is_empty());
+        assert_eq!(asides(directory.path()), 1);
+    }
+
+    #[test]
+    fn a_foreign_header_moves_the_ledger_aside_and_an_earlier_boot_voids_it() {
+        for (from, to, set_aside) in [
+            ("\"version\":1", "\"version\":9", 1),
+            ("\"boot\":\"", "\"boot\":\"0", 0),
+        ] {
+            let directory = written();
+            let path = directory.path().join("ledger");
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from));
+            fs::write(&path, text.replace(from, to)).unwrap();
+            let (_, records) = open(directory.path()).unwrap();
+            assert!(records.is_empty());
+            assert_eq!(asides(directory.path()), set_aside);
+        }
+    }
+
+    #[test]
+    fn pids_of_another_namespace_void_it_and_pidfds_do_not() {
+        for (pid, over, kept) in [(7, false, false), (7, true, true), (0, false, true)] {
+            let directory = written();
+            let (mut ledger, _) = open(directory.path()).unwrap();
+            assert!(ledger.append(&[Record::Session {
+                session: SessionId(3),
+                process: crate::core::Process {
+                    pid,
+                    birth: 1,
+                    uid: 0,
+                },
+                name: "member".to_owned(),
+                tenant: "0".to_owned(),
+            }]));
+            assert!(!over || ledger.append(&[self::over(3)]));
+            let path = directory.path().join("ledger");
+            let text = fs::read_to_string(&path).unwrap();
+            let ours = Header::here().unwrap().pid_namespace;
+            let (from, to) = (format!(":{ours}}}"), format!(":{}}}", ours + 1));
+            assert!(text.contains(&from));
+            fs::write(&path, text.replacen(&from, &to, 1)).unwrap();
+            let (_, records) = open(directory.path()).unwrap();
+            assert_eq!(records.is_empty(), !kept, "pid {pid}");
+            assert_eq!(asides(directory.path()), usize::from(!kept));
+        }
+    }
+
+    #[test]
+    fn a_replaced_ledger_takes_appends() {
+        let directory = written();
+        let (mut ledger, _) = open(directory.path()).unwrap();
+        assert!(ledger.rewrite(&[over(9)]) && ledger.append(&[over(10)]));
+        let (_, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(9), over(10)]);
+    }
+
+    #[test]
+    fn two_holders_of_one_lock_are_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let take = || Lock::take(path.clone(), "the thing".to_owned(), "state_dir");
+        let first = take().unwrap();
+        let refused = take().unwrap_err().to_string();
+        assert!(refused.contains("the thing") && refused.contains("state_dir"));
+        let copy = first.held.try_clone().unwrap();
+        drop(first);
+        take().unwrap();
+        drop(copy);
+    }
+}

@@ -1,0 +1,214 @@
+//! The ledger file: who may be touching which slab, one JSON line a [`Record`], so that a restarted broker
+//! knows before it listens which bytes are lent to whom. Written through, never synced: it only has to outlive
+//! the broker, since a crash of the machine ends every process it speaks of.
+
+mod disk;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::core::Record;
+
+pub use disk::{Disk, Lock, create_directory, open, set_aside};
+
+/// The ledger is rewritten when it has grown by this much, bytes, and to more than twice its last size.
+const REWRITE_GROWTH_BYTES: u64 = 1 << 20;
+
+/// Where the ledger's bytes go.
+pub trait Medium: Send {
+    /// Adds bytes at the end: all of them, or none and an error.
+    ///
+    /// # Errors
+    /// When the medium is full or broken.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Puts `records` in place of everything there, behind a fresh header: all of them, or none and an error.
+    /// Returns how many bytes the medium then holds.
+    ///
+    /// # Errors
+    /// When the medium is full or broken.
+    fn replace(&mut self, records: &[u8]) -> io::Result<u64>;
+}
+
+/// The open ledger.
+///
+/// When an append fails, the ledger is *behind*: it lacks something the core has done. From then on nothing is
+/// appended until a rewrite from the core's state succeeds, because a later line could contradict a missing
+/// one. While it is behind no grant may leave.
+pub struct Ledger {
+    path: PathBuf,
+    medium: Box<dyn Medium>,
+    bytes: u64,
+    bytes_after_rewrite: u64,
+    behind: Option<String>,
+}
+
+impl Ledger {
+    /// A ledger on `medium`; `path` names it in errors.
+    pub fn new(path: &Path, medium: Box<dyn Medium>) -> Self {
+        Self {
+            path: path.to_owned(),
+            medium,
+            bytes: 0,
+            bytes_after_rewrite: 0,
+            behind: None,
+        }
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Why it lacks something, if it does.
+    pub fn behind(&self) -> Option<&str> {
+        self.behind.as_deref()
+    }
+
+    /// Appends records, unless the ledger is behind. False: it is behind now.
+    pub fn append(&mut self, records: &[Record]) -> bool {
+        if self.behind.is_some() {
+            return false;
+        }
+        let written = lines(records).and_then(|lines| {
+            self.medium.append(&lines)?;
+            self.bytes += lines.len() as u64;
+            Ok(())
+        });
+        self.note(written)
+    }
+
+    /// It has grown enough, or lacks something: the owner should call [`Self::rewrite`].
+    pub fn wants_rewrite(&self) -> bool {
+        self.behind.is_some()
+            || (self.bytes > self.bytes_after_rewrite + REWRITE_GROWTH_BYTES
+                && self.bytes > 2 * self.bytes_after_rewrite)
+    }
+
+    /// Replaces the ledger by `records`, which rebuild the core's state. False: it is behind now.
+    pub fn rewrite(&mut self, records: &[Record]) -> bool {
+        let was_behind = self.behind.is_some();
+        let written = lines(records).and_then(|lines| {
+            self.bytes = self.medium.replace(&lines)?;
+            self.bytes_after_rewrite = self.bytes;
+            Ok(())
+        });
+        // A rewrite that fails leaves the old file whole: it is behind only if it was before.
+        if let (Err(error), false) = (&written, was_behind) {
+            tracing::warn!(ledger = %self.path.display(), %error, "the ledger could not be compacted");
+            self.bytes_after_rewrite = self.bytes;
+            return true;
+        }
+        self.note(written)
+    }
+
+    fn note(&mut self, written: io::Result<()>) -> bool {
+        let problem = written.err().map(|error| error.to_string());
+        if problem.is_some() != self.behind.is_some() {
+            match &problem {
+                Some(problem) => {
+                    tracing::error!(ledger = %self.path.display(), problem, "the ledger cannot be written: no slab is lent until it can");
+                }
+                None => {
+                    tracing::info!(ledger = %self.path.display(), "the ledger is whole again");
+                }
+            }
+        }
+        self.behind = problem;
+        self.behind.is_none()
+    }
+}
+
+fn lines(records: &[Record]) -> io::Result<Vec<u8>> {
+    let mut lines = Vec::with_capacity(records.len() * 256);
+    for record in records {
+        serde_json::to_writer(&mut lines, record)?;
+        lines.push(b'\n');
+    }
+    Ok(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
+    use parking_lot::Mutex;
+    use swiftcache_proto::domain::SessionId;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Memory {
+        bytes: Arc<Mutex<Vec<u8>>>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Memory {
+        fn check(&self) -> io::Result<()> {
+            if self.full.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            Ok(())
+        }
+    }
+
+    impl Medium for Memory {
+        fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+            self.check()?;
+            self.bytes.lock().extend_from_slice(bytes);
+            Ok(())
+        }
+
+        fn replace(&mut self, records: &[u8]) -> io::Result<u64> {
+            self.check()?;
+            *self.bytes.lock() = records.to_vec();
+            Ok(records.len() as u64)
+        }
+    }
+
+    fn over(id: u64) -> Record {
+        Record::SessionOver {
+            session: SessionId(id),
+        }
+    }
+
+    #[test]
+    fn a_failed_append_stops_all_until_a_rewrite_succeeds() {
+        let memory = Memory::default();
+        let mut ledger = Ledger::new(Path::new("ledger"), Box::new(memory.clone()));
+        assert!(ledger.append(&[over(1)]));
+        memory.full.store(true, Ordering::Relaxed);
+        assert!(!ledger.append(&[over(2)]));
+        assert!(ledger.wants_rewrite());
+        assert!(!ledger.rewrite(&[over(1), over(2)]));
+        memory.full.store(false, Ordering::Relaxed);
+        assert!(
+            !ledger.append(&[over(3)]),
+            "a line after a missing one could contradict it"
+        );
+        assert!(ledger.rewrite(&[over(1), over(2), over(3)]));
+        assert!(ledger.behind().is_none() && ledger.append(&[over(4)]));
+        assert_eq!(memory.bytes.lock().split(|byte| *byte == b'\n').count(), 5);
+    }
+
+    #[test]
+    fn growth_asks_for_a_rewrite_and_a_failed_one_loses_nothing() {
+        let memory = Memory::default();
+        let mut ledger = Ledger::new(Path::new("ledger"), Box::new(memory.clone()));
+        assert!(ledger.append(&[over(1)]) && !ledger.wants_rewrite());
+        while !ledger.wants_rewrite() {
+            assert!(ledger.append(&vec![over(2); 1_000]));
+        }
+        assert!(memory.bytes.lock().len() as u64 > REWRITE_GROWTH_BYTES);
+        memory.full.store(true, Ordering::Relaxed);
+        assert!(ledger.rewrite(&[over(1)]) && ledger.behind().is_none());
+        memory.full.store(false, Ordering::Relaxed);
+        assert!(ledger.rewrite(&[over(1)]) && !ledger.wants_rewrite());
+        assert!(memory.bytes.lock().len() < 100);
+    }
+}

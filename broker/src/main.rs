@@ -1,0 +1,74 @@
+//! The broker daemon: parse, build, serve, and a timed drain.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Instant,
+};
+
+use clap::Parser;
+use swiftcache_broker::{
+    config::{Config, Flags},
+    error::BrokerError,
+    logging, probe,
+    serve::Broker,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    match run(&Flags::parse(), started) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Logging may not be up.
+            drop(writeln!(io::stderr(), "swiftcache-broker: {error}"));
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
+    let config = Config::load(flags.config.as_deref(), &flags.settings)?;
+    if flags.print_config {
+        let text = config.to_toml()?;
+        return io::stdout()
+            .write_all(text.as_bytes())
+            .map_err(BrokerError::file("write", "standard output"));
+    }
+    if flags.check_config {
+        return Ok(());
+    }
+    logging::start(&config)?;
+    // One thread: requests take microseconds, and handing them between threads costs more than that and makes
+    // the slowest of a hundred ten times slower.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(BrokerError::file("start", "the runtime"))?
+        .block_on(serve(&config, started))
+}
+
+async fn serve(config: &Config, started: Instant) -> Result<(), BrokerError> {
+    let listen = |kind| signal(kind).map_err(BrokerError::file("listen for", "signals"));
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let probe = probe::open(config.probe, config.topology.as_deref())?;
+    let source = probe.source();
+    let broker = Broker::start(config, probe).await?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %config.socket.display(),
+        tcp = broker.tcp_address().map(tracing::field::display),
+        metrics = broker.metrics_address().map(tracing::field::display),
+        probe = source,
+        ms = started.elapsed().as_millis(),
+        "ready"
+    );
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    }
+    let in_time = broker.drain().await;
+    tracing::info!(in_time, "drained");
+    Ok(())
+}

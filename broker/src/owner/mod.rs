@@ -1,0 +1,404 @@
+//! The single owner of [`State`]: every event goes through [`Owner::apply`], which carries out the effects in
+//! order under one lock that is never held across an await. The core only computes; a ledger append is a write
+//! to the page cache; a stream is never waited for: so the lock is held for microseconds.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use swiftcache_proto::{domain::SessionId, v1};
+use tokio::sync::mpsc;
+
+use crate::{
+    core::{Caller, Effect, Event, Note, Now, Outgoing, Process, Record, Register, Reply, State},
+    death::DeathWatch,
+    descriptors::Descriptors,
+    error::Refused,
+    events::{EventLog, Wanted, describe, detail, unix_ms},
+    ledger::Ledger,
+    metrics::Metrics,
+    peer::Peer,
+    streams::{Streams, wire},
+};
+
+/// The owner of the broker's state.
+pub struct Owner {
+    inner: Mutex<Inner>,
+    descriptors: Descriptors,
+    metrics: Arc<Metrics>,
+    started: Instant,
+    started_unix_ms: u64,
+    boot_id: u64,
+}
+
+struct Inner {
+    state: State,
+    ledger: Ledger,
+    streams: Streams,
+    deaths: DeathWatch,
+    events: EventLog,
+    /// Sessions that must attach again once the ledger is whole: a message they must not act on before it is
+    /// recorded was not sent to them.
+    withheld: HashSet<SessionId>,
+    closing: bool,
+}
+
+/// What an owner is made of.
+pub struct Parts {
+    /// The core, restored from the ledger.
+    pub state: State,
+    /// The ledger.
+    pub ledger: Ledger,
+    /// Where deaths are reported.
+    pub deaths: mpsc::UnboundedSender<Process>,
+    /// The most descriptors kept for donors.
+    pub max_descriptors: usize,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A session's attached stream.
+pub(crate) struct Attachment {
+    /// What was outstanding, in order.
+    pub(crate) outstanding: Vec<v1::SessionResponse>,
+    /// What follows.
+    pub(crate) receiver: mpsc::Receiver<v1::SessionResponse>,
+    /// Ends the attachment when it goes.
+    pub(crate) guard: Attached,
+}
+
+/// Detaches the session's stream when dropped, unless another took its place.
+pub(crate) struct Attached {
+    owner: Arc<Owner>,
+    session: SessionId,
+    serial: u64,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let mut inner = self.owner.inner.lock();
+        if inner.streams.close_serial(self.session, self.serial) {
+            inner.apply(&self.owner, Event::Detach(self.session));
+        }
+    }
+}
+
+impl Owner {
+    /// Takes over. Draws the broker's boot id.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                state: parts.state,
+                ledger: parts.ledger,
+                streams: Streams::default(),
+                deaths: DeathWatch::new(parts.deaths),
+                events: EventLog::default(),
+                withheld: HashSet::new(),
+                closing: false,
+            }),
+            descriptors: Descriptors::new(parts.max_descriptors),
+            metrics: parts.metrics,
+            started: Instant::now(),
+            started_unix_ms: unix_ms(),
+            boot_id: rand::random(),
+        }
+    }
+
+    /// Drawn at random when the broker started.
+    pub fn boot_id(&self) -> u64 {
+        self.boot_id
+    }
+
+    /// Since the broker started.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// When the core's clock read 0, milliseconds since 1970.
+    pub fn started_unix_ms(&self) -> u64 {
+        self.started_unix_ms
+    }
+
+    /// The clock that the core is told.
+    pub fn now(&self) -> Now {
+        Now(u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Donors' descriptors.
+    pub fn descriptors(&self) -> &Descriptors {
+        &self.descriptors
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Watches every process that the restored state names. Called once, before the sockets open; the deaths
+    /// of those already gone arrive on the channel like any other.
+    pub fn watch_restored(&self) {
+        let mut inner = self.inner.lock();
+        let processes: Vec<Process> = inner.state.processes().collect();
+        for process in processes {
+            inner.deaths.watch_known(process);
+        }
+    }
+
+    /// Lets an event happen and answers its caller. Everything the answer depends on is in the ledger when this
+    /// returns.
+    ///
+    /// # Errors
+    /// When the core refuses, or a grant could not be recorded and was taken back.
+    pub fn apply(&self, event: Event) -> Result<Reply, Refused> {
+        let mut inner = self.inner.lock();
+        let caller = match &event {
+            Event::Lease(demand) => Some(demand.caller),
+            Event::Share { caller, .. } => Some(*caller),
+            _ => None,
+        };
+        let Some(caller) = caller else {
+            return answer(inner.apply(self, event).0);
+        };
+        // A grant. It never leaves unrecorded.
+        if inner.ledger.behind().is_some() && !inner.rewrite(self) {
+            return Err(inner.unrecorded());
+        }
+        let (reply, recorded) = inner.apply(self, event);
+        if !recorded {
+            inner.take_back(self, caller, reply);
+            return Err(inner.unrecorded());
+        }
+        answer(reply)
+    }
+
+    /// Opens or resumes a session for the process at the other end.
+    ///
+    /// # Errors
+    /// When the core refuses, or the process's death could not be seen.
+    pub fn register(&self, peer: &Peer, register: Register) -> Result<Reply, Refused> {
+        let mut inner = self.inner.lock();
+        if inner.closing {
+            return Err(Refused::ShuttingDown);
+        }
+        // Before the session exists: a process that cannot be watched gets none.
+        inner.deaths.watch_peer(peer).map_err(|error| {
+            Refused::Unwatchable(format!(
+                "process {}: its death cannot be watched: {error}",
+                peer.process.pid
+            ))
+        })?;
+        let (reply, _) = inner.apply(self, Event::Register(register));
+        if !inner.state.processes().any(|known| known == peer.process) {
+            inner.deaths.unwatch(peer.process);
+        }
+        answer(reply)
+    }
+
+    /// Puts the session's stream up, ending the one it had.
+    pub(crate) fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
+        let mut inner = self.inner.lock();
+        if inner.closing {
+            return Err(Refused::ShuttingDown);
+        }
+        let mut outstanding = Vec::new();
+        let now = self.now();
+        let effects = inner.state.apply(Event::Attach(caller), now);
+        let (reply, _) = inner.carry_out(self, effects, &mut |session, message| {
+            if session == caller.session {
+                outstanding.push(message);
+                return None;
+            }
+            Some(message)
+        });
+        answer(reply)?;
+        let (serial, receiver) = inner.streams.open(caller.session);
+        drop(inner);
+        let guard = Attached {
+            owner: Arc::clone(self),
+            session: caller.session,
+            serial,
+        };
+        Ok(Attachment {
+            outstanding,
+            receiver,
+            guard,
+        })
+    }
+
+    /// Time passes.
+    pub fn tick(&self) {
+        self.descriptors.expire(Instant::now());
+        let mut inner = self.inner.lock();
+        inner.apply(self, Event::Tick);
+        if inner.ledger.wants_rewrite() {
+            inner.rewrite(self);
+        }
+    }
+
+    /// The kernel reports a process dead.
+    pub fn process_gone(&self, process: Process) {
+        let mut inner = self.inner.lock();
+        inner.apply(self, Event::ProcessGone(process));
+        inner.deaths.unwatch(process);
+    }
+
+    /// Whether the session is this process's.
+    pub fn is_session_of(&self, session: SessionId, process: Process) -> bool {
+        self.read(|state| {
+            state
+                .session(session)
+                .is_some_and(|view| view.process == process)
+        })
+    }
+
+    /// Looks at the state.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.inner.lock().state)
+    }
+
+    /// The newest of the wanted events, oldest first.
+    pub fn events(&self, wanted: &Wanted) -> Vec<v1::EventRecord> {
+        self.inner.lock().events.list(wanted)
+    }
+
+    /// Attached streams, watched processes.
+    pub fn connections(&self) -> (usize, usize) {
+        let inner = self.inner.lock();
+        (inner.streams.count(), inner.deaths.count())
+    }
+
+    /// The broker is on its way out: streams end, none begins.
+    pub fn close(&self) {
+        let mut inner = self.inner.lock();
+        inner.closing = true;
+        inner.streams.close_all();
+    }
+}
+
+fn answer(reply: Option<Reply>) -> Result<Reply, Refused> {
+    match reply {
+        Some(Reply::Refused(refusal)) => Err(refusal.into()),
+        Some(reply) => Ok(reply),
+        None => Ok(Reply::Done),
+    }
+}
+
+impl Inner {
+    /// The reply, and whether all its records are in the ledger.
+    fn apply(&mut self, owner: &Owner, event: Event) -> (Option<Reply>, bool) {
+        let effects = self.state.apply(event, owner.now());
+        self.carry_out(owner, effects, &mut |_, message| Some(message))
+    }
+
+    /// Carries out effects in order, records first: nothing they speak of leaves before it is recorded.
+    /// `divert` may keep a message from the session's queue.
+    fn carry_out(
+        &mut self,
+        owner: &Owner,
+        effects: Vec<Effect>,
+        divert: &mut dyn FnMut(SessionId, v1::SessionResponse) -> Option<v1::SessionResponse>,
+    ) -> (Option<Reply>, bool) {
+        let records: Vec<Record> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Record(record) => Some(record.clone()),
+                _ => None,
+            })
+            .collect();
+        let recorded = records.is_empty() || self.ledger.append(&records);
+        let mut reply = None;
+        let mut fallen = Vec::new();
+        for effect in effects {
+            match effect {
+                Effect::Reply(given) => reply = Some(given),
+                Effect::Record(_) => {}
+                // A restarted broker that knows nothing of this scrub could lend the slab while it is zeroed.
+                Effect::Send(session, Outgoing::Scrub { .. }) if self.ledger.behind().is_some() => {
+                    self.withheld.insert(session);
+                }
+                Effect::Send(session, outgoing) => {
+                    if let Some(message) = divert(session, wire(outgoing))
+                        && !self.streams.send(session, message)
+                    {
+                        tracing::warn!(
+                            ?session,
+                            "a stream that is read too slowly was closed; attaching again brings what is \
+                             outstanding"
+                        );
+                        fallen.push(session);
+                    }
+                }
+                Effect::Watch(process) => self.deaths.watch_known(process),
+                Effect::Unwatch(process) => self.deaths.unwatch(process),
+                Effect::DropHandle(allocation) => owner.descriptors.discard(allocation),
+                Effect::Note(note) => self.note(owner, &note),
+            }
+        }
+        for session in fallen {
+            self.apply(owner, Event::Detach(session));
+        }
+        (reply, recorded)
+    }
+
+    fn note(&mut self, owner: &Owner, note: &Note) {
+        owner.metrics.note(note);
+        match note {
+            Note::Left { session } | Note::Gone { session, .. } => {
+                self.streams.close(*session);
+                self.withheld.remove(session);
+                owner.descriptors.forget(*session);
+            }
+            Note::Refused { refusal } => tracing::debug!(%refusal, "refused"),
+            _ => {}
+        }
+        if let Some((kind, text)) = describe(note) {
+            match note {
+                Note::Zombie { .. } | Note::Gone { .. } => tracing::warn!(kind, "{text}"),
+                _ => tracing::info!(kind, "{text}"),
+            }
+            self.events.push(kind, text, detail(note));
+        }
+    }
+
+    /// Rewrites the ledger from the state. Once it is whole, sessions from which something was withheld attach
+    /// again.
+    fn rewrite(&mut self, owner: &Owner) -> bool {
+        let records = self.state.records();
+        let whole = self.ledger.rewrite(&records);
+        if whole {
+            for session in std::mem::take(&mut self.withheld) {
+                if self.streams.close(session) {
+                    self.apply(owner, Event::Detach(session));
+                }
+            }
+        }
+        whole
+    }
+
+    /// Undoes a grant that never left.
+    fn take_back(&mut self, owner: &Owner, caller: Caller, reply: Option<Reply>) {
+        let leases = match reply {
+            Some(Reply::Leased { grants, .. }) => grants.iter().map(|grant| grant.lease).collect(),
+            Some(Reply::Shared(grant)) => vec![grant.lease],
+            _ => return,
+        };
+        self.apply(owner, Event::Release { caller, leases });
+    }
+
+    fn unrecorded(&self) -> Refused {
+        Refused::Unrecorded {
+            path: self.ledger.path().to_owned(),
+            problem: self
+                .ledger
+                .behind()
+                .unwrap_or("it is incomplete")
+                .to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

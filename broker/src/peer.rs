@@ -1,0 +1,205 @@
+//! Who is at the other end of a Unix socket: the process the kernel names, told apart from every other by its
+//! birth, and a pidfd that reports its death.
+//!
+//! The identity is that of the process that called `connect`. A child that inherits the connection speaks for
+//! its parent, as it does with every other descriptor it inherits.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
+use crate::core::Process;
+
+/// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9): there a pidfd's inode names one process for the
+/// whole life of the kernel. Before that all pidfds share one inode.
+const PIDFS_MAGIC: i128 = 0x5049_4446;
+
+/// The process at the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// As the core knows it.
+    pub process: Process,
+    /// Readable once the process is gone.
+    pub pidfd: Arc<OwnedFd>,
+}
+
+impl Peer {
+    /// Asks the kernel who connected `socket`.
+    ///
+    /// # Errors
+    /// When the kernel will not say, or the process is already gone.
+    pub fn of(socket: impl AsFd) -> io::Result<Self> {
+        let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+        let pid = u32::try_from(credentials.pid()).unwrap_or(0);
+        let pidfd = match getsockopt(&socket, sockopt::PeerPidfd) {
+            Ok(pidfd) => pidfd,
+            // Before Linux 6.5. The pid may have been reused between connect and here; the check below that
+            // the process lives narrows the window but cannot close it.
+            Err(nix::Error::ENOPROTOOPT) if pid != 0 => open_pidfd(pid)?,
+            Err(error) => return Err(error.into()),
+        };
+        let birth = if pid == 0 {
+            inode_birth(&pidfd)?
+        } else {
+            stat_birth(pid)?
+        };
+        // Alive after its birth was read: so the birth is this process's and not a later one's of that pid.
+        if is_gone(&pidfd)? {
+            return Err(io::Error::new(
+                io::ErrorKind::NotConnected,
+                format!("process {pid} is gone"),
+            ));
+        }
+        Ok(Self {
+            process: Process {
+                pid,
+                birth,
+                uid: credentials.uid(),
+            },
+            pidfd: Arc::new(pidfd),
+        })
+    }
+}
+
+/// A pidfd of a process known from the ledger; `None` when that process is gone.
+///
+/// # Errors
+/// When the kernel will not say: then the process counts as alive.
+pub fn reopen(process: Process) -> io::Result<Option<OwnedFd>> {
+    if process.pid == 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "it lives in a PID namespace the broker cannot see into",
+        ));
+    }
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound
+            || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+    };
+    let pidfd = match open_pidfd(process.pid) {
+        Ok(pidfd) => pidfd,
+        Err(error) if gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match stat_birth(process.pid) {
+        Ok(birth) if birth == process.birth && !is_gone(&pidfd)? => Ok(Some(pidfd)),
+        Ok(_) => Ok(None),
+        Err(error) if gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// A pidfd turns readable when its process is gone.
+fn is_gone(pidfd: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    Ok(poll(&mut fds, Some(&now))? > 0)
+}
+
+/// The start time of a process, clock ticks since boot: field 22 of `/proc/<pid>/stat`.
+fn stat_birth(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_birth(&stat).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("/proc/{pid}/stat has no start time"),
+        )
+    })
+}
+
+/// The second field is the command in parentheses and may hold anything, parentheses included; after its end
+/// the start time is the 20th.
+fn parse_birth(stat: &str) -> Option<u64> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// The birth of a process whose pid cannot be seen.
+fn inode_birth(pidfd: &OwnedFd) -> io::Result<u64> {
+    if i128::from(rustix::fs::fstatfs(pidfd)?.f_type) != PIDFS_MAGIC {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the peer lives in a PID namespace the broker cannot see into, and before Linux 6.9 such \
+             processes cannot be told apart; run both in one PID namespace (hostPID: true)",
+        ));
+    }
+    Ok(rustix::fs::fstat(pidfd)?.st_ino)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn names_the_process_at_the_other_end() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&ours).unwrap();
+        assert_eq!(peer.process.pid, std::process::id());
+        assert_eq!(peer.process.uid, rustix::process::getuid().as_raw());
+        assert_eq!(
+            peer.process.birth,
+            stat_birth(std::process::id()).unwrap(),
+            "the birth is this process's own"
+        );
+        assert!(!is_gone(&peer.pidfd).unwrap());
+    }
+
+    #[test]
+    fn a_command_with_parentheses_does_not_shift_the_birth() {
+        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21";
+        assert_eq!(parse_birth(&format!("42 (cat) {tail}")), Some(4711));
+        assert_eq!(parse_birth(&format!("42 (a) S 1) {tail}")), Some(4711));
+        assert_eq!(parse_birth("42 (cat) S 1 2"), None);
+    }
+
+    #[test]
+    fn a_living_process_is_reopened_and_a_dead_or_different_one_is_gone() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Process {
+            pid: child.id(),
+            birth: stat_birth(child.id()).unwrap(),
+            uid: 0,
+        };
+        assert!(reopen(process).unwrap().is_some());
+        let reused = Process {
+            birth: process.birth + 1,
+            ..process
+        };
+        assert!(reopen(reused).unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(reopen(process).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_seen_is_not_declared_gone() {
+        let unseen = Process {
+            pid: 0,
+            birth: 7,
+            uid: 0,
+        };
+        assert!(reopen(unseen).is_err());
+    }
+}

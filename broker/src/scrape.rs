@@ -1,0 +1,118 @@
+//! What Prometheus asks: gauges read from the state, then everything as text over HTTP/1.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use ::metrics::Label;
+use http::{Response, StatusCode, header::CONTENT_TYPE};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use crate::{core::Account, owner::Owner};
+
+/// Scrapers at once.
+const MAX_CONNECTIONS: usize = 16;
+/// Time a connection may last: scrapers come back.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Pause after a failed accept, so that a full descriptor table does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves `/metrics` until `stop`.
+pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a scrape could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            continue;
+        };
+        let (owner, stop) = (Arc::clone(&owner), stop.clone());
+        tokio::spawn(async move {
+            let service =
+                TowerToHyperService::new(tower::service_fn(move |request: http::Request<_>| {
+                    let response = answer(request.uri().path(), &owner);
+                    std::future::ready(Ok::<_, Infallible>(response))
+                }));
+            let mut server = auto::Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
+            server.http1().timer(TokioTimer::new());
+            let serving = server.serve_connection(TokioIo::new(stream), service);
+            tokio::select! {
+                () = stop.cancelled() => {}
+                served = tokio::time::timeout(DEADLINE, serving) => {
+                    if let Ok(Err(error)) = served {
+                        tracing::debug!(error, "a scrape broke off");
+                    }
+                }
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn answer(path: &str, owner: &Owner) -> Response<String> {
+    let (status, text) = match path {
+        "/metrics" | "/" => (StatusCode::OK, render(owner)),
+        _ => (
+            StatusCode::NOT_FOUND,
+            "metrics are at /metrics\n".to_owned(),
+        ),
+    };
+    let mut response = Response::new(text);
+    *response.status_mut() = status;
+    let text = http::HeaderValue::from_static("text/plain; version=0.0.4");
+    response.headers_mut().insert(CONTENT_TYPE, text);
+    response
+}
+
+fn render(owner: &Owner) -> String {
+    let metrics = owner.metrics();
+    owner.read(|state| {
+        for view in state.devices() {
+            let device = || Label::new("device", view.device.uuid.to_string());
+            metrics.set(
+                "swiftcache_hbm_bytes",
+                vec![device()],
+                view.device.hbm_bytes,
+            );
+            for (place, bytes) in places(view.account) {
+                let labels = vec![device(), Label::new("state", place)];
+                metrics.set("swiftcache_offered_bytes", labels, bytes);
+            }
+        }
+        metrics.set("swiftcache_leases", vec![], state.leases().count() as u64);
+        metrics.set("swiftcache_regions", vec![], state.regions().count() as u64);
+        metrics.set(
+            "swiftcache_sessions",
+            vec![],
+            state.sessions().count() as u64,
+        );
+        metrics.set("swiftcache_indexed_blocks", vec![], state.indexed_blocks());
+    });
+    let (streams, _) = owner.connections();
+    metrics.set("swiftcache_attached_sessions", vec![], streams as u64);
+    metrics.render()
+}
+
+fn places(account: Account) -> [(&'static str, u64); 5] {
+    [
+        ("free", account.free),
+        ("leased", account.leased),
+        ("draining", account.draining),
+        ("zombie", account.zombie),
+        ("scrubbing", account.scrubbing),
+    ]
+}

@@ -1,0 +1,363 @@
+//! Puts the broker together: ledger before sockets, sockets before readiness, and the way back down.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use swiftcache_proto::{
+    convert::MAX_MESSAGE_BYTES,
+    v1::{self, admin_server::AdminServer, broker_server::BrokerServer},
+};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    service::Routes,
+    transport::{Certificate, Identity, Server, ServerTlsConfig},
+};
+use tonic_health::server::HealthReporter;
+
+use crate::{
+    config::Config,
+    core::{CoreConfig, Node, State},
+    error::BrokerError,
+    fd_socket,
+    ledger::{self, Ledger, Lock},
+    listen::{BoundSocket, bind_tcp, bind_unix, tcp_connections, unix_connections},
+    metrics::Metrics,
+    owner::{Owner, Parts},
+    probe::Probe,
+    scrape,
+    service::{AdminService, BrokerService, NodeFacts},
+};
+
+/// How often the core is told the time: drain windows and pins end this late at most.
+const TICK: Duration = Duration::from_millis(50);
+/// Ticks between foldings of histogram samples.
+const UPKEEP_TICKS: u32 = 100;
+/// Time an RPC may take, the arrival of its request included: they take microseconds.
+const RPC_DEADLINE: Duration = Duration::from_secs(10);
+/// RPCs of one connection at once: an engine has a handful.
+const RPCS_PER_CONNECTION: u32 = 256;
+/// HTTP/2 stream window, bytes: the largest message arrives without waiting for the window to move.
+const STREAM_WINDOW: u32 = MAX_MESSAGE_BYTES as u32;
+/// HTTP/2 connection window, bytes: two of the largest messages.
+const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
+/// HTTP/2 frame size, bytes: a lookup of 8,192 hashes is one frame instead of nine.
+const FRAME: u32 = 256 << 10;
+/// Header bytes of one request: ours take a few hundred.
+const HEADERS: u32 = 16 << 10;
+/// Connections to the Unix socket at once: one a process, and some for people.
+const UNIX_CONNECTIONS: usize = 4_096;
+/// Connections to the TCP address at once: probes and dashboards.
+const TCP_CONNECTIONS: usize = 64;
+/// Descriptors kept for donors at once: a donation of 1 TiB in allocations of 64 MiB.
+const DESCRIPTORS: usize = 16_384;
+
+/// A running broker.
+pub struct Broker {
+    owner: Arc<Owner>,
+    health: HealthReporter,
+    stop: CancellationToken,
+    servers: JoinSet<()>,
+    patience: Duration,
+    tcp_address: Option<SocketAddr>,
+    metrics_address: Option<SocketAddr>,
+    _sockets: [BoundSocket; 2],
+    _state_lock: Lock,
+}
+
+impl Broker {
+    /// Starts everything and serves. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When a file, a socket or a setting cannot be used; nothing is left behind then.
+    pub async fn start(config: &Config, probe: Arc<dyn Probe>) -> Result<Self, BrokerError> {
+        let budget = descriptor_budget();
+        let state_dir = config.state_dir();
+        ledger::create_directory(state_dir)?;
+        let what = format!("state directory {}", state_dir.display());
+        let state_lock = Lock::take(state_dir.join("ledger.lock"), what, "state_dir")?;
+        let group = config.socket_group.as_deref();
+        let (unix, unix_socket) = bind_unix(&config.socket, group, "socket")?;
+        let (descriptors, fd_socket) = bind_unix(&config.fd_socket(), group, "fd_socket")?;
+        let tcp_server = with_tls(grpc(), config)?;
+        let tcp = match config.listen_tcp {
+            Some(address) => Some(bind_tcp(address, "listen_tcp").await?),
+            None => None,
+        };
+        let scrapes = match config.metrics_listen {
+            Some(address) => Some(bind_tcp(address, "metrics_listen").await?),
+            None => None,
+        };
+
+        let metrics = Metrics::new().map_err(|error| BrokerError::Grpc(error.to_string()))?;
+        for device in probe.devices() {
+            let (uuid, name) = (&device.uuid, &device.name);
+            tracing::info!(%uuid, name, bytes = device.hbm_bytes, "device");
+        }
+        let (state, ledger) = restore(config, state_dir, probe.as_ref())?;
+        let (gone, deaths) = mpsc::unbounded_channel();
+        let owner = Arc::new(Owner::new(Parts {
+            state,
+            ledger,
+            deaths: gone,
+            max_descriptors: DESCRIPTORS.min(budget / 2),
+            metrics: Arc::new(metrics),
+        }));
+        owner.watch_restored();
+
+        let facts = NodeFacts::new(
+            probe.as_ref(),
+            config.fd_socket().display().to_string(),
+            config.drain_ms,
+            config.pin_ms,
+        );
+        let (health, routes) = routes(&owner, probe, facts, config.drain_ms).await?;
+        let mut broker = Self {
+            tcp_address: tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()),
+            metrics_address: scrapes.as_ref().and_then(|tcp| tcp.local_addr().ok()),
+            owner,
+            health,
+            stop: CancellationToken::new(),
+            servers: JoinSet::new(),
+            patience: Duration::from_millis(config.shutdown_ms),
+            _sockets: [unix_socket, fd_socket],
+            _state_lock: state_lock,
+        };
+        broker.spawn_clock(deaths);
+        let connections = Arc::new(Semaphore::new(UNIX_CONNECTIONS.min(budget / 4)));
+        let incoming = unix_connections(unix, connections);
+        let server = grpc().add_routes(routes.clone());
+        let stop = broker.stop.clone();
+        broker.spawn("unix", async move {
+            let stopped = stop.cancelled_owned();
+            server.serve_with_incoming_shutdown(incoming, stopped).await
+        });
+        if let Some(tcp) = tcp {
+            let mut server = tcp_server;
+            let server = server.add_routes(routes);
+            let incoming = tcp_connections(tcp, Arc::new(Semaphore::new(TCP_CONNECTIONS)));
+            let stop = broker.stop.clone();
+            broker.spawn("tcp", async move {
+                let stopped = stop.cancelled_owned();
+                server.serve_with_incoming_shutdown(incoming, stopped).await
+            });
+        }
+        let (owner, stop) = (Arc::clone(&broker.owner), broker.stop.clone());
+        broker
+            .servers
+            .spawn(fd_socket::serve(descriptors, owner, stop));
+        if let Some(scrapes) = scrapes {
+            let (owner, stop) = (Arc::clone(&broker.owner), broker.stop.clone());
+            broker.servers.spawn(scrape::serve(scrapes, owner, stop));
+        }
+        Ok(broker)
+    }
+
+    /// The state's owner.
+    pub fn owner(&self) -> &Arc<Owner> {
+        &self.owner
+    }
+
+    /// Where TCP is served, if it is; tells the port when the settings said 0.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.tcp_address
+    }
+
+    /// Where metrics are served, if they are.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
+    }
+
+    /// Goes down in good order: not serving, no new connection, streams closed, RPCs in flight finished within
+    /// the time the settings give, sockets removed. Sessions and leases stay in the ledger. False: something
+    /// had to be cut off.
+    pub async fn drain(mut self) -> bool {
+        for name in services() {
+            let status = tonic_health::ServingStatus::NotServing;
+            self.health.set_service_status(name, status).await;
+        }
+        self.stop.cancel();
+        self.owner.close();
+        for name in services() {
+            // Ends the streams of those who watch; they have been told.
+            self.health.clear_service_status(name).await;
+        }
+        let all = async { while self.servers.join_next().await.is_some() {} };
+        let in_time = tokio::time::timeout(self.patience, all).await.is_ok();
+        if !in_time {
+            tracing::warn!(
+                after_ms = self.patience.as_millis(),
+                "RPCs in flight were cut off"
+            );
+        }
+        in_time
+    }
+
+    fn spawn(
+        &mut self,
+        name: &'static str,
+        serving: impl Future<Output = Result<(), tonic::transport::Error>> + Send + 'static,
+    ) {
+        self.servers.spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(server = name, %error, "the gRPC server ended");
+            }
+        });
+    }
+
+    /// Tells the core the time, and who died.
+    fn spawn_clock(&mut self, mut deaths: mpsc::UnboundedReceiver<crate::core::Process>) {
+        let (owner, stop) = (Arc::clone(&self.owner), self.stop.clone());
+        self.servers.spawn(async move {
+            let mut ticks = tokio::time::interval(TICK);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let mut until_upkeep = UPKEEP_TICKS;
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    Some(process) = deaths.recv() => owner.process_gone(process),
+                    _ = ticks.tick() => {
+                        owner.tick();
+                        until_upkeep -= 1;
+                        if until_upkeep == 0 {
+                            until_upkeep = UPKEEP_TICKS;
+                            owner.metrics().upkeep();
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Every service whose health is told; "" is the whole broker's.
+fn services() -> [&'static str; 3] {
+    ["", "swiftcache.v1.Broker", "swiftcache.v1.Admin"]
+}
+
+/// The state as the ledger has it, and the ledger, compacted.
+fn restore(
+    config: &Config,
+    state_dir: &Path,
+    probe: &dyn Probe,
+) -> Result<(State, Ledger), BrokerError> {
+    let since = Instant::now();
+    let node = Node {
+        devices: probe.devices().to_vec(),
+        links: probe.links().to_vec(),
+    };
+    let core = CoreConfig {
+        pin_ms: config.pin_ms,
+        default_drain_ms: config.drain_ms,
+        wait_ms: config.wait_ms,
+        pin_base: rand::random::<u64>() >> 1,
+        session_quota_bytes: config.session_quota_bytes,
+        namespace_quota_bytes: config.namespace_quota_bytes,
+        max_sessions: config.max_sessions as usize,
+        max_regions: config.max_regions as usize,
+        max_leases: config.max_leases as usize,
+        max_blocks: config.max_blocks,
+        ..CoreConfig::default()
+    };
+    let (mut ledger, records) = ledger::open(state_dir)?;
+    let lines = records.len();
+    let state = match State::restore(core.clone(), node.clone(), records) {
+        Ok(state) => state,
+        Err(error) => {
+            ledger::set_aside(ledger.path(), &error.to_string())?;
+            ledger = ledger::open(state_dir)?.0;
+            State::new(core, node)
+        }
+    };
+    ledger.rewrite(&state.records());
+    tracing::info!(
+        ledger = %ledger.path().display(),
+        lines,
+        sessions = state.processes().count(),
+        micros = since.elapsed().as_micros(),
+        "ledger replayed"
+    );
+    Ok((state, ledger))
+}
+
+async fn routes(
+    owner: &Arc<Owner>,
+    probe: Arc<dyn Probe>,
+    facts: NodeFacts,
+    drain_ms: u32,
+) -> Result<(HealthReporter, Routes), BrokerError> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    for name in services() {
+        let status = tonic_health::ServingStatus::Serving;
+        health.set_service_status(name, status).await;
+    }
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let refused = |error: tonic_reflection::server::Error| BrokerError::Grpc(error.to_string());
+    let broker = BrokerServer::new(BrokerService::new(Arc::clone(owner), facts))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let admin = AdminServer::new(AdminService::new(Arc::clone(owner), probe, drain_ms))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let routes = Routes::new(broker)
+        .add_service(admin)
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(refused)?)
+        .add_service(reflection().build_v1alpha().map_err(refused)?);
+    Ok((health, routes))
+}
+
+fn grpc() -> Server {
+    Server::builder()
+        .timeout(RPC_DEADLINE)
+        .concurrency_limit_per_connection(RPCS_PER_CONNECTION as usize)
+        .max_concurrent_streams(RPCS_PER_CONNECTION)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .http2_max_header_list_size(HEADERS)
+}
+
+/// Mutual TLS, when the settings ask for it.
+fn with_tls(server: Server, config: &Config) -> Result<Server, BrokerError> {
+    let (Some(cert), Some(key), Some(ca)) =
+        (&config.tls_cert, &config.tls_key, &config.tls_client_ca)
+    else {
+        return Ok(server);
+    };
+    let read = |path: &Path| fs::read(path).map_err(BrokerError::file("read", path));
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(read(cert)?, read(key)?))
+        .client_ca_root(Certificate::from_pem(read(ca)?));
+    server
+        .tls_config(tls)
+        .map_err(|error| BrokerError::Config(format!("tls_cert, tls_key, tls_client_ca: {error}")))
+}
+
+/// Lets this process have as many descriptors as it may, and says how many that is.
+fn descriptor_budget() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+    let current = getrlimit(Resource::Nofile).current;
+    current.map_or(usize::MAX, |limit| {
+        usize::try_from(limit).unwrap_or(usize::MAX)
+    })
+}

@@ -1,0 +1,296 @@
+//! The `Admin` service: the state as operators may see it, and their actions. No reply holds a handle, a grant
+//! token or a whole session id.
+
+use std::sync::Arc;
+
+use swiftcache_proto::{
+    convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
+    domain::{LeaseId, RegionId},
+    v1::{
+        self, admin_server::Admin, drain_request, evict_request, set_quota_request, undrain_request,
+    },
+};
+use tonic::{Request, Response, Status};
+
+use super::view;
+use crate::{
+    core::{DrainTarget, Event, EvictTarget, Need, QuotaTarget, Reply, SetQuota},
+    error::Refused,
+    events::Wanted,
+    owner::Owner,
+    probe::Probe,
+};
+
+/// Hexadecimal digits of a session's label.
+const LABEL_BYTES: usize = 4;
+/// A uid, a slash and a label.
+const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
+
+/// The service.
+pub struct AdminService {
+    owner: Arc<Owner>,
+    probe: Arc<dyn Probe>,
+    drain_ms: u32,
+}
+
+impl AdminService {
+    /// Serves the owner's state; `drain_ms` is the drain window when nobody names one.
+    pub fn new(owner: Arc<Owner>, probe: Arc<dyn Probe>, drain_ms: u32) -> Self {
+        Self {
+            owner,
+            probe,
+            drain_ms,
+        }
+    }
+
+    async fn do_get_node(&self) -> v1::GetNodeResponse {
+        let mut node = self.owner.read(view::node);
+        node.version = env!("CARGO_PKG_VERSION").to_owned();
+        node.boot_id = self.owner.boot_id();
+        node.uptime_ms = self.owner.now().0;
+        node.probe = self.probe.source();
+        // The driver may take milliseconds: not on the thread that serves everyone.
+        let probe = Arc::clone(&self.probe);
+        let donated: Vec<u64> = node
+            .devices
+            .iter()
+            .map(|status| {
+                status
+                    .account
+                    .as_ref()
+                    .map_or(0, |account| account.offered_bytes)
+            })
+            .collect();
+        let used = tokio::task::spawn_blocking(move || -> Vec<u64> {
+            let devices = probe.devices().iter().zip(donated);
+            let used = devices.map(|(device, donated)| probe.used_bytes(&device.uuid, donated));
+            used.map(Option::unwrap_or_default).collect()
+        });
+        for (status, used) in node.devices.iter_mut().zip(used.await.unwrap_or_default()) {
+            status.hbm_used_bytes = used;
+        }
+        node
+    }
+
+    fn do_drain(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, Refused> {
+        let target = match request.target {
+            Some(drain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
+            Some(drain_request::Target::DonorLabel(label)) => donor(&label)?,
+            Some(drain_request::Target::RegionId(id)) => DrainTarget::Region(region(&id)?),
+            None => return Err(missing_target()),
+        };
+        let drain_ms = convert::drain_ms("drain_ms", request.drain_ms, self.drain_ms)?;
+        match self.owner.apply(Event::Drain { target, drain_ms })? {
+            Reply::Drained { leases, bytes } => Ok(v1::DrainResponse {
+                revoked_leases: leases,
+                revoked_bytes: bytes,
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_undrain(&self, request: v1::UndrainRequest) -> Result<(), Refused> {
+        let target = match request.target {
+            Some(undrain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
+            Some(undrain_request::Target::DonorLabel(label)) => donor(&label)?,
+            None => return Err(missing_target()),
+        };
+        self.owner.apply(Event::Undrain(target)).map(drop)
+    }
+
+    fn do_evict(&self, request: v1::EvictRequest) -> Result<v1::EvictResponse, Refused> {
+        let target = match request.target {
+            Some(evict_request::Target::Namespace(name)) => {
+                EvictTarget::Namespace(convert::text("namespace", &name, MAX_NAMESPACE_BYTES)?)
+            }
+            Some(evict_request::Target::LeaseId(id)) => EvictTarget::Lease(LeaseId(id)),
+            None => return Err(missing_target()),
+        };
+        match self.owner.apply(Event::Evict(target))? {
+            Reply::Evicted { blocks, leases } => Ok(v1::EvictResponse {
+                evicted_blocks: blocks,
+                revoked_leases: leases,
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_preview_withdraw(
+        &self,
+        request: &v1::PreviewWithdrawRequest,
+    ) -> Result<v1::PreviewWithdrawResponse, Refused> {
+        let need = Need {
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            bytes: request.bytes,
+            donor: match request.donor_label.as_str() {
+                "" => None,
+                label => Some(donor_label(label)?),
+            },
+        };
+        let started = self.owner.started_unix_ms();
+        self.owner.read(|state| {
+            let preview = state.preview_withdraw(&need)?;
+            Ok(view::preview(preview, started))
+        })
+    }
+
+    fn do_set_quota(&self, request: v1::SetQuotaRequest) -> Result<v1::SetQuotaResponse, Refused> {
+        let target = match request.target {
+            Some(set_quota_request::Target::Namespace(name)) => {
+                QuotaTarget::Namespace(convert::text("namespace", &name, MAX_NAMESPACE_BYTES)?)
+            }
+            Some(set_quota_request::Target::Tenant(tenant)) => {
+                QuotaTarget::Tenant(convert::text("tenant", &tenant, MAX_WHOLE_TENANT_BYTES)?)
+            }
+            None => return Err(missing_target()),
+        };
+        let bytes = request.bytes;
+        match self
+            .owner
+            .apply(Event::SetQuota(SetQuota { target, bytes }))?
+        {
+            Reply::QuotaSet { leased_bytes } => Ok(v1::SetQuotaResponse { leased_bytes }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+}
+
+fn missing_target() -> Refused {
+    InvalidField::new("target", "is missing").into()
+}
+
+fn device(uuid: &str) -> Result<DrainTarget, InvalidField> {
+    convert::device_uuid("device_uuid", uuid).map(DrainTarget::Device)
+}
+
+fn donor(label: &str) -> Result<DrainTarget, InvalidField> {
+    donor_label(label).map(DrainTarget::Donor)
+}
+
+fn donor_label(label: &str) -> Result<String, InvalidField> {
+    let hexadecimal = label.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if label.len() != LABEL_BYTES || !hexadecimal {
+        let problem = format!("is {label:?}; takes {LABEL_BYTES} hexadecimal digits");
+        return Err(InvalidField::new("donor_label", problem));
+    }
+    Ok(label.to_ascii_lowercase())
+}
+
+fn region(id: &str) -> Result<RegionId, InvalidField> {
+    id.parse()
+        .map_err(|problem: String| InvalidField::new("region_id", problem))
+}
+
+/// The device a list is narrowed to; empty is every device.
+fn narrowed(uuid: &str) -> Result<(), Refused> {
+    if !uuid.is_empty() {
+        convert::device_uuid("device_uuid", uuid)?;
+    }
+    Ok(())
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn get_node(
+        &self,
+        _: Request<v1::GetNodeRequest>,
+    ) -> Result<Response<v1::GetNodeResponse>, Status> {
+        let _timer = self.owner.metrics().time("GetNode");
+        Ok(Response::new(self.do_get_node().await))
+    }
+
+    async fn list_sessions(
+        &self,
+        _: Request<v1::ListSessionsRequest>,
+    ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        let _timer = self.owner.metrics().time("ListSessions");
+        let started = self.owner.started_unix_ms();
+        let sessions = self.owner.read(|state| view::sessions(state, started));
+        Ok(Response::new(v1::ListSessionsResponse { sessions }))
+    }
+
+    async fn list_regions(
+        &self,
+        request: Request<v1::ListRegionsRequest>,
+    ) -> Result<Response<v1::ListRegionsResponse>, Status> {
+        let _timer = self.owner.metrics().time("ListRegions");
+        let device = request.into_inner().device_uuid;
+        narrowed(&device)?;
+        let regions = self.owner.read(|state| view::regions(state, &device));
+        Ok(Response::new(v1::ListRegionsResponse { regions }))
+    }
+
+    async fn list_leases(
+        &self,
+        request: Request<v1::ListLeasesRequest>,
+    ) -> Result<Response<v1::ListLeasesResponse>, Status> {
+        let _timer = self.owner.metrics().time("ListLeases");
+        let device = request.into_inner().device_uuid;
+        narrowed(&device)?;
+        let started = self.owner.started_unix_ms();
+        let leases = self
+            .owner
+            .read(|state| view::leases(state, &device, started));
+        Ok(Response::new(v1::ListLeasesResponse { leases }))
+    }
+
+    async fn list_namespaces(
+        &self,
+        _: Request<v1::ListNamespacesRequest>,
+    ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
+        let _timer = self.owner.metrics().time("ListNamespaces");
+        Ok(Response::new(self.owner.read(view::namespaces)))
+    }
+
+    async fn list_events(
+        &self,
+        request: Request<v1::ListEventsRequest>,
+    ) -> Result<Response<v1::ListEventsResponse>, Status> {
+        let _timer = self.owner.metrics().time("ListEvents");
+        let wanted = Wanted::new(request.into_inner()).map_err(Refused::from)?;
+        let events = self.owner.events(&wanted);
+        Ok(Response::new(v1::ListEventsResponse { events }))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        let _timer = self.owner.metrics().time("Drain");
+        Ok(Response::new(self.do_drain(request.into_inner())?))
+    }
+
+    async fn undrain(
+        &self,
+        request: Request<v1::UndrainRequest>,
+    ) -> Result<Response<v1::UndrainResponse>, Status> {
+        let _timer = self.owner.metrics().time("Undrain");
+        self.do_undrain(request.into_inner())?;
+        Ok(Response::new(v1::UndrainResponse {}))
+    }
+
+    async fn evict(
+        &self,
+        request: Request<v1::EvictRequest>,
+    ) -> Result<Response<v1::EvictResponse>, Status> {
+        let _timer = self.owner.metrics().time("Evict");
+        Ok(Response::new(self.do_evict(request.into_inner())?))
+    }
+
+    async fn preview_withdraw(
+        &self,
+        request: Request<v1::PreviewWithdrawRequest>,
+    ) -> Result<Response<v1::PreviewWithdrawResponse>, Status> {
+        let _timer = self.owner.metrics().time("PreviewWithdraw");
+        let request = request.into_inner();
+        Ok(Response::new(self.do_preview_withdraw(&request)?))
+    }
+
+    async fn set_quota(
+        &self,
+        request: Request<v1::SetQuotaRequest>,
+    ) -> Result<Response<v1::SetQuotaResponse>, Status> {
+        let _timer = self.owner.metrics().time("SetQuota");
+        Ok(Response::new(self.do_set_quota(request.into_inner())?))
+    }
+}

@@ -1,0 +1,420 @@
+//! The `Broker` service: checks a request, lets its event happen, turns the reply into the answer.
+
+use std::{sync::Arc, time::Instant};
+
+use swiftcache_proto::{
+    convert::{self, InvalidField, MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
+    domain::{Generation, Handle, HandleKind, LeaseId, SessionId},
+    v1::{self, broker_server::Broker},
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    caller, peer,
+    session::{OutgoingStream, open},
+};
+use crate::{
+    core::{
+        Event, Grant, LeaseDemand, Offer, Process, Publish, Register, Reply, Withdraw, WithdrawWhat,
+    },
+    error::Refused,
+    owner::Owner,
+    probe::Probe,
+};
+
+/// What the service tells every session about the node.
+pub struct NodeFacts {
+    devices: Vec<v1::Device>,
+    links: Vec<v1::Link>,
+    fd_socket: String,
+    drain_ms: u32,
+    pin_ms: u32,
+}
+
+impl NodeFacts {
+    /// From the probe and the settings.
+    pub fn new(probe: &dyn Probe, fd_socket: String, drain_ms: u32, pin_ms: u32) -> Self {
+        Self {
+            devices: probe.devices().iter().map(v1::Device::from).collect(),
+            links: probe.links().iter().map(v1::Link::from).collect(),
+            fd_socket,
+            drain_ms,
+            pin_ms,
+        }
+    }
+}
+
+/// The service. Answers FAILED_PRECONDITION on connections without a [`crate::peer::Peer`].
+pub struct BrokerService {
+    owner: Arc<Owner>,
+    node: NodeFacts,
+}
+
+impl BrokerService {
+    /// Serves the owner's state.
+    pub fn new(owner: Arc<Owner>, node: NodeFacts) -> Self {
+        Self { owner, node }
+    }
+
+    /// A grant as it travels; a descriptor's gets a token that only `process` can use.
+    fn grant(&self, grant: Grant, process: Process) -> v1::Grant {
+        let mut handle = v1::Handle {
+            kind: v1::HandleKind::from(grant.handle.kind()).into(),
+            ..Default::default()
+        };
+        match grant.handle {
+            Handle::CudaIpc(opaque) | Handle::Fabric(opaque) => {
+                handle.opaque = opaque.0.to_vec().into();
+            }
+            Handle::PosixFd => {
+                let descriptors = self.owner.descriptors();
+                let token = descriptors.grant(process, grant.allocation, Instant::now());
+                handle.grant_token = token.to_vec().into();
+            }
+        }
+        v1::Grant {
+            lease_id: grant.lease.0,
+            generation: grant.generation.0,
+            region_id: grant.region.0.to_vec().into(),
+            slab: grant.slab,
+            slab_bytes: grant.slab_bytes,
+            allocation_id: grant.allocation.0.to_vec().into(),
+            offset: grant.offset,
+            device_uuid: grant.device.to_string(),
+            handle: Some(handle),
+            link: v1::LinkKind::from(grant.link).into(),
+            slots: grant.slots,
+            block_bytes: grant.block_bytes,
+            map_bytes: grant.map_bytes,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Broker for BrokerService {
+    type SessionStream = OutgoingStream;
+
+    async fn register(
+        &self,
+        request: Request<v1::RegisterRequest>,
+    ) -> Result<Response<v1::RegisterResponse>, Status> {
+        let _timer = self.owner.metrics().time("Register");
+        Ok(Response::new(self.do_register(request)?))
+    }
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let _timer = self.owner.metrics().time("Session");
+        let peer = peer(&request)?;
+        let stream = open(Arc::clone(&self.owner), peer, request.into_inner()).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn leave(
+        &self,
+        request: Request<v1::LeaveRequest>,
+    ) -> Result<Response<v1::LeaveResponse>, Status> {
+        let _timer = self.owner.metrics().time("Leave");
+        let caller = caller(&peer(&request)?, request.get_ref().session_id);
+        self.owner.apply(Event::Leave(caller))?;
+        Ok(Response::new(v1::LeaveResponse {}))
+    }
+
+    async fn offer(
+        &self,
+        request: Request<v1::OfferRequest>,
+    ) -> Result<Response<v1::OfferResponse>, Status> {
+        let _timer = self.owner.metrics().time("Offer");
+        self.do_offer(request)?;
+        let boot_id = self.owner.boot_id();
+        Ok(Response::new(v1::OfferResponse { boot_id }))
+    }
+
+    async fn withdraw(
+        &self,
+        request: Request<v1::WithdrawRequest>,
+    ) -> Result<Response<v1::WithdrawResponse>, Status> {
+        let _timer = self.owner.metrics().time("Withdraw");
+        Ok(Response::new(self.do_withdraw(request)?))
+    }
+
+    async fn lease(
+        &self,
+        request: Request<v1::LeaseRequest>,
+    ) -> Result<Response<v1::LeaseResponse>, Status> {
+        let _timer = self.owner.metrics().time("Lease");
+        Ok(Response::new(self.do_lease(request)?))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        let _timer = self.owner.metrics().time("Release");
+        self.do_release(request)?;
+        Ok(Response::new(v1::ReleaseResponse {}))
+    }
+
+    async fn share(
+        &self,
+        request: Request<v1::ShareRequest>,
+    ) -> Result<Response<v1::ShareResponse>, Status> {
+        let _timer = self.owner.metrics().time("Share");
+        Ok(Response::new(self.do_share(request)?))
+    }
+
+    async fn publish(
+        &self,
+        request: Request<v1::PublishRequest>,
+    ) -> Result<Response<v1::PublishResponse>, Status> {
+        let _timer = self.owner.metrics().time("Publish");
+        Ok(Response::new(self.do_publish(request)?))
+    }
+
+    async fn unpublish(
+        &self,
+        request: Request<v1::UnpublishRequest>,
+    ) -> Result<Response<v1::UnpublishResponse>, Status> {
+        let _timer = self.owner.metrics().time("Unpublish");
+        Ok(Response::new(self.do_unpublish(request)?))
+    }
+
+    async fn lookup(
+        &self,
+        request: Request<v1::LookupRequest>,
+    ) -> Result<Response<v1::LookupResponse>, Status> {
+        let _timer = self.owner.metrics().time("Lookup");
+        Ok(Response::new(self.do_lookup(request)?))
+    }
+}
+
+impl BrokerService {
+    fn do_register(
+        &self,
+        request: Request<v1::RegisterRequest>,
+    ) -> Result<v1::RegisterResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let label = convert::optional_text("tenant", &request.tenant, MAX_TENANT_BYTES)?;
+        let uid = peer.process.uid;
+        let tenant = match label.as_str() {
+            "" => uid.to_string(),
+            label => format!("{uid}/{label}"),
+        };
+        let resume = request.resume_session_id;
+        let register = Register {
+            process: peer.process,
+            // 0 is "none" on the wire.
+            fresh_id: SessionId(rand::random_range(1..=u64::MAX)),
+            name: convert::text("name", &request.name, MAX_NAME_BYTES)?,
+            tenant,
+            resume: (resume != 0).then_some(SessionId(resume)),
+            held: leases("held_lease_ids", &request.held_lease_ids)?,
+            shared: leases("shared_lease_ids", &request.shared_lease_ids)?,
+        };
+        match self.owner.register(&peer, register)? {
+            Reply::Registered {
+                session,
+                refused,
+                regions,
+            } => Ok(v1::RegisterResponse {
+                session_id: session.0,
+                boot_id: self.owner.boot_id(),
+                devices: self.node.devices.clone(),
+                links: self.node.links.clone(),
+                fd_socket: self.node.fd_socket.clone(),
+                refused_lease_ids: refused.into_iter().map(|lease| lease.0).collect(),
+                region_ids: regions.iter().map(|id| id.0.to_vec().into()).collect(),
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_offer(&self, request: Request<v1::OfferRequest>) -> Result<(), Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let offer = Offer {
+            caller: caller(&peer, request.session_id),
+            region: convert::region_id("region_id", &request.region_id)?,
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            allocation: convert::allocation_id("allocation_id", &request.allocation_id)?,
+            offset: request.offset,
+            bytes: request.bytes,
+            slab_bytes: request.slab_bytes,
+            handle: convert::offered_handle(request.handle.as_ref())?,
+        };
+        let (session, allocation) = (offer.caller.session, offer.allocation);
+        let by_descriptor = offer.handle.kind() == HandleKind::PosixFd;
+        // Another process's session gets the core's answer, not one about descriptors.
+        if by_descriptor && self.owner.is_session_of(session, peer.process) {
+            self.owner.descriptors().check_offer(session, allocation)?;
+        }
+        self.owner.apply(Event::Offer(offer))?;
+        if by_descriptor {
+            self.owner.descriptors().offered(session, allocation);
+        }
+        Ok(())
+    }
+
+    fn do_withdraw(
+        &self,
+        request: Request<v1::WithdrawRequest>,
+    ) -> Result<v1::WithdrawResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let regions = convert::bounded("region_ids", &request.region_ids)?;
+        let what = if regions.is_empty() {
+            WithdrawWhat::Bytes {
+                device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+                bytes: at_least_one("bytes", request.bytes)?,
+            }
+        } else {
+            let regions = regions.iter();
+            let regions = regions.map(|id| convert::region_id("region_ids", id));
+            WithdrawWhat::Regions(regions.collect::<Result<_, _>>()?)
+        };
+        let withdraw = Withdraw {
+            caller: caller(&peer, request.session_id),
+            what,
+            drain_ms: convert::drain_ms("drain_ms", request.drain_ms, self.node.drain_ms)?,
+        };
+        match self.owner.apply(Event::Withdraw(withdraw))? {
+            Reply::Withdrawing { regions, bytes } => Ok(v1::WithdrawResponse {
+                region_ids: regions.iter().map(|id| id.0.to_vec().into()).collect(),
+                bytes,
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_lease(&self, request: Request<v1::LeaseRequest>) -> Result<v1::LeaseResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let demand = LeaseDemand {
+            caller: caller(&peer, request.session_id),
+            namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            bytes: at_least_one("bytes", request.bytes)?,
+            block_bytes: at_least_one("block_bytes", request.block_bytes)?,
+        };
+        match self.owner.apply(Event::Lease(demand))? {
+            Reply::Leased { grants, shortfall } => {
+                let grants = grants.into_iter();
+                Ok(v1::LeaseResponse {
+                    grants: grants
+                        .map(|grant| self.grant(grant, peer.process))
+                        .collect(),
+                    shortfall: v1::Shortfall::from(shortfall).into(),
+                })
+            }
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_release(&self, request: Request<v1::ReleaseRequest>) -> Result<(), Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let caller = caller(&peer, request.session_id);
+        let leases = leases("lease_ids", &request.lease_ids)?;
+        self.owner.apply(Event::Release { caller, leases })?;
+        Ok(())
+    }
+
+    fn do_share(&self, request: Request<v1::ShareRequest>) -> Result<v1::ShareResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let event = Event::Share {
+            caller: caller(&peer, request.session_id),
+            lease: LeaseId(request.lease_id),
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+        };
+        match self.owner.apply(event)? {
+            Reply::Shared(grant) => Ok(v1::ShareResponse {
+                grant: Some(self.grant(grant, peer.process)),
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_publish(
+        &self,
+        request: Request<v1::PublishRequest>,
+    ) -> Result<v1::PublishResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let hashes = convert::hashes("hashes", &request.hashes)?;
+        let slots = convert::bounded("slots", &request.slots)?;
+        if hashes.len() != slots.len() {
+            let problem = format!("has {} entries for {} hashes", slots.len(), hashes.len());
+            return Err(InvalidField::new("slots", problem).into());
+        }
+        let publish = Publish {
+            caller: caller(&peer, request.session_id),
+            lease: LeaseId(request.lease_id),
+            generation: Generation(request.generation),
+            blocks: hashes.zip(slots.iter().copied()).collect(),
+        };
+        match self.owner.apply(Event::Publish(publish))? {
+            Reply::Published { duplicates } => Ok(v1::PublishResponse { duplicates }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_unpublish(
+        &self,
+        request: Request<v1::UnpublishRequest>,
+    ) -> Result<v1::UnpublishResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        convert::bounded("slots", &request.slots)?;
+        let event = Event::Unpublish {
+            caller: caller(&peer, request.session_id),
+            lease: LeaseId(request.lease_id),
+            generation: Generation(request.generation),
+            slots: request.slots,
+        };
+        match self.owner.apply(event)? {
+            Reply::Unpublished { pinned, retry_ms } => Ok(v1::UnpublishResponse {
+                pinned_slots: pinned,
+                retry_ms,
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    fn do_lookup(
+        &self,
+        request: Request<v1::LookupRequest>,
+    ) -> Result<v1::LookupResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let event = Event::Lookup {
+            caller: caller(&peer, request.session_id),
+            namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
+            hashes: convert::hashes("hashes", &request.hashes)?.collect(),
+        };
+        match self.owner.apply(event)? {
+            Reply::Found { extents, pin } => Ok(v1::LookupResponse {
+                hit_blocks: extents.iter().map(|extent| extent.count).sum(),
+                extents: extents.into_iter().map(v1::Extent::from).collect(),
+                pin_id: pin.map_or(0, |pin| pin.0),
+                pin_ms: pin.map_or(0, |_| self.node.pin_ms),
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
+    }
+}
+
+fn leases(field: &'static str, ids: &[u64]) -> Result<Vec<LeaseId>, InvalidField> {
+    let ids = convert::bounded(field, ids)?;
+    Ok(ids.iter().map(|id| LeaseId(*id)).collect())
+}
+
+fn at_least_one(field: &'static str, value: u64) -> Result<u64, InvalidField> {
+    match value {
+        0 => Err(InvalidField::new(field, "is 0; takes at least 1")),
+        value => Ok(value),
+    }
+}

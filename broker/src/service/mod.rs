@@ -1,0 +1,29 @@
+//! The gRPC services.
+
+mod admin;
+mod broker;
+mod session;
+mod view;
+
+pub use admin::AdminService;
+pub use broker::{BrokerService, NodeFacts};
+pub use session::OutgoingStream;
+
+use swiftcache_proto::domain::SessionId;
+use tonic::Request;
+
+use crate::{core::Caller, error::Refused, peer::Peer};
+
+/// The process at the other end of the request's connection.
+fn peer<T>(request: &Request<T>) -> Result<Peer, Refused> {
+    let peer = request.extensions().get::<Peer>();
+    peer.cloned().ok_or(Refused::NotOverTcp)
+}
+
+/// The message's session, spoken for by that process.
+fn caller(peer: &Peer, session: u64) -> Caller {
+    Caller {
+        session: SessionId(session),
+        process: peer.process,
+    }
+}

@@ -1,0 +1,185 @@
+//! The state's views as they travel.
+
+use swiftcache_proto::{
+    domain::HandleKind,
+    v1::{self, quota_status},
+};
+
+use crate::core::{
+    Account, LeasePhase, LeaseView, QuotaTarget, RegionView, State, WithdrawPreview,
+};
+
+/// All of the node that the state knows; the caller adds what the broker knows of itself.
+pub(super) fn node(state: &State) -> v1::GetNodeResponse {
+    let counters = state.counters();
+    let devices = state.devices().map(|view| v1::DeviceStatus {
+        device: Some(view.device.into()),
+        account: Some(account(view.account)),
+        hbm_used_bytes: 0,
+        drained: view.drained,
+    });
+    v1::GetNodeResponse {
+        devices: devices.collect(),
+        links: state.links().map(|link| v1::Link::from(&link)).collect(),
+        total: Some(account(state.total())),
+        sessions: u32::try_from(state.sessions().count()).unwrap_or(u32::MAX),
+        indexed_blocks: state.indexed_blocks(),
+        counters: Some(v1::Counters {
+            leases_granted: counters.leases_granted,
+            leases_refused: counters.leases_refused,
+            revocations: counters.revocations,
+            acknowledgements: counters.acknowledgements,
+            zombies: counters.zombies,
+            lookups: counters.lookups,
+            lookup_blocks: counters.lookup_blocks,
+            hit_blocks: counters.hit_blocks,
+            published_blocks: counters.published_blocks,
+        }),
+        ..Default::default()
+    }
+}
+
+fn account(account: Account) -> v1::Account {
+    v1::Account {
+        offered_bytes: account.offered,
+        free_bytes: account.free,
+        leased_bytes: account.leased,
+        draining_bytes: account.draining,
+        zombie_bytes: account.zombie,
+        scrubbing_bytes: account.scrubbing,
+    }
+}
+
+/// `started` is when the state's clock read 0, milliseconds since 1970.
+pub(super) fn sessions(state: &State, started: u64) -> Vec<v1::SessionStatus> {
+    let sessions = state.sessions().map(|view| v1::SessionStatus {
+        label: view.id.label(),
+        name: view.name.to_owned(),
+        tenant: view.tenant.to_owned(),
+        pid: view.process.pid,
+        uid: view.process.uid,
+        attached: view.attached,
+        since_unix_ms: started + view.since_ms,
+        donated_bytes: view.donated_bytes,
+        leased_bytes: view.leased_bytes,
+        unacknowledged: view.unacknowledged,
+    });
+    sessions.collect()
+}
+
+/// Those on `device`; all when it is empty.
+pub(super) fn regions(state: &State, device: &str) -> Vec<v1::RegionStatus> {
+    let regions = state
+        .regions()
+        .filter(|view| device.is_empty() || view.device.as_str() == device);
+    regions.map(region).collect()
+}
+
+pub(super) fn region(view: RegionView<'_>) -> v1::RegionStatus {
+    v1::RegionStatus {
+        region_id: view.id.to_string(),
+        device_uuid: view.device.to_string(),
+        donor_label: view.donor.label(),
+        donor_name: view.donor_name.to_owned(),
+        bytes: view.bytes,
+        slab_bytes: view.slab_bytes,
+        handle_kind: kind(view.handle_kind).into(),
+        account: Some(account(view.account)),
+        withdrawing: view.withdrawing,
+    }
+}
+
+/// Unspecified after a restart, until the donor offers the region again.
+fn kind(kind: Option<HandleKind>) -> v1::HandleKind {
+    kind.map_or(v1::HandleKind::Unspecified, v1::HandleKind::from)
+}
+
+/// Those of slabs on `device`, all when it is empty; `started` as in [`sessions`].
+pub(super) fn leases(state: &State, device: &str, started: u64) -> Vec<v1::LeaseStatus> {
+    let leases = state
+        .leases()
+        .filter(|view| device.is_empty() || view.device.as_str() == device);
+    leases.map(|view| lease(view, started)).collect()
+}
+
+pub(super) fn lease(view: LeaseView<'_>, started: u64) -> v1::LeaseStatus {
+    v1::LeaseStatus {
+        lease_id: view.id.0,
+        generation: view.generation.0,
+        state: match view.phase {
+            LeasePhase::Active => v1::LeaseState::Active,
+            LeasePhase::Draining => v1::LeaseState::Draining,
+            LeasePhase::Zombie => v1::LeaseState::Zombie,
+        }
+        .into(),
+        region_id: view.region.to_string(),
+        slab: view.slab,
+        bytes: view.bytes,
+        device_uuid: view.device.to_string(),
+        borrower_device_uuid: view.borrower_device.to_string(),
+        link: v1::LinkKind::from(view.link).into(),
+        donor_name: view.donor_name.to_owned(),
+        borrower_label: view.borrower.label(),
+        borrower_name: view.borrower_name.to_owned(),
+        borrower_pid: view.borrower_pid,
+        namespace: view.namespace.to_owned(),
+        since_unix_ms: started + view.since_ms,
+        slots: view.slots,
+        published_blocks: view.published_blocks,
+        readers: view.readers,
+        revoke_reason: view
+            .revoke_reason
+            .map_or(v1::RevokeReason::Unspecified, v1::RevokeReason::from)
+            .into(),
+        waiting_for_pids: view.waiting_for_pids,
+    }
+}
+
+pub(super) fn namespaces(state: &State) -> v1::ListNamespacesResponse {
+    let namespaces = state.namespaces().map(|view| v1::NamespaceStatus {
+        namespace: view.name.to_owned(),
+        tenant: view.tenant.to_owned(),
+        blocks: view.blocks,
+        leased_bytes: view.leased_bytes,
+        lookups: view.lookups,
+        lookup_blocks: view.lookup_blocks,
+        hit_blocks: view.hit_blocks,
+        quota_bytes: view.quota_bytes,
+    });
+    let quotas = state.quotas().map(|(target, bytes)| v1::QuotaStatus {
+        target: Some(match target {
+            QuotaTarget::Namespace(name) => quota_status::Target::Namespace(name.clone()),
+            QuotaTarget::Tenant(tenant) => quota_status::Target::Tenant(tenant.clone()),
+        }),
+        bytes,
+    });
+    v1::ListNamespacesResponse {
+        namespaces: namespaces.collect(),
+        quotas: quotas.collect(),
+    }
+}
+
+/// `started` as in [`sessions`].
+pub(super) fn preview(preview: WithdrawPreview<'_>, started: u64) -> v1::PreviewWithdrawResponse {
+    let bytes = |of: &dyn Fn(&RegionView<'_>) -> bool| {
+        let regions = preview.regions.iter().filter(|region| of(region));
+        regions.map(|region| region.bytes).sum()
+    };
+    let idle = |region: &RegionView<'_>| {
+        let held = region.account;
+        held.leased + held.draining + held.zombie == 0
+    };
+    let blocks = |lease: &LeaseView<'_>| u64::from(lease.published_blocks);
+    v1::PreviewWithdrawResponse {
+        bytes: bytes(&|_| true),
+        idle_bytes: bytes(&idle),
+        revoked_bytes: preview.leases.iter().map(|lease| lease.bytes).sum(),
+        lost_blocks: preview.leases.iter().map(blocks).sum(),
+        regions: preview.regions.into_iter().map(region).collect(),
+        leases: preview
+            .leases
+            .into_iter()
+            .map(|view| lease(view, started))
+            .collect(),
+    }
+}
