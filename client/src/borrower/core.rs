@@ -1,0 +1,130 @@
+//! What the parts of a borrower share: its settings, its state, its streams, and the way to its threads.
+
+use std::{
+    fmt,
+    sync::{Arc, mpsc},
+};
+
+use parking_lot::Mutex;
+use swiftcache_proto::domain::DeviceUuid;
+
+use super::{
+    BorrowerConfig, drain::DrainTask, hit::HitBlocks, keeper::KeeperTask, mapping::Mappings,
+    op::Op, plan::Plan, state::State,
+};
+use crate::{
+    Result,
+    device::{CopyStream, DeviceLayer},
+    session::Session,
+};
+
+/// Where bytes come from or go to: one pair of streams for each, so that links work side by side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    Device(DeviceUuid),
+    Host,
+}
+
+/// For loads, and for stores.
+pub(super) type Streams = [Arc<dyn CopyStream>; 2];
+
+/// Copies whose owner did not wait for them.
+pub(super) struct Leftover {
+    pub(super) op: Arc<Op>,
+    /// Keeps the blocks in place meanwhile.
+    pub(super) hit: Option<Arc<HitBlocks>>,
+}
+
+pub(super) struct Core {
+    pub(super) session: Option<Session>,
+    pub(super) layer: Arc<dyn DeviceLayer>,
+    pub(super) config: BorrowerConfig,
+    pub(super) state: Mutex<State>,
+    pub(super) mappings: Arc<Mappings>,
+    streams: Mutex<Vec<(Source, Streams)>>,
+    plans: Mutex<Vec<Plan>>,
+    pub(super) drains: mpsc::Sender<DrainTask>,
+    pub(super) keeper: mpsc::Sender<KeeperTask>,
+    /// `None` stops the settling thread.
+    pub(super) leftovers: mpsc::Sender<Option<Leftover>>,
+}
+
+/// The receiving ends of a core's threads.
+pub(super) struct Inboxes {
+    pub(super) drains: mpsc::Receiver<DrainTask>,
+    pub(super) keeper: mpsc::Receiver<KeeperTask>,
+    pub(super) leftovers: mpsc::Receiver<Option<Leftover>>,
+}
+
+impl Core {
+    pub(super) fn new(
+        session: Option<Session>,
+        layer: Arc<dyn DeviceLayer>,
+        config: BorrowerConfig,
+    ) -> (Arc<Self>, Inboxes) {
+        let (drains, drain_inbox) = mpsc::channel();
+        let (keeper, keeper_inbox) = mpsc::channel();
+        let (leftovers, leftover_inbox) = mpsc::channel();
+        let core = Arc::new(Self {
+            session,
+            layer,
+            config,
+            state: Mutex::new(State::new()),
+            mappings: Arc::default(),
+            streams: Mutex::default(),
+            plans: Mutex::default(),
+            drains,
+            keeper,
+            leftovers,
+        });
+        let inboxes = Inboxes {
+            drains: drain_inbox,
+            keeper: keeper_inbox,
+            leftovers: leftover_inbox,
+        };
+        (core, inboxes)
+    }
+
+    /// The session, while it is connected.
+    pub(super) fn connected(&self) -> Option<&Session> {
+        self.session
+            .as_ref()
+            .filter(|session| session.is_connected())
+    }
+
+    /// The streams for loads from and stores to a source.
+    pub(super) fn streams(&self, source: Source) -> Result<Streams> {
+        let mut streams = self.streams.lock();
+        if let Some((_, pair)) = streams.iter().find(|(other, _)| *other == source) {
+            return Ok(pair.clone());
+        }
+        let stream = || self.layer.stream(&self.config.device);
+        let pair = [stream()?, stream()?];
+        streams.push((source, pair.clone()));
+        Ok(pair)
+    }
+
+    /// An empty plan, with the buffers of an earlier one.
+    pub(super) fn plan(&self) -> Plan {
+        self.plans.lock().pop().unwrap_or_default()
+    }
+
+    pub(super) fn put_back(&self, mut plan: Plan) {
+        plan.clear();
+        self.plans.lock().push(plan);
+    }
+
+    /// Leaves copies to the settling thread. If that is gone, the process is ending: they are waited for here.
+    pub(super) fn leave(self: &Arc<Self>, leftover: Leftover) {
+        if let Err(mpsc::SendError(Some(leftover))) = self.leftovers.send(Some(leftover)) {
+            self.settle(&leftover.op);
+            drop(leftover.hit);
+        }
+    }
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Borrower({})", self.config.layout.namespace)
+    }
+}

@@ -1,0 +1,342 @@
+//! Revocation: stop new copies, rescue hot blocks, wait for copies in flight, unmap, acknowledge.
+
+use std::{
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use tracing::{debug, info};
+
+use super::{
+    blocks::{BlockId, List, Place},
+    core::Core,
+    op::{Op, Purpose},
+    pipeline::Move,
+    slab::{Draining, Kind, LeaseKey, SlabIndex},
+    state::{State, micros_since},
+};
+use crate::session::{Connected, Held, Observer, Revocation};
+
+/// Blocks moved between two looks at the clock.
+const BATCH: usize = 64;
+
+/// What the draining thread is asked to do.
+#[derive(Debug)]
+pub(super) enum DrainTask {
+    /// Let go of a slab that is marked as draining.
+    LetGo(SlabIndex),
+    Stop,
+}
+
+/// Called on the session's thread. Everything that must happen at once happens here, under the state's lock; the
+/// rest is the draining thread's.
+impl Observer for Core {
+    fn held(&self) -> Held {
+        self.state.lock().held()
+    }
+
+    fn revoked(&self, revocation: &Revocation) -> bool {
+        let mut state = self.state.lock();
+        state.counts.revocations += 1;
+        let found = state.slabs.of_lease(revocation.lease);
+        if let Some((index, slab)) = found
+            && slab.kind.key().map(|key| key.generation) == Some(revocation.generation)
+        {
+            let window = Duration::from_millis(revocation.drain_ms.into());
+            info!(lease = %revocation.lease, reason = %revocation.reason, ?window, "lease revoked");
+            self.stop_using(&mut state, index, window, false);
+            return true;
+        }
+        if let Some(pending) = state.pending.get_mut(&revocation.lease) {
+            pending.revoked = true;
+            return true;
+        }
+        // Perhaps the grant is still on its way: it must not be used when it comes. Nothing is mapped yet, so the
+        // session may acknowledge at once.
+        if state.grants_in_flight > 0 {
+            state.revoked_early.insert(revocation.lease);
+        }
+        false
+    }
+
+    fn connected(&self, connected: &Connected) {
+        let mut state = self.state.lock();
+        let refused: Vec<SlabIndex> = (state.slabs.iter())
+            .filter(|(_, slab)| {
+                (slab.kind.key())
+                    .is_some_and(|key| connected.replaced || connected.refused.contains(&key.lease))
+            })
+            .map(|(index, _)| index)
+            .collect();
+        for index in refused {
+            state.counts.refused_leases += 1;
+            self.stop_using(&mut state, index, Duration::ZERO, true);
+        }
+        for (lease, pending) in &mut state.pending {
+            pending.refused |= connected.replaced || connected.refused.contains(lease);
+        }
+        drop(state);
+        // A keeper that is gone means that the borrower is closing.
+        let _ = (self.keeper).send(super::keeper::KeeperTask::Connected {
+            restarted: connected.restarted,
+        });
+    }
+}
+
+impl Core {
+    /// From here on no copy that touches the slab begins.
+    fn stop_using(&self, state: &mut State, index: SlabIndex, window: Duration, refused: bool) {
+        let Some(slab) = state.slabs.get_mut(index) else {
+            return;
+        };
+        match &mut slab.draining {
+            // Sent again after a lost stream; or refused while it was being drained.
+            Some(draining) => draining.refused |= refused,
+            None => {
+                slab.draining = Some(Draining {
+                    since: Instant::now(),
+                    window,
+                    refused,
+                });
+                // A draining thread that is gone means that the borrower is closing.
+                let _ = self.drains.send(DrainTask::LetGo(index));
+            }
+        }
+        if refused {
+            for op in &slab.ops {
+                op.poison();
+            }
+        }
+    }
+
+    /// The draining thread.
+    pub(super) fn drain_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<DrainTask>) {
+        while let Ok(DrainTask::LetGo(index)) = inbox.recv() {
+            self.let_go(index);
+        }
+    }
+
+    fn let_go(self: &Arc<Self>, index: SlabIndex) {
+        let Some((kind, draining)) = self.draining(index) else {
+            return;
+        };
+        let Some(key) = kind.key() else { return };
+        let own = matches!(kind, Kind::Own(_));
+        if own && !draining.refused && self.config.drain.move_blocks {
+            let window = (draining.window / 2).min(self.config.drain.move_for);
+            self.rescue(index, draining.since + window);
+            let mut state = self.state.lock();
+            let took = micros_since(draining.since);
+            state.drain.saturating_record(took);
+        }
+        self.drop_blocks(index);
+        self.wait_for_copies(index);
+        let mut state = self.state.lock();
+        // Refused meanwhile, perhaps: then nobody waits for an acknowledgement.
+        let refused = (state.slabs.get(index))
+            .and_then(|slab| slab.draining)
+            .is_none_or(|draining| draining.refused);
+        let slab = state.slabs.remove(index);
+        drop(state);
+        // Unmaps before anyone is told.
+        drop(slab);
+        if refused {
+            return;
+        }
+        let took = micros_since(draining.since);
+        self.state.lock().acknowledge.saturating_record(took);
+        if let Some(session) = &self.session {
+            session.acknowledge(key.lease, key.generation);
+        }
+        debug!(lease = %key.lease, took_us = took, "lease acknowledged");
+    }
+
+    fn draining(&self, index: SlabIndex) -> Option<(Kind, Draining)> {
+        let state = self.state.lock();
+        let slab = state.slabs.get(index)?;
+        Some((slab.kind, slab.draining?))
+    }
+
+    /// Moves blocks to other leases and the host tier, hottest first, until `deadline`.
+    fn rescue(self: &Arc<Self>, index: SlabIndex, deadline: Instant) {
+        // What is being written becomes worth moving when it is there.
+        let writes: Vec<Arc<Op>> = {
+            let state = self.state.lock();
+            let ops = state.slabs.get(index).map(|slab| slab.ops.as_slice());
+            (ops.unwrap_or_default().iter())
+                .filter(|op| op.is_write())
+                .cloned()
+                .collect()
+        };
+        for op in writes {
+            if op.is_over() || Instant::now() < deadline {
+                self.settle(&op);
+            }
+        }
+        let mut hottest: Vec<(u64, BlockId)> = {
+            let state = self.state.lock();
+            let occupants = state.slabs.get(index).map(|slab| slab.occupants.as_slice());
+            (occupants.unwrap_or_default().iter().flatten())
+                .map(|id| (state.blocks.get(*id), *id))
+                .filter(|(block, _)| block.ready)
+                .map(|(block, id)| (block.used, id))
+                .collect()
+        };
+        hottest.sort_unstable_by_key(|(used, _)| std::cmp::Reverse(*used));
+        for batch in hottest.chunks(BATCH) {
+            if Instant::now() >= deadline || !self.rescue_batch(index, batch) {
+                break;
+            }
+        }
+    }
+
+    /// Moves a few blocks. False when there is no more room.
+    fn rescue_batch(self: &Arc<Self>, index: SlabIndex, batch: &[(u64, BlockId)]) -> bool {
+        let mut moves = Vec::new();
+        let mut moving = Vec::new();
+        let mut slabs = vec![index];
+        let op = {
+            let mut state = self.state.lock();
+            let mut near = None;
+            for (used, id) in batch {
+                let block = state.blocks.get(*id);
+                let Some(from) = block
+                    .place
+                    .filter(|place| place.slab == index && block.ready)
+                else {
+                    continue;
+                };
+                let Some(to) = place_for(&mut state, *used, near) else {
+                    break;
+                };
+                near = Some(to);
+                let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
+                if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
+                    Move::add(&mut moves, (from, from_memory), (to, to_memory));
+                }
+                if !slabs.contains(&to.slab) {
+                    slabs.push(to.slab);
+                }
+                state.blocks.pin(*id);
+                moving.push((*id, to));
+            }
+            let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
+            state.begin_op(&op);
+            op
+        };
+        self.issue_moves(&op, moves, |step| &step.to.store);
+        let copied = op.wait().is_ok() && !op.is_poisoned();
+        let all_placed = moving.len() == batch.len();
+        self.rescued(&op, moving, copied);
+        all_placed && copied
+    }
+
+    fn rescued(self: &Arc<Self>, op: &Arc<Op>, moving: Vec<(BlockId, Place)>, copied: bool) {
+        let mut ready = Vec::new();
+        {
+            let mut state = self.state.lock();
+            for (id, to) in moving {
+                if copied && state.blocks.get(id).place.is_some() {
+                    state.relocate(id, to);
+                    match state.slabs.get(to.slab).map(|slab| slab.kind) {
+                        Some(Kind::Host) => state.counts.moved_to_host += 1,
+                        _ => state.counts.moved_to_donor += 1,
+                    }
+                    ready.push(id);
+                } else {
+                    if let Some(slab) = state.slabs.get_mut(to.slab) {
+                        slab.slots.give(to.slot);
+                    }
+                    state.blocks.unpin(id);
+                }
+            }
+            state.end_op(op);
+        }
+        self.publish(ready);
+    }
+
+    /// Forgets what is left in a slab.
+    fn drop_blocks(&self, index: SlabIndex) {
+        let mut state = self.state.lock();
+        let occupants = state.slabs.get(index).map(|slab| slab.occupants.clone());
+        for id in occupants.unwrap_or_default().into_iter().flatten() {
+            if state.lose(id).is_some() {
+                state.counts.dropped_blocks += 1;
+            }
+        }
+    }
+
+    /// Waits until no copy touches the slab. None can begin: the slab is draining.
+    fn wait_for_copies(&self, index: SlabIndex) {
+        loop {
+            let op = {
+                let state = self.state.lock();
+                let slab = state.slabs.get(index);
+                slab.and_then(|slab| slab.ops.first().cloned())
+            };
+            let Some(op) = op else { return };
+            // A copy that failed is over like any other.
+            if let Err(error) = op.wait() {
+                debug!(%error, "copies that a revocation waited for had failed");
+            }
+            if let Some(slab) = self.state.lock().slabs.get_mut(index) {
+                slab.end_op(&op);
+            }
+        }
+    }
+
+    /// Lets go of everything: no copy is in flight afterwards, and no lease held.
+    pub(super) fn close(self: &Arc<Self>) {
+        let leased: Vec<(SlabIndex, LeaseKey, bool)> = {
+            let mut state = self.state.lock();
+            let mut leased = Vec::new();
+            for (index, slab) in state.slabs.iter_mut() {
+                if let Some(key) = slab.kind.key() {
+                    slab.draining.get_or_insert(Draining {
+                        since: Instant::now(),
+                        window: Duration::ZERO,
+                        refused: false,
+                    });
+                    leased.push((index, key, matches!(slab.kind, Kind::Own(_))));
+                }
+            }
+            leased
+        };
+        let mut released = Vec::new();
+        for (index, key, own) in leased {
+            self.drop_blocks(index);
+            self.wait_for_copies(index);
+            let slab = self.state.lock().slabs.remove(index);
+            // Unmaps before anyone is told.
+            drop(slab);
+            if own {
+                released.push(key.lease);
+            }
+        }
+        if !released.is_empty()
+            && let Some(session) = self.connected()
+            && let Err(error) = session.release(released).wait()
+        {
+            debug!(%error, "leases not released; leaving does");
+        }
+    }
+}
+
+impl Kind {
+    /// The lease behind a slab, if there is one.
+    pub(super) fn key(&self) -> Option<LeaseKey> {
+        match self {
+            Self::Own(key) | Self::Shared(key) => Some(*key),
+            Self::Host => None,
+        }
+    }
+}
+
+/// A slot for a rescued block: a free one of another lease, else one of the host tier.
+fn place_for(state: &mut State, used: u64, near: Option<Place>) -> Option<Place> {
+    if let Some((slab, run)) = state.take_slots(List::Donor, 1, near) {
+        let slot = run.first;
+        return Some(Place { slab, slot });
+    }
+    state.host_slot_for(used, near)
+}

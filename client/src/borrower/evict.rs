@@ -1,0 +1,194 @@
+//! Making room: the least recently used blocks go, a sequence's last ones first; from donors to the host tier where
+//! that has room, or holds colder ones.
+
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::{
+    blocks::{BlockId, List, Place, Published},
+    core::{Core, Leftover},
+    op::{Op, Purpose, Queueing},
+    pipeline::{self, Move},
+    slab::{Kind, LeaseKey, SlabIndex},
+    state::State,
+};
+
+/// Room is made for more blocks than asked for, a sixteenth of the slots but no more than this, so that the broker
+/// is not asked for every store.
+const MOST_SLACK: u32 = 64;
+
+/// What making room vacated.
+#[derive(Debug, Default)]
+struct Room {
+    /// Slots whose blocks the broker never heard of.
+    free: Vec<Place>,
+    /// Slots that the broker must forget first.
+    ask: Vec<(SlabIndex, LeaseKey, Vec<u32>)>,
+    moves: Vec<Move>,
+    moved: Vec<BlockId>,
+    slabs: Vec<SlabIndex>,
+}
+
+impl Core {
+    /// Tries to have `want` free slots. Blocks the caller for one round trip to the broker when published blocks
+    /// must go.
+    pub(super) fn make_room(self: &Arc<Self>, want: u32) {
+        let mut state = self.state.lock();
+        let donor = state.free_slots(List::Donor);
+        if donor >= want {
+            return;
+        }
+        let short = want - donor;
+        if self.may_grow(&state) {
+            self.grow_soon();
+            // More is on its way: what has no room for now goes to the host tier rather than in place of others.
+            if state.free_slots(List::Host) >= short {
+                return;
+            }
+        }
+        let slack = state.slots(List::Donor) / 16;
+        let most = short + slack.min(MOST_SLACK);
+        let victims = victims(&state, List::Donor, most, self.connected().is_some());
+        let still_short = short.saturating_sub(victims.len() as u32);
+        let mut room = Room::default();
+        for id in victims {
+            room.evict(&mut state, id);
+        }
+        let host_free = state.free_slots(List::Host);
+        for id in victims_for_host(&state, still_short.saturating_sub(host_free)) {
+            state.drop_host_block(id);
+        }
+        let op = Arc::new(Op::new(Purpose::Move, room.slabs, room.moved));
+        state.begin_op(&op);
+        drop(state);
+        self.issue_moves(&op, room.moves, |step| &step.from.store);
+        // Only now may the vacated slots be taken again: the copies out of them are queued before any into them.
+        let mut state = self.state.lock();
+        for place in room.free {
+            state.retire(place, Published::No);
+        }
+        drop(state);
+        if !room.ask.is_empty() {
+            self.unpublish(room.ask);
+        }
+        if op.is_write() {
+            self.leave(Leftover { op, hit: None });
+        }
+    }
+
+    /// Queues copies from slab to slab, each on the stream that `on` picks.
+    pub(super) fn issue_moves(
+        &self,
+        op: &Arc<Op>,
+        moves: Vec<Move>,
+        on: impl Fn(&Move) -> &Arc<dyn crate::device::CopyStream>,
+    ) {
+        let mut queueing = Queueing::new(op);
+        for step in &moves {
+            let stream = on(step);
+            let layers = &self.config.layout.layer_bytes;
+            if let Err(error) = pipeline::issue_move(step, layers, stream, &mut queueing) {
+                warn!(%error, "blocks could not be moved");
+                op.poison();
+            }
+        }
+        // They keep their slabs mapped: whoever waits for the op counts on that being over.
+        drop(moves);
+        drop(queueing);
+    }
+}
+
+impl Room {
+    /// Takes a block off its donor slot: to the host tier, or away.
+    fn evict(&mut self, state: &mut State, id: BlockId) {
+        let block = state.blocks.get(id);
+        let (published, used) = (block.published, block.used);
+        let Some(from) = block.place else { return };
+        let near = self.moves.last().and_then(Move::next_to);
+        match state.host_slot_for(used, near) {
+            Some(to) => {
+                self.demote(state, id, from, to);
+                state.counts.demoted_blocks += 1;
+            }
+            None => {
+                state.lose(id);
+                state.counts.evicted_blocks += 1;
+            }
+        }
+        let kind = state.slabs.get(from.slab).map(|slab| slab.kind);
+        match (published, kind) {
+            (Published::Maybe | Published::Yes, Some(Kind::Own(key))) => self.ask(from, key),
+            _ => self.free.push(from),
+        }
+    }
+
+    fn demote(&mut self, state: &mut State, id: BlockId, from: Place, to: Place) {
+        let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
+        if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
+            Move::add(&mut self.moves, (from, from_memory), (to, to_memory));
+        }
+        for index in [from.slab, to.slab] {
+            if !self.slabs.contains(&index) {
+                self.slabs.push(index);
+            }
+        }
+        state.blocks.pin(id);
+        state.blocks.get_mut(id).ready = false;
+        state.relocate(id, to);
+        self.moved.push(id);
+    }
+
+    fn ask(&mut self, place: Place, key: LeaseKey) {
+        match (self.ask.iter_mut()).find(|(index, ..)| *index == place.slab) {
+            Some((_, _, slots)) => slots.push(place.slot),
+            None => self.ask.push((place.slab, key, vec![place.slot])),
+        }
+    }
+}
+
+impl State {
+    /// A slot of the host tier for a block that was last used at `used`: a free one, or that of a colder block.
+    pub(super) fn host_slot_for(&mut self, used: u64, near: Option<Place>) -> Option<Place> {
+        let slot = |taken: (SlabIndex, super::slots::Run)| Place {
+            slab: taken.0,
+            slot: taken.1.first,
+        };
+        if let Some(taken) = self.take_slots(List::Host, 1, near) {
+            return Some(slot(taken));
+        }
+        let colder = victims_for_host(self, 1).pop()?;
+        if self.blocks.get(colder).used >= used {
+            return None;
+        }
+        self.drop_host_block(colder);
+        self.take_slots(List::Host, 1, None).map(slot)
+    }
+
+    /// Evicts a block of the host tier, which no replica can read.
+    fn drop_host_block(&mut self, id: BlockId) {
+        if let Some(place) = self.lose(id) {
+            self.retire(place, Published::No);
+            self.counts.evicted_blocks += 1;
+        }
+    }
+}
+
+/// The coldest blocks of a list that nobody uses. Without a broker only those it never heard of: the others' slots
+/// could not be written anyway.
+fn victims(state: &State, list: List, most: u32, connected: bool) -> Vec<BlockId> {
+    state
+        .blocks
+        .oldest(list)
+        .filter(|(id, block)| {
+            let free_to_go = block.pins == 0 && (connected || block.published == Published::No);
+            free_to_go && state.place_of(*id).is_some()
+        })
+        .map(|(id, _)| id)
+        .take(most as usize)
+        .collect()
+}
+
+fn victims_for_host(state: &State, most: u32) -> Vec<BlockId> {
+    victims(state, List::Host, most, true)
+}

@@ -1,0 +1,168 @@
+//! Lookup: this borrower's own blocks from the local mirror, replicas' blocks through the broker.
+
+use std::sync::Arc;
+
+use swiftcache_proto::domain::{BlockHash, Extent};
+use tracing::debug;
+
+use super::{
+    Hit, Tier,
+    core::Core,
+    hit::{HitBlock, HitBlocks, Pin},
+    slab::{Kind, SlabIndex},
+};
+use crate::session::{Found, Session};
+
+/// How often one lookup asks the broker: a prefix that alternates between own and replicas' blocks more often than
+/// that is not worth the round trips.
+const MAX_ROUNDS: u32 = 4;
+
+impl Core {
+    pub(super) fn lookup(self: &Arc<Self>, hashes: &[BlockHash]) -> Hit {
+        let mut hit = HitBlocks {
+            core: Arc::clone(self),
+            blocks: Vec::with_capacity(hashes.len()),
+            runs: Vec::new(),
+            pins: Vec::new(),
+        };
+        self.add_own(hashes, &mut hit);
+        if self.config.share
+            && let Some(session) = &self.session
+        {
+            for _ in 0..MAX_ROUNDS {
+                if hit.blocks.len() == hashes.len() || !self.ask(session, hashes, &mut hit) {
+                    break;
+                }
+                let before = hit.blocks.len();
+                self.add_own(hashes, &mut hit);
+                if hit.blocks.len() == before {
+                    break;
+                }
+            }
+        }
+        self.count(hashes.len(), &hit);
+        Hit(Arc::new(hit))
+    }
+
+    /// Adds the run of own blocks that follows what is found already, and pins it.
+    fn add_own(&self, hashes: &[BlockHash], hit: &mut HitBlocks) {
+        let mut state = self.state.lock();
+        for hash in &hashes[hit.blocks.len()..] {
+            let Some((id, slab)) = state.readable(hash) else {
+                break;
+            };
+            hit.push(HitBlock::Own(id), slab.tier(), slab.memory.link);
+            state.blocks.pin(id);
+        }
+    }
+
+    /// Asks the broker for what follows, and adds it. False when there is no point in going on.
+    fn ask(&self, session: &Session, hashes: &[BlockHash], hit: &mut HitBlocks) -> bool {
+        let rest = &hashes[hit.blocks.len()..];
+        let found = match session.lookup(&self.config.layout.namespace, rest).wait() {
+            Ok(found) => found,
+            Err(error) => {
+                debug!(%error, "lookup without the broker");
+                self.state.lock().counts.broker_misses += 1;
+                return false;
+            }
+        };
+        if found.extents.is_empty() {
+            return false;
+        }
+        let pin = hit.pins.len() as u32;
+        hit.pins.push(Pin {
+            id: found.pin,
+            until: found.pinned_until,
+        });
+        self.add_extents(session, &found, pin, hashes, hit)
+    }
+
+    fn add_extents(
+        &self,
+        session: &Session,
+        found: &Found,
+        pin: u32,
+        hashes: &[BlockHash],
+        hit: &mut HitBlocks,
+    ) -> bool {
+        for extent in &found.extents {
+            let known = self.state.lock().slabs.of_lease(extent.lease).is_some();
+            if !known && !self.share(session, extent.lease) {
+                return false;
+            }
+            if !self.add_extent(extent, pin, hashes, hit) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Adds one extent, as far as it can be read.
+    fn add_extent(
+        &self,
+        extent: &Extent,
+        pin: u32,
+        hashes: &[BlockHash],
+        hit: &mut HitBlocks,
+    ) -> bool {
+        let rest = &hashes[hit.blocks.len()..];
+        let mut state = self.state.lock();
+        let Some((index, slab)) = state.slabs.of_lease(extent.lease) else {
+            return false;
+        };
+        match slab.kind {
+            Kind::Shared(key) => {
+                let end = extent.first_slot.checked_add(extent.count);
+                let inside = end.is_some_and(|end| end <= slab.memory.slots);
+                if key.generation != extent.generation || !inside || !slab.is_active() {
+                    return false;
+                }
+                let link = slab.memory.link;
+                let slots = extent.first_slot..extent.first_slot + extent.count;
+                for (slot, _) in slots.zip(rest) {
+                    let block = shared(index, slot, pin);
+                    hit.push(block, Tier::Shared, link);
+                }
+                true
+            }
+            // Own blocks count only as this borrower itself knows them.
+            Kind::Own(_) | Kind::Host => {
+                for hash in rest.iter().take(extent.count as usize) {
+                    let Some((id, slab)) = state.readable(hash) else {
+                        return false;
+                    };
+                    hit.push(HitBlock::Own(id), slab.tier(), slab.memory.link);
+                    state.blocks.pin(id);
+                }
+                true
+            }
+        }
+    }
+
+    /// Counts a lookup, and makes its blocks the most recently used, the first one last: a block goes before those
+    /// it follows.
+    fn count(&self, asked: usize, hit: &HitBlocks) {
+        let mut state = self.state.lock();
+        for block in hit.blocks.iter().rev() {
+            if let HitBlock::Own(id) = block {
+                state.blocks.touch(*id);
+            }
+        }
+        let counts = &mut state.counts;
+        counts.lookups += 1;
+        counts.lookup_blocks += asked as u64;
+        for run in &hit.runs {
+            let blocks = u64::from(run.blocks);
+            match run.tier {
+                Tier::Donor => counts.hits.donor += blocks,
+                Tier::Shared => counts.hits.shared += blocks,
+                Tier::Host => counts.hits.host += blocks,
+            }
+        }
+    }
+}
+
+fn shared(slab: SlabIndex, slot: u32, pin: u32) -> HitBlock {
+    HitBlock::Shared { slab, slot, pin }
+}

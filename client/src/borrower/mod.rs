@@ -1,0 +1,177 @@
+//! A borrower: an engine's prefix KV cache in leased HBM and a bounded host tier.
+//!
+//! The way of a block through this room:
+//! * [`Borrower::store`] finds slots (`store`, `slots`, `evict`), copies layer by layer (`plan`, `pipeline`), and
+//!   publishes when every byte is there (`publish`);
+//! * [`Borrower::lookup`] finds own blocks in the local mirror and replicas' through the broker (`lookup`);
+//! * [`Borrower::load`] copies them back, layer by layer (`load`, `pipeline`);
+//! * a revocation stops new copies at once, rescues hot blocks, waits, unmaps and acknowledges (`drain`).
+//!
+//! `pipeline::issue_layer` is where a layer's bytes are put on their way.
+//!
+//! Everything that could be wrong is a miss. No copy touches a slab unless it is registered with it (`op`) under the
+//! lock that revocations take too (`state`), and a slot is written only when nobody can read it any more.
+
+mod blocks;
+mod config;
+mod core;
+mod drain;
+mod evict;
+mod hit;
+mod keeper;
+mod layout;
+mod lease;
+mod load;
+mod lookup;
+mod mapping;
+mod op;
+mod pipeline;
+mod plan;
+mod publish;
+mod slab;
+mod slots;
+mod state;
+mod stats;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt,
+    ops::Range,
+    sync::{Arc, mpsc},
+};
+
+use swiftcache_proto::domain::BlockHash;
+
+pub use config::{BorrowerConfig, DrainPolicy};
+pub use hit::{Hit, HitRun, Tier};
+pub use layout::{Layout, PagedKv, PagedLayer};
+pub use load::{Load, LoadError, Loaded};
+pub use stats::{BlocksByTier, BytesByLink, Latency, Stats};
+pub use store::{Store, Stored};
+
+use self::{
+    core::Core,
+    keeper::{KeeperTask, Threads},
+};
+use crate::{
+    Error, Result,
+    device::{DeviceLayer, Ticket},
+    session::{Observer, Session},
+};
+
+/// An engine's prefix KV cache in leased HBM and a bounded host tier. Used from any thread; dropping it waits for
+/// its copies and gives its leases back.
+pub struct Borrower {
+    core: Arc<Core>,
+    threads: Threads,
+}
+
+impl Borrower {
+    /// Opens a borrower. Without a session it has its host tier only.
+    ///
+    /// # Errors
+    /// For settings that cannot work, a device that is not there, or no room for the host tier.
+    pub fn open(
+        session: Option<Session>,
+        layer: Arc<dyn DeviceLayer>,
+        config: BorrowerConfig,
+    ) -> Result<Arc<Self>> {
+        config.check()?;
+        if !layer.devices().iter().any(|d| d.uuid == config.device) {
+            let problem = format!(
+                "the {} backend has no device {}",
+                layer.name(),
+                config.device
+            );
+            return Err(Error::config("device", problem));
+        }
+        let (core, inboxes) = Core::new(session, layer, config);
+        core.open_host_tier()?;
+        if let Some(session) = &core.session {
+            let observer: Arc<dyn Observer> = Arc::clone(&core) as _;
+            session.observe(&observer);
+        }
+        let threads = Threads::start(&core, inboxes)?;
+        core.grow_soon();
+        Ok(Arc::new(Self { core, threads }))
+    }
+
+    /// What it was opened with.
+    pub fn config(&self) -> &BorrowerConfig {
+        &self.core.config
+    }
+
+    /// Leases up to `bytes` in all now, rather than as stores need them, and maps them; blocks. Returns the bytes it
+    /// holds, which may be fewer.
+    pub fn reserve(&self, bytes: u64) -> u64 {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let bytes = bytes.min(self.core.config.max_leased_bytes);
+        let asked = self.core.keeper.send(KeeperTask::Reserve { bytes, reply });
+        match asked {
+            Ok(()) => answer.recv().unwrap_or(0),
+            Err(_) => 0,
+        }
+    }
+
+    /// Finds the longest prefix run of `hashes`, over own leases, replicas' leases and the host tier. Trouble with the
+    /// broker is a miss, never an error.
+    ///
+    /// Blocks for one round trip to the broker when own blocks do not answer it whole and
+    /// [`share`](BorrowerConfig::share) is set; the first time that a replica's slab is found, for its mapping too.
+    pub fn lookup(&self, hashes: &[BlockHash]) -> Hit {
+        self.core.lookup(hashes)
+    }
+
+    /// Queues the copies of the first `blocks.len()` blocks of `hit` into the engine's `blocks`, layer by layer,
+    /// and returns at once. May be called any number of times for one hit.
+    pub fn load(&self, hit: &Hit, blocks: &[u32], kv: &PagedKv) -> Load {
+        let layers = 0..self.core.config.layout.layer_bytes.len();
+        self.load_layers(hit, layers, blocks, kv)
+    }
+
+    /// Like [`load`](Self::load), for some layers only: an engine that keeps few layers in its own HBM calls it again
+    /// and again.
+    pub fn load_layers(
+        &self,
+        hit: &Hit,
+        layers: Range<usize>,
+        blocks: &[u32],
+        kv: &PagedKv,
+    ) -> Load {
+        self.core.load(hit, layers, blocks, kv)
+    }
+
+    /// Queues write-back of a sequence's consecutive blocks, layer by layer: layer `l` after the ticket that
+    /// `layer_ready(l)` gives, which marks its bytes as computed (`None`: they are already).
+    ///
+    /// Blocks that are there already are skipped; so is the rest of the sequence when room runs out. Blocks for one
+    /// round trip to the broker when published blocks must go to make room.
+    pub fn store(
+        &self,
+        blocks: &[(BlockHash, u32)],
+        kv: &PagedKv,
+        layer_ready: &dyn Fn(usize) -> Option<Ticket>,
+    ) -> Store {
+        self.core.store(blocks, kv, layer_ready)
+    }
+
+    /// What it has done, and what it holds now.
+    pub fn stats(&self) -> Stats {
+        self.core.state.lock().stats()
+    }
+}
+
+impl Drop for Borrower {
+    fn drop(&mut self) {
+        self.threads.stop(&self.core);
+        self.core.close();
+    }
+}
+
+impl fmt::Debug for Borrower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.core.fmt(f)
+    }
+}

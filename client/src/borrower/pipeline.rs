@@ -1,0 +1,225 @@
+//! The layer pipeline: issues each layer's copies, in layer order, and marks where each layer ends.
+//!
+//! [`issue_layer`] is the one place where a layer's bytes are put on their way between a slab and the engine.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{
+    blocks::Place,
+    layout::{Layout, PagedKv},
+    op::Queueing,
+    plan::{Direction, Plan},
+    slab::{SlabIndex, SlabMemory},
+    stats::BytesByLink,
+};
+use crate::device::{CopyStream, Piece, Result, Ticket};
+
+/// Tickets of a load, layer by layer.
+#[derive(Debug, Default)]
+pub(super) struct LayerTickets {
+    /// Where each layer's tickets end in `tickets`.
+    ends: Vec<usize>,
+    tickets: Vec<Ticket>,
+}
+
+impl LayerTickets {
+    pub(super) fn layers(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// One ticket for each stream that carries part of the layer; none past the last layer.
+    pub(super) fn of(&self, layer: usize) -> &[Ticket] {
+        let Some(end) = self.ends.get(layer) else {
+            return &[];
+        };
+        let start = layer.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.tickets[start..*end]
+    }
+
+    /// The last layer's.
+    pub(super) fn last(&self) -> &[Ticket] {
+        (self.layers().checked_sub(1)).map_or(&[], |last| self.of(last))
+    }
+}
+
+/// Queues the copies of one layer of a planned transfer: one batch for each slab, its runs coalesced.
+fn issue_layer(
+    plan: &mut Plan,
+    layer: usize,
+    layout: &Layout,
+    kv: &PagedKv,
+    direction: Direction,
+    bytes: &mut BytesByLink,
+) -> Result<()> {
+    let layer_bytes = layout.layer_bytes[layer];
+    let engine = &kv.layers[layer];
+    for group in 0..plan.groups.len() {
+        let slab = Arc::clone(&plan.groups[group].slab);
+        bytes[slab.link] += plan.groups[group].blocks * layer_bytes;
+        let pieces = plan.pieces(group, layer, layer_bytes, engine, direction);
+        match direction {
+            Direction::Load => slab.load.copy(&slab.memory, &engine.memory, pieces)?,
+            Direction::Store => slab.store.copy(&engine.memory, &slab.memory, pieces)?,
+        }
+    }
+    Ok(())
+}
+
+/// Queues a load of `layers`, and marks the end of each on every stream in use.
+pub(super) fn issue_load(
+    plan: &mut Plan,
+    layers: Range<usize>,
+    layout: &Layout,
+    kv: &PagedKv,
+    queueing: &mut Queueing<'_>,
+    bytes: &mut BytesByLink,
+) -> Result<LayerTickets> {
+    let streams = streams(plan, |slab| &slab.load);
+    let mut tickets = LayerTickets::default();
+    // Layers before the first are over as soon as they are asked for.
+    tickets.ends.resize(layers.start, 0);
+    let issue = || -> Result<()> {
+        for layer in layers {
+            issue_layer(plan, layer, layout, kv, Direction::Load, bytes)?;
+            for stream in &streams {
+                tickets.tickets.push(stream.record()?);
+            }
+            tickets.ends.push(tickets.tickets.len());
+        }
+        Ok(())
+    };
+    let outcome = issue();
+    mark_end(&streams, queueing)?;
+    outcome?;
+    Ok(tickets)
+}
+
+/// Queues write-back of every layer, each after the ticket that says its bytes are computed.
+pub(super) fn issue_store(
+    plan: &mut Plan,
+    layout: &Layout,
+    kv: &PagedKv,
+    layer_ready: &dyn Fn(usize) -> Option<Ticket>,
+    queueing: &mut Queueing<'_>,
+    bytes: &mut BytesByLink,
+) -> Result<()> {
+    let streams = streams(plan, |slab| &slab.store);
+    let mut issue = || -> Result<()> {
+        for layer in 0..layout.layer_bytes.len() {
+            if let Some(ready) = layer_ready(layer) {
+                for stream in &streams {
+                    stream.wait_for(&ready)?;
+                }
+            }
+            issue_layer(plan, layer, layout, kv, Direction::Store, bytes)?;
+        }
+        Ok(())
+    };
+    let outcome = issue();
+    mark_end(&streams, queueing)?;
+    outcome
+}
+
+/// Blocks on their way from one slab to another.
+#[derive(Debug)]
+pub(super) struct Move {
+    pub(super) from: Arc<SlabMemory>,
+    pub(super) to: Arc<SlabMemory>,
+    to_index: SlabIndex,
+    runs: Vec<MoveRun>,
+}
+
+#[derive(Debug)]
+struct MoveRun {
+    from: u32,
+    to: u32,
+    count: u32,
+}
+
+impl Move {
+    /// Adds one block's move, to the last one where slots follow one another.
+    pub(super) fn add(
+        moves: &mut Vec<Self>,
+        from: (Place, &Arc<SlabMemory>),
+        to: (Place, &Arc<SlabMemory>),
+    ) {
+        let one = MoveRun {
+            from: from.0.slot,
+            to: to.0.slot,
+            count: 1,
+        };
+        let same = moves
+            .iter_mut()
+            .find(|step| Arc::ptr_eq(&step.from, from.1) && Arc::ptr_eq(&step.to, to.1));
+        let Some(step) = same else {
+            moves.push(Self {
+                from: Arc::clone(from.1),
+                to: Arc::clone(to.1),
+                to_index: to.0.slab,
+                runs: vec![one],
+            });
+            return;
+        };
+        match step.runs.last_mut() {
+            Some(run) if run.from + run.count == one.from && run.to + run.count == one.to => {
+                run.count += 1;
+            }
+            _ => step.runs.push(one),
+        }
+    }
+
+    /// The last place given out: the next block best lies right after it.
+    pub(super) fn next_to(&self) -> Option<Place> {
+        self.runs.last().map(|run| Place {
+            slab: self.to_index,
+            slot: run.to + run.count - 1,
+        })
+    }
+}
+
+/// Queues a move of whole blocks, and marks its end.
+pub(super) fn issue_move(
+    step: &Move,
+    layer_bytes: &[u64],
+    stream: &Arc<dyn CopyStream>,
+    queueing: &mut Queueing<'_>,
+) -> Result<()> {
+    let mut pieces = Vec::with_capacity(step.runs.len());
+    let mut issue = || -> Result<()> {
+        for (layer, bytes) in layer_bytes.iter().enumerate() {
+            pieces.clear();
+            pieces.extend(step.runs.iter().map(|run| Piece {
+                from: step.from.layer_offsets[layer] + u64::from(run.from) * bytes,
+                to: step.to.layer_offsets[layer] + u64::from(run.to) * bytes,
+                bytes: u64::from(run.count) * bytes,
+            }));
+            stream.copy(&step.from.memory, &step.to.memory, &pieces)?;
+        }
+        Ok(())
+    };
+    let outcome = issue();
+    queueing.add(stream.record()?);
+    outcome
+}
+
+/// Marks the end of everything queued, even when queueing failed half-way: what was queued is in flight.
+fn mark_end(streams: &[Arc<dyn CopyStream>], queueing: &mut Queueing<'_>) -> Result<()> {
+    for stream in streams {
+        queueing.add(stream.record()?);
+    }
+    Ok(())
+}
+
+fn streams(
+    plan: &Plan,
+    stream: impl Fn(&SlabMemory) -> &Arc<dyn CopyStream>,
+) -> Vec<Arc<dyn CopyStream>> {
+    let mut streams: Vec<Arc<dyn CopyStream>> = Vec::new();
+    for group in &plan.groups {
+        let its = stream(&group.slab);
+        if !streams.iter().any(|other| Arc::ptr_eq(other, its)) {
+            streams.push(Arc::clone(its));
+        }
+    }
+    streams
+}

@@ -1,0 +1,258 @@
+//! Publishing and unpublishing: what replicas can find.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::{convert::MAX_BLOCKS, domain::BlockHash};
+use tracing::debug;
+
+use super::{
+    blocks::{BlockId, Place, Published},
+    core::Core,
+    slab::{Kind, LeaseKey, SlabIndex},
+};
+use crate::{
+    Error,
+    session::{Call, Session, Unpublished},
+};
+
+/// When to ask again after an unpublishing whose outcome is not known: later than any call's deadline, so that
+/// nothing sent before can arrive after.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// Blocks of one lease to publish, each pinned.
+struct Batch {
+    slab: SlabIndex,
+    key: LeaseKey,
+    ids: Vec<BlockId>,
+    hashes: Vec<BlockHash>,
+    slots: Vec<u32>,
+    /// What was known of each before.
+    before: Vec<Published>,
+}
+
+impl Core {
+    /// Publishes those of `ready` that lie in own leases, and takes one pin off each of them all. Returns how many a
+    /// replica had published first: they are gone.
+    pub(super) fn publish(self: &Arc<Self>, ready: Vec<BlockId>) -> u32 {
+        if ready.is_empty() {
+            return 0;
+        }
+        let session = self.connected();
+        let mut batches: Vec<Batch> = Vec::new();
+        {
+            let mut state = self.state.lock();
+            for id in ready {
+                let place = state.place_of(id).map(|(place, slab)| (place, slab.kind));
+                match (place, session) {
+                    (Some((place, Kind::Own(key))), Some(_)) => {
+                        let block = state.blocks.get_mut(id);
+                        let before = std::mem::replace(&mut block.published, Published::Maybe);
+                        add(&mut batches, key, id, block.hash, place, before);
+                    }
+                    // Nobody to tell: the session's next connection will make it known.
+                    _ => state.blocks.unpin(id),
+                }
+            }
+        }
+        let Some(session) = session else { return 0 };
+        let calls: Vec<_> = (batches.iter())
+            .map(|batch| {
+                let key = batch.key;
+                session.publish(
+                    key.lease,
+                    key.generation,
+                    &batch.hashes,
+                    batch.slots.clone(),
+                )
+            })
+            .collect();
+        let mut duplicates = 0;
+        for (batch, call) in batches.iter().zip(calls) {
+            duplicates += self.published(batch, call.wait());
+        }
+        duplicates
+    }
+
+    fn published(&self, batch: &Batch, outcome: Result<Vec<u32>, Error>) -> u32 {
+        let mut state = self.state.lock();
+        let mut duplicates = 0;
+        // A block that a revocation has moved meanwhile is published anew where it lies now: this outcome is not its.
+        let here: Vec<usize> = (0..batch.ids.len())
+            .filter(|index| {
+                let slot = batch.slots[*index];
+                let place = state.blocks.get(batch.ids[*index]).place;
+                place.is_some_and(|place| place.slab == batch.slab && place.slot == slot)
+            })
+            .collect();
+        match outcome {
+            Ok(taken) => {
+                let taken: HashSet<usize> = taken.iter().map(|index| *index as usize).collect();
+                for index in here {
+                    let id = batch.ids[index];
+                    let block = state.blocks.get_mut(id);
+                    if !taken.contains(&index) {
+                        block.published = Published::Yes;
+                        continue;
+                    }
+                    block.published = batch.before[index];
+                    // A load may be reading it besides: then it stays, for this borrower alone.
+                    if block.pins == 1
+                        && let Some(place) = state.lose(id)
+                    {
+                        state.retire(place, batch.before[index]);
+                        state.counts.duplicate_blocks += 1;
+                        duplicates += 1;
+                    }
+                }
+            }
+            Err(error) => {
+                debug!(%error, lease = %batch.key.lease, "blocks not published");
+                // A refusal is certain; after anything else the broker may know them.
+                if matches!(error, Error::Refused { .. }) {
+                    for index in here {
+                        let block = state.blocks.get_mut(batch.ids[index]);
+                        block.published = batch.before[index];
+                    }
+                }
+            }
+        }
+        for id in &batch.ids {
+            state.blocks.unpin(*id);
+        }
+        duplicates
+    }
+
+    /// After a connection: makes known what the broker does not know, everything if it restarted.
+    pub(super) fn publish_again(self: &Arc<Self>, restarted: bool) {
+        let mut unknown = Vec::new();
+        {
+            let mut state = self.state.lock();
+            let mut own = Vec::new();
+            for (_, slab) in state.slabs.iter() {
+                if slab.is_active() && matches!(slab.kind, Kind::Own(_)) {
+                    own.extend(slab.occupants.iter().flatten().copied());
+                }
+            }
+            for id in own {
+                let block = state.blocks.get_mut(id);
+                if restarted && block.published == Published::Yes {
+                    block.published = Published::Maybe;
+                }
+                if block.ready && block.published != Published::Yes {
+                    block.pins += 1;
+                    unknown.push(id);
+                }
+            }
+        }
+        debug!(blocks = unknown.len(), restarted, "publishing again");
+        self.publish(unknown);
+    }
+
+    /// Makes vacated slots unfindable and gives them back, now or when their readers are through. A slot whose
+    /// outcome stays unknown is asked for again.
+    pub(super) fn unpublish(&self, vacated: Vec<(SlabIndex, LeaseKey, Vec<u32>)>) {
+        let Some(session) = self.connected() else {
+            let later = Instant::now() + ASK_AGAIN;
+            for (index, _, slots) in vacated {
+                self.ask_again(index, slots, later);
+            }
+            return;
+        };
+        let calls: Vec<_> = (vacated.into_iter())
+            .map(|(index, key, slots)| {
+                let call = unpublish(session, key, &slots);
+                (index, slots, call)
+            })
+            .collect();
+        for (index, slots, call) in calls {
+            match call.wait() {
+                Ok(unpublished) => self.unpublished(index, slots, &unpublished),
+                Err(error) => {
+                    debug!(%error, "slots not unpublished");
+                    self.ask_again(index, slots, Instant::now() + ASK_AGAIN);
+                }
+            }
+        }
+    }
+
+    fn unpublished(&self, index: SlabIndex, slots: Vec<u32>, outcome: &Unpublished) {
+        let until = Instant::now() + outcome.retry_after;
+        // After a broker's restart this can be every slot.
+        let pinned: HashSet<u32> = outcome.pinned.iter().copied().collect();
+        let mut state = self.state.lock();
+        if let Some(slab) = state.slabs.get_mut(index) {
+            for slot in slots {
+                if pinned.contains(&slot) {
+                    slab.cooling.push((until, slot));
+                } else {
+                    slab.slots.give(slot);
+                }
+            }
+        }
+    }
+
+    fn ask_again(&self, index: SlabIndex, slots: Vec<u32>, when: Instant) {
+        if let Some(slab) = self.state.lock().slabs.get_mut(index) {
+            slab.unconfirmed
+                .extend(slots.into_iter().map(|slot| (when, slot)));
+        }
+    }
+
+    /// Asks again for every slot that is due.
+    pub(super) fn unpublish_due(&self) {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        if self.connected().is_none() {
+            return;
+        }
+        for (index, slab) in self.state.lock().slabs.iter_mut() {
+            slab.cool(now);
+            let Kind::Own(key) = slab.kind else { continue };
+            let slots: Vec<u32> = (slab.unconfirmed)
+                .extract_if(.., |(when, _)| *when <= now)
+                .map(|(_, slot)| slot)
+                .take(MAX_BLOCKS)
+                .collect();
+            if !slots.is_empty() {
+                due.push((index, key, slots));
+            }
+        }
+        self.unpublish(due);
+    }
+}
+
+fn unpublish(session: &Session, key: LeaseKey, slots: &[u32]) -> Call<Unpublished> {
+    session.unpublish(key.lease, key.generation, slots.to_vec())
+}
+
+/// Adds a block to its lease's batch; a full one is followed by another.
+fn add(
+    batches: &mut Vec<Batch>,
+    key: LeaseKey,
+    id: BlockId,
+    hash: BlockHash,
+    place: Place,
+    before: Published,
+) {
+    let open = (batches.iter()).rposition(|batch| batch.key == key && batch.ids.len() < MAX_BLOCKS);
+    let at = open.unwrap_or_else(|| {
+        batches.push(Batch {
+            slab: place.slab,
+            key,
+            ids: Vec::new(),
+            hashes: Vec::new(),
+            slots: Vec::new(),
+            before: Vec::new(),
+        });
+        batches.len() - 1
+    });
+    let batch = &mut batches[at];
+    batch.ids.push(id);
+    batch.hashes.push(hash);
+    batch.slots.push(place.slot);
+    batch.before.push(before);
+}

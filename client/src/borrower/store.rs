@@ -1,0 +1,271 @@
+//! Stores: write-back from the engine's pool, found by others only once every byte is there.
+
+use std::{fmt, sync::Arc};
+
+use swiftcache_proto::domain::BlockHash;
+use tracing::warn;
+
+use super::{
+    BytesByLink, PagedKv,
+    blocks::{BlockId, List, Place},
+    core::{Core, Leftover},
+    op::{Op, Purpose, Queueing},
+    pipeline,
+    plan::Plan,
+    slab::SlabIndex,
+    slots::Run,
+    state::State,
+};
+use crate::device::Ticket;
+
+/// Copies on their way from the engine's pool into slabs.
+///
+/// Dropping a store leaves completion and publishing to a background thread; the engine's blocks must then stay as
+/// they are until [`is_done`](Self::is_done).
+pub struct Store {
+    core: Arc<Core>,
+    op: Arc<Op>,
+    stored: Stored,
+    ended: bool,
+}
+
+/// How a store ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Blocks written and kept.
+    pub stored: u32,
+    /// Blocks that were there already.
+    pub known: u32,
+    /// Blocks for which there was no room.
+    pub unplaced: u32,
+    /// Blocks lost before they were kept: their lease was revoked, their copy failed, or a replica had published
+    /// them first.
+    pub lost: u32,
+    /// What crossed each link.
+    pub bytes: BytesByLink,
+}
+
+/// Slots being handed out to a sequence.
+#[derive(Debug, Default)]
+struct Placing {
+    run: Option<(SlabIndex, Run)>,
+    after: Option<Place>,
+}
+
+impl Placing {
+    /// The next slot: of the run in hand, or of a new one of at most `want` slots; donors before the host tier.
+    fn next(&mut self, state: &mut State, want: u32) -> Option<(Place, List)> {
+        let (index, run) = match self.run.take() {
+            Some((index, run)) => (index, run),
+            None => state
+                .take_slots(List::Donor, want, self.after)
+                .or_else(|| state.take_slots(List::Host, want, self.after))?,
+        };
+        if run.count > 1 {
+            let rest = Run {
+                first: run.first + 1,
+                count: run.count - 1,
+            };
+            self.run = Some((index, rest));
+        }
+        let place = Place {
+            slab: index,
+            slot: run.first,
+        };
+        self.after = Some(place);
+        let list = state.slabs.get(index)?.list();
+        Some((place, list))
+    }
+
+    /// Gives back what was taken and not used.
+    fn end(&mut self, state: &mut State) {
+        if let Some((index, run)) = self.run.take()
+            && let Some(slab) = state.slabs.get_mut(index)
+        {
+            for slot in run.first..run.first + run.count {
+                slab.slots.give(slot);
+            }
+        }
+    }
+}
+
+impl Core {
+    /// Finds room for a sequence's blocks, registers the copies with every slab they touch, and queues them.
+    pub(super) fn store(
+        self: &Arc<Self>,
+        blocks: &[(BlockHash, u32)],
+        kv: &PagedKv,
+        layer_ready: &dyn Fn(usize) -> Option<Ticket>,
+    ) -> Store {
+        let layout = &self.config.layout;
+        let mut stored = Stored::default();
+        let mut plan = self.plan();
+        let op = match kv.check(layout) {
+            Ok(()) => self.plan_store(blocks, kv, &mut plan, &mut stored),
+            Err(error) => {
+                warn!(%error, "nothing is stored from a pool that does not fit the layout");
+                stored.unplaced = blocks.len() as u32;
+                Arc::new(Op::new(Purpose::Store, Vec::new(), Vec::new()))
+            }
+        };
+        let mut queueing = Queueing::new(&op);
+        if let Err(error) = pipeline::issue_store(
+            &mut plan,
+            layout,
+            kv,
+            layer_ready,
+            &mut queueing,
+            &mut stored.bytes,
+        ) {
+            warn!(%error, "a store could not be queued");
+            op.poison();
+        }
+        // See `load`: whoever waits for the op counts on the plan having let go of its slabs.
+        self.put_back(plan);
+        drop(queueing);
+        Store {
+            core: Arc::clone(self),
+            op,
+            stored,
+            ended: false,
+        }
+    }
+
+    fn plan_store(
+        self: &Arc<Self>,
+        blocks: &[(BlockHash, u32)],
+        kv: &PagedKv,
+        plan: &mut Plan,
+        stored: &mut Stored,
+    ) -> Arc<Op> {
+        let known = self.pin_known(blocks);
+        let want = (blocks.len() - known.len()) as u32;
+        if want > 0 {
+            self.make_room(want);
+        }
+        let mut state = self.state.lock();
+        let mut sequence = Vec::with_capacity(blocks.len());
+        let mut writes = Vec::with_capacity(want as usize);
+        let mut placing = Placing::default();
+        for ((hash, from), done) in blocks.iter().zip(0..) {
+            if let Some(id) = state.blocks.find(hash) {
+                stored.known += 1;
+                placing.after = state.blocks.get(id).place;
+                sequence.push(id);
+                continue;
+            }
+            let left = blocks.len() as u32 - done;
+            let room = (*from < kv.blocks)
+                .then(|| placing.next(&mut state, left.min(want)))
+                .flatten();
+            // A block without those before it is worth nothing.
+            let Some((place, list)) = room else {
+                stored.unplaced = left;
+                break;
+            };
+            let id = state.blocks.insert(*hash, place, list);
+            if let Some(slab) = state.slabs.get_mut(place.slab) {
+                slab.occupy(place.slot, id);
+                plan.add(place.slab, &slab.memory, place.slot, *from);
+            }
+            sequence.push(id);
+            writes.push(id);
+        }
+        placing.end(&mut state);
+        // The first block is used last: a block goes before those it follows.
+        for id in sequence.iter().rev() {
+            state.blocks.touch(*id);
+        }
+        for id in known {
+            state.blocks.unpin(id);
+        }
+        state.counts.known_blocks += u64::from(stored.known);
+        state.counts.unplaced_blocks += u64::from(stored.unplaced);
+        let slabs = plan.groups.iter().map(|group| group.index).collect();
+        let op = Arc::new(Op::new(Purpose::Store, slabs, writes));
+        state.begin_op(&op);
+        op
+    }
+
+    /// Pins the blocks that are there already, so that making room does not take them from under their successors.
+    fn pin_known(&self, blocks: &[(BlockHash, u32)]) -> Vec<BlockId> {
+        let mut state = self.state.lock();
+        let known: Vec<BlockId> = (blocks.iter())
+            .filter_map(|(hash, _)| state.blocks.find(hash))
+            .collect();
+        for id in &known {
+            state.blocks.pin(*id);
+        }
+        known
+    }
+
+    /// Waits for an op's copies, makes what they wrote readable, and publishes it. Whoever comes first does it; for
+    /// others there is nothing left to do. Returns blocks kept and blocks lost.
+    pub(super) fn settle(self: &Arc<Self>, op: &Arc<Op>) -> (u32, u32) {
+        let copied = op.wait().is_ok() && !op.is_poisoned();
+        let (mut kept, mut lost) = (0, 0);
+        let mut ready = Vec::new();
+        {
+            let mut state = self.state.lock();
+            let writes = std::mem::take(&mut *op.writes.lock());
+            for id in writes {
+                if copied && state.blocks.get(id).place.is_some() {
+                    state.blocks.get_mut(id).ready = true;
+                    ready.push(id);
+                    kept += 1;
+                    continue;
+                }
+                if let Some(place) = state.lose(id)
+                    && let Some(slab) = state.slabs.get_mut(place.slab)
+                {
+                    // Never published: nobody reads it.
+                    slab.slots.give(place.slot);
+                }
+                state.blocks.unpin(id);
+                lost += 1;
+            }
+            state.end_op(op);
+            if op.purpose == Purpose::Store {
+                state.counts.stored_blocks += u64::from(kept);
+            }
+            state.counts.dropped_blocks += u64::from(lost);
+        }
+        let duplicates = self.publish(ready);
+        (kept - duplicates, lost + duplicates)
+    }
+}
+
+impl Store {
+    /// Waits for the copies to complete and for the blocks to be published.
+    pub fn finish(mut self) -> Stored {
+        self.ended = true;
+        let (kept, lost) = self.core.settle(&self.op);
+        self.stored.stored = kept;
+        self.stored.lost = lost;
+        self.core.state.lock().counts.stored += self.stored.bytes;
+        self.stored
+    }
+
+    /// Whether the engine's blocks have been read and may change.
+    pub fn is_done(&self) -> bool {
+        self.op.is_over()
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.core.state.lock().counts.stored += self.stored.bytes;
+            self.core.leave(Leftover {
+                op: Arc::clone(&self.op),
+                hit: None,
+            });
+        }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Store({:?})", self.stored)
+    }
+}

@@ -1,0 +1,241 @@
+//! The sockets, and the broker behind them.
+
+use std::{
+    fs, io,
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use swiftcache_proto::v1::GetNodeResponse;
+
+use super::{
+    super::admin::Admin,
+    report::{Finding, Report},
+};
+
+/// Says what the broker knows of the node, if it answers.
+pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeResponse> {
+    if !directory(socket, report) || !connects(socket, report) {
+        return None;
+    }
+    match Admin::connect(socket).and_then(|admin| admin.node()) {
+        Ok(node) => {
+            report.add(speaks(&node));
+            Some(node)
+        }
+        Err(error) => {
+            report.add(Finding::fail(
+                "broker",
+                error.to_string(),
+                "something else listens there, or the broker hangs: read its log",
+            ));
+            None
+        }
+    }
+}
+
+fn speaks(node: &GetNodeResponse) -> Finding {
+    const CHECK: &str = "broker";
+    let ours = env!("CARGO_PKG_VERSION");
+    let found = format!("version {}, probe {}", node.version, node.probe);
+    if node.devices.is_empty() {
+        return Finding::fail(
+            CHECK,
+            format!("{found}, and no devices"),
+            "its log says why the probe found none",
+        );
+    }
+    if node.version == ours {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::ok(
+            CHECK,
+            format!("{found}; this is {ours}, and both speak swiftcache.v1"),
+        )
+    }
+}
+
+/// Whether it is worth going on.
+fn directory(socket: &Path, report: &mut Report) -> bool {
+    const CHECK: &str = "socket-dir";
+    let directory = socket.parent().unwrap_or(Path::new("/"));
+    let shown = directory.display();
+    match fs::metadata(directory) {
+        Ok(found) if found.is_dir() => {
+            let mode = found.permissions().mode() & 0o7777;
+            let found = format!("{shown}: {}:{} {mode:04o}", found.uid(), found.gid());
+            report.add(if mode & 0o002 == 0 {
+                Finding::ok(CHECK, found)
+            } else {
+                Finding::warn(
+                    CHECK,
+                    format!("{found}, writable by everyone"),
+                    "anyone could put a socket of their own there: chmod o-w",
+                )
+            });
+            true
+        }
+        Ok(_) => {
+            report.add(Finding::fail(
+                CHECK,
+                format!("{shown} is no directory"),
+                "mount the directory of the sockets, never a socket",
+            ));
+            false
+        }
+        Err(error) => {
+            report.add(Finding::fail(
+                CHECK,
+                format!("{shown}: {error}"),
+                "start swiftcache-broker; in a container, mount the directory of the sockets; --socket names another",
+            ));
+            false
+        }
+    }
+}
+
+fn connects(socket: &Path, report: &mut Report) -> bool {
+    const CHECK: &str = "socket";
+    let shown = socket.display();
+    let stream = match UnixStream::connect(socket) {
+        Ok(stream) => stream,
+        Err(error) => {
+            let advice = match error.kind() {
+                io::ErrorKind::PermissionDenied => denied(socket),
+                io::ErrorKind::NotFound => {
+                    "start swiftcache-broker; if it runs, it listens elsewhere, or the directory mounted here is not its own"
+                        .to_owned()
+                }
+                io::ErrorKind::ConnectionRefused => {
+                    "its broker is gone: start it; in a container that mounts the socket itself, mount its directory"
+                        .to_owned()
+                }
+                _ => "see what is there with ls -l".to_owned(),
+            };
+            report.add(Finding::fail(CHECK, format!("{shown}: {error}"), advice));
+            return false;
+        }
+    };
+    report.add(Finding::ok(CHECK, format!("{shown} accepts connections")));
+    let pid = getsockopt(&stream, PeerCredentials).map(|peer| peer.pid());
+    report.add(namespace(pid.unwrap_or_default()));
+    report.add(descriptors(&fd_socket(socket)));
+    true
+}
+
+fn denied(socket: &Path) -> String {
+    let group = fs::metadata(socket).map(|found| found.gid());
+    let group = group.map_or("the socket's group".to_owned(), |gid| {
+        format!("group {gid}")
+    });
+    format!("join {group}: usermod --append --groups, or supplementalGroups of the pod")
+}
+
+/// `broker` is the broker's pid as this process sees it; 0: it cannot.
+fn namespace(broker: i32) -> Finding {
+    const CHECK: &str = "pid-namespace";
+    if broker > 0 {
+        return Finding::ok(CHECK, format!("the broker is process {broker}"));
+    }
+    Finding::warn(
+        CHECK,
+        "the broker is in another PID namespace",
+        "well on Linux 6.9 or later; should this process die while the broker is down, nobody notices until the node reboots \
+         (deathWatch.hostPID)",
+    )
+}
+
+/// Where descriptors travel unless the broker is configured otherwise: `broker-fd.sock` beside `broker.sock`.
+fn fd_socket(socket: &Path) -> PathBuf {
+    let stem = socket.file_stem().unwrap_or_default();
+    socket.with_file_name(format!("{}-fd.sock", stem.to_string_lossy()))
+}
+
+fn descriptors(socket: &Path) -> Finding {
+    const CHECK: &str = "fd-socket";
+    let shown = socket.display();
+    match fs::metadata(socket) {
+        Ok(found) if found.file_type().is_socket() => Finding::ok(CHECK, shown.to_string()),
+        Ok(_) => Finding::fail(CHECK, format!("{shown} is no socket"), "restart the broker"),
+        Err(error) => Finding::warn(
+            CHECK,
+            format!("{shown}: {error}"),
+            "well if the broker's fd_socket is set to another path",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::{super::report::Verdict, *};
+
+    fn verdicts(socket: &Path) -> Vec<(String, Verdict)> {
+        let mut report = Report::default();
+        assert!(examine(socket, &mut report).is_none());
+        let json = serde_json::to_value(&report).unwrap();
+        let findings = json["findings"].as_array().unwrap();
+        let verdict = |finding: &serde_json::Value| match finding["verdict"].as_str() {
+            Some("ok") => Verdict::Ok,
+            Some("warn") => Verdict::Warn,
+            _ => Verdict::Fail,
+        };
+        let named = findings.iter().map(|finding| {
+            (
+                finding["check"].as_str().unwrap().to_owned(),
+                verdict(finding),
+            )
+        });
+        named.collect()
+    }
+
+    #[test]
+    fn an_absent_broker_is_told_by_what_is_there_instead() {
+        let directory = tempfile::tempdir().unwrap();
+        let failed = |socket: &Path| {
+            let verdicts = verdicts(socket);
+            let failed = verdicts.iter().find(|(_, v)| *v == Verdict::Fail);
+            failed.map(|(check, _)| check.clone()).unwrap()
+        };
+        assert_eq!(
+            failed(&directory.path().join("none/broker.sock")),
+            "socket-dir"
+        );
+        let socket = directory.path().join("broker.sock");
+        assert_eq!(failed(&socket), "socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        drop(listener);
+        assert_eq!(failed(&socket), "socket");
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(
+            verdicts(&socket)[0],
+            ("socket-dir".to_owned(), Verdict::Warn)
+        );
+    }
+
+    #[test]
+    fn a_broker_without_devices_fails() {
+        let mut node = GetNodeResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            probe: "nvml".to_owned(),
+            ..GetNodeResponse::default()
+        };
+        assert_eq!(speaks(&node).verdict, Verdict::Fail);
+        node.devices
+            .push(swiftcache_proto::v1::DeviceStatus::default());
+        assert_eq!(speaks(&node).verdict, Verdict::Ok);
+        node.version = "0.0.1".to_owned();
+        assert!(speaks(&node).found.contains("swiftcache.v1"));
+    }
+
+    #[test]
+    fn pid_namespaces_are_told_apart() {
+        assert_eq!(namespace(17).verdict, Verdict::Ok);
+        assert_eq!(namespace(0).verdict, Verdict::Warn);
+    }
+}

@@ -1,0 +1,43 @@
+//! `swiftcache doctor`: looks at everything that has to be right before memory can be shared here.
+
+mod broker;
+mod gpus;
+mod host;
+mod report;
+mod visibility;
+
+use clap::Args;
+
+use super::{CliError, args::SocketArg, output};
+use report::Report;
+
+/// Look at what sharing HBM needs on this machine, and say what to do about what is missing
+///
+/// Run it where it matters: in an engine's container it judges what that engine sees. Changes nothing, and makes no
+/// CUDA context.
+#[derive(Args, Debug)]
+pub(super) struct DoctorArgs {
+    #[command(flatten)]
+    socket: SocketArg,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
+    let mut report = Report::default();
+    host::examine(&mut report);
+    let node = broker::examine(&args.socket.socket, &mut report);
+    let seen = gpus::examine(node.as_ref(), &mut report);
+    visibility::examine(node.as_ref(), seen.as_deref(), &mut report);
+    if args.json {
+        output::print_json(&report)?;
+    } else {
+        output::print(&report.text())?;
+    }
+    match report.failures() {
+        0 => Ok(()),
+        1 => Err(CliError::Failed("1 check failed".to_owned())),
+        many => Err(CliError::Failed(format!("{many} checks failed"))),
+    }
+}

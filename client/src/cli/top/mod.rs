@@ -1,0 +1,117 @@
+//! `swiftcache top`: the node on one screen, kept up to date.
+
+mod bars;
+mod rows;
+mod screen;
+
+use std::{
+    io::IsTerminal,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+
+use super::{CliError, admin::Admin, args::SocketArg};
+use screen::Screen;
+
+/// How often to look for a key.
+const NAP: Duration = Duration::from_millis(100);
+/// The events kept to choose from: more than any screen has lines.
+const EVENTS: u32 = 100;
+
+/// Watch devices, leases, hits and events on a full screen; q quits
+#[derive(Args, Debug)]
+pub(super) struct TopArgs {
+    #[command(flatten)]
+    socket: SocketArg,
+    /// How often to ask the broker
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    every: Duration,
+}
+
+pub(super) fn run(args: &TopArgs) -> Result<(), CliError> {
+    if !std::io::stdout().is_terminal() {
+        let problem = "top needs a terminal; `swiftcache status --watch` does without";
+        return Err(CliError::Usage(problem.to_owned()));
+    }
+    let interrupt = super::interrupt()?;
+    // A broker that is not there now is an error; one that goes later is waited for.
+    let mut admin = Some(Admin::connect(&args.socket.socket)?);
+    let failed = |error: std::io::Error| CliError::Failed(format!("the terminal: {error}"));
+    let mut terminal = ratatui::try_init().map_err(failed)?;
+    let mut screen = Screen::default();
+    let mut asked: Option<Instant> = None;
+    let ended = loop {
+        if asked.is_none_or(|asked| asked.elapsed() >= args.every) {
+            asked = Some(Instant::now());
+            match refresh(&mut admin, args, &mut screen) {
+                Ok(()) => {}
+                Err(error @ CliError::NoBroker { .. }) => screen.problem = Some(error.to_string()),
+                Err(error) => break Err(error),
+            }
+        }
+        if let Err(error) = terminal.draw(|frame| screen.render(frame)) {
+            break Err(failed(error));
+        }
+        if interrupt.load(Ordering::Relaxed) {
+            break Ok(());
+        }
+        match pressed() {
+            Ok(Some(key)) if quits(key) => break Ok(()),
+            Ok(_) => {}
+            Err(error) => break Err(failed(error)),
+        }
+    };
+    ratatui::try_restore().map_err(failed)?;
+    ended
+}
+
+fn refresh(admin: &mut Option<Admin>, args: &TopArgs, screen: &mut Screen) -> Result<(), CliError> {
+    let connected = match admin.take() {
+        Some(connected) => connected,
+        None => Admin::connect(&args.socket.socket)?,
+    };
+    let snapshot = connected.snapshot()?;
+    let events = connected.events(EVENTS)?;
+    *admin = Some(connected);
+    screen.update(snapshot, events);
+    Ok(())
+}
+
+/// The key pressed within a nap.
+fn pressed() -> std::io::Result<Option<KeyEvent>> {
+    if !event::poll(NAP)? {
+        return Ok(None);
+    }
+    Ok(match event::read()? {
+        Event::Key(key) if key.kind == KeyEventKind::Press => Some(key),
+        _ => None,
+    })
+}
+
+/// In raw mode the terminal sends no signal for Ctrl-C.
+fn quits(key: KeyEvent) -> bool {
+    let control = key.modifiers.contains(KeyModifiers::CONTROL);
+    match key.code {
+        KeyCode::Char('q') | KeyCode::Esc => true,
+        KeyCode::Char('c') => control,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn q_escape_and_control_c_quit() {
+        let key = |code, modifiers| quits(KeyEvent::new(code, modifiers));
+        assert!(key(KeyCode::Char('q'), KeyModifiers::NONE));
+        assert!(key(KeyCode::Esc, KeyModifiers::NONE));
+        assert!(key(KeyCode::Char('c'), KeyModifiers::CONTROL));
+        assert!(!key(KeyCode::Char('c'), KeyModifiers::NONE));
+        assert!(!key(KeyCode::Enter, KeyModifiers::NONE));
+    }
+}

@@ -1,0 +1,196 @@
+//! What Admin says, as rows for people.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use swiftcache_proto::v1;
+
+/// The leases of one borrower and namespace on one device.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct LeaseRow {
+    pub(super) borrower: String,
+    pub(super) namespace: String,
+    pub(super) device: String,
+    pub(super) link: &'static str,
+    pub(super) bytes: u64,
+    pub(super) blocks: u64,
+    draining: u32,
+    zombies: u32,
+    waiting: BTreeSet<u32>,
+}
+
+impl LeaseRow {
+    pub(super) fn is_zombie(&self) -> bool {
+        self.zombies > 0
+    }
+
+    /// What of it is on its way back, and who holds that up.
+    pub(super) fn state(&self) -> String {
+        let pids: Vec<String> = self.waiting.iter().map(u32::to_string).collect();
+        match (self.zombies, self.draining) {
+            (0, 0) => "active".to_owned(),
+            (0, draining) => format!("{draining} draining"),
+            // The pids are what somebody has to act on: they come before any count.
+            _ => format!("zombie: {}", pids.join(" ")),
+        }
+    }
+}
+
+/// Zombies first, then the largest.
+pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -> Vec<LeaseRow> {
+    let mut rows: BTreeMap<(&str, &str, &str), LeaseRow> = BTreeMap::new();
+    for lease in leases {
+        let key = (
+            lease.borrower_label.as_str(),
+            lease.namespace.as_str(),
+            lease.device_uuid.as_str(),
+        );
+        let row = rows.entry(key).or_insert_with(|| LeaseRow {
+            borrower: format!("{} [{}]", lease.borrower_name, lease.borrower_label),
+            namespace: lease.namespace.clone(),
+            device: short_device(&lease.device_uuid, devices),
+            link: link(lease.link()),
+            ..LeaseRow::default()
+        });
+        row.bytes += lease.bytes;
+        row.blocks += u64::from(lease.published_blocks);
+        match lease.state() {
+            v1::LeaseState::Draining => row.draining += 1,
+            v1::LeaseState::Zombie => {
+                row.zombies += 1;
+                row.waiting.extend(&lease.waiting_for_pids);
+            }
+            v1::LeaseState::Active | v1::LeaseState::Unspecified => {}
+        }
+    }
+    let mut rows: Vec<_> = rows.into_values().collect();
+    rows.sort_by_key(|row| std::cmp::Reverse((row.zombies, row.bytes)));
+    rows
+}
+
+fn link(kind: v1::LinkKind) -> &'static str {
+    match kind {
+        v1::LinkKind::SameDevice => "same",
+        v1::LinkKind::Nvlink => "NVLink",
+        v1::LinkKind::Pcie => "PCIe",
+        v1::LinkKind::Host => "host",
+        v1::LinkKind::Unspecified => "?",
+    }
+}
+
+/// The device's number, which is what fits in a column.
+fn short_device(uuid: &str, devices: &[v1::DeviceStatus]) -> String {
+    let mut devices = devices.iter().filter_map(|status| status.device.as_ref());
+    let device = devices.find(|device| device.uuid == uuid);
+    device.map_or_else(|| uuid.to_owned(), |device| device.ordinal.to_string())
+}
+
+/// A part of a whole, in percent; nothing of nothing is unknown.
+pub(super) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".to_owned();
+    }
+    format!("{:.0}%", part as f64 * 100.0 / whole as f64)
+}
+
+/// The time of day, UTC.
+pub(super) fn clock(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1_000 % 86_400;
+    let (hours, minutes) = (seconds / 3_600, seconds / 60 % 60);
+    format!("{hours:02}:{minutes:02}:{:02}", seconds % 60)
+}
+
+/// What happened between two answers of one broker.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Rates {
+    /// A second.
+    pub(super) lookups: f64,
+    /// Blocks a second.
+    pub(super) hits: f64,
+    /// Blocks a second.
+    pub(super) published: f64,
+    hit_blocks: u64,
+    lookup_blocks: u64,
+}
+
+impl Rates {
+    /// `None` when the broker is another, or no time has passed.
+    pub(super) fn between(
+        before: &v1::GetNodeResponse,
+        after: &v1::GetNodeResponse,
+    ) -> Option<Self> {
+        let elapsed = after.uptime_ms.checked_sub(before.uptime_ms)?;
+        if before.boot_id != after.boot_id || elapsed == 0 {
+            return None;
+        }
+        let (before, after) = (before.counters?, after.counters?);
+        let seconds = elapsed as f64 / 1_000.0;
+        let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
+        Some(Self {
+            lookups: rate(before.lookups, after.lookups),
+            hits: rate(before.hit_blocks, after.hit_blocks),
+            published: rate(before.published_blocks, after.published_blocks),
+            hit_blocks: after.hit_blocks.saturating_sub(before.hit_blocks),
+            lookup_blocks: after.lookup_blocks.saturating_sub(before.lookup_blocks),
+        })
+    }
+
+    /// Of the blocks looked up meanwhile, those found.
+    pub(super) fn hit_rate(&self) -> String {
+        percent(self.hit_blocks, self.lookup_blocks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_of_one_broker_only() {
+        let node = |uptime_ms, lookup_blocks, hit_blocks| v1::GetNodeResponse {
+            boot_id: 1,
+            uptime_ms,
+            counters: Some(v1::Counters {
+                lookup_blocks,
+                hit_blocks,
+                ..v1::Counters::default()
+            }),
+            ..v1::GetNodeResponse::default()
+        };
+        let before = node(1_000, 100, 100);
+        let rates = Rates::between(&before, &node(3_000, 200, 150)).unwrap();
+        assert_eq!((rates.hit_rate().as_str(), rates.hits), ("50%", 25.0));
+        let still = Rates::between(&before, &node(2_000, 100, 100)).unwrap();
+        assert_eq!(still.hit_rate(), "-");
+        assert_eq!(Rates::between(&before, &before), None);
+        let mut restarted = node(3_000, 200, 150);
+        restarted.boot_id = 2;
+        assert_eq!(Rates::between(&before, &restarted), None);
+    }
+
+    #[test]
+    fn zombies_come_first_and_name_their_processes() {
+        let lease = |borrower: &str, state: v1::LeaseState, pids: &[u32]| v1::LeaseStatus {
+            borrower_label: borrower.to_owned(),
+            state: state.into(),
+            bytes: 10,
+            waiting_for_pids: pids.to_vec(),
+            ..v1::LeaseStatus::default()
+        };
+        let rows = leases(
+            &[
+                lease("a", v1::LeaseState::Active, &[]),
+                lease("a", v1::LeaseState::Draining, &[7]),
+                lease("b", v1::LeaseState::Zombie, &[9, 7]),
+            ],
+            &[],
+        );
+        let states: Vec<String> = rows.iter().map(LeaseRow::state).collect();
+        assert_eq!(states, ["zombie: 7 9", "1 draining"]);
+        assert_eq!(rows[1].bytes, 20);
+    }
+
+    #[test]
+    fn times_are_of_the_day() {
+        assert_eq!(clock(86_400_000 * 3 + 3_723_999), "01:02:03");
+    }
+}

@@ -1,0 +1,38 @@
+//! Shows something again and again until the user has seen enough.
+
+use std::{
+    io::IsTerminal,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use super::{CliError, output};
+
+/// Clears the screen and puts the cursor home.
+const CLEAR: &str = "\x1b[2J\x1b[H";
+
+/// Prints what `text` gives every `every`, over the last one on a terminal, until interrupted.
+pub(super) fn repeat(
+    every: Duration,
+    mut text: impl FnMut() -> Result<String, CliError>,
+) -> Result<(), CliError> {
+    let interrupt = super::interrupt()?;
+    let terminal = std::io::stdout().is_terminal();
+    loop {
+        let shown = match text() {
+            // The node comes and goes; the watcher stays.
+            Err(error @ CliError::NoBroker { .. }) => format!("{error}\n"),
+            other => other?,
+        };
+        if !output::print(&format!("{}{shown}", if terminal { CLEAR } else { "" }))? {
+            return Ok(());
+        }
+        let shown_at = Instant::now();
+        while shown_at.elapsed() < every {
+            if interrupt.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20).min(every));
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Real HBM, through the CUDA driver.
+//!
+//! The driver is loaded at run time; nothing here needs a toolkit to build or a GPU to be compiled. A context
+//! (some 500 MB of HBM) is made on a device only when something is allocated, imported or copied there, and
+//! never on a donor's device: an importer maps with its own device current.
+
+mod arena;
+mod batch;
+mod context;
+mod driver;
+mod gather;
+mod route;
+mod stream;
+mod ticket;
+mod virtual_range;
+
+use std::{
+    collections::HashMap,
+    ffi::{CStr, c_char, c_int},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use swiftcache_proto::domain::{
+    Device, DeviceUuid, Handle, HandleKind, Link, LinkKind, OpaqueHandle,
+};
+
+use super::{Base, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
+use arena::{Arena, refuse_import};
+use context::Context;
+use driver::{Driver, sys, unavailable};
+use stream::CudaStream;
+
+pub use driver::LIBRARY_VARIABLE;
+pub use route::Route;
+pub use stream::Method;
+
+/// The GPUs that this process sees.
+#[derive(Debug)]
+pub struct CudaLayer {
+    driver: Arc<Driver>,
+    devices: Vec<Device>,
+    links: Vec<Link>,
+    kinds: Vec<HandleKind>,
+    /// The driver's number for each device.
+    numbers: HashMap<DeviceUuid, sys::CUdevice>,
+    /// Devices in use. Made on first use, and kept: making one takes 0.1 s or more.
+    contexts: Mutex<HashMap<DeviceUuid, Arc<Context>>>,
+    /// Legacy handles of this process, which it cannot open itself.
+    exported: Mutex<Vec<OpaqueHandle>>,
+}
+
+impl CudaLayer {
+    /// Loads the driver, the one that [`LIBRARY_VARIABLE`] names or the system's, and lists its devices.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] when there is no driver or no GPU, naming what is missing.
+    pub fn open() -> Result<Self> {
+        let driver = Driver::load()?;
+        let mut count: c_int = 0;
+        // SAFETY: one int is written, to one of ours.
+        let code = unsafe { (driver.core.device_count)(&raw mut count) };
+        let listed = |code| match code {
+            driver::SUCCESS => Ok(()),
+            code => Err(unavailable(format!(
+                "the driver does not list its GPUs: {}",
+                driver.describe(code)
+            ))),
+        };
+        listed(code)?;
+        if count == 0 {
+            return Err(unavailable(
+                "the driver shows no GPU to this process; check CUDA_VISIBLE_DEVICES and the container's devices",
+            ));
+        }
+        let mut devices = Vec::new();
+        let mut numbers = HashMap::new();
+        for ordinal in 0..count {
+            let mut number = 0;
+            // SAFETY: the ordinal is below the count; one number is written, to one of ours.
+            listed(unsafe { (driver.core.device_get)(&raw mut number, ordinal) })?;
+            let device = describe(&driver, number, ordinal.unsigned_abs())?;
+            numbers.insert(device.uuid.clone(), number);
+            devices.push(device);
+        }
+        let links = find_links(&driver, &devices, &numbers)?;
+        let kinds = find_kinds(&driver, &numbers);
+        Ok(Self {
+            driver,
+            devices,
+            links,
+            kinds,
+            numbers,
+            contexts: Mutex::default(),
+            exported: Mutex::default(),
+        })
+    }
+
+    /// A stream that copies by one method whatever the pieces' size: for measuring which is best.
+    ///
+    /// # Errors
+    /// When the device is unknown or the driver refuses.
+    pub fn stream_by(&self, device: &DeviceUuid, method: Method) -> Result<Arc<dyn CopyStream>> {
+        let context = self.context(device)?;
+        Ok(Arc::new(CudaStream::create(&context, method)?))
+    }
+
+    /// The driver's version as it counts (12080 is CUDA 12.8), and which optional entry points it lacks.
+    pub fn driver(&self) -> (i32, &[&'static str]) {
+        (self.driver.version, &self.driver.absent)
+    }
+
+    fn number(&self, uuid: &DeviceUuid) -> Result<sys::CUdevice> {
+        let number = self.numbers.get(uuid).copied();
+        number.ok_or_else(|| DeviceError::UnknownDevice { uuid: uuid.clone() })
+    }
+
+    fn context(&self, uuid: &DeviceUuid) -> Result<Arc<Context>> {
+        let number = self.number(uuid)?;
+        let mut contexts = self.contexts.lock();
+        if let Some(context) = contexts.get(uuid) {
+            return Ok(Arc::clone(context));
+        }
+        let context = Context::retain(Arc::clone(&self.driver), uuid.clone(), number)?;
+        contexts.insert(uuid.clone(), Arc::clone(&context));
+        Ok(context)
+    }
+
+    /// How far `device` is from memory of `owner` that is to be imported for it.
+    fn route(&self, device: &DeviceUuid, owner: &DeviceUuid, kind: HandleKind) -> Result<Route> {
+        self.number(owner)?;
+        match self.link_kind(device, owner) {
+            LinkKind::SameDevice => Ok(Route::Device),
+            LinkKind::Nvlink => Ok(Route::Nvlink),
+            LinkKind::Pcie => Ok(Route::Pcie),
+            LinkKind::Host => Err(refuse_import(
+                kind,
+                format!(
+                    "{device} has no peer access to {owner}: lease from a device that it reaches"
+                ),
+            )),
+        }
+    }
+}
+
+impl DeviceLayer for CudaLayer {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// Makes a context on the device if this process has none there yet.
+    fn hbm(&self, device: &DeviceUuid) -> Result<Hbm> {
+        let context = self.context(device)?;
+        let _entered = context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is current; two numbers are written, to two of ours.
+        let code = unsafe { (self.driver.core.memory_info)(&raw mut free, &raw mut total) };
+        context.check(code, "asking for free HBM")?;
+        Ok(Hbm {
+            free: free as u64,
+            total: total as u64,
+        })
+    }
+
+    fn allocate(&self, device: &DeviceUuid, bytes: u64, kind: HandleKind) -> Result<Memory> {
+        let context = self.context(device)?;
+        if !self.kinds.contains(&kind) {
+            return Err(DeviceError::Handle {
+                action: "export",
+                kind,
+                problem: format!("this driver and device offer {:?}", self.kinds),
+            });
+        }
+        Arena::allocate(&context, bytes, kind)
+    }
+
+    fn allocate_host(&self, device: &DeviceUuid, bytes: u64) -> Result<Memory> {
+        Arena::host(&self.context(device)?, bytes)
+    }
+
+    fn handle_kinds(&self) -> &[HandleKind] {
+        &self.kinds
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Export> {
+        let export = Arena::of(memory)?.export()?;
+        if let Export::Opaque(Handle::CudaIpc(handle)) = &export {
+            let mut exported = self.exported.lock();
+            if !exported.contains(handle) {
+                exported.push(handle.clone());
+            }
+        }
+        Ok(export)
+    }
+
+    fn base(&self, memory: &Memory) -> Result<Base> {
+        Arena::of(memory)?.base(memory)
+    }
+
+    fn import(
+        &self,
+        device: &DeviceUuid,
+        owner: &DeviceUuid,
+        export: Export,
+        bytes: u64,
+    ) -> Result<Memory> {
+        match export {
+            Export::Opaque(Handle::CudaIpc(handle)) => {
+                let route = self.route(device, owner, HandleKind::CudaIpc)?;
+                if self.exported.lock().contains(&handle) {
+                    return Err(refuse_import(
+                        HandleKind::CudaIpc,
+                        "this process exported it, and CUDA opens a handle in other processes only: use the \
+                         memory itself"
+                            .to_owned(),
+                    ));
+                }
+                Arena::open(&self.context(device)?, route, &handle, bytes)
+            }
+            Export::Fd(descriptor) => {
+                let route = self.route(device, owner, HandleKind::PosixFd)?;
+                Arena::import(&self.context(device)?, route, &descriptor, bytes)
+            }
+            Export::Opaque(handle) => Err(refuse_import(
+                handle.kind(),
+                "the cuda backend opens CudaIpc handles and descriptors".to_owned(),
+            )),
+        }
+    }
+
+    fn stream(&self, device: &DeviceUuid) -> Result<Arc<dyn CopyStream>> {
+        self.stream_by(device, Method::Pick)
+    }
+
+    unsafe fn adopt_memory(&self, device: &DeviceUuid, address: u64, bytes: u64) -> Result<Memory> {
+        Arena::adopt(&self.context(device)?, address, bytes)
+    }
+
+    unsafe fn adopt_stream(&self, device: &DeviceUuid, raw: u64) -> Result<Arc<dyn CopyStream>> {
+        let context = self.context(device)?;
+        Ok(Arc::new(CudaStream::adopt(&context, raw as usize)))
+    }
+}
+
+fn describe(driver: &Driver, number: sys::CUdevice, ordinal: u32) -> Result<Device> {
+    let mut raw = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: one UUID is written, to one of ours.
+    let code = unsafe { (driver.core.device_uuid)(&raw mut raw, number) };
+    let unlisted = |problem: String| unavailable(format!("GPU {ordinal}: {problem}"));
+    if code != driver::SUCCESS {
+        return Err(unlisted(driver.describe(code)));
+    }
+    let uuid = format_uuid(raw.bytes.map(|byte| byte as u8));
+    let uuid: DeviceUuid = uuid.parse().map_err(unlisted)?;
+    let mut total = 0;
+    // SAFETY: one number is written, to one of ours.
+    let code = unsafe { (driver.core.device_total)(&raw mut total, number) };
+    driver.check(code, "asking for total HBM", &uuid)?;
+    let mut name: [c_char; 128] = [0; 128];
+    // SAFETY: at most the given 128 bytes are written, to 128 of ours.
+    let code = unsafe { (driver.core.device_name)(name.as_mut_ptr(), name.len() as c_int, number) };
+    driver.check(code, "asking for the name", &uuid)?;
+    let name = name.map(|byte| byte as u8);
+    let name = CStr::from_bytes_until_nul(&name).map_or("GPU".into(), CStr::to_string_lossy);
+    Ok(Device {
+        uuid,
+        name: name.into_owned(),
+        hbm_bytes: total as u64,
+        ordinal,
+    })
+}
+
+/// As NVML prints it, so that the broker's and this process's names agree.
+fn format_uuid(bytes: [u8; 16]) -> String {
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let [a, b, c, d, e] = [
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..],
+    ];
+    format!("GPU-{a}-{b}-{c}-{d}-{e}")
+}
+
+/// Every pair with peer access.
+fn find_links(
+    driver: &Driver,
+    devices: &[Device],
+    numbers: &HashMap<DeviceUuid, sys::CUdevice>,
+) -> Result<Vec<Link>> {
+    let mut links = Vec::new();
+    for from in devices {
+        for to in devices.iter().filter(|to| to.uuid != from.uuid) {
+            let (near, far) = (numbers[&from.uuid], numbers[&to.uuid]);
+            let mut access = 0;
+            // SAFETY: both devices came from the driver; one int is written, to one of ours.
+            let code = unsafe { (driver.core.can_access_peer)(&raw mut access, near, far) };
+            driver.check(code, "asking for peer access", &from.uuid)?;
+            if access == 0 {
+                continue;
+            }
+            let nvlink = driver.nvlink(near, far, &from.uuid)?;
+            links.push(Link {
+                from: from.uuid.clone(),
+                to: to.uuid.clone(),
+                kind: if nvlink {
+                    LinkKind::Nvlink
+                } else {
+                    LinkKind::Pcie
+                },
+                bytes_per_second: 0,
+            });
+        }
+    }
+    Ok(links)
+}
+
+/// Legacy handles always; descriptors where the driver has virtual memory management and every device exports it.
+fn find_kinds(driver: &Driver, numbers: &HashMap<DeviceUuid, sys::CUdevice>) -> Vec<HandleKind> {
+    let attribute =
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
+    let exports = numbers.values().all(|number| {
+        let mut supported = 0;
+        // SAFETY: one int is written, to one of ours.
+        let code =
+            unsafe { (driver.core.device_attribute)(&raw mut supported, attribute, *number) };
+        code == driver::SUCCESS && supported != 0
+    });
+    let mut kinds = vec![HandleKind::CudaIpc];
+    if exports && driver.virtual_memory.is_some() {
+        kinds.push(HandleKind::PosixFd);
+    }
+    kinds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_looks_as_nvml_prints_it() {
+        let bytes = [
+            0x5a, 0x0b, 0, 0x12, 0xde, 0xad, 0xbe, 0xef, 1, 2, 3, 4, 5, 6, 7, 0xff,
+        ];
+        let text = format_uuid(bytes);
+        assert_eq!(text, "GPU-5a0b0012-dead-beef-0102-0304050607ff");
+    }
+}

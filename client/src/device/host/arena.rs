@@ -1,0 +1,220 @@
+//! Shared memory: sealed memfds, their mappings, and what each is for the link model.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    mm::{MapFlags, ProtFlags},
+};
+use swiftcache_proto::domain::{DeviceUuid, HandleKind};
+
+use super::{DeviceError, Memory, Result, usage::Claim};
+
+/// The magic number of tmpfs, which every memfd of ordinary pages lives on. Huge-page memfds are refused: a hole
+/// punched by the other side turns into SIGBUS there.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Where bytes are, for the link model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In a device's HBM.
+    Device(DeviceUuid),
+    /// In host memory, reached from a device over PCIe.
+    Host(DeviceUuid),
+}
+
+/// What keeps a range of shared memory mapped.
+#[derive(Debug)]
+pub(super) struct Arena {
+    place: Place,
+    /// None for memory that the caller maps (adopted) itself.
+    mapping: Option<Mapping>,
+    /// Exportable memory's descriptor.
+    memfd: Option<OwnedFd>,
+    /// Gives the HBM back after the mapping is gone: fields drop in order.
+    _claim: Option<Claim>,
+}
+
+impl Arena {
+    /// Zeroed, exportable memory in the HBM of `device`.
+    pub(super) fn allocate(device: &DeviceUuid, bytes: u64, claim: Claim) -> Result<Memory> {
+        let failed = |operation, error: rustix::io::Errno| failed(operation, device, &error);
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)
+            .map_err(|error| failed("memfd_create", error))?;
+        rustix::fs::ftruncate(&memfd, bytes).map_err(|error| failed("ftruncate", error))?;
+        // Importers insist on these seals: a file that shrinks under a mapping kills its readers (SIGBUS).
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|error| failed("sealing", error))?;
+        let mapping = Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", error))?;
+        Ok(Self {
+            place: Place::Device(device.clone()),
+            mapping: Some(mapping),
+            memfd: Some(memfd),
+            _claim: Some(claim),
+        }
+        .into_memory(device))
+    }
+
+    /// Zeroed host memory near `device`.
+    pub(super) fn anonymous(device: &DeviceUuid, bytes: u64) -> Result<Memory> {
+        let mapping = Mapping::anonymous(bytes).map_err(|error| failed("mmap", device, &error))?;
+        Ok(Self {
+            place: Place::Host(device.clone()),
+            mapping: Some(mapping),
+            memfd: None,
+            _claim: None,
+        }
+        .into_memory(device))
+    }
+
+    /// Maps another process's memory, after checking that it can never fault.
+    pub(super) fn import(
+        device: &DeviceUuid,
+        owner: &DeviceUuid,
+        memfd: &OwnedFd,
+        bytes: u64,
+    ) -> Result<Memory> {
+        let refuse = |problem: String| DeviceError::Handle {
+            action: "import",
+            kind: HandleKind::PosixFd,
+            problem,
+        };
+        let stat = rustix::fs::fstat(memfd).map_err(|error| refuse(error.to_string()))?;
+        let seals = rustix::fs::fcntl_get_seals(memfd).unwrap_or(SealFlags::empty());
+        let tmpfs = rustix::fs::fstatfs(memfd)
+            .is_ok_and(|filesystem| filesystem.f_type as u64 == TMPFS_MAGIC);
+        if !tmpfs || !seals.contains(SealFlags::SHRINK) {
+            return Err(refuse(
+                "it is not a memfd sealed against shrinking; only the host backend's exports are accepted".to_owned(),
+            ));
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if bytes == 0 || bytes > size {
+            return Err(refuse(format!(
+                "{bytes} bytes were promised, but it holds {size}"
+            )));
+        }
+        let mapping = Mapping::shared(memfd, bytes)
+            .map_err(|error| refuse(format!("mmap of {bytes} bytes: {error}")))?;
+        Ok(Self {
+            place: Place::Device(owner.clone()),
+            mapping: Some(mapping),
+            memfd: None,
+            _claim: None,
+        }
+        .into_memory(device))
+    }
+
+    /// Memory that the caller keeps mapped.
+    pub(super) fn adopt(device: &DeviceUuid, place: Place, address: u64, bytes: u64) -> Memory {
+        let arena = Self {
+            place,
+            mapping: None,
+            memfd: None,
+            _claim: None,
+        };
+        Memory::new(address, bytes, device.clone(), Box::new(arena))
+    }
+
+    fn into_memory(self, device: &DeviceUuid) -> Memory {
+        let (address, bytes) = self
+            .mapping
+            .as_ref()
+            .map_or((0, 0), |mapping| (mapping.address as u64, mapping.bytes));
+        Memory::new(address, bytes as u64, device.clone(), Box::new(self))
+    }
+
+    /// The arena behind a memory, which another backend's memory does not have.
+    pub(super) fn of(memory: &Memory) -> Result<&Self> {
+        memory.owner().ok_or_else(|| DeviceError::Failed {
+            operation: "using memory",
+            device: memory.device().clone(),
+            problem: "it belongs to another backend; open one layer per process".to_owned(),
+        })
+    }
+
+    /// Where the bytes are.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// A descriptor that opens the same bytes.
+    pub(super) fn descriptor(&self) -> Result<OwnedFd> {
+        let refuse = |problem: String| DeviceError::Handle {
+            action: "export",
+            kind: HandleKind::PosixFd,
+            problem,
+        };
+        let memfd = self.memfd.as_ref().ok_or_else(|| {
+            refuse(
+                "only memory of `allocate` can be exported, by the process that allocated it"
+                    .to_owned(),
+            )
+        })?;
+        memfd.try_clone().map_err(|error| refuse(error.to_string()))
+    }
+}
+
+fn failed(operation: &'static str, device: &DeviceUuid, error: &rustix::io::Errno) -> DeviceError {
+    DeviceError::Failed {
+        operation,
+        device: device.clone(),
+        problem: error.to_string(),
+    }
+}
+
+/// A range of pages, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    address: usize,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn shared(memfd: impl AsFd, bytes: u64) -> rustix::io::Result<Self> {
+        let size = usize::try_from(bytes).map_err(|_| rustix::io::Errno::NOMEM)?;
+        // SAFETY: the kernel picks the address, so no existing mapping is touched. The pages are reached
+        // through raw pointers only, never through references that would assume nobody else writes.
+        let address = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                memfd,
+                0,
+            )
+        }?;
+        Ok(Self {
+            address: address as usize,
+            bytes: size,
+        })
+    }
+
+    fn anonymous(bytes: u64) -> rustix::io::Result<Self> {
+        let size = usize::try_from(bytes).map_err(|_| rustix::io::Errno::NOMEM)?;
+        // SAFETY: as above; the kernel picks the address.
+        let address = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?;
+        Ok(Self {
+            address: address as usize,
+            bytes: size,
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is ours since `mmap` returned it, and whoever could still copy in it would hold the
+        // `Memory` that owns this mapping.
+        let unmapped = unsafe { rustix::mm::munmap(self.address as *mut _, self.bytes) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own mapping: {unmapped:?}");
+    }
+}

@@ -1,0 +1,91 @@
+//! Queues of copies, and tickets to wait on.
+
+use std::fmt::Debug;
+
+use swiftcache_proto::domain::DeviceUuid;
+
+use super::{Memory, Result};
+
+/// One contiguous copy between two memories.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where it starts in the source, bytes.
+    pub from: u64,
+    /// Where it goes in the destination, bytes.
+    pub to: u64,
+    /// Its size, bytes.
+    pub bytes: u64,
+}
+
+/// A queue of copies on one device. Copies run in the order they were queued; streams are independent.
+/// Nothing here blocks except where it says so.
+pub trait CopyStream: Send + Sync + Debug {
+    /// The device whose engines do the copies.
+    fn device(&self) -> &DeviceUuid;
+
+    /// Queues `pieces` from one memory to another, as few operations as the device allows (one gather/scatter
+    /// launch for many small ones). The stream keeps both memories mapped until the copies are over. All pieces
+    /// are checked against both memories before the first is queued. Pieces must not overlap in `to`.
+    fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()>;
+
+    /// Queues zeroing of `bytes` at `offset`.
+    fn zero(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<()>;
+
+    /// A ticket for everything queued so far.
+    fn record(&self) -> Result<Ticket>;
+
+    /// Later copies of this stream start only after `ticket`, which may be another stream's.
+    fn wait_for(&self, ticket: &Ticket) -> Result<()>;
+
+    /// Copies `bytes` into `memory` at `offset`, and blocks until it is done. Slow: for tests, verification and
+    /// small things.
+    fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies out of `memory` at `offset`, and blocks until it is done. Slow, likewise.
+    fn read(&self, memory: &Memory, offset: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
+/// Marks a point in a stream. Clones mark the same point.
+#[derive(Clone, Debug)]
+pub struct Ticket(pub(in crate::device) std::sync::Arc<dyn Completion>);
+
+impl Ticket {
+    /// Whether everything before the point is over. An error means that the copies failed, and with them
+    /// everything later on the stream.
+    pub fn is_done(&self) -> Result<bool> {
+        self.0.is_done()
+    }
+
+    /// Blocks the calling thread until everything before the point is over. Not for async code: poll
+    /// [`is_done`](Self::is_done) or wait on a blocking thread.
+    pub fn wait(&self) -> Result<()> {
+        self.0.wait()
+    }
+}
+
+/// What a backend's tickets do.
+pub(in crate::device) trait Completion:
+    Send + Sync + Debug + std::any::Any
+{
+    /// See [`Ticket::is_done`].
+    fn is_done(&self) -> Result<bool>;
+    /// See [`Ticket::wait`].
+    fn wait(&self) -> Result<()>;
+}
+
+/// Checks all pieces against both memories, before the first is queued.
+pub(in crate::device) fn check_pieces(from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()> {
+    let fits = |offset: u64, bytes: u64, size: u64| offset <= size && bytes <= size - offset;
+    let (source, target) = (from.bytes(), to.bytes());
+    // A layer has thousands of pieces, and is late if this is slow.
+    let stray = pieces.iter().find(|piece| {
+        !fits(piece.from, piece.bytes, source) || !fits(piece.to, piece.bytes, target)
+    });
+    match stray {
+        None => Ok(()),
+        Some(piece) => {
+            from.at(piece.from, piece.bytes)?;
+            to.at(piece.to, piece.bytes).map(|_| ())
+        }
+    }
+}

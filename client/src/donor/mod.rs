@@ -1,0 +1,166 @@
+//! Donors: HBM on offer, and given back when its owner needs it.
+//!
+//! * [`Donor`] owns the allocations: one slab, one allocation, one region each, so that giving back is freeing;
+//! * [`Policy`] decides how much to offer; [`Agent`] follows it.
+
+mod agent;
+mod core;
+mod policy;
+#[cfg(test)]
+mod policy_tests;
+mod region;
+
+use std::{
+    fmt,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::{convert::SLAB_BYTES, domain::DeviceUuid};
+
+pub use agent::{Agent, AgentConfig, explain};
+pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
+
+use self::core::{Core, Task};
+use crate::{
+    Error, Result,
+    borrower::Latency,
+    device::DeviceLayer,
+    session::{Observer, Session},
+};
+
+/// What a donor lends.
+#[derive(Clone, Debug)]
+pub struct DonorConfig {
+    /// The device whose HBM it is.
+    pub device: DeviceUuid,
+    /// The size of each slab, bytes: 64 KiB to 16 GiB. Large slabs are cheaper to map, small ones quicker to give
+    /// back one by one.
+    pub slab_bytes: u64,
+    /// How long borrowers may take to move blocks away when slabs are withdrawn; zero for the broker's default.
+    pub drain: Duration,
+}
+
+/// What a donor holds now, and how giving back went so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DonorStatus {
+    /// On offer, lent or not, bytes.
+    pub offered_bytes: u64,
+    /// On its way back, bytes.
+    pub withdrawing_bytes: u64,
+    /// Regions given back since the start.
+    pub returned: u64,
+    /// From asking for a region to owning its bytes again.
+    pub give_back: Latency,
+    /// Slabs zeroed for another tenant.
+    pub scrubbed: u64,
+}
+
+/// HBM on offer. Dropping it leaves the session to give back what is lent: see [`close`](Self::close).
+pub struct Donor {
+    core: Arc<Core>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Donor {
+    /// A donor that offers nothing yet.
+    ///
+    /// # Errors
+    /// For a slab size out of bounds, or a device that is not there.
+    pub fn open(
+        session: Session,
+        layer: Arc<dyn DeviceLayer>,
+        config: DonorConfig,
+    ) -> Result<Self> {
+        if !SLAB_BYTES.contains(&config.slab_bytes) {
+            let (least, most) = (SLAB_BYTES.start(), SLAB_BYTES.end());
+            let problem = format!("is {}; takes {least} to {most}", config.slab_bytes);
+            return Err(Error::config("slab_bytes", problem));
+        }
+        if !layer.devices().iter().any(|d| d.uuid == config.device) {
+            let problem = format!(
+                "the {} backend has no device {}",
+                layer.name(),
+                config.device
+            );
+            return Err(Error::config("device", problem));
+        }
+        let (core, inbox) = Core::new(session, layer, config);
+        let observer: Arc<dyn Observer> = Arc::clone(&core) as _;
+        core.session.observe(&observer);
+        let its_core = Arc::clone(&core);
+        let thread = thread::Builder::new()
+            .name("swiftcache-donor".to_owned())
+            .spawn(move || its_core.work(&inbox))
+            .map_err(Error::Thread)?;
+        Ok(Self {
+            core,
+            thread: Some(thread),
+        })
+    }
+
+    /// Takes and offers up to `bytes` more, in whole slabs. Returns what was added, bytes.
+    ///
+    /// # Errors
+    /// When not one slab could be taken or offered: what the first one met.
+    pub fn grow(&self, bytes: u64) -> Result<u64> {
+        let mut added = 0;
+        for _ in 0..bytes / self.core.config.slab_bytes {
+            match self.core.offer_one() {
+                Ok(()) => added += self.core.config.slab_bytes,
+                Err(error) if added == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(added)
+    }
+
+    /// Asks for at least `bytes` back, the cheapest to give up first. Returns what is on its way, bytes; each slab is
+    /// freed when nobody can touch it any more.
+    ///
+    /// # Errors
+    /// When the broker is absent: nothing can come back safely without it.
+    pub fn shrink(&self, bytes: u64) -> Result<u64> {
+        self.core.withdraw(bytes)
+    }
+
+    /// What it holds now.
+    pub fn status(&self) -> DonorStatus {
+        self.core.status()
+    }
+
+    /// What it was opened with.
+    pub fn config(&self) -> &DonorConfig {
+        &self.core.config
+    }
+
+    /// Blocks until nothing is on its way back, for at most `limit`. True when that is so.
+    pub fn wait_returned(&self, limit: Duration) -> bool {
+        self.core.wait_returned(Instant::now() + limit)
+    }
+
+    /// Asks for everything back and waits for it, for at most `limit`. True when all of it came: nobody's bytes are
+    /// lost. Otherwise what is still lent stays mapped by its borrowers, who will be told to let go.
+    pub fn close(self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        self.core.withdraw_all();
+        self.core.wait_returned(deadline)
+    }
+}
+
+impl Drop for Donor {
+    fn drop(&mut self) {
+        self.core.tell(Task::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Donor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Donor({}, {:?})", self.core.config.device, self.status())
+    }
+}

@@ -1,0 +1,243 @@
+//! How much idle HBM to offer. Pure: what was observed and when goes in, a target comes out.
+//!
+//! Free HBM is not room: a neighbour that starts up grows in seconds. The target is
+//! `free - reserve - growth headroom`, in whole slabs. It falls at once, to what the last observation allows; it
+//! rises slowly, to what the worst observation of the recent past would still have allowed, and only when that
+//! leaves the hysteresis besides. Noise that stays within the hysteresis therefore moves nothing.
+
+use std::{collections::VecDeque, fmt, time::Duration};
+
+use crate::{Error, Result};
+
+/// The policy's settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyConfig {
+    /// The unit of donation, bytes.
+    pub slab_bytes: u64,
+    /// Never offered, bytes.
+    pub reserve_bytes: u64,
+    /// Kept free for growth even if none was ever seen, bytes.
+    pub least_headroom_bytes: u64,
+    /// The most to offer, bytes.
+    pub max_bytes: u64,
+    /// Free beyond reserve and headroom before anything more is offered, bytes.
+    pub hysteresis_bytes: u64,
+    /// The recent past: a rise must have been possible for this long.
+    pub settle: Duration,
+    /// How long giving back may take: growth is measured over this time, and headroom kept for as much.
+    pub horizon: Duration,
+    /// The time in which half of a growth spurt is forgotten.
+    pub half_life: Duration,
+    /// The most slabs to add in one step.
+    pub rise_slabs: u64,
+}
+
+impl PolicyConfig {
+    /// Settings for a device of `total` bytes, lent in slabs of `slab_bytes`: a twentieth in reserve, a twentieth
+    /// for growth.
+    pub fn new(total: u64, slab_bytes: u64) -> Self {
+        Self {
+            slab_bytes,
+            reserve_bytes: total / 20,
+            least_headroom_bytes: total / 20,
+            max_bytes: total,
+            hysteresis_bytes: slab_bytes.saturating_mul(2),
+            settle: Duration::from_secs(10),
+            horizon: Duration::from_secs(2),
+            half_life: Duration::from_secs(120),
+            rise_slabs: 4,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.slab_bytes == 0 {
+            return Err(Error::config("slab_bytes", "takes more than 0"));
+        }
+        if self.rise_slabs == 0 {
+            return Err(Error::config("rise_slabs", "takes more than 0"));
+        }
+        if self.half_life.is_zero() {
+            return Err(Error::config("half_life", "takes more than 0"));
+        }
+        Ok(())
+    }
+}
+
+/// One look at a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Observation {
+    /// When, on a clock that never goes back; only differences matter.
+    pub now: Duration,
+    /// HBM that nobody uses, bytes.
+    pub free: u64,
+    /// All HBM, bytes.
+    pub total: u64,
+    /// What this donor has taken, on offer or on its way back, bytes.
+    pub donated: u64,
+    /// What of that is on offer, bytes.
+    pub offered: u64,
+}
+
+impl Observation {
+    /// What would be free if this donor had taken nothing.
+    fn available(&self) -> u64 {
+        self.free.saturating_add(self.donated).min(self.total)
+    }
+}
+
+/// Why a target is what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A neighbour needs the room.
+    Falling,
+    /// Room has been there for long enough.
+    Rising,
+    /// More is free, but not yet for long enough, or not by enough.
+    Waiting,
+    /// Nothing more to offer.
+    Steady,
+}
+
+/// How much to offer, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// What should be on offer, bytes: whole slabs.
+    pub target: u64,
+    /// Why.
+    pub reason: Reason,
+    /// What could be offered at this moment, bytes.
+    pub ceiling: u64,
+    /// Kept for growth, bytes.
+    pub headroom: u64,
+    /// What it was decided on.
+    pub observation: Observation,
+    /// Never offered, bytes.
+    pub reserve: u64,
+}
+
+/// The policy's memory.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    config: PolicyConfig,
+    /// What was available when, over the longer of `settle` and `horizon`.
+    past: VecDeque<(Duration, u64)>,
+    since: Option<Duration>,
+    /// The largest growth of neighbours within one horizon, fading.
+    spurt: f64,
+}
+
+impl Policy {
+    /// A policy that has seen nothing.
+    ///
+    /// # Errors
+    /// For settings that cannot work.
+    pub fn new(config: PolicyConfig) -> Result<Self> {
+        config.check()?;
+        Ok(Self {
+            config,
+            past: VecDeque::new(),
+            since: None,
+            spurt: 0.0,
+        })
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &PolicyConfig {
+        &self.config
+    }
+
+    /// Decides on one observation. Observations come in order of time.
+    pub fn step(&mut self, observation: Observation) -> Decision {
+        let now = observation.now;
+        let available = observation.available();
+        let headroom = self.headroom(now, available);
+        self.remember(now, available);
+        let ceiling = self.ceiling(available, headroom);
+        let settled =
+            (self.since).is_some_and(|since| now.saturating_sub(since) >= self.config.settle);
+        let worst = (self.past.iter().map(|(_, bytes)| *bytes)).fold(available, u64::min);
+        let kept = self.ceiling(worst.saturating_sub(self.config.hysteresis_bytes), headroom);
+        let slab = self.config.slab_bytes;
+        let step = slab.saturating_mul(self.config.rise_slabs);
+        let (target, reason) = if observation.offered > ceiling {
+            (ceiling, Reason::Falling)
+        } else if settled && kept >= observation.offered.saturating_add(slab) {
+            (
+                kept.min(observation.offered.saturating_add(step)),
+                Reason::Rising,
+            )
+        } else if ceiling >= observation.offered.saturating_add(slab) {
+            (observation.offered, Reason::Waiting)
+        } else {
+            (observation.offered, Reason::Steady)
+        };
+        Decision {
+            target: target / slab * slab,
+            reason,
+            ceiling,
+            headroom,
+            observation,
+            reserve: self.config.reserve_bytes,
+        }
+    }
+
+    /// The most that may be on offer, bytes: whole slabs.
+    fn ceiling(&self, available: u64, headroom: u64) -> u64 {
+        let room = available
+            .saturating_sub(self.config.reserve_bytes)
+            .saturating_sub(headroom)
+            .min(self.config.max_bytes);
+        room / self.config.slab_bytes * self.config.slab_bytes
+    }
+
+    fn headroom(&mut self, now: Duration, available: u64) -> u64 {
+        let horizon = now.saturating_sub(self.config.horizon);
+        let most = (self.past.iter())
+            .filter(|(when, _)| *when >= horizon)
+            .map(|(_, bytes)| *bytes)
+            .fold(available, u64::max);
+        if let Some((last, _)) = self.past.back() {
+            let elapsed = now.saturating_sub(*last).as_secs_f64();
+            self.spurt *= 0.5_f64.powf(elapsed / self.config.half_life.as_secs_f64());
+        }
+        self.spurt = self.spurt.max((most - available) as f64);
+        self.config.least_headroom_bytes.max(self.spurt as u64)
+    }
+
+    fn remember(&mut self, now: Duration, available: u64) {
+        self.since.get_or_insert(now);
+        let oldest = now.saturating_sub(self.config.settle.max(self.config.horizon));
+        while self.past.front().is_some_and(|(when, _)| *when < oldest) {
+            self.past.pop_front();
+        }
+        self.past.push_back((now, available));
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let seen = &self.observation;
+        write!(
+            f,
+            "{:.2} GiB of {:.2} GiB free, {:.2} GiB on offer; after {:.2} GiB reserve and {:.2} GiB for neighbours' growth \
+             {:.2} GiB could be on offer",
+            gib(seen.free),
+            gib(seen.total),
+            gib(seen.offered),
+            gib(self.reserve),
+            gib(self.headroom),
+            gib(self.ceiling),
+        )?;
+        match self.reason {
+            Reason::Falling => write!(
+                f,
+                ": giving back down to {:.2} GiB at once",
+                gib(self.target)
+            ),
+            Reason::Rising => write!(f, ": offering {:.2} GiB", gib(self.target)),
+            Reason::Waiting => write!(f, ": waiting until that has lasted"),
+            Reason::Steady => write!(f, ": nothing to change"),
+        }
+    }
+}

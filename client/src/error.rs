@@ -1,0 +1,88 @@
+//! What can go wrong in a client, said for people: what failed, on what, what to do.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::device::DeviceError;
+
+/// The result of every client operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A client operation that failed. A borrower turns every one of them into a cache miss.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The broker cannot be reached now; the session keeps trying.
+    #[error("no broker at {socket}: {problem}; is swiftcache-broker running?")]
+    Disconnected {
+        /// The broker's socket.
+        socket: PathBuf,
+        /// What the last attempt met.
+        problem: String,
+    },
+    /// The broker did not answer in time.
+    #[error("the broker did not answer {call} within {} ms", limit.as_millis())]
+    Deadline {
+        /// The RPC.
+        call: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The broker will not do it.
+    #[error("the broker refused {call}: {} ({})", status.message(), status.code())]
+    Refused {
+        /// The RPC.
+        call: &'static str,
+        /// Its answer.
+        status: Box<tonic::Status>,
+    },
+    /// The broker said something that makes no sense.
+    #[error("the broker's answer to {call} cannot be used: {problem}")]
+    Answer {
+        /// The RPC.
+        call: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The fd socket would not take or give a descriptor.
+    #[error("cannot {action} a descriptor over {socket}: {problem}")]
+    Descriptor {
+        /// "upload" or "fetch".
+        action: &'static str,
+        /// The fd socket.
+        socket: PathBuf,
+        /// Why.
+        problem: String,
+    },
+    /// The session is over.
+    #[error("the session with the broker is closed")]
+    Closed,
+    /// A blocking call from the session's own thread would wait for itself.
+    #[error("{call} blocks, and must not be called from a session observer")]
+    OnSessionThread {
+        /// The RPC.
+        call: &'static str,
+    },
+    /// A setting that cannot work.
+    #[error("{setting}: {problem}")]
+    Config {
+        /// The setting's name.
+        setting: &'static str,
+        /// What is wrong with it and what it takes.
+        problem: String,
+    },
+    /// The device layer failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The operating system refused a thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+}
+
+impl Error {
+    /// A refusal of `setting`, saying what is wrong.
+    pub(crate) fn config(setting: &'static str, problem: impl Into<String>) -> Self {
+        Self::Config {
+            setting,
+            problem: problem.into(),
+        }
+    }
+}

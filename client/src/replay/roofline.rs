@@ -1,0 +1,212 @@
+//! How long a named GPU takes to compute: a roofline, not a measurement.
+//!
+//! * Prefill of `n` new tokens over `c` cached ones: `2 P n` FLOP for the weights (one multiply and one add for
+//!   each of `P` parameters and each token) and `4 L H d n (c + n/2)` for attention (scores and values, `2 d`
+//!   FLOP each, for every query head over the average context of a causal mask). Kaplan et al. 2020, section
+//!   2.1, with the causal half. Never less than reading weights and KV once from HBM.
+//! * A decode step of `b` sequences with `t` tokens of context together: the larger of `2 P b` plus attention
+//!   FLOP and one reading of the weights and of `t` tokens' KV from HBM.
+//!
+//! Peak numbers are the datasheets' dense bfloat16 rates; [`COMPUTE_EFFICIENCY`] and [`MEMORY_EFFICIENCY`] say
+//! how much of the peak a good serving engine reaches.
+
+use super::models::{ELEMENT_BYTES, ModelShape};
+
+/// Share of peak FLOP/s that prefill reaches.
+pub const COMPUTE_EFFICIENCY: f64 = 0.5;
+/// Share of peak HBM bytes/s that decode reaches.
+pub const MEMORY_EFFICIENCY: f64 = 0.8;
+
+/// A GPU's peak rates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gpu {
+    /// The name `--gpu` takes.
+    pub name: &'static str,
+    /// Where the numbers are from.
+    pub source: &'static str,
+    /// Dense bfloat16, FLOP/s.
+    pub flops: f64,
+    /// HBM, bytes/s.
+    pub hbm_bytes_per_second: f64,
+    /// HBM usable by programs, bytes.
+    pub hbm_bytes: u64,
+    /// Between the GPU and pinned host memory, one direction, bytes/s: 80 % of the PCIe generation's x16 rate.
+    pub host_bytes_per_second: u64,
+}
+
+/// The GPUs known by name.
+pub const GPUS: [Gpu; 5] = [
+    Gpu {
+        name: "h100-sxm",
+        source: "NVIDIA H100 datasheet, SXM: 989.4 TFLOP/s, 3.35 TB/s, PCIe 5.0",
+        flops: 989.4e12,
+        hbm_bytes_per_second: 3.35e12,
+        hbm_bytes: 80 << 30,
+        host_bytes_per_second: 50_000_000_000,
+    },
+    Gpu {
+        name: "h100-nvl",
+        source: "NVIDIA H100 datasheet, NVL: 835.5 TFLOP/s, 3.9 TB/s, PCIe 5.0",
+        flops: 835.5e12,
+        hbm_bytes_per_second: 3.9e12,
+        hbm_bytes: 93 << 30,
+        host_bytes_per_second: 50_000_000_000,
+    },
+    Gpu {
+        name: "h200",
+        source: "NVIDIA H200 datasheet, SXM: 989.4 TFLOP/s, 4.8 TB/s, PCIe 5.0",
+        flops: 989.4e12,
+        hbm_bytes_per_second: 4.8e12,
+        hbm_bytes: 140 << 30,
+        host_bytes_per_second: 50_000_000_000,
+    },
+    Gpu {
+        name: "a100-80g",
+        source: "NVIDIA A100 80GB datasheet, SXM: 312 TFLOP/s, 2.039 TB/s, PCIe 4.0",
+        flops: 312e12,
+        hbm_bytes_per_second: 2.039e12,
+        hbm_bytes: 80 << 30,
+        host_bytes_per_second: 25_000_000_000,
+    },
+    Gpu {
+        name: "l40s",
+        source: "NVIDIA L40S datasheet: 362.05 TFLOP/s, 864 GB/s, PCIe 4.0",
+        flops: 362.05e12,
+        hbm_bytes_per_second: 864e9,
+        hbm_bytes: 45 << 30,
+        host_bytes_per_second: 25_000_000_000,
+    },
+];
+
+impl Gpu {
+    /// The GPU of that name.
+    ///
+    /// # Errors
+    /// Names every GPU there is.
+    pub fn by_name(name: &str) -> Result<&'static Self, String> {
+        let known = || GPUS.map(|gpu| gpu.name).join(", ");
+        GPUS.iter()
+            .find(|gpu| gpu.name == name)
+            .ok_or_else(|| format!("no GPU {name:?}; takes one of {}", known()))
+    }
+}
+
+/// A model on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Roofline {
+    /// What runs.
+    pub model: ModelShape,
+    /// What it runs on.
+    pub gpu: Gpu,
+}
+
+impl Roofline {
+    fn flops(&self) -> f64 {
+        self.gpu.flops * COMPUTE_EFFICIENCY
+    }
+
+    fn memory(&self) -> f64 {
+        self.gpu.hbm_bytes_per_second * MEMORY_EFFICIENCY
+    }
+
+    /// FLOP of attention for each token of a query and each token of its context, over all layers.
+    fn attention_flop(&self) -> f64 {
+        let model = &self.model;
+        4.0 * model.layers as f64 * f64::from(model.heads) * f64::from(model.head_dim)
+    }
+
+    /// Seconds to prefill `new` tokens over `cached` ones, all layers.
+    pub fn prefill_s(&self, new: u64, cached: u64) -> f64 {
+        let (n, c) = (new as f64, cached as f64);
+        let flop = 2.0 * self.model.parameters * n + self.attention_flop() * n * (c + n / 2.0);
+        let bytes = self.model.parameters * ELEMENT_BYTES as f64 + self.kv_bytes(n + c);
+        (flop / self.flops()).max(bytes / self.memory())
+    }
+
+    /// Seconds of one decode step of `sequences` with `context_tokens` between them.
+    pub fn decode_step_s(&self, sequences: u64, context_tokens: f64) -> f64 {
+        let flop =
+            2.0 * self.model.parameters * sequences as f64 + self.attention_flop() * context_tokens;
+        let bytes = self.model.parameters * ELEMENT_BYTES as f64 + self.kv_bytes(context_tokens);
+        (flop / self.flops()).max(bytes / self.memory())
+    }
+
+    /// Seconds that one token for each of `sequences` adds to a prefill pass they ride along with: the pass
+    /// reads the weights anyway, so only their FLOP and their KV count.
+    pub fn ride_along_s(&self, sequences: u64, context_tokens: f64) -> f64 {
+        let flop = 2.0 * self.model.parameters * sequences as f64;
+        flop / self.flops() + self.kv_bytes(context_tokens) / self.memory()
+    }
+
+    fn kv_bytes(&self, tokens: f64) -> f64 {
+        tokens * self.model.bytes_per_token() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roofline() -> Roofline {
+        Roofline {
+            model: ModelShape {
+                name: "round",
+                source: "test",
+                parameters: 1e9,
+                layers: 10,
+                heads: 10,
+                kv_heads: 10,
+                head_dim: 100,
+            },
+            gpu: Gpu {
+                name: "round",
+                source: "test",
+                flops: 2e12,
+                hbm_bytes_per_second: 1.25e12,
+                hbm_bytes: 1,
+                host_bytes_per_second: 1,
+            },
+        }
+    }
+
+    fn close(found: f64, expected: f64) {
+        assert!((found / expected - 1.0).abs() < 1e-9, "{found} {expected}");
+    }
+
+    #[test]
+    fn prefill_matches_numbers_worked_by_hand() {
+        // 2e9 * 1000 + 4 * 10 * 10 * 100 * 1000 * (2000 + 500) = 2e12 + 1e11 FLOP, at 1e12 FLOP/s.
+        close(roofline().prefill_s(1000, 2000), 2.1);
+        // One token: 2e9 + 4e4 * 0.5 FLOP take 2 ms; its bytes (2e9 + 40 000) take 2.00004 ms at 1e12 B/s.
+        close(roofline().prefill_s(1, 0), 2.00004e-3);
+    }
+
+    #[test]
+    fn decode_is_bound_by_memory_first_and_by_compute_later() {
+        // (2e9 + 1e5 * 4e4) bytes at 1e12 B/s = 6 ms; 2e9 + 4e4 * 1e5 = 6e9 FLOP = 6 ms too.
+        close(roofline().decode_step_s(1, 1e5), 6e-3);
+        // 100 sequences: 2e11 FLOP = 200 ms, and 4 ms of attention.
+        close(roofline().decode_step_s(100, 1e5), 0.204);
+    }
+
+    #[test]
+    fn riding_along_spares_the_weights() {
+        // 2e10 FLOP = 20 ms, 4e9 bytes = 4 ms.
+        close(roofline().ride_along_s(10, 1e5), 0.024);
+        assert_eq!(roofline().ride_along_s(0, 0.0), 0.0);
+    }
+
+    #[test]
+    fn caching_never_makes_a_prompt_slower() {
+        let roofline = Roofline {
+            model: *ModelShape::by_name("qwen3-8b").unwrap(),
+            gpu: *Gpu::by_name("h100-sxm").unwrap(),
+        };
+        let mut last = f64::INFINITY;
+        for cached in (0..126_000).step_by(500) {
+            let time = roofline.prefill_s(126_195 - cached, cached);
+            assert!(time <= last, "{cached} cached: {time} after {last}");
+            last = time;
+        }
+    }
+}

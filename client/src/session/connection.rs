@@ -1,0 +1,183 @@
+//! One connection: opened, registered or resumed, attached.
+
+use std::{io, path::PathBuf, sync::atomic::AtomicBool, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use swiftcache_proto::{
+    convert,
+    domain::{Device, LeaseId, Link, RegionId, SessionId},
+    v1::{self, broker_client::BrokerClient, session_request::Message},
+};
+use tokio::{net::UnixStream, sync::mpsc};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{
+    Code, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use super::{Held, SessionConfig};
+
+/// Flow-control windows and frames large enough that a lookup's 128 KiB of hashes never waits for an update.
+const WINDOW_BYTES: u32 = 4 << 20;
+const FRAME_BYTES: u32 = 1 << 20;
+/// A broker that answers no ping for this long (stopped, say) is as good as gone.
+const PING_EVERY: Duration = Duration::from_secs(5);
+const PING_LIMIT: Duration = Duration::from_secs(5);
+
+/// A registered and attached connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) client: BrokerClient<Channel>,
+    pub(super) session: SessionId,
+    pub(super) boot_id: u64,
+    pub(super) epoch: u64,
+    pub(super) fd_socket: PathBuf,
+    pub(super) devices: Vec<Device>,
+    pub(super) links: Vec<Link>,
+    /// Observers have been told: what they do about a new connection comes before what others do with it.
+    pub(super) announced: AtomicBool,
+    outgoing: mpsc::UnboundedSender<v1::SessionRequest>,
+}
+
+/// A connection just opened, with what the broker said about the past.
+pub(super) struct Opened {
+    pub(super) connection: Connection,
+    pub(super) incoming: Streaming<v1::SessionResponse>,
+    pub(super) refused: Vec<LeaseId>,
+    pub(super) regions: Vec<RegionId>,
+}
+
+/// Why a connection did not open.
+pub(super) enum OpenError {
+    /// The session to resume is over.
+    SessionOver,
+    /// The broker refuses for good.
+    Refused(String),
+    /// It may work later.
+    Failed(String),
+}
+
+impl From<tonic::Status> for OpenError {
+    fn from(status: tonic::Status) -> Self {
+        let text = format!("{} ({})", status.message(), status.code());
+        match status.code() {
+            Code::InvalidArgument | Code::FailedPrecondition | Code::Unauthenticated => {
+                Self::Refused(text)
+            }
+            _ => Self::Failed(text),
+        }
+    }
+}
+
+impl Connection {
+    /// Opens a connection and a session on it, or resumes `resume` with what is still `held`.
+    pub(super) async fn open(
+        config: &SessionConfig,
+        epoch: u64,
+        resume: Option<SessionId>,
+        held: Held,
+    ) -> Result<Opened, OpenError> {
+        let channel = channel(config).await.map_err(OpenError::Failed)?;
+        let mut client = BrokerClient::new(channel)
+            .max_decoding_message_size(convert::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(convert::MAX_MESSAGE_BYTES);
+        let request = v1::RegisterRequest {
+            name: config.name.clone(),
+            tenant: config.tenant.clone(),
+            resume_session_id: resume.map_or(0, |session| session.0),
+            held_lease_ids: held.leases.iter().map(|lease| lease.0).collect(),
+            shared_lease_ids: held.shared.iter().map(|lease| lease.0).collect(),
+        };
+        let registered = match client.register(request).await {
+            Ok(registered) => registered.into_inner(),
+            Err(status)
+                if resume.is_some()
+                    && matches!(status.code(), Code::NotFound | Code::PermissionDenied) =>
+            {
+                return Err(OpenError::SessionOver);
+            }
+            Err(status) => return Err(status.into()),
+        };
+        let session = SessionId(registered.session_id);
+        let (outgoing, requests) = mpsc::unbounded_channel();
+        let attach = Message::Attach(v1::Attach {
+            session_id: session.0,
+        });
+        // The receiver is alive: it is handed to the stream below.
+        let _ = outgoing.send(v1::SessionRequest {
+            message: Some(attach),
+        });
+        let mut incoming = client
+            .session(UnboundedReceiverStream::new(requests))
+            .await?
+            .into_inner();
+        match incoming.message().await?.and_then(|first| first.message) {
+            Some(v1::session_response::Message::Attached(attached))
+                if attached.boot_id == registered.boot_id => {}
+            Some(v1::session_response::Message::Attached(_)) => {
+                let problem = "the broker restarted during the handshake";
+                return Err(OpenError::Failed(problem.to_owned()));
+            }
+            _ => {
+                let problem = "the session stream did not begin with Attached";
+                return Err(OpenError::Failed(problem.to_owned()));
+            }
+        }
+        let invalid = |invalid: convert::InvalidField| OpenError::Failed(invalid.to_string());
+        let connection = Self {
+            client,
+            session,
+            boot_id: registered.boot_id,
+            epoch,
+            fd_socket: registered.fd_socket.into(),
+            devices: (registered.devices.iter().map(Device::try_from))
+                .collect::<Result<_, _>>()
+                .map_err(invalid)?,
+            links: (registered.links.iter().map(Link::try_from))
+                .collect::<Result<_, _>>()
+                .map_err(invalid)?,
+            announced: AtomicBool::new(false),
+            outgoing,
+        };
+        Ok(Opened {
+            connection,
+            incoming,
+            refused: registered
+                .refused_lease_ids
+                .into_iter()
+                .map(LeaseId)
+                .collect(),
+            regions: (registered.region_ids.iter())
+                .map(|id| convert::region_id("region_ids", id))
+                .collect::<Result<_, _>>()
+                .map_err(invalid)?,
+        })
+    }
+
+    /// Sends on the stream. Lost with it, in which case the broker asks again.
+    pub(super) fn send(&self, message: Message) {
+        let _ = self.outgoing.send(v1::SessionRequest {
+            message: Some(message),
+        });
+    }
+}
+
+async fn channel(config: &SessionConfig) -> Result<Channel, String> {
+    let socket = UnixStream::connect(&config.socket).await;
+    // Used once: a channel that connected anew by itself would speak to a restarted broker before resuming.
+    let mut once = Some(socket.map_err(|error| error.to_string())?);
+    let connector = tower::service_fn(move |_| {
+        let socket = once.take().map(TokioIo::new);
+        async { socket.ok_or_else(|| io::Error::other("the connection was lost")) }
+    });
+    Endpoint::from_static("http://localhost")
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
+        .http2_keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_LIMIT)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| error.to_string())
+}

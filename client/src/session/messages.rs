@@ -1,0 +1,93 @@
+//! What the calls of a session say and are told, in domain types.
+
+use std::time::{Duration, Instant};
+
+use swiftcache_proto::domain::{AllocationId, DeviceUuid, Extent, PinId, RegionId, Shortfall};
+
+use super::Grant;
+
+/// What to lease.
+#[derive(Clone, Debug)]
+pub struct Demand {
+    /// The model's fingerprint.
+    pub namespace: String,
+    /// The device the borrower computes on.
+    pub device: DeviceUuid,
+    /// How much, bytes; rounded up to slabs.
+    pub bytes: u64,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
+}
+
+/// What was leased.
+#[derive(Clone, Debug)]
+pub struct Leased {
+    /// May be fewer bytes than asked for, or none.
+    pub grants: Vec<Grant>,
+    /// Why.
+    pub shortfall: Shortfall,
+    /// The connection it came by.
+    pub(crate) epoch: u64,
+}
+
+/// What a lookup found.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The longest run of leading hashes that are published.
+    pub extents: Vec<Extent>,
+    /// To be released when the reads are over; `None` when nothing was found.
+    pub pin: Option<PinId>,
+    /// Reads of other sessions' leases that complete later must be discarded.
+    pub pinned_until: Instant,
+    /// How long the broker pins.
+    pub pin_for: Duration,
+}
+
+/// What an unpublishing left pinned.
+#[derive(Clone, Debug)]
+pub struct Unpublished {
+    /// Slots that must not be written yet.
+    pub pinned: Vec<u32>,
+    /// How long not.
+    pub retry_after: Duration,
+}
+
+/// A region to offer.
+#[derive(Clone, Debug)]
+pub struct OfferedRegion {
+    /// Drawn at random by the donor.
+    pub region: RegionId,
+    /// The device that holds it.
+    pub device: DeviceUuid,
+    /// The allocation behind it.
+    pub allocation: AllocationId,
+    /// Where the region starts in the allocation, bytes.
+    pub offset: u64,
+    /// Its size: a multiple of `slab_bytes`.
+    pub bytes: u64,
+    /// The lease unit, bytes.
+    pub slab_bytes: u64,
+}
+
+/// What a donor wants back.
+#[derive(Clone, Debug)]
+pub enum WithdrawWhat {
+    /// These regions.
+    Regions(Vec<RegionId>),
+    /// At least this many bytes on a device, the cheapest to give up first.
+    Bytes {
+        /// The device.
+        device: DeviceUuid,
+        /// How much.
+        bytes: u64,
+    },
+}
+
+/// Regions on their way back: `returned` follows for each.
+#[derive(Clone, Debug)]
+pub struct Withdrawing {
+    /// The regions.
+    pub regions: Vec<RegionId>,
+    /// Their bytes.
+    pub bytes: u64,
+}

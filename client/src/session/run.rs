@@ -1,0 +1,210 @@
+//! The loop that keeps a session connected.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::{
+    convert,
+    domain::{Generation, LeaseId, RevokeReason, SessionId},
+    v1::{self, session_response::Message},
+};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{
+    Connected, Held, LinkState, Revocation, Scrub, Shared,
+    backoff::Backoff,
+    connection::{Connection, OpenError, Opened},
+};
+
+/// The longest one attempt to connect may take: a stopped broker accepts and never answers.
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
+/// The longest a leaving session waits for the broker.
+const LEAVE_LIMIT: Duration = Duration::from_millis(500);
+/// A connection that lasted this long was a good one: the next pause is short again.
+const GOOD_CONNECTION: Duration = Duration::from_secs(1);
+
+/// The session as the last connection left it.
+struct Past {
+    session: SessionId,
+    boot_id: u64,
+}
+
+/// Connects, serves, and connects again, until `life` is over; then leaves.
+pub(super) async fn run(shared: &Arc<Shared>, life: CancellationToken) {
+    let mut past: Option<Past> = None;
+    let mut replaced = false;
+    let mut backoff = Backoff::default();
+    while !life.is_cancelled() {
+        let attempt = tokio::select! {
+            () = life.cancelled() => break,
+            attempt = timeout(ATTEMPT_LIMIT, open(shared, past.as_ref())) => attempt,
+        };
+        match attempt {
+            Ok(Ok(opened)) => {
+                let since = Instant::now();
+                let restarted =
+                    (past.as_ref()).is_some_and(|past| past.boot_id != opened.connection.boot_id);
+                past = Some(Past {
+                    session: opened.connection.session,
+                    boot_id: opened.connection.boot_id,
+                });
+                let connected = Connected {
+                    epoch: opened.connection.epoch,
+                    restarted,
+                    replaced: std::mem::take(&mut replaced),
+                    refused: opened.refused.clone(),
+                    regions: opened.regions.clone(),
+                };
+                serve(shared, opened, &connected, &life).await;
+                if since.elapsed() >= GOOD_CONNECTION {
+                    backoff.reset();
+                }
+            }
+            Ok(Err(OpenError::SessionOver)) => {
+                warn!(
+                    "the broker does not know this session; opening a new one, which holds nothing"
+                );
+                past = None;
+                replaced = true;
+                continue;
+            }
+            Ok(Err(OpenError::Refused(problem))) => set_down(shared, problem, true),
+            Ok(Err(OpenError::Failed(problem))) => set_down(shared, problem, false),
+            Err(_) => set_down(shared, "it does not answer".to_owned(), false),
+        }
+        let pause = backoff.next(&mut rand::rng());
+        tokio::select! {
+            () = life.cancelled() => break,
+            () = sleep(pause) => {}
+        }
+    }
+    leave(shared).await;
+}
+
+async fn open(shared: &Shared, past: Option<&Past>) -> Result<Opened, OpenError> {
+    let held = match past {
+        Some(_) => shared.observers.held(),
+        None => Held::default(),
+    };
+    let epoch = shared.epoch.load(Ordering::SeqCst);
+    Connection::open(&shared.config, epoch, past.map(|past| past.session), held).await
+}
+
+/// Serves one connection until it is lost or the session is over.
+async fn serve(
+    shared: &Arc<Shared>,
+    opened: Opened,
+    connected: &Connected,
+    life: &CancellationToken,
+) {
+    let Opened {
+        connection,
+        mut incoming,
+        ..
+    } = opened;
+    info!(
+        session = connection.session.label(),
+        restarted = connected.restarted,
+        replaced = connected.replaced,
+        "connected to the broker"
+    );
+    let connection = Arc::new(connection);
+    *shared.link.lock() = LinkState::Up(Arc::clone(&connection));
+    for observer in shared.observers.alive() {
+        observer.connected(connected);
+    }
+    {
+        // Under the lock that waiters look under, or one could miss it.
+        let _link = shared.link.lock();
+        connection.announced.store(true, Ordering::Release);
+    }
+    shared.changed.notify_all();
+    drop(connection);
+    let problem = loop {
+        tokio::select! {
+            () = life.cancelled() => return,
+            () = shared.kick.notified() => break "a call was never answered".to_owned(),
+            message = incoming.message() => match message {
+                Ok(Some(v1::SessionResponse { message: Some(message) })) => dispatch(shared, message),
+                Ok(Some(_)) => debug!("ignored a message of a newer broker"),
+                Ok(None) => break "the broker closed the session stream".to_owned(),
+                Err(status) => break status.message().to_owned(),
+            }
+        }
+    };
+    info!(problem, "lost the broker; reconnecting");
+    // Moves on before anyone is asked what is held: a grant of this connection that has not been adopted by then
+    // never will be.
+    shared.epoch.fetch_add(1, Ordering::SeqCst);
+    set_down(shared, problem, false);
+    for observer in shared.observers.alive() {
+        observer.disconnected();
+    }
+}
+
+fn dispatch(shared: &Shared, message: Message) {
+    match message {
+        Message::Attached(_) => debug!("ignored a second Attached"),
+        Message::Revoke(revoke) => {
+            let revocation = Revocation {
+                lease: LeaseId(revoke.lease_id),
+                generation: Generation(revoke.generation),
+                // A reason of a newer broker is obeyed like any other.
+                reason: (revoke.reason().try_into()).unwrap_or(RevokeReason::Withdrawn),
+                drain_ms: revoke.drain_ms,
+            };
+            let mut claimed = false;
+            for observer in shared.observers.alive() {
+                claimed |= observer.revoked(&revocation);
+            }
+            if !claimed {
+                shared.acknowledge(revocation.lease, revocation.generation);
+            }
+        }
+        Message::Returned(returned) => match convert::region_id("region_id", &returned.region_id) {
+            Ok(region) => {
+                for observer in shared.observers.alive() {
+                    observer.returned(region);
+                }
+            }
+            Err(invalid) => warn!(%invalid, "ignored a Returned"),
+        },
+        Message::Scrub(scrub) => match convert::region_id("region_id", &scrub.region_id) {
+            Ok(region) => {
+                let scrub = Scrub {
+                    region,
+                    slab: scrub.slab,
+                    generation: Generation(scrub.generation),
+                };
+                for observer in shared.observers.alive() {
+                    observer.scrub(&scrub);
+                }
+            }
+            Err(invalid) => warn!(%invalid, "ignored a Scrub"),
+        },
+    }
+}
+
+fn set_down(shared: &Shared, problem: String, refused: bool) {
+    *shared.link.lock() = LinkState::Down { problem, refused };
+    shared.changed.notify_all();
+}
+
+async fn leave(shared: &Shared) {
+    let link = std::mem::replace(&mut *shared.link.lock(), LinkState::Closed);
+    shared.changed.notify_all();
+    if let LinkState::Up(connection) = link {
+        let request = v1::LeaveRequest {
+            session_id: connection.session.0,
+        };
+        match timeout(LEAVE_LIMIT, connection.client.clone().leave(request)).await {
+            Ok(Ok(_)) => info!("left the broker"),
+            Ok(Err(status)) => debug!(%status, "the broker did not take the leave"),
+            Err(_) => debug!("the broker did not answer the leave"),
+        }
+    }
+}
