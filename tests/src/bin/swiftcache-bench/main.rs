@@ -1,0 +1,112 @@
+//! `swiftcache-bench`: DESIGN's budgets that need no GPU, each as a ratio with a baseline measured in the same run.
+
+mod broker;
+mod control;
+mod copies;
+mod index;
+mod machine;
+mod pipeline;
+mod report;
+
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use swiftcache_tests::{
+    node::{Node, Setup},
+    programs::program,
+};
+
+use crate::report::{Latencies, Line};
+
+/// HBM of each simulated device, bytes: room for everything that is offered. None of it is touched.
+const HBM: u64 = 1 << 40;
+
+/// Measures SwiftCache's budgets on this machine, each as a ratio with its baseline from the same run.
+/// Exits 0 when it measured, whatever it measured; 1 when it could not.
+#[derive(Parser)]
+#[command(version)]
+struct Flags {
+    /// Repetitions of each control message and copy.
+    #[arg(long, default_value_t = 1000)]
+    rounds: u32,
+    /// Rewrite the marked part of this document.
+    #[arg(long, value_name = "FILE")]
+    write: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command: it prints"
+)]
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    match run(&flags) {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("swiftcache-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: &Flags) -> Result<String> {
+    // Engines call from one thread each; a current-thread runtime has the tails that they see.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut lines = process(flags.rounds, &runtime)?;
+    lines.extend(copies::run(flags.rounds.min(25))?);
+    lines.extend(pipeline::run(9)?);
+    let machine = machine::describe();
+    if let Some(path) = &flags.write {
+        let text = format!("{machine}\n\n{}", report::markdown(&lines));
+        report::write_between_markers(path, &text)?;
+    }
+    if flags.json {
+        let document = serde_json::json!({ "machine": machine, "lines": lines });
+        return Ok(serde_json::to_string_pretty(&document)?);
+    }
+    Ok(format!("{machine}\n{}", report::table(&lines)))
+}
+
+/// A fresh broker.
+fn start() -> Result<Node> {
+    Node::start_with(Setup {
+        hbm_bytes: Some(HBM),
+        ..Setup::default()
+    })
+}
+
+/// Everything measured on a broker process.
+fn process(rounds: u32, runtime: &tokio::runtime::Runtime) -> Result<Vec<Line>> {
+    let mut ready = Latencies::new()?;
+    let mut bare = Latencies::new()?;
+    for _ in 0..15 {
+        let began = Instant::now();
+        let node = start().context("cannot start a broker")?;
+        runtime.block_on(control::connect(&node.socket()))?;
+        ready.add(began.elapsed());
+        bare.add(broker::bare_start(&program("swiftcache-broker")?)?);
+    }
+    let node = start()?;
+    let idle = broker::rss(node.broker()?.pid())?;
+    let own = broker::rss(std::process::id())?;
+    let mut lines = vec![
+        broker::ready_line(ready.at(0.5), bare.at(0.5)),
+        broker::idle_line(idle, own),
+    ];
+    lines.extend(runtime.block_on(async {
+        let channel = control::connect(&node.socket()).await?;
+        control::run(channel, rounds).await
+    })?);
+    lines.push(runtime.block_on(index::run(&start()?))?);
+    Ok(lines)
+}

@@ -1,0 +1,195 @@
+//! A borrower to be stopped and killed: stores and fetches sequences as it is told, line by line, checks every byte
+//! it is served, and reports after each operation. Ends with its input.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use swiftcache_client::{
+    device::host::HostLayer,
+    session::{Session, SessionConfig},
+};
+use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
+use swiftcache_tests::{
+    crew::Report,
+    engine::{self, BLOCK_BYTES, Engine},
+};
+
+/// The longest sequence, blocks.
+const LONGEST: u32 = 20;
+
+#[derive(Parser)]
+struct Flags {
+    #[arg(long)]
+    socket: PathBuf,
+    #[arg(long)]
+    topology: String,
+    #[arg(long)]
+    device: DeviceUuid,
+    #[arg(long)]
+    name: String,
+    #[arg(long)]
+    tenant: String,
+    #[arg(long)]
+    slabs: u64,
+    #[arg(long)]
+    host_blocks: u64,
+    #[arg(long)]
+    conversations: u32,
+    #[arg(long)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Mix,
+    Store,
+    Fetch,
+}
+
+enum Command {
+    /// That many operations at random.
+    Random(Kind, u64),
+    /// Every sequence once, whole.
+    Sweep(Kind),
+    /// Lease that many slabs.
+    Reserve(u64),
+    /// Nothing.
+    Pause,
+}
+
+struct Borrower {
+    engine: Engine,
+    rng: StdRng,
+    conversations: u32,
+    report: Report,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(io::stderr)
+        .init();
+    match run(Flags::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A line that is no report is a complaint. The test may be gone already.
+            let _ = writeln!(io::stdout(), "{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: Flags) -> Result<()> {
+    let layer = HostLayer::from_topology(&Topology::load(&flags.topology)?, false)?;
+    // The broker may be away: then this one begins without.
+    let session = Session::start(SessionConfig {
+        socket: flags.socket,
+        name: flags.name,
+        tenant: flags.tenant,
+    })?;
+    let mut config = engine::config(flags.device, flags.slabs);
+    config.host_tier_bytes = flags.host_blocks * BLOCK_BYTES;
+    let mut borrower = Borrower {
+        engine: Engine::new(Some(session), Arc::new(layer), config)?,
+        rng: StdRng::seed_from_u64(flags.seed),
+        conversations: flags.conversations,
+        report: Report::default(),
+    };
+    let (send, commands) = mpsc::channel();
+    thread::spawn(move || {
+        for line in io::stdin().lines().map_while(Result::ok) {
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let mut next = commands.recv().ok();
+    while let Some(line) = next.take() {
+        let command = Command::read(&line)?;
+        next = borrower.obey(command, &commands)?;
+        if next.is_none() {
+            next = commands.recv().ok();
+        }
+    }
+    Ok(())
+}
+
+impl Command {
+    fn read(line: &str) -> Result<Self> {
+        let (word, number) = line.split_once(' ').unwrap_or((line, ""));
+        let number = || number.parse().with_context(|| line.to_owned());
+        Ok(match word {
+            "mix" => Self::Random(Kind::Mix, number()?),
+            "store" => Self::Random(Kind::Store, number()?),
+            "fetch" => Self::Random(Kind::Fetch, number()?),
+            "sweep-store" => Self::Sweep(Kind::Store),
+            "sweep-fetch" => Self::Sweep(Kind::Fetch),
+            "reserve" => Self::Reserve(number()?),
+            "pause" => Self::Pause,
+            _ => bail!("no such command: {line}"),
+        })
+    }
+}
+
+impl Borrower {
+    /// Obeys until the command is done or another one comes, which is returned.
+    fn obey(
+        &mut self,
+        command: Command,
+        commands: &mpsc::Receiver<String>,
+    ) -> Result<Option<String>> {
+        let mut next = None;
+        match command {
+            Command::Random(kind, operations) => {
+                for _ in 0..operations {
+                    let conversation = self.rng.random_range(0..self.conversations);
+                    let blocks = self.rng.random_range(1..=LONGEST);
+                    let stores = match kind {
+                        Kind::Mix => self.rng.random_bool(0.5),
+                        kind => kind == Kind::Store,
+                    };
+                    self.operate(stores, conversation, blocks)?;
+                    next = commands.try_recv().ok();
+                    if next.is_some() {
+                        break;
+                    }
+                }
+            }
+            Command::Sweep(kind) => {
+                for conversation in 0..self.conversations {
+                    self.operate(kind == Kind::Store, conversation, LONGEST)?;
+                }
+            }
+            Command::Reserve(slabs) => self.engine.reserve(slabs)?,
+            Command::Pause => {}
+        }
+        self.report.done += 1;
+        self.say()?;
+        Ok(next)
+    }
+
+    fn operate(&mut self, stores: bool, conversation: u32, blocks: u32) -> Result<()> {
+        let sequence: Vec<u32> = (0..blocks).map(|n| conversation * 1_000 + n).collect();
+        if stores {
+            self.report.stored += u64::from(self.engine.store(&sequence)?.stored);
+        } else {
+            let fetched = self.engine.fetch(&sequence)?;
+            self.report.found += u64::from(fetched.found);
+            self.report.served += u64::from(fetched.served);
+        }
+        self.report.operations += 1;
+        self.say()
+    }
+
+    fn say(&self) -> Result<()> {
+        Ok(writeln!(io::stdout(), "{}", self.report.line())?)
+    }
+}

@@ -1,0 +1,349 @@
+//! Borrower and donor processes that a test drives, and may kill.
+
+use std::{
+    fs,
+    io::BufRead,
+    path::PathBuf,
+    process::Command,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+
+use crate::{
+    engine::SLAB_BYTES,
+    node::Node,
+    programs::{Program, program},
+};
+
+/// The longest a process may take to get on.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A process that offers `slabs` slabs of a device.
+///
+/// # Errors
+/// When it cannot be started or its offer is not taken.
+pub fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> {
+    let mut command = Command::new(program("swiftcache-test-donor")?);
+    command
+        .arg("--socket")
+        .arg(node.socket())
+        .arg("--topology")
+        .arg(node.topology_file())
+        .args(["--device", node.device(device).as_str()])
+        .args(["--slab-bytes", &SLAB_BYTES.to_string()])
+        .args(["--slabs", &slabs.to_string()]);
+    Ok(Program::start_ready(&mut command)?.0)
+}
+
+/// What a borrower process works on.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Its name.
+    pub name: String,
+    /// Its tenant's label.
+    pub tenant: String,
+    /// The most slabs it leases.
+    pub slabs: u64,
+    /// Blocks of its host tier.
+    pub host_blocks: u64,
+    /// Sequences it stores and fetches.
+    pub conversations: u32,
+    /// Of its random course.
+    pub seed: u64,
+    /// What it logs.
+    pub log: String,
+    /// Where to; to the test's own standard error when not set.
+    pub log_file: Option<PathBuf>,
+}
+
+impl Job {
+    /// A job of a few slabs, more sequences than fit, and a small host tier.
+    #[must_use]
+    pub fn new(name: &str, seed: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            tenant: String::new(),
+            slabs: 4,
+            host_blocks: 16,
+            conversations: 12,
+            seed,
+            log: "error".to_owned(),
+            log_file: None,
+        }
+    }
+}
+
+/// What a borrower process has said about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Operations done.
+    pub operations: u64,
+    /// Blocks written to donors or the host tier.
+    pub stored: u64,
+    /// Blocks that lookups found.
+    pub found: u64,
+    /// Of those, blocks served, every byte right.
+    pub served: u64,
+    /// Commands done.
+    pub done: u64,
+}
+
+impl Report {
+    /// Reads a line of the process.
+    ///
+    /// # Errors
+    /// When it is no report: a complaint.
+    pub fn read(line: &str) -> Result<Self> {
+        let numbers: Vec<u64> = (line.strip_prefix("report "))
+            .with_context(|| line.to_owned())?
+            .split(' ')
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let [operations, stored, found, served, done] = numbers[..] else {
+            bail!("not a report: {line}");
+        };
+        Ok(Self {
+            operations,
+            stored,
+            found,
+            served,
+            done,
+        })
+    }
+
+    /// The line.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let Self {
+            operations,
+            stored,
+            found,
+            served,
+            done,
+        } = self;
+        format!("report {operations} {stored} {found} {served} {done}")
+    }
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    report: Report,
+    complaint: Option<String>,
+    ended: bool,
+}
+
+/// A borrower process: stores and fetches at random, and checks every byte.
+#[derive(Debug)]
+pub struct BorrowerProcess {
+    program: Program,
+    heard: Arc<(std::sync::Mutex<Heard>, std::sync::Condvar)>,
+    said: u64,
+}
+
+impl BorrowerProcess {
+    /// Starts one on a device of the node.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(node: &Node, device: usize, job: &Job) -> Result<Self> {
+        let mut command = Command::new(program("swiftcache-test-borrower")?);
+        command
+            .env("RUST_LOG", &job.log)
+            .arg("--socket")
+            .arg(node.socket())
+            .arg("--topology")
+            .arg(node.topology_file())
+            .args(["--device", node.device(device).as_str()])
+            .args(["--name", &job.name])
+            .args(["--tenant", &job.tenant])
+            .args(["--slabs", &job.slabs.to_string()])
+            .args(["--host-blocks", &job.host_blocks.to_string()])
+            .args(["--conversations", &job.conversations.to_string()])
+            .args(["--seed", &job.seed.to_string()]);
+        if let Some(file) = &job.log_file {
+            command.stderr(fs::File::options().create(true).append(true).open(file)?);
+        }
+        let (program, lines) = Program::start_talking(&mut command)?;
+        let heard = Arc::new((std::sync::Mutex::default(), std::sync::Condvar::new()));
+        let hears = Arc::clone(&heard);
+        thread::spawn(move || listen(lines, &hears));
+        Ok(Self {
+            program,
+            heard,
+            said: 0,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.program.pid()
+    }
+
+    /// Tells it to do something: `mix N`, `store N`, `fetch N`, `sweep-store`,
+    /// `sweep-fetch`, `reserve SLABS`, `pause`. Ends what it is doing.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn tell(&mut self, command: &str) -> Result<()> {
+        self.said += 1;
+        let said = self.program.say(command);
+        said.map_err(|error| match self.complaint() {
+            Some(complaint) => error.context(complaint),
+            None => error,
+        })
+    }
+
+    /// Tells it to do something and waits until that is done; returns what it did meanwhile.
+    ///
+    /// # Errors
+    /// When it complains, ends, or does not get on.
+    pub fn run(&mut self, command: &str) -> Result<Report> {
+        // Whatever it is doing now is not counted.
+        self.tell("pause")?;
+        let said = self.said;
+        let before = self.wait("to pause", |report| report.done >= said)?;
+        self.tell(command)?;
+        let said = self.said;
+        let after = self.wait(command, |report| report.done >= said)?;
+        Ok(Report {
+            operations: after.operations - before.operations,
+            stored: after.stored - before.stored,
+            found: after.found - before.found,
+            served: after.served - before.served,
+            done: after.done,
+        })
+    }
+
+    /// Waits until it has done `more` operations than now.
+    ///
+    /// # Errors
+    /// When it complains, ends, or does not get on.
+    pub fn advance(&self, more: u64) -> Result<Report> {
+        let target = self.report()?.operations + more;
+        self.wait("operations", |report| report.operations >= target)
+    }
+
+    /// What it has said last.
+    ///
+    /// # Errors
+    /// When it complains or has ended.
+    pub fn report(&self) -> Result<Report> {
+        self.wait("nothing", |_| true)
+    }
+
+    /// What it complained about, if it did.
+    pub fn complaint(&self) -> Option<String> {
+        let heard = self
+            .heard
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        heard.complaint.clone()
+    }
+
+    fn wait(&self, what: &str, holds: impl Fn(&Report) -> bool) -> Result<Report> {
+        let deadline = Instant::now() + LIMIT;
+        let (lock, changed) = &*self.heard;
+        let mut heard = lock
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        loop {
+            if let Some(complaint) = &heard.complaint {
+                bail!("process {}: {complaint}", self.pid());
+            }
+            if holds(&heard.report) {
+                return Ok(heard.report.clone());
+            }
+            ensure!(!heard.ended, "process {} ended by itself", self.pid());
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(
+                !left.is_zero(),
+                "waited in vain for {what}: {:?}",
+                heard.report
+            );
+            heard = changed
+                .wait_timeout(heard, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.program.signal(signal)
+    }
+
+    /// SIGKILLs it, after checking that nothing went wrong so far.
+    ///
+    /// # Errors
+    /// When it complained before.
+    pub fn kill(mut self) -> Result<Report> {
+        let report = self.report()?;
+        self.program.kill()?;
+        Ok(report)
+    }
+
+    /// Closes its input: it leaves in good order.
+    ///
+    /// # Errors
+    /// When it complains.
+    pub fn finish(mut self) -> Result<Report> {
+        let ended = self.program.finish();
+        let heard = self
+            .heard
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(complaint) = &heard.complaint {
+            bail!("{complaint}");
+        }
+        ended.map(|()| heard.report.clone())
+    }
+}
+
+fn listen(lines: impl BufRead, heard: &(std::sync::Mutex<Heard>, std::sync::Condvar)) {
+    let (lock, changed) = heard;
+    for line in lines.lines() {
+        let read = line
+            .map_err(anyhow::Error::from)
+            .and_then(|line| Report::read(&line));
+        let mut heard = lock
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        match read {
+            Ok(report) => heard.report = report,
+            Err(error) => heard.complaint = Some(error.to_string()),
+        }
+        changed.notify_all();
+    }
+    lock.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .ended = true;
+    changed.notify_all();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_read_and_a_complaint_is_not_one() {
+        let report = Report {
+            operations: 1,
+            stored: 2,
+            found: 3,
+            served: 4,
+            done: 5,
+        };
+        assert_eq!(Report::read(&report.line()).unwrap(), report);
+        let complaint = Report::read("wrong bytes").unwrap_err();
+        assert_eq!(complaint.to_string(), "wrong bytes");
+    }
+}

@@ -1,0 +1,110 @@
+//! Every RPC of the protocol by its descriptor, with bodies that no generated client would send.
+
+use prost::bytes::{Buf, BufMut};
+use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor};
+use swiftcache_proto::v1;
+use tonic::{
+    Request, Status,
+    client::Grpc,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    codegen::http::uri::PathAndQuery,
+};
+
+use crate::wire::Wire;
+
+/// Bodies as they are.
+#[derive(Clone, Copy, Debug, Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put_slice(&item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        let mut body = vec![0; buffer.remaining()];
+        buffer.copy_to_slice(&mut body);
+        Ok(Some(body))
+    }
+}
+
+/// Every method of Broker and Admin.
+///
+/// # Errors
+/// When the descriptors that the protocol was built with cannot be read.
+pub fn methods() -> anyhow::Result<Vec<MethodDescriptor>> {
+    let pool = DescriptorPool::decode(v1::FILE_DESCRIPTOR_SET)?;
+    Ok(pool
+        .services()
+        .flat_map(|service| service.methods().collect::<Vec<_>>())
+        .collect())
+}
+
+/// A request of the method in protobuf's text format.
+///
+/// # Errors
+/// When the text is not one.
+pub fn request(method: &MethodDescriptor, text: &str) -> anyhow::Result<DynamicMessage> {
+    Ok(DynamicMessage::parse_text_format(method.input(), text)?)
+}
+
+/// "/swiftcache.v1.Broker/Offer".
+fn path(method: &MethodDescriptor) -> Result<PathAndQuery, Status> {
+    let service = method.parent_service().full_name().to_owned();
+    let path = format!("/{service}/{}", method.name());
+    path.parse().map_err(|_| Status::internal(path))
+}
+
+/// Calls a method with this body: of a streaming one, `bodies` are its messages, and the answer is its last one.
+///
+/// # Errors
+/// What the broker answers, or the connection.
+pub fn call(
+    wire: &Wire,
+    method: &MethodDescriptor,
+    bodies: Vec<Vec<u8>>,
+) -> Result<Vec<u8>, Status> {
+    let path = path(method)?;
+    wire.wait(async {
+        let mut grpc = Grpc::new(wire.channel());
+        grpc.ready()
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        if !method.is_client_streaming() {
+            let body = bodies.into_iter().next().unwrap_or_default();
+            let answer = grpc.unary(Request::new(body), path, Raw).await?;
+            return Ok(answer.into_inner());
+        }
+        let bodies = Request::new(tokio_stream::iter(bodies));
+        let mut answers = grpc.streaming(bodies, path, Raw).await?.into_inner();
+        let mut last = Vec::new();
+        while let Some(answer) = answers.message().await? {
+            last = answer;
+        }
+        Ok(last)
+    })
+}

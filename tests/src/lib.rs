@@ -1,0 +1,11 @@
+//! What the multi-process tests and benches share: the real programs, and engines whose bytes can be checked.
+
+pub mod census;
+pub mod crew;
+pub mod dynamic;
+pub mod engine;
+pub mod node;
+pub mod operator;
+pub mod programs;
+pub mod seed;
+pub mod wire;

@@ -1,0 +1,227 @@
+//! A node for a test: a real broker on real sockets in a directory of its own, over simulated devices.
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use swiftcache_client::{
+    device::{DeviceLayer, host::HostLayer},
+    session::{Session, SessionConfig},
+};
+use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
+use tempfile::TempDir;
+
+use crate::{
+    engine::eventually,
+    programs::{Program, program},
+};
+
+/// Three devices: the first two on NVLink, the third across PCIe.
+const TOPOLOGY: &str = r#"
+name = "three simulated GPUs"
+usage_dir = "USAGE"
+
+[[device]]
+uuid = "SIM-0"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-1"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-2"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[link]]
+between = ["SIM-0", "SIM-1"]
+kind = "nvlink"
+gigabytes_per_second = 380.0
+
+[all_pairs]
+kind = "pcie"
+gigabytes_per_second = 50.0
+"#;
+
+/// A broker and its directory.
+#[derive(Debug)]
+pub struct Node {
+    directory: TempDir,
+    topology: Topology,
+    setup: Setup,
+    broker: Option<Program>,
+}
+
+/// How a node's broker is run.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// Further options.
+    pub options: Vec<String>,
+    /// What is logged; warnings when empty.
+    pub log: String,
+    /// Where the log goes, added at its end; to the test's own standard error when not set.
+    pub log_file: Option<PathBuf>,
+    /// Shell commands run first, in the broker's own process: limits, for instance.
+    pub shell: Option<String>,
+    /// HBM of each device, bytes; 1 GiB when not set.
+    pub hbm_bytes: Option<u64>,
+}
+
+impl Node {
+    /// Starts a broker with further `options`.
+    ///
+    /// # Errors
+    /// When it is not built or cannot start.
+    pub fn start(options: &[&str]) -> Result<Self> {
+        Self::start_with(Setup {
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Setup::default()
+        })
+    }
+
+    /// Starts a broker run in its own way.
+    ///
+    /// # Errors
+    /// When it is not built or cannot start.
+    pub fn start_with(setup: Setup) -> Result<Self> {
+        let directory = tempfile::tempdir().context("a directory for the node")?;
+        let usage = directory.path().join("usage");
+        fs::create_dir(&usage)?;
+        let hbm_bytes = setup.hbm_bytes.unwrap_or(1 << 30);
+        let text = TOPOLOGY
+            .replace("USAGE", &usage.display().to_string())
+            .replace("1073741824", &hbm_bytes.to_string());
+        let file = directory.path().join("topology.toml");
+        fs::write(&file, &text)?;
+        let mut node = Self {
+            topology: Topology::parse(&text, "the test's topology")?,
+            directory,
+            setup,
+            broker: None,
+        };
+        node.start_broker()?;
+        Ok(node)
+    }
+
+    /// Starts the broker (again), in the same directory, and waits until it listens.
+    ///
+    /// # Errors
+    /// When it cannot start.
+    pub fn start_broker(&mut self) -> Result<()> {
+        let path = program("swiftcache-broker")?;
+        let mut command = match &self.setup.shell {
+            None => Command::new(path),
+            Some(shell) => {
+                let mut command = Command::new("sh");
+                command.args(["-c", &format!("{shell}; exec \"$0\" \"$@\"")]);
+                command.arg(path);
+                command
+            }
+        };
+        let log = match self.setup.log.as_str() {
+            "" => "warn",
+            log => log,
+        };
+        command
+            .args(["--probe", "simulated", "--log", log])
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--topology")
+            .arg(self.topology_file())
+            .args(&self.setup.options);
+        if let Some(file) = &self.setup.log_file {
+            command.stderr(fs::File::options().create(true).append(true).open(file)?);
+        }
+        self.broker = Some(Program::start(&mut command)?);
+        eventually("the broker to listen", || {
+            Ok(UnixStream::connect(self.socket()).is_ok())
+        })
+    }
+
+    /// SIGKILLs the broker.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn kill_broker(&mut self) -> Result<()> {
+        self.broker.take().context("no broker")?.kill()
+    }
+
+    /// The broker's process.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn broker(&self) -> Result<&Program> {
+        self.broker.as_ref().context("no broker")
+    }
+
+    /// Removes the ledger, as if its directory had been lost.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn lose_ledger(&self) -> Result<()> {
+        Ok(fs::remove_file(self.directory.path().join("ledger"))?)
+    }
+
+    /// The broker's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("broker.sock")
+    }
+
+    /// The node's topology file.
+    pub fn topology_file(&self) -> PathBuf {
+        self.directory.path().join("topology.toml")
+    }
+
+    /// The node's directory.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A fresh device layer over the node's devices.
+    ///
+    /// # Errors
+    /// When the node's directory is gone.
+    pub fn layer(&self) -> Result<Arc<dyn DeviceLayer>> {
+        Ok(Arc::new(HostLayer::from_topology(&self.topology, false)?))
+    }
+
+    /// A device of the node.
+    pub fn device(&self, number: usize) -> DeviceUuid {
+        self.topology.devices[number].uuid.clone()
+    }
+
+    /// Has a simulated neighbour use this much of a device's HBM.
+    ///
+    /// # Errors
+    /// When the node's directory is gone.
+    pub fn neighbour_uses(&self, number: usize, bytes: u64) -> Result<()> {
+        let file = self
+            .directory
+            .path()
+            .join("usage")
+            .join(self.device(number).as_str());
+        let fresh = file.with_extension("new");
+        fs::write(&fresh, bytes.to_string())?;
+        Ok(fs::rename(fresh, file)?)
+    }
+
+    /// Connects a session of this process.
+    ///
+    /// # Errors
+    /// When the broker does not answer.
+    pub fn session(&self, name: &str) -> Result<Session> {
+        Ok(Session::connect(SessionConfig {
+            socket: self.socket(),
+            name: name.to_owned(),
+            tenant: String::new(),
+        })?)
+    }
+}

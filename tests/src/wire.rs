@@ -1,0 +1,427 @@
+//! The protocol spoken by hand, for what the client library would never say.
+
+use std::{
+    fs::File,
+    io::{IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    },
+};
+use swiftcache_proto::{
+    domain::{AllocationId, SessionId},
+    fd_socket::{self, REPLY_BYTES},
+    v1::{
+        self, admin_client::AdminClient, broker_client::BrokerClient, session_request,
+        session_response,
+    },
+};
+use tokio::{runtime::Runtime, sync::mpsc};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{
+    Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+/// The longest an answer may take: past it the test has failed.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A connection to the broker.
+#[derive(Clone, Debug)]
+pub struct Wire {
+    runtime: Arc<Runtime>,
+    channel: Channel,
+    fd_socket: PathBuf,
+}
+
+impl Wire {
+    /// Will connect to the broker at `socket` when first used, and again after it restarted.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn new(socket: &Path) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let channel = {
+            let _inside = runtime.enter();
+            Endpoint::try_from(format!("unix://{}", socket.display()))?
+                .timeout(LIMIT)
+                .connect_lazy()
+        };
+        Ok(Self {
+            runtime: Arc::new(runtime),
+            channel,
+            fd_socket: socket.with_file_name("broker-fd.sock"),
+        })
+    }
+
+    /// Waits for an answer.
+    pub fn wait<F: Future>(&self, answer: F) -> F::Output {
+        self.runtime.block_on(answer)
+    }
+
+    /// The connection.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// The Broker service.
+    pub fn broker(&self) -> BrokerClient<Channel> {
+        BrokerClient::new(self.channel())
+    }
+
+    /// The Admin service.
+    pub fn admin(&self) -> AdminClient<Channel> {
+        // Lists grow with the node.
+        AdminClient::new(self.channel()).max_decoding_message_size(usize::MAX)
+    }
+
+    /// The fd socket.
+    pub fn fd_socket(&self) -> &Path {
+        &self.fd_socket
+    }
+
+    /// Registers a session of this process.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn member(&self, name: &str, tenant: &str) -> Result<Member, Status> {
+        let request = v1::RegisterRequest {
+            name: name.to_owned(),
+            tenant: tenant.to_owned(),
+            ..Default::default()
+        };
+        let registered = self.wait(self.broker().register(request))?.into_inner();
+        Ok(Member {
+            wire: self.clone(),
+            session: registered.session_id,
+        })
+    }
+}
+
+/// A session of this process, with nothing done for it: no stream, no acknowledgement.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its connection.
+    pub wire: Wire,
+    /// Its id.
+    pub session: u64,
+}
+
+/// Sealed shared memory, as the host backend exports it.
+///
+/// # Errors
+/// When the operating system has none.
+pub fn memory(bytes: u64) -> Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)?;
+    rustix::fs::ftruncate(&memfd, bytes)?;
+    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(File::from(memfd))
+}
+
+impl Member {
+    /// Offers a region of its own allocation, named by `id`; returns its memory.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn offer(&self, id: [u8; 16], device: &str, slabs: u64, slab_bytes: u64) -> Result<File> {
+        let memory = memory(slabs * slab_bytes)?;
+        self.upload(id, &memory)?;
+        let offer = v1::OfferRequest {
+            session_id: self.session,
+            region_id: id.to_vec().into(),
+            device_uuid: device.to_owned(),
+            allocation_id: id.to_vec().into(),
+            offset: 0,
+            bytes: slabs * slab_bytes,
+            slab_bytes,
+            handle: Some(v1::Handle {
+                kind: v1::HandleKind::PosixFd.into(),
+                ..Default::default()
+            }),
+        };
+        self.wire.wait(self.wire.broker().offer(offer))?;
+        Ok(memory)
+    }
+
+    /// Uploads an allocation's descriptor.
+    ///
+    /// # Errors
+    /// When the broker does not take it.
+    pub fn upload(&self, allocation: [u8; 16], memory: &File) -> Result<()> {
+        let request = fd_socket::Request::Upload {
+            session: SessionId(self.session),
+            allocation: AllocationId(allocation),
+        };
+        let descriptors = [memory.as_fd()];
+        let (status, _) = exchange(self.wire.fd_socket(), &request, &descriptors)?;
+        ensure!(status == fd_socket::Status::Ok, "{status:?}");
+        Ok(())
+    }
+
+    /// Leases up to `bytes` for `namespace`, computing on `device`.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn lease(
+        &self,
+        namespace: &str,
+        device: &str,
+        bytes: u64,
+        block_bytes: u64,
+    ) -> Result<v1::LeaseResponse, Status> {
+        let demand = v1::LeaseRequest {
+            session_id: self.session,
+            namespace: namespace.to_owned(),
+            device_uuid: device.to_owned(),
+            bytes,
+            block_bytes,
+        };
+        let leased = self.wire.wait(self.wire.broker().lease(demand))?;
+        Ok(leased.into_inner())
+    }
+
+    /// Fetches the memory that a grant names.
+    ///
+    /// # Errors
+    /// When the broker does not give it.
+    pub fn open(&self, grant: &v1::Grant) -> Result<File> {
+        let handle = grant.handle.as_ref().context("a grant without a handle")?;
+        match fetch(self.wire.fd_socket(), &handle.grant_token)? {
+            (fd_socket::Status::Ok, Some(memory)) => Ok(File::from(memory)),
+            (status, _) => bail!("fetching a descriptor: {status:?}"),
+        }
+    }
+
+    /// Publishes blocks in a lease, the first in slot 0.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn publish(&self, lease: u64, generation: u64, hashes: &[[u8; 16]]) -> Result<(), Status> {
+        let publish = v1::PublishRequest {
+            session_id: self.session,
+            lease_id: lease,
+            generation,
+            hashes: hashes.concat().into(),
+            slots: (0..).zip(hashes).map(|(slot, _)| slot).collect(),
+        };
+        self.wire
+            .wait(self.wire.broker().publish(publish))
+            .map(drop)
+    }
+
+    /// How many of these leading blocks a lookup finds.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn hits(&self, namespace: &str, hashes: &[[u8; 16]]) -> Result<u32, Status> {
+        let lookup = v1::LookupRequest {
+            session_id: self.session,
+            namespace: namespace.to_owned(),
+            hashes: hashes.concat().into(),
+        };
+        let found = self.wire.wait(self.wire.broker().lookup(lookup))?;
+        Ok(found.into_inner().hit_blocks)
+    }
+
+    /// Asks for regions back.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn withdraw(&self, regions: &[[u8; 16]], drain_ms: u32) -> Result<(), Status> {
+        let withdraw = v1::WithdrawRequest {
+            session_id: self.session,
+            region_ids: regions.iter().map(|id| id.to_vec().into()).collect(),
+            drain_ms,
+            ..Default::default()
+        };
+        self.wire
+            .wait(self.wire.broker().withdraw(withdraw))
+            .map(drop)
+    }
+
+    /// Resumes the session, claiming `held`; returns the leases that are not its own.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn resume(&self, held: &[u64]) -> Result<Vec<u64>, Status> {
+        let request = v1::RegisterRequest {
+            name: "resumed".to_owned(),
+            resume_session_id: self.session,
+            held_lease_ids: held.to_vec(),
+            ..Default::default()
+        };
+        let registered = self.wire.wait(self.wire.broker().register(request))?;
+        Ok(registered.into_inner().refused_lease_ids)
+    }
+
+    /// Ends the session.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn leave(&self) -> Result<(), Status> {
+        let leave = v1::LeaveRequest {
+            session_id: self.session,
+        };
+        self.wire.wait(self.wire.broker().leave(leave)).map(drop)
+    }
+
+    /// Attaches the session's stream.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn attach(&self) -> Result<Stream> {
+        let (send, requests) = mpsc::unbounded_channel();
+        let attach = session_request::Message::Attach(v1::Attach {
+            session_id: self.session,
+        });
+        send.send(v1::SessionRequest {
+            message: Some(attach),
+        })?;
+        let requests = UnboundedReceiverStream::new(requests);
+        let mut broker = self.wire.broker();
+        let receive = self.wire.wait(broker.session(requests))?.into_inner();
+        let mut stream = Stream {
+            wire: self.wire.clone(),
+            send,
+            receive,
+        };
+        let first = stream.hear()?;
+        ensure!(
+            matches!(first, session_response::Message::Attached(_)),
+            "{first:?}"
+        );
+        Ok(stream)
+    }
+}
+
+/// A session's stream.
+#[derive(Debug)]
+pub struct Stream {
+    wire: Wire,
+    send: mpsc::UnboundedSender<v1::SessionRequest>,
+    receive: Streaming<v1::SessionResponse>,
+}
+
+impl Stream {
+    /// What the broker says next.
+    ///
+    /// # Errors
+    /// When the stream ends, or nothing comes within a minute.
+    pub fn hear(&mut self) -> Result<session_response::Message> {
+        let receive = &mut self.receive;
+        let next = self
+            .wire
+            .wait(async { tokio::time::timeout(LIMIT, receive.message()).await });
+        let message = next.context("the broker says nothing")??;
+        let message = message.context("the stream ended")?.message;
+        message.context("an empty message")
+    }
+
+    /// Waits for a revocation.
+    ///
+    /// # Errors
+    /// When something else comes.
+    pub fn revocation(&mut self) -> Result<v1::Revoke> {
+        match self.hear()? {
+            session_response::Message::Revoke(revoke) => Ok(revoke),
+            other => bail!("no revocation: {other:?}"),
+        }
+    }
+
+    /// Waits for a region to be returned.
+    ///
+    /// # Errors
+    /// When something else comes.
+    pub fn returned(&mut self) -> Result<Vec<u8>> {
+        match self.hear()? {
+            session_response::Message::Returned(returned) => Ok(returned.region_id.to_vec()),
+            other => bail!("no return: {other:?}"),
+        }
+    }
+
+    /// Says something.
+    ///
+    /// # Errors
+    /// When the stream is gone.
+    pub fn say(&self, message: session_request::Message) -> Result<()> {
+        Ok(self.send.send(v1::SessionRequest {
+            message: Some(message),
+        })?)
+    }
+
+    /// Acknowledges a revocation.
+    ///
+    /// # Errors
+    /// When the stream is gone.
+    pub fn acknowledge(&self, lease_id: u64, generation: u64) -> Result<()> {
+        self.say(session_request::Message::Acknowledge(v1::Acknowledge {
+            lease_id,
+            generation,
+        }))
+    }
+}
+
+/// Presents a grant token on the fd socket.
+///
+/// # Errors
+/// When the broker does not answer.
+pub fn fetch(socket: &Path, token: &[u8]) -> Result<(fd_socket::Status, Option<OwnedFd>)> {
+    let token = token.try_into().context("a token that is not 16 bytes")?;
+    exchange(socket, &fd_socket::Request::Fetch { token }, &[])
+}
+
+/// One conversation on the fd socket.
+///
+/// # Errors
+/// When the broker does not answer.
+pub fn exchange(
+    socket: &Path,
+    request: &fd_socket::Request,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(fd_socket::Status, Option<OwnedFd>)> {
+    let stream = UnixStream::connect(socket)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        ensure!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    let frame = request.encode();
+    sendmsg(
+        &stream,
+        &[IoSlice::new(&frame)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    let mut reply = [0; REPLY_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let slices = &mut [IoSliceMut::new(&mut reply)];
+    let received = recvmsg(&stream, slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    ensure!(
+        received.bytes == REPLY_BYTES,
+        "the fd socket gave no answer"
+    );
+    let descriptor = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    let status = fd_socket::Status::decode(reply).context("an answer that means nothing")?;
+    Ok((status, descriptor))
+}

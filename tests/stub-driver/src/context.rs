@@ -1,0 +1,100 @@
+//! Primary contexts, and the one that is current on each thread.
+
+use std::{cell::RefCell, ffi::c_int};
+
+use crate::{
+    Code, INVALID_CONTEXT, INVALID_VALUE, PEER_ACCESS_ALREADY_ENABLED, PEER_ACCESS_UNSUPPORTED,
+    begin, code, device, world,
+};
+
+thread_local! {
+    static STACK: RefCell<Vec<c_int>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The device whose context is current.
+pub(crate) fn current() -> Result<c_int, Code> {
+    STACK
+        .with_borrow(|stack| stack.last().copied())
+        .ok_or(INVALID_CONTEXT)
+}
+
+/// Contexts are devices' numbers, from 1 on.
+fn device_of(context: usize) -> Result<c_int, Code> {
+    let device = c_int::try_from(context).map_err(|_| INVALID_CONTEXT)? - 1;
+    let retained = world().retained.get(&device).copied().unwrap_or(0);
+    if retained == 0 {
+        Err(INVALID_CONTEXT)
+    } else {
+        Ok(device)
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c_int) -> Code {
+    let checked = begin("cuDevicePrimaryCtxRetain").and_then(|()| device::check(number));
+    code(checked.map(|()| {
+        *world().retained.entry(number).or_default() += 1;
+        // SAFETY: the caller gives room for one context.
+        unsafe { context.write(number as usize + 1) };
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
+    code(begin("cuDevicePrimaryCtxRelease_v2").and_then(|()| {
+        let mut world = world();
+        let retained = world.retained.get_mut(&number).filter(|count| **count > 0);
+        *retained.ok_or(INVALID_CONTEXT)? -= 1;
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPushCurrent_v2(context: usize) -> Code {
+    // A broken context can still be made current: what is done in it fails.
+    let checked = crate::faults::injected("cuCtxPushCurrent_v2").map_or(Ok(()), Err);
+    code(checked.and_then(|()| device_of(context)).map(|device| {
+        STACK.with_borrow_mut(|stack| stack.push(device));
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut usize) -> Code {
+    code(STACK.with_borrow_mut(|stack| {
+        let device = stack.pop().ok_or(INVALID_CONTEXT)?;
+        // SAFETY: the caller gives room for one context.
+        unsafe { context.write(device as usize + 1) };
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxEnablePeerAccess(peer: usize, flags: u32) -> Code {
+    code(begin("cuCtxEnablePeerAccess").and_then(|()| {
+        let (here, there) = (current()?, device_of(peer)?);
+        if flags != 0 || here == there {
+            return Err(INVALID_VALUE);
+        }
+        if !device::peers(here, there) {
+            return Err(PEER_ACCESS_UNSUPPORTED);
+        }
+        let fresh = world().peers.insert((here, there));
+        fresh.then_some(()).ok_or(PEER_ACCESS_ALREADY_ENABLED)
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
+    least: *mut c_int,
+    greatest: *mut c_int,
+) -> Code {
+    code(begin("cuCtxGetStreamPriorityRange").and_then(|()| {
+        current()?;
+        // SAFETY: the caller gives room for two ints.
+        unsafe {
+            least.write(0);
+            greatest.write(-5);
+        }
+        Ok(())
+    }))
+}

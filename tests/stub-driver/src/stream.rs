@@ -1,0 +1,323 @@
+//! Streams, each a thread, and events.
+
+use std::{
+    collections::VecDeque,
+    ffi::c_int,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+};
+
+use crate::{
+    Code, ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, NOT_READY, begin, code,
+    context::current,
+    faults,
+    kernel::{Piece, Pieces},
+    world,
+};
+
+/// What a stream does.
+pub(crate) enum Work {
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: usize,
+    },
+    Set {
+        address: u64,
+        value: u8,
+        bytes: usize,
+    },
+    /// Copies pieces, but of each no more than `most` bytes: so many its tiles cover.
+    Gather {
+        pieces: Pieces,
+        most: u64,
+    },
+    Record(Arc<Flag>),
+    Wait(Arc<Flag>),
+    End,
+}
+
+/// A queue of work, run by a thread of its own.
+pub(crate) struct Stream {
+    device: c_int,
+    work: Mutex<VecDeque<Work>>,
+    queued: Condvar,
+}
+
+/// Raised once.
+#[derive(Default)]
+pub(crate) struct Flag {
+    raised: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Flag {
+    fn raise(&self) {
+        *self.raised.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    fn is_raised(&self) -> bool {
+        *self.raised.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self) {
+        let mut raised = self.raised.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*raised {
+            raised = self
+                .changed
+                .wait(raised)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// An event: the latest flag recorded, if any.
+struct Event(Mutex<Option<Arc<Flag>>>);
+
+impl Stream {
+    fn start(device: c_int) -> Arc<Self> {
+        let stream = Arc::new(Self {
+            device,
+            work: Mutex::default(),
+            queued: Condvar::new(),
+        });
+        let running = Arc::clone(&stream);
+        std::thread::spawn(move || running.run());
+        stream
+    }
+
+    pub(crate) fn push(&self, work: Work) {
+        let mut queue = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.push_back(work);
+        self.queued.notify_one();
+    }
+
+    fn next(&self) -> Work {
+        let mut queue = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(work) = queue.pop_front() {
+                return work;
+            }
+            queue = self
+                .queued
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run(&self) {
+        loop {
+            match self.next() {
+                Work::End => return,
+                Work::Record(flag) => flag.raise(),
+                Work::Wait(flag) => flag.wait(),
+                work => self.execute(&work),
+            }
+        }
+    }
+
+    /// Does what the hardware does; what it may not do breaks everything, for good.
+    fn execute(&self, work: &Work) {
+        let mut world = world();
+        if world.broken.is_some() {
+            return;
+        }
+        if let Some(code) = faults::setting("execute").and_then(|code| code.parse().ok()) {
+            world.broken = Some(code);
+            return;
+        }
+        // The lock is held while bytes move, so that nothing is unmapped under a copy.
+        let copied = match work {
+            &Work::Copy { to, from, bytes } => self.copy(&world, to, from, bytes, false),
+            &Work::Set {
+                address,
+                value,
+                bytes,
+            } => {
+                let may = world.may_touch(self.device, address, bytes, false);
+                if may {
+                    // SAFETY: the range is one that the device may touch.
+                    unsafe { std::ptr::write_bytes(address as *mut u8, value, bytes) };
+                }
+                may
+            }
+            Work::Gather { pieces, most } => {
+                let pieces = match pieces {
+                    Pieces::Copied(pieces) => Some(pieces.clone()),
+                    &Pieces::At(address, count) => world
+                        .may_touch(self.device, address, count * size_of::<Piece>(), true)
+                        // SAFETY: the descriptors lie in memory that the device may touch.
+                        .then(|| unsafe {
+                            std::slice::from_raw_parts(address as *const Piece, count).to_vec()
+                        }),
+                };
+                pieces.is_some_and(|pieces| {
+                    pieces.iter().all(|piece| {
+                        let bytes = piece.bytes.min(*most) as usize;
+                        self.copy(&world, piece.to, piece.from, bytes, true)
+                    })
+                })
+            }
+            Work::Record(_) | Work::Wait(_) | Work::End => true,
+        };
+        if !copied {
+            world.broken = Some(ILLEGAL_ADDRESS);
+        }
+    }
+
+    fn copy(&self, world: &crate::World, to: u64, from: u64, bytes: usize, kernel: bool) -> bool {
+        let may = world.may_touch(self.device, from, bytes, kernel)
+            && world.may_touch(self.device, to, bytes, kernel);
+        if may {
+            // SAFETY: both ranges are ones that the device may touch.
+            unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        }
+        may
+    }
+}
+
+/// Numbers of the default streams: null is the current context's.
+const DEFAULT: usize = 0x7fff_0000;
+
+pub(crate) fn find(stream: usize) -> Result<Arc<Stream>, Code> {
+    let device = current()?;
+    let mut world = world();
+    if stream == 0 {
+        let default = DEFAULT + device as usize;
+        let started = world
+            .streams
+            .entry(default)
+            .or_insert_with(|| Stream::start(device));
+        return Ok(Arc::clone(started));
+    }
+    let found = world
+        .streams
+        .get(&stream)
+        .filter(|found| found.device == device);
+    found.map(Arc::clone).ok_or(INVALID_HANDLE)
+}
+
+/// Queues work.
+pub(crate) fn queue(stream: usize, work: Work) -> Result<(), Code> {
+    find(stream)?.push(work);
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut usize,
+    flags: u32,
+    _priority: c_int,
+) -> Code {
+    code(begin("cuStreamCreateWithPriority").and_then(|()| {
+        let device = current()?;
+        if flags > 1 {
+            return Err(INVALID_VALUE);
+        }
+        let mut world = world();
+        let number = world.number() as usize + 0x1000;
+        world.streams.insert(number, Stream::start(device));
+        // SAFETY: the caller gives room for one stream.
+        unsafe { stream.write(number) };
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
+    code(begin("cuStreamDestroy_v2").and_then(|()| {
+        let removed = world().streams.remove(&stream).ok_or(INVALID_HANDLE)?;
+        removed.push(Work::End);
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
+    code(begin("cuStreamSynchronize").and_then(|()| {
+        let flag = Arc::<Flag>::default();
+        queue(stream, Work::Record(Arc::clone(&flag)))?;
+        flag.wait();
+        world().broken.map_or(Ok(()), Err)
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: u32) -> Code {
+    code(begin("cuStreamWaitEvent").and_then(|()| {
+        if flags != 0 {
+            return Err(INVALID_VALUE);
+        }
+        let flag = flag_of(event)?;
+        flag.map_or(Ok(()), |flag| queue(stream, Work::Wait(flag)))
+    }))
+}
+
+fn event_of(event: usize) -> Result<&'static Event, Code> {
+    if event == 0 {
+        return Err(INVALID_HANDLE);
+    }
+    // SAFETY: events are made by `cuEventCreate` and used by their maker only while they live.
+    Ok(unsafe { &*(event as *const Event) })
+}
+
+fn flag_of(event: usize) -> Result<Option<Arc<Flag>>, Code> {
+    let event = event_of(event)?;
+    Ok(event
+        .0
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut usize, _flags: u32) -> Code {
+    code(begin("cuEventCreate").and_then(|()| {
+        current()?;
+        let made = Box::into_raw(Box::new(Event(Mutex::default())));
+        // SAFETY: the caller gives room for one event.
+        unsafe { event.write(made as usize) };
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
+    code(begin("cuEventDestroy_v2").and_then(|()| {
+        event_of(event)?;
+        // SAFETY: made by `cuEventCreate`, and the caller gives it up.
+        drop(unsafe { Box::from_raw(event as *mut Event) });
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
+    code(begin("cuEventRecord").and_then(|()| {
+        let flag = Arc::<Flag>::default();
+        let event = event_of(event)?;
+        queue(stream, Work::Record(Arc::clone(&flag)))?;
+        *event.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(flag);
+        Ok(())
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
+    code(begin("cuEventQuery").and_then(|()| {
+        let flag = flag_of(event)?;
+        flag.is_none_or(|flag| flag.is_raised())
+            .then_some(())
+            .ok_or(NOT_READY)
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
+    code(begin("cuEventSynchronize").and_then(|()| {
+        if let Some(flag) = flag_of(event)? {
+            flag.wait();
+        }
+        world().broken.map_or(Ok(()), Err)
+    }))
+}

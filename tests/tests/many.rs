@@ -1,0 +1,256 @@
+//! Too many of everything: sessions, descriptors, slabs, messages nobody reads, restarts.
+
+use std::{collections::BTreeSet, os::unix::net::UnixStream, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use swiftcache_proto::v1::{self, session_response::Message};
+use swiftcache_tests::{
+    census::{Census, resident_bytes},
+    crew::{BorrowerProcess, Job, donor_process},
+    engine::{SLAB_BYTES, eventually},
+    node::{Node, Setup},
+    operator::Operator,
+    programs::program,
+    seed::Course,
+    wire::{Member, Wire, memory},
+};
+use tonic::Code;
+
+/// The smallest slab there is.
+const SLAB: u64 = 64 << 10;
+
+#[test]
+fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result<()> {
+    const SESSIONS: usize = 10_000;
+    let node = Node::start(&["--max-sessions", &(SESSIONS + 1).to_string()])?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    let donor = wire.member("donor", "")?;
+    donor.offer([1; 16], "SIM-1", 1, SLAB)?;
+    let before = Census::of(node.broker()?.pid())?;
+    let members = (0..SESSIONS).map(|n| wire.member(&format!("member-{n}"), ""));
+    let members = members.collect::<Result<Vec<_>, _>>()?;
+    for _ in 0..3 {
+        let refused = wire
+            .member("one too many", "")
+            .err()
+            .context("was let in")?;
+        ensure!(refused.code() == Code::ResourceExhausted, "{refused:?}");
+        ensure!(refused.message().contains("sessions"), "{refused:?}");
+    }
+    // The last one in is served like the first, and none of them costs a descriptor.
+    for member in [&members[0], &members[SESSIONS - 1]] {
+        let leased = member.lease("model", "SIM-0", SLAB, 4096)?;
+        let grant = leased.grants.first().context("no slab")?;
+        member.publish(grant.lease_id, grant.generation, &[[1; 16]])?;
+        ensure!(members[SESSIONS / 2].hits("model", &[[1; 16]])? == 1);
+        member.leave()?;
+    }
+    ensure!(operator.node()?.sessions as usize == SESSIONS - 1);
+    ensure!(Census::of(node.broker()?.pid())?.count("[pidfd]") == before.count("[pidfd]"));
+    wire.member("two have left", "")?;
+    ensure!(operator.settled()?.free_bytes == SLAB);
+    Ok(())
+}
+
+#[test]
+fn a_broker_out_of_descriptors_serves_those_it_has() -> Result<()> {
+    let node = Node::start_with(Setup {
+        shell: Some("ulimit -n 96".to_owned()),
+        ..Setup::default()
+    })?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    let donor = wire.member("donor", "")?;
+    let mut stream = donor.attach()?;
+    // Each connection, and each upload, takes one.
+    let crowd = || -> Result<Vec<UnixStream>> {
+        let sockets = [node.socket(), wire.fd_socket().to_owned()];
+        let all = (0..150).flat_map(|_| sockets.iter().map(UnixStream::connect));
+        // A full queue of those waiting to be accepted is as good as a refusal.
+        Ok(all.filter_map(Result::ok).collect())
+    };
+    let connections = crowd()?;
+    let mut uploaded = 0_u8;
+    while donor.upload([100 + uploaded; 16], &memory(4096)?).is_ok() && uploaded < 100 {
+        uploaded += 1;
+    }
+    ensure!(uploaded < 100, "descriptors without end");
+    operator.account()?;
+    donor.hits("model", &[[1; 16]])?;
+    drop(connections);
+    eventually("new connections to be served", || {
+        let fresh = Wire::new(&node.socket())?;
+        Ok(fresh
+            .member("fresh", "")
+            .is_ok_and(|member| member.leave().is_ok()))
+    })?;
+    // What was uploaded and never offered goes with its session; then there is room again.
+    donor.leave()?;
+    ensure!(stream.hear().is_err());
+    let donor = wire.member("donor", "")?;
+    eventually("uploads to be taken", || {
+        Ok(donor.offer([9; 16], "SIM-1", 1, SLAB).is_ok())
+    })?;
+    let lessee = wire.member("lessee", "")?;
+    let leased = lessee.lease("model", "SIM-0", SLAB, 4096)?;
+    lessee.open(leased.grants.first().context("no slab")?)?;
+    ensure!(operator.settled()?.leased_bytes == SLAB);
+    Ok(())
+}
+
+/// Leases until nothing is left; how many slabs.
+fn lease_all(lessee: &Member, most: u64) -> Result<Vec<v1::Grant>> {
+    let mut grants = Vec::new();
+    loop {
+        let leased = lessee.lease("model", "SIM-0", most * SLAB, 4096)?;
+        if leased.grants.is_empty() {
+            return Ok(grants);
+        }
+        grants.extend(leased.grants);
+    }
+}
+
+#[test]
+fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
+    // More than a stream may lag behind.
+    const SLABS: u64 = 16_384;
+    let regions = [[1; 16], [2; 16], [3; 16]];
+    let slabs = 3 * SLABS;
+    let node = Node::start(&["--drain-ms", "60000"])?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    let donor = wire.member("donor", "")?;
+    for (region, device) in regions.iter().zip(["SIM-0", "SIM-1", "SIM-2"]) {
+        donor.offer(*region, device, SLABS, SLAB)?;
+    }
+    let mut returns = donor.attach()?;
+    let slow = Wire::new(&node.socket())?.member("slow", "")?;
+    let grants = lease_all(&slow, slabs)?;
+    ensure!(grants.len() as u64 == slabs, "{} of {slabs}", grants.len());
+    let account = operator.account()?;
+    ensure!(account.leased_bytes == slabs * SLAB, "{account:?}");
+
+    // So many are still shown.
+    let mut status = Command::new(program("swiftcache")?);
+    let status = status
+        .args(["status", "--json", "--socket"])
+        .arg(node.socket())
+        .output()?;
+    ensure!(
+        status.status.success(),
+        "{}",
+        String::from_utf8_lossy(&status.stderr)
+    );
+    let mut unread = slow.attach()?;
+    donor.withdraw(&regions, 60_000)?;
+    // It has not read a word; everyone else is served.
+    ensure!(operator.account()?.draining_bytes == slabs * SLAB);
+    wire.member("prompt", "")?.leave()?;
+    let mut told = 0;
+    while let Ok(message) = unread.hear() {
+        ensure!(matches!(message, Message::Revoke(_)), "{message:?}");
+        told += 1;
+    }
+    ensure!(told < slabs, "its queue has no end");
+    // Attaching again brings all that is outstanding, whatever was read before.
+    let mut again = slow.attach()?;
+    let mut left: BTreeSet<u64> = grants.iter().map(|grant| grant.lease_id).collect();
+    while !left.is_empty() {
+        let revoke = again.revocation()?;
+        left.remove(&revoke.lease_id);
+        again.acknowledge(revoke.lease_id, revoke.generation)?;
+    }
+    let mut returned = [
+        returns.returned()?,
+        returns.returned()?,
+        returns.returned()?,
+    ];
+    returned.sort();
+    ensure!(returned == regions.map(Vec::from));
+    ensure!(operator.settled()?.offered_bytes == 0);
+    Ok(())
+}
+
+#[test]
+fn a_broker_that_restarts_again_and_again_loses_nothing() -> Result<()> {
+    let mut course = Course::new("restarts", 40);
+    let mut node = Node::start(&["--pin-ms", "100"])?;
+    let operator = Operator::of(&node)?;
+    let mut donor = donor_process(&node, 1, 4)?;
+    let mut borrower = BorrowerProcess::start(&node, 0, &Job::new("borrower", course.seed))?;
+    borrower.run("reserve 4")?;
+    let donors = Census::of(donor.pid())?;
+    borrower.tell("mix 1000000000")?;
+    while course.goes_on() {
+        node.kill_broker()?;
+        node.start_broker()?;
+        borrower.advance(2)?;
+    }
+    eventually("everyone to be back", || {
+        let sessions = operator.sessions()?;
+        Ok(sessions.len() == 2 && sessions.iter().all(|session| session.attached))
+    })?;
+    let account = operator.account()?;
+    ensure!(account.offered_bytes == 4 * SLAB_BYTES, "{account:?}");
+    ensure!(
+        account.leased_bytes == account.offered_bytes,
+        "leases were lost: {account:?}"
+    );
+    let mut now = donors.clone();
+    eventually("the donor to hold what it held", || {
+        now = Census::of(donor.pid())?;
+        Ok(now == donors)
+    })
+    .with_context(|| format!("{donors:?} {now:?}"))?;
+    borrower.run("sweep-store")?;
+    ensure!(borrower.run("sweep-fetch")?.served > 0);
+    borrower.finish()?;
+    donor.finish()?;
+    operator.eventually("nothing to be on offer", |account| {
+        account.offered_bytes == 0
+    })
+}
+
+#[test]
+fn a_busy_broker_keeps_its_size() -> Result<()> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    let pid = node.broker()?.pid();
+    let round = |n: u8| -> Result<()> {
+        let donor = wire.member("donor", "")?;
+        let mut stream = donor.attach()?;
+        donor.offer([n; 16], "SIM-1", 512, SLAB)?;
+        let lessee = wire.member("lessee", "")?;
+        for grant in lease_all(&lessee, 512)? {
+            let hashes: Vec<[u8; 16]> = (0..16)
+                .map(|slot| [(grant.lease_id % 251) as u8, slot, n, 3].repeat(4))
+                .map(|hash| hash.try_into().unwrap_or_default())
+                .collect();
+            lessee.publish(grant.lease_id, grant.generation, &hashes)?;
+            lessee.hits("model", &hashes)?;
+        }
+        lessee.leave()?;
+        donor.withdraw(&[[n; 16]], 1_000)?;
+        stream.returned()?;
+        donor.leave()?;
+        Ok(())
+    };
+    for n in 0..3 {
+        round(n)?;
+    }
+    let before = (resident_bytes(pid)?, Census::of(pid)?);
+    for n in 3..13 {
+        round(n)?;
+    }
+    let mut after = Census::of(pid)?;
+    eventually("the broker to hold what it held", || {
+        after = Census::of(pid)?;
+        Ok(after == before.1)
+    })
+    .with_context(|| format!("{before:?} {after:?}"))?;
+    let grown = resident_bytes(pid)?.saturating_sub(before.0);
+    ensure!(grown < 8 << 20, "grew by {grown} bytes");
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! An old client's session, recorded when `swiftcache.v1` was released, played to today's broker: requests are
+//! encoded and answers decoded with the descriptors of that time, and the answers are what they were.
+//!
+//! The twin plays it with one answer changed, which must be noticed. `SWIFTCACHE_WRITE_SESSION=1` writes the
+//! answers anew, for a recording that was extended.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod script;
+mod wire;
+
+use std::{collections::HashMap, path::PathBuf};
+
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
+
+use script::{Names, Step, What, message, parse};
+use wire::{Broker, Client, PATIENCE};
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(name)
+}
+
+fn recording() -> String {
+    std::fs::read_to_string(fixture("v1-session.txt")).unwrap()
+}
+
+/// The protocol as the old client knew it.
+struct Protocol(DescriptorPool);
+
+impl Protocol {
+    fn old() -> Self {
+        let set = std::fs::read(fixture("swiftcache-v1.binpb")).unwrap();
+        Self(DescriptorPool::decode(set.as_slice()).unwrap())
+    }
+
+    /// Request and answer of an RPC.
+    fn messages(&self, rpc: &str) -> [MessageDescriptor; 2] {
+        let broker = self.0.get_service_by_name("swiftcache.v1.Broker").unwrap();
+        let method = broker.methods().find(|method| method.name() == rpc);
+        let method = method.unwrap_or_else(|| panic!("there is no RPC {rpc}"));
+        [method.input(), method.output()]
+    }
+}
+
+/// Plays the recording; returns it with the answers of today.
+async fn play(recording: &str) -> String {
+    let (protocol, broker) = (
+        Protocol::old(),
+        Broker::start(&fixture("two-devices.toml")).await,
+    );
+    let mut names = Names::default();
+    let mut clients: HashMap<String, Client> = HashMap::new();
+    let mut played = Vec::new();
+    let mut lines = recording.lines().peekable();
+    while let Some(line) = lines.next() {
+        let Some(step) = parse(line) else {
+            played.push(line.to_owned());
+            continue;
+        };
+        if !clients.contains_key(&step.client) {
+            let client = Client::connect(&broker.socket()).await;
+            clients.insert(step.client.clone(), client);
+        }
+        let client = clients.get_mut(&step.client).unwrap();
+        let [input, output] = protocol.messages(&step.rpc);
+        match step.what {
+            What::Send => {
+                let sent = names.sent_as(&message(input, &step.text));
+                client.send(sent.encode_to_vec()).await;
+                played.push(line.to_owned());
+            }
+            What::Receive => {
+                let received = decode(output, &client.receive(line).await);
+                played.push(written(&step, What::Receive, &names.recorded_as(&received)));
+            }
+            What::Call | What::CallUntil => {
+                let sent = names.sent_as(&message(input, &step.text)).encode_to_vec();
+                let expected = lines.next().unwrap_or_default();
+                let asking = async {
+                    loop {
+                        let answer = client.call(&step.rpc, sent.clone()).await;
+                        let answer = match answer {
+                            Ok(bytes) => {
+                                let answer = names.recorded_as(&decode(output.clone(), &bytes));
+                                written(&step, What::Answer, &answer)
+                            }
+                            Err(status) => format!(
+                                "{}{} {} {:?}",
+                                step.client,
+                                What::Status.sign(),
+                                step.rpc,
+                                status.code()
+                            ),
+                        };
+                        if step.what == What::Call || answer == expected {
+                            return answer;
+                        }
+                    }
+                };
+                let answer = tokio::time::timeout(PATIENCE, asking).await;
+                played.push(line.to_owned());
+                played.push(answer.unwrap_or_else(|_| format!("{line} never got its answer")));
+            }
+            What::Answer | What::Status => panic!("{line}: an answer to nothing"),
+        }
+    }
+    played.join("\n") + "\n"
+}
+
+fn decode(descriptor: MessageDescriptor, bytes: &[u8]) -> DynamicMessage {
+    DynamicMessage::decode(descriptor, bytes).unwrap()
+}
+
+fn written(step: &Step, what: What, message: &DynamicMessage) -> String {
+    // What is unknown to the old client is not in its recording.
+    let known = message.to_text_format();
+    format!("{}{} {} {known}", step.client, what.sign(), step.rpc)
+        .trim_end()
+        .to_owned()
+}
+
+#[tokio::test]
+async fn an_old_client_is_served_as_before() {
+    let recorded = recording();
+    let played = play(&recorded).await;
+    if std::env::var_os("SWIFTCACHE_WRITE_SESSION").is_some() {
+        std::fs::write(fixture("v1-session.txt"), &played).unwrap();
+        return;
+    }
+    for (line, (now, then)) in played.lines().zip(recorded.lines()).enumerate() {
+        assert_eq!(now, then, "line {} of v1-session.txt", line + 1);
+    }
+    assert_eq!(played.lines().count(), recorded.lines().count());
+}
+
+#[tokio::test]
+async fn another_answer_is_noticed() {
+    let recorded = recording();
+    let changed = recorded.replacen("hit_blocks:4", "hit_blocks:3", 1);
+    assert_ne!(changed, recorded);
+    assert_eq!(play(&changed).await, recorded);
+}
+
+#[test]
+fn the_recording_uses_every_rpc_of_a_session() {
+    let recorded = recording();
+    let used: Vec<String> = recorded
+        .lines()
+        .filter_map(parse)
+        .map(|step| step.rpc)
+        .collect();
+    let broker = Protocol::old()
+        .0
+        .get_service_by_name("swiftcache.v1.Broker")
+        .unwrap();
+    for method in broker.methods() {
+        assert!(
+            used.iter().any(|rpc| rpc == method.name()),
+            "{}",
+            method.name()
+        );
+    }
+}

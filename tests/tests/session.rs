@@ -1,0 +1,184 @@
+//! Sessions with a real broker, or with none: every call ends, and a lost connection comes back.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use swiftcache_client::{
+    Error,
+    session::{Connected, Demand, Observer, Session, SessionConfig},
+};
+use swiftcache_proto::domain::BlockHash;
+use swiftcache_tests::{engine::eventually, node::Node};
+
+fn config(socket: std::path::PathBuf) -> SessionConfig {
+    SessionConfig {
+        socket,
+        name: "a session under test".to_owned(),
+        tenant: String::new(),
+    }
+}
+
+#[test]
+fn without_a_broker_every_call_fails_at_once_and_says_where_it_looked() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let session = Session::start(config(directory.path().join("nowhere.sock")))?;
+    let failed = session.lookup("model", &[BlockHash([1; 16])]).wait();
+    let text = failed.err().context("found a broker")?.to_string();
+    ensure!(text.contains("nowhere.sock"), "{text}");
+    ensure!(!session.is_connected() && session.boot_id().is_none());
+    Ok(())
+}
+
+#[test]
+fn a_broker_that_comes_late_is_found() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    node.kill_broker()?;
+    let session = Session::start(config(node.socket()))?;
+    node.start_broker()?;
+    session.wait_connected(Duration::from_secs(10))?;
+    let found = session.lookup("model", &[BlockHash([1; 16])]).wait()?;
+    ensure!(found.extents.is_empty() && found.pin.is_none());
+    let (devices, links) = session.node().context("connected")?;
+    ensure!(devices.len() == 3 && links.len() == 6);
+    Ok(())
+}
+
+#[test]
+fn names_out_of_bounds_are_refused_before_anyone_is_asked() -> Result<()> {
+    let mut nameless = config("nowhere.sock".into());
+    nameless.name.clear();
+    let text = Session::connect(nameless)
+        .err()
+        .context("accepted")?
+        .to_string();
+    ensure!(text.starts_with("name"), "{text}");
+    let mut sprawling = config("nowhere.sock".into());
+    sprawling.tenant = "t".repeat(65);
+    let text = Session::connect(sprawling)
+        .err()
+        .context("accepted")?
+        .to_string();
+    ensure!(text.starts_with("tenant"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn the_brokers_refusals_are_passed_on() -> Result<()> {
+    let node = Node::start(&[])?;
+    let session = node.session("engine")?;
+    let demand = Demand {
+        namespace: "model".to_owned(),
+        device: "SIM-9".parse().map_err(anyhow::Error::msg)?,
+        bytes: 1,
+        block_bytes: 1,
+    };
+    match session.lease(demand).wait() {
+        Err(Error::Refused { call, status }) => {
+            ensure!(
+                call == "Lease" && status.message().contains("SIM-9"),
+                "{status}"
+            );
+        }
+        other => anyhow::bail!("{other:?}"),
+    }
+    ensure!(session.is_connected(), "a refusal costs no connection");
+    Ok(())
+}
+
+#[test]
+fn calls_can_be_awaited_on_any_runtime() -> Result<()> {
+    let node = Node::start(&[])?;
+    let session = node.session("engine")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().build()?;
+    runtime.block_on(async {
+        session.lookup("model", &[BlockHash([1; 16])]).await?;
+        // Waiting inside a runtime blocks its thread, but neither panics nor hangs.
+        session.lookup("model", &[BlockHash([1; 16])]).wait()?;
+        anyhow::Ok(())
+    })
+}
+
+/// Tries to block the session's own thread.
+struct Blocking {
+    session: Session,
+    outcome: Mutex<Option<Result<(), Error>>>,
+    connections: Mutex<Vec<Connected>>,
+}
+
+impl Observer for Blocking {
+    fn connected(&self, connected: &Connected) {
+        let outcome = self.session.release(Vec::new()).wait();
+        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+        let mut connections = self
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        connections.push(connected.clone());
+    }
+}
+
+#[test]
+fn a_restart_is_told_and_an_observer_that_would_block_is_refused() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let session = node.session("engine")?;
+    let before = session.boot_id();
+    let blocking = Arc::new(Blocking {
+        session: session.clone(),
+        outcome: Mutex::new(None),
+        connections: Mutex::new(Vec::new()),
+    });
+    let observer: Arc<dyn Observer> = Arc::clone(&blocking) as _;
+    session.observe(&observer);
+    node.kill_broker()?;
+    node.start_broker()?;
+    let connections = || {
+        blocking
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    };
+    eventually("the next connection", || Ok(!connections().is_empty()))?;
+    let told = connections()[0].clone();
+    ensure!(told.restarted && !told.replaced, "{told:?}");
+    ensure!(session.boot_id().is_some() && session.boot_id() != before);
+    let outcome = blocking
+        .outcome
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    ensure!(
+        matches!(outcome, Some(Err(Error::OnSessionThread { .. }))),
+        "{outcome:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_broker_without_its_ledger_replaces_the_session() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let session = node.session("engine")?;
+    let label = session.label();
+    let watching = Arc::new(Blocking {
+        session: session.clone(),
+        outcome: Mutex::new(None),
+        connections: Mutex::new(Vec::new()),
+    });
+    let observer: Arc<dyn Observer> = Arc::clone(&watching) as _;
+    session.observe(&observer);
+    node.kill_broker()?;
+    node.lose_ledger()?;
+    node.start_broker()?;
+    let connections = || {
+        watching
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    };
+    eventually("the next connection", || Ok(!connections().is_empty()))?;
+    ensure!(connections()[0].replaced);
+    ensure!(session.label() != label);
+    Ok(())
+}
