@@ -1,0 +1,54 @@
+# The two commands: `make demo` and `make test`. Each sets up what it needs.
+CARGO ?= cargo
+
+.PHONY: demo test test-deploy check build bench gpu ptx sbom image
+
+## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
+demo: setup
+	$(CARGO) build --release --locked --bin swiftcache-broker --bin swiftcache
+	target/release/swiftcache demo
+
+## Every check and every test.
+test: setup check
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test --workspace --locked
+	$(MAKE) test-deploy
+
+## Manifests, image, units, alerts, protocol tools, supply chain, docs/operations.md: a line for each tool that was
+## used or could not be had. Needs the binaries of `make test`.
+test-deploy:
+	tests/deploy/run.sh
+
+## The bill of materials of the two programs, CycloneDX JSON.
+sbom:
+	python3 deploy/supply-chain/sbom.py target/swiftcache.cdx.json
+
+## The container image.
+image:
+	docker build --file deploy/image/Dockerfile --tag swiftcache:$(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1) .
+
+check: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+## DESIGN's budgets, each as a ratio with its baseline measured in the same run; rewrites docs/benchmarks.md.
+bench: setup
+	$(CARGO) build --release --locked --bin swiftcache-broker --bin swiftcache --bin swiftcache-bench
+	target/release/swiftcache-bench --write docs/benchmarks.md
+
+## Checks and measures the CUDA backend on this machine's GPU. Carry the program and tests/gpu/run.sh to run it
+## elsewhere.
+gpu:
+	$(CARGO) build --release --locked -p swiftcache-gpu-tests
+	SWIFTCACHE_REQUIRE_GPU=1 tests/gpu/run.sh
+
+## Compiles the kernels again, after a change to a .cu file; needs CUDA 12.1's nvcc.
+ptx:
+	nvcc --ptx --gpu-architecture=compute_70 -o client/src/device/cuda/gather.ptx client/src/device/cuda/gather.cu
+	nvcc --ptx --gpu-architecture=compute_70 -o tests/gpu/src/busy.ptx tests/gpu/src/busy.cu
+
+# clippy and rustfmt are components of the toolchain, not of every install of it.
+.PHONY: setup
+setup:
+	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy
+	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
