@@ -21,7 +21,7 @@ use swiftcache_tests::{
     node::{Node, Setup},
     operator::Operator,
     seed::Course,
-    wire::{Member, Wire},
+    wire::{Member, Wire, fetch},
 };
 use tonic::{Code, Status, body::Body, codegen::http};
 use tower::ServiceExt;
@@ -377,8 +377,15 @@ fn connections_that_never_finish_a_word_keep_nobody_out() -> Result<()> {
     operator.account()?;
     operator.wire().member("prompt", "")?.leave()?;
     // The fd socket gives up on them in time, without anyone hanging up.
+    eventually("the fd socket to answer", || {
+        Ok(fetch(&fd_socket, &[0; 16]).is_ok())
+    })?;
+    // The first place is free, the others soon. A round that is turned away half-way leaves its region on offer, whose
+    // id is taken then: each has its own.
+    let mut rounds = 1..=u8::MAX;
     eventually("everything to be served", || {
-        Ok(serves(&operator, 1).is_ok())
+        let round = rounds.next().context("turned away every time")?;
+        Ok(serves(&operator, round).is_ok())
     })?;
     drop((slow, slow_tcp));
     eventually("TCP to be served", || {
