@@ -1,0 +1,9 @@
+"""SwiftCache: a neighbour's idle HBM as prefix KV cache.
+
+`Connection` is a process's session with the node's broker. `Cache` is an engine worker's cache: it stores blocks of
+the engine's KV pool in leased HBM and loads them back, layer by layer. Trouble of any kind is a miss, never an error.
+"""
+
+from swiftcache._native import Cache, Connection, Load, Mark, Store, __version__
+
+__all__ = ["Cache", "Connection", "Load", "Mark", "Store", "__version__"]

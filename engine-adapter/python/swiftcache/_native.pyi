@@ -1,0 +1,220 @@
+"""The client of SwiftCache, in Rust. Every method that waits does so without the GIL.
+
+Wrong arguments raise `ValueError` naming the argument. A bug of this module raises `RuntimeError`. Nothing else
+raises: an absent, dying or restarted broker, a revoked lease and a failed copy are all misses.
+
+Logs go to standard error; `RUST_LOG` chooses them (default: warn).
+
+Beyond what was agreed with the connector, and compatible with it:
+* `Cache.load(..., after=mark)`: copies into the pool start only after that point of the engine's stream. On a GPU an
+  engine that schedules ahead still runs kernels that write to blocks it has already given away.
+* `Cache.problem()` and `Connection.problem()`: why it is not open or connected, for people.
+* `Connection.wait_connected` returns False at once when the broker refuses this process for good.
+"""
+
+from collections.abc import Sequence
+from typing import final
+
+__version__: str
+
+@final
+class Connection:
+    """This process's session with the node's broker.
+
+    Starts at once, connects in the background, and again after every loss, for ever. Create it after the process has
+    forked, not before: its thread does not follow.
+    """
+
+    def __init__(self, socket: str, *, name: str, tenant: str = "") -> None:
+        """
+        Args:
+            socket: the broker's Unix socket.
+            name: for people, in status and logs; 1 to 128 bytes.
+            tenant: sub-division of this user's tenant; at most 64 bytes. Blocks are shared within a tenant only.
+        """
+
+    def is_connected(self) -> bool:
+        """Whether the broker is there now."""
+
+    def wait_connected(self, seconds: float) -> bool:
+        """Waits until the broker is there, `seconds` at most. Whether it is."""
+
+    def problem(self) -> str:
+        """What the last attempt to connect met; empty while connected."""
+
+    def count_hits(
+        self, namespaces: Sequence[str], hashes: bytes, *, deadline_ms: int = 50
+    ) -> int:
+        """The longest run of leading blocks that is published in every one of the namespaces: a scheduler's lookup.
+
+        Holds nothing in place: a block can be gone by the time it is loaded.
+
+        Args:
+            namespaces: one for each rank (tensor, pipeline) whose part of a block must be there; at least one.
+            hashes: 16 bytes for each block, in prefix order. Those after the first 65,536 count as absent.
+            deadline_ms: the longest to wait, milliseconds.
+
+        Returns:
+            Blocks; 0 when the broker is absent, late or in trouble.
+        """
+
+    def close(self) -> None:
+        """Ends the session, once the caches opened with it are closed too. From now on everything is a miss."""
+
+@final
+class Cache:
+    """A worker's cache in leased HBM, and host memory.
+
+    Opens in the background as soon as the broker is there. Until then loads find nothing and stores keep nothing.
+    Any thread may call.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        namespace: str,
+        layer_bytes: Sequence[int],
+        max_leased_bytes: int,
+        lease_step_bytes: int | None = None,
+        host_tier_bytes: int = 0,
+        device: str = "",
+        backend: str = "auto",
+        share: bool = True,
+    ) -> None:
+        """
+        Args:
+            namespace: what makes two blocks interchangeable: model, precision, layout, rank; 1 to 256 bytes.
+            layer_bytes: bytes of one block in each layer. An engine that keeps K and V apart lists each layer twice.
+            max_leased_bytes: the most to lease from donors, bytes; 0: nothing.
+            lease_step_bytes: how much to lease at a time, bytes; None: an eighth of `max_leased_bytes`.
+            host_tier_bytes: host memory for blocks that donors have no room for, bytes, taken when it opens.
+            device: UUID of the device that the engine computes on; empty: the backend's first.
+            backend: "cuda", "host" (shared memory; the devices are what the broker says), or "auto": what fits the
+                broker's devices.
+            share: also load blocks that other processes published in this namespace.
+        """
+
+    def register_pool(
+        self, layers: Sequence[tuple[int, int, int, int]], blocks: int, owner: object
+    ) -> None:
+        """Says where the engine's KV pool is; a later call replaces it for copies that start later.
+
+        Before the cache is open the pool is remembered, and adopted when it opens; what is wrong with its addresses
+        then shows in `problem`.
+
+        Args:
+            layers: for each entry of `layer_bytes`: address of the memory, its bytes, offset of block 0 in it, bytes
+                from one block to the next.
+            blocks: blocks in the pool.
+            owner: kept alive as long as copies may touch the memory: until the cache is closed (or the pool
+                replaced) and every copy is over.
+        """
+
+    def is_open(self) -> bool:
+        """Whether it has opened and can find and keep blocks. Stays true when the broker goes away."""
+
+    def wait_open(self, seconds: float) -> bool:
+        """Waits until it is open, `seconds` at most. Whether it is."""
+
+    def problem(self) -> str:
+        """Why it is not open, or has no pool to copy to; empty when nothing is wrong."""
+
+    def load(
+        self, hashes: bytes, blocks: Sequence[int], after: Mark | None = None
+    ) -> Load:
+        """Looks blocks up and queues their copies into the pool, layer by layer; waits for one lookup at most.
+
+        The pool's blocks belong to the copies until the load is finished.
+
+        Args:
+            hashes: 16 bytes for each block, in prefix order.
+            blocks: where each goes: block numbers of the pool, one for each hash.
+            after: copies start after this point of the engine's stream; None: at once.
+        """
+
+    def mark(self, stream: int) -> Mark:
+        """Marks the present end of an engine's stream.
+
+        Args:
+            stream: a `CUstream` of the device's primary context, 0: the default stream. It must outlive the cache.
+                Without meaning on the host backend, where what an engine has computed is there.
+        """
+
+    def store(
+        self, hashes: bytes, blocks: Sequence[int], marks: Sequence[Mark] = ()
+    ) -> Store:
+        """Queues write-back of a sequence's consecutive blocks. Blocks that are kept already are skipped, and so is
+        the rest of the sequence when room runs out.
+
+        The pool's blocks must stay as they are until the store is done.
+
+        Args:
+            hashes: 16 bytes for each block, in prefix order.
+            blocks: where each lies: block numbers of the pool, one for each hash.
+            marks: for each layer, the point of the engine's stream at which it is computed; empty: all are.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """What it has done since it opened, and what it holds now; all zero before.
+
+        Counts: lookups, revocations, refused_leases, broker_misses, drain_count, acknowledge_count.
+        Blocks: lookup_blocks, hit_{donor,shared,host}_blocks, failed_blocks, late_blocks, stored_blocks,
+        known_blocks, duplicate_blocks, unplaced_blocks, evicted_blocks, demoted_blocks, moved_to_donor_blocks,
+        moved_to_host_blocks, dropped_blocks.
+        Bytes: {loaded,stored}_{same_device,nvlink,pcie,host}_bytes.
+        Microseconds: {drain,acknowledge}_{p50,p99,max}_us.
+        Now: leases, shared_leases, leased_bytes, donor_blocks, host_blocks, connected (0 or 1), open (0 or 1).
+        """
+
+    def close(self) -> None:
+        """Waits for copies, gives every lease back, and lets go of the pool. Loads and stores still held end here."""
+
+@final
+class Load:
+    """Blocks on their way into the pool. Positions are indexes into the hashes that were asked for.
+
+    Dropping it leaves its copies running.
+    """
+
+    def wait_layer(self, layer: int) -> list[int]:
+        """Waits until a layer is in the pool. Returns the positions known to have failed so far, ascending: their
+        blocks must be computed."""
+
+    def gate_layer(self, layer: int, stream: int) -> None:
+        """Makes an engine's stream wait, on the device, until a layer is in the pool. On the host backend the caller
+        waits. Which positions failed is known from `finish` only.
+
+        Args:
+            stream: as in `Cache.mark`.
+        """
+
+    def is_done(self) -> bool:
+        """Whether every copy is over."""
+
+    def finish(self) -> list[int]:
+        """Waits for every layer. Returns the failed positions, ascending: their blocks must be computed, whatever was
+        read from them since. The last word; the same at every call."""
+
+@final
+class Mark:
+    """A point on an engine's stream.
+
+    One taken before the cache was open marks nothing: a store that needs it keeps nothing, a load after it finds
+    nothing.
+    """
+
+@final
+class Store:
+    """Blocks on their way out of the pool. Dropping it leaves copying and publishing to the background."""
+
+    def is_done(self) -> bool:
+        """Whether the pool's blocks have been read and may change."""
+
+    def finish(self) -> dict[str, int]:
+        """Waits until what is kept can be found by others. The same at every call.
+
+        Returns:
+            Blocks by outcome: `stored`; `known`: kept already; `unplaced`: no room, no open cache or no pool; `lost`:
+            revoked, failed, or a replica was first.
+        """
