@@ -8,10 +8,14 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     Error,
+    donor::{Donor, DonorConfig},
     session::{Connected, Demand, Observer, Session, SessionConfig},
 };
 use swiftcache_proto::domain::BlockHash;
-use swiftcache_tests::{engine::eventually, node::Node};
+use swiftcache_tests::{
+    engine::{self, Engine, SLAB_BYTES, eventually},
+    node::Node,
+};
 
 fn config(socket: std::path::PathBuf) -> SessionConfig {
     SessionConfig {
@@ -180,5 +184,42 @@ fn a_broker_without_its_ledger_replaces_the_session() -> Result<()> {
     eventually("the next connection", || Ok(!connections().is_empty()))?;
     ensure!(connections()[0].replaced);
     ensure!(session.label() != label);
+    Ok(())
+}
+
+#[test]
+fn hits_are_counted_over_every_rank() -> Result<()> {
+    let node = Node::start(&[])?;
+    let donor = Donor::open(
+        node.session("donor")?,
+        node.layer()?,
+        DonorConfig {
+            device: node.device(1),
+            slab_bytes: SLAB_BYTES,
+            drain: Duration::ZERO,
+        },
+    )?;
+    donor.grow(4 * SLAB_BYTES)?;
+    let ranks = ["rank 0", "rank 1"].map(str::to_owned);
+    let engines: Vec<Engine> = (ranks.iter())
+        .map(|rank| {
+            let mut config = engine::config(node.device(0), 2);
+            config.layout.namespace = rank.clone();
+            let engine = Engine::new(Some(node.session(rank)?), node.layer()?, config)?;
+            engine.reserve(1)?;
+            Ok(engine)
+        })
+        .collect::<Result<_>>()?;
+    let session = node.session("scheduler")?;
+    let hashes: Vec<BlockHash> = (0..8).map(engine::hash).collect();
+    let limit = Duration::from_secs(60);
+    ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
+    ensure!(engines[0].store(&[0, 1, 2, 3, 4, 5]).stored == 6);
+    ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
+    ensure!(engines[1].store(&[0, 1, 2, 3]).stored == 4);
+    ensure!(session.count_hits(&ranks, &hashes, limit) == 4);
+    ensure!(session.count_hits(&ranks[..1], &hashes, limit) == 6);
+    ensure!(session.count_hits(&[], &hashes, limit) == 0);
+    ensure!(session.count_hits(&ranks, &hashes, Duration::ZERO) == 0);
     Ok(())
 }

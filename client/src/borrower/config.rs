@@ -62,7 +62,11 @@ impl BorrowerConfig {
         }
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Checks what needs no device to be checked.
+    ///
+    /// # Errors
+    /// Names the setting that cannot work.
+    pub fn check(&self) -> Result<()> {
         self.layout.check()?;
         if self.max_leased_bytes > 0 && self.lease_step_bytes == 0 {
             return Err(Error::config("lease_step_bytes", "takes more than 0"));

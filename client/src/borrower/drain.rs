@@ -287,10 +287,14 @@ impl Core {
 
     /// Lets go of everything: no copy is in flight afterwards, and no lease held.
     pub(super) fn close(self: &Arc<Self>) {
+        let mut hosts = Vec::new();
         let leased: Vec<(SlabIndex, LeaseKey, bool)> = {
             let mut state = self.state.lock();
             let mut leased = Vec::new();
             for (index, slab) in state.slabs.iter_mut() {
+                if slab.kind == Kind::Host {
+                    hosts.push(index);
+                }
                 if let Some(key) = slab.kind.key() {
                     slab.draining.get_or_insert(Draining {
                         since: Instant::now(),
@@ -302,6 +306,9 @@ impl Core {
             }
             leased
         };
+        for host in hosts {
+            self.wait_for_copies(host);
+        }
         let mut released = Vec::new();
         for (index, key, own) in leased {
             self.drop_blocks(index);

@@ -22,6 +22,40 @@ impl Layout {
         self.layer_bytes.iter().sum()
     }
 
+    /// Checks that `blocks` blocks of a pool of such spans lie inside it.
+    ///
+    /// # Errors
+    /// Names what does not fit.
+    pub fn check_pool(&self, layers: &[PoolSpan], blocks: u32) -> Result<()> {
+        if layers.len() != self.layer_bytes.len() {
+            let problem = format!(
+                "has {} layers; the layout has {}",
+                layers.len(),
+                self.layer_bytes.len()
+            );
+            return Err(Error::config("kv.layers", problem));
+        }
+        for (number, (layer, bytes)) in layers.iter().zip(&self.layer_bytes).enumerate() {
+            if layer.block_stride < *bytes {
+                let stride = layer.block_stride;
+                let problem = format!("is {stride} in layer {number}; a block has {bytes} bytes");
+                return Err(Error::config("kv.layers.block_stride", problem));
+            }
+            let last = u64::from(blocks.saturating_sub(1));
+            let end = (last.checked_mul(layer.block_stride))
+                .and_then(|start| start.checked_add(layer.offset))
+                .and_then(|start| start.checked_add(*bytes));
+            if blocks > 0 && end.is_none_or(|end| end > layer.memory_bytes) {
+                let problem = format!(
+                    "{blocks} blocks of layer {number} end outside a memory of {} bytes",
+                    layer.memory_bytes
+                );
+                return Err(Error::config("kv.layers.memory", problem));
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         if !(1..=MAX_NAMESPACE_BYTES).contains(&self.namespace.len()) {
             let problem = format!("takes 1 to {MAX_NAMESPACE_BYTES} bytes");
@@ -50,6 +84,17 @@ pub struct PagedKv {
     pub blocks: u32,
 }
 
+/// Where a layer's blocks are in a memory, whichever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSpan {
+    /// The memory's size, bytes.
+    pub memory_bytes: u64,
+    /// Where block 0 starts in it, bytes.
+    pub offset: u64,
+    /// From one block to the next, bytes; at least the layer's block bytes.
+    pub block_stride: u64,
+}
+
 /// One layer of the pool: block `b` starts at `offset + b * block_stride`.
 #[derive(Clone, Debug)]
 pub struct PagedLayer {
@@ -67,32 +112,13 @@ impl PagedKv {
     /// # Errors
     /// Names what does not fit.
     pub fn check(&self, layout: &Layout) -> Result<()> {
-        if self.layers.len() != layout.layer_bytes.len() {
-            let problem = format!(
-                "has {} layers; the layout has {}",
-                self.layers.len(),
-                layout.layer_bytes.len()
-            );
-            return Err(Error::config("kv.layers", problem));
-        }
-        for (layer, bytes) in self.layers.iter().zip(&layout.layer_bytes) {
-            if layer.block_stride < *bytes {
-                let problem = format!("is {}; a block has {bytes} bytes", layer.block_stride);
-                return Err(Error::config("kv.layers.block_stride", problem));
-            }
-            let last = u64::from(self.blocks.saturating_sub(1));
-            let end = (last.checked_mul(layer.block_stride))
-                .and_then(|start| start.checked_add(layer.offset))
-                .and_then(|start| start.checked_add(*bytes));
-            if self.blocks > 0 && end.is_none_or(|end| end > layer.memory.bytes()) {
-                let problem = format!(
-                    "{} blocks end outside a memory of {} bytes",
-                    self.blocks,
-                    layer.memory.bytes()
-                );
-                return Err(Error::config("kv.layers.memory", problem));
-            }
-        }
-        Ok(())
+        let spans: Vec<_> = (self.layers.iter())
+            .map(|layer| PoolSpan {
+                memory_bytes: layer.memory.bytes(),
+                offset: layer.offset,
+                block_stride: layer.block_stride,
+            })
+            .collect();
+        layout.check_pool(&spans, self.blocks)
     }
 }

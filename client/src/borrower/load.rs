@@ -73,6 +73,7 @@ impl Core {
         layers: Range<usize>,
         blocks: &[u32],
         kv: &PagedKv,
+        after: Option<&Ticket>,
     ) -> Load {
         let hit = Arc::clone(&hit.0);
         let layout = &self.config.layout;
@@ -90,7 +91,14 @@ impl Core {
         };
         let mut bytes = BytesByLink::default();
         let mut queueing = Queueing::new(&op);
-        let issued = pipeline::issue_load(&mut plan, layers, layout, kv, &mut queueing, &mut bytes);
+        let issued = pipeline::issue_load(
+            &mut plan,
+            (layers, after),
+            layout,
+            kv,
+            &mut queueing,
+            &mut bytes,
+        );
         // The plan keeps its slabs mapped: a revocation that finds the op queued must not find it holding on.
         self.put_back(plan);
         drop(queueing);
@@ -172,6 +180,11 @@ impl Load {
         Err(LoadError {
             failed: verdict.failed.clone(),
         })
+    }
+
+    /// Whether every copy is over, well or not.
+    pub fn is_done(&self) -> bool {
+        self.op.is_over()
     }
 
     /// Waits for every layer and says which blocks hold.

@@ -46,7 +46,7 @@ use swiftcache_proto::domain::BlockHash;
 
 pub use config::{BorrowerConfig, DrainPolicy};
 pub use hit::{Hit, HitRun, Tier};
-pub use layout::{Layout, PagedKv, PagedLayer};
+pub use layout::{Layout, PagedKv, PagedLayer, PoolSpan};
 pub use load::{Load, LoadError, Loaded};
 pub use stats::{BlocksByTier, BytesByLink, Latency, Stats};
 pub use store::{Store, Stored};
@@ -140,7 +140,14 @@ impl Borrower {
         blocks: &[u32],
         kv: &PagedKv,
     ) -> Load {
-        self.core.load(hit, layers, blocks, kv)
+        self.core.load(hit, layers, blocks, kv, None)
+    }
+
+    /// Like [`load`](Self::load), but no copy starts before `after`: for blocks that kernels queued earlier on the
+    /// engine's stream may still touch.
+    pub fn load_after(&self, hit: &Hit, blocks: &[u32], kv: &PagedKv, after: &Ticket) -> Load {
+        let layers = 0..self.core.config.layout.layer_bytes.len();
+        self.core.load(hit, layers, blocks, kv, Some(after))
     }
 
     /// Queues write-back of a sequence's consecutive blocks, layer by layer: layer `l` after the ticket that

@@ -65,10 +65,10 @@ fn issue_layer(
     Ok(())
 }
 
-/// Queues a load of `layers`, and marks the end of each on every stream in use.
+/// Queues a load of layers, after a ticket if there is one, and marks the end of each on every stream in use.
 pub(super) fn issue_load(
     plan: &mut Plan,
-    layers: Range<usize>,
+    (layers, after): (Range<usize>, Option<&Ticket>),
     layout: &Layout,
     kv: &PagedKv,
     queueing: &mut Queueing<'_>,
@@ -79,6 +79,11 @@ pub(super) fn issue_load(
     // Layers before the first are over as soon as they are asked for.
     tickets.ends.resize(layers.start, 0);
     let issue = || -> Result<()> {
+        if let Some(after) = after {
+            for stream in &streams {
+                stream.wait_for(after)?;
+            }
+        }
         for layer in layers {
             issue_layer(plan, layer, layout, kv, Direction::Load, bytes)?;
             for stream in &streams {

@@ -9,6 +9,7 @@ use super::*;
 use crate::device::{
     CopyStream, DeviceLayer,
     host::{HostLayer, HostOptions},
+    tests::Gate,
 };
 
 const LAYERS: [u64; 3] = [512, 256, 1024];
@@ -214,6 +215,36 @@ fn layers_can_be_loaded_a_few_at_a_time_and_again() {
             engine.compute(99, 50);
         }
     }
+}
+
+#[test]
+fn a_load_can_be_told_to_wait() {
+    let engine = Engine::new(8);
+    engine.store(&[1, 2]);
+    let hit = engine.borrower.lookup(&[hash(1), hash(2)]);
+    let gate = Arc::<Gate>::default();
+    engine.compute(99, 40);
+    let load = (engine.borrower).load_after(&hit, &[40, 41], &engine.kv, &gate.ticket());
+    assert!(!load.is_done());
+    assert!(engine.holds(99, 0, 40), "a copy overtook the mark");
+    gate.open();
+    assert!(load.finish().failed.is_empty());
+    assert!(engine.holds(1, 0, 40) && engine.holds(2, 2, 41));
+}
+
+#[test]
+fn closing_waits_for_copies_of_the_host_tier() {
+    let mut engine = Engine::new(8);
+    engine.store(&[1, 2]);
+    let hit = engine.borrower.lookup(&[hash(1), hash(2)]);
+    let load = engine.borrower.load(&hit, &[40, 41], &engine.kv);
+    drop(std::mem::replace(
+        &mut engine.borrower,
+        Engine::new(0).borrower,
+    ));
+    assert!(load.is_done());
+    assert!(engine.holds(1, 0, 40) && engine.holds(2, 2, 41));
+    assert!(load.finish().failed.is_empty());
 }
 
 #[test]

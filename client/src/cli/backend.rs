@@ -6,11 +6,7 @@ use swiftcache_proto::domain::{Device, Link};
 
 use super::CliError;
 use crate::{
-    device::{
-        DeviceLayer,
-        cuda::CudaLayer,
-        host::{HostLayer, HostOptions},
-    },
+    device::{self, Choice, DeviceLayer},
     session::{Session, SessionConfig},
 };
 
@@ -38,17 +34,6 @@ pub(super) fn open(
     (devices, links): &NodeShape,
     usage_dir: Option<PathBuf>,
 ) -> Result<Arc<dyn DeviceLayer>, CliError> {
-    let failed = |error: crate::device::DeviceError| CliError::Failed(error.to_string());
-    if devices
-        .iter()
-        .all(|device| device.uuid.as_str().starts_with("GPU-"))
-    {
-        return Ok(Arc::new(CudaLayer::open().map_err(failed)?));
-    }
-    let options = HostOptions {
-        usage_dir,
-        ..HostOptions::default()
-    };
-    let layer = HostLayer::new(devices.clone(), links.clone(), options);
-    Ok(Arc::new(layer.map_err(failed)?))
+    device::open_node(Choice::Auto, devices, links, usage_dir)
+        .map_err(|error| CliError::Failed(error.to_string()))
 }

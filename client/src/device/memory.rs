@@ -2,6 +2,7 @@
 
 use std::{any::Any, fmt, sync::Arc};
 
+use parking_lot::Mutex;
 use swiftcache_proto::domain::DeviceUuid;
 
 use super::{DeviceError, Result};
@@ -16,6 +17,8 @@ struct Range {
     device: DeviceUuid,
     /// Frees or unmaps the range when dropped. The backend downcasts it to find its own again.
     owner: Box<dyn Any + Send + Sync>,
+    /// What else goes only after that: whoever allocated the bytes that an adopted range lies in.
+    kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
 }
 
 impl Memory {
@@ -31,7 +34,13 @@ impl Memory {
             bytes,
             device,
             owner,
+            kept: Mutex::default(),
         }))
+    }
+
+    /// Keeps `kept` alive until the last clone is gone.
+    pub(in crate::device) fn keep(&self, kept: Box<dyn Any + Send + Sync>) {
+        self.0.kept.lock().push(kept);
     }
 
     /// The range's size, bytes.

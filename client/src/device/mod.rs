@@ -14,6 +14,7 @@
 
 pub mod cuda;
 mod error;
+pub mod foreign;
 pub mod host;
 mod memory;
 mod open;
@@ -25,7 +26,9 @@ use swiftcache_proto::domain::{Device, DeviceUuid, Handle, HandleKind, Link, Lin
 
 pub use error::DeviceError;
 pub use memory::Memory;
-pub use open::{Choice, REQUIRE_GPU_VARIABLE, open};
+pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
+#[cfg(test)]
+pub(crate) use stream::tests;
 pub use stream::{CopyStream, Piece, Ticket};
 
 /// The result of every device operation.
@@ -109,8 +112,12 @@ pub trait DeviceLayer: Send + Sync {
     /// * Nothing holds Rust references into them meanwhile.
     ///
     /// # Errors
-    /// When the device is unknown or the driver does not know the address.
+    /// When the device is unknown, or the driver (on the host backend the kernel) does not know the whole range.
     unsafe fn adopt_memory(&self, device: &DeviceUuid, address: u64, bytes: u64) -> Result<Memory>;
+
+    /// Whether an engine's work runs on streams of its own, which [`adopt_stream`](Self::adopt_stream) wraps. On other
+    /// backends it is done when the engine's call returns.
+    fn has_foreign_streams(&self) -> bool;
 
     /// Wraps a stream that another part of this process created, such as an engine's compute stream: what is
     /// recorded marks its work, and it can be made to wait for tickets. Dropping the wrapper does not destroy it.

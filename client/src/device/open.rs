@@ -1,8 +1,14 @@
 //! Choosing a backend.
 
-use std::{str::FromStr, sync::Arc};
+use std::{path::PathBuf, str::FromStr, sync::Arc};
 
-use super::{DeviceLayer, Result, cuda::CudaLayer, host::HostLayer};
+use swiftcache_proto::domain::{Device, Link};
+
+use super::{
+    DeviceLayer, Result,
+    cuda::CudaLayer,
+    host::{HostLayer, HostOptions},
+};
 
 /// When this is `1`, a missing GPU is an error even where the host backend would do.
 pub const REQUIRE_GPU_VARIABLE: &str = "SWIFTCACHE_REQUIRE_GPU";
@@ -29,6 +35,33 @@ impl FromStr for Choice {
             "host" => Ok(Self::Host),
             "cuda" => Ok(Self::Cuda),
             _ => Err(format!("{text:?} is no backend: use auto, host or cuda")),
+        }
+    }
+}
+
+/// Opens the backend that goes with a node, whose broker named these devices and links. With [`Choice::Auto`]: CUDA
+/// when NVML named them all (`GPU-...`), or else shared memory; `usage_dir` is where simulated devices say how much of
+/// them is used.
+///
+/// # Errors
+/// When that backend cannot work here, and says why.
+pub fn open_node(
+    choice: Choice,
+    devices: &[Device],
+    links: &[Link],
+    usage_dir: Option<PathBuf>,
+) -> Result<Arc<dyn DeviceLayer>> {
+    let real = (devices.iter()).all(|device| device.uuid.as_str().starts_with("GPU-"));
+    match choice {
+        Choice::Cuda => Ok(Arc::new(CudaLayer::open()?)),
+        Choice::Auto if real => Ok(Arc::new(CudaLayer::open()?)),
+        Choice::Auto | Choice::Host => {
+            let options = HostOptions {
+                usage_dir,
+                ..HostOptions::default()
+            };
+            let layer = HostLayer::new(devices.to_vec(), links.to_vec(), options)?;
+            Ok(Arc::new(layer))
         }
     }
 }

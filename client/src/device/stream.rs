@@ -89,3 +89,44 @@ pub(in crate::device) fn check_pieces(from: &Memory, to: &Memory, pieces: &[Piec
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Arc;
+
+    use parking_lot::{Condvar, Mutex};
+
+    use super::{Completion, Result, Ticket};
+
+    /// A point that is passed when a test says so.
+    #[derive(Debug, Default)]
+    pub(crate) struct Gate {
+        open: Mutex<bool>,
+        changed: Condvar,
+    }
+
+    impl Gate {
+        pub(crate) fn ticket(self: &Arc<Self>) -> Ticket {
+            Ticket(Arc::clone(self) as _)
+        }
+
+        pub(crate) fn open(&self) {
+            *self.open.lock() = true;
+            self.changed.notify_all();
+        }
+    }
+
+    impl Completion for Gate {
+        fn is_done(&self) -> Result<bool> {
+            Ok(*self.open.lock())
+        }
+
+        fn wait(&self) -> Result<()> {
+            let mut open = self.open.lock();
+            while !*open {
+                self.changed.wait(&mut open);
+            }
+            Ok(())
+        }
+    }
+}

@@ -8,6 +8,7 @@
 mod backoff;
 mod call;
 mod connection;
+mod count;
 mod fd;
 mod grant;
 mod messages;
@@ -192,6 +193,14 @@ impl Session {
     /// Whether the session is connected now.
     pub fn is_connected(&self) -> bool {
         matches!(&*self.shared.link.lock(), LinkState::Up(_))
+    }
+
+    /// What the last attempt to connect met, while there is no connection.
+    pub fn problem(&self) -> Option<String> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(_) => None,
+            down => Some(self.shared.down(down).to_string()),
+        }
     }
 
     /// The broker's boot id, while connected.

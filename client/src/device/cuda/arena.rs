@@ -179,6 +179,19 @@ impl Arena {
                 )));
             }
         }
+        // Between them there may be gaps: a pool of expandable segments is many mappings side by side.
+        let mut reached = address;
+        while reached <= last {
+            let (mut base, mut size) = (0, 0);
+            // SAFETY: two numbers are written, to two of ours; any address may be asked about.
+            let code = unsafe {
+                (context.driver.core.address_range)(&raw mut base, &raw mut size, reached)
+            };
+            context.check(code, "adopting memory")?;
+            reached = (base.checked_add(size as u64))
+                .filter(|end| *end > reached)
+                .ok_or_else(|| failed("the driver's range for it is empty".to_owned()))?;
+        }
         Ok(Self::new(context, address, Kind::Adopted, Route::Device).into_memory(bytes))
     }
 

@@ -232,7 +232,8 @@ impl GatherKernel {
 /// copies allocate nothing once the ring has grown to what is in flight.
 pub(super) struct Ring {
     context: Arc<Context>,
-    few: Box<[Descriptor; FEW]>,
+    /// Made at the first launch: wrappers of engines' streams never launch.
+    few: Option<Box<[Descriptor; FEW]>>,
     current: Option<Segment>,
     busy: VecDeque<(Event, Segment)>,
 }
@@ -247,7 +248,7 @@ impl Ring {
     pub(super) fn new(context: Arc<Context>) -> Self {
         Self {
             context,
-            few: Box::new([Descriptor::default(); FEW]),
+            few: None,
             current: None,
             busy: VecDeque::new(),
         }
@@ -272,10 +273,11 @@ impl Ring {
             && count <= FEW.min(most)
             && cut.descriptors * u64::from(cut.split) >= FEW_FROM_TILES
         {
-            for (slot, descriptor) in self.few.iter_mut().zip(descriptors) {
+            let few = (self.few).get_or_insert_with(|| Box::new([Descriptor::default(); FEW]));
+            for (slot, descriptor) in few.iter_mut().zip(descriptors) {
                 *slot = descriptor;
             }
-            let parameter = self.few.as_mut_ptr().cast();
+            let parameter = few.as_mut_ptr().cast();
             return kernel.launch(&self.context, kernel.few, parameter, (cut, count), way);
         }
         let mut left = cut.descriptors;

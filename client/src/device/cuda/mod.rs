@@ -244,6 +244,10 @@ impl DeviceLayer for CudaLayer {
         Arena::adopt(&self.context(device)?, address, bytes)
     }
 
+    fn has_foreign_streams(&self) -> bool {
+        true
+    }
+
     unsafe fn adopt_stream(&self, device: &DeviceUuid, raw: u64) -> Result<Arc<dyn CopyStream>> {
         let context = self.context(device)?;
         Ok(Arc::new(CudaStream::adopt(&context, raw as usize)))

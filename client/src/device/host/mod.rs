@@ -5,6 +5,7 @@
 //! that overlap and ratios of links can be measured; figures from it are figures of the model.
 
 mod arena;
+mod maps;
 mod pacing;
 mod stream;
 mod usage;
@@ -219,12 +220,21 @@ impl DeviceLayer for HostLayer {
 
     unsafe fn adopt_memory(&self, device: &DeviceUuid, address: u64, bytes: u64) -> Result<Memory> {
         self.device(device)?;
+        maps::check(address, bytes).map_err(|problem| DeviceError::Failed {
+            operation: "adopting memory",
+            device: device.clone(),
+            problem,
+        })?;
         Ok(Arena::adopt(
             device,
             Place::Device(device.clone()),
             address,
             bytes,
         ))
+    }
+
+    fn has_foreign_streams(&self) -> bool {
+        false
     }
 
     unsafe fn adopt_stream(&self, device: &DeviceUuid, _raw: u64) -> Result<Arc<dyn CopyStream>> {

@@ -1,0 +1,56 @@
+//! What a scheduler asks before anything is loaded: how much of a prefix every rank has.
+
+use std::{
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::domain::BlockHash;
+use tracing::debug;
+
+use super::Session;
+
+impl Session {
+    /// The longest run of leading blocks that is published in every one of `namespaces`, one for each rank of a model.
+    /// The lookups are on their way together; their pins are given up as soon as they come. 0 on any trouble, and when
+    /// they are not all there within `limit`.
+    ///
+    /// Blocks the calling thread, which must not be the session's own.
+    pub fn count_hits(&self, namespaces: &[String], hashes: &[BlockHash], limit: Duration) -> u32 {
+        if namespaces.is_empty() || hashes.is_empty() {
+            return 0;
+        }
+        let deadline = Instant::now() + limit;
+        let (answers, counts) = mpsc::channel();
+        for namespace in namespaces {
+            let call = self.lookup(namespace, hashes);
+            let (session, answers) = (self.clone(), answers.clone());
+            // A late answer has pins too: it is waited for, whether or not anybody still wants it.
+            let task = self.shared.runtime.spawn(async move {
+                let count = match call.await {
+                    Ok(found) => {
+                        session.unpin(&Vec::from_iter(found.pin));
+                        found.extents.iter().map(|extent| extent.count).sum()
+                    }
+                    Err(error) => {
+                        debug!(%error, "counting hits");
+                        0
+                    }
+                };
+                // Nobody is there any more after the deadline.
+                let _ = answers.send(count);
+            });
+            drop(task);
+        }
+        drop(answers);
+        let mut least = u32::MAX;
+        for _ in namespaces {
+            let left = deadline.saturating_duration_since(Instant::now());
+            least = least.min(counts.recv_timeout(left).unwrap_or(0));
+            if least == 0 {
+                break;
+            }
+        }
+        least
+    }
+}
