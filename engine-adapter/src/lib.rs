@@ -1,1 +1,51 @@
-//! The Python module `swiftcache._native`.
+//! The Python module `swiftcache._native`: the client, for engines.
+//!
+//! Thin on purpose: arguments in, results out (`arguments`, `failure`), the GIL given up meanwhile (`unlocked`), and
+//! the objects that Python holds. What it knows beyond that is how a cache opens in the background (`worker`) and where
+//! an engine's pool is (`pool`). `python/swiftcache/_native.pyi` says what each method promises.
+
+mod arguments;
+mod cache;
+mod connection;
+mod failure;
+mod load;
+mod pool;
+mod stats;
+mod store;
+mod unlocked;
+mod worker;
+
+use std::io::IsTerminal;
+
+/// The client of SwiftCache, in Rust.
+#[pyo3::pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::{
+        cache::{Cache, Mark},
+        connection::Connection,
+        load::Load,
+        store::Store,
+    };
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::log();
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}
+
+/// Logs go to standard error; `RUST_LOG` chooses them, as for the commands.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    // Another Rust module of this process may have set one.
+    let _ = log.try_init();
+}

@@ -1,0 +1,145 @@
+//! `Load`: blocks on their way into the pool.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use pyo3::prelude::*;
+use swiftcache_client::{borrower, device::foreign};
+
+use crate::{
+    arguments,
+    failure::{Failure, Result},
+    unlocked::{drop_unlocked, unlocked},
+    worker::Place,
+};
+
+/// Blocks on their way into the pool.
+#[pyclass(frozen, module = "swiftcache")]
+#[derive(Debug)]
+pub(crate) struct Load {
+    state: RwLock<State>,
+    /// Positions from here on were not found.
+    found: u32,
+    asked: u32,
+    layers: usize,
+}
+
+#[derive(Debug)]
+enum State {
+    Running(borrower::Load, Arc<Place>),
+    /// The failed positions.
+    Over(Vec<u32>),
+}
+
+impl Load {
+    pub(crate) fn running(
+        load: borrower::Load,
+        place: &Arc<Place>,
+        found: u32,
+        asked: usize,
+        layers: usize,
+    ) -> Self {
+        Self {
+            state: RwLock::new(State::Running(load, Arc::clone(place))),
+            found,
+            asked: asked as u32,
+            layers,
+        }
+    }
+
+    pub(crate) fn miss(asked: usize, layers: usize) -> Self {
+        let asked = asked as u32;
+        Self {
+            state: RwLock::new(State::Over((0..asked).collect())),
+            found: 0,
+            asked,
+            layers,
+        }
+    }
+
+    fn check(&self, layer: usize) -> Result<()> {
+        if layer < self.layers {
+            return Ok(());
+        }
+        let problem = format!("is {layer}; there are {}", self.layers);
+        Err(Failure::argument("layer", problem))
+    }
+
+    /// Positions, from those the client says failed.
+    fn with_missing(&self, mut failed: Vec<u32>) -> Vec<u32> {
+        failed.extend(self.found..self.asked);
+        failed
+    }
+}
+
+#[pymethods]
+impl Load {
+    fn wait_layer(&self, py: Python<'_>, layer: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+        let layer = arguments::number("layer", layer)?;
+        unlocked(py, || {
+            self.check(layer)?;
+            Ok(match &*self.state.read() {
+                State::Running(load, _) => {
+                    let failed = load.wait_layer(layer).err();
+                    self.with_missing(failed.map(|error| error.failed).unwrap_or_default())
+                }
+                State::Over(failed) => failed.clone(),
+            })
+        })
+    }
+
+    fn gate_layer(
+        &self,
+        py: Python<'_>,
+        layer: &Bound<'_, PyAny>,
+        stream: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let layer = arguments::number("layer", layer)?;
+        let stream = arguments::number("stream", stream)?;
+        unlocked(py, || {
+            self.check(layer)?;
+            if let State::Running(load, place) = &*self.state.read() {
+                foreign::gate(
+                    &*place.layer,
+                    &place.device,
+                    stream,
+                    load.layer_tickets(layer),
+                );
+            }
+            Ok(())
+        })
+    }
+
+    fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
+        unlocked(py, || {
+            // Somebody who waits for its end holds the lock.
+            Ok(self.state.try_read().is_some_and(|state| match &*state {
+                State::Running(load, _) => load.is_done(),
+                State::Over(_) => true,
+            }))
+        })
+    }
+
+    fn finish(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        unlocked(py, || {
+            let mut state = self.state.write();
+            // Should finishing panic, every position has failed.
+            let all = State::Over((0..self.asked).collect());
+            let failed = match std::mem::replace(&mut *state, all) {
+                State::Running(load, _) => self.with_missing(load.finish().failed),
+                State::Over(failed) => failed,
+            };
+            *state = State::Over(failed.clone());
+            Ok(failed)
+        })
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let state = std::mem::replace(self.state.get_mut(), State::Over(Vec::new()));
+        if let State::Running(..) = state {
+            drop_unlocked(state);
+        }
+    }
+}
