@@ -1,0 +1,103 @@
+"""Settings: `kv_connector_extra_config` first, then SWIFTCACHE_* in the environment, then defaults.
+
+Every worker and the scheduler read them for themselves, so they must come from what all of them share.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+LOAD_MODES = ("auto", "sync", "async")
+BACKENDS = ("auto", "cuda", "host")
+
+
+@dataclass(frozen=True)
+class Settings:
+    socket: str = "/run/swiftcache/broker.sock"
+    """The broker's Unix socket."""
+    max_leased_bytes: int = 16 << 30
+    """The most that one worker leases from donors. The broker's fairness and quotas bound it further."""
+    lease_step_bytes: int | None = None
+    """How much to lease at a time; None: an eighth of the most."""
+    host_tier_bytes: int = 0
+    """Host memory of one worker, for blocks that donors have no room for."""
+    device: str = ""
+    """UUID of the device the worker computes on; empty: found out."""
+    backend: str = "auto"
+    """How bytes are copied: by CUDA, in shared memory, or what fits."""
+    share: bool = True
+    """Whether to load blocks that other engines wrote, if their namespace is the same."""
+    tenant: str = ""
+    """Sub-division of this user's tenant; nothing is shared between tenants."""
+    salt: str = ""
+    """Engines share blocks only with engines of the same salt."""
+    model_id: str = ""
+    """Says which weights these are, instead of the path, revision and files of the model."""
+    load: str = "auto"
+    """sync: layer by layer while the forward runs; async: before the request is scheduled; auto: see `safety`."""
+    lookup_ms: int = 50
+    """The longest the scheduler waits for one lookup."""
+
+    @staticmethod
+    def read(extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
+        """Reads and checks settings. Raises ValueError naming the key at fault."""
+        environment = os.environ if environment is None else environment
+        extra = dict(extra or {})
+        known = {field.name for field in fields(Settings)}
+        if unknown := sorted(set(extra) - known):
+            raise ValueError(
+                f"kv_connector_extra_config: SwiftCache knows no setting {', '.join(map(repr, unknown))}; "
+                f"it knows {', '.join(sorted(known))}"
+            )
+        values: dict[str, Any] = {}
+        for name in known:
+            variable = f"SWIFTCACHE_{name.upper()}"
+            if name in extra:
+                values[name] = _convert(name, f"kv_connector_extra_config: {name}", extra[name])
+            elif environment.get(variable, "") != "":
+                values[name] = _convert(name, variable, environment[variable])
+        return Settings(**values)
+
+
+def _convert(name: str, key: str, value: Any) -> Any:
+    if name in ("max_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
+        if name == "lease_step_bytes" and value is None:
+            return None
+        size = _size(key, value)
+        if name == "lease_step_bytes" and size == 0:
+            raise ValueError(f"{key} must be positive")
+        return size
+    if name == "lookup_ms":
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)) or not int(value):
+            raise ValueError(f"{key} is {value!r}; it must be a whole number of milliseconds, at least 1")
+        return int(value)
+    if name == "share":
+        truth = value if isinstance(value, bool) else _TRUTH.get(str(value).lower())
+        if truth is None:
+            raise ValueError(f"{key} is {value!r}; it must be true or false")
+        return truth
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}; it must be text")
+    for choice, allowed in (("load", LOAD_MODES), ("backend", BACKENDS)):
+        if name == choice and value not in allowed:
+            raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+    if name == "socket" and not value:
+        raise ValueError(f"{key} must name the broker's socket")
+    if name == "tenant" and len(value.encode()) > 64:
+        raise ValueError(f"{key} is longer than 64 bytes")
+    return value
+
+
+def _size(key: str, value: Any) -> int:
+    match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
+    if match is None:
+        raise ValueError(f"{key} is {value!r}; it must be a size in bytes, such as 1073741824 or '1GiB'")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

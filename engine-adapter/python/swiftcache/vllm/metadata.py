@@ -1,0 +1,69 @@
+"""What the scheduler tells the workers each step, and what they tell it. Kept small: it crosses processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+KEY_BYTES = 16
+"""A block's key: this many bytes of vLLM's block hash."""
+
+
+@dataclass(slots=True)
+class LoadJob:
+    request: str
+    first: int
+    """Which block of the request is the first."""
+    keys: bytes
+    blocks: list[int]
+    sync: bool
+    """Whether this step's forward needs it."""
+
+
+@dataclass(slots=True)
+class StoreJob:
+    number: int
+    request: str
+    keys: bytes
+    blocks: list[int]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreJob] = field(default_factory=list)
+    fence: list[int] = field(default_factory=list)
+    """Stores whose blocks were given away: they must be over before anything writes to the pool."""
+    retained: list[str] = field(default_factory=list)
+    """Finished requests whose blocks the scheduler keeps until their stores are over."""
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    done: dict[int, int] = field(default_factory=dict)
+    """Stores that are over, by how many workers."""
+    lost: set[int] = field(default_factory=set)
+    """Those of them of which some worker kept less than everything."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Requests with a failed load, and their first block that is not there."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, WorkerReport)
+        for number, workers in other.done.items():
+            self.done[number] = self.done.get(number, 0) + workers
+        self.lost |= other.lost
+        for request, block in other.failed.items():
+            self.failed[request] = min(block, self.failed.get(request, block))
+        return self
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """A worker's namespace. The scheduler looks blocks up in those of all workers."""
+
+    namespace: str

@@ -1,0 +1,101 @@
+"""What the connector serves, and what it refuses because bytes or tokens could come out wrong.
+
+Served: models whose KV lives in one group of full-attention or MLA layers (with the hybrid KV cache manager disabled,
+sliding-window layers are kept as full attention and are served too). Everything else is refused when the engine
+starts: sliding-window and chunked-local groups recycle blocks that a stored prefix would need, Mamba state is not a
+function of one block's hash, and with several groups vLLM cannot map a failed block back to its request.
+
+How a load may fail decides when it may run. vLLM 0.32 recovers from a failed *synchronous* load correctly only
+with one batch in flight and the V1 model runner: with more, the next step has been scheduled on top of the failed one
+and its tokens are delivered (vllm-project/vllm#45138), and the V2 runner recomputes from a stale position (#49250).
+There loads are asynchronous: a request is scheduled only when its blocks are there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, iter_layer_specs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from swiftcache.vllm.config import Settings
+
+logger = init_logger(__name__)
+
+HASHES = ("sha256", "sha256_cbor")
+SERVED = (FullAttentionSpec, MLAAttentionSpec)
+"""These classes themselves: their subclasses keep something else in a block."""
+
+
+def check(config: VllmConfig, kv: KVCacheConfig) -> None:
+    """Raises ValueError when this engine's KV cannot be cached safely."""
+    transfer, cache, parallel = config.kv_transfer_config, config.cache_config, config.parallel_config
+    if transfer.kv_role != "kv_both":
+        raise ValueError(f"SwiftCache needs kv_role 'kv_both', not {transfer.kv_role!r}: it reads and writes")
+    if not cache.enable_prefix_caching:
+        raise ValueError("SwiftCache needs vLLM's prefix caching for its block hashes: drop --no-enable-prefix-caching")
+    if cache.prefix_caching_hash_algo not in HASHES:
+        raise ValueError(
+            f"SwiftCache refuses prefix_caching_hash_algo {cache.prefix_caching_hash_algo!r}, whose hashes collide or "
+            f"differ between processes: use one of {', '.join(HASHES)}"
+        )
+    if getattr(cache, "calculate_kv_scales", False):
+        raise ValueError(
+            "SwiftCache refuses calculate_kv_scales: KV quantised with one engine's scales means something else "
+            "in another"
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ValueError(f"SwiftCache does not serve {name} > 1: a block is spread over ranks differently there")
+    if len(kv.kv_cache_groups) != 1:
+        raise ValueError(
+            f"SwiftCache serves models with one KV cache group of full attention or MLA; this one has "
+            f"{len(kv.kv_cache_groups)}. If they differ only in sliding windows, --disable-hybrid-kv-cache-manager "
+            "helps"
+        )
+    specs = list(iter_layer_specs(kv.kv_cache_groups[0].kv_cache_spec))
+    for spec in specs:
+        if type(spec) not in SERVED:
+            raise ValueError(f"SwiftCache serves full attention and MLA layers, not {type(spec).__name__}")
+    if not kv.kv_cache_groups[0].enable_kv_transfer:
+        raise ValueError("vLLM does not let this model's KV cache be transferred")
+
+
+def require_recompute(config: VllmConfig) -> None:
+    """A lost block is a miss, so a request that meets one must be recomputed; vLLM's default is to fail it."""
+    transfer = config.kv_transfer_config
+    if transfer.kv_load_failure_policy != "recompute":
+        try:
+            transfer.kv_load_failure_policy = "recompute"
+        except Exception as reason:
+            raise ValueError(
+                'SwiftCache needs "kv_load_failure_policy": "recompute" in --kv-transfer-config, '
+                f"and could not set it itself: {reason}"
+            ) from reason
+        logger.info("SwiftCache: kv_load_failure_policy is set to 'recompute': a block that is lost is recomputed")
+
+
+def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
+    """Whether loads run layer by layer inside the forward that needs them."""
+    if settings.load == "async":
+        return False
+    batches, second_runner = config.max_concurrent_batches, bool(getattr(config, "use_v2_model_runner", False))
+    obstacle = (
+        f"{batches} batches are in flight at once (pass --no-async-scheduling; pipeline parallelism has several always)"
+        if batches > 1
+        else "the V2 model runner is in use (set VLLM_USE_V2_MODEL_RUNNER=0)"
+        if second_runner
+        else ""
+    )
+    if settings.load == "sync":
+        if obstacle:
+            raise ValueError(
+                f"load 'sync' is refused: {obstacle}, and then this vLLM answers with wrong tokens when a "
+                "synchronous load fails. Use load 'async', or 'auto'"
+            )
+        return True
+    # A replayed full graph skips the hooks of its layers. 'sync' has vLLM do without; 'auto' does not ask for that.
+    return not obstacle and not config.compilation_config.cudagraph_mode.has_full_cudagraphs()

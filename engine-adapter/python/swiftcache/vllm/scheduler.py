@@ -1,0 +1,326 @@
+"""The scheduler's half: what to look up, load and store. It never touches a byte of KV.
+
+Which blocks may be stored. A block is offered once it is full, its tokens are known (vLLM has hashed them) and it is
+computed after this step at the latest. A step with a synchronous load is the exception: if the load fails, all that
+the step computes is worthless, on every rank and for every request that shares the lost block. What it computes is
+offered with the next step, when vLLM has rolled back what failed.
+
+Who may overwrite a block that is still being stored. Finished requests keep their blocks until every worker is
+through (`request_finished`). Preempted ones have lost theirs already, to this very step: the workers wait for the
+stores first (`fence`). Blocks of a full-attention group are given away in no other way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from swiftcache.vllm.events import Events
+from swiftcache.vllm.metadata import KEY_BYTES, LoadJob, StepMetadata, StoreJob, WorkerReport
+from swiftcache.vllm.metrics import SwiftCacheStats
+from swiftcache.vllm.quiet import Quiet
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from swiftcache._native import Connection
+    from swiftcache.vllm.config import Settings
+
+ANSWER_SECONDS = 1.0
+"""A request that waits for room asks anew after this long: what was found may have gone."""
+
+
+@dataclass(slots=True)
+class Hit:
+    computed: int
+    blocks: int
+    at: float
+
+
+@dataclass(slots=True)
+class Tracked:
+    request: Request
+    hit: Hit | None = None
+    kept: int = 0
+    """Leading blocks that are kept, on their way, or were found in vLLM's own cache."""
+    stores: set[int] = field(default_factory=set)
+    """Store jobs that are not known to be over."""
+    loading: bool = False
+    """An asynchronous load is under way; vLLM keeps the blocks until it is over."""
+    failed: bool = False
+    """A load failed: whatever is promised, this request does not try again."""
+    closed: bool = False
+    """Nothing more of it is stored: its KV is older than a reset."""
+    finished: bool = False
+
+
+class SchedulerSide:
+    def __init__(
+        self,
+        settings: Settings,
+        connection: Connection,
+        *,
+        block_tokens: int,
+        hashes_per_block: int,
+        sync: bool,
+        workers: int,
+        events: Events,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connection = connection
+        self._lookup_ms = settings.lookup_ms
+        self._block_tokens = block_tokens
+        self._hashes_per_block = hashes_per_block
+        self._sync = sync
+        self._workers = workers
+        self._events = events
+        self._clock = clock
+        self._namespaces: list[str] = []
+        self._tracked: dict[str, Tracked] = {}
+        self._jobs: dict[int, tuple[str, int]] = {}
+        self._next_job = 0
+        self._loads: list[LoadJob] = []
+        self._late: list[StoreJob] = []
+        self._retained: list[str] = []
+        self._kept_back: set[str] = set()
+        self._reset_key = b""
+        self._manager: KVCacheManager | None = None
+        self._quiet = Quiet()
+        self.stats = SwiftCacheStats()
+
+    def bind(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+
+    def namespaces(self, namespaces: Iterable[str]) -> None:
+        """Those of all workers. Without them nothing is looked up."""
+        self._namespaces = sorted(set(namespaces))
+
+    # Per request.
+
+    def on_new_request(self, request: Request) -> None:
+        self._tracked[request.request_id] = Tracked(request)
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
+        tracked = self._track(request)
+        now = self._clock()
+        hit = tracked.hit
+        if hit is None or hit.computed != computed or now - hit.at > ANSWER_SECONDS:
+            hit = tracked.hit = Hit(computed, self._look_up(tracked, computed), now)
+        tokens = hit.blocks * self._block_tokens
+        return tokens, tokens > 0 and not self._sync
+
+    def _look_up(self, tracked: Tracked, computed: int) -> int:
+        request = tracked.request
+        first = computed // self._block_tokens
+        # One token at least is left to compute: its logits are what the request came for.
+        last = min((request.num_tokens - 1) // self._block_tokens, self._hashed(request))
+        if last <= first or tracked.failed or not self._namespaces or request.skip_reading_prefix_cache:
+            return 0
+        try:
+            found = self._connection.count_hits(
+                self._namespaces, self._keys(request, first, last), deadline_ms=self._lookup_ms
+            )
+        except Exception as reason:
+            self._quiet.trouble("a lookup failed", reason)
+            found = 0
+        self.stats.add("lookups", 1)
+        self.stats.add("lookup_tokens", (last - first) * self._block_tokens)
+        return max(0, min(found, last - first))
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        tracked = self._track(request)
+        hit, tracked.hit = tracked.hit, None
+        if hit is None:
+            # The second call for an asynchronous load: the blocks are known already.
+            return
+        first = hit.computed // self._block_tokens
+        count = external // self._block_tokens
+        tracked.kept = first + count
+        if count == 0:
+            return
+        self.stats.add("promised_tokens", external)
+        tracked.loading = not self._sync
+        self._loads.append(
+            LoadJob(
+                request.request_id,
+                first,
+                self._keys(request, first, first + count),
+                list(blocks.get_block_ids()[0][first : first + count]),
+                self._sync,
+            )
+        )
+
+    def request_finished(self, request: Request, blocks: list[int]) -> bool:
+        """Whether vLLM must keep the blocks until the workers say that they are through."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return False
+        if tracked.loading:
+            # Aborted while loading: vLLM keeps the blocks until the load is over, and frees them then.
+            tracked.finished = True
+            return False
+        done = request.num_computed_tokens - request.num_in_flight_tokens
+        job = self._store(tracked, min(done // self._block_tokens, len(blocks)), blocks)
+        if job is not None:
+            self._late.append(job)
+        if not tracked.stores:
+            del self._tracked[request.request_id]
+            return False
+        tracked.finished = True
+        self._retained.append(request.request_id)
+        self._kept_back.add(request.request_id)
+        return True
+
+    # Per step.
+
+    def metadata(self, output: SchedulerOutput) -> StepMetadata:
+        step = StepMetadata(self._loads, self._late, [], self._retained)
+        self._loads, self._late, self._retained = [], [], []
+        for request_id in output.preempted_req_ids or ():
+            if tracked := self._tracked.get(request_id):
+                step.fence.extend(sorted(tracked.stores))
+        step.stores = [job for job in step.stores if job.number in self._jobs]
+        doubtful = any(load.sync for load in step.loads)
+        blocks_of = output.kv_connector_block_state
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            computed = tracked.request.num_computed_tokens + (0 if doubtful else scheduled)
+            full = computed // self._block_tokens
+            if full <= tracked.kept or blocks_of is None:
+                continue
+            if (tables := blocks_of.get_block_ids(request_id)) is None:
+                continue
+            if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
+                step.stores.append(job)
+        return step
+
+    def _store(self, tracked: Tracked, full: int, blocks: list[int]) -> StoreJob | None:
+        request, first = tracked.request, tracked.kept
+        full = min(full, self._hashed(request))
+        if full <= first or tracked.closed:
+            return None
+        number, self._next_job = self._next_job, self._next_job + 1
+        tracked.kept = full
+        tracked.stores.add(number)
+        self._jobs[number] = (request.request_id, 0)
+        self._events.offered(number, request, first, full, self._hashes_per_block)
+        return StoreJob(number, request.request_id, self._keys(request, first, full), list(blocks[first:full]))
+
+    def worker_output(self, output: KVConnectorOutput) -> None:
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            for number, workers in report.done.items():
+                self._job_done(number, workers, number in report.lost)
+            for request_id, block in report.failed.items():
+                self._load_failed(request_id, block)
+        if output.invalid_block_ids and self._sync:
+            self._forget_locally(output.invalid_block_ids)
+        for request_id in output.finished_recving or ():
+            if tracked := self._tracked.get(request_id):
+                tracked.loading = False
+                if tracked.finished:
+                    self._drop(request_id)
+        for request_id in output.finished_sending or ():
+            self._kept_back.discard(request_id)
+            self._drop(request_id)
+
+    def _job_done(self, number: int, workers: int, lost: bool) -> None:
+        request_id, so_far = self._jobs.get(number, ("", 0))
+        if not request_id:
+            return
+        if lost:
+            self._events.gone(number)
+        if so_far + workers < self._workers:
+            self._jobs[number] = (request_id, so_far + workers)
+            return
+        del self._jobs[number]
+        self._events.kept(number)
+        if tracked := self._tracked.get(request_id):
+            tracked.stores.discard(number)
+
+    def _load_failed(self, request_id: str, block: int) -> None:
+        self.stats.add("failed_loads", 1)
+        if tracked := self._tracked.get(request_id):
+            tracked.failed = True
+            self._events.removed(tracked.request, block, tracked.kept, self._hashes_per_block)
+            tracked.kept = min(tracked.kept, block)
+
+    def _forget_locally(self, invalid: set[int]) -> None:
+        """Takes what a failed load left behind out of vLLM's own prefix cache.
+
+        vLLM registers blocks when it allocates them and relies on the request to recompute them. If it is aborted
+        first, the next request would be served garbage.
+        """
+        if self._manager is None:
+            return
+        stale = set(invalid)
+        for request_id, tracked in self._tracked.items():
+            if tracked.finished:
+                continue
+            try:
+                blocks = self._manager.get_block_ids(request_id)[0]
+            except Exception:  # it has none now
+                continue
+            for index, block in enumerate(blocks):
+                if block in invalid:
+                    stale.update(blocks[index:])
+                    break
+        try:
+            self._manager.evict_blocks(stale)
+        except Exception as reason:
+            self._quiet.trouble("vLLM would not forget blocks that failed to load", reason)
+
+    def _drop(self, request_id: str) -> None:
+        if tracked := self._tracked.pop(request_id, None):
+            for number in tracked.stores:
+                self._jobs.pop(number, None)
+                self._events.gone(number)
+
+    def frees_pending(self) -> bool:
+        return bool(self._kept_back)
+
+    def reset(self) -> bool:
+        """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""
+        self._reset_key = os.urandom(KEY_BYTES)
+        for tracked in self._tracked.values():
+            tracked.closed = True
+            tracked.hit = None
+        return True
+
+    def take_stats(self) -> SwiftCacheStats | None:
+        stats, self.stats = self.stats, SwiftCacheStats()
+        return None if stats.is_empty() else stats
+
+    def take_events(self) -> Iterable[Any]:
+        return self._events.take()
+
+    # Hashes.
+
+    def _track(self, request: Request) -> Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = Tracked(request)
+        return tracked
+
+    def _hashed(self, request: Request) -> int:
+        return len(request.block_hashes) // self._hashes_per_block
+
+    def _keys(self, request: Request, first: int, last: int) -> bytes:
+        """Hashes are chained, so that of a block's last part names the block and all before it."""
+        step = self._hashes_per_block
+        hashes = request.block_hashes[first * step + step - 1 : last * step : step]
+        if self._reset_key:
+            return b"".join(blake2b(h, key=self._reset_key, digest_size=KEY_BYTES).digest() for h in hashes)
+        return b"".join(bytes(h[:KEY_BYTES]) for h in hashes)
+
+    def close(self) -> None:
+        self._connection.close()

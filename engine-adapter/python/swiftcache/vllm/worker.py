@@ -1,0 +1,351 @@
+"""The worker's half: loads into and stores out of this worker's pool, through the native client.
+
+All copying is the client's, on its own threads and streams. Here is only the order of things: what a step's forward
+needs is there before it reads, what a store reads is not overwritten before it is through, and whatever fails is
+reported in the step that it concerns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swiftcache.vllm.fingerprint import Ranks, namespace
+from swiftcache.vllm.layout import Layout, layout_of
+from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
+from swiftcache.vllm.metrics import Meter, SwiftCacheStats
+from swiftcache.vllm.quiet import Quiet, logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from swiftcache._native import Cache, Connection, Load, Mark, Store
+    from swiftcache.vllm.config import Settings
+
+STATS_SECONDS = 1.0
+"""Reading the client's counters each step would cost more than a step's hooks do."""
+
+
+class WorkerSide:
+    def __init__(
+        self,
+        config: VllmConfig,
+        settings: Settings,
+        kv: KVCacheConfig,
+        *,
+        block_tokens: int,
+        sync: bool,
+        publish_outcome: bool,
+        ranks: Ranks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._settings, self._kv = config, settings, kv
+        self._block_tokens = block_tokens
+        self._sync = sync
+        self._publish_outcome = publish_outcome
+        self._ranks = ranks or Ranks.here()
+        self._clock = clock
+        self._quiet = Quiet()
+        self._connection: Connection | None = None
+        self._cache: Cache | None = None
+        self._layout: Layout | None = None
+        self._caches: Mapping[str, torch.Tensor] = {}
+        self._cuda = False
+        self.namespace = ""
+        self._step: StepMetadata | None = None
+        self._loading: list[tuple[LoadJob, Load]] = []
+        self._receiving: dict[str, tuple[LoadJob, Load | None]] = {}
+        self._storing: dict[str, dict[int, tuple[StoreJob, Store]]] = {}
+        self._retained: set[str] = set()
+        self._marks: dict[int, Mark] = {}
+        self._invalid: set[int] = set()
+        self._tainted: set[str] = set()
+        self._awaited = False
+        self._report = WorkerReport()
+        self._meter = Meter(f"{self._ranks.pp}.{self._ranks.tp}")
+        self._next_stats = 0.0
+
+    # The pool.
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        from swiftcache import _native
+
+        if self._cache is not None:
+            self.unregister()
+        layout = layout_of(caches, self._kv.num_blocks)
+        sample = next(iter(caches.values()))
+        device = (sample[0] if isinstance(sample, (list, tuple)) else sample).device
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(f"SwiftCache serves CUDA and CPU engines, not {device.type}")
+        self._cuda = device.type == "cuda"
+        self._caches, self._layout = caches, layout
+        settings = self._settings
+        self.namespace = namespace(
+            self._config,
+            settings,
+            layout,
+            block_tokens=self._block_tokens,
+            backends=_backends(self._config, caches),
+            ranks=self._ranks,
+        )
+        backend = settings.backend if settings.backend != "auto" or self._cuda else "host"
+        uuid = settings.device
+        if not uuid and self._cuda:
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        if self._connection is None:
+            self._connection = _native.Connection(
+                settings.socket, name=f"vllm-tp{self._ranks.tp}-pp{self._ranks.pp}", tenant=settings.tenant
+            )
+        self._cache = _native.Cache(
+            self._connection,
+            namespace=self.namespace,
+            layer_bytes=[entry.page for entry in layout.entries],
+            max_leased_bytes=settings.max_leased_bytes,
+            lease_step_bytes=settings.lease_step_bytes,
+            host_tier_bytes=settings.host_tier_bytes,
+            device=uuid,
+            backend=backend,
+            share=settings.share,
+        )
+        self._cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, caches)
+        logger.info(
+            "SwiftCache: %d blocks of %d tokens, %d bytes each in %d layers; up to %d bytes leased; loads are %s; "
+            "namespace %s",
+            layout.blocks,
+            self._block_tokens,
+            sum(entry.page for entry in layout.entries),
+            len(layout.entries),
+            settings.max_leased_bytes,
+            "layer by layer" if self._sync else "asynchronous",
+            self.namespace,
+        )
+
+    def unregister(self) -> None:
+        """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
+        self._wait_all()
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    def restore(self) -> None:
+        """Takes the pool up again, at the same tensors."""
+        if self._cache is None and self._caches:
+            self.register(self._caches)
+
+    def close(self) -> None:
+        self.unregister()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _wait_all(self) -> None:
+        for _, load in [*self._loading, *self._receiving.values()]:
+            if load is not None:
+                self._attempt("a load did not end", load.finish)
+        for jobs in self._storing.values():
+            for _, store in jobs.values():
+                self._attempt("a store did not end", store.finish)
+
+    # A step, in vLLM's order.
+
+    def before_overwriting(self, step: StepMetadata) -> None:
+        """Waits for the stores whose blocks this step gives to others."""
+        if not step.fence:
+            return
+        fence = set(step.fence)
+        for jobs in self._storing.values():
+            for number in fence.intersection(jobs):
+                self._attempt("a store did not end", jobs[number][1].finish)
+
+    def bind(self, step: StepMetadata | None) -> None:
+        self._step = step
+        self._marks.clear()
+        if step is not None:
+            self._retained.update(step.retained)
+
+    def start_loads(self) -> None:
+        step = self._step
+        if step is None or not step.loads:
+            return
+        after = self._attempt("the engine's stream could not be marked", self._mark) if self._cuda else None
+        for job in step.loads:
+            load = None
+            if self._cache is not None and (after is not None or not self._cuda):
+                load = self._attempt("a load could not start", self._cache.load, job.keys, job.blocks, after)
+            if not job.sync:
+                self._receiving[job.request] = (job, load)
+            elif load is None:
+                self._failed(job, range(len(job.blocks)))
+            else:
+                self._loading.append((job, load))
+
+    def wait_for_layer(self, name: str) -> None:
+        if not self._loading or self._layout is None:
+            return
+        self._awaited = True
+        stream = torch.cuda.current_stream().cuda_stream if self._cuda else 0
+        for entry in self._layout.by_layer.get(name, ()):
+            for job, load in self._loading:
+                # What fails to load is known, and reported, when the load is finished. What could not be waited for
+                # may have been read too early, however the load ends.
+                if self._cuda:
+                    ready = self._attempt("a layer could not be waited for", _done, load.gate_layer, entry, stream)
+                else:
+                    ready = self._attempt("a layer could not be waited for", _done, load.wait_layer, entry)
+                if ready is None:
+                    self._tainted.add(job.request)
+
+    def layer_computed(self, name: str) -> None:
+        """Lets this layer's write-back start while later layers compute."""
+        if not self._cuda or self._step is None or not self._step.stores or self._layout is None:
+            return
+        mark = self._attempt("the engine's stream could not be marked", self._mark)
+        for entry in self._layout.by_layer.get(name, ()):
+            if mark is not None:
+                self._marks[entry] = mark
+
+    def start_stores(self) -> None:
+        """After the forward, draft model included. Queues copies and returns."""
+        step = self._step
+        if step is None or not step.stores:
+            return
+        marks: list[Mark] = []
+        if self._cuda and self._layout is not None:
+            end = self._attempt("the engine's stream could not be marked", self._mark)
+            if end is None:
+                return self._give_up(step.stores)
+            marks = [self._marks.get(entry, end) for entry in range(len(self._layout.entries))]
+        for job in step.stores:
+            cache, store = self._cache, None
+            if cache is not None:
+                store = self._attempt("a store could not start", cache.store, job.keys, job.blocks, marks)
+            if store is None:
+                self._give_up([job])
+            else:
+                self._storing.setdefault(job.request, {})[job.number] = (job, store)
+
+    def finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose stores are over, of those that vLLM keeps for them; and those whose load is."""
+        if self._storing:
+            self._poll_stores()
+        sent = {request for request in self._retained if request not in self._storing}
+        self._retained -= sent
+        received = set()
+        for request, (job, load) in list(self._receiving.items()):
+            if load is None:
+                self._failed(job, range(len(job.blocks)))
+            elif self._attempt("a load did not answer", load.is_done) is False:
+                continue
+            else:
+                self._finish(job, load)
+            del self._receiving[request]
+            received.add(request)
+        return sent, received
+
+    def invalid_blocks(self) -> set[int]:
+        """Blocks that this step's forward must not have relied on. Ends the loads it waited for."""
+        if self._loading:
+            if not self._awaited:
+                self._quiet.trouble("vLLM ran a forward without waiting for its loads", "they are computed instead")
+                self._tainted.update(job.request for job, _ in self._loading)
+            for job, load in self._loading:
+                self._finish(job, load)
+            self._loading.clear()
+            self._tainted.clear()
+        self._awaited = False
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def report(self) -> WorkerReport | None:
+        if not self._report.done and not self._report.failed:
+            return None
+        report, self._report = self._report, WorkerReport()
+        return report
+
+    def stats(self) -> SwiftCacheStats | None:
+        now = self._clock()
+        if self._cache is None or now < self._next_stats:
+            return None
+        self._next_stats = now + STATS_SECONDS
+        totals = self._attempt("the client's counters could not be read", self._cache.stats)
+        return None if totals is None else self._meter.read(totals)
+
+    def reset_capture(self) -> None:
+        """Capturing graphs runs the hooks of layers; nothing of that may reach a real step."""
+        self._marks.clear()
+        self._loading.clear()
+        self._tainted.clear()
+        self._awaited = False
+
+    # Ends.
+
+    def _poll_stores(self) -> None:
+        for request, jobs in list(self._storing.items()):
+            for number, (job, store) in list(jobs.items()):
+                if self._attempt("a store did not answer", store.is_done) is False:
+                    continue
+                lost = False
+                if self._publish_outcome:
+                    outcome = self._attempt("a store did not end", store.finish) or {}
+                    lost = outcome.get("stored", 0) + outcome.get("known", 0) < len(job.blocks)
+                del jobs[number]
+                self._over(number, lost)
+            if not jobs:
+                del self._storing[request]
+
+    def _over(self, number: int, lost: bool) -> None:
+        self._report.done[number] = 1
+        if lost:
+            self._report.lost.add(number)
+
+    def _give_up(self, jobs: list[StoreJob]) -> None:
+        for job in jobs:
+            self._over(job.number, True)
+
+    def _finish(self, job: LoadJob, load: Load) -> None:
+        failed = self._attempt("a load did not end", load.finish)
+        if failed is None or job.request in self._tainted:
+            failed = list(range(len(job.blocks)))
+        if failed:
+            self._quiet.trouble(
+                "blocks were gone or lost before they were read, and are computed",
+                f"{len(failed)} of {len(job.blocks)}",
+            )
+            self._failed(job, failed)
+
+    def _failed(self, job: LoadJob, positions: Any) -> None:
+        positions = list(positions)
+        self._invalid.update(job.blocks[position] for position in positions)
+        first = job.first + min(positions)
+        self._report.failed[job.request] = min(first, self._report.failed.get(job.request, first))
+
+    def _mark(self) -> Mark:
+        assert self._cache is not None
+        return self._cache.mark(torch.cuda.current_stream().cuda_stream)
+
+    def _attempt(self, kind: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What `call` returns, or None when it raises: nothing of the cache's may stop the engine."""
+        try:
+            return call(*arguments)
+        except Exception as reason:
+            self._quiet.trouble(kind, reason)
+            return None
+
+
+def _done(call: Callable[..., Any], *arguments: Any) -> bool:
+    call(*arguments)
+    return True
+
+
+def _backends(config: VllmConfig, caches: Mapping[str, Any]) -> list[str]:
+    """The attention backends of the layers: they define what the bytes of a page mean."""
+    layers = config.compilation_config.static_forward_context
+    names = set()
+    for name in caches:
+        backend = getattr(layers.get(name), "get_attn_backend", None)
+        names.add(backend().get_name() if backend else "")
+    return sorted(names)

@@ -1,0 +1,126 @@
+"""A stand-in for `swiftcache._native`: blocks in a dictionary, copies at once. For tests of the connector only."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+KEY = 16
+published: dict[str, dict[bytes, list[bytes]]] = {}
+calls: list[tuple] = []
+lose: list[int] = []
+"""Positions of the next load that fail."""
+hold_stores = False
+hold_loads = False
+
+
+def split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY] for at in range(0, len(keys), KEY)]
+
+
+class Connection:
+    def __init__(self, socket: str, *, name: str, tenant: str = "") -> None:
+        self.closed = False
+
+    def count_hits(self, namespaces: Sequence[str], hashes: bytes, *, deadline_ms: int = 50) -> int:
+        calls.append(("count_hits", tuple(namespaces), len(hashes) // KEY))
+        count = 0
+        for key in split(hashes):
+            if not all(key in published.get(name, {}) for name in namespaces):
+                break
+            count += 1
+        return count
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Mark:
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+
+
+class Load:
+    def __init__(self, failed: list[int]) -> None:
+        self.failed, self.waited, self.held = failed, [], hold_loads
+
+    def wait_layer(self, layer: int) -> list[int]:
+        self.waited.append(layer)
+        return self.failed
+
+    def gate_layer(self, layer: int, stream: int) -> None:
+        self.waited.append(layer)
+
+    def is_done(self) -> bool:
+        return not self.held
+
+    def finish(self) -> list[int]:
+        self.held = False
+        return self.failed
+
+
+class Store:
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.held, self.finished = blocks, hold_stores, False
+
+    def is_done(self) -> bool:
+        return not self.held
+
+    def finish(self) -> dict[str, int]:
+        self.held, self.finished = False, True
+        return {"stored": self.blocks, "known": 0, "unplaced": 0, "lost": 0}
+
+
+class Cache:
+    def __init__(self, connection: Connection, *, namespace: str, layer_bytes: Sequence[int], **more: object) -> None:
+        assert 1 <= len(namespace.encode()) <= 256
+        self.namespace, self.layer_bytes, self.more = namespace, list(layer_bytes), more
+        self.blocks = published.setdefault(namespace, {})
+        self.layers: list[tuple[int, int, int, int]] = []
+        self.closed = False
+
+    def register_pool(self, layers: Sequence[tuple[int, int, int, int]], blocks: int, owner: object) -> None:
+        for (_, size, offset, stride), page in zip(layers, self.layer_bytes, strict=True):
+            assert offset + (blocks - 1) * stride + page <= size
+        self.layers, self.count, self.owner = list(layers), blocks, owner
+
+    def load(self, hashes: bytes, blocks: Sequence[int], after: Mark | None = None) -> Load:
+        calls.append(("load", list(blocks), after))
+        keys = split(hashes)
+        assert len(keys) == len(blocks)
+        failed = sorted(
+            {i for i, key in enumerate(keys) if key not in self.blocks} | {i for i in lose if i < len(keys)}
+        )
+        lose.clear()
+        for position, (key, block) in enumerate(zip(keys, blocks, strict=True)):
+            for number, (address, _, offset, stride) in enumerate(self.layers):
+                place = address + offset + block * stride
+                if position in failed:
+                    ctypes.memset(place, 0x3C, self.layer_bytes[number])
+                else:
+                    ctypes.memmove(place, self.blocks[key][number], self.layer_bytes[number])
+        return Load(failed)
+
+    def mark(self, stream: int) -> Mark:
+        return Mark(stream)
+
+    def store(self, hashes: bytes, blocks: Sequence[int], marks: Sequence[Mark] = ()) -> Store:
+        calls.append(("store", list(blocks), list(marks)))
+        keys = split(hashes)
+        assert len(keys) == len(blocks)
+        assert not marks or len(marks) == len(self.layers)
+        for key, block in zip(keys, blocks, strict=True):
+            self.blocks.setdefault(
+                key,
+                [
+                    ctypes.string_at(address + offset + block * stride, self.layer_bytes[number])
+                    for number, (address, _, offset, stride) in enumerate(self.layers)
+                ],
+            )
+        return Store(len(keys))
+
+    def stats(self) -> dict[str, float]:
+        return {"stored_blocks": float(len(self.blocks)), "open": 1.0, "connected": 1.0}
+
+    def close(self) -> None:
+        self.closed = True

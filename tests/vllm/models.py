@@ -1,0 +1,55 @@
+"""Tiny models with random weights, made here: nothing is downloaded, and the same seed gives the same weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+VOCABULARY = 512
+SCALE = 4.0
+"""Weights at their usual 0.02 give near-uniform logits, and greedy decoding would sit on a knife edge."""
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def make(kind: str, directory: Path, seed: int = 0) -> Path:
+    """Makes a model unless it is there. Returns its directory."""
+    target = directory / f"{kind}-{seed}"
+    done = target / "made.json"
+    if done.exists():
+        return target
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config_class, model_class = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[kind]
+    model = model_class(config_class(**SHAPE)).to(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(SCALE)
+    model.save_pretrained(target)
+    done.write_text(json.dumps({"kind": kind, "seed": seed}))
+    return target
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        print(make(name, Path(sys.argv[1])))

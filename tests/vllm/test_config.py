@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from swiftcache.vllm.config import Settings
+
+
+def test_defaults_need_nothing() -> None:
+    settings = Settings.read(None, {})
+    assert settings.socket == "/run/swiftcache/broker.sock"
+    assert settings.load == "auto"
+    assert settings.max_leased_bytes > 0
+
+
+def test_the_flag_wins_over_the_environment() -> None:
+    environment = {"SWIFTCACHE_SOCKET": "/a", "SWIFTCACHE_MAX_LEASED_BYTES": "2GiB", "SWIFTCACHE_SHARE": "no"}
+    settings = Settings.read({"socket": "/b", "lease_step_bytes": "64M"}, environment)
+    assert (settings.socket, settings.max_leased_bytes, settings.share) == ("/b", 2 << 30, False)
+    assert settings.lease_step_bytes == 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_leased_bytes", "plenty"),
+        ("max_leased_bytes", True),
+        ("max_leased_bytes", -1),
+        ("lease_step_bytes", 0),
+        ("lookup_ms", 0),
+        ("lookup_ms", "soon"),
+        ("share", "perhaps"),
+        ("load", "lazily"),
+        ("backend", "rocm"),
+        ("socket", ""),
+        ("device", 3),
+        ("tenant", "t" * 65),
+        ("sokcet", "/x"),
+    ],
+)
+def test_a_bad_setting_is_named(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key):
+        Settings.read({key: value}, {})
+
+
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(ValueError, match="SWIFTCACHE_LOAD"):
+        Settings.read({}, {"SWIFTCACHE_LOAD": "lazily"})
