@@ -1,0 +1,244 @@
+"""What is refused, how loads are chosen, what the namespace tells apart, and the facade over both halves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import stage
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, supports_hma
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+
+from swiftcache.vllm import SwiftCacheConnector, safety
+from swiftcache.vllm.config import Settings
+from swiftcache.vllm.fingerprint import Ranks, namespace, weight_files
+from swiftcache.vllm.layout import layout_of
+from swiftcache.vllm.metadata import StepMetadata
+from swiftcache.vllm.metrics import COUNTERS, GAUGES, Meter, SwiftCachePromMetrics, SwiftCacheStats
+from swiftcache.vllm.quiet import PERIOD_SECONDS, Quiet
+
+
+def test_full_attention_and_mla_are_served() -> None:
+    safety.check(stage.config(), stage.kv_config())
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kv_transfer_config__kv_role": "kv_producer"}, "kv_both"),
+        ({"cache_config__enable_prefix_caching": False}, "no-enable-prefix-caching"),
+        ({"cache_config__prefix_caching_hash_algo": "xxhash"}, "prefix_caching_hash_algo"),
+        ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+    ],
+)
+def test_what_could_go_wrong_is_refused_by_name(fields, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        safety.check(stage.config(**fields), stage.kv_config())
+
+
+def test_other_kinds_of_layers_are_refused() -> None:
+    window = SlidingWindowSpec(block_size=4, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=8)
+    state = MambaSpec(block_size=4, shapes=((4,),), dtypes=(torch.float32,))
+    for spec in (window, state):
+        with pytest.raises(ValueError, match=type(spec).__name__):
+            safety.check(stage.config(), stage.kv_config(kv_cache_spec=spec))
+    hybrid = stage.kv_config()
+    hybrid.kv_cache_groups.append(KVCacheGroupSpec(layer_names=["w"], kv_cache_spec=window))
+    with pytest.raises(ValueError, match="disable-hybrid-kv-cache-manager"):
+        safety.check(stage.config(), hybrid)
+
+
+def test_failed_loads_are_recomputed() -> None:
+    config = stage.config()
+    safety.require_recompute(config)
+    assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+
+    class Frozen:
+        kv_load_failure_policy = "fail"
+
+        def __setattr__(self, name, value):
+            raise AttributeError("frozen")
+
+    with pytest.raises(ValueError, match="recompute"):
+        safety.require_recompute(stage.config(kv_transfer_config=Frozen()))
+
+
+def test_loads_are_synchronous_only_where_vllm_recovers_from_their_failure() -> None:
+    auto, sync, never = (Settings(load=load) for load in ("auto", "sync", "async"))
+    plain = stage.config()
+    assert safety.loads_synchronously(plain, auto) and safety.loads_synchronously(plain, sync)
+    assert not safety.loads_synchronously(plain, never)
+    for unsafe in ({"max_concurrent_batches": 2}, {"use_v2_model_runner": True}):
+        config = stage.config(**unsafe)
+        assert not safety.loads_synchronously(config, auto)
+        with pytest.raises(ValueError, match="load 'sync' is refused"):
+            safety.loads_synchronously(config, sync)
+    graphs = stage.config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert not safety.loads_synchronously(graphs, auto)
+
+
+def name_of(settings: Settings | None = None, ranks: Ranks | None = None, blocks: int = 8, **fields) -> str:
+    return namespace(
+        stage.config(**fields),
+        settings or Settings(),
+        layout_of(stage.caches(blocks=blocks), blocks),
+        block_tokens=4,
+        backends=["CPU_ATTN"],
+        ranks=ranks or Ranks(),
+    )
+
+
+def test_the_namespace_tells_apart_what_changes_bytes_and_nothing_else() -> None:
+    base = name_of()
+    assert base == name_of() and len(base.encode()) <= 256
+    assert base == name_of(blocks=4), "the pool's size does not matter"
+    others = {
+        name_of(model_config__dtype=torch.bfloat16),
+        name_of(model_config__model="other"),
+        name_of(model_config__revision="abc"),
+        name_of(model_config__hf_config=stage.Text(layers=3)),
+        name_of(model_config__quantization="awq"),
+        name_of(cache_config__cache_dtype="fp8"),
+        name_of(cache_config__kv_cache_layout="LBNHC"),
+        name_of(cache_config__prefix_caching_hash_algo="sha256_cbor"),
+        name_of(Settings(salt="s")),
+        name_of(ranks=Ranks(0, 2, 0, 1)),
+        name_of(ranks=Ranks(1, 2, 0, 1)),
+        name_of(ranks=Ranks(0, 1, 1, 2)),
+    }
+    assert len(others) == 12 and base not in others
+
+
+def test_weights_are_told_by_their_files(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    first = weight_files(str(tmp_path), None)
+    os.utime(weights, (1, 1))
+    assert weight_files(str(tmp_path), None) != first
+    assert weight_files("no/such-model", None) == []
+    blob = tmp_path / "blobs" / "c0ffee"
+    blob.parent.mkdir()
+    blob.write_bytes(b"one")
+    weights.unlink()
+    weights.symlink_to(blob)
+    assert weight_files(str(tmp_path), None) == [("model.safetensors", "c0ffee")]
+    named = Settings(model_id="mine@1")
+    assert name_of(named, model_config__model="a") == name_of(named, model_config__model="b")
+
+
+def test_trouble_is_logged_once_a_period(monkeypatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("swiftcache.vllm.quiet.logger", SimpleNamespace(warning=lambda text, *of: lines.append(text % of)))
+    now = [0.0]
+    quiet = Quiet(lambda: now[0])
+    for _ in range(5):
+        quiet.trouble("kind", "what")
+    quiet.trouble("other", "what")
+    now[0] = PERIOD_SECONDS + 1
+    quiet.trouble("kind", "what")
+    assert len(lines) == 3 and "4 more" in lines[2]
+
+
+def test_metrics_reach_prometheus() -> None:
+    registry = CollectorRegistry()
+
+    def kind(of):
+        return lambda name, documentation, labelnames, **_: of(name, documentation, labelnames, registry=registry)
+
+    metrics = SwiftCachePromMetrics(
+        stage.config(),
+        {Counter: kind(Counter), Gauge: kind(Gauge), Histogram: kind(Histogram)},
+        ["engine"],
+        {0: ["0"]},
+    )
+    one, other = Meter("0.0"), Meter("0.1")
+    totals = {"stored_blocks": 3.0, "loaded_nvlink_bytes": 10.0, "loaded_host_bytes": 5.0, "leased_bytes": 7.0}
+    stats = one.read(totals).aggregate(other.read(totals))
+    assert stats.reduce()["leased_bytes"] == 14
+    metrics.observe(stats.to_dict())
+    metrics.observe(one.read(totals | {"stored_blocks": 4.0}).to_dict())
+    text = generate_latest(registry).decode()
+    assert 'vllm:swiftcache_stored_blocks_total{engine="0"} 7.0' in text
+    assert 'vllm:swiftcache_loaded_bytes_total{engine="0"} 30.0' in text
+    assert 'vllm:swiftcache_leased_bytes{engine="0"} 14.0' in text
+    for name in [*COUNTERS, *GAUGES]:
+        assert f"vllm:swiftcache_{name}" in text
+    assert SwiftCacheStats().is_empty() and not stats.is_empty()
+    assert one.read({"stored_blocks": 1.0}).data["counters"]["stored_blocks"] == 1, "opened anew: counted from 0"
+
+
+def test_the_facade(native, monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
+    config = stage.config()
+    scheduler = SwiftCacheConnector(config, KVConnectorRole.SCHEDULER, stage.kv_config())
+    worker = SwiftCacheConnector(config, KVConnectorRole.WORKER, stage.kv_config())
+    assert supports_hma(SwiftCacheConnector) and not scheduler.requires_kv_delivery
+    assert SwiftCacheConnector.requires_piecewise_for_cudagraph({"load": "sync"})
+    assert not SwiftCacheConnector.requires_piecewise_for_cudagraph({})
+    assert SwiftCacheConnector.supports_sleep_mode(config.kv_transfer_config)
+    worker.register_kv_caches(stage.caches())
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
+
+    # A step as Model Runner V2 takes it, with its arguments and hooks.
+    request = stage.request("a", 9)
+    scheduler.on_new_request(request)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    scheduler.update_state_after_alloc(request, stage.allocation([1, 2, 3]), 0)
+    output = stage.output({"a": 9}, {"a": [1, 2, 3]})
+    step = scheduler.build_connector_meta(output)
+    assert isinstance(step, StepMetadata) and [job.blocks for job in step.stores] == [[1, 2]]
+    worker.handle_preemptions(step)
+    worker.bind_connector_metadata(step)
+    worker.start_load_kv(
+        None, scheduler_output=output, request_state_indices=None, request_ids=["a"], num_tokens=9, attn_metadata={}
+    )
+    for layer, cache in stage.caches().items():
+        worker.wait_for_layer_load(layer)
+        worker.save_kv_layer(layer, cache, None)
+    worker.finish_forward()
+    worker.wait_for_save()
+    results = worker.get_transfer_results(set())
+    assert not results.finished_sending and not results.finished_recving and not results.failed_recving
+    assert worker.get_block_ids_with_load_errors() == set()
+    meta = worker.build_connector_worker_meta()
+    assert worker.get_kv_connector_stats() is not None
+    worker.clear_connector_metadata()
+    worker.reset_capture_state()
+    scheduler.update_connector_output(stage.answer(kv_connector_worker_meta=meta))
+    request.num_computed_tokens = 9
+    assert scheduler.request_finished_all_groups(request, ([1, 2, 3],)) == (False, None)
+    again = stage.request("b", 9)
+    assert scheduler.get_num_new_matched_tokens(again, 0) == (8, False)
+    assert scheduler.get_external_cache_hit_sources(again, 8)
+    assert scheduler.get_kv_connector_stats() is not None
+    assert list(scheduler.take_events()) == [] and scheduler.reset_cache() is True
+    worker.unregister_kv_caches()
+    worker.restore_kv_caches()
+    worker.shutdown()
+    scheduler.shutdown()
+
+
+def test_every_hook_of_the_base_class_is_known() -> None:
+    """A hook that vLLM adds is one to think about."""
+    hooks = {name for name, of in vars(KVConnectorBase_V1).items() if callable(of) and not name.startswith("_")}
+    default = {
+        "get_mem_pool_context",
+        "has_connector_metadata",
+        "set_host_xfer_buffer_ops",
+        "get_transfer_results",
+        "get_kv_connector_kv_cache_events",
+        "bind_gpu_block_pool",
+        "get_loaded_kv_cache_group_ids",
+        "get_external_cache_hit_sources",
+        "register_finished_partial_tail",
+        "has_pending_push_work",
+        "get_finished_count",
+    }
+    assert hooks - set(vars(SwiftCacheConnector)) <= default

@@ -1,0 +1,237 @@
+"""The worker's half over a pool of CPU tensors, and as if on CUDA where streams and marks matter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import stage
+import torch
+
+from swiftcache.vllm.config import Settings
+from swiftcache.vllm.fingerprint import Ranks
+from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob
+from swiftcache.vllm.worker import WorkerSide
+
+KEYS = [bytes([number]) * 16 for number in range(8)]
+LAYERS = [f"model.layers.{layer}.self_attn.attn" for layer in range(2)]
+
+
+@pytest.fixture
+def caches():
+    return stage.caches()
+
+
+@pytest.fixture
+def worker(native, caches):
+    return made(caches)
+
+
+def made(caches, **options):
+    options = {"sync": True, "publish_outcome": False, "ranks": Ranks(), "clock": lambda: 0.0} | options
+    side = WorkerSide(stage.config(), Settings(), stage.kv_config(), block_tokens=stage.BLOCK, **options)
+    side.register(caches)
+    return side
+
+
+@pytest.fixture
+def cuda(worker, monkeypatch):
+    monkeypatch.setattr(worker, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    return worker
+
+
+def load(blocks: list[int], *, sync: bool = True, first: int = 0, request: str = "a") -> LoadJob:
+    return LoadJob(request, first, b"".join(KEYS[: len(blocks)]), blocks, sync)
+
+
+def store(number: int, blocks: list[int], request: str = "a") -> StoreJob:
+    return StoreJob(number, request, b"".join(KEYS[: len(blocks)]), blocks)
+
+
+def run(worker, step: StepMetadata, *, before: bool = True):
+    """A step in vLLM's order. Returns what it reports."""
+    worker.before_overwriting(step)
+    worker.bind(step)
+    if before:
+        worker.start_loads()
+    for layer in LAYERS:
+        worker.wait_for_layer(layer)
+        worker.layer_computed(layer)
+    if not before:
+        worker.start_loads()
+    worker.start_stores()
+    sent, received = worker.finished()
+    invalid = worker.invalid_blocks()
+    report = worker.report()
+    worker.bind(None)
+    return SimpleNamespace(sent=sent, received=received, invalid=invalid, report=report)
+
+
+def test_bytes_come_back_into_other_blocks(worker, caches) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    want = {name: cache[1:3].clone() for name, cache in caches.items()}
+    done = run(worker, StepMetadata(loads=[load([6, 7])]))
+    assert done.invalid == set() and done.report is None
+    for name, cache in caches.items():
+        assert torch.equal(cache[6:8], want[name])
+
+
+def test_each_layer_is_awaited_in_its_own_turn(worker, native) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    worker.bind(StepMetadata(loads=[load([5])]))
+    worker.start_loads()
+    (_, one), *_ = worker._loading
+    worker.wait_for_layer(LAYERS[0])
+    assert one.waited == [0]
+    worker.wait_for_layer(LAYERS[1])
+    assert one.waited == [0, 1]
+    worker.wait_for_layer("model.layers.9.mlp")
+    assert one.waited == [0, 1]
+
+
+def test_blocks_that_failed_are_invalid_in_the_same_step(worker) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    done = run(worker, StepMetadata(loads=[load([4, 5, 6], first=3)]))
+    assert done.invalid == {6}
+    assert done.report.failed == {"a": 5}
+
+
+@pytest.mark.parametrize("broken", ["load", "wait_layer", "finish"])
+def test_trouble_anywhere_in_a_load_fails_all_of_it(worker, native, monkeypatch, broken) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("broken")
+
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    monkeypatch.setattr(native.Cache if broken == "load" else native.Load, broken, fail)
+    assert run(worker, StepMetadata(loads=[load([4, 5])])).invalid == {4, 5}
+
+
+def test_a_forward_that_waited_for_nothing_cannot_be_trusted(worker) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    worker.bind(StepMetadata(loads=[load([4])]))
+    worker.start_loads()
+    assert worker.invalid_blocks() == {4}
+
+
+def test_an_asynchronous_load_is_reported_when_it_is_over(native, caches) -> None:
+    worker = made(caches, sync=False)
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    native.hold_loads = True
+    done = run(worker, StepMetadata(loads=[load([4, 5, 6], sync=False)]), before=False)
+    assert done.received == set() and done.invalid == set()
+    worker._receiving["a"][1].held = False
+    done = run(worker, StepMetadata())
+    assert done.received == {"a"} and done.invalid == {6}
+    assert done.report.failed == {"a": 2}
+
+
+def test_a_load_that_cannot_start_is_over_at_once(native, caches, monkeypatch) -> None:
+    worker = made(caches, sync=False)
+    monkeypatch.setattr(native.Cache, "load", lambda *_, **__: 1 / 0)
+    done = run(worker, StepMetadata(loads=[load([4, 5], sync=False)]), before=False)
+    assert done.received == {"a"} and done.invalid == {4, 5}
+
+
+def test_finished_requests_are_let_go_when_their_stores_are_over(worker, native) -> None:
+    native.hold_stores = True
+    run(worker, StepMetadata(stores=[store(0, [1]), store(1, [2])]))
+    assert run(worker, StepMetadata(retained=["a"])).sent == set()
+    for _, held in worker._storing["a"].values():
+        held.held = False
+    done = run(worker, StepMetadata())
+    assert done.sent == {"a"} and done.report.done == {0: 1, 1: 1}
+    assert run(worker, StepMetadata()).sent == set()
+
+
+def test_requests_that_were_not_retained_are_never_reported(worker) -> None:
+    assert run(worker, StepMetadata(stores=[store(0, [1])])).sent == set()
+
+
+def test_a_fence_waits_for_the_stores_it_names(worker, native) -> None:
+    native.hold_stores = True
+    run(worker, StepMetadata(stores=[store(0, [1]), store(1, [2])]))
+    first, second = (held for _, held in worker._storing["a"].values())
+    worker.before_overwriting(StepMetadata(fence=[1]))
+    assert second.finished and not first.finished
+
+
+def test_a_store_that_cannot_start_lets_go_at_once(worker, native, monkeypatch) -> None:
+    monkeypatch.setattr(native.Cache, "store", lambda *_, **__: 1 / 0)
+    done = run(worker, StepMetadata(stores=[store(0, [1])], retained=["a"]))
+    assert done.sent == {"a"}
+    assert done.report.done == {0: 1} and done.report.lost == {0}
+
+
+def test_on_cuda_stores_follow_each_layers_mark_and_loads_the_stream(cuda, native) -> None:
+    run(cuda, StepMetadata(stores=[store(0, [1])]))
+    (_, _, marks) = native.calls[-1]
+    assert [mark.stream for mark in marks] == [77, 77] and marks[0] is not marks[1]
+    run(cuda, StepMetadata(loads=[load([4])]))
+    (_, _, after) = next(call for call in native.calls if call[0] == "load")
+    assert after.stream == 77
+
+
+def test_on_cuda_a_graph_that_skips_hooks_still_stores_after_the_forward(cuda, native) -> None:
+    cuda.bind(StepMetadata(stores=[store(0, [1])]))
+    cuda.start_stores()
+    (_, _, marks) = native.calls[-1]
+    assert len(marks) == 2
+
+
+def test_on_cuda_an_unmarkable_stream_stores_and_loads_nothing(cuda, native, monkeypatch) -> None:
+    run(cuda, StepMetadata(stores=[store(0, [1])]))
+    monkeypatch.setattr(native.Cache, "mark", lambda *_: 1 / 0)
+    done = run(cuda, StepMetadata(stores=[store(1, [2])], loads=[load([4])]))
+    assert done.invalid == {4}
+    assert done.report.lost == {1}
+
+
+def test_capturing_graphs_leaves_nothing_behind(cuda) -> None:
+    cuda.bind(StepMetadata(stores=[store(0, [1])], loads=[load([4])]))
+    cuda.start_loads()
+    for layer in LAYERS:
+        cuda.wait_for_layer(layer)
+        cuda.layer_computed(layer)
+    cuda.reset_capture()
+    assert not cuda._marks and not cuda._loading and cuda.invalid_blocks() == set()
+
+
+def test_the_pool_is_let_go_and_taken_up_again(worker, native) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    cache, name = worker._cache, worker.namespace
+    worker.unregister()
+    assert cache.closed
+    done = run(worker, StepMetadata(stores=[store(1, [2])], loads=[load([4])]))
+    assert done.invalid == {4} and done.report.lost == {1}
+    worker.restore()
+    assert worker._cache is not cache and worker.namespace == name
+    assert run(worker, StepMetadata(loads=[load([4])])).invalid == set()
+    worker.close()
+
+
+def test_outcomes_are_asked_for_only_when_someone_listens(native, caches) -> None:
+    worker = made(caches, publish_outcome=True)
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    assert worker.report() is None
+
+    class Full(native.Store):
+        def finish(self):
+            return {"stored": 0, "known": 0, "unplaced": 1, "lost": 0}
+
+    native_store = native.Store
+    native.Store = Full
+    try:
+        assert run(worker, StepMetadata(stores=[store(1, [2])])).report.lost == {1}
+    finally:
+        native.Store = native_store
+
+
+def test_counters_are_read_at_most_once_a_second(native, caches) -> None:
+    now = [0.0]
+    worker = made(caches, clock=lambda: now[0])
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    assert worker.stats().data["counters"] == {"stored_blocks": 1}
+    assert worker.stats() is None
+    now[0] = 2.0
+    assert worker.stats().data["counters"] == {}
