@@ -1,7 +1,7 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs.
 CARGO ?= cargo
 
-.PHONY: demo test test-deploy check build bench gpu ptx sbom image
+.PHONY: demo test test-python test-deploy wheel check build bench gpu ptx sbom image
 
 ## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
 demo: setup
@@ -12,12 +12,22 @@ demo: setup
 test: setup check
 	$(CARGO) build --workspace --bins --locked
 	$(CARGO) test --workspace --locked
+	$(MAKE) test-python
 	$(MAKE) test-deploy
+
+## The Python module over real processes. Needs the binaries of `make test`.
+test-python:
+	engine-adapter/tests/run.sh
 
 ## Manifests, image, units, alerts, protocol tools, supply chain, docs/operations.md: a line for each tool that was
 ## used or could not be had. Needs the binaries of `make test`.
 test-deploy:
 	tests/deploy/run.sh
+
+## The Python package: one wheel for every Python since 3.10, in target/wheels.
+wheel:
+	$$(engine-adapter/tests/venv.sh)/bin/maturin build --release --locked \
+	    --manifest-path engine-adapter/Cargo.toml --out target/wheels
 
 ## The bill of materials of the two programs, CycloneDX JSON.
 sbom:

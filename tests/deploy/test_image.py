@@ -79,7 +79,7 @@ def test_faults_are_noticed(old, new, expected, tmp_path):
 
 def test_the_workspace_is_copied_whole():
     """Cargo refuses a workspace whose members are missing."""
-    copied = re.findall(r"^COPY (\w+) \w+$", DOCKERFILE.read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY ([\w-]+) [\w-]+$", DOCKERFILE.read_text(), re.MULTILINE)
     for member in CARGO["workspace"]["members"]:
         assert member.split("/")[0] in copied
 

@@ -214,9 +214,9 @@ fn hits_are_counted_over_every_rank() -> Result<()> {
     let hashes: Vec<BlockHash> = (0..8).map(engine::hash).collect();
     let limit = Duration::from_secs(60);
     ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
-    ensure!(engines[0].store(&[0, 1, 2, 3, 4, 5]).stored == 6);
+    ensure!(engines[0].store(&[0, 1, 2, 3, 4, 5])?.stored == 6);
     ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
-    ensure!(engines[1].store(&[0, 1, 2, 3]).stored == 4);
+    ensure!(engines[1].store(&[0, 1, 2, 3])?.stored == 4);
     ensure!(session.count_hits(&ranks, &hashes, limit) == 4);
     ensure!(session.count_hits(&ranks[..1], &hashes, limit) == 6);
     ensure!(session.count_hits(&[], &hashes, limit) == 0);

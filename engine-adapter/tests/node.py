@@ -1,0 +1,93 @@
+"""A node for a test: the real broker and donors, on simulated devices, in a directory of its own."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target" / "debug"
+
+TOPOLOGY = """
+name = "two simulated GPUs on NVLink"
+
+[[device]]
+uuid = "SIM-0"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-1"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[link]]
+between = ["SIM-0", "SIM-1"]
+kind = "nvlink"
+gigabytes_per_second = 380.0
+"""
+
+
+def eventually(what: str, holds: Callable[[], Any]) -> Any:
+    """Tries until something holds, and returns it. The minute is for a hang, not for a measure."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = holds()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        # Gives other processes the core; nothing depends on how long it takes.
+        time.sleep(0.002)
+
+
+class Node:
+    """Processes end with it."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.socket = str(directory / "broker.sock")
+        self._topology = directory / "topology.toml"
+        self._topology.write_text(TOPOLOGY)
+        self._broker: subprocess.Popen[bytes] | None = None
+        self._programs: list[subprocess.Popen[bytes]] = []
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        program = PROGRAMS / command[0]
+        assert program.is_file(), f"{program} is not built: run `make test`"
+        started = subprocess.Popen([program, *command[1:]], stdin=subprocess.DEVNULL)
+        self._programs.append(started)
+        return started
+
+    def start_broker(self) -> None:
+        """Starts the broker (again) in the same directory, and waits until it listens."""
+        options = ["--probe", "simulated", "--log", "error", "--socket", self.socket]
+        self._broker = self._start("swiftcache-broker", *options, "--topology", str(self._topology))
+        eventually("the broker to listen", self._listens)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(self.socket) == 0
+
+    def kill_broker(self) -> None:
+        assert self._broker is not None
+        self._broker.kill()
+        self._broker.wait()
+
+    def start_donor(self, device: str, slabs: int, slab_bytes: int) -> subprocess.Popen[bytes]:
+        """A donor that lends that much of a device."""
+        options = ["--socket", self.socket, "--device", device]
+        amount = ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
+        return self._start("swiftcache", "donate", *options, *amount)
+
+    def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
+        """Has a donor ask for everything back; it ends when it has it."""
+        os.kill(donor.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        for program in self._programs:
+            program.kill()
+        for program in self._programs:
+            program.wait()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Builds the Python module (debug) and tests it against real processes: a broker and donors, on shared memory.
+# Everything it installs goes into target/. Takes the programs in target/debug, and builds them if they are missing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+venv=$(engine-adapter/tests/venv.sh)
+for program in swiftcache-broker swiftcache; do
+    if [ ! -x "target/debug/$program" ]; then
+        "${CARGO:-cargo}" build --workspace --bins --locked
+    fi
+done
+VIRTUAL_ENV=$venv "$venv/bin/maturin" develop --quiet --locked --manifest-path engine-adapter/Cargo.toml
+PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" -m pytest -c engine-adapter/tests/pytest.ini \
+    --rootdir engine-adapter/tests engine-adapter/tests "$@"
