@@ -1,10 +1,16 @@
 //! The broker's Admin service, asked from synchronous code.
 
-use std::path::{Path, PathBuf};
+use std::{
+    error::Error as _,
+    path::{Path, PathBuf},
+};
 
 use swiftcache_proto::v1::{self, admin_client::AdminClient};
 use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
 use super::CliError;
 
@@ -53,7 +59,7 @@ impl Admin {
         })
     }
 
-    fn refused(&self, status: &tonic::Status) -> CliError {
+    fn refused(&self, status: &Status) -> CliError {
         match status.code() {
             tonic::Code::Unavailable => CliError::NoBroker {
                 socket: self.socket.clone(),
@@ -63,37 +69,46 @@ impl Admin {
         }
     }
 
+    /// Asks, and asks once more over a new connection when the old one is dead: that is noticed only while somebody
+    /// asks. Every question only reads.
+    fn ask<T>(
+        &self,
+        question: impl AsyncFn(AdminClient<Channel>) -> Result<T, Status>,
+    ) -> Result<T, CliError> {
+        let answer = self.runtime.block_on(async {
+            match question(self.client.clone()).await {
+                // What a broker says has no source; what the transport says has.
+                Err(status) if status.source().is_some() => question(self.client.clone()).await,
+                answer => answer,
+            }
+        });
+        answer.map_err(|status| self.refused(&status))
+    }
+
     pub(super) fn node(&self) -> Result<v1::GetNodeResponse, CliError> {
-        let mut client = self.client.clone();
-        let answer = self
-            .runtime
-            .block_on(client.get_node(v1::GetNodeRequest {}));
-        Ok(answer.map_err(|status| self.refused(&status))?.into_inner())
+        self.ask(async |mut client| Ok(client.get_node(v1::GetNodeRequest {}).await?.into_inner()))
     }
 
     pub(super) fn regions(&self) -> Result<Vec<v1::RegionStatus>, CliError> {
-        let mut client = self.client.clone();
-        let request = v1::ListRegionsRequest::default();
-        let answer = self.runtime.block_on(client.list_regions(request));
-        let answer = answer.map_err(|status| self.refused(&status))?;
-        Ok(answer.into_inner().regions)
+        self.ask(async |mut client| {
+            let request = v1::ListRegionsRequest::default();
+            Ok(client.list_regions(request).await?.into_inner().regions)
+        })
     }
 
     /// The newest events, at most `limit`, oldest first.
     pub(super) fn events(&self, limit: u32) -> Result<Vec<v1::EventRecord>, CliError> {
-        let mut client = self.client.clone();
-        let request = v1::ListEventsRequest {
-            limit,
-            ..v1::ListEventsRequest::default()
-        };
-        let answer = self.runtime.block_on(client.list_events(request));
-        let answer = answer.map_err(|status| self.refused(&status))?;
-        Ok(answer.into_inner().events)
+        self.ask(async |mut client| {
+            let request = v1::ListEventsRequest {
+                limit,
+                ..v1::ListEventsRequest::default()
+            };
+            Ok(client.list_events(request).await?.into_inner().events)
+        })
     }
 
     pub(super) fn snapshot(&self) -> Result<Snapshot, CliError> {
-        let mut client = self.client.clone();
-        let all = async {
+        self.ask(async |mut client| {
             Ok(Snapshot {
                 node: client.get_node(v1::GetNodeRequest {}).await?.into_inner(),
                 sessions: client
@@ -117,10 +132,7 @@ impl Admin {
                     .into_inner()
                     .namespaces,
             })
-        };
-        self.runtime
-            .block_on(all)
-            .map_err(|status| self.refused(&status))
+        })
     }
 }
 
