@@ -1,7 +1,9 @@
 //! An engine's own memory and streams.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, ensure};
-use swiftcache_client::device::{Base, DeviceError, Export, Piece};
+use swiftcache_client::device::{Base, DeviceError, Export, Piece, foreign};
 use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 
 use crate::{
@@ -62,6 +64,53 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
     let mut found = vec![0; SIZE as usize];
     copies.read(&pool, 0, &mut found)?;
     pattern::expect(&found, &vec![0x77; SIZE as usize])
+}
+
+/// The same by the safe way in, which is an engine's in another language.
+pub(super) fn foreign_pool_and_stream(subject: &Subject) -> Result<()> {
+    let (layer, device) = (&*subject.layer, subject.device()?);
+    if !matches!(subject.backend, Backend::Cuda) {
+        return Ok(());
+    }
+    let engine = Engine::start()?;
+    let compute = engine.stream()?;
+    let address = engine.allocate(SIZE)?;
+    let owner = Arc::new(());
+    let adopt =
+        |bytes| foreign::adopt_pool(layer, &device, address, bytes, Box::new(Arc::clone(&owner)));
+    ensure!(adopt(1 << 60).is_err() && adopt(0).is_err() && Arc::strong_count(&owner) == 1);
+    let pool = adopt(SIZE)?;
+    let slab = layer.allocate(&device, SIZE, HandleKind::CudaIpc)?;
+    let copies = layer.stream(&device)?;
+    for byte in 1..8 {
+        for _ in 0..4 {
+            engine.fill(compute, address, 0xff, SIZE)?;
+        }
+        engine.fill(compute, address, byte, SIZE)?;
+        let computed = foreign::mark(layer, &device, compute.raw())?.context("no mark")?;
+        copies.wait_for(&computed)?;
+        copies.copy(&pool, &slab, &ALL)?;
+        foreign::gate(layer, &device, compute.raw(), &[copies.record()?]);
+        engine.fill(compute, address, 0xee, SIZE)?;
+        let computed = foreign::mark(layer, &device, compute.raw())?.context("no mark")?;
+        copies.wait_for(&computed)?;
+        copies.copy(&slab, &pool, &ALL)?;
+        let fetched = copies.record()?;
+        foreign::gate(layer, &device, compute.raw(), &[fetched]);
+        engine.synchronize(compute)?;
+        let mut found = vec![0; SIZE as usize];
+        copies.read(&pool, 0, &mut found)?;
+        pattern::expect(&found, &vec![byte; SIZE as usize])?;
+    }
+    copies.copy(&pool, &slab, &ALL)?;
+    let last = copies.record()?;
+    drop(pool);
+    last.wait()?;
+    ensure!(
+        Arc::strong_count(&owner) == 1,
+        "an owner outlived the copies"
+    );
+    Ok(())
 }
 
 pub(super) fn pool_on_offer(subject: &Subject) -> Result<()> {

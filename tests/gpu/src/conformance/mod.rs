@@ -60,6 +60,10 @@ pub const CHECKS: &[Check] = &[
         engines::streams_and_memory,
     ),
     (
+        "an engine's pool lives as long as copies, and its stream is marked and gated",
+        engines::foreign_pool_and_stream,
+    ),
+    (
         "an engine's pool is offered with its place in the allocation",
         engines::pool_on_offer,
     ),
