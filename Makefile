@@ -1,7 +1,7 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs.
 CARGO ?= cargo
 
-.PHONY: demo test test-python test-deploy wheel check build bench gpu ptx sbom image
+.PHONY: demo test test-python test-vllm bench-vllm test-deploy wheel check build bench gpu ptx sbom image
 
 ## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
 demo: setup
@@ -13,11 +13,20 @@ test: setup check
 	$(CARGO) build --workspace --bins --locked
 	$(CARGO) test --workspace --locked
 	$(MAKE) test-python
+	$(MAKE) test-vllm
 	$(MAKE) test-deploy
 
 ## The Python module over real processes. Needs the binaries of `make test`.
 test-python:
 	engine-adapter/tests/run.sh
+
+## The connector on the real engine, vLLM's CPU build (6 GB in target/vllm). Needs the binaries of `make test`.
+test-vllm:
+	tests/vllm/run.sh
+
+## Time to the first token of a next turn: SwiftCache, computed again, vLLM's ExampleConnector; docs/vllm.md.
+bench-vllm:
+	tests/vllm/run.sh --bench $(ARGS)
 
 ## Manifests, image, units, alerts, protocol tools, supply chain, docs/operations.md: a line for each tool that was
 ## used or could not be had. Needs the binaries of `make test`.

@@ -24,11 +24,20 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+"""For measurements: enough to compute that a prefix is worth loading."""
 
 
 def make(kind: str, directory: Path, seed: int = 0) -> Path:
     """Makes a model unless it is there. Returns its directory."""
     target = directory / f"{kind}-{seed}"
+    kind, _, size = kind.partition("-")
     done = target / "made.json"
     if done.exists():
         return target
@@ -40,7 +49,7 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
-    model = model_class(config_class(**SHAPE)).to(torch.float32)
+    model = model_class(config_class(**SHAPE | (WIDE if size == "wide" else {}))).to(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -1,82 +1,156 @@
 """An engine in a process of its own, driven by JSON lines: one command in, one answer out.
 
-Step by step, so that a test decides what happens between two steps.
+Step by step, so that a test decides what happens between two steps. Several engines may be started one after the
+other: only the first pays for imports.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
+import traceback
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+# vLLM writes to standard output, which the answers need.
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
-if os.environ.get("SWIFTCACHE_TEST_FAKE"):
-    import fake_native
 
-    import swiftcache
+class Spy:
+    """Around a worker's cache: keeps stores, to wait until others can find them, and can have a load miss blocks."""
 
-    swiftcache._native = fake_native
-    sys.modules["swiftcache._native"] = fake_native
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._stores: list[Any] = []
+        self.lose: list[int] = []
+        self.spoiled = 0
 
-lose: list[int] = []
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def store(self, *arguments: Any) -> Any:
+        store = self._cache.store(*arguments)
+        self._stores.append(store)
+        return store
+
+    def load(self, keys: bytes, blocks: list[int], after: Any = None) -> Any:
+        changed = bytearray(keys)
+        for position in self.lose:
+            if position < len(blocks):
+                changed[16 * position : 16 * position + 16] = os.urandom(16)
+                self.spoiled += 1
+        self.lose = []
+        return self._cache.load(bytes(changed), blocks, after)
+
+    def flush(self) -> dict[str, int]:
+        outcome: dict[str, int] = {}
+        for store in self._stores:
+            for name, count in store.finish().items():
+                outcome[name] = outcome.get(name, 0) + count
+        self._stores = []
+        return outcome
 
 
-def spoil_loads() -> None:
-    """Lets a test have positions of the next load not be found, by asking for keys that nobody has."""
-    from swiftcache.vllm import worker
+def _side(_: Any) -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    start = worker.WorkerSide.start_loads
+    return get_kv_transfer_group().worker
 
-    def start_loads(self: Any) -> None:
-        if lose and self._step is not None:
-            for job in self._step.loads:
-                keys = bytearray(job.keys)
-                for position in lose:
-                    if position < len(job.blocks):
-                        keys[16 * position : 16 * position + 16] = os.urandom(16)
-                job.keys = bytes(keys)
-            if self._step.loads:
-                lose.clear()
-        start(self)
 
-    worker.WorkerSide.start_loads = start_loads
+def install(worker: Any) -> None:
+    side = _side(worker)
+    side._cache = Spy(side._cache)
+
+
+def leased(worker: Any) -> bool:
+    return _side(worker)._cache.stats()["leases"] > 0
+
+
+def flush(worker: Any) -> dict[str, int]:
+    return _side(worker)._cache.flush()
+
+
+def stats(worker: Any) -> dict[str, float]:
+    return _side(worker)._cache.stats()
+
+
+def lose(worker: Any, positions: list[int]) -> None:
+    _side(worker)._cache.lose = positions
+
+
+def held(worker: Any) -> dict[str, Any]:
+    side = _side(worker)
+    return {
+        "storing": len(side._storing),
+        "receiving": len(side._receiving),
+        "namespace": side.namespace,
+        "spoiled": side._cache.spoiled,
+    }
 
 
 class Engine:
     def __init__(self) -> None:
         self.llm: Any = None
+        self.preemptions = 0
+
+    @property
+    def _scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def start(self, options: dict[str, Any]) -> dict[str, Any]:
         from vllm import LLM
+        from vllm.config import KVEventsConfig, KVTransferConfig
 
+        self.stop()
         began = time.monotonic()
-        if options.get("kv_transfer_config"):
-            from vllm.config import KVTransferConfig
-
-            options["kv_transfer_config"] = KVTransferConfig(**options["kv_transfer_config"])
-            spoil_loads()
+        connector = options.pop("connector", None)
+        if connector is not None:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="SwiftCacheConnector",
+                kv_connector_module_path="swiftcache.vllm",
+                kv_role="kv_both",
+                kv_connector_extra_config=connector,
+            )
+        if other := options.pop("other_connector", None):
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector=other["kv_connector"],
+                kv_role="kv_both",
+                kv_connector_extra_config={"shared_storage_path": other["path"]},
+            )
+        if options.pop("events", False):
+            options["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         self.llm = LLM(**options)
+        self.preemptions = 0
+        preempt = self._scheduler._preempt_request
+
+        def counted(*arguments: Any, **named: Any) -> None:
+            self.preemptions += 1
+            preempt(*arguments, **named)
+
+        self._scheduler._preempt_request = counted
+        if connector is not None:
+            self.llm.collective_rpc(install)
         config = self.llm.llm_engine.vllm_config
         return {
             "seconds": time.monotonic() - began,
             "blocks": config.cache_config.num_gpu_blocks,
             "async_scheduling": config.scheduler_config.async_scheduling,
+            "policy": config.kv_transfer_config.kv_load_failure_policy if connector is not None else None,
         }
 
     def stop(self) -> None:
-        import gc
-
-        self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
-        gc.collect()
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            gc.collect()
 
     def add(self, name: str, tokens: list[int], max_tokens: int, salt: str | None = None) -> None:
         from vllm import SamplingParams
@@ -84,65 +158,72 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt:
             prompt["cache_salt"] = salt
-        self.llm.llm_engine.add_request(
-            name, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        )
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        self.llm.llm_engine.add_request(name, prompt, parameters)
 
-    def step(self, count: int = 1) -> dict[str, Any]:
+    def step(self, count: int = 0) -> dict[str, Any]:
         """`count` steps, or fewer when nothing is left to do; 0: until nothing is."""
         done: dict[str, Any] = {}
-        engine = self.llm.llm_engine
-        taken = 0
+        engine, taken, seconds = self.llm.llm_engine, 0, []
         while engine.has_unfinished_requests() and (count == 0 or taken < count):
             taken += 1
-            for output in engine.step():
+            began = time.perf_counter()
+            outputs = engine.step()
+            seconds.append(time.perf_counter() - began)
+            for output in outputs:
                 if output.finished:
                     done[output.request_id] = {
                         "tokens": list(output.outputs[0].token_ids),
                         "cached": output.num_cached_tokens,
                         "reason": output.outputs[0].finish_reason,
                     }
-        return {"finished": done, "left": engine.has_unfinished_requests()}
+        return {"finished": done, "left": engine.has_unfinished_requests(), "seconds": seconds}
 
-    def settle(self) -> None:
-        """Steps until vLLM has let go of every finished request's blocks."""
-        core = self.llm.llm_engine.engine_core.engine_core
-        while core.scheduler.has_requests():
+    def settle(self) -> dict[str, int]:
+        """Until vLLM has let go of all blocks, and what was stored can be found by others."""
+        while self._scheduler.has_requests():
             self.llm.llm_engine.step()
-            core.step_fn() if core.scheduler.has_requests() else None
+        if not hasattr(self._scheduler.connector, "scheduler"):
+            return {}
+        total: dict[str, int] = {}
+        for outcome in self.llm.collective_rpc(flush):
+            for name, count in outcome.items():
+                total[name] = total.get(name, 0) + count
+        return total
 
-    def reset(self) -> bool:
+    def reset(self, connector: bool = False) -> bool:
+        """Forgets vLLM's own prefix cache."""
         self.settle()
-        return bool(self.llm.reset_prefix_cache())
+        return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
     def abort(self, name: str) -> None:
         self.llm.llm_engine.abort_request([name])
 
     def lose(self, positions: list[int]) -> None:
-        lose[:] = positions
+        self.llm.collective_rpc(lose, args=(positions,))
 
-    def _sides(self) -> tuple[Any, Any]:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-        core = self.llm.llm_engine.engine_core.engine_core
-        return core.scheduler.connector.scheduler, get_kv_transfer_group().worker
-
-    def wait_open(self, seconds: float = 60) -> bool:
-        return self._sides()[1]._cache.wait_open(seconds)
+    def leased(self) -> bool:
+        return all(self.llm.collective_rpc(leased))
 
     def stats(self) -> dict[str, float]:
-        return self._sides()[1]._cache.stats()
+        """Over all workers."""
+        total: dict[str, float] = {}
+        for one in self.llm.collective_rpc(stats):
+            for name, value in one.items():
+                total[name] = total.get(name, 0) + value
+        return total
 
-    def internals(self) -> dict[str, Any]:
-        scheduler, worker = self._sides()
+    def held(self) -> dict[str, Any]:
+        scheduler = self._scheduler.connector.scheduler
         return {
+            "workers": self.llm.collective_rpc(held),
             "tracked": len(scheduler._tracked),
             "jobs": len(scheduler._jobs),
-            "storing": len(worker._storing),
-            "receiving": len(worker._receiving),
-            "namespace": worker.namespace,
-            "preempted": getattr(self, "preempted", 0),
+            "preemptions": self.preemptions,
         }
+
+    def events(self) -> list[str]:
+        return [type(event).__name__ for event in self._scheduler.connector.scheduler.take_events()]
 
 
 def main() -> None:
@@ -150,16 +231,12 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            result = getattr(engine, command["do"])(**command.get("with", {}))
-            answer = {"ok": result}
-        except BaseException as reason:  # the test wants to hear of all
-            import traceback
-
+            answer = {"ok": getattr(engine, command["do"])(**command.get("with", {}))}
+        except Exception as reason:
             traceback.print_exc()
             answer = {"error": f"{type(reason).__name__}: {reason}"}
         answers.write(json.dumps(answer) + "\n")
-    if engine.llm is not None:
-        engine.stop()
+    engine.stop()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,9 @@ def test_weights_are_told_by_their_files(tmp_path: Path) -> None:
 
 def test_trouble_is_logged_once_a_period(monkeypatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("swiftcache.vllm.quiet.logger", SimpleNamespace(warning=lambda text, *of: lines.append(text % of)))
+    monkeypatch.setattr(
+        "swiftcache.vllm.quiet.logger", SimpleNamespace(warning=lambda text, *of: lines.append(text % of))
+    )
     now = [0.0]
     quiet = Quiet(lambda: now[0])
     for _ in range(5):

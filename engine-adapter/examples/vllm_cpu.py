@@ -1,0 +1,123 @@
+"""SwiftCache under vLLM, on a machine without a GPU: a broker, a donor, and an engine whose second answer comes from
+the donor. docs/vllm.md says what to install.
+
+    python engine-adapter/examples/vllm_cpu.py MODEL [PROGRAMS]
+
+MODEL is a directory or a name on Hugging Face; PROGRAMS is where swiftcache-broker and swiftcache are (target/debug).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+TOPOLOGY = """
+name = "two simulated GPUs on NVLink"
+[[device]]
+uuid = "SIM-0"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+[[device]]
+uuid = "SIM-1"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+[[link]]
+between = ["SIM-0", "SIM-1"]
+kind = "nvlink"
+gigabytes_per_second = 380.0
+"""
+
+
+def start_node(directory: Path, programs: Path) -> tuple[str, list[subprocess.Popen[bytes]]]:
+    """On a GPU server both run already; see docs/operations.md."""
+    topology, address = directory / "topology.toml", str(directory / "broker.sock")
+    topology.write_text(TOPOLOGY)
+    broker = subprocess.Popen(
+        [programs / "swiftcache-broker", "--probe", "simulated", "--topology", topology, "--socket", address]
+    )
+    with socket.socket(socket.AF_UNIX) as probe:
+        while probe.connect_ex(address) != 0:
+            time.sleep(0.01)
+    donor = subprocess.Popen(
+        [
+            programs / "swiftcache",
+            "donate",
+            "--socket",
+            address,
+            "--device",
+            "SIM-1",
+            "--bytes",
+            "256MiB",
+            "--slab",
+            "16MiB",
+        ]
+    )
+    return address, [donor, broker]
+
+
+def main() -> None:
+    model, programs = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "target/debug")
+    with tempfile.TemporaryDirectory() as directory:
+        address, processes = start_node(Path(directory), programs)
+        try:
+            converse(model, address)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def converse(model: str, address: str) -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
+    llm = LLM(
+        model=model,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        block_size=32,
+        max_model_len=2048,
+        distributed_executor_backend="uni",
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="SwiftCacheConnector",
+            kv_connector_module_path="swiftcache.vllm",
+            kv_role="kv_both",
+            kv_connector_extra_config={"socket": address, "max_leased_bytes": "128MiB"},
+        ),
+    )
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    # Only an example is in such a hurry; a server starts with misses.
+    cache = get_kv_transfer_group().worker._cache
+    cache.wait_open(60)
+    while not cache.stats()["leases"]:
+        time.sleep(0.01)
+
+    greedy = SamplingParams(temperature=0, max_tokens=16, detokenize=False)
+    history = [token % 500 for token in range(7, 607)]
+    first = llm.generate({"prompt_token_ids": history}, greedy)[0]
+    print("first turn: ", len(history), "tokens,", first.num_cached_tokens, "of them cached")
+
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests():  # blocks are kept until they are stored
+        llm.llm_engine.step()
+    assert llm.reset_prefix_cache(), "vLLM's own cache is forgotten: what is found now is on the donor"
+
+    history += [*first.outputs[0].token_ids, 1, 2, 3]
+    second = llm.generate({"prompt_token_ids": history}, greedy)[0]
+    print("second turn:", len(history), "tokens,", second.num_cached_tokens, "of them from the donor")
+    stats = cache.stats()
+    print(f"loaded {stats['loaded_nvlink_bytes']:.0f} bytes over the simulated NVLink")
+    llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What the engine tests share: configurations, workloads, and the tokens each gives without SwiftCache."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+from engine import Engine
+from node import SLAB, Node, eventually
+
+REPO = Path(__file__).resolve().parents[2]
+HOME = REPO / "target" / "vllm"
+BLOCK = 32
+ANSWER = 16
+"""Tokens of each answer."""
+POOL = 256
+"""Blocks of an engine's own pool: 8,192 tokens."""
+
+
+ENVIRONMENT = {
+    # One thread: with more, every step waits for whoever else uses the cores.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CACHE_ROOT": str(HOME / "cache"),
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def options(model: str = "llama", seed: int = 0, **more: Any) -> dict[str, Any]:
+    base = {
+        "model": str(models.make(model, HOME / "models", seed)),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 256,
+        "num_gpu_blocks_override": POOL,
+        "block_size": BLOCK,
+        "distributed_executor_backend": "uni",
+        "async_scheduling": False,
+        "disable_log_stats": True,
+    }
+    return base | more
+
+
+def tokens(seed: object, count: int) -> list[int]:
+    source = random.Random(str(seed))
+    return [source.randrange(models.VOCABULARY) for _ in range(count)]
+
+
+def shared_prefix() -> dict[str, list[int]]:
+    """Four at once, alike for 200 tokens."""
+    return {f"shared-{number}": tokens("prefix", 200) + tokens(number, 70 + 10 * number) for number in range(4)}
+
+
+def long_prompt() -> dict[str, list[int]]:
+    """Longer than a step takes: its prefill comes in chunks."""
+    return {"long": tokens("long", 700)}
+
+
+def talk(engine: Engine, turns: int = 3, between: Callable[[int], Any] = lambda turn: None, name: str = "talk"):
+    """A conversation: each prompt is all that was said before, and something new."""
+    history, said = tokens(name, 90), {}
+    for turn in range(turns):
+        label = f"{name}-{turn}"
+        said |= engine.generate({label: history}, ANSWER)
+        history = history + said[label]["tokens"] + tokens(f"{name}{turn}", 45)
+        between(turn)
+    return said
+
+
+def play(engine: Engine, between: Callable[[int], Any] = lambda turn: None) -> dict[str, dict[str, Any]]:
+    """All workloads."""
+    results = engine.generate(shared_prefix(), ANSWER)
+    results |= engine.generate(long_prompt(), ANSWER)
+    return results | talk(engine, between=between)
+
+
+def said(results: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    return {name: result["tokens"] for name, result in results.items()}
+
+
+def cached(results: dict[str, dict[str, Any]]) -> int:
+    return sum(result["cached"] for result in results.values())
+
+
+def traces() -> list[list[list[int]]]:
+    """Conversations of agents, as far as they fit: their texts, four characters a token."""
+    directory = Path(os.environ.get("SWIFTCACHE_TRACES", REPO.parent / "shared" / "traces" / "agent_miniswe"))
+    found = []
+    for file in sorted(directory.glob("*.jsonl"))[:3]:
+        texts = [json.loads(line)["input"].encode() for line in file.read_text().splitlines()]
+        turns = [[zlib.crc32(text[at : at + 4]) % models.VOCABULARY for at in range(0, len(text), 4)] for text in texts]
+        fitting = sorted((turn for turn in turns if len(turn) < 3000), key=len)[:3]
+        if fitting:
+            found.append(fitting)
+    return found
+
+
+def play_traces(engine: Engine) -> dict[str, dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {}
+    for number, conversation in enumerate(traces()):
+        for turn, prompt in enumerate(conversation):
+            results |= engine.generate({f"agent-{number}-{turn}": prompt}, ANSWER)
+    return results
+
+
+def connect(engine: Engine, node: Node, *, wait: bool = True, events: bool = False, connector: Any = None, **more: Any):
+    """Starts an engine with SwiftCache, and waits until it has leased room."""
+    settings = {"socket": node.socket, "max_leased_bytes": 8 * SLAB, "lease_step_bytes": SLAB} | (connector or {})
+    started = engine.start(**options(**more), connector=settings, events=events)
+    assert started["policy"] == "recompute"
+    if wait:
+        eventually("a lease", lambda: engine.ask("leased"))
+    return started
+
+
+class Lab:
+    """Engine processes, and what each configuration answers without SwiftCache."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._engines: dict[str, Engine] = {}
+        self._wanted: dict[str, dict[str, Any]] = {}
+
+    def engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            self._engines[name] = Engine(self._logs / f"{name}.log", ENVIRONMENT)
+        return self._engines[name]
+
+    def want(self, name: str, work: Callable[[Engine], dict[str, Any]] = play, **more: Any) -> dict[str, list[int]]:
+        """What the configuration says without the connector; run in the idle engine `name`."""
+        key = json.dumps([work.__name__, more], sort_keys=True)
+        if key not in self._wanted:
+            engine = self.engine(name)
+            engine.start(**options(**more))
+            self._wanted[key] = said(work(engine))
+            engine.ask("stop")
+        return self._wanted[key]
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()

@@ -1,0 +1,42 @@
+"""A node for the engine tests: the one of the module's own tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import os
+from pathlib import Path
+
+_FILE = Path(__file__).resolve().parents[2] / "engine-adapter" / "tests" / "node.py"
+_SPEC = importlib.util.spec_from_file_location("adapter_node", _FILE)
+assert _SPEC is not None and _SPEC.loader is not None
+_MODULE = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_MODULE)
+
+Node = _MODULE.Node
+eventually = _MODULE.eventually
+
+SLAB = 8 << 20
+
+
+def donate(node: Node, slabs: int = 16, device: str = "SIM-1"):
+    return node.start_donor(device, slabs, SLAB)
+
+
+def corrupt(donor: int) -> int:
+    """Flips every byte that is not zero in the memory a donor lends. Returns how many pages that touched."""
+    touched = 0
+    for link in Path(f"/proc/{donor}/fd").iterdir():
+        if "memfd:" not in os.readlink(link):
+            continue
+        with open(link, "r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                continue
+            with mmap.mmap(file.fileno(), size) as memory:
+                for at in range(0, size, mmap.PAGESIZE):
+                    page = memory[at : at + mmap.PAGESIZE]
+                    if any(page):
+                        memory[at : at + mmap.PAGESIZE] = bytes(byte ^ 0x55 for byte in page)
+                        touched += 1
+    return touched

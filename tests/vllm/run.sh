@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Tests the connector on the real engine: vLLM's CPU build, real brokers and donors on simulated devices. Everything it
+# installs (6 GB) goes into target/vllm and stays there. Arguments go to pytest; --setup only installs and builds,
+# --bench measures instead of testing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+home=target/vllm
+venv=$home/venv
+stamp=$venv/.requirements
+wanted=$(cat tests/vllm/requirements.txt tests/vllm/overrides.txt)
+mkdir -p "$home"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if ! uv=$(command -v uv); then
+        "${PYTHON:-python3}" -m venv "$home/uv"
+        "$home/uv/bin/pip" install --quiet --disable-pip-version-check uv
+        uv=$home/uv/bin/uv
+    fi
+    [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "${PYTHON:-python3}" "$venv"
+    "$uv" pip install --quiet --python "$venv/bin/python" \
+        --override tests/vllm/overrides.txt --requirement tests/vllm/requirements.txt
+    printf '%s\n' "$wanted" >"$stamp"
+fi
+for program in swiftcache-broker swiftcache; do
+    if [ ! -x "target/debug/$program" ]; then
+        "${CARGO:-cargo}" build --workspace --bins --locked
+    fi
+done
+VIRTUAL_ENV=$PWD/$venv "$venv/bin/maturin" develop --quiet --skip-install --locked \
+    --manifest-path engine-adapter/Cargo.toml
+export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
+"$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm
+"$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm
+if [ "${1-}" = --setup ]; then
+    exit
+fi
+if [ "${1-}" = --bench ]; then
+    shift
+    exec "$venv/bin/python" tests/vllm/bench.py "$@"
+fi
+exec "$venv/bin/python" -m pytest -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm "$@"

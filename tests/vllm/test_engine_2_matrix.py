@@ -1,0 +1,82 @@
+"""The same tokens in every way an engine can be run. Each configuration runs once without SwiftCache and once with,
+in one process: cold, and again with vLLM's own cache forgotten.
+"""
+
+from __future__ import annotations
+
+import lab as of
+import pytest
+from node import donate
+
+SYNC, ASYNC = {"load": "sync"}, {"load": "async"}
+
+CONFIGURATIONS = {
+    "llama-float32-async": {"connector": ASYNC},
+    "llama-bfloat16-sync": {"dtype": "bfloat16", "connector": SYNC},
+    "qwen3-float32-sync": {"model": "qwen3", "connector": SYNC},
+    "qwen3-bfloat16-async": {"model": "qwen3", "dtype": "bfloat16", "connector": ASYNC},
+    "llama-ahead-auto": {"async_scheduling": True, "connector": {}},
+    "llama-chunks-sync": {"max_num_batched_tokens": 96, "connector": SYNC},
+    "llama-tiny-pool-sync": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": SYNC},
+    "llama-tiny-pool-async": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": ASYNC},
+    "llama-compiled-sync": {"enforce_eager": False, "connector": SYNC},
+    "llama-two-ranks-sync": {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "connector": SYNC,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def donor(node):
+    node.start_broker()
+    return donate(node, slabs=32)
+
+
+def crowd() -> dict[str, list[int]]:
+    """More than a tiny pool holds at once."""
+    return {f"crowd-{number}": of.tokens("crowd", 64) + of.tokens(f"c{number}", 250) for number in range(5)}
+
+
+def work(engine) -> dict[str, dict]:
+    """Longer answers for the crowd: requests run out of blocks while they decode."""
+    return of.play(engine) | engine.generate(crowd(), 90)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens(lab, node, donor, name) -> None:
+    configuration = dict(CONFIGURATIONS[name])
+    connector = configuration.pop("connector")
+    tiny = "tiny" in name
+    do = work if tiny else of.play
+    want = lab.want("b", do, **configuration)
+    engine = lab.engine("b")
+    started = of.connect(engine, node, events="async" in name, connector=connector, **configuration)
+    assert started["async_scheduling"] == configuration.get("async_scheduling", False)
+
+    cold = do(engine)
+    assert of.said(cold) == want
+    assert engine.ask("reset")
+    warm = do(engine)
+    assert of.said(warm) == want
+    assert of.cached(warm) >= of.cached(cold) + 1000, "what was stored was found"
+
+    stats = engine.ask("stats")
+    ranks = configuration.get("tensor_parallel_size", 1)
+    assert stats["hit_donor_blocks"] >= ranks * 30
+    engine.ask("settle")
+    held = engine.ask("held")
+    assert (held["tracked"], held["jobs"]) == (0, 0)
+    assert all(worker["storing"] == worker["receiving"] == 0 for worker in held["workers"])
+    assert len({worker["namespace"] for worker in held["workers"]}) == ranks
+    assert (held["preemptions"] > 0) == tiny
+    if "async" in name:
+        assert "BlockStored" in engine.ask("events")
+
+    # A load of which blocks are gone, in this configuration too.
+    assert engine.ask("reset")
+    engine.ask("lose", positions=[0, 2])
+    assert of.said(engine.generate(of.shared_prefix(), of.ANSWER)).items() <= want.items()
+    assert all(worker["spoiled"] == 2 for worker in engine.ask("held")["workers"])
+    engine.ask("stop")
