@@ -9,6 +9,6 @@ for program in swiftcache-broker swiftcache; do
         "${CARGO:-cargo}" build --workspace --bins --locked
     fi
 done
-VIRTUAL_ENV=$venv "$venv/bin/maturin" develop --quiet --locked --manifest-path engine-adapter/Cargo.toml
+env -u CONDA_PREFIX VIRTUAL_ENV="$venv" "$venv/bin/maturin" develop --quiet --locked --manifest-path engine-adapter/Cargo.toml
 PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" -m pytest -c engine-adapter/tests/pytest.ini \
     --rootdir engine-adapter/tests engine-adapter/tests "$@"
