@@ -46,20 +46,8 @@ def start_node(directory: Path, programs: Path) -> tuple[str, list[subprocess.Po
     with socket.socket(socket.AF_UNIX) as probe:
         while probe.connect_ex(address) != 0:
             time.sleep(0.01)
-    donor = subprocess.Popen(
-        [
-            programs / "swiftcache",
-            "donate",
-            "--socket",
-            address,
-            "--device",
-            "SIM-1",
-            "--bytes",
-            "256MiB",
-            "--slab",
-            "16MiB",
-        ]
-    )
+    lend = f"donate --socket {address} --device SIM-1 --bytes 256MiB --slab 16MiB"
+    donor = subprocess.Popen([programs / "swiftcache", *lend.split()])
     return address, [donor, broker]
 
 

@@ -100,6 +100,7 @@ class Engine:
     def __init__(self) -> None:
         self.llm: Any = None
         self.preemptions = 0
+        self.published: list[str] = []
 
     @property
     def _scheduler(self) -> Any:
@@ -138,6 +139,15 @@ class Engine:
         self._scheduler._preempt_request = counted
         if connector is not None:
             self.llm.collective_rpc(install)
+            self.published = []
+            take = self._scheduler.connector.take_events
+
+            def recorded() -> list[Any]:
+                events = list(take())
+                self.published += [type(event).__name__ for event in events]
+                return events
+
+            self._scheduler.connector.take_events = recorded
         config = self.llm.llm_engine.vllm_config
         return {
             "seconds": time.monotonic() - began,
@@ -223,7 +233,8 @@ class Engine:
         }
 
     def events(self) -> list[str]:
-        return [type(event).__name__ for event in self._scheduler.connector.scheduler.take_events()]
+        """Kinds of the events that vLLM was given to publish."""
+        return self.published
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request, block_ids[0]), None
+        return self.scheduler.request_finished(request, block_ids[0] if block_ids else []), None
 
     def has_pending_block_frees(self) -> bool:
         return self.scheduler.frees_pending()

@@ -1,0 +1,42 @@
+"""docs/vllm.md: the example runs as written, and prints what the page says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import lab as of
+import models
+
+DOCS = of.REPO / "docs" / "vllm.md"
+
+
+def test_the_example_prints_what_the_docs_say() -> None:
+    said = re.search(r"```\n(first turn: .*?)```", DOCS.read_text(), re.DOTALL)
+    assert said is not None
+    command = [sys.executable, "engine-adapter/examples/vllm_cpu.py", str(models.make("llama", of.HOME / "models"))]
+    ran = subprocess.run(command, cwd=of.REPO, capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert said[1] in ran.stdout
+
+
+def test_every_setting_and_metric_is_documented() -> None:
+    from dataclasses import fields
+
+    from swiftcache.vllm.config import Settings
+    from swiftcache.vllm.metrics import COUNTERS, GAUGES
+
+    text = DOCS.read_text()
+    assert named(section(text, "Settings")) == {field.name for field in fields(Settings)}
+    assert named(section(text, "Metrics")) == {f"{name}_total" for name in COUNTERS} | set(GAUGES)
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ", maxsplit=1)[0]
+
+
+def named(text: str) -> set[str]:
+    """What the first column of a table names."""
+    rows = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
