@@ -65,7 +65,7 @@ def main() -> None:
 
 def converse(model: str, address: str) -> None:
     from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
 
     llm = LLM(
         model=model,
@@ -80,10 +80,14 @@ def converse(model: str, address: str) -> None:
             kv_role="kv_both",
             kv_connector_extra_config={"socket": address, "max_leased_bytes": "128MiB"},
         ),
+        # Has a request count as stored only when others can find its blocks: this example looks at once.
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     # Only an example is in such a hurry; a server starts with misses.
+    core = llm.llm_engine.engine_core.engine_core
+    core.scheduler.connector.scheduler._connection.wait_connected(60)
     cache = get_kv_transfer_group().worker._cache
     cache.wait_open(60)
     while not cache.stats()["leases"]:
@@ -94,7 +98,6 @@ def converse(model: str, address: str) -> None:
     first = llm.generate({"prompt_token_ids": history}, greedy)[0]
     print("first turn: ", len(history), "tokens,", first.num_cached_tokens, "of them cached")
 
-    core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests():  # blocks are kept until they are stored
         llm.llm_engine.step()
     assert llm.reset_prefix_cache(), "vLLM's own cache is forgotten: what is found now is on the donor"

@@ -114,7 +114,9 @@ def play_traces(engine: Engine) -> dict[str, dict[str, Any]]:
 
 def connect(engine: Engine, node: Node, *, wait: bool = True, events: bool = False, connector: Any = None, **more: Any):
     """Starts an engine with SwiftCache, and waits until it has leased room."""
-    settings = {"socket": node.socket, "max_leased_bytes": 8 * SLAB, "lease_step_bytes": SLAB} | (connector or {})
+    # A late lookup is a miss, which on a busy machine would be one here and there.
+    defaults = {"max_leased_bytes": 8 * SLAB, "lease_step_bytes": SLAB, "lookup_ms": 60_000}
+    settings = {"socket": node.socket} | defaults | (connector or {})
     started = engine.start(**options(**more), connector=settings, events=events)
     assert started["policy"] == "recompute"
     if wait:

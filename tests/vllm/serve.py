@@ -213,7 +213,9 @@ class Engine:
         self.llm.collective_rpc(lose, args=(positions,))
 
     def leased(self) -> bool:
-        return all(self.llm.collective_rpc(leased))
+        """Whether every worker has room, and the scheduler a broker to ask."""
+        connected = self._scheduler.connector.scheduler._connection.is_connected()
+        return connected and all(self.llm.collective_rpc(leased))
 
     def stats(self) -> dict[str, float]:
         """Over all workers."""
