@@ -34,6 +34,7 @@ fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
         device: node.device(device),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_secs(2),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyConfig, explain};
+use swiftcache_proto::domain::HandleKind;
 use swiftcache_tests::{
     engine::{self, Engine, SLAB_BYTES, eventually},
     node::Node,
@@ -16,6 +17,7 @@ fn config(node: &Node) -> DonorConfig {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_secs(2),
+        handle: None,
     }
 }
 
@@ -155,5 +157,14 @@ fn settings_that_cannot_work_are_named() -> Result<()> {
     };
     let text = open(nowhere)?;
     ensure!(text.contains("SIM-9"), "{text}");
+    let foreign = DonorConfig {
+        handle: Some(HandleKind::CudaIpc),
+        ..config(&node)
+    };
+    let text = open(foreign)?;
+    ensure!(
+        text.contains("handle") && text.contains("PosixFd"),
+        "{text}"
+    );
     Ok(())
 }

@@ -26,6 +26,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
             device: node.device(device),
             slab_bytes: SLAB_BYTES,
             drain: Duration::from_secs(30),
+            handle: None,
         };
         let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
         ensure!(donor.grow(SLABS * SLAB_BYTES)? == SLABS * SLAB_BYTES);

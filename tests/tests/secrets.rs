@@ -373,6 +373,7 @@ fn what_the_next_one_reads(next_tenant: &str) -> Result<Vec<u8>> {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_secs(1),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     donor.grow(SLAB_BYTES)?;

@@ -197,6 +197,7 @@ fn hits_are_counted_over_every_rank() -> Result<()> {
             device: node.device(1),
             slab_bytes: SLAB_BYTES,
             drain: Duration::ZERO,
+            handle: None,
         },
     )?;
     donor.grow(4 * SLAB_BYTES)?;

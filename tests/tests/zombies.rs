@@ -31,6 +31,7 @@ fn donor(node: &Node, slabs: u64) -> Result<Donor> {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_millis(100),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);

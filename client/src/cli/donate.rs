@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use clap::{ArgGroup, Args};
-use swiftcache_proto::domain::{Device, DeviceUuid};
+use clap::{ArgGroup, Args, ValueEnum};
+use swiftcache_proto::domain::{Device, DeviceUuid, HandleKind};
 use tracing::info;
 
 use super::{CliError, args::SocketArg, backend, output, size::size};
@@ -54,6 +54,10 @@ pub(super) struct DonateArgs {
     /// How long borrowers may take to move blocks away [default: the broker's]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     drain: Option<Duration>,
+    /// How borrowers open what is lent; on GPUs posix-fd also works where legacy IPC is refused [default: the
+    /// backend's best: cuda-ipc on GPUs]
+    #[arg(long, value_name = "KIND", value_enum)]
+    handle: Option<Opened>,
     /// How long to wait for everything to come back in the end
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     leave_within: Duration,
@@ -62,6 +66,24 @@ pub(super) struct DonateArgs {
     /// On a simulated device: where its use is written, the topology's usage_dir
     #[arg(long, value_name = "DIR")]
     usage_dir: Option<PathBuf>,
+}
+
+/// How borrowers open an allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Opened {
+    /// By a legacy CUDA handle
+    CudaIpc,
+    /// By a file descriptor
+    PosixFd,
+}
+
+impl From<Opened> for HandleKind {
+    fn from(opened: Opened) -> Self {
+        match opened {
+            Opened::CudaIpc => Self::CudaIpc,
+            Opened::PosixFd => Self::PosixFd,
+        }
+    }
 }
 
 /// Which devices to lend from.
@@ -224,6 +246,7 @@ fn start(
         device: device.uuid.clone(),
         slab_bytes: args.slab,
         drain: args.drain.unwrap_or(Duration::ZERO),
+        handle: args.handle.map(HandleKind::from),
     };
     let Some(bytes) = args.bytes else {
         let agent = AgentConfig {
@@ -308,6 +331,16 @@ mod tests {
         ] {
             assert!(parse(flags).is_err(), "{flags}");
         }
+    }
+
+    #[test]
+    fn the_way_that_borrowers_open_it_can_be_chosen() {
+        assert_eq!(parse("--bytes 1GiB").unwrap().handle, None);
+        let kind =
+            |text: &str| parse(&format!("--elastic --handle {text}")).map(|args| args.handle);
+        assert_eq!(kind("cuda-ipc").unwrap(), Some(Opened::CudaIpc));
+        assert_eq!(kind("posix-fd").unwrap(), Some(Opened::PosixFd));
+        assert!(kind("fabric").is_err());
     }
 
     #[test]

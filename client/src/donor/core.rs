@@ -116,7 +116,8 @@ impl Core {
 
     /// Takes one slab and offers it.
     pub(super) fn offer_one(&self) -> Result<()> {
-        let kind = *(self.layer.handle_kinds().first()).ok_or_else(|| {
+        let best = || self.layer.handle_kinds().first().copied();
+        let kind = self.config.handle.or_else(best).ok_or_else(|| {
             let problem = format!("the {} backend exports nothing", self.layer.name());
             Error::config("device", problem)
         })?;

@@ -17,7 +17,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::{convert::SLAB_BYTES, domain::DeviceUuid};
+use swiftcache_proto::{
+    convert::SLAB_BYTES,
+    domain::{DeviceUuid, HandleKind},
+};
 
 pub use agent::{Agent, AgentConfig, explain};
 pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
@@ -40,6 +43,9 @@ pub struct DonorConfig {
     pub slab_bytes: u64,
     /// How long borrowers may take to move blocks away when slabs are withdrawn; zero for the broker's default.
     pub drain: Duration,
+    /// How borrowers open the slabs; the backend's best way when not set. On CUDA that is `CudaIpc`, which does not
+    /// work between all containers, where `PosixFd` does.
+    pub handle: Option<HandleKind>,
 }
 
 /// What a donor holds now, and how giving back went so far.
@@ -67,7 +73,7 @@ impl Donor {
     /// A donor that offers nothing yet.
     ///
     /// # Errors
-    /// For a slab size out of bounds, or a device that is not there.
+    /// For a slab size out of bounds, a device that is not there, or a handle kind that the backend does not export.
     pub fn open(
         session: Session,
         layer: Arc<dyn DeviceLayer>,
@@ -85,6 +91,16 @@ impl Donor {
                 config.device
             );
             return Err(Error::config("device", problem));
+        }
+        let offers = layer.handle_kinds();
+        if let Some(kind) = config.handle
+            && !offers.contains(&kind)
+        {
+            let problem = format!(
+                "is {kind:?}; the {} backend exports {offers:?} here",
+                layer.name()
+            );
+            return Err(Error::config("handle", problem));
         }
         let (core, inbox) = Core::new(session, layer, config);
         let observer: Arc<dyn Observer> = Arc::clone(&core) as _;

@@ -41,6 +41,7 @@ fn main() -> Result<()> {
         device: flags.device,
         slab_bytes: flags.slab_bytes,
         drain: Duration::from_secs(1),
+        handle: None,
     };
     let donor = Donor::open(session, Arc::new(layer), config)?;
     let offered = donor.grow(flags.slabs * flags.slab_bytes)?;
