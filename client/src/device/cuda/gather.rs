@@ -258,12 +258,13 @@ impl Ring {
     pub(super) fn launch(
         &mut self,
         kernel: &GatherKernel,
-        (stream, route): (sys::CUstream, Route),
+        (stream, route, blocks): (sys::CUstream, Route, Option<c_uint>),
         (from, to): (&Memory, &Memory),
         pieces: &[Piece],
         entered: &Entered<'_>,
     ) -> Result<()> {
-        let blocks = route.blocks(kernel.multiprocessors);
+        let blocks = blocks.unwrap_or_else(|| route.blocks(kernel.multiprocessors));
+        let blocks = blocks.max(1);
         let way = (stream, blocks);
         let cut = Cut::of(pieces, blocks);
         let bases = (from.at(0, 0)?, to.at(0, 0)?);

@@ -27,6 +27,8 @@ pub enum Method {
     Batch,
     /// The gather kernel.
     Kernel,
+    /// The gather kernel on so many blocks, whatever the route takes: for finding out what it should take.
+    KernelOn(u32),
 }
 
 /// A stream of the driver. Dropping it waits for its copies.
@@ -132,7 +134,7 @@ impl CudaStream {
         entered: &Entered<'_>,
     ) -> Option<&GatherKernel> {
         let wanted = match self.method {
-            Method::Kernel => true,
+            Method::Kernel | Method::KernelOn(_) => true,
             Method::Each | Method::Batch => false,
             Method::Pick => {
                 let bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();
@@ -201,7 +203,11 @@ impl CopyStream for CudaStream {
             if let Some(route) = route
                 && let Some(kernel) = self.kernel(pieces, route, entered)
             {
-                let way = (self.raw(), route);
+                let blocks = match self.method {
+                    Method::KernelOn(blocks) => Some(blocks),
+                    _ => None,
+                };
+                let way = (self.raw(), route, blocks);
                 return state.ring.launch(kernel, way, (from, to), pieces, entered);
             }
             let batching = self.context.driver.batching;
