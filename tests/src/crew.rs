@@ -155,8 +155,6 @@ impl BorrowerProcess {
             .env("RUST_LOG", &job.log)
             .arg("--socket")
             .arg(node.socket())
-            .arg("--topology")
-            .arg(node.topology_file())
             .args(["--device", node.device(device).as_str()])
             .args(["--name", &job.name])
             .args(["--tenant", &job.tenant])
@@ -164,6 +162,7 @@ impl BorrowerProcess {
             .args(["--host-blocks", &job.host_blocks.to_string()])
             .args(["--conversations", &job.conversations.to_string()])
             .args(["--seed", &job.seed.to_string()]);
+        node.name_topology(&mut command);
         if let Some(file) = &job.log_file {
             command.stderr(fs::File::options().create(true).append(true).open(file)?);
         }

@@ -67,7 +67,7 @@ pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
 }
 
 impl Engine {
-    /// An engine with a pool on the borrower's device.
+    /// An engine with a pool on the borrower's device: in its HBM on CUDA, in host memory elsewhere.
     ///
     /// # Errors
     /// When the pool or the borrower cannot be had.
@@ -86,13 +86,19 @@ impl Engine {
     /// When the pool cannot be had.
     pub fn over(borrower: Arc<Borrower>, layer: &dyn DeviceLayer) -> Result<Self> {
         let device = borrower.config().device.clone();
+        let real = layer.name() == "cuda";
         let layers = LAYERS
             .iter()
-            .map(|bytes| {
+            .map(|layer_bytes| {
+                let bytes = u64::from(POOL) * layer_bytes;
                 Ok(PagedLayer {
-                    memory: layer.allocate_host(&device, u64::from(POOL) * bytes)?,
+                    // A simulated device's HBM is counted, and tests expect to find donors' there only.
+                    memory: match layer.handle_kinds().first() {
+                        Some(kind) if real => layer.allocate(&device, bytes, *kind)?,
+                        _ => layer.allocate_host(&device, bytes)?,
+                    },
                     offset: 0,
-                    block_stride: *bytes,
+                    block_stride: *layer_bytes,
                 })
             })
             .collect::<Result<_>>()?;

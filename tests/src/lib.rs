@@ -4,6 +4,7 @@ pub mod census;
 pub mod crew;
 pub mod dynamic;
 pub mod engine;
+pub mod full_stack;
 pub mod node;
 pub mod operator;
 pub mod programs;

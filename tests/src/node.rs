@@ -1,4 +1,4 @@
-//! A node for a test: a real broker on real sockets in a directory of its own, over simulated devices.
+//! A node for a test: a real broker on real sockets in a directory of its own, over simulated devices or real ones.
 
 use std::{
     fs,
@@ -13,7 +13,10 @@ use swiftcache_client::{
     device::{DeviceLayer, host::HostLayer},
     session::{Session, SessionConfig},
 };
-use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
+use swiftcache_proto::{
+    domain::{Device, DeviceUuid},
+    topology::Topology,
+};
 use tempfile::TempDir;
 
 use crate::{
@@ -60,9 +63,23 @@ pub struct Node {
     broker: Option<Program>,
 }
 
+/// What a node's devices are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Devices {
+    /// Three simulated ones, two of them on NVLink.
+    #[default]
+    Simulated,
+    /// Those that a topology file says there are. Borrowers use CUDA when it names GPUs.
+    File(PathBuf),
+    /// GPUs, which the broker finds through NVML, and borrowers through CUDA.
+    Gpus(Vec<Device>),
+}
+
 /// How a node's broker is run.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
+    /// Over which devices.
+    pub devices: Devices,
     /// Further options.
     pub options: Vec<String>,
     /// What is logged; warnings when empty.
@@ -96,13 +113,23 @@ impl Node {
         let usage = directory.path().join("usage");
         fs::create_dir(&usage)?;
         let hbm_bytes = setup.hbm_bytes.unwrap_or(1 << 30);
-        let text = TOPOLOGY
+        let simulated = TOPOLOGY
             .replace("USAGE", &usage.display().to_string())
             .replace("1073741824", &hbm_bytes.to_string());
-        let file = directory.path().join("topology.toml");
-        fs::write(&file, &text)?;
+        let topology = match &setup.devices {
+            Devices::Simulated => Some(simulated),
+            Devices::File(path) => Some(fs::read_to_string(path)?),
+            Devices::Gpus(_) => None,
+        };
+        if let Some(text) = &topology {
+            fs::write(directory.path().join("topology.toml"), text)?;
+        }
         let mut node = Self {
-            topology: Topology::parse(&text, "the test's topology")?,
+            topology: match (&setup.devices, topology) {
+                (_, Some(text)) => Topology::parse(&text, "the test's topology")?,
+                (Devices::Gpus(gpus), None) => found(gpus),
+                (_, None) => found(&[]),
+            },
             directory,
             setup,
             broker: None,
@@ -131,12 +158,11 @@ impl Node {
             log => log,
         };
         command
-            .args(["--probe", "simulated", "--log", log])
+            .args(["--log", log, "--probe", self.probe()])
             .arg("--socket")
             .arg(self.socket())
-            .arg("--topology")
-            .arg(self.topology_file())
             .args(&self.setup.options);
+        self.name_topology(&mut command);
         if let Some(file) = &self.setup.log_file {
             command.stderr(fs::File::options().create(true).append(true).open(file)?);
         }
@@ -144,6 +170,20 @@ impl Node {
         eventually("the broker to listen", || {
             Ok(UnixStream::connect(self.socket()).is_ok())
         })
+    }
+
+    fn probe(&self) -> &'static str {
+        match self.setup.devices {
+            Devices::Simulated | Devices::File(_) => "simulated",
+            Devices::Gpus(_) => "nvml",
+        }
+    }
+
+    /// Tells a program of the node's topology, where a file says what it is.
+    pub fn name_topology(&self, command: &mut Command) {
+        if !matches!(self.setup.devices, Devices::Gpus(_)) {
+            command.arg("--topology").arg(self.topology_file());
+        }
     }
 
     /// SIGKILLs the broker.
@@ -223,5 +263,14 @@ impl Node {
             name: name.to_owned(),
             tenant: String::new(),
         })?)
+    }
+}
+
+fn found(gpus: &[Device]) -> Topology {
+    Topology {
+        name: "this machine's GPUs".to_owned(),
+        devices: gpus.to_vec(),
+        links: Vec::new(),
+        usage_dir: None,
     }
 }

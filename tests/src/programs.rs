@@ -96,6 +96,14 @@ impl Program {
         Ok(())
     }
 
+    /// Whether it has ended, by itself or not.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
-    device::host::HostLayer,
+    device::{DeviceLayer, cuda::CudaLayer, host::HostLayer},
     session::{Session, SessionConfig},
 };
 use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
@@ -29,8 +29,9 @@ const LONGEST: u32 = 20;
 struct Flags {
     #[arg(long)]
     socket: PathBuf,
+    /// Simulated devices; without it, and when it names GPUs, those that CUDA shows.
     #[arg(long)]
-    topology: String,
+    topology: Option<String>,
     #[arg(long)]
     device: DeviceUuid,
     #[arg(long)]
@@ -88,7 +89,7 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: Flags) -> Result<()> {
-    let layer = HostLayer::from_topology(&Topology::load(&flags.topology)?, false)?;
+    let layer = open(flags.topology.as_deref())?;
     // The broker may be away: then this one begins without.
     let session = Session::start(SessionConfig {
         socket: flags.socket,
@@ -98,7 +99,7 @@ fn run(flags: Flags) -> Result<()> {
     let mut config = engine::config(flags.device, flags.slabs);
     config.host_tier_bytes = flags.host_blocks * BLOCK_BYTES;
     let mut borrower = Borrower {
-        engine: Engine::new(Some(session), Arc::new(layer), config)?,
+        engine: Engine::new(Some(session), layer, config)?,
         rng: StdRng::seed_from_u64(flags.seed),
         conversations: flags.conversations,
         report: Report::default(),
@@ -120,6 +121,18 @@ fn run(flags: Flags) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn open(topology: Option<&str>) -> Result<Arc<dyn DeviceLayer>> {
+    let topology = topology.map(Topology::load).transpose()?;
+    let simulated = topology.filter(|topology| {
+        let mut devices = topology.devices.iter();
+        !devices.all(|device| device.uuid.as_str().starts_with("GPU-"))
+    });
+    Ok(match simulated {
+        Some(topology) => Arc::new(HostLayer::from_topology(&topology, false)?),
+        None => Arc::new(CudaLayer::open()?),
+    })
 }
 
 impl Command {
