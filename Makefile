@@ -55,10 +55,11 @@ bench: setup
 	$(CARGO) build --release --locked --bin swiftcache-broker --bin swiftcache --bin swiftcache-bench
 	target/release/swiftcache-bench --write docs/benchmarks.md
 
-## Checks and measures the CUDA backend on this machine's GPU. Carry the program and tests/gpu/run.sh to run it
-## elsewhere.
+## Checks and measures the CUDA backend and the whole stack on this machine's GPUs. Carry the four programs and
+## tests/gpu/run.sh to run it elsewhere; `run.sh --only peers` is what two GPUs add.
 gpu:
-	$(CARGO) build --release --locked -p swiftcache-gpu-tests
+	$(CARGO) build --release --locked --bin swiftcache-gpu-check --bin swiftcache-broker --bin swiftcache \
+		--bin swiftcache-test-borrower
 	SWIFTCACHE_REQUIRE_GPU=1 tests/gpu/run.sh
 
 ## Compiles the kernels again, after a change to a .cu file; needs CUDA 12.1's nvcc.

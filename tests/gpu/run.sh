@@ -1,11 +1,20 @@
 #!/bin/sh
-# Checks and measures the CUDA backend on this machine's GPU. Builds nothing: it runs swiftcache-gpu-check, which
-# was built elsewhere by `cargo build --release -p swiftcache-gpu-tests`.
+# Checks and measures the CUDA backend on this machine's GPUs. Builds nothing: it runs swiftcache-gpu-check, which was
+# built elsewhere by `cargo build --release -p swiftcache-gpu-tests`. With swiftcache-broker, swiftcache and
+# swiftcache-test-borrower beside it, the full stack runs too.
 #
-#     tests/gpu/run.sh [PROGRAM [DIRECTORY FOR THE REPORT]]
+#     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
-# With SWIFTCACHE_REQUIRE_GPU=1 a machine without a GPU is a failure; otherwise it is skipped, and says so.
+# --only peers: what two GPUs add, and no more, in about four minutes.
+# With SWIFTCACHE_REQUIRE_GPU=1 a machine without a GPU is a failure; otherwise it is skipped, and says so. With
+# SWIFTCACHE_REQUIRE_PEERS=1 the same goes for a machine on which no GPU reaches another's memory.
 set -u
+only=
+if [ "${1:-}" = --only ]; then
+    only=${2:-}
+    [ "$only" = peers ] || { echo "--only takes peers, not \"$only\"" >&2; exit 2; }
+    shift 2
+fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
 program=${1:-$root/target/release/swiftcache-gpu-check}
 report=${2:-.}
@@ -17,16 +26,45 @@ if ! "$program" open cuda; then
 fi
 
 status=0
-echo "== conformance: two processes, both handle kinds, kill -9 of each party, every byte verified"
-"$program" conformance || status=1
 
-echo "== equal PID values in separate PID namespaces"
-if unshare --pid --fork --mount-proc true 2>/dev/null; then
-    unshare --pid --fork --mount-proc --kill-child "$program" pid-collision || status=1
+# step SECONDS NAME ARGUMENTS: one that hangs must not take the others' time.
+step() {
+    limit=$1
+    echo "== $2"
+    shift 2
+    start=$(date +%s)
+    timeout --kill-after=5 "$limit" "$program" "$@"
+    code=$?
+    [ $code = 124 ] && echo "FAILED: not done after $limit s"
+    [ $code = 0 ] || status=1
+    echo "== took $(($(date +%s) - start)) s"
+}
+
+step 30 "links: CUDA's view and NVML's" links
+if [ "$only" = peers ]; then
+    step 90 "conformance: memory of a process on another GPU" conformance --only "peer device"
 else
-    echo "not run: PID namespaces need privileges that this user lacks"
+    step 600 "conformance: two processes, both handle kinds, kill -9 of each party, every byte verified" conformance
+
+    echo "== equal PID values in separate PID namespaces"
+    if unshare --pid --fork --mount-proc true 2>/dev/null; then
+        unshare --pid --fork --mount-proc --kill-child "$program" pid-collision || status=1
+    else
+        echo "not run: PID namespaces need privileges that this user lacks"
+    fi
 fi
 
-echo "== benchmarks"
-"$program" bench --json "$report/gpu-bench.json" || status=1
+beside=$(dirname "$program")
+if [ -x "$beside/swiftcache-broker" ] && [ -x "$beside/swiftcache" ] && [ -x "$beside/swiftcache-test-borrower" ]; then
+    step 90 "full stack: broker over NVML, swiftcache donate, borrower" full-stack
+else
+    echo "== full stack: not run, swiftcache-broker, swiftcache and swiftcache-test-borrower are not in $beside"
+fi
+
+if [ "$only" = peers ]; then
+    step 150 "benchmarks between GPUs" bench --only peers --json "$report/gpu-peers.json"
+else
+    step 1200 "benchmarks" bench --json "$report/gpu-bench.json"
+fi
+step 120 "tuning of copies between GPUs" tune --json "$report/gpu-tune.json"
 exit $status

@@ -6,6 +6,8 @@ pub mod bench;
 pub mod collision;
 pub mod conformance;
 pub mod engine;
+pub mod full_stack;
+pub mod links;
 pub mod operation;
 pub mod pattern;
 pub mod peer;

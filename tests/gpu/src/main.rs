@@ -4,11 +4,13 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
+use swiftcache_broker::probe::{self, ProbeChoice};
 use swiftcache_client::device::{self, Choice};
 use swiftcache_gpu_tests::{
-    bench::{self, Scale},
+    bench::{self, Report, Scale},
     collision,
-    conformance::CHECKS,
+    conformance::{CHECKS, Check, PEER_CHECKS},
+    full_stack, links,
     operation::{self, Operation},
     peer,
     subject::{Backend, Subject, simulated},
@@ -37,6 +39,33 @@ enum Command {
         /// Moves a few bytes only, to see that everything runs: the figures mean nothing.
         #[arg(long)]
         small: bool,
+        /// Only the parts whose name contains this: peers, for instance.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// Measures copies between two GPUs by every method and number of kernel blocks.
+    Tune {
+        /// Also writes the figures to this file, as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Moves a few bytes only.
+        #[arg(long)]
+        small: bool,
+    },
+    /// Compares the links that CUDA reports with the broker's: fails when they differ.
+    Links {
+        /// nvml, or simulated with a topology.
+        #[arg(long, default_value = "nvml")]
+        probe: ProbeChoice,
+        /// A topology file.
+        #[arg(long)]
+        topology: Option<String>,
+    },
+    /// Runs a broker, `swiftcache donate` and a borrower, which lie beside this program, and checks every byte.
+    FullStack {
+        /// A topology file that names these GPUs, in place of NVML.
+        #[arg(long)]
+        topology: Option<PathBuf>,
     },
     /// Measures the host backend's copies beside memcpy.
     BenchHost,
@@ -73,17 +102,32 @@ fn run() -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     match Arguments::parse().command {
         Command::Conformance { only } => conformance(&Subject::cuda(program)?, &only),
-        Command::Bench { json, small } => {
-            let scale = if small { Scale::SMALL } else { Scale::FULL };
-            let mut progress = |part: &str| {
-                // Nobody may be reading; the figures go to standard output all the same.
-                let _ = writeln!(std::io::stderr(), "measuring: {part}");
+        Command::Bench { json, small, only } => {
+            let subject = Subject::cuda(program)?;
+            let report = bench::run(&subject, scale(small), &only, &mut note)?;
+            tell(&report, json)
+        }
+        Command::Tune { json, small } => {
+            let report = bench::tune(&Subject::cuda(program)?, scale(small), &mut note)?;
+            tell(&report, json)
+        }
+        Command::Links { probe, topology } => {
+            let subject = Subject::cuda(program)?;
+            let probe = probe::open(probe, topology.as_deref())?;
+            let comparison = links::compare(&*subject.layer, &*probe)?;
+            say(&comparison.lines.join("\n"))?;
+            Ok(match comparison.disagreements {
+                0 => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            })
+        }
+        Command::FullStack { topology } => {
+            let subject = Subject::cuda(program)?;
+            let mut said = |line: &str| {
+                // Nobody may be reading; the exit status says it all the same.
+                let _ = say(line);
             };
-            let report = bench::run(&Subject::cuda(program)?, scale, &mut progress)?;
-            if let Some(path) = json {
-                std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
-            }
-            say(&report.table())
+            full_stack::run(&*subject.layer, topology, &mut said).map(|()| ExitCode::SUCCESS)
         }
         Command::BenchHost => {
             let usage_dir = std::env::temp_dir().join("swiftcache-gpu-check");
@@ -103,14 +147,52 @@ fn run() -> Result<ExitCode> {
     }
 }
 
+fn scale(small: bool) -> Scale {
+    if small { Scale::SMALL } else { Scale::FULL }
+}
+
+/// A line of progress.
+fn note(line: &str) {
+    // Nobody may be reading; the figures go to standard output all the same.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+fn tell(report: &Report, json: Option<PathBuf>) -> Result<ExitCode> {
+    if let Some(path) = json {
+        std::fs::write(path, serde_json::to_vec_pretty(report)?)?;
+    }
+    say(&report.table())?;
+    Ok(match report.failures.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
 fn conformance(subject: &Subject, only: &str) -> Result<ExitCode> {
-    let chosen = || CHECKS.iter().filter(|(name, _)| name.contains(only));
+    let chosen = |checks: &'static [Check]| {
+        let chosen = checks.iter().filter(|(name, _)| name.contains(only));
+        chosen.collect::<Vec<_>>()
+    };
+    let (mut checks, peers) = (chosen(CHECKS), chosen(PEER_CHECKS));
     ensure!(
-        chosen().next().is_some(),
+        !checks.is_empty() || !peers.is_empty(),
         "no check's name contains {only:?}"
     );
     let mut code = ExitCode::SUCCESS;
-    for (name, check) in chosen() {
+    if !peers.is_empty() {
+        match subject.neighbour() {
+            // Before those that break a device.
+            Ok(_) => drop(checks.splice(0..0, peers)),
+            Err(problem) => match problem.excused() {
+                Ok(excuse) => drop(say(&format!("none    {excuse}"))?),
+                Err(error) => {
+                    code = ExitCode::FAILURE;
+                    say(&format!("FAILED  peers: {error:#}"))?;
+                }
+            },
+        }
+    }
+    for (name, check) in checks {
         match check(subject) {
             Ok(()) => say(&format!("ok      {name}"))?,
             Err(error) => {

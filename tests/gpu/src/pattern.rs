@@ -1,7 +1,7 @@
 //! Bytes that are a function of a seed and their position, so that any of them can be checked anywhere.
 
 use anyhow::{Result, ensure};
-use swiftcache_client::device::{CopyStream, Memory};
+use swiftcache_client::device::{CopyStream, Memory, Piece};
 
 /// How much is moved at a time, bytes.
 const CHUNK: usize = 4 << 20;
@@ -67,6 +67,44 @@ pub fn verify(
         stream.read(memory, offset + position, &mut found[..size])?;
         expect(&found[..size], &wanted[..size])
             .map_err(|error| error.context(format!("at offset {}", offset + position)))?;
+    }
+    Ok(())
+}
+
+/// Checks every byte that `pieces` moved: their targets hold the pattern of `seed` as it lies at their sources, which
+/// start at multiples of 8.
+///
+/// # Errors
+/// When a byte differs, naming its piece, or when the device refuses.
+pub fn verify_pieces(
+    stream: &dyn CopyStream,
+    to: &Memory,
+    pieces: &[Piece],
+    seed: u64,
+) -> Result<()> {
+    let mut sorted = pieces.to_vec();
+    sorted.sort_unstable_by_key(|piece| piece.to);
+    let (mut found, mut wanted) = (Vec::new(), Vec::new());
+    let mut left = &sorted[..];
+    while let Some(first) = left.first() {
+        // Pieces that lie side by side are read together: one by one, a layer's would take seconds.
+        let mut end = first.to;
+        let together = left.iter().take_while(|piece| {
+            let joins = piece.to == end && (end == first.to || end - first.to < CHUNK as u64);
+            end += if joins { piece.bytes } else { 0 };
+            joins
+        });
+        let (here, rest) = left.split_at(together.count());
+        found.resize((end - first.to) as usize, 0);
+        stream.read(to, first.to, &mut found)?;
+        for piece in here {
+            wanted.resize(piece.bytes as usize, 0);
+            fill_from(seed, piece.from, &mut wanted);
+            let at = (piece.to - first.to) as usize;
+            expect(&found[at..at + wanted.len()], &wanted)
+                .map_err(|error| error.context(format!("{piece:?}")))?;
+        }
+        left = rest;
     }
     Ok(())
 }

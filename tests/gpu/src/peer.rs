@@ -63,6 +63,11 @@ pub enum Request {
         /// The pattern.
         seed: u64,
     },
+    /// Say how much HBM of a device is free.
+    Hbm {
+        /// Which device.
+        device: DeviceUuid,
+    },
     /// Say which PID it has, as it sees itself.
     Pid,
     /// Let go of memory number `memory`.
@@ -77,6 +82,7 @@ enum Reply {
     Done,
     Memory(u64),
     Pid(u32),
+    Free(u64),
     Failed(String),
     Unavailable(String),
 }
@@ -202,6 +208,18 @@ impl Peer {
         }
     }
 
+    /// Free HBM of a device, bytes, as the peer sees it: asking makes its context there, if it has none yet.
+    ///
+    /// # Errors
+    /// When the peer could not, or is gone.
+    pub fn free_hbm(&mut self, device: &DeviceUuid) -> Result<u64> {
+        let device = device.clone();
+        match self.exchange(Request::Hbm { device }, None)? {
+            (Reply::Free(bytes), _) => Ok(bytes),
+            other => bail!("the peer answered {other:?}"),
+        }
+    }
+
     /// The process's number.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -282,6 +300,7 @@ pub fn serve(backend: &Backend) -> Result<()> {
                     pattern::write(&*stream, memory, 0, memory.bytes(), seed)?;
                     Ok((Reply::Done, None))
                 }
+                Request::Hbm { device } => Ok((Reply::Free(layer.hbm(&device)?.free), None)),
                 Request::Pid => Ok((Reply::Pid(std::process::id()), None)),
                 Request::Drop { memory } => {
                     memories.remove(&memory).context("no such memory")?;

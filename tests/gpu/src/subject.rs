@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use swiftcache_client::device::{
     CopyStream, DeviceError, DeviceLayer,
@@ -10,6 +10,7 @@ use swiftcache_client::device::{
     host::{HostLayer, HostOptions},
 };
 use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
+use thiserror::Error;
 
 /// A backend to open, in this process or in another.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -93,6 +94,27 @@ impl fmt::Debug for Subject {
     }
 }
 
+/// When this is `1`, a machine on which no GPU reaches another's memory is a failure.
+pub const REQUIRE_PEERS_VARIABLE: &str = "SWIFTCACHE_REQUIRE_PEERS";
+
+/// Why nothing can be copied between two devices here.
+#[derive(Clone, Debug, Error)]
+#[error("{0}")]
+pub struct NoPeers(String);
+
+impl NoPeers {
+    /// What to tell people, where that is no failure.
+    ///
+    /// # Errors
+    /// Where peers are required: [`REQUIRE_PEERS_VARIABLE`].
+    pub fn excused(self) -> Result<String> {
+        if std::env::var_os(REQUIRE_PEERS_VARIABLE).is_some_and(|value| value == "1") {
+            bail!("{self}, and {REQUIRE_PEERS_VARIABLE}=1 demands them");
+        }
+        Ok(self.0)
+    }
+}
+
 /// Where the stub driver keeps its allocations and reads its faults.
 pub const STUB_DIR_VARIABLE: &str = "SWIFTCACHE_STUB_DIR";
 
@@ -130,6 +152,23 @@ impl Subject {
     pub fn other_device(&self) -> Result<DeviceUuid> {
         let device = self.layer.devices().last().context("no device")?;
         Ok(device.uuid.clone())
+    }
+
+    /// The other device whose memory the first one reaches, and by what link; why there is none, in words.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn neighbour(&self) -> Result<(DeviceUuid, LinkKind), NoPeers> {
+        let [first, .., last] = self.layer.devices() else {
+            return Err(NoPeers("one GPU: no peer copies".to_owned()));
+        };
+        match self.layer.link_kind(&first.uuid, &last.uuid) {
+            LinkKind::Host => Err(NoPeers(format!(
+                "{} has no peer access to {}: no peer copies",
+                first.uuid, last.uuid
+            ))),
+            link => Ok((last.uuid.clone(), link)),
+        }
     }
 
     /// A stream of the first device.

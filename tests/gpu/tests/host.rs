@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use swiftcache_client::device::Piece;
 use swiftcache_gpu_tests::{
-    conformance::{self, CHECKS},
+    conformance::{self, CHECKS, PEER_CHECKS},
+    pattern,
     subject::{Backend, Subject, simulated},
 };
 
@@ -26,6 +28,7 @@ fn subject(usage_dir: &std::path::Path) -> Subject {
 fn the_host_backend_keeps_every_promise() {
     let failures: Vec<String> = CHECKS
         .iter()
+        .chain(PEER_CHECKS)
         .filter_map(|(name, check)| {
             let dir = tempfile::tempdir().unwrap();
             let error = check(&subject(dir.path())).err()?;
@@ -33,6 +36,32 @@ fn the_host_backend_keeps_every_promise() {
         })
         .collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_wrong_byte_among_pieces_is_found() {
+    const BYTES: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let subject = subject(dir.path());
+    let kind = subject.layer.handle_kinds()[0];
+    let device = subject.device().unwrap();
+    let allocate = || subject.layer.allocate(&device, 64 * BYTES, kind).unwrap();
+    let (from, to, stream) = (allocate(), allocate(), subject.stream().unwrap());
+    let piece = |index: u64| Piece {
+        from: index * BYTES,
+        to: (63 - index) * BYTES,
+        bytes: BYTES,
+    };
+    let pieces: Vec<Piece> = (0..64).map(piece).collect();
+    pattern::write(&*stream, &from, 0, 64 * BYTES, 3).unwrap();
+    stream.copy(&from, &to, &pieces).unwrap();
+    pattern::verify_pieces(&*stream, &to, &pieces, 3).unwrap();
+    let mut byte = [0];
+    let last = 64 * BYTES - 1;
+    stream.read(&to, last, &mut byte).unwrap();
+    stream.write(&to, last, &[!byte[0]]).unwrap();
+    let error = pattern::verify_pieces(&*stream, &to, &pieces, 3).unwrap_err();
+    assert!(format!("{error:#}").contains("byte 4095"), "{error:#}");
 }
 
 #[test]

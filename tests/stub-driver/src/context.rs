@@ -1,10 +1,10 @@
 //! Primary contexts, and the one that is current on each thread.
 
-use std::{cell::RefCell, ffi::c_int};
+use std::{cell::RefCell, ffi::c_int, fs::File, path::PathBuf};
 
 use crate::{
-    Code, INVALID_CONTEXT, INVALID_VALUE, PEER_ACCESS_ALREADY_ENABLED, PEER_ACCESS_UNSUPPORTED,
-    begin, code, device, world,
+    Code, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, PEER_ACCESS_ALREADY_ENABLED,
+    PEER_ACCESS_UNSUPPORTED, begin, code, device, faults, world,
 };
 
 thread_local! {
@@ -19,7 +19,7 @@ pub(crate) fn current() -> Result<c_int, Code> {
 }
 
 /// Contexts are devices' numbers, from 1 on.
-fn device_of(context: usize) -> Result<c_int, Code> {
+pub(crate) fn device_of(context: usize) -> Result<c_int, Code> {
     let device = c_int::try_from(context).map_err(|_| INVALID_CONTEXT)? - 1;
     let retained = world().retained.get(&device).copied().unwrap_or(0);
     if retained == 0 {
@@ -29,13 +29,34 @@ fn device_of(context: usize) -> Result<c_int, Code> {
     }
 }
 
+/// HBM of a process's context on a device, bytes; a real one takes some 500 MB.
+const CONTEXT_BYTES: u64 = 64 << 20;
+
+/// What accounts for a context: a file like those of allocations, empty on disk.
+fn hbm_file(device: c_int) -> Option<PathBuf> {
+    let name = format!("{device}-{}-context", std::process::id());
+    Some(faults::directory()?.join(name))
+}
+
+fn take_hbm(device: c_int) -> Result<(), Code> {
+    let path = hbm_file(device).ok_or(OUT_OF_MEMORY)?;
+    let file = File::create(path).map_err(|_| OUT_OF_MEMORY)?;
+    file.set_len(CONTEXT_BYTES).map_err(|_| OUT_OF_MEMORY)
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c_int) -> Code {
     let checked = begin("cuDevicePrimaryCtxRetain").and_then(|()| device::check(number));
-    code(checked.map(|()| {
-        *world().retained.entry(number).or_default() += 1;
+    code(checked.and_then(|()| {
+        let mut world = world();
+        let retained = world.retained.entry(number).or_default();
+        *retained += 1;
+        if *retained == 1 {
+            take_hbm(number)?;
+        }
         // SAFETY: the caller gives room for one context.
         unsafe { context.write(number as usize + 1) };
+        Ok(())
     }))
 }
 
@@ -44,7 +65,13 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
     code(begin("cuDevicePrimaryCtxRelease_v2").and_then(|()| {
         let mut world = world();
         let retained = world.retained.get_mut(&number).filter(|count| **count > 0);
-        *retained.ok_or(INVALID_CONTEXT)? -= 1;
+        let retained = retained.ok_or(INVALID_CONTEXT)?;
+        *retained -= 1;
+        if *retained == 0
+            && let Some(file) = hbm_file(number)
+        {
+            std::fs::remove_file(file).map_err(|_| INVALID_CONTEXT)?;
+        }
         Ok(())
     }))
 }
@@ -52,7 +79,7 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxPushCurrent_v2(context: usize) -> Code {
     // A broken context can still be made current: what is done in it fails.
-    let checked = crate::faults::injected("cuCtxPushCurrent_v2").map_or(Ok(()), Err);
+    let checked = faults::injected("cuCtxPushCurrent_v2").map_or(Ok(()), Err);
     code(checked.and_then(|()| device_of(context)).map(|device| {
         STACK.with_borrow_mut(|stack| stack.push(device));
     }))

@@ -2,6 +2,7 @@
 
 use crate::{
     Code, INVALID_VALUE, begin, code,
+    context::device_of,
     stream::{Work, find, queue},
 };
 
@@ -35,6 +36,22 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     stream: usize,
 ) -> Code {
     code(begin("cuMemcpyDtoDAsync_v2").and_then(|()| queue(stream, Work::Copy { to, from, bytes })))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyPeerAsync(
+    to: u64,
+    to_context: usize,
+    from: u64,
+    from_context: usize,
+    bytes: usize,
+    stream: usize,
+) -> Code {
+    code(begin("cuMemcpyPeerAsync").and_then(|()| {
+        device_of(to_context)?;
+        device_of(from_context)?;
+        queue(stream, Work::Copy { to, from, bytes })
+    }))
 }
 
 #[repr(C)]

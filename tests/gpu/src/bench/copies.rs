@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece, cuda::Method};
 
-use super::{Bench, Row};
+use super::{Bench, Course, Row, Rows};
 use crate::pattern;
 
 const KIB: u64 = 1 << 10;
@@ -23,16 +23,31 @@ const MODELS: [(&str, u64); 4] = [
 /// The driver's batches and single copies are slow for small pieces; more than this many says nothing new.
 const MOST_SINGLE_COPIES: u64 = 4096;
 
+/// Sizes of scattered pieces, bytes.
+pub(super) const PIECES: [u64; 11] = [
+    4 * KIB,
+    8 * KIB,
+    16 * KIB,
+    32 * KIB,
+    64 * KIB,
+    128 * KIB,
+    256 * KIB,
+    512 * KIB,
+    MIB,
+    2 * MIB,
+    4 * MIB,
+];
+
 /// Contiguous copies, as a layer of consecutive blocks is.
-pub(super) fn extents(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+pub(super) fn extents(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
+    let bench = course.bench;
     let stream = bench.layer.stream(&bench.device)?;
-    let [from, to] = &bench.memories;
     for bytes in [MIB, 2 * MIB, 8 * MIB, 32 * MIB, 128 * MIB, 512 * MIB] {
-        if bytes > bench.scale.memory {
+        if bytes > course.size() {
             continue;
         }
-        let plain = bench.plain_copy(bytes)?;
-        let places = bench.scale.memory / bytes;
+        let plain = course.plain(bytes)?;
+        let places = course.size() / bytes;
         let seconds = bench.time_stream(&*stream, |number| {
             let offset = (number % places) * bytes;
             let piece = Piece {
@@ -40,85 +55,86 @@ pub(super) fn extents(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
                 to: offset,
                 bytes,
             };
-            Ok(stream.copy(from, to, &[piece])?)
+            Ok(stream.copy(course.from, course.to, &[piece])?)
         })?;
-        rows.push(Row {
-            group: "extent",
-            case: size(bytes),
+        let whole = Piece {
+            from: 0,
+            to: 0,
             bytes,
-            seconds,
-            against: "plain device-to-device copy".to_owned(),
-            ratio: Some(plain / seconds),
-        });
+        };
+        let row = course.row("extent", &size(bytes), bytes, (seconds, plain));
+        let verified = verify(&stream, course.from, course.to, &[whole]);
+        rows.check(&row.case, verified);
+        rows.push(row);
     }
     Ok(())
 }
 
-/// Pieces of one size, scattered on both sides, by each method.
-pub(super) fn scattered(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
-    for kib in [4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] {
-        let bytes = kib * KIB;
+/// Pieces of each size, scattered on both sides, by each method.
+pub(super) fn scattered(course: &Course<'_>, sizes: &[u64], rows: &mut Rows<'_>) -> Result<()> {
+    for &bytes in sizes {
         for method in [Method::Each, Method::Batch, Method::Kernel] {
             let most = match method {
                 Method::Each | Method::Batch => MOST_SINGLE_COPIES,
-                Method::Pick | Method::Kernel => u64::MAX,
+                Method::Pick | Method::Kernel | Method::KernelOn(_) => u64::MAX,
             };
-            let count = (bench.scale.bytes / bytes).clamp(1, most);
-            let case = format!("{} x {}, {}", count, size(bytes), name(method));
-            rows.push(measure(bench, "scattered", case, bytes, count, method)?);
+            let count = (course.bench.scale.bytes / bytes).clamp(1, most);
+            let case = format!("{count} x {}, {}", size(bytes), name(method));
+            let what = ("scattered", case.as_str());
+            measure(course, what, (bytes, count), method, rows)?;
         }
     }
     Ok(())
 }
 
 /// What an engine moves per layer: K and V of every block of a prompt, each scattered.
-pub(super) fn models(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+pub(super) fn models(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
     for (model, bytes) in MODELS {
         for blocks in [16, 64, 512, 2048] {
             let count = 2 * blocks;
-            if count * bytes > bench.scale.memory / 2 {
+            if count * bytes > course.size() / 2 {
                 continue;
             }
             let case = format!("{model}: {} tokens", blocks * 16);
-            rows.push(measure(
-                bench,
-                "16-token blocks",
-                case,
-                bytes,
-                count,
-                Method::Pick,
-            )?);
+            let what = ("16-token blocks", case.as_str());
+            measure(course, what, (bytes, count), Method::Pick, rows)?;
         }
     }
     Ok(())
 }
 
+/// So many pieces of so many bytes, beside a plain copy of them all.
 fn measure(
-    bench: &Bench<'_>,
-    group: &'static str,
-    case: String,
-    bytes: u64,
-    count: u64,
+    course: &Course<'_>,
+    (group, case): (&str, &str),
+    (bytes, count): (u64, u64),
     method: Method,
-) -> Result<Row> {
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let plain = course.plain(bytes * count)?;
+    let (stream, pieces, seconds) = time_pieces(course, (bytes, count), method)?;
+    let row = course.row(group, case, bytes * count, (seconds, plain));
+    let verified = verify(&stream, course.from, course.to, &pieces);
+    rows.check(&row.case, verified);
+    rows.push(row);
+    Ok(())
+}
+
+/// Seconds for `count` scattered pieces of `bytes` by one method, and the stream that copied which pieces.
+pub(super) fn time_pieces(
+    course: &Course<'_>,
+    (bytes, count): (u64, u64),
+    method: Method,
+) -> Result<(Arc<dyn CopyStream>, Vec<Piece>, f64)> {
+    let bench = course.bench;
     let stream = bench.layer.stream_by(&bench.device, method)?;
-    let [from, to] = &bench.memories;
-    let total = bytes * count;
-    let layouts = scatter(bench.scale.memory, bytes, count);
-    let plain = bench.plain_copy(total)?;
+    let mut layouts = scatter(course.size(), bytes, count);
+    ensure!(!layouts.is_empty(), "{count} x {bytes} bytes do not fit");
     let seconds = bench.time_stream(&*stream, |number| {
         let pieces = &layouts[number as usize % layouts.len()];
-        Ok(stream.copy(from, to, pieces)?)
+        Ok(stream.copy(course.from, course.to, pieces)?)
     })?;
-    verify(&stream, from, to, &layouts[0])?;
-    Ok(Row {
-        group,
-        case,
-        bytes: total,
-        seconds,
-        against: "plain device-to-device copy".to_owned(),
-        ratio: Some(plain / seconds),
-    })
+    Ok((stream, layouts.swap_remove(0), seconds))
 }
 
 /// Several lists of `count` pieces: blocks of the source in random order to random blocks of the target. Together they
@@ -168,7 +184,7 @@ fn verify(
 }
 
 /// Pinned host memory, both ways: what PCIe offload costs on this machine.
-pub(super) fn host(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+pub(super) fn host(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let bytes = bench.scale.bytes;
     let host = bench.layer.allocate_host(&bench.device, 4 * bytes)?;
     let device = &bench.memories[0];
@@ -184,7 +200,7 @@ pub(super) fn host(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
             Ok(stream.copy(from, to, &[piece])?)
         })?;
         rows.push(Row {
-            group: "pinned host memory",
+            group: "pinned host memory".to_owned(),
             case: case.to_owned(),
             bytes,
             seconds,
@@ -193,7 +209,7 @@ pub(super) fn host(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
         });
         Ok::<f64, anyhow::Error>(seconds)
     };
-    let plain = bench.plain_copy(bytes)?;
+    let plain = Course::within(bench).plain(bytes)?;
     let fetch = rate("host to device, one extent", &host, device, Some(plain))?;
     let back = rate("device to host, one extent", device, &host, Some(plain))?;
     for (way, from, to, whole) in [
@@ -212,7 +228,7 @@ pub(super) fn host(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
                 })?;
                 verify(&stream, from, to, &layouts[0])?;
                 rows.push(Row {
-                    group: "pinned host memory",
+                    group: "pinned host memory".to_owned(),
                     case: format!("{way}, {count} x {}, {}", size(piece_bytes), name(method)),
                     bytes,
                     seconds,
@@ -225,16 +241,18 @@ pub(super) fn host(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     Ok(())
 }
 
-fn name(method: Method) -> &'static str {
-    match method {
+pub(super) fn name(method: Method) -> String {
+    let name = match method {
         Method::Pick => "picked",
         Method::Each => "one by one",
         Method::Batch => "batched",
         Method::Kernel => "kernel",
-    }
+        Method::KernelOn(blocks) => return format!("kernel on {blocks} blocks"),
+    };
+    name.to_owned()
 }
 
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     if bytes.is_multiple_of(MIB) {
         format!("{} MiB", bytes / MIB)
     } else {

@@ -45,7 +45,7 @@ pub fn run(usage_dir: std::path::PathBuf, rounds: usize) -> Result<Vec<Row>> {
         stream.read(&to, 0, &mut target)?;
         ensure!(target == source, "the copy is wrong");
         rows.push(Row {
-            group: "host extent",
+            group: "host extent".to_owned(),
             case: format!("{} MiB", size / MIB),
             bytes,
             seconds: ours.as_secs_f64(),

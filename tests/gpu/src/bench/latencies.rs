@@ -4,16 +4,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use swiftcache_client::device::{DeviceLayer, Piece};
+use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 
-use super::{Bench, Row};
-use crate::{peer::Peer, subject::Subject};
+use super::{Bench, Row, Rows};
+use crate::{
+    peer::{Peer, Request},
+    subject::Subject,
+};
 
 const MIB: u64 = 1 << 20;
 
 /// How often each is done; the median is told.
 const TIMES: usize = 9;
 
-pub(super) fn run(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     context(bench.subject, bench, rows)?;
     let sizes = [64 * MIB, 1024 * MIB, 16_384 * MIB];
     for &kind in bench.layer.handle_kinds() {
@@ -23,7 +27,6 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
         {
             let mut peer = Peer::start(bench.subject)?;
             let mut spent: [Vec<Duration>; 5] = Default::default();
-            let stream = bench.layer.stream(&bench.device)?;
             for _ in 0..TIMES {
                 let (memory, spent_here) =
                     timed(|| Ok(bench.layer.allocate(&bench.device, bytes, kind)?))?;
@@ -34,65 +37,102 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
                     Ok(())
                 };
                 spent[4].push(timed(give_back)?.1);
-                let (number, export) = peer.donate(&bench.device, bytes, kind, None)?;
-                let (theirs, spent_here) = timed(|| {
-                    let device = &bench.device;
-                    Ok(bench.layer.import(device, device, export, bytes)?)
-                })?;
-                spent[2].push(spent_here);
-                // The borrower's part of a revocation: a copy in flight ends, and the mapping with it.
-                let piece = Piece {
-                    from: 0,
-                    to: 0,
-                    bytes: bytes.min(bench.memories[0].bytes()),
-                };
-                stream.copy(&theirs, &bench.memories[0], &[piece])?;
-                let ticket = stream.record()?;
-                spent[3].push(
-                    timed(|| {
-                        ticket.wait()?;
-                        drop(theirs);
-                        Ok(())
-                    })?
-                    .1,
-                );
-                peer.ask(crate::peer::Request::Drop { memory: number })?;
+                let [open, revoke] = borrow(bench, &mut peer, &bench.device, (kind, bytes))?;
+                spent[2].push(open);
+                spent[3].push(revoke);
             }
-            let steps = [
-                "allocate and zero",
-                "export (grant)",
-                "import (open)",
-                "drain a whole copy and unmap (revoke)",
-                "free",
-            ];
-            for (step, mut spent) in steps.into_iter().zip(spent) {
-                spent.sort();
-                rows.push(Row {
-                    group: "latency",
-                    case: format!("{step}, {kind:?}, {} MiB", bytes / MIB),
-                    bytes,
-                    seconds: spent[spent.len() / 2].as_secs_f64(),
-                    against: String::new(),
-                    ratio: None,
-                });
+            let steps = ["allocate and zero", "export (grant)", OPEN, REVOKE, "free"];
+            for (step, spent) in steps.into_iter().zip(spent) {
+                rows.push(row("latency", step, (kind, bytes), spent));
             }
         }
     }
     Ok(())
 }
 
+/// The same of a donor on another device: what a borrower waits for.
+pub(super) fn across(
+    bench: &Bench<'_>,
+    owner: &DeviceUuid,
+    kind: HandleKind,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    for bytes in [64 * MIB, 1024 * MIB] {
+        if bytes > 4 * bench.scale.memory {
+            continue;
+        }
+        let mut peer = Peer::start(bench.subject)?;
+        let mut spent: [Vec<Duration>; 2] = Default::default();
+        for _ in 0..TIMES {
+            let [open, revoke] = borrow(bench, &mut peer, owner, (kind, bytes))?;
+            spent[0].push(open);
+            spent[1].push(revoke);
+        }
+        let steps = [OPEN, REVOKE];
+        for (step, spent) in steps.into_iter().zip(spent) {
+            rows.push(row("peer latency", step, (kind, bytes), spent));
+        }
+    }
+    Ok(())
+}
+
+const OPEN: &str = "import (open)";
+const REVOKE: &str = "drain a whole copy and unmap (revoke)";
+
+/// Times opening what a donor lends on `owner`, and letting it go.
+fn borrow(
+    bench: &Bench<'_>,
+    donor: &mut Peer,
+    owner: &DeviceUuid,
+    (kind, bytes): (HandleKind, u64),
+) -> Result<[Duration; 2]> {
+    let (number, export) = donor.donate(owner, bytes, kind, None)?;
+    let (theirs, open) = timed(|| Ok(bench.layer.import(&bench.device, owner, export, bytes)?))?;
+    // The borrower's part of a revocation: a copy in flight ends, and the mapping with it.
+    let ours = &bench.memories[0];
+    let piece = Piece {
+        from: 0,
+        to: 0,
+        bytes: bytes.min(ours.bytes()),
+    };
+    let stream = bench.layer.stream(&bench.device)?;
+    stream.copy(&theirs, ours, &[piece])?;
+    let ticket = stream.record()?;
+    let let_go = || {
+        ticket.wait()?;
+        drop(theirs);
+        Ok(())
+    };
+    let revoke = timed(let_go)?.1;
+    donor.ask(Request::Drop { memory: number })?;
+    Ok([open, revoke])
+}
+
+/// The median.
+fn row(group: &str, step: &str, (kind, bytes): (HandleKind, u64), mut spent: Vec<Duration>) -> Row {
+    spent.sort();
+    Row {
+        group: group.to_owned(),
+        case: format!("{step}, {kind:?}, {} MiB", bytes / MIB),
+        bytes,
+        seconds: spent[spent.len() / 2].as_secs_f64(),
+        against: String::new(),
+        ratio: None,
+    }
+}
+
 /// HBM that a second process costs by being there: its context, beyond the memory it donates.
-fn context(subject: &Subject, bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+fn context(subject: &Subject, bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let before = bench.layer.hbm(&bench.device)?.free;
     let mut peer = Peer::start(subject)?;
     let bytes = 64 * MIB;
     let kind = bench.layer.handle_kinds()[0];
     let ((number, export), time) = timed(|| peer.donate(&bench.device, bytes, kind, None))?;
     drop(export);
-    peer.ask(crate::peer::Request::Drop { memory: number })?;
+    peer.ask(Request::Drop { memory: number })?;
     let after = bench.layer.hbm(&bench.device)?.free;
     rows.push(Row {
-        group: "latency",
+        group: "latency".to_owned(),
         case: "a process's first allocation (its context's HBM under bytes)".to_owned(),
         bytes: before.saturating_sub(after),
         seconds: time.as_secs_f64(),

@@ -1,16 +1,20 @@
 //! What copies cost on this machine's GPU, each beside a plain copy of the same bytes measured in the same run.
 //!
 //! With one GPU every HBM copy is a same-device copy: it crosses no link, and says what the copy path itself costs.
+//! With two, another process's memory on the other GPU is measured too, and only that is called a peer's.
 
 mod copies;
+mod course;
 pub mod host;
 mod latencies;
+mod peers;
 mod pipeline;
+mod rows;
+mod tune;
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use serde::Serialize;
+use anyhow::{Result, ensure};
 use swiftcache_client::device::{
     CopyStream, Memory,
     cuda::{CudaLayer, Route},
@@ -21,6 +25,9 @@ use crate::{
     engine::{Engine, EngineStream},
     subject::Subject,
 };
+
+use course::Course;
+pub use rows::{Report, Row, Rows, table};
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -52,88 +59,6 @@ impl Scale {
     };
 }
 
-/// One measurement.
-#[derive(Debug, Serialize)]
-pub struct Row {
-    /// What kind of thing was measured.
-    pub group: &'static str,
-    /// What exactly.
-    pub case: String,
-    /// Bytes moved once.
-    pub bytes: u64,
-    /// Time for them, seconds.
-    pub seconds: f64,
-    /// What it is compared with.
-    pub against: String,
-    /// This one's rate by the other's, or for times this one's bound by its time: 1 is as good, more is better.
-    pub ratio: Option<f64>,
-}
-
-/// All measurements, and on what.
-#[derive(Debug, Serialize)]
-pub struct Report {
-    /// The device's marketing name.
-    pub device: String,
-    /// The driver's version as it counts: 12080 is CUDA 12.8.
-    pub driver: i32,
-    /// Entry points that this driver lacks.
-    pub absent: Vec<String>,
-    /// By route: pieces smaller than this on average, bytes, go through the kernel unless told otherwise.
-    pub kernel_below: Vec<(Route, u64)>,
-    /// The measurements.
-    pub rows: Vec<Row>,
-}
-
-/// Measurements, for people.
-pub fn table(rows: &[Row]) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::ASCII_MARKDOWN);
-    table.set_header(["what", "case", "time", "GB/s", "ratio", "against"]);
-    for row in rows {
-        let rate = match row.group {
-            "latency" => String::new(),
-            _ => format!("{:.1}", row.bytes as f64 / row.seconds / 1e9),
-        };
-        table.add_row([
-            row.group.to_owned(),
-            row.case.clone(),
-            time(row.seconds),
-            rate,
-            row.ratio
-                .map(|ratio| format!("{ratio:.3}"))
-                .unwrap_or_default(),
-            row.against.clone(),
-        ]);
-    }
-    table
-}
-
-impl Report {
-    /// For people.
-    pub fn table(&self) -> String {
-        let table = table(&self.rows);
-        format!(
-            "{}, driver {}.{}{}\n{table}",
-            self.device,
-            self.driver / 1000,
-            self.driver % 1000 / 10,
-            if self.absent.is_empty() {
-                String::new()
-            } else {
-                format!(", without {}", self.absent.join(", "))
-            },
-        )
-    }
-}
-
-fn time(seconds: f64) -> String {
-    if seconds < 1e-3 {
-        format!("{:.1} us", seconds * 1e6)
-    } else {
-        format!("{:.2} ms", seconds * 1e3)
-    }
-}
-
 /// What every benchmark needs.
 struct Bench<'a> {
     subject: &'a Subject,
@@ -147,55 +72,102 @@ struct Bench<'a> {
     scale: Scale,
 }
 
-/// Measures everything.
+type Part = fn(&Bench<'_>, &mut Rows<'_>) -> Result<()>;
+
+/// What is measured, by name.
+const PARTS: [(&str, Part); 7] = [
+    ("extents", |bench, rows| {
+        copies::extents(&Course::within(bench), rows)
+    }),
+    ("scattered pieces", |bench, rows| {
+        copies::scattered(&Course::within(bench), &copies::PIECES, rows)
+    }),
+    ("blocks of real models", |bench, rows| {
+        copies::models(&Course::within(bench), rows)
+    }),
+    ("host memory", copies::host),
+    ("opening and closing", latencies::run),
+    ("layer pipeline", pipeline::run),
+    ("peers", peers::run),
+];
+
+/// Measures the parts whose names contain `only`, and tells `said` a line about each figure. What fails is in the
+/// report, beside what does not.
 ///
 /// # Errors
-/// When the device refuses, or a copy arrives wrong.
-pub fn run(subject: &Subject, scale: Scale, progress: &mut dyn FnMut(&str)) -> Result<Report> {
-    let layer = CudaLayer::open()?;
-    let device = subject.device()?;
-    let engine = Engine::start()?;
-    let addresses = [
-        engine.allocate(scale.memory)?,
-        engine.allocate(scale.memory)?,
-    ];
-    let lend = |address| engine.lend_memory(&layer, &device, address, scale.memory);
-    let memories = [lend(addresses[0])?, lend(addresses[1])?];
-    let plain = engine.stream()?;
-    let bench = Bench {
-        subject,
-        device,
-        plain,
-        addresses,
-        memories,
-        scale,
-        engine,
-        layer,
-    };
-    let mut rows = Vec::new();
-    type Part = fn(&Bench<'_>, &mut Vec<Row>) -> Result<()>;
-    let parts: [(&str, Part); 6] = [
-        ("extents", copies::extents),
-        ("scattered pieces", copies::scattered),
-        ("blocks of real models", copies::models),
-        ("host memory", copies::host),
-        ("opening and closing", latencies::run),
-        ("layer pipeline", pipeline::run),
-    ];
+/// When the GPU cannot be used at all.
+pub fn run(
+    subject: &Subject,
+    scale: Scale,
+    only: &str,
+    said: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let parts = PARTS.iter().filter(|(name, _)| name.contains(only));
+    measure(subject, scale, &parts.collect::<Vec<_>>(), said)
+}
+
+/// Measures how copies from and to a peer are best done: [`Route::kernel_below`] and the kernel's blocks.
+///
+/// # Errors
+/// When the GPU cannot be used at all.
+pub fn tune(subject: &Subject, scale: Scale, said: &mut dyn FnMut(&str)) -> Result<Report> {
+    measure(subject, scale, &[&("tuning", tune::run as Part)], said)
+}
+
+fn measure(
+    subject: &Subject,
+    scale: Scale,
+    parts: &[&(&str, Part)],
+    said: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    ensure!(!parts.is_empty(), "no part's name contains that");
+    let bench = Bench::open(subject, scale)?;
+    let mut rows = Rows::new(said);
     for (name, part) in parts {
-        progress(name);
-        part(&bench, &mut rows)?;
+        rows.say(&format!("measuring: {name}"));
+        let outcome = part(&bench, &mut rows);
+        rows.check(name, outcome);
     }
     let (driver, absent) = bench.layer.driver();
     Ok(Report {
         device: subject.layer.devices()[0].name.clone(),
+        neighbour: match subject.neighbour() {
+            Ok((_, link)) => format!("a neighbour over {link}"),
+            Err(problem) => problem.to_string(),
+        },
         driver,
         absent: absent.iter().map(ToString::to_string).collect(),
         kernel_below: Route::ALL
             .map(|route| (route, route.kernel_below()))
             .to_vec(),
-        rows,
+        rows: rows.rows,
+        failures: rows.failures,
     })
+}
+
+impl<'a> Bench<'a> {
+    fn open(subject: &'a Subject, scale: Scale) -> Result<Self> {
+        let layer = CudaLayer::open()?;
+        let device = subject.device()?;
+        let engine = Engine::start()?;
+        let addresses = [
+            engine.allocate(scale.memory)?,
+            engine.allocate(scale.memory)?,
+        ];
+        let lend = |address| engine.lend_memory(&layer, &device, address, scale.memory);
+        let memories = [lend(addresses[0])?, lend(addresses[1])?];
+        let plain = engine.stream()?;
+        Ok(Self {
+            subject,
+            device,
+            plain,
+            addresses,
+            memories,
+            scale,
+            engine,
+            layer,
+        })
+    }
 }
 
 impl Bench<'_> {
@@ -238,19 +210,5 @@ impl Bench<'_> {
         queue: impl FnMut(u64) -> Result<()>,
     ) -> Result<f64> {
         self.time(queue, || Ok(stream.record()?.wait()?))
-    }
-
-    /// Seconds for a plain device-to-device copy of `bytes`, one of many.
-    fn plain_copy(&self, bytes: u64) -> Result<f64> {
-        let [from, to] = self.addresses;
-        let places = (self.scale.memory / bytes).max(1);
-        self.time(
-            |number| {
-                let offset = (number % places) * bytes;
-                self.engine
-                    .copy(self.plain, to + offset, from + offset, bytes)
-            },
-            || self.engine.synchronize(self.plain),
-        )
     }
 }

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece};
+use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece, cuda::Method};
 
-use super::{Bench, Row};
-use crate::engine::Footprint;
+use super::{Bench, Course, Row, Rows, copies};
+use crate::{engine::Footprint, pattern};
 
 /// One side of a 16-token block of one layer, bytes; K and V lie apart in the engine's pool.
 #[derive(Clone, Copy)]
@@ -29,18 +29,21 @@ const LWM: Model = Model {
 
 /// Which way the KV goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
+    /// From the slab to the engine's pool.
     Fetch,
+    /// From the engine's pool to the slab.
     WriteBack,
 }
 
-pub(super) fn run(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+/// What every byte is a function of, beside its place.
+const SEED: u64 = 7;
+
+pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let layers = u64::from(bench.scale.layers);
-    let host_bytes = bench.scale.memory / 4;
-    let host = bench.layer.allocate_host(&bench.device, host_bytes)?;
+    let host = (bench.layer).allocate_host(&bench.device, bench.scale.memory / 4)?;
     let slab = &bench.memories[0];
-    let fitting = |model: Model, bytes: u64| (bytes / layers / (2 * model.side)).clamp(1, 2048);
-    let whole = fitting(QWEN, slab.bytes());
+    let whole = (slab.bytes() / layers / (2 * QWEN.side)).clamp(1, 2048);
     let (full, light) = (Footprint::Full, Footprint::Light);
     for (place, other, model, blocks, footprint) in [
         ("HBM of the same device", slab, QWEN, whole, full),
@@ -50,20 +53,101 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
             "pinned host memory",
             &host,
             QWEN,
-            fitting(QWEN, host_bytes),
+            fitting(bench, QWEN),
             full,
         ),
-        (
-            "pinned host memory",
-            &host,
-            LWM,
-            fitting(LWM, host_bytes),
-            full,
-        ),
+        ("pinned host memory", &host, LWM, fitting(bench, LWM), full),
     ] {
-        for way in [Way::Fetch, Way::WriteBack] {
-            Plan::new(bench, other, (model, blocks), (way, footprint))?.measure(place, rows)?;
+        both_ways(bench, (other, place), (model, blocks), footprint, rows)?;
+    }
+    Ok(())
+}
+
+/// Between the first GPU and memory of a peer.
+pub(super) fn across(
+    bench: &Bench<'_>,
+    theirs: &Memory,
+    place: &str,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let (full, light) = (Footprint::Full, Footprint::Light);
+    let whole = fitting(bench, QWEN);
+    for (model, blocks, footprint) in [
+        (QWEN, whole, full),
+        (QWEN, whole, light),
+        (QWEN, whole.min(128), full),
+        (LWM, fitting(bench, LWM), full),
+    ] {
+        both_ways(bench, (theirs, place), (model, blocks), footprint, rows)?;
+    }
+    Ok(())
+}
+
+/// Each method beside compute that takes as long as a plain copy: what copies cost the engine, and are worth.
+pub(super) fn tune(
+    course: &Course<'_>,
+    (theirs, way): (&Memory, Way),
+    methods: &[Method],
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let bench = course.bench;
+    let layers = f64::from(bench.scale.layers);
+    for model in [QWEN, LWM] {
+        let blocks = fitting(bench, model);
+        let plain = course.plain(blocks * 2 * model.side)? * layers;
+        let mut rounds = None;
+        for &method in methods {
+            let plan = Plan::new(bench, theirs, (model, blocks), (way, Footprint::Full))?;
+            let plan = plan.copying_by(method)?;
+            let rounds = match rounds {
+                Some(rounds) => rounds,
+                None => *rounds.insert(plan.calibrate(plain / layers)?),
+            };
+            let (transfer, compute) = (plan.median(0)?, plan.compute_only(rounds)?);
+            let whole = plan.median(rounds)?;
+            let bound = compute.max(plain) + compute.min(plain) / layers;
+            rows.push(Row {
+                group: "peer tune pipeline".to_owned(),
+                case: format!(
+                    "{}{} x {} tokens, {}, beside full compute, alone {:.2} ms",
+                    course.way,
+                    model.name,
+                    blocks * 16,
+                    copies::name(method),
+                    transfer * 1e3
+                ),
+                bytes: plan.bytes(),
+                seconds: whole,
+                against: format!(
+                    "max(compute {:.2} ms, plain copies {:.2} ms) + one layer",
+                    compute * 1e3,
+                    plain * 1e3
+                ),
+                ratio: Some(bound / whole),
+            });
         }
+    }
+    Ok(())
+}
+
+/// Blocks of a model that fit a quarter of the memory, as an engine's step may move.
+fn fitting(bench: &Bench<'_>, model: Model) -> u64 {
+    let layers = u64::from(bench.scale.layers);
+    (bench.scale.memory / 4 / layers / (2 * model.side)).clamp(1, 2048)
+}
+
+fn both_ways(
+    bench: &Bench<'_>,
+    (other, place): (&Memory, &str),
+    (model, blocks): (Model, u64),
+    footprint: Footprint,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    for way in [Way::Fetch, Way::WriteBack] {
+        let plan = Plan::new(bench, other, (model, blocks), (way, footprint))?;
+        plan.prepare()?;
+        plan.measure(place, rows)?;
+        rows.check(place, plan.verify());
     }
     Ok(())
 }
@@ -126,7 +210,40 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn measure(&self, place: &str, rows: &mut Vec<Row>) -> Result<()> {
+    /// With another method than the one that piece size picks.
+    fn copying_by(mut self, method: Method) -> Result<Self> {
+        self.copies = self.bench.layer.stream_by(&self.bench.device, method)?;
+        Ok(self)
+    }
+
+    /// Bytes of all layers.
+    fn bytes(&self) -> u64 {
+        self.layers.len() as u64 * self.blocks * 2 * self.model.side
+    }
+
+    /// Fresh bytes at the source, and none of them at the target.
+    fn prepare(&self) -> Result<()> {
+        let pool = &self.bench.memories[1];
+        let (from, to) = match self.way {
+            Way::Fetch => (self.other, pool),
+            Way::WriteBack => (pool, self.other),
+        };
+        pattern::write(&*self.copies, from, 0, self.bytes(), SEED)?;
+        self.copies.zero(to, 0, self.bytes())?;
+        Ok(self.copies.record()?.wait()?)
+    }
+
+    /// Looks at every byte that the last pass left.
+    fn verify(&self) -> Result<()> {
+        let to = match self.way {
+            Way::Fetch => &self.bench.memories[1],
+            Way::WriteBack => self.other,
+        };
+        let mut layers = self.layers.iter();
+        layers.try_for_each(|pieces| pattern::verify_pieces(&*self.copies, to, pieces, SEED))
+    }
+
+    fn measure(&self, place: &str, rows: &mut Rows<'_>) -> Result<()> {
         let layers = self.layers.len() as u64;
         let transfer = self.median(0)?;
         for share in [0.5, 1.0, 2.0] {
@@ -136,7 +253,10 @@ impl<'a> Plan<'a> {
             // The first layer's fetch, or the last one's write-back, has nothing to hide behind.
             let bound = compute.max(transfer) + compute.min(transfer) / layers as f64;
             rows.push(Row {
-                group: "layer pipeline",
+                group: match place.starts_with("a peer") {
+                    true => "peer layer pipeline".to_owned(),
+                    false => "layer pipeline".to_owned(),
+                },
                 case: format!(
                     "{} {place}, {} x {} tokens, beside {} compute of {:.1} x transfer",
                     match self.way {
@@ -152,7 +272,7 @@ impl<'a> Plan<'a> {
                     // As it came out: many short launches take longer than they should.
                     compute / transfer,
                 ),
-                bytes: layers * self.blocks * 2 * self.model.side,
+                bytes: self.bytes(),
                 seconds: whole,
                 against: format!(
                     "max(compute {:.2} ms, transfer {:.2} ms) + one layer",

@@ -3,6 +3,7 @@
 mod copies;
 mod engines;
 mod memory;
+mod peers;
 mod processes;
 mod streams;
 
@@ -73,12 +74,33 @@ pub const CHECKS: &[Check] = &[
     ),
 ];
 
+/// The checks that need a second device whose memory the first one reaches ([`Subject::neighbour`]).
+pub const PEER_CHECKS: &[Check] = &[
+    (
+        "a peer device's memory is copied both ways, byte for byte",
+        peers::copies,
+    ),
+    (
+        "a peer device's memory is read, written and zeroed in place",
+        peers::direct,
+    ),
+    (
+        "a peer device's bytes outlive their donor while mapped",
+        peers::donor_killed,
+    ),
+    (
+        "an importer makes no context on a peer device",
+        peers::no_context,
+    ),
+];
+
 /// Runs the check of that name.
 ///
 /// # Errors
 /// When the backend breaks the promise, or there is no such check.
 pub fn run(subject: &Subject, name: &str) -> Result<()> {
-    let check = CHECKS.iter().find(|(candidate, _)| *candidate == name);
+    let mut all = CHECKS.iter().chain(PEER_CHECKS);
+    let check = all.find(|(candidate, _)| *candidate == name);
     let (_, check) = check.ok_or_else(|| anyhow::anyhow!("no check is called {name:?}"))?;
     check(subject)
 }

@@ -1,65 +1,23 @@
 //! The real CUDA path over the stub driver: every promise, and every failure a driver can answer with.
 
+mod peers;
+mod run;
+
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Command,
 };
 
 use swiftcache_client::device::cuda::LIBRARY_VARIABLE;
-use swiftcache_gpu_tests::{conformance::CHECKS, subject::STUB_DIR_VARIABLE};
+use swiftcache_gpu_tests::conformance::{CHECKS, PEER_CHECKS};
+
+use run::{Run, driver};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_swiftcache-gpu-check");
 
-/// The stub driver, which cargo builds beside this test.
-fn driver() -> PathBuf {
-    let test = std::env::current_exe().expect("this test's path");
-    test.with_file_name("libswiftcache_stub_driver.so")
-}
-
-struct Run {
-    dir: tempfile::TempDir,
-    driver: PathBuf,
-}
-
-impl Run {
-    fn new(faults: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        std::fs::write(dir.path().join("faults"), faults).expect("a file of faults");
-        Self {
-            dir,
-            driver: driver(),
-        }
-    }
-
-    fn arguments(&self, arguments: &[&str]) -> Output {
-        Command::new(PROGRAM)
-            .args(arguments)
-            .env(LIBRARY_VARIABLE, &self.driver)
-            .env(STUB_DIR_VARIABLE, self.dir.path())
-            .env_remove("RUST_BACKTRACE")
-            .output()
-            .expect("the check program runs")
-    }
-
-    /// What people are told when `operation` fails; panics if it does not, or not by an error.
-    fn failure(&self, operation: &str) -> String {
-        let output = self.arguments(&["do", operation]);
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{operation}: {text}");
-        assert!(text.starts_with("Error: "), "{operation}: {text}");
-        text
-    }
-
-    fn success(&self, operation: &str) {
-        let output = self.arguments(&["do", operation]);
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{operation}: {text}");
-    }
-}
-
 #[test]
 fn the_cuda_backend_keeps_every_promise_on_the_stub() {
-    for (name, _) in CHECKS {
+    for (name, _) in CHECKS.iter().chain(PEER_CHECKS) {
         let output = Run::new("").arguments(&["conformance", "--only", name]);
         let said = String::from_utf8_lossy(&output.stdout);
         let told = String::from_utf8_lossy(&output.stderr);

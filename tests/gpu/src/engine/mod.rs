@@ -6,6 +6,8 @@
     reason = "an engine calls the CUDA driver directly; this fixture does so in its place"
 )]
 
+mod peer;
+
 use std::{
     ffi::{CStr, c_int, c_void},
     path::PathBuf,
@@ -16,7 +18,9 @@ use libloading::Library;
 use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, cuda::LIBRARY_VARIABLE};
 use swiftcache_proto::domain::DeviceUuid;
 
-const PTX: &str = concat!(include_str!("busy.ptx"), "\0");
+const PTX: &str = concat!(include_str!("../busy.ptx"), "\0");
+
+pub use peer::Place;
 
 type Call<A> = unsafe extern "C" fn(A) -> u32;
 
@@ -24,6 +28,8 @@ type Call<A> = unsafe extern "C" fn(A) -> u32;
 #[derive(Debug)]
 pub struct Engine {
     library: Library,
+    /// The first device's primary context.
+    context: usize,
     /// One kernel for each footprint.
     busy: [usize; 2],
     /// Where the busy kernel would write, if it ever did.
@@ -81,11 +87,12 @@ impl Engine {
         let library = unsafe { Library::new(path) }?;
         let mut engine = Self {
             library,
+            context: 0,
             busy: [0; 2],
             unused: 0,
             processors: 1,
         };
-        let (mut context, mut module, mut processors) = (0_usize, 0_usize, 0 as c_int);
+        let (mut module, mut processors) = (0_usize, 0 as c_int);
         // SAFETY: the signatures are the driver's; every pointer is to a local of the right size, and the text and
         // names are NUL-terminated.
         unsafe {
@@ -93,9 +100,10 @@ impl Engine {
             check(init(0), "cuInit")?;
             let retain: unsafe extern "C" fn(*mut usize, c_int) -> u32 =
                 engine.find("cuDevicePrimaryCtxRetain")?;
-            check(retain(&raw mut context, 0), "cuDevicePrimaryCtxRetain")?;
+            let code = retain(&raw mut engine.context, 0);
+            check(code, "cuDevicePrimaryCtxRetain")?;
             let push: Call<usize> = engine.find("cuCtxPushCurrent_v2")?;
-            check(push(context), "cuCtxPushCurrent")?;
+            check(push(engine.context), "cuCtxPushCurrent")?;
             let attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> u32 =
                 engine.find("cuDeviceGetAttribute")?;
             check(

@@ -1,0 +1,53 @@
+//! The whole of SwiftCache on GPUs: a broker, `swiftcache donate`, and a borrower that checks every byte.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use swiftcache_client::device::DeviceLayer;
+use swiftcache_proto::domain::HandleKind;
+use swiftcache_tests::{
+    full_stack,
+    node::{Devices, Setup},
+};
+
+/// Runs it with each kind of handle, the donor on the last device and the borrower on the first; `said` gets a line
+/// for each. The broker finds the devices through NVML, or in the topology file.
+///
+/// # Errors
+/// When a process does not come up or a byte is wrong.
+pub fn run(
+    layer: &dyn DeviceLayer,
+    topology: Option<PathBuf>,
+    said: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let devices = layer.devices();
+    let (first, last) = (devices.first(), devices.last());
+    let (first, last) = first.zip(last).context("no device")?;
+    let link = layer.link_kind(&first.uuid, &last.uuid);
+    for &kind in layer.handle_kinds() {
+        let handle = match kind {
+            HandleKind::CudaIpc => "cuda-ipc",
+            HandleKind::PosixFd => "posix-fd",
+            HandleKind::Fabric => continue, // donors do not offer it
+        };
+        let setup = Setup {
+            devices: match &topology {
+                Some(path) => Devices::File(path.clone()),
+                None => Devices::Gpus(devices.to_vec()),
+            },
+            ..Setup::default()
+        };
+        let outcome = full_stack::run(setup, (devices.len() - 1, 0), handle)
+            .with_context(|| format!("full stack, {handle}"))?;
+        said(&format!(
+            "ok      full stack, {handle}: {} blocks stored on {} and {} read back by {} ({link}), every byte right; \
+             the donor left with all of it after {:.0} ms",
+            outcome.stored,
+            last.uuid,
+            outcome.served,
+            first.uuid,
+            outcome.gave_back.as_secs_f64() * 1e3
+        ));
+    }
+    Ok(())
+}

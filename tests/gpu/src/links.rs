@@ -1,0 +1,73 @@
+//! Whether CUDA and NVML say the same of the links between GPUs: borrowers go by the one, the broker by the other.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+use swiftcache_broker::probe::Probe;
+use swiftcache_client::device::DeviceLayer;
+use swiftcache_proto::domain::{DeviceUuid, LinkKind};
+
+/// What both say of every link, by UUID, and whether they agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Comparison {
+    /// For people: a line for each device and each pair.
+    pub lines: Vec<String>,
+    /// Devices or pairs of which they say different things.
+    pub disagreements: usize,
+}
+
+/// Compares the links between the devices that CUDA shows to this process with a probe's. Devices that only the probe
+/// sees are hidden from this process, which is no disagreement.
+///
+/// # Errors
+/// When CUDA shows no device.
+pub fn compare(layer: &dyn DeviceLayer, probe: &dyn Probe) -> Result<Comparison> {
+    let (source, devices) = (probe.source(), layer.devices());
+    ensure!(!devices.is_empty(), "no device");
+    let known: BTreeSet<&str> = (probe.devices().iter())
+        .map(|device| device.uuid.as_str())
+        .collect();
+    let mut comparison = Comparison {
+        lines: Vec::new(),
+        disagreements: 0,
+    };
+    for device in devices {
+        let found = known.contains(device.uuid.as_str());
+        let shown = if found {
+            "shows it too"
+        } else {
+            "does not show it"
+        };
+        let line = format!("{} ({}): {source} {shown}", device.uuid, device.name);
+        comparison.add(line, found);
+    }
+    for from in devices {
+        for to in devices.iter().filter(|to| to.uuid != from.uuid) {
+            let (from, to) = (&from.uuid, &to.uuid);
+            let ours = layer.link_kind(from, to);
+            let (theirs, speed) = link(probe, from, to);
+            let line = format!(
+                "{from} -> {to}: CUDA says {ours}, {source} says {theirs} ({:.0} GB/s nominal)",
+                speed as f64 / 1e9
+            );
+            comparison.add(line, ours == theirs);
+        }
+    }
+    Ok(comparison)
+}
+
+fn link(probe: &dyn Probe, from: &DeviceUuid, to: &DeviceUuid) -> (LinkKind, u64) {
+    let mut links = probe.links().iter();
+    let link = links.find(|link| link.from == *from && link.to == *to);
+    link.map_or((LinkKind::Host, 0), |link| {
+        (link.kind, link.bytes_per_second)
+    })
+}
+
+impl Comparison {
+    fn add(&mut self, line: String, agrees: bool) {
+        let mark = if agrees { "ok     " } else { "FAILED " };
+        self.lines.push(format!("{mark} {line}"));
+        self.disagreements += usize::from(!agrees);
+    }
+}
