@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     device::{DeviceLayer, host::HostLayer},
     session::{Session, SessionConfig},
@@ -166,10 +166,13 @@ impl Node {
         if let Some(file) = &self.setup.log_file {
             command.stderr(fs::File::options().create(true).append(true).open(file)?);
         }
-        self.broker = Some(Program::start(&mut command)?);
-        eventually("the broker to listen", || {
+        let mut broker = Program::start(&mut command)?;
+        let listens = eventually("the broker to listen", || {
+            ensure!(!broker.has_ended()?, "the broker ended early");
             Ok(UnixStream::connect(self.socket()).is_ok())
-        })
+        });
+        self.broker = Some(broker);
+        listens
     }
 
     fn probe(&self) -> &'static str {
