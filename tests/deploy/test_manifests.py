@@ -1,6 +1,7 @@
 """The Kubernetes manifests and the chart they are rendered from."""
 
 import copy
+import json
 import os
 import subprocess
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 
+import monitoring_schema
 from manifest_rules import containers, documents, faults, pod_specs
 from tools import ROOT
 
@@ -48,6 +50,7 @@ def schema_faults(found, version):
     problems = []
     for document in found:
         if document["apiVersion"].startswith("monitoring.coreos.com/"):
+            problems += monitoring_schema.faults(document)
             continue
         try:
             kubernetes_validate.validate(document, version, strict=True)
@@ -154,6 +157,7 @@ def test_the_manifests_are_the_charts(tool, tmp_path):
 
 CHOICES = {
     "defaults": [],
+    "no network policy": ["--set", "networkPolicy.enabled=false"],
     "older kernels": ["--set", "deathWatch.hostPID=true"],
     "engines donate": ["--set", "donor.enabled=false"],
     "gpus by mounts": ["--set", "gpu.exposure=mounts"],
@@ -174,6 +178,7 @@ def test_every_choice_renders_soundly(tool, choice):
     spec = daemonset(found)["spec"]["template"]["spec"]
     assert [c["name"] for c in containers(spec)].count("broker") == 1
     assert spec["hostPID"] == (choice == "older kernels")
+    assert ("NetworkPolicy" in {document["kind"] for document in found}) == (choice != "no network policy")
     broker = next(container for container in containers(spec) if container["name"] == "broker")
     assert ("restartPolicy" in broker) == ("engines donate" not in choice)
 
@@ -192,6 +197,37 @@ def test_bad_values_are_refused(tool, arguments, expected):
     done = tool("template", "swiftcache", CHART, *kube, *arguments)
     assert done.returncode != 0
     assert expected in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("kind, change", [
+    ("PrometheusRule", lambda found: found.update(spec="files/rules.yaml")),
+    ("PrometheusRule", lambda found: found["spec"]["groups"][0]["rules"][0].pop("expr")),
+    ("PrometheusRule", lambda found: found["spec"]["groups"][0].update(rule=[])),
+    ("PodMonitor", lambda found: found["spec"].update(podMetricsEndpoints={"port": "metrics"})),
+    ("PodMonitor", lambda found: found["spec"]["podMetricsEndpoints"][0].update(port=9400)),
+    ("PodMonitor", lambda found: found["spec"].pop("selector")),
+], ids=["a-string", "no-expression", "unknown-field", "no-list", "port-by-number", "no-selector"])
+@pytest.mark.tool("own schema of the Prometheus operator's objects")
+def test_unsound_monitoring_objects_are_noticed(kind, change):
+    found = copy.deepcopy(documents((DEPLOY / "manifests" / "monitoring.yaml").read_text()))
+    assert schema_faults(found, KUBERNETES_VERSION) == []
+    changed = next(document for document in found if document["kind"] == kind)
+    change(changed)
+    assert len(schema_faults(found, KUBERNETES_VERSION)) == 1
+
+
+LINKED = {"rules.yaml": DEPLOY / "prometheus" / "rules.yaml", "swiftcache.json": DEPLOY / "grafana" / "swiftcache.json"}
+
+
+def test_the_charts_files_are_the_originals():
+    """Links, so that there is one copy; a checkout that turned them into files with a path inside would deploy that."""
+    files = CHART / "files"
+    assert {path.name for path in files.iterdir()} == set(LINKED)
+    for name, original in LINKED.items():
+        assert (files / name).is_symlink() and (files / name).resolve(strict=True) == original, name
+    found = {document["kind"]: document for document in documents((DEPLOY / "manifests/monitoring.yaml").read_text())}
+    assert found["PrometheusRule"]["spec"] == yaml.safe_load(LINKED["rules.yaml"].read_text())
+    assert json.loads(found["ConfigMap"]["data"]["swiftcache.json"]) == json.loads(LINKED["swiftcache.json"].read_text())
 
 
 @pytest.mark.tool("helm")
