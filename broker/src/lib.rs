@@ -22,3 +22,4 @@ pub mod scrape;
 pub mod serve;
 pub mod service;
 mod streams;
+pub mod traces;

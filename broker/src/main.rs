@@ -3,7 +3,7 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use clap::Parser;
@@ -12,6 +12,7 @@ use swiftcache_broker::{
     error::BrokerError,
     logging, probe,
     serve::Broker,
+    traces::Traces,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -38,14 +39,27 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
     if flags.check_config {
         return Ok(());
     }
-    logging::start(&config)?;
     // One thread: requests take microseconds, and handing them between threads costs more than that and makes
     // the slowest of a hundred ten times slower.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(BrokerError::file("start", "the runtime"))?
-        .block_on(serve(&config, started))
+        .block_on(traced(&config, started))
+}
+
+/// Serves, and sends the last spans when that is over, however it ended.
+async fn traced(config: &Config, started: Instant) -> Result<(), BrokerError> {
+    let traces = config.otlp_endpoint.as_deref().map(Traces::open);
+    let traces = traces.transpose()?;
+    logging::start(config, traces.as_ref())?;
+    let served = serve(config, started).await;
+    if let Some(traces) = traces {
+        traces
+            .close(Duration::from_millis(config.shutdown_ms))
+            .await;
+    }
+    served
 }
 
 async fn serve(config: &Config, started: Instant) -> Result<(), BrokerError> {

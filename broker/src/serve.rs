@@ -20,9 +20,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
-    transport::{Certificate, Identity, Server, ServerTlsConfig},
+    transport::{self as tls, Server, ServerTlsConfig},
 };
 use tonic_health::server::HealthReporter;
+use tower::layer::util::{Identity, Stack};
 
 use crate::{
     config::Config,
@@ -36,6 +37,7 @@ use crate::{
     probe::Probe,
     scrape,
     service::{AdminService, BrokerService, NodeFacts},
+    traces::SpanLayer,
 };
 
 /// How often the core is told the time: drain windows and pins end this late at most.
@@ -88,7 +90,8 @@ impl Broker {
         let group = config.socket_group.as_deref();
         let (unix, unix_socket) = bind_unix(&config.socket, group, "socket")?;
         let (descriptors, fd_socket) = bind_unix(&config.fd_socket(), group, "fd_socket")?;
-        let tcp_server = with_tls(grpc(), config)?;
+        let traced = config.otlp_endpoint.is_some();
+        let tcp_server = with_tls(grpc(traced), config)?;
         let tcp = match config.listen_tcp {
             Some(address) => Some(bind_tcp(address, "listen_tcp").await?),
             None => None,
@@ -135,7 +138,8 @@ impl Broker {
         broker.spawn_clock(deaths);
         let connections = Arc::new(Semaphore::new(UNIX_CONNECTIONS.min(budget / 4)));
         let incoming = unix_connections(unix, connections);
-        let server = grpc().add_routes(routes.clone());
+        let mut server = grpc(traced);
+        let server = server.add_routes(routes.clone());
         let stop = broker.stop.clone();
         broker.spawn("unix", async move {
             let stopped = stop.cancelled_owned();
@@ -319,7 +323,10 @@ async fn routes(
     Ok((health, routes))
 }
 
-fn grpc() -> Server {
+/// Spans begin before anything of a request is looked at.
+type TracedServer = Server<Stack<SpanLayer, Identity>>;
+
+fn grpc(traced: bool) -> TracedServer {
     Server::builder()
         .timeout(RPC_DEADLINE)
         .concurrency_limit_per_connection(RPCS_PER_CONNECTION as usize)
@@ -328,10 +335,11 @@ fn grpc() -> Server {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .http2_max_header_list_size(HEADERS)
+        .layer(SpanLayer { on: traced })
 }
 
 /// Mutual TLS, when the settings ask for it.
-fn with_tls(server: Server, config: &Config) -> Result<Server, BrokerError> {
+fn with_tls(server: TracedServer, config: &Config) -> Result<TracedServer, BrokerError> {
     let (Some(cert), Some(key), Some(ca)) =
         (&config.tls_cert, &config.tls_key, &config.tls_client_ca)
     else {
@@ -339,8 +347,8 @@ fn with_tls(server: Server, config: &Config) -> Result<Server, BrokerError> {
     };
     let read = |path: &Path| fs::read(path).map_err(BrokerError::file("read", path));
     let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(read(cert)?, read(key)?))
-        .client_ca_root(Certificate::from_pem(read(ca)?));
+        .identity(tls::Identity::from_pem(read(cert)?, read(key)?))
+        .client_ca_root(tls::Certificate::from_pem(read(ca)?));
     server
         .tls_config(tls)
         .map_err(|error| BrokerError::Config(format!("tls_cert, tls_key, tls_client_ca: {error}")))

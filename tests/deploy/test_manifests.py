@@ -244,6 +244,17 @@ def test_monitoring_objects(tool):
     assert {rule["targetLabel"] for rule in monitor["podMetricsEndpoints"][0]["relabelings"]} == {"node", "job"}
 
 
+@pytest.mark.tool("helm")
+def test_traces_may_leave_when_the_values_say_so(tool):
+    rule = {"to": [{"ipBlock": {"cidr": "10.0.0.7/32"}}], "ports": [{"port": 4317, "protocol": "TCP"}]}
+    found = render(tool, "--set-json", f"networkPolicy.egress=[{json.dumps(rule)}]",
+                   "--set", "broker.config.otlp_endpoint=http://10.0.0.7:4317")
+    assert schema_faults(found, KUBERNETES_VERSION) == []
+    policy = next(document for document in found if document["kind"] == "NetworkPolicy")["spec"]
+    assert policy["egress"] == [rule]
+    assert broker_config(found)["otlp_endpoint"] == "http://10.0.0.7:4317"
+
+
 def test_only_prometheus_may_call():
     policy = next(document for document in committed() if document["kind"] == "NetworkPolicy")["spec"]
     assert policy["egress"] == [] and sorted(policy["policyTypes"]) == ["Egress", "Ingress"]

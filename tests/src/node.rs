@@ -205,6 +205,14 @@ impl Node {
         self.broker.as_ref().context("no broker")
     }
 
+    /// The broker's process, to be waited for.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn broker_mut(&mut self) -> Result<&mut Program> {
+        self.broker.as_mut().context("no broker")
+    }
+
     /// Removes the ledger, as if its directory had been lost.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use swiftcache_proto::convert::MAX_DRAIN_MS;
 
 pub use flags::{Flags, Settings};
 
-use crate::{core::CoreConfig, error::BrokerError, probe::ProbeChoice};
+use crate::{core::CoreConfig, error::BrokerError, probe::ProbeChoice, traces};
 
 /// Before every variable's name.
 const ENV_PREFIX: &str = "SWIFTCACHE_";
@@ -56,6 +56,8 @@ pub struct Config {
     pub tls_client_ca: Option<PathBuf>,
     /// A TCP address for Prometheus; none when not set.
     pub metrics_listen: Option<SocketAddr>,
+    /// An OpenTelemetry collector that is sent a span of every RPC; none when not set.
+    pub otlp_endpoint: Option<String>,
     /// Where devices come from.
     pub probe: ProbeChoice,
     /// The simulated node: a bundled one by name, or a file.
@@ -99,6 +101,7 @@ impl Default for Config {
             tls_key: None,
             tls_client_ca: None,
             metrics_listen: None,
+            otlp_endpoint: None,
             probe: ProbeChoice::Auto,
             topology: None,
             drain_ms: core.default_drain_ms,
@@ -204,6 +207,9 @@ impl Config {
                 ));
             }
             _ => {}
+        }
+        if let Some(endpoint) = &self.otlp_endpoint {
+            traces::check(endpoint).map_err(|problem| format!("otlp_endpoint: {problem}"))?;
         }
         if self.probe == ProbeChoice::Nvml && self.topology.is_some() {
             return Err("topology: is of no use with probe = \"nvml\"".to_owned());

@@ -50,7 +50,14 @@ fn flags_win_over_environment_over_file_over_defaults() {
 
 #[test]
 fn what_is_printed_reads_back_the_same() {
-    let flags = flags(&["--listen-tcp", "127.0.0.1:7", "--topology", "pcie-4"]);
+    let flags = flags(&[
+        "--listen-tcp",
+        "127.0.0.1:7",
+        "--topology",
+        "pcie-4",
+        "--otlp-endpoint",
+        "http://127.0.0.1:4317",
+    ]);
     let config = Config::load(None, &flags).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("broker.toml");
@@ -75,6 +82,16 @@ fn a_wrong_setting_is_named() {
         ("probe = \"guess\"", vec![], "probe"),
         ("listen_tcp = \"nowhere\"", vec![], "listen_tcp"),
         ("listen_tcp = \"0.0.0.0:1\"", vec![], "beyond loopback"),
+        (
+            "otlp_endpoint = \"127.0.0.1:4317\"",
+            vec![],
+            "otlp_endpoint: ",
+        ),
+        (
+            "otlp_endpoint = \"https://c:4317\"",
+            vec![],
+            "otlp_endpoint: ",
+        ),
         ("tls_cert = \"c\"", vec![], "tls_cert, tls_key"),
         (
             "topology = \"hgx-8\"",
@@ -120,6 +137,7 @@ fn every_setting_has_a_flag_and_every_flag_a_setting() {
         tls_key: Some("a".into()),
         tls_client_ca: Some("a".into()),
         metrics_listen: Some(([127, 0, 0, 1], 1).into()),
+        otlp_endpoint: Some("a".to_owned()),
         topology: Some("a".to_owned()),
         namespace_quota_bytes: Some(1),
         session_quota_bytes: Some(1),
