@@ -4,12 +4,14 @@
 //! * [`domain`] is what the two sides think in: validated identifiers, hashes and enums.
 //! * [`topology`] describes a simulated node.
 //! * [`fd_socket`] frames what travels beside gRPC.
+//! * [`traffic`] adds up what engines report of their copies.
 //! * [`convert`] turns one into the other; every refusal names the field that broke its bound.
 
 pub mod convert;
 pub mod domain;
 pub mod fd_socket;
 pub mod topology;
+pub mod traffic;
 
 /// Generated messages and services of `swiftcache.v1`.
 #[allow(

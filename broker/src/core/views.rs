@@ -6,7 +6,7 @@ use swiftcache_proto::domain::{
 };
 
 use super::{
-    Account, Process,
+    Account, Caller, Process, Refusal,
     leases::{Lease, Phase},
     regions::Region,
     sessions::Session,
@@ -129,6 +129,8 @@ pub struct LeaseView<'a> {
     pub borrower_device: &'a DeviceUuid,
     /// How that device reaches it.
     pub link: LinkKind,
+    /// The donor.
+    pub donor: SessionId,
     /// The donor's name.
     pub donor_name: &'a str,
     /// The lessee, over or not.
@@ -306,6 +308,7 @@ impl State {
             device: self.devices.uuid(region.device),
             borrower_device: self.devices.uuid(lease.device),
             link: path.map_or(LinkKind::Host, |path| path.kind),
+            donor: region.donor,
             donor_name: self.name_of(region.donor),
             borrower: lease.lessee,
             borrower_name: self.name_of(lease.lessee),
@@ -333,6 +336,14 @@ impl State {
             hit_blocks: namespace.hit_blocks,
             quota_bytes: self.namespace_quota(&namespace.name),
         })
+    }
+
+    /// Whether the caller speaks for its session.
+    ///
+    /// # Errors
+    /// When there is no such session, or it is another process's.
+    pub fn check_caller(&self, caller: Caller) -> Result<(), Refusal> {
+        self.session_of(caller).map(drop)
     }
 
     fn name_of(&self, session: SessionId) -> &str {

@@ -2,6 +2,9 @@
 //! order under one lock that is never held across an await. The core only computes; a ledger append is a write
 //! to the page cache; a stream is never waited for: so the lock is held for microseconds.
 
+mod attach;
+mod reports;
+
 use std::{
     collections::HashSet,
     sync::Arc,
@@ -24,6 +27,9 @@ use crate::{
     streams::{Streams, wire},
 };
 
+pub(crate) use attach::Attached;
+pub(crate) use reports::Reports;
+
 /// The owner of the broker's state.
 pub struct Owner {
     inner: Mutex<Inner>,
@@ -40,6 +46,7 @@ struct Inner {
     streams: Streams,
     deaths: DeathWatch,
     events: EventLog,
+    reports: Reports,
     /// Sessions that must attach again once the ledger is whole: a message they must not act on before it is
     /// recorded was not sent to them.
     withheld: HashSet<SessionId>,
@@ -60,32 +67,6 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
 }
 
-/// A session's attached stream.
-pub(crate) struct Attachment {
-    /// What was outstanding, in order.
-    pub(crate) outstanding: Vec<v1::SessionResponse>,
-    /// What follows.
-    pub(crate) receiver: mpsc::Receiver<v1::SessionResponse>,
-    /// Ends the attachment when it goes.
-    pub(crate) guard: Attached,
-}
-
-/// Detaches the session's stream when dropped, unless another took its place.
-pub(crate) struct Attached {
-    owner: Arc<Owner>,
-    session: SessionId,
-    serial: u64,
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let mut inner = self.owner.inner.lock();
-        if inner.streams.close_serial(self.session, self.serial) {
-            inner.apply(&self.owner, Event::Detach(self.session));
-        }
-    }
-}
-
 impl Owner {
     /// Takes over. Draws the broker's boot id.
     pub fn new(parts: Parts) -> Self {
@@ -96,6 +77,7 @@ impl Owner {
                 streams: Streams::default(),
                 deaths: DeathWatch::new(parts.deaths),
                 events: EventLog::default(),
+                reports: Reports::default(),
                 withheld: HashSet::new(),
                 closing: false,
             }),
@@ -195,37 +177,6 @@ impl Owner {
             inner.deaths.unwatch(peer.process);
         }
         answer(reply)
-    }
-
-    /// Puts the session's stream up, ending the one it had.
-    pub(crate) fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
-        let mut inner = self.inner.lock();
-        if inner.closing {
-            return Err(Refused::ShuttingDown);
-        }
-        let mut outstanding = Vec::new();
-        let now = self.now();
-        let effects = inner.state.apply(Event::Attach(caller), now);
-        let (reply, _) = inner.carry_out(self, effects, &mut |session, message| {
-            if session == caller.session {
-                outstanding.push(message);
-                return None;
-            }
-            Some(message)
-        });
-        answer(reply)?;
-        let (serial, receiver) = inner.streams.open(caller.session);
-        drop(inner);
-        let guard = Attached {
-            owner: Arc::clone(self),
-            session: caller.session,
-            serial,
-        };
-        Ok(Attachment {
-            outstanding,
-            receiver,
-            guard,
-        })
     }
 
     /// Time passes.
@@ -349,6 +300,7 @@ impl Inner {
             Note::Left { session } | Note::Gone { session, .. } => {
                 self.streams.close(*session);
                 self.withheld.remove(session);
+                self.reports.forget(*session);
                 owner.descriptors.forget(*session);
             }
             Note::Refused { refusal } => tracing::debug!(%refusal, "refused"),

@@ -44,7 +44,7 @@ impl AdminService {
     }
 
     async fn do_get_node(&self) -> v1::GetNodeResponse {
-        let mut node = self.owner.read(view::node);
+        let mut node = self.owner.read_reports(view::node);
         node.version = env!("CARGO_PKG_VERSION").to_owned();
         node.boot_id = self.owner.boot_id();
         node.uptime_ms = self.owner.now().0;
@@ -205,7 +205,9 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         let _timer = self.owner.metrics().time("ListSessions");
         let started = self.owner.started_unix_ms();
-        let sessions = self.owner.read(|state| view::sessions(state, started));
+        let sessions = self
+            .owner
+            .read_reports(|state, reports| view::sessions(state, reports, started));
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 

@@ -1,48 +1,26 @@
 //! The `Broker` service: checks a request, lets its event happen, turns the reply into the answer.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
-    domain::{Generation, Handle, HandleKind, LeaseId, SessionId},
+    domain::{Generation, HandleKind, LeaseId, SessionId},
+    traffic::Traffic,
     v1::{self, broker_server::Broker},
 };
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    caller, peer,
+    caller,
+    node::{self, NodeFacts},
+    peer,
     session::{OutgoingStream, open},
 };
 use crate::{
-    core::{
-        Event, Grant, LeaseDemand, Offer, Process, Publish, Register, Reply, Withdraw, WithdrawWhat,
-    },
+    core::{Event, LeaseDemand, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat},
     error::Refused,
     owner::Owner,
-    probe::Probe,
 };
-
-/// What the service tells every session about the node.
-pub struct NodeFacts {
-    devices: Vec<v1::Device>,
-    links: Vec<v1::Link>,
-    fd_socket: String,
-    drain_ms: u32,
-    pin_ms: u32,
-}
-
-impl NodeFacts {
-    /// From the probe and the settings.
-    pub fn new(probe: &dyn Probe, fd_socket: String, drain_ms: u32, pin_ms: u32) -> Self {
-        Self {
-            devices: probe.devices().iter().map(v1::Device::from).collect(),
-            links: probe.links().iter().map(v1::Link::from).collect(),
-            fd_socket,
-            drain_ms,
-            pin_ms,
-        }
-    }
-}
 
 /// The service. Answers FAILED_PRECONDITION on connections without a [`crate::peer::Peer`].
 pub struct BrokerService {
@@ -54,39 +32,6 @@ impl BrokerService {
     /// Serves the owner's state.
     pub fn new(owner: Arc<Owner>, node: NodeFacts) -> Self {
         Self { owner, node }
-    }
-
-    /// A grant as it travels; a descriptor's gets a token that only `process` can use.
-    fn grant(&self, grant: Grant, process: Process) -> v1::Grant {
-        let mut handle = v1::Handle {
-            kind: v1::HandleKind::from(grant.handle.kind()).into(),
-            ..Default::default()
-        };
-        match grant.handle {
-            Handle::CudaIpc(opaque) | Handle::Fabric(opaque) => {
-                handle.opaque = opaque.0.to_vec().into();
-            }
-            Handle::PosixFd => {
-                let descriptors = self.owner.descriptors();
-                let token = descriptors.grant(process, grant.allocation, Instant::now());
-                handle.grant_token = token.to_vec().into();
-            }
-        }
-        v1::Grant {
-            lease_id: grant.lease.0,
-            generation: grant.generation.0,
-            region_id: grant.region.0.to_vec().into(),
-            slab: grant.slab,
-            slab_bytes: grant.slab_bytes,
-            allocation_id: grant.allocation.0.to_vec().into(),
-            offset: grant.offset,
-            device_uuid: grant.device.to_string(),
-            handle: Some(handle),
-            link: v1::LinkKind::from(grant.link).into(),
-            slots: grant.slots,
-            block_bytes: grant.block_bytes,
-            map_bytes: grant.map_bytes,
-        }
     }
 }
 
@@ -187,6 +132,18 @@ impl Broker for BrokerService {
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let _timer = self.owner.metrics().time("Lookup");
         Ok(Response::new(self.do_lookup(request)?))
+    }
+
+    async fn report(
+        &self,
+        request: Request<v1::ReportRequest>,
+    ) -> Result<Response<v1::ReportResponse>, Status> {
+        let _timer = self.owner.metrics().time("Report");
+        let caller = caller(&peer(&request)?, request.get_ref().session_id);
+        let traffic = request.into_inner().traffic.unwrap_or_default();
+        let traffic = Traffic::try_from(&traffic).map_err(Refused::from)?;
+        self.owner.report(caller, &traffic)?;
+        Ok(Response::new(v1::ReportResponse {}))
     }
 }
 
@@ -304,7 +261,7 @@ impl BrokerService {
                 let grants = grants.into_iter();
                 Ok(v1::LeaseResponse {
                     grants: grants
-                        .map(|grant| self.grant(grant, peer.process))
+                        .map(|grant| node::grant(&self.owner, grant, peer.process))
                         .collect(),
                     shortfall: v1::Shortfall::from(shortfall).into(),
                 })
@@ -332,7 +289,7 @@ impl BrokerService {
         };
         match self.owner.apply(event)? {
             Reply::Shared(grant) => Ok(v1::ShareResponse {
-                grant: Some(self.grant(grant, peer.process)),
+                grant: Some(node::grant(&self.owner, grant, peer.process)),
             }),
             _ => Err(Refused::OutOfTurn),
         }

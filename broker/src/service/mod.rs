@@ -2,11 +2,13 @@
 
 mod admin;
 mod broker;
+mod node;
 mod session;
 mod view;
 
 pub use admin::AdminService;
-pub use broker::{BrokerService, NodeFacts};
+pub use broker::BrokerService;
+pub use node::NodeFacts;
 pub use session::OutgoingStream;
 
 use swiftcache_proto::domain::SessionId;

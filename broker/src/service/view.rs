@@ -5,12 +5,13 @@ use swiftcache_proto::{
     v1::{self, quota_status},
 };
 
-use crate::core::{
-    Account, LeasePhase, LeaseView, QuotaTarget, RegionView, State, WithdrawPreview,
+use crate::{
+    core::{Account, LeasePhase, LeaseView, QuotaTarget, RegionView, State, WithdrawPreview},
+    owner::Reports,
 };
 
 /// All of the node that the state knows; the caller adds what the broker knows of itself.
-pub(super) fn node(state: &State) -> v1::GetNodeResponse {
+pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
     let counters = state.counters();
     let devices = state.devices().map(|view| v1::DeviceStatus {
         device: Some(view.device.into()),
@@ -35,6 +36,7 @@ pub(super) fn node(state: &State) -> v1::GetNodeResponse {
             hit_blocks: counters.hit_blocks,
             published_blocks: counters.published_blocks,
         }),
+        traffic: Some(reports.total().into()),
         ..Default::default()
     }
 }
@@ -51,7 +53,7 @@ fn account(account: Account) -> v1::Account {
 }
 
 /// `started` is when the state's clock read 0, milliseconds since 1970.
-pub(super) fn sessions(state: &State, started: u64) -> Vec<v1::SessionStatus> {
+pub(super) fn sessions(state: &State, reports: &Reports, started: u64) -> Vec<v1::SessionStatus> {
     let sessions = state.sessions().map(|view| v1::SessionStatus {
         label: view.id.label(),
         name: view.name.to_owned(),
@@ -63,6 +65,7 @@ pub(super) fn sessions(state: &State, started: u64) -> Vec<v1::SessionStatus> {
         donated_bytes: view.donated_bytes,
         leased_bytes: view.leased_bytes,
         unacknowledged: view.unacknowledged,
+        traffic: reports.of(view.id).map(v1::Traffic::from),
     });
     sessions.collect()
 }
@@ -118,6 +121,7 @@ pub(super) fn lease(view: LeaseView<'_>, started: u64) -> v1::LeaseStatus {
         device_uuid: view.device.to_string(),
         borrower_device_uuid: view.borrower_device.to_string(),
         link: v1::LinkKind::from(view.link).into(),
+        donor_label: view.donor.label(),
         donor_name: view.donor_name.to_owned(),
         borrower_label: view.borrower.label(),
         borrower_name: view.borrower_name.to_owned(),

@@ -114,6 +114,19 @@ impl Core {
             while self.wants_room(&self.state.lock()) && self.grow() {}
             self.unpublish_due();
             self.release_idle();
+            self.report();
+        }
+    }
+
+    /// Passes on to the session what was moved since it last was: here, and not where it is moved.
+    pub(super) fn report(&self) {
+        if let Some(session) = &self.session {
+            let mut state = self.state.lock();
+            let traffic = state.counts.traffic();
+            let more = traffic.since(&state.reported);
+            state.reported = traffic;
+            drop(state);
+            session.moved(more);
         }
     }
 

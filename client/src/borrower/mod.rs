@@ -174,6 +174,7 @@ impl Drop for Borrower {
     fn drop(&mut self) {
         self.threads.stop(&self.core);
         self.core.close();
+        self.core.report();
     }
 }
 

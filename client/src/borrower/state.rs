@@ -7,7 +7,10 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use swiftcache_proto::domain::{BlockHash, LeaseId};
+use swiftcache_proto::{
+    domain::{BlockHash, LeaseId},
+    traffic::Traffic,
+};
 
 use super::{
     blocks::{BlockId, Blocks, List, Place, Published},
@@ -36,6 +39,8 @@ pub(super) struct State {
     /// The broker had nothing to lend; not to be asked before.
     pub(super) grow_after: Instant,
     pub(super) counts: Stats,
+    /// What of it the session was told.
+    pub(super) reported: Traffic,
     pub(super) drain: Histogram<u64>,
     pub(super) acknowledge: Histogram<u64>,
 }
@@ -64,6 +69,7 @@ impl State {
             slab_bytes: None,
             grow_after: Instant::now(),
             counts: Stats::default(),
+            reported: Traffic::default(),
             drain: histogram(),
             acknowledge: histogram(),
         }

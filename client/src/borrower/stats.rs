@@ -1,53 +1,9 @@
 //! What a borrower has done, in numbers.
 
-use std::ops::{AddAssign, Index, IndexMut};
-
 use hdrhistogram::Histogram;
-use swiftcache_proto::domain::LinkKind;
+use swiftcache_proto::traffic::Traffic;
 
-/// Bytes that crossed each kind of link. The host tier counts as [`LinkKind::Host`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BytesByLink([u64; 4]);
-
-impl BytesByLink {
-    /// Each kind of link with its bytes, best link first.
-    pub fn iter(&self) -> impl Iterator<Item = (LinkKind, u64)> {
-        let kinds = [
-            LinkKind::SameDevice,
-            LinkKind::Nvlink,
-            LinkKind::Pcie,
-            LinkKind::Host,
-        ];
-        kinds.into_iter().zip(self.0)
-    }
-
-    /// Over all links.
-    pub fn total(&self) -> u64 {
-        self.0.iter().sum()
-    }
-}
-
-impl Index<LinkKind> for BytesByLink {
-    type Output = u64;
-
-    fn index(&self, link: LinkKind) -> &u64 {
-        &self.0[link as usize]
-    }
-}
-
-impl IndexMut<LinkKind> for BytesByLink {
-    fn index_mut(&mut self, link: LinkKind) -> &mut u64 {
-        &mut self.0[link as usize]
-    }
-}
-
-impl AddAssign for BytesByLink {
-    fn add_assign(&mut self, other: Self) {
-        for (mine, its) in self.0.iter_mut().zip(other.0) {
-            *mine += its;
-        }
-    }
-}
+pub use swiftcache_proto::traffic::BytesByLink;
 
 /// Blocks by the tier they were found in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,4 +102,18 @@ pub struct Stats {
     pub host_blocks: u64,
     /// Replicas' leases mapped now.
     pub shared_leases: u32,
+}
+
+impl Stats {
+    /// What of it operators see through the broker.
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            loaded: self.loaded,
+            stored: self.stored,
+            lookup_blocks: self.lookup_blocks,
+            own_blocks: self.hits.donor,
+            replica_blocks: self.hits.shared,
+            host_blocks: self.hits.host,
+        }
+    }
 }

@@ -13,6 +13,7 @@ mod fd;
 mod grant;
 mod messages;
 mod observer;
+mod report;
 mod rpc;
 mod run;
 
@@ -42,6 +43,7 @@ pub use grant::{Grant, Opening};
 pub use messages::{Demand, Found, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing};
 use observer::Observers;
 pub use observer::{Connected, Held, Observer, Revocation, Scrub};
+use report::Tally;
 
 use crate::{Error, Result};
 
@@ -75,6 +77,7 @@ pub(crate) struct Shared {
     link: Mutex<LinkState>,
     changed: Condvar,
     observers: Observers,
+    tally: Tally,
     /// Makes the background thread give the present connection up.
     kick: Notify,
     runtime: tokio::runtime::Handle,
@@ -142,6 +145,7 @@ impl Session {
             }),
             changed: Condvar::new(),
             observers: Observers::default(),
+            tally: Tally::default(),
             kick: Notify::new(),
             runtime: runtime.handle().clone(),
             thread: Mutex::new(None),

@@ -11,13 +11,14 @@ use swiftcache_proto::{
     v1::{self, session_response::Message},
 };
 use tokio::time::{sleep, timeout};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{debug, info, warn};
 
 use super::{
     Connected, Held, LinkState, Revocation, Scrub, Shared,
     backoff::Backoff,
     connection::{Connection, OpenError, Opened},
+    report::Reporter,
 };
 
 /// The longest one attempt to connect may take: a stopped broker accepts and never answers.
@@ -123,7 +124,12 @@ async fn serve(
         connection.announced.store(true, Ordering::Release);
     }
     shared.changed.notify_all();
+    let reporter = Reporter::new(&connection);
     drop(connection);
+    let its_shared = Arc::clone(shared);
+    let _reports = AbortOnDropHandle::new(tokio::spawn(async move {
+        reporter.run(&its_shared.tally).await;
+    }));
     let problem = loop {
         tokio::select! {
             () = life.cancelled() => return,
@@ -201,7 +207,12 @@ async fn leave(shared: &Shared) {
         let request = v1::LeaveRequest {
             session_id: connection.session.0,
         };
-        match timeout(LEAVE_LIMIT, connection.client.clone().leave(request)).await {
+        let leaving = async {
+            // What was moved last is lost with the session otherwise.
+            Reporter::new(&connection).tell(&shared.tally).await;
+            connection.client.clone().leave(request).await
+        };
+        match timeout(LEAVE_LIMIT, leaving).await {
             Ok(Ok(_)) => info!("left the broker"),
             Ok(Err(status)) => debug!(%status, "the broker did not take the leave"),
             Err(_) => debug!("the broker did not answer the leave"),

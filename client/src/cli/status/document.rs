@@ -1,6 +1,6 @@
 //! What `swiftcache status --json` prints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use swiftcache_proto::v1;
@@ -18,6 +18,7 @@ pub(super) struct Status {
     pub(super) indexed_blocks: u64,
     pub(super) total: Account,
     pub(super) counters: Counters,
+    pub(super) traffic: Traffic,
     pub(super) devices: Vec<DeviceRow>,
     pub(super) donors: Vec<DonorRow>,
     pub(super) leases: Vec<LeaseRow>,
@@ -60,6 +61,23 @@ pub(super) struct Counters {
     pub(super) published_blocks: u64,
 }
 
+/// What engines reported since the broker started.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Traffic {
+    pub(super) links: Vec<LinkRow>,
+    pub(super) lookup_blocks: u64,
+    pub(super) own_blocks: u64,
+    pub(super) replica_blocks: u64,
+    pub(super) host_blocks: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct LinkRow {
+    pub(super) link: &'static str,
+    pub(super) loaded: u64,
+    pub(super) stored: u64,
+}
+
 #[derive(Debug, Serialize)]
 pub(super) struct DeviceRow {
     pub(super) uuid: String,
@@ -87,12 +105,14 @@ pub(super) struct LeaseRow {
     pub(super) pid: u32,
     pub(super) namespace: String,
     pub(super) device: String,
-    pub(super) link: String,
+    pub(super) link: &'static str,
     pub(super) slabs: u32,
     pub(super) leased: u64,
     /// Slabs that are revoked and not yet given up, zombies among them.
     pub(super) revoked: u32,
     pub(super) zombies: u32,
+    /// Processes that have not let go of what is revoked: lessee and readers.
+    pub(super) waiting_for_pids: BTreeSet<u32>,
     pub(super) blocks: u64,
 }
 
@@ -128,6 +148,7 @@ impl Status {
         Self {
             total: Account::new(node.total.as_ref()),
             counters,
+            traffic: traffic(node.traffic.as_ref()),
             devices: node.devices.iter().map(device).collect(),
             donors,
             leases: leases(&snapshot.leases),
@@ -151,6 +172,35 @@ fn device(status: &v1::DeviceStatus) -> DeviceRow {
         hbm_used: status.hbm_used_bytes,
         drained: status.drained,
         account: Account::new(status.account.as_ref()),
+    }
+}
+
+fn traffic(traffic: Option<&v1::Traffic>) -> Traffic {
+    // An older broker knows of none.
+    let Some(traffic) = traffic else {
+        return Traffic::default();
+    };
+    let links = traffic.links.iter().map(|entry| LinkRow {
+        link: link(entry.link()),
+        loaded: entry.loaded_bytes,
+        stored: entry.stored_bytes,
+    });
+    Traffic {
+        links: links.collect(),
+        lookup_blocks: traffic.lookup_blocks,
+        own_blocks: traffic.own_blocks,
+        replica_blocks: traffic.replica_blocks,
+        host_blocks: traffic.host_blocks,
+    }
+}
+
+fn link(kind: v1::LinkKind) -> &'static str {
+    match kind {
+        v1::LinkKind::SameDevice => "same device",
+        v1::LinkKind::Nvlink => "NVLink",
+        v1::LinkKind::Pcie => "PCIe",
+        v1::LinkKind::Host => "host",
+        v1::LinkKind::Unspecified => "?",
     }
 }
 
@@ -190,20 +240,14 @@ fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
         row.pid = lease.borrower_pid;
         row.namespace.clone_from(&lease.namespace);
         row.device.clone_from(&lease.device_uuid);
-        row.link = match lease.link() {
-            v1::LinkKind::SameDevice => "same device",
-            v1::LinkKind::Nvlink => "NVLink",
-            v1::LinkKind::Pcie => "PCIe",
-            v1::LinkKind::Host => "host",
-            v1::LinkKind::Unspecified => "?",
-        }
-        .to_owned();
+        row.link = link(lease.link());
         row.slabs += 1;
         row.leased += lease.bytes;
         row.blocks += u64::from(lease.published_blocks);
         let zombie = lease.state() == v1::LeaseState::Zombie;
         row.zombies += u32::from(zombie);
         row.revoked += u32::from(zombie || lease.state() == v1::LeaseState::Draining);
+        row.waiting_for_pids.extend(&lease.waiting_for_pids);
     }
     rows.into_values().collect()
 }

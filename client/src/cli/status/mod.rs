@@ -5,7 +5,7 @@ mod document;
 use std::{fmt::Write as _, time::Duration};
 
 use clap::Args;
-use document::{Account, Status};
+use document::{Account, LeaseRow, Status, Traffic};
 
 use super::{CliError, admin::Admin, args::SocketArg, output, watch};
 use crate::replay::report::{bytes, table};
@@ -106,10 +106,10 @@ impl Status {
                 lease.borrower.clone(),
                 lease.pid.to_string(),
                 lease.device.clone(),
-                lease.link.clone(),
+                lease.link.to_owned(),
                 lease.slabs.to_string(),
                 bytes(lease.leased),
-                lease.revoked.to_string(),
+                revoked(lease),
                 lease.blocks.to_string(),
             ]
         });
@@ -149,7 +149,46 @@ impl Status {
             counters.lookup_blocks,
             counters.published_blocks
         );
+        if self.traffic.lookup_blocks > 0 || !self.traffic.links.is_empty() {
+            let _ = writeln!(text, "{}", self.traffic.text());
+        }
         text
+    }
+}
+
+/// How many, and who holds them up: those are the processes that somebody has to look at.
+fn revoked(lease: &LeaseRow) -> String {
+    let pids: Vec<String> = lease.waiting_for_pids.iter().map(u32::to_string).collect();
+    match (lease.zombies, pids.is_empty()) {
+        (0, true) => lease.revoked.to_string(),
+        (0, false) => format!("{}: waits for {}", lease.revoked, pids.join(" ")),
+        (zombies, _) => format!(
+            "{}, zombie {zombies}: waits for {}",
+            lease.revoked,
+            pids.join(" ")
+        ),
+    }
+}
+
+impl Traffic {
+    fn text(&self) -> String {
+        let links = self.links.iter().map(|row| {
+            let (loaded, stored) = (bytes(row.loaded), bytes(row.stored));
+            format!("{} {loaded} loaded, {stored} stored", row.link)
+        });
+        let links: Vec<String> = links.collect();
+        format!(
+            "engines report: {}; blocks found in own leases {}, replicas' {}, host memory {}, of {}",
+            if links.is_empty() {
+                "nothing moved".to_owned()
+            } else {
+                links.join("; ")
+            },
+            self.own_blocks,
+            self.replica_blocks,
+            self.host_blocks,
+            self.lookup_blocks
+        )
     }
 }
 
@@ -198,6 +237,11 @@ mod tests {
             borrower_label: "cd34".to_owned(),
             borrower_name: "replay".to_owned(),
             published_blocks: 5,
+            waiting_for_pids: match state {
+                v1::LeaseState::Draining => vec![4712],
+                v1::LeaseState::Zombie => vec![4712, 4711],
+                _ => Vec::new(),
+            },
             ..v1::LeaseStatus::default()
         };
         Snapshot {
@@ -213,6 +257,16 @@ mod tests {
                     account: Some(account),
                     ..v1::DeviceStatus::default()
                 }],
+                traffic: Some(v1::Traffic {
+                    links: vec![v1::LinkTraffic {
+                        link: v1::LinkKind::Pcie.into(),
+                        loaded_bytes: 2_000_000,
+                        stored_bytes: 1_000_000,
+                    }],
+                    lookup_blocks: 30,
+                    own_blocks: 20,
+                    ..v1::Traffic::default()
+                }),
                 ..v1::GetNodeResponse::default()
             },
             sessions: vec![v1::SessionStatus {
@@ -242,6 +296,12 @@ mod tests {
         assert_eq!(status.leases.len(), 1);
         let lease = &status.leases[0];
         assert_eq!((lease.slabs, lease.revoked, lease.zombies), (3, 2, 1));
+        let waiting: Vec<u32> = lease.waiting_for_pids.iter().copied().collect();
+        assert_eq!(
+            waiting,
+            [4711, 4712],
+            "the alert sends people here for them"
+        );
         assert_eq!(lease.blocks, 15);
     }
 
@@ -254,6 +314,8 @@ mod tests {
             "replay [cd34]",
             "NVLink",
             "4.0 MB",
+            "2, zombie 1: waits for 4711 4712",
+            "PCIe 2.0 MB loaded, 1.0 MB stored; blocks found in own leases 20,",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }

@@ -100,7 +100,7 @@ pub(super) fn clock(unix_ms: u64) -> String {
 }
 
 /// What happened between two answers of one broker.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Rates {
     /// A second.
     pub(super) lookups: f64,
@@ -110,6 +110,16 @@ pub(super) struct Rates {
     pub(super) published: f64,
     hit_blocks: u64,
     lookup_blocks: u64,
+    /// Bytes a second, by link.
+    pub(super) links: Vec<LinkRate>,
+}
+
+/// Bytes a second over one kind of link.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct LinkRate {
+    pub(super) link: &'static str,
+    pub(super) loaded: f64,
+    pub(super) stored: f64,
 }
 
 impl Rates {
@@ -122,6 +132,10 @@ impl Rates {
         if before.boot_id != after.boot_id || elapsed == 0 {
             return None;
         }
+        let links = [&before.traffic, &after.traffic].map(|traffic| {
+            let traffic = traffic.as_ref();
+            traffic.map_or(&[][..], |traffic| &traffic.links)
+        });
         let (before, after) = (before.counters?, after.counters?);
         let seconds = elapsed as f64 / 1_000.0;
         let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
@@ -131,6 +145,7 @@ impl Rates {
             published: rate(before.published_blocks, after.published_blocks),
             hit_blocks: after.hit_blocks.saturating_sub(before.hit_blocks),
             lookup_blocks: after.lookup_blocks.saturating_sub(before.lookup_blocks),
+            links: link_rates(links, rate),
         })
     }
 
@@ -140,9 +155,52 @@ impl Rates {
     }
 }
 
+/// Every link that was ever used, so that one that falls silent stays in its place.
+fn link_rates(
+    [before, after]: [&[v1::LinkTraffic]; 2],
+    rate: impl Fn(u64, u64) -> f64,
+) -> Vec<LinkRate> {
+    let rates = after.iter().map(|now| {
+        let then = before.iter().find(|then| then.link == now.link);
+        let then = then.copied().unwrap_or_default();
+        LinkRate {
+            link: link(now.link()),
+            loaded: rate(then.loaded_bytes, now.loaded_bytes),
+            stored: rate(then.stored_bytes, now.stored_bytes),
+        }
+    });
+    rates.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_have_rates_of_their_own() {
+        let node = |uptime_ms, links: &[(v1::LinkKind, u64, u64)]| v1::GetNodeResponse {
+            uptime_ms,
+            counters: Some(v1::Counters::default()),
+            traffic: Some(v1::Traffic {
+                links: links
+                    .iter()
+                    .map(|(link, loaded_bytes, stored_bytes)| v1::LinkTraffic {
+                        link: (*link).into(),
+                        loaded_bytes: *loaded_bytes,
+                        stored_bytes: *stored_bytes,
+                    })
+                    .collect(),
+                ..v1::Traffic::default()
+            }),
+            ..v1::GetNodeResponse::default()
+        };
+        let (nvlink, host) = (v1::LinkKind::Nvlink, v1::LinkKind::Host);
+        let before = node(0, &[(nvlink, 100, 10)]);
+        let after = node(2_000, &[(nvlink, 300, 10), (host, 0, 8)]);
+        let rates = Rates::between(&before, &after).unwrap().links;
+        let seen: Vec<_> = rates.iter().map(|r| (r.link, r.loaded, r.stored)).collect();
+        assert_eq!(seen, [("NVLink", 100.0, 0.0), ("host", 0.0, 4.0)]);
+    }
 
     #[test]
     fn rates_are_of_one_broker_only() {

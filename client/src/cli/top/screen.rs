@@ -49,19 +49,23 @@ impl Screen {
             frame.render_widget(Paragraph::new(waiting), area);
             return;
         };
+        let links = self.links();
         let devices = u16::try_from(snapshot.node.devices.len()).unwrap_or(u16::MAX);
         let room = area.height.saturating_sub(2 + LEAST_BELOW).max(2);
         let heights = [
             Constraint::Length(1),
             Constraint::Length(devices.saturating_add(1).min(room)),
-            Constraint::Length(1),
+            Constraint::Length(1 + u16::from(links.is_some())),
             Constraint::Fill(3),
             Constraint::Fill(2),
         ];
         let [top, devices, traffic, leases, events] = Layout::vertical(heights).areas(area);
         frame.render_widget(self.headline(&snapshot.node), top);
         frame.render_widget(devices_of(&snapshot.node, devices), devices);
-        frame.render_widget(self.traffic(&snapshot.node), traffic);
+        let lines: Vec<_> = std::iter::once(self.lookups(&snapshot.node))
+            .chain(links)
+            .collect();
+        frame.render_widget(Paragraph::new(lines), traffic);
         render_leases(snapshot, frame, leases);
         self.render_events(frame, events);
     }
@@ -72,18 +76,36 @@ impl Screen {
         }
         let uptime = std::time::Duration::from_secs(node.uptime_ms / 1_000);
         let text = format!(
-            "swiftcache {}  {}  up {}  {} sessions  {} blocks  q quits",
+            // What may be cut off comes last.
+            "swiftcache {}  up {}  {} sessions  {} blocks  q quits  {}",
             node.version,
-            node.probe,
             humantime::format_duration(uptime),
             node.sessions,
-            node.indexed_blocks
+            node.indexed_blocks,
+            node.probe
         );
         Line::styled(text, Style::new().add_modifier(Modifier::BOLD))
     }
 
-    /// What the broker knows of the traffic: it sees lookups, never the copies.
-    fn traffic(&self, node: &v1::GetNodeResponse) -> Line<'static> {
+    /// Bytes by link, as the engines report them: the broker sees no copies. A line of its own once there are any.
+    fn links(&self) -> Option<Line<'static>> {
+        let rates = self
+            .rates
+            .as_ref()
+            .filter(|rates| !rates.links.is_empty())?;
+        let links = rates.links.iter().map(|rate| {
+            let (loaded, stored) = (bytes(rate.loaded as u64), bytes(rate.stored as u64));
+            // So short that three kinds fit in 80 columns.
+            format!("  {} {loaded}/{stored}", rate.link)
+        });
+        Some(Line::raw(format!(
+            "in/out per s{}",
+            links.collect::<String>()
+        )))
+    }
+
+    /// What the broker saw itself: the lookups.
+    fn lookups(&self, node: &v1::GetNodeResponse) -> Line<'static> {
         let counters = node.counters.unwrap_or_default();
         let ever = rows::percent(counters.hit_blocks, counters.lookup_blocks);
         Line::raw(match &self.rates {

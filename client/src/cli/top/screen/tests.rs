@@ -78,6 +78,14 @@ fn lease(borrower: u32, on: u32, state: v1::LeaseState) -> v1::LeaseStatus {
     }
 }
 
+fn link(link: v1::LinkKind, bytes: u64) -> v1::LinkTraffic {
+    v1::LinkTraffic {
+        link: link.into(),
+        loaded_bytes: bytes,
+        stored_bytes: bytes / 4,
+    }
+}
+
 fn snapshot(uptime_ms: u64) -> Snapshot {
     let devices = (0..8).map(|ordinal| match ordinal {
         3 => device(3, 40, [30, 10, 2, 20]),
@@ -105,6 +113,14 @@ fn snapshot(uptime_ms: u64) -> Snapshot {
                 hit_blocks: uptime_ms * 8,
                 published_blocks: uptime_ms / 5,
                 ..v1::Counters::default()
+            }),
+            traffic: Some(v1::Traffic {
+                links: vec![
+                    link(v1::LinkKind::Nvlink, uptime_ms * 40_000_000),
+                    link(v1::LinkKind::Pcie, uptime_ms * 12_500_000),
+                    link(v1::LinkKind::Host, uptime_ms * 3_000_000),
+                ],
+                ..v1::Traffic::default()
             }),
             ..v1::GetNodeResponse::default()
         },

@@ -1,6 +1,8 @@
 //! Metrics for Prometheus. Counters and histograms move as things happen; gauges are read from the state when
 //! somebody scrapes. Each broker has its own recorder: nothing is global.
 
+mod traffic;
+
 use std::{
     collections::HashMap,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -11,10 +13,13 @@ use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::core::Note;
+use swiftcache_proto::traffic::Traffic;
 
-/// The RPCs that are timed.
-const RPCS: [&str; 20] = [
+use crate::core::Note;
+use traffic::TrafficCounters;
+
+/// The RPCs, all of which are timed.
+const RPCS: [&str; 23] = [
     "Register",
     "Session",
     "Leave",
@@ -26,6 +31,7 @@ const RPCS: [&str; 20] = [
     "Publish",
     "Unpublish",
     "Lookup",
+    "Report",
     "GetNode",
     "ListSessions",
     "ListRegions",
@@ -35,6 +41,8 @@ const RPCS: [&str; 20] = [
     "Drain",
     "Undrain",
     "Evict",
+    "PreviewWithdraw",
+    "SetQuota",
 ];
 /// Upper bounds, seconds: an RPC takes tens of microseconds, its deadline is seconds.
 const RPC_SECONDS: [f64; 12] = [
@@ -64,6 +72,7 @@ pub struct Metrics {
     evicted_blocks: Counter,
     gone: Counter,
     refusals: Counter,
+    traffic: TrafficCounters,
 }
 
 /// Measures one RPC; records when dropped.
@@ -144,6 +153,7 @@ impl Metrics {
                 "Sessions that ended because their process did.",
             ),
             refusals: counter("swiftcache_refusals_total", "Requests the core refused."),
+            traffic: TrafficCounters::new(&recorder),
             handle: recorder.handle(),
             recorder,
         })
@@ -151,8 +161,10 @@ impl Metrics {
 
     /// Times an RPC until the answer is dropped.
     pub fn time(&self, rpc: &str) -> RpcTimer<'_> {
+        let histogram = self.rpcs.get(rpc);
+        debug_assert!(histogram.is_some(), "{rpc} is not among the RPCS");
         RpcTimer {
-            histogram: self.rpcs.get(rpc),
+            histogram,
             since: Instant::now(),
         }
     }
@@ -178,6 +190,11 @@ impl Metrics {
             Note::Refused { .. } => self.refusals.increment(1),
             _ => {}
         }
+    }
+
+    /// Counts what engines say they moved and found since they last did.
+    pub fn moved(&self, more: &Traffic) {
+        self.traffic.count(more);
     }
 
     /// Sets a gauge; `name` is one of [`GAUGES`].
@@ -225,3 +242,32 @@ pub const GAUGES: [(&str, Unit, &str); 7] = [
         "Blocks that a lookup can find.",
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::Message;
+
+    use super::*;
+
+    #[test]
+    fn every_rpc_is_timed() {
+        let descriptors = swiftcache_proto::v1::FILE_DESCRIPTOR_SET;
+        let set = prost_types::FileDescriptorSet::decode(descriptors).unwrap();
+        let services = set.file.iter().flat_map(|file| &file.service);
+        let of_ours = services.filter(|service| ["Broker", "Admin"].contains(&service.name()));
+        let methods = of_ours.flat_map(|service| &service.method);
+        let methods: BTreeSet<&str> = methods.map(|method| method.name()).collect();
+        assert_eq!(methods, RPCS.into_iter().collect());
+        let metrics = Metrics::new().unwrap();
+        for rpc in RPCS {
+            drop(metrics.time(rpc));
+        }
+        let text = metrics.render();
+        for rpc in RPCS {
+            let line = format!("swiftcache_rpc_duration_seconds_count{{rpc=\"{rpc}\"}} 1");
+            assert!(text.contains(&line), "{line} is not in\n{text}");
+        }
+    }
+}

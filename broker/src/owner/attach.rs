@@ -1,0 +1,71 @@
+//! A session's stream: put up, and taken down when whoever holds it drops it.
+
+use std::sync::Arc;
+
+use swiftcache_proto::{domain::SessionId, v1};
+use tokio::sync::mpsc;
+
+use super::{Owner, answer};
+use crate::{
+    core::{Caller, Event},
+    error::Refused,
+};
+
+/// A session's attached stream.
+pub(crate) struct Attachment {
+    /// What was outstanding, in order.
+    pub(crate) outstanding: Vec<v1::SessionResponse>,
+    /// What follows.
+    pub(crate) receiver: mpsc::Receiver<v1::SessionResponse>,
+    /// Ends the attachment when it goes.
+    pub(crate) guard: Attached,
+}
+
+/// Detaches the session's stream when dropped, unless another took its place.
+pub(crate) struct Attached {
+    owner: Arc<Owner>,
+    session: SessionId,
+    serial: u64,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let mut inner = self.owner.inner.lock();
+        if inner.streams.close_serial(self.session, self.serial) {
+            inner.apply(&self.owner, Event::Detach(self.session));
+        }
+    }
+}
+
+impl Owner {
+    /// Puts the session's stream up, ending the one it had.
+    pub(crate) fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
+        let mut inner = self.inner.lock();
+        if inner.closing {
+            return Err(Refused::ShuttingDown);
+        }
+        let mut outstanding = Vec::new();
+        let now = self.now();
+        let effects = inner.state.apply(Event::Attach(caller), now);
+        let (reply, _) = inner.carry_out(self, effects, &mut |session, message| {
+            if session == caller.session {
+                outstanding.push(message);
+                return None;
+            }
+            Some(message)
+        });
+        answer(reply)?;
+        let (serial, receiver) = inner.streams.open(caller.session);
+        drop(inner);
+        let guard = Attached {
+            owner: Arc::clone(self),
+            session: caller.session,
+            serial,
+        };
+        Ok(Attachment {
+            outstanding,
+            receiver,
+            guard,
+        })
+    }
+}

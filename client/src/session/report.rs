@@ -1,0 +1,189 @@
+//! Tells the broker what was moved, for operators to see: in the background, and never more often than is of use.
+
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use swiftcache_proto::{
+    domain::SessionId,
+    traffic::Traffic,
+    v1::{self, broker_client::BrokerClient},
+};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
+use tonic::{Code, transport::Channel};
+use tracing::debug;
+
+use super::{Session, connection::Connection};
+
+/// How often at most: the eye wants no more.
+const EVERY: Duration = Duration::from_secs(2);
+/// The longest one report may take.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// What was moved, and how much of it the broker knows.
+#[derive(Default)]
+pub(super) struct Tally {
+    counted: Mutex<Counted>,
+    more: Notify,
+}
+
+#[derive(Default)]
+struct Counted {
+    /// Since the session was opened.
+    total: Traffic,
+    /// What of it some broker has confirmed.
+    told: Traffic,
+    /// The listener of now, and what others were told before it.
+    to: Option<(Listener, Traffic)>,
+    /// The boot id of a broker that is too old to be told.
+    deaf: Option<u64>,
+}
+
+/// Who counts from 0: a session at one boot of the broker.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Listener {
+    session: SessionId,
+    boot_id: u64,
+}
+
+impl Session {
+    /// Counts what was moved and found. Costs its caller a lock that is held for nanoseconds; the broker is told of it
+    /// later, on the session's own thread.
+    pub fn moved(&self, more: Traffic) {
+        if more != Traffic::default() {
+            self.shared.tally.counted.lock().total += more;
+            self.shared.tally.more.notify_one();
+        }
+    }
+}
+
+impl Tally {
+    /// The session's total, and what of it `listener` should hear, if that is news.
+    fn news(&self, listener: Listener) -> Option<(Traffic, Traffic)> {
+        let mut counted = self.counted.lock();
+        let before = match counted.to {
+            Some((known, before)) if known == listener => before,
+            _ => counted.told,
+        };
+        counted.to = Some((listener, before));
+        let news = counted.total != counted.told && counted.deaf != Some(listener.boot_id);
+        news.then(|| (counted.total, counted.total.since(&before)))
+    }
+}
+
+/// Tells one broker, as long as the connection lasts.
+pub(super) struct Reporter {
+    client: BrokerClient<Channel>,
+    listener: Listener,
+}
+
+impl Reporter {
+    pub(super) fn new(connection: &Connection) -> Self {
+        Self {
+            client: connection.client.clone(),
+            listener: Listener {
+                session: connection.session,
+                boot_id: connection.boot_id,
+            },
+        }
+    }
+
+    /// Tells, whenever there is something new.
+    pub(super) async fn run(mut self, tally: &Tally) {
+        loop {
+            while tally.news(self.listener).is_none() {
+                tally.more.notified().await;
+            }
+            self.tell(tally).await;
+            sleep(EVERY).await;
+        }
+    }
+
+    /// Tells what is new now, if anything is. Totals that did not arrive are in the next ones.
+    pub(super) async fn tell(&mut self, tally: &Tally) {
+        let Some((total, news)) = tally.news(self.listener) else {
+            return;
+        };
+        let request = v1::ReportRequest {
+            session_id: self.listener.session.0,
+            traffic: Some((&news).into()),
+        };
+        match timeout(LIMIT, self.client.report(request)).await {
+            Ok(Ok(_)) => tally.counted.lock().told = total,
+            Ok(Err(status)) if status.code() == Code::Unimplemented => {
+                debug!("the broker is too old to be told of traffic");
+                tally.counted.lock().deaf = Some(self.listener.boot_id);
+            }
+            Ok(Err(status)) => debug!(%status, "the broker did not take a report"),
+            Err(_) => debug!("the broker did not answer a report"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIRST: Listener = Listener {
+        session: SessionId(1),
+        boot_id: 1,
+    };
+
+    fn looked(blocks: u64) -> Traffic {
+        Traffic {
+            lookup_blocks: blocks,
+            ..Traffic::default()
+        }
+    }
+
+    fn counted(tally: &Tally, blocks: u64) {
+        tally.counted.lock().total += looked(blocks);
+    }
+
+    fn told(tally: &Tally, listener: Listener) -> Option<Traffic> {
+        let (total, news) = tally.news(listener)?;
+        tally.counted.lock().told = total;
+        Some(news)
+    }
+
+    #[test]
+    fn each_listener_hears_everything_once() {
+        let tally = Tally::default();
+        assert_eq!(told(&tally, FIRST), None);
+        counted(&tally, 5);
+        assert_eq!(told(&tally, FIRST), Some(looked(5)));
+        assert_eq!(told(&tally, FIRST), None);
+        counted(&tally, 2);
+        assert_eq!(told(&tally, FIRST), Some(looked(7)), "totals");
+        counted(&tally, 1);
+        // The answer was lost: a restarted broker, which counts from 0, hears what nobody confirmed.
+        assert!(tally.news(FIRST).is_some());
+        let restarted = Listener {
+            boot_id: 2,
+            ..FIRST
+        };
+        assert_eq!(told(&tally, restarted), Some(looked(1)));
+        counted(&tally, 3);
+        assert_eq!(told(&tally, restarted), Some(looked(4)));
+        let replaced = Listener {
+            session: SessionId(2),
+            ..restarted
+        };
+        assert_eq!(told(&tally, replaced), None);
+    }
+
+    #[test]
+    fn a_broker_that_is_too_old_is_asked_once() {
+        let tally = Tally::default();
+        counted(&tally, 5);
+        tally.counted.lock().deaf = Some(FIRST.boot_id);
+        assert_eq!(tally.news(FIRST), None);
+        let upgraded = Listener {
+            boot_id: 2,
+            ..FIRST
+        };
+        assert_eq!(told(&tally, upgraded), Some(looked(5)));
+    }
+}

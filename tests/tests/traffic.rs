@@ -1,0 +1,188 @@
+//! What engines move, as operators see it: the broker sees no copies, so sessions report them.
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use swiftcache_client::{
+    donor::{Donor, DonorConfig},
+    session::Session,
+};
+use swiftcache_proto::{domain::LinkKind, traffic::Traffic};
+use swiftcache_tests::{
+    engine::{self, BLOCK_BYTES, Engine, SLAB_BYTES, eventually},
+    node::{Node, Setup},
+    operator::Operator,
+    wire::Wire,
+};
+use tonic::Code;
+
+const SEQUENCE: [u32; 6] = [1, 2, 3, 4, 5, 6];
+const BYTES: u64 = SEQUENCE.len() as u64 * BLOCK_BYTES;
+
+fn donor(node: &Node) -> Result<Donor> {
+    let config = DonorConfig {
+        device: node.device(1),
+        slab_bytes: SLAB_BYTES,
+        drain: Duration::from_secs(2),
+        handle: None,
+    };
+    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
+    donor.grow(SLAB_BYTES)?;
+    Ok(donor)
+}
+
+/// An engine that has stored and fetched [`SEQUENCE`].
+fn engine(node: &Node, session: Session) -> Result<Engine> {
+    let config = engine::config(node.device(0), 1);
+    let engine = Engine::new(Some(session), node.layer()?, config)?;
+    engine.reserve(1)?;
+    ensure!(engine.store(&SEQUENCE)?.stored == SEQUENCE.len() as u32);
+    ensure!(engine.fetch(&SEQUENCE)?.served == SEQUENCE.len() as u32);
+    Ok(engine)
+}
+
+fn seen(operator: &Operator) -> Result<Traffic> {
+    let traffic = operator.node()?.traffic.context("no traffic")?;
+    Ok(Traffic::try_from(&traffic)?)
+}
+
+#[test]
+fn the_node_knows_what_its_engines_move_over_which_link() -> Result<()> {
+    let node = Node::start(&[])?;
+    let _donor = donor(&node)?;
+    let operator = Operator::of(&node)?;
+    ensure!(seen(&operator)? == Traffic::default());
+    let engine = engine(&node, node.session("engine")?)?;
+    eventually("the engine's report", || {
+        let traffic = seen(&operator)?;
+        Ok(traffic.loaded[LinkKind::Nvlink] == BYTES && traffic.stored[LinkKind::Nvlink] == BYTES)
+    })?;
+    let traffic = seen(&operator)?;
+    ensure!(
+        traffic.own_blocks == 6 && traffic.lookup_blocks >= 6,
+        "{traffic:?}"
+    );
+    ensure!(traffic.loaded.total() == BYTES, "{traffic:?}");
+    let sessions = operator.sessions()?;
+    let of = |name: &str| sessions.iter().find(|session| session.name == name);
+    let engines = of("engine").context("no engine")?;
+    let reported = engines.traffic.as_ref().context("it reported nothing")?;
+    ensure!(Traffic::try_from(reported)? == traffic);
+    ensure!(of("donor").context("no donor")?.traffic.is_none());
+
+    // What it moved last is told before it leaves, and outlives it.
+    ensure!(engine.fetch(&SEQUENCE)?.served == 6);
+    drop(engine);
+    eventually("the engine to leave", || {
+        Ok(operator
+            .sessions()?
+            .iter()
+            .all(|session| session.name != "engine"))
+    })?;
+    let traffic = seen(&operator)?;
+    ensure!(traffic.loaded[LinkKind::Nvlink] == 2 * BYTES, "{traffic:?}");
+    Ok(())
+}
+
+#[test]
+fn a_restarted_broker_counts_from_nothing() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let _donor = donor(&node)?;
+    let session = node.session("engine")?;
+    let engine = engine(&node, session.clone())?;
+    let operator = Operator::of(&node)?;
+    eventually("the engine's report", || {
+        let traffic = seen(&operator)?;
+        Ok(traffic.stored[LinkKind::Nvlink] == BYTES && traffic.loaded[LinkKind::Nvlink] == BYTES)
+    })?;
+    // Its answer is there when that of a later call is: what was confirmed is not told again.
+    session.lookup("another", &[engine::hash(1)]).wait()?;
+    node.kill_broker()?;
+    node.start_broker()?;
+    let operator = Operator::of(&node)?;
+    eventually("the engine's blocks in the new index", || {
+        Ok(operator.node()?.indexed_blocks == 6)
+    })?;
+    ensure!(engine.fetch(&SEQUENCE)?.served == 6);
+    eventually("the engine's next report", || {
+        Ok(seen(&operator)?.loaded[LinkKind::Nvlink] > 0)
+    })?;
+    let traffic = seen(&operator)?;
+    ensure!(traffic.loaded[LinkKind::Nvlink] == BYTES, "{traffic:?}");
+    ensure!(
+        traffic.stored.total() == 0,
+        "of the broker before: {traffic:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn prometheus_is_told_by_link_and_direction() -> Result<()> {
+    // Free a moment ago; whoever takes it in between fails the test, and not silently.
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let address = format!("127.0.0.1:{port}");
+    let node = Node::start_with(Setup {
+        options: vec!["--metrics-listen".to_owned(), address.clone()],
+        ..Setup::default()
+    })?;
+    let _donor = donor(&node)?;
+    let before = scrape(&address)?;
+    let counter = |link: &str, direction: &str| {
+        format!("swiftcache_link_bytes_total{{link=\"{link}\",direction=\"{direction}\"}} ")
+    };
+    for link in ["same-device", "nvlink", "pcie", "host"] {
+        for direction in ["load", "store"] {
+            let line = counter(link, direction) + "0";
+            ensure!(before.contains(&line), "{line} is not in {before}");
+        }
+    }
+    let _engine = engine(&node, node.session("engine")?)?;
+    let operator = Operator::of(&node)?;
+    eventually("the engine's report", || {
+        Ok(seen(&operator)?.loaded[LinkKind::Nvlink] == BYTES)
+    })?;
+    let after = scrape(&address)?;
+    for line in [
+        counter("nvlink", "load") + &BYTES.to_string(),
+        counter("nvlink", "store") + &BYTES.to_string(),
+        "swiftcache_engine_hit_blocks_total{tier=\"own\"} 6".to_owned(),
+    ] {
+        ensure!(after.contains(&line), "{line} is not in {after}");
+    }
+    Ok(())
+}
+
+fn scrape(address: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    write!(
+        stream,
+        "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+#[test]
+fn only_its_own_process_speaks_for_a_session() -> Result<()> {
+    let node = Node::start(&[])?;
+    let wire = Wire::new(&node.socket())?;
+    let report = |session_id| {
+        let request = swiftcache_proto::v1::ReportRequest {
+            session_id,
+            // Of an older client: nothing new, and no mistake.
+            traffic: None,
+        };
+        wire.wait(wire.broker().report(request)).map(drop)
+    };
+    let member = wire.member("member", "")?;
+    report(member.session)?;
+    member.leave()?;
+    let gone = report(member.session).err().context("taken")?;
+    ensure!(gone.code() == Code::NotFound, "{gone:?}");
+    Ok(())
+}
