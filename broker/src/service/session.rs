@@ -107,33 +107,40 @@ async fn read(
     mut requests: Streaming<v1::SessionRequest>,
 ) -> Result<(), Status> {
     while let Some(request) = requests.message().await? {
-        owner.apply(event(caller, request)?)?;
+        // An older broker does not know everything a newer client says. It reads that as an empty message.
+        let Some(message) = request.message else {
+            tracing::debug!(
+                session = caller.session.label(),
+                "ignored a message of a newer client"
+            );
+            continue;
+        };
+        owner.apply(event(caller, message)?)?;
     }
     Ok(())
 }
 
-fn event(caller: Caller, request: v1::SessionRequest) -> Result<Event, Refused> {
-    match request.message {
-        Some(Message::Acknowledge(message)) => Ok(Event::Acknowledge {
+fn event(caller: Caller, message: Message) -> Result<Event, Refused> {
+    match message {
+        Message::Acknowledge(message) => Ok(Event::Acknowledge {
             caller,
             lease: LeaseId(message.lease_id),
             generation: Generation(message.generation),
         }),
-        Some(Message::Scrubbed(message)) => Ok(Event::Scrubbed {
+        Message::Scrubbed(message) => Ok(Event::Scrubbed {
             caller,
             region: convert::region_id("scrubbed.region_id", &message.region_id)?,
             slab: message.slab,
             generation: Generation(message.generation),
         }),
-        Some(Message::Unpin(message)) => {
+        Message::Unpin(message) => {
             let pins = convert::bounded("unpin.pin_ids", &message.pin_ids)?;
             Ok(Event::Unpin {
                 caller,
                 pins: pins.iter().map(|pin| PinId(*pin)).collect(),
             })
         }
-        Some(Message::Attach(_)) => Err(invalid("attach", "comes once, first")),
-        None => Err(invalid("message", "is missing or of a kind unknown here")),
+        Message::Attach(_) => Err(invalid("attach", "comes once, first")),
     }
 }
 

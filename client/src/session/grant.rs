@@ -75,7 +75,11 @@ impl Grant {
             link: grant.link().try_into()?,
             slots: grant.slots,
             block_bytes: grant.block_bytes,
-            map_bytes: grant.map_bytes,
+            map_bytes: match grant.map_bytes {
+                // A broker of the first release does not say: as much as this slab takes, then.
+                0 => grant.offset.saturating_add(grant.slab_bytes),
+                bytes => bytes,
+            },
         };
         let end = read.offset.checked_add(read.slab_bytes);
         if end.is_none_or(|end| end > read.map_bytes) {

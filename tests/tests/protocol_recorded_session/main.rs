@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod old_broker;
 mod script;
 mod wire;
 
@@ -142,6 +143,41 @@ async fn another_answer_is_noticed() {
     let changed = recorded.replacen("hit_blocks:4", "hit_blocks:3", 1);
     assert_ne!(changed, recorded);
     assert_eq!(play(&changed).await, recorded);
+}
+
+/// What a newer client might say: field 90 of the stream's message, which today's broker does not know.
+const NEWER: &[u8] = b"\xd2\x05\x03new";
+
+#[tokio::test]
+async fn what_a_newer_client_says_on_its_stream_is_ignored() {
+    let old = Protocol::old();
+    let [request, _] = old.messages("Session");
+    let [register, registered] = old.messages("Register");
+    let broker = Broker::start(&fixture("two-devices.toml")).await;
+    let mut client = Client::connect(&broker.socket()).await;
+    let hello = message(register, "name: 'newer'").encode_to_vec();
+    let answer = client.call("Register", hello).await.unwrap();
+    let session = decode(registered, &answer);
+    let session = session.get_field_by_name("session_id").unwrap();
+    let attach = format!("attach {{ session_id: {} }}", session.as_u64().unwrap());
+    let attach = message(request.clone(), &attach).encode_to_vec();
+    client.send(attach.clone()).await;
+    client.receive("Attached").await;
+    client.send(NEWER.to_vec()).await;
+    client.send(Vec::new()).await;
+    // The stream is read on: it ends with what the broker does understand, and refuses.
+    let nonsense = message(request, "scrubbed { region_id: 'short' }");
+    client.send(nonsense.encode_to_vec()).await;
+    let complaint = client.complaint().await;
+    assert!(
+        complaint.message().contains("scrubbed.region_id"),
+        "{complaint}"
+    );
+
+    // Whose stream it is still comes first.
+    let mut client = Client::connect(&broker.socket()).await;
+    let status = client.refused(vec![NEWER.to_vec(), attach]).await;
+    assert!(status.message().contains("attach: "), "{status}");
 }
 
 #[test]

@@ -112,6 +112,22 @@ impl Client {
         self.stream = Some((sender, stream.unwrap().into_inner()));
     }
 
+    /// Opens a session stream of these messages, which must be refused.
+    pub(crate) async fn refused(&mut self, messages: Vec<Vec<u8>>) -> Status {
+        self.grpc.ready().await.unwrap();
+        let outgoing = Request::new(tokio_stream::iter(messages));
+        let stream = self.grpc.streaming(outgoing, path("Session"), Raw);
+        let stream = tokio::time::timeout(PATIENCE, stream).await.unwrap();
+        stream.expect_err("a refusal")
+    }
+
+    /// What the stream ends with.
+    pub(crate) async fn complaint(&mut self) -> Status {
+        let (_, stream) = self.stream.as_mut().expect("the stream is open");
+        let message = tokio::time::timeout(PATIENCE, stream.message()).await;
+        message.unwrap().expect_err("a complaint")
+    }
+
     /// The stream's next message; `line` asks for it.
     pub(crate) async fn receive(&mut self, line: &str) -> Vec<u8> {
         let (_, stream) = self.stream.as_mut().expect("the stream is open");
@@ -128,7 +144,7 @@ fn path(rpc: &str) -> PathAndQuery {
 
 /// Bytes as they are.
 #[derive(Clone, Copy)]
-struct Raw;
+pub(crate) struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;
