@@ -1,0 +1,175 @@
+"""The `swiftcache` command as people and scripts run it: the real program, a real broker, a real terminal."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import termios
+import time
+
+import pytest
+
+from test_binaries import CLEAN, CLI, run
+
+# Nothing here takes longer; it is a limit, and no measure.
+PATIENCE = 30
+
+
+@pytest.fixture
+def env(broker):
+    return {**CLEAN, "SWIFTCACHE_SOCKET": str(broker.socket)}
+
+
+def test_status_watch_is_a_document_a_line_until_it_is_interrupted(env, lent):
+    watching = subprocess.Popen([CLI, "status", "--watch=10ms", "--json"], stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        first, second = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        assert first["boot_id"] == second["boot_id"]
+        assert second["uptime_ms"] >= first["uptime_ms"]
+        watching.send_signal(signal.SIGINT)
+        rest, complaints = watching.communicate(timeout=PATIENCE)
+        assert (watching.returncode, complaints) == (0, "")
+        for line in rest.splitlines():
+            json.loads(line)
+    finally:
+        watching.kill()
+
+
+def test_status_says_who_holds_what_and_what_moved(env, lent):
+    done = run(CLI, "status", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    [lease] = [found for found in status["leases"] if found["namespace"] == lent.namespace]
+    assert lease["waiting_for_pids"] == [], "nothing is revoked"
+    assert set(status["traffic"]) == {"links", "lookup_blocks", "own_blocks", "replica_blocks", "host_blocks"}
+    table = run(CLI, "status", env=env).stdout
+    assert lent.namespace in table and "a borrower" in table
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["broker", "no-broker"])
+def test_doctor_says_what_to_do_about_everything_that_is_not_well(env, tmp_path, there):
+    socket = {} if there else {"SWIFTCACHE_SOCKET": str(tmp_path / "none.sock")}
+    done = run(CLI, "doctor", "--json", env={**env, **socket})
+    findings = json.loads(done.stdout)["findings"]
+    assert {"kernel", "socket-dir", "nvml"} <= {found["check"] for found in findings}
+    for found in findings:
+        assert found["verdict"] in ("ok", "warn", "fail") and found["found"]
+        assert (found["verdict"] == "ok") == ("advice" not in found), found
+        assert found.get("advice") != ""
+    failed = [found["check"] for found in findings if found["verdict"] == "fail"]
+    assert done.returncode == (1 if failed else 0), failed
+    if not there:
+        assert "socket" in failed, "a broker that is not there is a failure"
+
+
+SHELLS = {"bash": ["bash", "-n"], "zsh": ["zsh", "-n"], "fish": ["fish", "--no-execute"]}
+
+
+def check_syntax(shell, script):
+    return subprocess.run([*SHELLS[shell], script], capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("shell", [
+    pytest.param(shell, marks=pytest.mark.tool(f"completions for {shell}")) for shell in SHELLS
+])
+def test_completions_are_the_shells_language(shell, tmp_path):
+    if not shutil.which(shell):
+        pytest.skip(f"completions for {shell} NOT RUN: there is no {shell} on this machine")
+    done = run(CLI, "completions", shell)
+    script = tmp_path / f"swiftcache.{shell}"
+    script.write_text(done.stdout)
+    assert done.returncode == 0 and "doctor" in done.stdout
+    found = check_syntax(shell, script)
+    assert (found.returncode, found.stderr) == (0, "")
+    script.write_text(done.stdout + "\nif then (\n")
+    assert check_syntax(shell, script).returncode != 0
+
+
+def formatted(page, path):
+    """What a terminal shows of a manual page, and what the formatter has to say about it."""
+    path.write_text(page)
+    if shutil.which("man"):
+        command = ["man", "--warnings", "--local-file", path]
+    else:
+        command = ["groff", "-man", "-Tascii", "-ww", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**CLEAN, "MANPAGER": "cat"})
+    assert done.returncode == 0, done.stderr
+    # Without what makes letters bold or underlined.
+    return re.sub(r".\x08|\x1b\[[\d;]*m", "", done.stdout), done.stderr
+
+
+@pytest.mark.tool("manual page")
+def test_the_manual_page_is_formatted_without_a_warning(tmp_path):
+    if not (shutil.which("man") or shutil.which("groff")):
+        pytest.skip("manual page NOT RUN: there is neither man nor groff on this machine")
+    for command in ([], ["donate"], ["doctor"]):
+        page = run(CLI, "man", *command)
+        assert page.returncode == 0, page.stderr
+        text, complaints = formatted(page.stdout, tmp_path / "swiftcache.1")
+        assert complaints == ""
+        assert "SYNOPSIS" in text and "--help" in text, text
+    _, complaints = formatted(page.stdout + ".no-such-macro x\n", tmp_path / "swiftcache.1")
+    assert complaints, "a macro that does not exist is noticed"
+
+
+class Terminal:
+    """A program on a terminal of 80 by 24."""
+
+    def __init__(self, *command, env):
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                                        env={**env, "TERM": "xterm-256color"})
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, done, what):
+        deadline = time.monotonic() + PATIENCE
+        while not done(self.text):
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{what} never came: {self.text!r}"
+            try:
+                chunk = os.read(self.master, 65536)
+            except OSError:
+                chunk = b""  # the other end is closed
+            if not chunk:
+                break
+            # Where the cursor goes and in which colour is the terminal's business.
+            self.text += re.sub(r"\x1b\[[?\d;]*[A-Za-z]", " ", chunk.decode(errors="replace"))
+        return self.text
+
+    def press(self, key):
+        os.write(self.master, key.encode())
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+HEADINGS = ["swiftcache ", "q quits", "devices", "lease holder", "namespace", "events (newest first, UTC)"]
+
+
+def test_top_fills_a_small_terminal_and_q_quits(env, lent):
+    terminal = Terminal(CLI, "top", env=env)
+    try:
+        text = terminal.read_until(lambda text: all(heading in text for heading in HEADINGS), "a heading")
+        assert all(heading in text for heading in HEADINGS), text
+        assert "a borrower" in text
+        terminal.press("q")
+        terminal.read_until(lambda _: False, "its end")
+        assert terminal.process.wait(timeout=PATIENCE) == 0
+    finally:
+        terminal.close()
+
+
+def test_top_without_a_terminal_says_what_to_use(env):
+    done = run(CLI, "top", env=env)
+    assert done.returncode == 2 and "status --watch" in done.stderr
