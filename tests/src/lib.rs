@@ -5,6 +5,7 @@ pub mod crew;
 pub mod dynamic;
 pub mod engine;
 pub mod full_stack;
+pub mod gate;
 pub mod node;
 pub mod operator;
 pub mod programs;

@@ -7,11 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use swiftcache_proto::domain::DeviceUuid;
 use tracing::{debug, info, warn};
 
-use super::{Decision, Donor, DonorConfig, DonorStatus, Observation, Policy, PolicyConfig, Reason};
+use super::{Decision, Donor, DonorConfig, DonorStatus, Observation, Policy, PolicyConfig};
 use crate::{Error, Result, device::DeviceLayer, session::Session};
 
 /// The agent's settings.
@@ -24,16 +24,31 @@ pub struct AgentConfig {
 }
 
 /// Follows a device's idle HBM up and down until it is stopped.
+///
+/// One thread looks, and asks for bytes back without waiting for the answer; another takes and offers, which may
+/// wait long for a slow broker or driver. So a neighbour's demand is never behind an offer.
 pub struct Agent {
     shared: Arc<Shared>,
     stop: mpsc::Sender<()>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
     donor: Donor,
     layer: Arc<dyn DeviceLayer>,
     last: Mutex<Option<Decision>>,
+    goal: Mutex<Goal>,
+    changed: Condvar,
+}
+
+/// What the thread that offers is to reach.
+#[derive(Default)]
+struct Goal {
+    /// What should be on offer, bytes.
+    target: u64,
+    /// Which look said so: after a failure, the next one tries again.
+    look: u64,
+    over: bool,
 }
 
 impl Agent {
@@ -60,18 +75,28 @@ impl Agent {
             donor: Donor::open(session, Arc::clone(&layer), donor)?,
             layer,
             last: Mutex::new(None),
+            goal: Mutex::default(),
+            changed: Condvar::new(),
         });
         let (stop, stopped) = mpsc::channel();
-        let its_shared = Arc::clone(&shared);
-        let thread = thread::Builder::new()
-            .name("swiftcache-agent".to_owned())
-            .spawn(move || its_shared.follow(policy, config.period, &stopped))
-            .map_err(Error::Thread)?;
-        Ok(Self {
-            shared,
+        let mut agent = Self {
+            shared: Arc::clone(&shared),
             stop,
-            thread: Some(thread),
-        })
+            threads: Vec::new(),
+        };
+        let its_shared = Arc::clone(&shared);
+        agent.spawn("swiftcache-agent", move || {
+            its_shared.follow(policy, config.period, &stopped);
+        })?;
+        agent.spawn("swiftcache-offer", move || shared.raise())?;
+        Ok(agent)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let builder = thread::Builder::new().name(name.to_owned());
+        let thread = builder.spawn(work).map_err(Error::Thread)?;
+        self.threads.push(thread);
+        Ok(())
     }
 
     /// What it holds now.
@@ -98,7 +123,9 @@ impl Agent {
     fn halt(&mut self) {
         // A thread that is gone needs no telling.
         let _ = self.stop.send(());
-        if let Some(thread) = self.thread.take() {
+        self.shared.goal.lock().over = true;
+        self.shared.changed.notify_all();
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -130,6 +157,12 @@ impl Shared {
     }
 
     fn look(&self, now: Duration) -> Result<Observation> {
+        for answer in self.donor.core.hear() {
+            match answer {
+                Ok(bytes) => info!(bytes, "on their way back"),
+                Err(error) => warn!(%error, "nothing can come back now; asked again"),
+            }
+        }
         let hbm = self.layer.hbm(&self.donor.config().device)?;
         let status = self.donor.status();
         Ok(Observation {
@@ -137,23 +170,55 @@ impl Shared {
             free: hbm.free,
             total: hbm.total,
             donated: status.offered_bytes + status.withdrawing_bytes,
-            offered: status.offered_bytes,
+            // Asked for once is enough.
+            offered: status
+                .offered_bytes
+                .saturating_sub(self.donor.core.asking()),
         })
     }
 
     fn act(&self, decision: &Decision) {
+        {
+            let mut goal = self.goal.lock();
+            goal.target = decision.target;
+            goal.look += 1;
+        }
+        self.changed.notify_all();
         let offered = decision.observation.offered;
-        let outcome = if decision.target > offered {
-            self.donor.grow(decision.target - offered)
-        } else if decision.target < offered {
-            self.donor.shrink(offered - decision.target)
-        } else {
-            return;
-        };
-        match (outcome, decision.reason) {
-            (Ok(bytes), Reason::Falling) => info!(bytes, "{decision}"),
-            (Ok(bytes), _) => debug!(bytes, "{decision}"),
-            (Err(error), _) => warn!(%error, "{decision}"),
+        if decision.target < offered {
+            info!(bytes = offered - decision.target, "{decision}");
+            self.donor.core.ask_back(offered - decision.target);
+        }
+    }
+
+    /// Offers slab by slab up to the goal, which may change at any time.
+    fn raise(&self) {
+        let mut look = 0;
+        loop {
+            {
+                let mut goal = self.goal.lock();
+                self.changed
+                    .wait_while(&mut goal, |goal| !goal.over && goal.look == look);
+                look = goal.look;
+            }
+            loop {
+                let goal = self.goal.lock();
+                if goal.over {
+                    return;
+                }
+                if self.donor.status().offered_bytes >= goal.target {
+                    break;
+                }
+                let target = goal.target;
+                drop(goal);
+                match self.donor.core.offer_one() {
+                    Ok(()) => debug!(target, "a slab more on offer"),
+                    Err(error) => {
+                        warn!(%error, "no more slabs on offer for now");
+                        break;
+                    }
+                }
+            }
         }
     }
 }

@@ -10,20 +10,21 @@ use hdrhistogram::Histogram;
 use parking_lot::{Condvar, Mutex};
 use swiftcache_proto::domain::RegionId;
 use tonic::Code;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::{
     DonorConfig, DonorStatus,
     region::{Phase, Region},
+    withdrawal::Asking,
 };
 use crate::{
     Error, Result,
     borrower::Latency,
     device::{CopyStream, DeviceLayer},
-    session::{Connected, Observer, Scrub, Session, WithdrawWhat},
+    session::{Connected, Observer, Scrub, Session},
 };
 
-/// How often offers that failed on the way are made again.
+/// How often offers and withdrawals that failed on the way are made again.
 const TICK: Duration = Duration::from_millis(200);
 
 /// What the donor's thread is told.
@@ -39,17 +40,18 @@ pub(super) struct Core {
     pub(super) session: Session,
     layer: Arc<dyn DeviceLayer>,
     pub(super) config: DonorConfig,
-    state: Mutex<State>,
-    returned: Condvar,
+    pub(super) state: Mutex<State>,
+    pub(super) returned: Condvar,
     tasks: mpsc::Sender<Task>,
 }
 
-struct State {
-    regions: HashMap<RegionId, Region>,
+pub(super) struct State {
+    pub(super) regions: HashMap<RegionId, Region>,
     /// When bytes were last asked for: a region may come back before the answer says which.
-    asked: Option<Instant>,
-    give_back: Histogram<u64>,
-    returned: u64,
+    pub(super) asked: Option<Instant>,
+    pub(super) asking: Vec<Asking>,
+    pub(super) give_back: Histogram<u64>,
+    pub(super) returned: u64,
     scrubbed: u64,
 }
 
@@ -78,6 +80,7 @@ impl Core {
         let state = State {
             regions: HashMap::new(),
             asked: None,
+            asking: Vec::new(),
             // One microsecond to an hour.
             give_back: Histogram::new_with_max(3_600_000_000, 3)
                 .expect("constants that hdrhistogram accepts"),
@@ -109,7 +112,10 @@ impl Core {
                 Ok(Task::Returned(region)) => self.take_back(region),
                 Ok(Task::Scrub(scrub)) => self.scrub_slab(&scrub, &mut stream),
                 Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                Err(mpsc::RecvTimeoutError::Timeout) => self.offer_unconfirmed(),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.offer_unconfirmed();
+                    self.withdraw_unheard();
+                }
             }
         }
     }
@@ -137,7 +143,7 @@ impl Core {
         }
     }
 
-    fn offer(&self, id: RegionId) -> Result<()> {
+    pub(super) fn offer(&self, id: RegionId) -> Result<()> {
         let (offer, memory) = {
             let state = self.state.lock();
             let Some(region) = state.regions.get(&id) else {
@@ -152,72 +158,6 @@ impl Core {
         }
         debug!(region = %id, "region offered");
         Ok(())
-    }
-
-    pub(super) fn withdraw(&self, bytes: u64) -> Result<u64> {
-        if bytes == 0 {
-            return Ok(0);
-        }
-        let asked = Instant::now();
-        self.state.lock().asked = Some(asked);
-        let what = WithdrawWhat::Bytes {
-            device: self.config.device.clone(),
-            bytes,
-        };
-        let withdrawing = self.session.withdraw(what, self.config.drain).wait()?;
-        self.mark_withdrawing(&withdrawing.regions, asked);
-        Ok(withdrawing.bytes)
-    }
-
-    /// Asks for everything back.
-    pub(super) fn withdraw_all(&self) {
-        let all: Vec<RegionId> = self.state.lock().regions.keys().copied().collect();
-        if all.is_empty() {
-            return;
-        }
-        let asked = Instant::now();
-        self.state.lock().asked = Some(asked);
-        self.mark_withdrawing(&all, asked);
-        let what = WithdrawWhat::Regions(all);
-        if let Err(error) = self.session.withdraw(what, self.config.drain).wait() {
-            warn!(%error, "regions not withdrawn; asked again when the broker is back");
-        }
-    }
-
-    fn mark_withdrawing(&self, regions: &[RegionId], asked: Instant) {
-        let mut state = self.state.lock();
-        for id in regions {
-            if let Some(region) = state.regions.get_mut(id)
-                && region.phase == Phase::Offered
-            {
-                region.phase = Phase::Withdrawing(asked);
-            }
-        }
-    }
-
-    /// A region is this donor's own again: frees it.
-    fn take_back(&self, id: RegionId) {
-        // Told twice after a lost stream.
-        let Some(region) = self.state.lock().regions.remove(&id) else {
-            return;
-        };
-        let asked = match region.phase {
-            Phase::Withdrawing(asked) => Some(asked),
-            Phase::Offered => self.state.lock().asked,
-        };
-        // Frees before it counts as given back.
-        drop(region);
-        let mut state = self.state.lock();
-        state.returned += 1;
-        if let Some(asked) = asked {
-            let took = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-            state.give_back.saturating_record(took.max(1));
-            info!(region = %id, took_us = took, "region given back and freed");
-        } else {
-            info!(region = %id, "region given back unasked, and freed");
-        }
-        drop(state);
-        self.returned.notify_all();
     }
 
     fn scrub_slab(&self, scrub: &Scrub, stream: &mut Option<Arc<dyn CopyStream>>) {
@@ -259,7 +199,6 @@ impl Core {
             self.start_over();
             return;
         }
-        let mut again = Vec::new();
         let mut gone = Vec::new();
         {
             let mut state = self.state.lock();
@@ -269,11 +208,11 @@ impl Core {
                     continue;
                 }
                 let known = connected.regions.contains(id);
-                match region.phase {
+                match &mut region.phase {
                     Phase::Offered => region.confirmed &= known && !connected.restarted,
-                    Phase::Withdrawing(_) if known => again.push(*id),
                     // It was returned, and the word got lost.
-                    Phase::Withdrawing(_) => gone.push(*id),
+                    Phase::Withdrawing { .. } if !known && region.confirmed => gone.push(*id),
+                    Phase::Withdrawing { heard, .. } => *heard = false,
                 }
             }
         }
@@ -281,12 +220,7 @@ impl Core {
             self.take_back(id);
         }
         self.offer_unconfirmed();
-        if !again.is_empty() {
-            let what = WithdrawWhat::Regions(again);
-            if let Err(error) = self.session.withdraw(what, self.config.drain).wait() {
-                warn!(%error, "regions not withdrawn again");
-            }
-        }
+        self.withdraw_unheard();
     }
 
     /// The broker knows nothing of this donor: frees everything, and offers as much anew. Safe whoever may still have
@@ -321,26 +255,13 @@ impl Core {
         for id in unconfirmed {
             match self.offer(id) {
                 Ok(()) => {}
-                Err(Error::Refused { status, .. }) if status.code() == Code::FailedPrecondition => {
-                    debug!(%status, region = %id, "the broker takes it for given back");
-                    self.give_up(id);
+                Err(error) if is_refused(&error, Code::FailedPrecondition) => {
+                    debug!(%error, region = %id, "the broker takes it for given back");
+                    self.mark_withdrawing(&[id], Instant::now(), false);
+                    self.withdraw_these(vec![id]);
                 }
                 Err(error) => debug!(%error, region = %id, "not offered again yet"),
             }
-        }
-    }
-
-    /// Asks for a region back that cannot be offered any more; one that the broker does not know is nobody's but
-    /// this donor's.
-    fn give_up(&self, id: RegionId) {
-        self.mark_withdrawing(&[id], Instant::now());
-        let what = WithdrawWhat::Regions(vec![id]);
-        match self.session.withdraw(what, self.config.drain).wait() {
-            Ok(_) => {}
-            Err(Error::Refused { status, .. }) if status.code() == Code::NotFound => {
-                self.take_back(id);
-            }
-            Err(error) => warn!(%error, region = %id, "region not withdrawn"),
         }
     }
 
@@ -355,7 +276,7 @@ impl Core {
         for region in state.regions.values() {
             match region.phase {
                 Phase::Offered => status.offered_bytes += self.config.slab_bytes,
-                Phase::Withdrawing(_) => status.withdrawing_bytes += self.config.slab_bytes,
+                Phase::Withdrawing { .. } => status.withdrawing_bytes += self.config.slab_bytes,
             }
         }
         status
@@ -372,4 +293,8 @@ impl Core {
         }
         true
     }
+}
+
+pub(super) fn is_refused(error: &Error, code: Code) -> bool {
+    matches!(error, Error::Refused { status, .. } if status.code() == code)
 }

@@ -9,6 +9,7 @@ mod policy;
 #[cfg(test)]
 mod policy_tests;
 mod region;
+mod withdrawal;
 
 use std::{
     fmt,

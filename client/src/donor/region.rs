@@ -17,8 +17,8 @@ use super::DonorConfig;
 pub(super) enum Phase {
     /// Offered, as far as is known; or about to be, when the broker is back.
     Offered,
-    /// Asked for at that time.
-    Withdrawing(Instant),
+    /// Asked for at that time; `heard` once the broker has said that it knows.
+    Withdrawing { since: Instant, heard: bool },
 }
 
 #[derive(Debug)]

@@ -69,6 +69,17 @@ impl<T> Call<T> {
     }
 }
 
+impl<T> Call<T> {
+    /// The outcome if it is there, without waiting. Once only.
+    pub fn try_take(&mut self) -> Option<Result<T>> {
+        let mut context = Context::from_waker(Waker::noop());
+        match Pin::new(self).poll(&mut context) {
+            Poll::Ready(outcome) => Some(outcome),
+            Poll::Pending => None,
+        }
+    }
+}
+
 impl<T> Future for Call<T> {
     type Output = Result<T>;
 

@@ -1,0 +1,190 @@
+//! Regions on their way back.
+
+use std::time::Instant;
+
+use swiftcache_proto::domain::RegionId;
+use tonic::Code;
+use tracing::{debug, info, warn};
+
+use super::{
+    core::{Core, is_refused},
+    region::Phase,
+};
+use crate::{
+    Result,
+    session::{Call, WithdrawWhat, Withdrawing},
+};
+
+/// A withdrawal that has not been answered.
+pub(super) struct Asking {
+    since: Instant,
+    bytes: u64,
+    call: Call<Withdrawing>,
+}
+
+impl Core {
+    pub(super) fn withdraw(&self, bytes: u64) -> Result<u64> {
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let (asked, call) = self.ask(bytes);
+        let withdrawing = call.wait()?;
+        self.mark_withdrawing(&withdrawing.regions, asked, true);
+        Ok(withdrawing.bytes)
+    }
+
+    fn ask(&self, bytes: u64) -> (Instant, Call<Withdrawing>) {
+        let asked = Instant::now();
+        self.state.lock().asked = Some(asked);
+        let what = WithdrawWhat::Bytes {
+            device: self.config.device.clone(),
+            bytes,
+        };
+        (asked, self.session.withdraw(what, self.config.drain))
+    }
+
+    /// Asks for bytes back without waiting for the answer, which [`hear`](Self::hear) takes.
+    pub(super) fn ask_back(&self, bytes: u64) {
+        let (since, call) = self.ask(bytes);
+        self.state.lock().asking.push(Asking { since, bytes, call });
+    }
+
+    /// Bytes asked for whose answer has not been heard.
+    pub(super) fn asking(&self) -> u64 {
+        (self.state.lock().asking.iter())
+            .map(|asking| asking.bytes)
+            .sum()
+    }
+
+    /// Takes the answers that have come: bytes on their way back, or why not.
+    pub(super) fn hear(&self) -> Vec<Result<u64>> {
+        let mut answers = Vec::new();
+        let mut state = self.state.lock();
+        (state.asking).retain_mut(|asking| match asking.call.try_take() {
+            None => true,
+            Some(answer) => {
+                answers.push((asking.since, answer));
+                false
+            }
+        });
+        drop(state);
+        let heard = answers.into_iter().map(|(since, answer)| {
+            let withdrawing = answer?;
+            self.mark_withdrawing(&withdrawing.regions, since, true);
+            Ok(withdrawing.bytes)
+        });
+        heard.collect()
+    }
+
+    /// Asks for everything back.
+    pub(super) fn withdraw_all(&self) {
+        let all: Vec<RegionId> = self.state.lock().regions.keys().copied().collect();
+        if all.is_empty() {
+            return;
+        }
+        let asked = Instant::now();
+        self.state.lock().asked = Some(asked);
+        self.mark_withdrawing(&all, asked, false);
+        self.withdraw_unheard();
+    }
+
+    pub(super) fn mark_withdrawing(&self, regions: &[RegionId], since: Instant, heard: bool) {
+        let mut state = self.state.lock();
+        for id in regions {
+            if let Some(region) = state.regions.get_mut(id)
+                && region.phase == Phase::Offered
+            {
+                region.phase = Phase::Withdrawing { since, heard };
+            }
+        }
+    }
+
+    /// Asks again for what the broker has not said it knows to be asked for: a call that failed may never have
+    /// reached it, and it may be this connection's last word for hours.
+    pub(super) fn withdraw_unheard(&self) {
+        if !self.session.is_connected() {
+            return;
+        }
+        let mut unheard = Vec::new();
+        let mut never_known = Vec::new();
+        for region in self.state.lock().regions.values() {
+            if matches!(region.phase, Phase::Withdrawing { heard: false, .. }) {
+                unheard.push(region.id);
+                if !region.confirmed {
+                    never_known.push(region.id);
+                }
+            }
+        }
+        // An offer whose outcome is unknown may still be on its way. Once it has been answered, or refused, none
+        // that comes later can put freed memory on offer.
+        for id in never_known {
+            match self.offer(id) {
+                Ok(()) => {}
+                Err(error) if is_refused(&error, Code::FailedPrecondition) => {}
+                Err(error) => {
+                    debug!(%error, region = %id, "not withdrawn yet");
+                    unheard.retain(|other| *other != id);
+                }
+            }
+        }
+        if !unheard.is_empty() {
+            self.withdraw_these(unheard);
+        }
+    }
+
+    pub(super) fn withdraw_these(&self, ids: Vec<RegionId>) {
+        let what = WithdrawWhat::Regions(ids.clone());
+        match self.session.withdraw(what, self.config.drain).wait() {
+            Ok(withdrawing) => {
+                for id in ids {
+                    if withdrawing.regions.contains(&id) {
+                        self.mark_heard(id);
+                    } else {
+                        // Already returned, and the word got lost.
+                        self.take_back(id);
+                    }
+                }
+            }
+            // One that the broker does not know is nobody's but this donor's.
+            Err(error) if is_refused(&error, Code::NotFound) => match ids[..] {
+                [id] => self.take_back(id),
+                // The refusal of all does not say which.
+                _ => ids.into_iter().for_each(|id| self.withdraw_these(vec![id])),
+            },
+            Err(error) => warn!(%error, regions = ids.len(), "not withdrawn; asked again soon"),
+        }
+    }
+
+    fn mark_heard(&self, id: RegionId) {
+        if let Some(region) = self.state.lock().regions.get_mut(&id)
+            && let Phase::Withdrawing { heard, .. } = &mut region.phase
+        {
+            *heard = true;
+        }
+    }
+
+    /// A region is this donor's own again: frees it.
+    pub(super) fn take_back(&self, id: RegionId) {
+        // Told twice after a lost stream.
+        let Some(region) = self.state.lock().regions.remove(&id) else {
+            return;
+        };
+        let asked = match region.phase {
+            Phase::Withdrawing { since, .. } => Some(since),
+            Phase::Offered => self.state.lock().asked,
+        };
+        // Frees before it counts as given back.
+        drop(region);
+        let mut state = self.state.lock();
+        state.returned += 1;
+        if let Some(asked) = asked {
+            let took = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+            state.give_back.saturating_record(took.max(1));
+            info!(region = %id, took_us = took, "region given back and freed");
+        } else {
+            info!(region = %id, "region given back unasked, and freed");
+        }
+        drop(state);
+        self.returned.notify_all();
+    }
+}

@@ -1,0 +1,113 @@
+//! What a donor asks back comes back, whatever becomes of the asking, and asking waits for nothing.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyConfig};
+use swiftcache_tests::{
+    engine::{SLAB_BYTES, eventually},
+    gate::{Gate, Stage},
+    node::Node,
+};
+
+const GIB: u64 = 1 << 30;
+
+fn config(node: &Node) -> DonorConfig {
+    DonorConfig {
+        device: node.device(1),
+        slab_bytes: SLAB_BYTES,
+        drain: Duration::from_secs(2),
+    }
+}
+
+/// The broker never hears of the first withdrawals, and the connection lasts.
+#[test]
+fn a_withdrawal_that_was_lost_is_asked_again_on_the_same_connection() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let donor = Donor::open(gate.session("donor")?, node.layer()?, config(&node))?;
+    donor.grow(2 * SLAB_BYTES)?;
+    gate.refuse("Withdraw", 2);
+    ensure!(donor.close(Duration::from_secs(60)), "stranded");
+    ensure!(gate.count("Withdraw", Stage::Refused) == 2);
+    ensure!(
+        gate.count("Register", Stage::Arrived) == 1,
+        "it reconnected"
+    );
+    Ok(())
+}
+
+/// Neither the offer nor the withdrawal is known to have happened: a withdrawal that finds no region must not free
+/// memory which the offer may yet put on offer.
+#[test]
+fn what_may_have_been_offered_is_offered_before_it_is_withdrawn() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let donor = Donor::open(gate.session("donor")?, node.layer()?, config(&node))?;
+    // Held until the caller gives up, which proves nothing to it.
+    gate.hold("Offer");
+    donor.grow(SLAB_BYTES)?;
+    ensure!(gate.count("Offer", Stage::Arrived) >= 1);
+    ensure!(gate.count("Offer", Stage::Answered) == 0);
+    gate.open();
+    ensure!(donor.close(Duration::from_secs(60)), "stranded");
+    let log = gate.log();
+    let first = |what| log.iter().position(|entry| *entry == what);
+    let offered = first(("Offer", Stage::Answered)).context("withdrawn without an offer")?;
+    ensure!(
+        Some(offered) < first(("Withdraw", Stage::Answered)),
+        "{log:?}"
+    );
+    Ok(())
+}
+
+/// An offer that hangs must not be in the way of a neighbour that needs its HBM now.
+#[test]
+fn a_neighbours_demand_does_not_wait_for_an_offer() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let mut policy = PolicyConfig::new(GIB, GIB / 32);
+    policy.settle = Duration::ZERO;
+    policy.half_life = Duration::from_millis(10);
+    policy.max_bytes = 4 * policy.slab_bytes;
+    let donor = DonorConfig {
+        slab_bytes: policy.slab_bytes,
+        ..config(&node)
+    };
+    node.neighbour_uses(1, GIB - GIB / 4)?;
+    let agent = Agent::start(
+        gate.session("agent")?,
+        node.layer()?,
+        donor,
+        AgentConfig {
+            policy,
+            period: Duration::from_millis(5),
+        },
+    )?;
+    // Of eight slabs idle: reserve, headroom and hysteresis leave two.
+    eventually("two on offer", || {
+        Ok(gate.count("Offer", Stage::Answered) == 2)
+    })?;
+    // The next offer never ends by itself.
+    gate.hold("Offer");
+    node.neighbour_uses(1, 0)?;
+    eventually("an offer to hang", || {
+        Ok(gate.count("Offer", Stage::Arrived) == 3)
+    })?;
+    node.neighbour_uses(1, GIB)?;
+    eventually("the demand to be passed on", || {
+        Ok(gate.count("Withdraw", Stage::Arrived) > 0)
+    })?;
+    let log = gate.log();
+    ensure!(
+        !log.contains(&("Offer", Stage::GivenUp)),
+        "the withdrawal came after the offer's deadline: {log:?}"
+    );
+    gate.open();
+    eventually("all to be back", || {
+        let status = agent.status();
+        Ok(status.offered_bytes + status.withdrawing_bytes == 0)
+    })?;
+    ensure!(agent.stop(Duration::from_secs(60)));
+    Ok(())
+}
