@@ -21,7 +21,9 @@ pub fn start(config: &Config, traces: Option<&Traces>) -> Result<(), BrokerError
         .map_err(|error| BrokerError::Config(format!("log: {error}")))?;
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        // Complaining about a line that could not be written (its disk is full) would panic in the middle of a request.
+        .log_internal_errors(false);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match config.log_format {
         LogFormat::Text => Box::new(lines),
         LogFormat::Json => Box::new(lines.json()),

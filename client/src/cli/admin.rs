@@ -60,8 +60,10 @@ impl Admin {
     }
 
     fn refused(&self, status: &Status) -> CliError {
+        // A lost connection has many codes, but always a cause below gRPC.
+        let lost = status.source().is_some();
         match status.code() {
-            tonic::Code::Unavailable => CliError::NoBroker {
+            code if lost || code == tonic::Code::Unavailable => CliError::NoBroker {
                 socket: self.socket.clone(),
                 problem: status.message().to_owned(),
             },

@@ -142,6 +142,8 @@ fn log() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Complaining about a line that could not be written (its disk is full) would panic where it was logged.
+        .log_internal_errors(false)
         .with_target(false)
         .init();
 }
