@@ -266,6 +266,8 @@ fn restore(
         pin_base: rand::random::<u64>() >> 1,
         session_quota_bytes: config.session_quota_bytes,
         namespace_quota_bytes: config.namespace_quota_bytes,
+        // Checked when the settings were read.
+        namespace_weights: config.weights().map_err(BrokerError::Config)?,
         max_sessions: config.max_sessions as usize,
         max_regions: config.max_regions as usize,
         max_leases: config.max_leases as usize,

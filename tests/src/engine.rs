@@ -19,6 +19,9 @@ pub const SLAB_BYTES: u64 = 16 * BLOCK_BYTES;
 /// Blocks in an engine's pool. Sequences are computed in the lower half and loaded into the upper.
 pub const POOL: u32 = 256;
 
+/// The namespace of engines that are given no other.
+pub const NAMESPACE: &str = "an engine under test";
+
 /// An engine with its own pool and borrower.
 #[derive(Debug)]
 pub struct Engine {
@@ -58,7 +61,7 @@ pub fn pattern(n: u32, layer: usize) -> Vec<u8> {
 /// A borrower's settings for this engine: leases up to `slabs`, one at a time.
 pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
     let layout = Layout {
-        namespace: "an engine under test".to_owned(),
+        namespace: NAMESPACE.to_owned(),
         layer_bytes: LAYERS.to_vec(),
     };
     let mut config = BorrowerConfig::new(device, layout, slabs * SLAB_BYTES);

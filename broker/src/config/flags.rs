@@ -141,6 +141,11 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session_quota_bytes: Option<u64>,
 
+    /// Shares of namespaces when there is not enough for all, each 1 to 1000 [default: 1 each]
+    #[arg(long, value_name = "NAME=WEIGHT,...")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace_weights: Option<String>,
+
     /// Time RPCs in flight have to finish on SIGTERM, milliseconds [default: 5000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]

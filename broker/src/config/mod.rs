@@ -2,6 +2,7 @@
 //! table: the key `drain_ms` is the variable `SWIFTCACHE_DRAIN_MS` and the flag `--drain-ms`.
 
 mod flags;
+mod weights;
 
 use std::{
     net::SocketAddr,
@@ -80,6 +81,8 @@ pub struct Config {
     pub namespace_quota_bytes: Option<u64>,
     /// Bytes one session may lease; unlimited when not set.
     pub session_quota_bytes: Option<u64>,
+    /// Shares of namespaces when there is not enough for all: "name=weight,..."; 1 where not named.
+    pub namespace_weights: Option<String>,
     /// How long RPCs in flight may take to finish on SIGTERM, milliseconds.
     pub shutdown_ms: u64,
     /// What is logged, in the syntax of tracing's EnvFilter.
@@ -113,6 +116,7 @@ impl Default for Config {
             max_blocks: core.max_blocks,
             namespace_quota_bytes: core.namespace_quota_bytes,
             session_quota_bytes: core.session_quota_bytes,
+            namespace_weights: None,
             shutdown_ms: 5_000,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
@@ -217,6 +221,7 @@ impl Config {
         within("drain_ms", self.drain_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("pin_ms", self.pin_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("wait_ms", self.wait_ms.into(), 0, MAX_DRAIN_MS.into())?;
+        self.weights()?;
         within("max_blocks", self.max_blocks, 1, 1 << 32)?;
         within("shutdown_ms", self.shutdown_ms, 0, MAX_DRAIN_MS.into())?;
         for (key, limit) in [

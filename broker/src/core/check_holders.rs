@@ -48,7 +48,7 @@ impl State {
     /// The index and the slots name the same blocks, all of them in active leases.
     pub(super) fn check_index(&self) -> Result<(), String> {
         let mut blocks = 0;
-        let mut counts: BTreeMap<_, (u32, u64, u64)> = BTreeMap::new();
+        let mut counts: BTreeMap<_, (u32, u64, u64, u64)> = BTreeMap::new();
         let mut regions: BTreeMap<Key<Region>, u64> = BTreeMap::new();
         for (key, lease) in self.leases.iter() {
             let id = lease.id;
@@ -68,11 +68,13 @@ impl State {
                 hold!(here, "slot {slot} of lease {id} is not in the index");
             }
             blocks += published as u64;
+            let active = lease.phase == Phase::Active && lease.lessee_holds;
             let count = counts.entry(lease.namespace).or_default();
             *count = (
                 count.0 + 1,
                 count.1 + lease.bytes,
                 count.2 + published as u64,
+                count.3 + if active { lease.bytes } else { 0 },
             );
             *regions.entry(lease.region).or_default() += published as u64;
         }
@@ -82,6 +84,7 @@ impl State {
                 namespace.leases,
                 namespace.leased_bytes,
                 namespace.table.len() as u64,
+                namespace.active_bytes,
             );
             hold!(count == known, "namespace {} is miscounted", namespace.name);
             hold!(

@@ -1,5 +1,7 @@
 //! What the core is told once, when it starts.
 
+use std::collections::BTreeMap;
+
 use swiftcache_proto::domain::{Device, Link};
 
 /// The node's hardware, as the probe found it.
@@ -27,6 +29,8 @@ pub struct CoreConfig {
     pub session_quota_bytes: Option<u64>,
     /// The most a tenant's namespace may hold, bytes; `None` is no quota.
     pub namespace_quota_bytes: Option<u64>,
+    /// How much more than others a namespace of this name gets when there is not enough for all; 1 when not named.
+    pub namespace_weights: BTreeMap<String, u32>,
     /// Sessions at a time.
     pub max_sessions: usize,
     /// Regions at a time.
@@ -60,6 +64,7 @@ impl Default for CoreConfig {
             pin_base: 0,
             session_quota_bytes: None,
             namespace_quota_bytes: None,
+            namespace_weights: BTreeMap::new(),
             max_sessions: 16_384,
             max_regions: 65_536,
             max_slabs: 1 << 20,

@@ -32,6 +32,8 @@ pub(super) struct Namespace {
     pub(super) table: HashTable<Location>,
     pub(super) leases: u32,
     pub(super) leased_bytes: u64,
+    /// Of leases whose lessees hold them and need not let go, bytes: what fairness counts.
+    pub(super) active_bytes: u64,
     pub(super) lookups: u64,
     pub(super) lookup_blocks: u64,
     pub(super) hit_blocks: u64,
@@ -59,6 +61,10 @@ impl Index {
 
     pub(super) fn namespace(&self, key: Key<Namespace>) -> &Namespace {
         &self.namespaces[key]
+    }
+
+    pub(super) fn namespace_mut(&mut self, key: Key<Namespace>) -> &mut Namespace {
+        &mut self.namespaces[key]
     }
 
     /// All namespaces by tenant and name.
@@ -91,6 +97,7 @@ impl Index {
                 table: HashTable::new(),
                 leases: 0,
                 leased_bytes: 0,
+                active_bytes: 0,
                 lookups: 0,
                 lookup_blocks: 0,
                 hit_blocks: 0,

@@ -161,6 +161,7 @@ impl State {
                 session.leases.insert(new.id);
                 session.held_bytes += bytes;
                 session.active_bytes += bytes;
+                self.index.namespace_mut(namespace).active_bytes += bytes;
             }
             // A compacted ledger names lessees that are gone where readers still hold on.
             _ => self.leases[key].lessee_holds = false,

@@ -11,7 +11,7 @@ use super::{
     Effect, Grant, LeaseDemand, Note, Record, Refusal, Reply,
     arena::Key,
     devices::{Dirt, Rank},
-    fairness::Claim,
+    fairness::{Claim, Party},
     leases::NewLease,
     regions::Region,
     state::State,
@@ -263,6 +263,14 @@ impl State {
             missing: demand.missing,
             device: demand.device,
             block_bytes: demand.block_bytes,
+            party: demand.party(),
         }
+    }
+}
+
+impl Demand {
+    /// Whose share it counts towards.
+    pub(super) fn party(&self) -> Party {
+        (self.tenant.clone(), self.namespace.clone())
     }
 }

@@ -117,6 +117,7 @@ impl State {
             && let Some(lessee) = self.sessions.get_mut(&lease.lessee)
         {
             lessee.active_bytes -= lease.bytes;
+            self.index.namespace_mut(lease.namespace).active_bytes -= lease.bytes;
         }
         let (region, slab) = (lease.region, lease.slab);
         self.edit_region(region, |region| region.put(slab, Place::Draining));
@@ -157,6 +158,7 @@ impl State {
                 session.held_bytes -= lease.bytes;
                 if lease.phase == Phase::Active {
                     session.active_bytes -= lease.bytes;
+                    self.index.namespace_mut(lease.namespace).active_bytes -= lease.bytes;
                 }
             }
             true

@@ -39,6 +39,8 @@ struct Flags {
     #[arg(long)]
     tenant: String,
     #[arg(long)]
+    namespace: String,
+    #[arg(long)]
     slabs: u64,
     #[arg(long)]
     host_blocks: u64,
@@ -97,6 +99,7 @@ fn run(flags: Flags) -> Result<()> {
         tenant: flags.tenant,
     })?;
     let mut config = engine::config(flags.device, flags.slabs);
+    config.layout.namespace = flags.namespace;
     config.host_tier_bytes = flags.host_blocks * BLOCK_BYTES;
     let mut borrower = Borrower {
         engine: Engine::new(Some(session), layer, config)?,

@@ -1,12 +1,12 @@
 //! The oracle's verdict on offers, leases and what the core chose.
 
 use swiftcache_proto::domain::{
-    DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, SessionId, Shortfall,
+    DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, Shortfall,
 };
 
 use super::{
     fixture::{SLAB, node},
-    oracle::{Answer, No, OLease, ORegion, OSlab, Oracle},
+    oracle::{Answer, No, OLease, ORegion, OSession, OSlab, Oracle},
 };
 use crate::core::{
     Caller, Effect, Grant, LeaseDemand, Note, Offer, Outgoing, Record, Reply, Withdraw,
@@ -258,7 +258,7 @@ impl Oracle {
                 }
                 Effect::Note(Note::Revoked { lease, reason, .. }) => {
                     let revoked = grants.len() + scrubs;
-                    self.asked_back(*lease, *reason, session.id, revoked)?;
+                    self.asked_back(*lease, *reason, (&session, &demand.namespace), revoked)?;
                 }
                 _ => {}
             }
@@ -340,22 +340,39 @@ impl Oracle {
         Ok(())
     }
 
-    /// A slab is asked back for `asker`, which then still holds no more than the one that gives it.
+    /// A slab is asked back for `asker`: within a namespace the giver then still holds no less, and between two no less
+    /// for its weight, or the asker's has nothing at all.
     fn asked_back(
         &mut self,
         id: LeaseId,
         reason: RevokeReason,
-        asker: SessionId,
+        (asker, namespace): (&OSession, &str),
         others: usize,
     ) -> Result<(), String> {
         let lease = self.leases.iter().find(|lease| lease.id == id).cloned();
         let lease = lease.ok_or("revokes no lease")?;
-        let active = |session: SessionId| {
-            let held = |lease: &&OLease| lease.lessee == session && lease.revoked.is_none();
-            self.leases.iter().filter(held).count()
+        let active = |counts: &dyn Fn(&OLease) -> bool| {
+            let held = |lease: &&OLease| {
+                lease.revoked.is_none() && lease.holders.contains(&lease.lessee) && counts(lease)
+            };
+            self.leases.iter().filter(held).count() as u64
         };
-        let fair = active(lease.lessee) > active(asker);
-        if reason != RevokeReason::Fairness || lease.lessee == asker || !fair {
+        let weight = |name: &str| {
+            let weight = self.config.namespace_weights.get(name);
+            weight.map_or(1, |weight| u64::from(*weight))
+        };
+        let own = |other: &OLease| other.tenant == asker.tenant && other.namespace == namespace;
+        let same =
+            |other: &OLease| other.tenant == lease.tenant && other.namespace == lease.namespace;
+        let fair = if own(&lease) {
+            let of = |session| active(&|lease: &OLease| lease.lessee == session);
+            of(lease.lessee) > of(asker.id)
+        } else {
+            let (theirs, ours) = (active(&same), active(&own));
+            let ahead = (theirs - 1) * weight(namespace);
+            ahead >= (ours + 1) * weight(&lease.namespace) || ours == 0 && theirs > 1
+        };
+        if reason != RevokeReason::Fairness || lease.lessee == asker.id || !fair {
             return Err(format!(
                 "revokes {lease:?} for {asker:?} after {others} others"
             ));

@@ -3,15 +3,35 @@
 use swiftcache_proto::domain::{RevokeReason, Shortfall};
 
 use super::fixture::*;
-use crate::core::{Caller, Event, Grant, LeaseDemand, Outgoing, fairness::max_min_level};
+use crate::core::{
+    Caller, Event, Grant, LeaseDemand, Outgoing,
+    fairness::{Level, max_min_level},
+};
 
 #[test]
 fn max_min_levels() {
-    assert_eq!(max_min_level(vec![], 10), u64::MAX);
-    assert_eq!(max_min_level(vec![3, 3], 10), u64::MAX);
-    assert_eq!(max_min_level(vec![10, 10], 10), 5);
-    assert_eq!(max_min_level(vec![2, 10], 10), 8);
-    assert_eq!(max_min_level(vec![1, 2, 10, 10], 10), 3);
+    let share = |demands: &[u64], pool| {
+        let demands = demands.iter().map(|demand| (*demand, 1)).collect();
+        Level::share(max_min_level(demands, pool), 1)
+    };
+    assert_eq!(share(&[], 10), u64::MAX);
+    assert_eq!(share(&[3, 3], 10), u64::MAX);
+    assert_eq!(share(&[10, 10], 10), 5);
+    assert_eq!(share(&[2, 10], 10), 8);
+    assert_eq!(share(&[1, 2, 10, 10], 10), 3);
+}
+
+#[test]
+fn levels_follow_weights() {
+    let shares = |demands: Vec<(u64, u64)>, pool| {
+        let level = max_min_level(demands.clone(), pool);
+        let share = |(demand, weight)| Level::share(level, weight).min(demand);
+        demands.into_iter().map(share).collect::<Vec<_>>()
+    };
+    assert_eq!(shares(vec![(100, 1), (100, 3)], 40), [10, 30]);
+    // What one does not want goes to the others by their weights.
+    assert_eq!(shares(vec![(4, 1), (100, 3), (100, 1)], 40), [4, 27, 9]);
+    assert_eq!(shares(vec![(5, 7), (5, 1)], 40), [5, 5]);
 }
 
 /// What sessions were asked back for the sake of fairness; they acknowledge.
