@@ -37,12 +37,13 @@ impl History {
             slab_bytes: SLAB,
             handle: Handle::PosixFd,
         };
-        let reply = self.apply(Event::Offer(offer.clone()))?;
-        if let (Some(Reply::Done), Some(client)) = (reply, self.world.client(client.caller.session))
-        {
-            client.offers.insert(offer.region, offer);
-        }
-        Ok(())
+        self.call(Event::Offer(offer.clone()), move |history, reply| {
+            let client = history.world.client(offer.caller.session);
+            if let (Some(Reply::Done), Some(client)) = (reply, client) {
+                client.offers.insert(offer.region, offer);
+            }
+            Ok(())
+        })
     }
 
     pub(super) fn offer_again(&mut self, client: &Client, b: u8) -> Outcome {
@@ -57,7 +58,7 @@ impl History {
         if b.is_multiple_of(16) {
             offer.bytes += SLAB;
         }
-        self.apply(Event::Offer(offer)).map(drop)
+        self.tell(Event::Offer(offer))
     }
 
     pub(super) fn withdraw_one(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
@@ -75,7 +76,7 @@ impl History {
             what,
             drain_ms: u32::from(ms),
         };
-        self.apply(Event::Withdraw(withdraw)).map(drop)
+        self.tell(Event::Withdraw(withdraw))
     }
 
     pub(super) fn demand_of(client: &Client, [b, c, d]: [u8; 3]) -> LeaseDemand {
@@ -91,13 +92,15 @@ impl History {
     pub(super) fn lease(&mut self, client: &Client, picks: [u8; 3]) -> Outcome {
         let demand = Self::demand_of(client, picks);
         let namespace = demand.namespace.clone();
-        if let Some(Reply::Leased { grants, .. }) = self.apply(Event::Lease(demand))? {
-            for grant in grants {
-                self.world
-                    .map(client.caller.session, &grant, &namespace, true);
+        let session = client.caller.session;
+        self.call(Event::Lease(demand), move |history, reply| {
+            if let Some(Reply::Leased { grants, .. }) = reply {
+                for grant in grants {
+                    history.world.map(session, &grant, &namespace, true);
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     pub(super) fn share(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
@@ -116,11 +119,25 @@ impl History {
             lease,
             device: device(u32::from(c) % 3),
         };
-        if let Some(Reply::Shared(grant)) = self.apply(event)? {
-            self.world
-                .map(client.caller.session, &grant, &namespace, false);
+        let session = client.caller.session;
+        if self.is_queued() {
+            let asked = client.mapped.contains_key(&lease) || client.opening.contains(&lease);
+            if asked {
+                return Ok(());
+            }
+            if let Some(client) = self.world.client(session) {
+                client.opening.insert(lease);
+            }
         }
-        Ok(())
+        self.call(event, move |history, reply| {
+            if let Some(client) = history.world.client(session) {
+                client.opening.remove(&lease);
+            }
+            if let Some(Reply::Shared(grant)) = reply {
+                history.world.map(session, &grant, &namespace, false);
+            }
+            Ok(())
+        })
     }
 
     /// The lessee writes blocks into slots it may write, and publishes them.
@@ -151,23 +168,28 @@ impl History {
             generation: mapping.generation,
             blocks: blocks.iter().map(|(n, slot)| (hash(*n), *slot)).collect(),
         });
-        // If no reply comes, the broker may have told others.
-        let reply = self.apply(event)?;
-        let free_again = match &reply {
-            Some(Reply::Published { duplicates }) => duplicates.clone(),
-            Some(_) => (0..blocks.len() as u32).collect(),
-            None => Vec::new(),
-        };
+        // Until a reply comes, and if none does, the broker may have told others.
         if let Some(mapping) = self.mapping(id, lease) {
-            for (number, (block, slot)) in (0..).zip(blocks) {
-                if free_again.contains(&number) {
-                    mapping.uses.remove(&slot);
-                } else {
-                    mapping.uses.insert(slot, SlotUse::Published(block));
-                }
+            for (block, slot) in &blocks {
+                mapping.uses.insert(*slot, SlotUse::Published(*block));
             }
         }
-        Ok(())
+        self.call(event, move |history, reply| {
+            let free_again = match &reply {
+                Some(Reply::Published { duplicates }) => duplicates.clone(),
+                Some(_) => (0..blocks.len() as u32).collect(),
+                None => Vec::new(),
+            };
+            if let Some(mapping) = history.mapping(id, lease) {
+                for (number, (block, slot)) in (0..).zip(blocks) {
+                    let here = mapping.uses.get(&slot) == Some(&SlotUse::Published(block));
+                    if here && free_again.contains(&number) {
+                        mapping.uses.remove(&slot);
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     pub(super) fn mapping(&mut self, session: SessionId, lease: LeaseId) -> Option<&mut Mapping> {
@@ -189,7 +211,7 @@ impl History {
             generation: mapping.generation,
             blocks: published.collect(),
         });
-        self.apply(event).map(drop)
+        self.tell(event)
     }
 
     pub(super) fn unpublish(&mut self, client: &Client, b: u8, c: u8) -> Outcome {
@@ -206,20 +228,36 @@ impl History {
             generation: mapping.generation,
             slots: slots.clone(),
         };
-        let now = self.now;
-        if let Some(Reply::Unpublished { pinned, retry_ms }) = self.apply(event)?
-            && let Some(mapping) = self.mapping(client.caller.session, lease)
+        let session = client.caller.session;
+        // Nobody's until the broker has answered this very call; if it never does, it is asked again.
+        self.drawn += 1;
+        let unanswered = SlotUse::NotBefore(u64::MAX - self.drawn);
+        if self.is_queued()
+            && let Some(mapping) = self.mapping(session, lease)
         {
-            for slot in slots {
-                if pinned.contains(&slot) {
-                    let until = now + u64::from(retry_ms);
-                    mapping.uses.insert(slot, SlotUse::NotBefore(until));
-                } else {
-                    mapping.uses.remove(&slot);
-                }
+            for slot in &slots {
+                mapping.uses.insert(*slot, unanswered);
             }
         }
-        Ok(())
+        self.call(event, move |history, reply| {
+            let (now, queued) = (history.now, history.is_queued());
+            if let Some(Reply::Unpublished { pinned, retry_ms }) = reply
+                && let Some(mapping) = history.mapping(session, lease)
+            {
+                for slot in slots {
+                    if queued && mapping.uses.get(&slot) != Some(&unanswered) {
+                        continue;
+                    }
+                    if pinned.contains(&slot) {
+                        let until = now + u64::from(retry_ms);
+                        mapping.uses.insert(slot, SlotUse::NotBefore(until));
+                    } else {
+                        mapping.uses.remove(&slot);
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     pub(super) fn lookup(&mut self, client: &Client, [b, c, d]: [u8; 3]) -> Outcome {
@@ -232,24 +270,39 @@ impl History {
             hashes: hashes(blocks.iter().copied()),
         };
         let deadline = self.now + u64::from(self.config.pin_ms);
-        let Some(Reply::Found { extents, pin }) = self.apply(event)? else {
-            return Ok(());
-        };
-        let Some(pin) = pin else {
-            return Ok(());
-        };
-        let slots = extents.iter().flat_map(|extent| {
-            (extent.first_slot..extent.first_slot + extent.count).map(|slot| (extent.lease, slot))
-        });
-        let id = client.caller.session;
-        for ((lease, slot), block) in slots.zip(blocks) {
-            let content = content(&client.tenant, namespace, block);
-            self.world
-                .found(id, (lease, slot, pin), content, deadline)?;
-        }
-        if let Some(client) = self.world.client(id) {
-            client.pins.push(pin);
-        }
-        Ok(())
+        let (id, tenant) = (client.caller.session, client.tenant.clone());
+        self.call(event, move |history, reply| {
+            let Some(Reply::Found {
+                extents,
+                pin: Some(pin),
+            }) = reply
+            else {
+                return Ok(());
+            };
+            let slots = extents.iter().flat_map(|extent| {
+                (extent.first_slot..extent.first_slot + extent.count)
+                    .map(|slot| (extent.lease, slot))
+            });
+            for ((lease, slot), block) in slots.zip(blocks) {
+                if history.is_queued() && !history.can_read(id, lease, deadline) {
+                    continue;
+                }
+                let content = content(&tenant, namespace, block);
+                let at = (lease, slot, pin);
+                history.world.found(id, at, content, deadline)?;
+            }
+            if let Some(client) = history.world.client(id) {
+                client.pins.push(pin);
+            }
+            Ok(())
+        })
+    }
+
+    /// An answer that is late may speak of what is somebody else's by now: it counts only for a slab that is mapped for
+    /// reading, and only until the pin ends. What lies in its own, a borrower knows better.
+    fn can_read(&mut self, session: SessionId, lease: LeaseId, deadline: u64) -> bool {
+        let now = self.now;
+        let mapping = self.mapping(session, lease);
+        now < deadline && mapping.is_some_and(|mapping| !mapping.lessee)
     }
 }

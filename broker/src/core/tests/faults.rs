@@ -27,6 +27,12 @@ pub(super) enum Fault {
     LosesScrubs,
     /// Unpublished blocks stay in the index.
     IgnoresUnpublish,
+    /// An acknowledgement of an earlier generation counts.
+    TrustsStaleAcks,
+    /// An acknowledgement counts for everyone, whoever says it.
+    TrustsForeignAcks,
+    /// A clock that jumps ahead for a moment ends pins.
+    TrustsClock,
 }
 
 impl History {
@@ -102,6 +108,35 @@ impl History {
                     generation: *generation,
                     blocks: blocks.collect(),
                 }));
+            }
+            (
+                Some(Fault::TrustsStaleAcks),
+                Event::Acknowledge {
+                    caller,
+                    lease,
+                    generation,
+                },
+            ) => {
+                let known = self.state.lease_ids.get(lease);
+                let known = known.map(|key| &self.state.leases[*key]);
+                let stale = known.filter(|known| known.generation > generation.0);
+                more.extend(stale.map(|known| {
+                    let session = caller.session;
+                    self.letting_go(session, known.id, known.generation)
+                }));
+            }
+            (Some(Fault::TrustsForeignAcks), Event::Acknowledge { lease, .. }) => {
+                let known = self.state.lease_ids.get(lease);
+                let known = known.map(|key| &self.state.leases[*key]);
+                more.extend(known.into_iter().flat_map(|known| {
+                    let parties = known.parties();
+                    parties.map(|party| self.letting_go(party, known.id, known.generation))
+                }));
+            }
+            (Some(Fault::TrustsClock), Event::Tick) => {
+                let jumped = self.state.apply(Event::Tick, Now(self.now + 3_600_000));
+                effects.extend(jumped);
+                self.state.now = self.now;
             }
             (Some(Fault::ForgetsPins), Event::Lookup { caller, .. }) => {
                 self.state.drop_pins_of(caller.session);

@@ -8,6 +8,7 @@ use proptest::{prelude::*, sample};
 use super::{
     faults::Fault,
     fixture::*,
+    lines::Lines,
     oracle::Oracle,
     world::{Client, Mapping, World},
 };
@@ -65,6 +66,10 @@ pub(super) enum Act {
     Restart,
     Recover,
     CrashInEvent,
+    Carry,
+    LoseConnection,
+    Partition,
+    Jump,
 }
 
 /// How often each happens, relative to the others.
@@ -106,13 +111,31 @@ const ACTS: &[(u32, Act)] = &[
     (1, Act::CrashInEvent),
 ];
 
+/// What happens besides where everything travels: most of all, that it arrives.
+const TRAVELS: &[(u32, Act)] = &[
+    (160, Act::Carry),
+    (4, Act::LoseConnection),
+    (12, Act::Resume),
+    (3, Act::Partition),
+    (2, Act::Jump),
+];
+
 pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let acts: Vec<Act> = ACTS
+    steps_of(ACTS.to_vec(), 160)
+}
+
+/// For histories in which every message takes its time, or is lost.
+pub(super) fn travelling_steps() -> impl Strategy<Value = Vec<Step>> {
+    steps_of([ACTS, TRAVELS].concat(), 400)
+}
+
+fn steps_of(acts: Vec<(u32, Act)>, most: usize) -> impl Strategy<Value = Vec<Step>> {
+    let acts: Vec<Act> = acts
         .iter()
         .flat_map(|(times, act)| std::iter::repeat_n(*act, *times as usize))
         .collect();
     let step = (sample::select(acts), any::<[u8; 4]>()).prop_map(|(act, pick)| Step { act, pick });
-    prop::collection::vec(step, 1..160)
+    prop::collection::vec(step, 1..most)
 }
 
 /// A node and its broker.
@@ -130,6 +153,9 @@ pub(super) struct History {
     pub(super) drawn: u64,
     /// The next event's records reach the disk only up to here, and its effects nobody.
     pub(super) crash_after: Option<usize>,
+    /// What is on its way, where messages take their time.
+    pub(super) lines: Lines,
+    pub(super) queued: bool,
 }
 
 pub(super) type Outcome<T = ()> = Result<T, String>;
@@ -144,6 +170,7 @@ impl History {
             pin_ms: 400,
             default_drain_ms: 300,
             wait_ms: 500,
+            namespace_weights: [("other".to_owned(), 3)].into(),
             ..CoreConfig::default()
         };
         Self {
@@ -157,6 +184,16 @@ impl History {
             post: Vec::new(),
             drawn: 0,
             crash_after: None,
+            lines: Lines::new(),
+            queued: false,
+        }
+    }
+
+    /// One in which every message takes its time, or is lost.
+    pub(super) fn travelling(fault: Option<Fault>) -> Self {
+        Self {
+            queued: true,
+            ..Self::new(fault)
         }
     }
 
@@ -174,6 +211,7 @@ impl History {
         ] {
             self.step(step)?;
         }
+        self.carry_all()?;
         for (number, step) in steps.iter().enumerate() {
             self.step(*step)
                 .map_err(|wrong| format!("step {number} ({step:?}): {wrong}"))?;
@@ -201,7 +239,7 @@ impl History {
                     return Err(format!("{record:?} is written after the reply"));
                 }
                 Effect::Record(record) => self.ledger.push(record),
-                Effect::Send(session, message) => self.world.hear(session, &message),
+                Effect::Send(session, message) => self.say(session, message),
                 Effect::Reply(said) => reply = Some(said),
                 _ => {}
             }
@@ -254,7 +292,9 @@ impl History {
         self.state = restored.map_err(|error| error.to_string())?;
         for client in &mut self.world.clients {
             client.behind = true;
+            client.opening.clear();
         }
+        self.lines.clear();
         self.state.check()?;
         if self.fault == Some(Fault::ForgetsEarlierPins) {
             self.state.config.pin_ms = 0;

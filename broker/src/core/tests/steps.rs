@@ -7,10 +7,7 @@ use super::{
     history::{Act, History, Outcome, Step, pick},
     world::{Client, Mapping},
 };
-use crate::core::{
-    Caller, DrainTarget, Event, EvictTarget, Outgoing, Process, Publish, Register, Reply,
-    WithdrawWhat,
-};
+use crate::core::{Caller, Event, Outgoing, Process, Publish, Register, Reply, WithdrawWhat};
 
 pub(super) const TENANTS: [&str; 2] = ["1000", "1001/blue"];
 /// Processes at a time.
@@ -79,10 +76,26 @@ impl History {
                 }
             }
             Act::Recover => {
+                if self.is_queued() {
+                    return self.come_back();
+                }
                 for number in 0..self.world.clients.len() {
                     self.recover(number)?;
                 }
                 Ok(())
+            }
+            Act::Carry => self.carry(a, b),
+            Act::LoseConnection => match self.any_client(a) {
+                Some(client) => self.lose_connection(client.caller.session),
+                None => Ok(()),
+            },
+            Act::Partition => {
+                self.partition(a, b);
+                Ok(())
+            }
+            Act::Jump => {
+                self.now += u64::from(a) * 1_000;
+                self.apply(Event::Tick).map(drop)
             }
             Act::CrashInEvent => {
                 self.crash_after = Some(a as usize);
@@ -110,7 +123,17 @@ impl History {
             Act::OfferAgain | Act::Withdraw => !client.offers.is_empty(),
             _ => true,
         };
-        let clients: Vec<_> = self.world.clients.iter().filter(able).collect();
+        // One that has lost its connection can only come back, or die.
+        let speaks = |client: &&Client| {
+            let silent = self.is_queued() && client.behind;
+            match act {
+                Act::Resume => !self.is_queued() || client.behind,
+                Act::Die => true,
+                _ => !silent,
+            }
+        };
+        let clients = self.world.clients.iter().filter(able).filter(speaks);
+        let clients: Vec<_> = clients.collect();
         pick(&clients, number).map(|client| (*client).clone())
     }
 
@@ -119,6 +142,7 @@ impl History {
         match act {
             Act::Leave => {
                 self.world.leave(|client| client.caller.session == id);
+                self.lines.remove(&id);
                 self.apply(Event::Leave(caller)).map(drop)
             }
             Act::Die => {
@@ -126,7 +150,8 @@ impl History {
                     .leave(|client| client.caller.process == caller.process);
                 self.apply(Event::ProcessGone(caller.process)).map(drop)
             }
-            Act::Attach => self.apply(Event::Attach(caller)).map(drop),
+            Act::Attach => self.tell(Event::Attach(caller)),
+            Act::Detach if self.is_queued() => self.lose_connection(id),
             Act::Detach => self.apply(Event::Detach(id)).map(drop),
             Act::Resume => self.resume(&client, c),
             Act::Offer => self.offer(&client, b, c, d),
@@ -142,7 +167,7 @@ impl History {
             Act::Lease => self.lease(&client, [b, c, d]),
             Act::LeaseUnheard => {
                 let demand = Self::demand_of(&client, [b, c, d]);
-                self.apply(Event::Lease(demand)).map(drop)
+                self.tell(Event::Lease(demand))
             }
             Act::Release => {
                 let mapped: Vec<_> = client.mapped.keys().copied().collect();
@@ -150,12 +175,14 @@ impl History {
                     return Ok(());
                 };
                 let mut leases = vec![lease];
-                leases.extend(d.is_multiple_of(8).then_some(LeaseId(c.into())));
+                // One whose grant is on its way must not be named.
+                let foreign = d.is_multiple_of(8) && !self.is_queued();
+                leases.extend(foreign.then_some(LeaseId(c.into())));
                 for lease in &leases {
                     self.world.unmap(id, *lease);
                 }
                 // A message naming a foreign lease is refused whole, so what it unmapped stays leased.
-                self.apply(Event::Release { caller, leases }).map(drop)
+                self.tell(Event::Release { caller, leases })
             }
             Act::Share => self.share(&client, b, c),
             Act::Write => self.write(&client, [b, c, d]),
@@ -167,17 +194,16 @@ impl History {
                     return Ok(());
                 };
                 self.world.done_reading(id, pin);
-                self.apply(Event::Unpin {
+                self.tell(Event::Unpin {
                     caller,
                     pins: vec![pin],
                 })
-                .map(drop)
             }
             Act::Acknowledge | Act::AcknowledgeLate => {
                 let Some((lease, generation)) = pick(&client.told, b).copied() else {
                     return Ok(());
                 };
-                self.world.unmap(id, lease);
+                self.world.let_go(id, lease);
                 let event = Event::Acknowledge {
                     caller,
                     lease,
@@ -188,7 +214,7 @@ impl History {
                     return Ok(());
                 }
                 self.post.push(event.clone());
-                self.apply(event).map(drop)
+                self.tell(event)
             }
             Act::StaleAcknowledge => match pick(&client.told, b).copied() {
                 Some((lease, generation)) => self
@@ -214,7 +240,7 @@ impl History {
                     generation: scrub.2,
                 };
                 self.post.push(event.clone());
-                self.apply(event).map(drop)
+                self.tell(event)
             }
             other => unreachable!("{other:?} is no client's act"),
         }
@@ -288,8 +314,15 @@ impl History {
             held,
             shared: ids(shared),
         };
+        let client = client.clone();
+        self.call(Event::Register(register), move |history, reply| {
+            history.resumed(&client, reply)
+        })
+    }
+
+    fn resumed(&mut self, client: &Client, reply: Option<Reply>) -> Outcome {
         let id = client.caller.session;
-        match self.apply(Event::Register(register))? {
+        match reply {
             Some(Reply::Registered {
                 refused, regions, ..
             }) => {
@@ -303,7 +336,10 @@ impl History {
                 if let Some(client) = self.world.client(id) {
                     client.behind = false;
                 }
-                Ok(())
+                match self.is_queued() {
+                    true => self.tell(Event::Attach(client.caller)),
+                    false => Ok(()),
+                }
             }
             // A session that the broker lost: the process lets go of everything.
             Some(Reply::Refused(_)) => {
@@ -358,37 +394,5 @@ impl History {
             }),
         };
         self.apply(event).map(drop)
-    }
-
-    fn drain(&mut self, a: u8, b: u8) -> Outcome {
-        let target = self.drain_target(a, b);
-        let drain_ms = u32::from(b);
-        self.apply(Event::Drain { target, drain_ms }).map(drop)
-    }
-
-    fn undrain(&mut self, a: u8, b: u8) -> Outcome {
-        let target = self.drain_target(a, b);
-        self.apply(Event::Undrain(target)).map(drop)
-    }
-
-    fn drain_target(&self, a: u8, b: u8) -> DrainTarget {
-        let client = self.any_client(b);
-        let label = client.as_ref().map(|client| client.caller.session.label());
-        let offered = client.and_then(|client| client.offers.keys().next().copied());
-        match a % 3 {
-            0 => DrainTarget::Device(any_device(b)),
-            1 => DrainTarget::Donor(label.unwrap_or_default()),
-            _ => DrainTarget::Region(offered.unwrap_or(region(b.into()))),
-        }
-    }
-
-    fn evict(&mut self, a: u8, b: u8) -> Outcome {
-        let client = self.any_client(b);
-        let lease = client.and_then(|client| client.mapped.keys().next().copied());
-        let target = match a % 2 {
-            0 => EvictTarget::Namespace("model".to_owned()),
-            _ => EvictTarget::Lease(lease.unwrap_or(LeaseId(u64::from(b)))),
-        };
-        self.apply(Event::Evict(target)).map(drop)
     }
 }

@@ -47,6 +47,10 @@ pub(super) struct Client {
     pub(super) pins: Vec<PinId>,
     /// The broker restarted, and this process has not resumed its session yet.
     pub(super) behind: bool,
+    /// Acknowledged before their grants came: never to be mapped.
+    pub(super) let_go: BTreeSet<LeaseId>,
+    /// Asked to be opened for reading, and not answered: neither asked again nor released meanwhile.
+    pub(super) opening: BTreeSet<LeaseId>,
 }
 
 /// A block somebody found and may read until the deadline.
@@ -91,6 +95,8 @@ impl World {
             scrubbed: BTreeSet::new(),
             pins: Vec::new(),
             behind: false,
+            let_go: BTreeSet::new(),
+            opening: BTreeSet::new(),
         });
     }
 
@@ -195,6 +201,9 @@ impl World {
             return;
         };
         assert_eq!(grant.slab_bytes, SLAB);
+        if client.let_go.contains(&grant.lease) {
+            return;
+        }
         let mapping = Mapping {
             at: (grant.region, grant.slab),
             generation: grant.generation,
@@ -213,6 +222,14 @@ impl World {
         }
         self.reads
             .retain(|read| read.session != session || read.lease != lease);
+    }
+
+    /// A revocation is obeyed, whether its lease was ever mapped or not.
+    pub(super) fn let_go(&mut self, session: SessionId, lease: LeaseId) {
+        self.unmap(session, lease);
+        if let Some(client) = self.client(session) {
+            client.let_go.insert(lease);
+        }
     }
 
     /// A lessee writes a block: nobody may be reading what lay there.
