@@ -2,6 +2,7 @@
 
 pub mod census;
 pub mod crew;
+mod descriptors;
 pub mod dynamic;
 pub mod engine;
 pub mod full_stack;
@@ -9,5 +10,6 @@ pub mod gate;
 pub mod node;
 pub mod operator;
 pub mod programs;
+pub mod rescue;
 pub mod seed;
 pub mod wire;

@@ -1,16 +1,20 @@
-//! The blocks this borrower keeps: where each lies, who uses it, and in what order they were last used.
+//! The blocks this borrower keeps: where each lies, who uses it, and in what order they were last used. What each is
+//! worth is `value`'s.
 
 use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use swiftcache_proto::domain::BlockHash;
 
-use super::slab::SlabIndex;
+use super::{
+    slab::SlabIndex,
+    value::{Family, Waiting},
+};
 
-const NONE: u32 = u32::MAX;
+pub(super) const NONE: u32 = u32::MAX;
 
 /// A block's number in the table. Reused only when nobody uses the block any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct BlockId(u32);
+pub(super) struct BlockId(pub(super) u32);
 
 /// A slot in a slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +54,12 @@ pub(super) struct Block {
     pub(super) pins: u32,
     /// When it was last used, on the table's own clock.
     pub(super) used: u64,
-    list: List,
+    /// How often it was found, fading: see `value`.
+    pub(super) found: u8,
+    /// A block before it in its sequence is gone: no lookup can reach it.
+    pub(super) stray: bool,
+    pub(super) family: Family,
+    pub(super) list: List,
     newer: u32,
     older: u32,
 }
@@ -64,11 +73,12 @@ struct Ends {
 /// The table of blocks, found by hash.
 #[derive(Debug)]
 pub(super) struct Blocks {
-    table: Vec<Block>,
+    pub(super) table: Vec<Block>,
     unused: Vec<u32>,
     index: HashMap<BlockHash, u32, RandomState>,
     ends: [Ends; 2],
     clock: u64,
+    pub(super) waiting: Waiting,
 }
 
 impl Default for Blocks {
@@ -83,6 +93,7 @@ impl Default for Blocks {
             index: HashMap::default(),
             ends: [ends(), ends()],
             clock: 0,
+            waiting: Waiting::default(),
         }
     }
 }
@@ -109,6 +120,9 @@ impl Blocks {
             published: Published::No,
             pins: 1,
             used: 0,
+            found: 0,
+            stray: false,
+            family: Family::default(),
             list,
             newer: NONE,
             older: NONE,
@@ -126,6 +140,7 @@ impl Blocks {
         let before = self.index.insert(hash, id);
         debug_assert!(before.is_none(), "{hash} is there already");
         self.link_newest(id);
+        self.come_back(BlockId(id));
         BlockId(id)
     }
 
@@ -151,8 +166,22 @@ impl Blocks {
         }
     }
 
-    /// Takes a block out of the index and its slot: it can be found no more. Returns where it was.
+    /// Takes a block out of the index and its slot: it can be found no more, and nor can what follows it. Returns
+    /// where it was.
     pub(super) fn lose(&mut self, id: BlockId) -> Option<Place> {
+        let place = self.forget(id)?;
+        self.strand(id);
+        Some(place)
+    }
+
+    /// Takes a block out that is found elsewhere: what follows it is still worth something.
+    pub(super) fn lose_duplicate(&mut self, id: BlockId) -> Option<Place> {
+        let place = self.forget(id)?;
+        self.part(id);
+        Some(place)
+    }
+
+    fn forget(&mut self, id: BlockId) -> Option<Place> {
         let place = self.get_mut(id).place.take()?;
         self.unlink(id.0);
         let (hash, pins) = (self.get(id).hash, self.get(id).pins);
@@ -174,7 +203,27 @@ impl Blocks {
         self.link_by_use(id.0, used);
     }
 
+    pub(super) fn oldest_of(&self, list: List) -> u32 {
+        self.ends[list as usize].oldest
+    }
+
+    pub(super) fn newest_of(&self, list: List) -> u32 {
+        self.ends[list as usize].newest
+    }
+
+    pub(super) fn newer_than(&self, id: u32) -> u32 {
+        self.table[id as usize].newer
+    }
+
+    /// Makes a block the first to go.
+    pub(super) fn make_oldest(&mut self, id: u32) {
+        self.unlink(id);
+        self.table[id as usize].used = 0;
+        self.link_after(id, NONE);
+    }
+
     /// The blocks of a list from the least recently used on.
+    #[cfg(test)]
     pub(super) fn oldest(&self, list: List) -> impl Iterator<Item = (BlockId, &Block)> {
         let mut next = self.ends[list as usize].oldest;
         std::iter::from_fn(move || {

@@ -8,17 +8,12 @@ use std::{
 use tracing::{debug, info};
 
 use super::{
-    blocks::{BlockId, List, Place},
     core::Core,
-    op::{Op, Purpose},
-    pipeline::Move,
+    rescue::Rescue,
     slab::{Draining, Kind, LeaseKey, SlabIndex},
     state::{State, micros_since},
 };
 use crate::session::{Connected, Held, Observer, Revocation};
-
-/// Blocks moved between two looks at the clock.
-const BATCH: usize = 64;
 
 /// What the draining thread is asked to do.
 #[derive(Debug)]
@@ -109,26 +104,48 @@ impl Core {
         }
     }
 
-    /// The draining thread.
+    /// The draining thread. Slabs that are revoked together are drained together, so that what little room there is
+    /// goes to the hottest blocks of them all.
     pub(super) fn drain_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<DrainTask>) {
         while let Ok(DrainTask::LetGo(index)) = inbox.recv() {
+            let mut rescue = Rescue::default();
+            self.begin(index, &mut rescue);
+            while !rescue.is_over() {
+                loop {
+                    match inbox.try_recv() {
+                        Ok(DrainTask::LetGo(index)) => self.begin(index, &mut rescue),
+                        Ok(DrainTask::Stop) => {
+                            self.abandon(rescue);
+                            return;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                self.rescue_some(&mut rescue);
+            }
+        }
+    }
+
+    /// Lets go of a slab, now or when its blocks have been rescued.
+    fn begin(self: &Arc<Self>, index: SlabIndex, rescue: &mut Rescue) {
+        let Some((kind, draining)) = self.draining(index) else {
+            return;
+        };
+        let own = matches!(kind, Kind::Own(_));
+        if own && !draining.refused && self.config.drain.move_blocks {
+            let window = (draining.window / 2).min(self.config.drain.move_for);
+            self.begin_rescue(index, draining.since + window, rescue);
+        } else {
             self.let_go(index);
         }
     }
 
-    fn let_go(self: &Arc<Self>, index: SlabIndex) {
+    /// Nothing in the slab is worth waiting for any more.
+    pub(super) fn let_go(self: &Arc<Self>, index: SlabIndex) {
         let Some((kind, draining)) = self.draining(index) else {
             return;
         };
         let Some(key) = kind.key() else { return };
-        let own = matches!(kind, Kind::Own(_));
-        if own && !draining.refused && self.config.drain.move_blocks {
-            let window = (draining.window / 2).min(self.config.drain.move_for);
-            self.rescue(index, draining.since + window);
-            let mut state = self.state.lock();
-            let took = micros_since(draining.since);
-            state.drain.saturating_record(took);
-        }
         self.drop_blocks(index);
         self.wait_for_copies(index);
         let mut state = self.state.lock();
@@ -155,104 +172,6 @@ impl Core {
         let state = self.state.lock();
         let slab = state.slabs.get(index)?;
         Some((slab.kind, slab.draining?))
-    }
-
-    /// Moves blocks to other leases and the host tier, hottest first, until `deadline`.
-    fn rescue(self: &Arc<Self>, index: SlabIndex, deadline: Instant) {
-        // What is being written becomes worth moving when it is there.
-        let writes: Vec<Arc<Op>> = {
-            let state = self.state.lock();
-            let ops = state.slabs.get(index).map(|slab| slab.ops.as_slice());
-            (ops.unwrap_or_default().iter())
-                .filter(|op| op.is_write())
-                .cloned()
-                .collect()
-        };
-        for op in writes {
-            if op.is_over() || Instant::now() < deadline {
-                self.settle(&op);
-            }
-        }
-        let mut hottest: Vec<(u64, BlockId)> = {
-            let state = self.state.lock();
-            let occupants = state.slabs.get(index).map(|slab| slab.occupants.as_slice());
-            (occupants.unwrap_or_default().iter().flatten())
-                .map(|id| (state.blocks.get(*id), *id))
-                .filter(|(block, _)| block.ready)
-                .map(|(block, id)| (block.used, id))
-                .collect()
-        };
-        hottest.sort_unstable_by_key(|(used, _)| std::cmp::Reverse(*used));
-        for batch in hottest.chunks(BATCH) {
-            if Instant::now() >= deadline || !self.rescue_batch(index, batch) {
-                break;
-            }
-        }
-    }
-
-    /// Moves a few blocks. False when there is no more room.
-    fn rescue_batch(self: &Arc<Self>, index: SlabIndex, batch: &[(u64, BlockId)]) -> bool {
-        let mut moves = Vec::new();
-        let mut moving = Vec::new();
-        let mut slabs = vec![index];
-        let op = {
-            let mut state = self.state.lock();
-            let mut near = None;
-            for (used, id) in batch {
-                let block = state.blocks.get(*id);
-                let Some(from) = block
-                    .place
-                    .filter(|place| place.slab == index && block.ready)
-                else {
-                    continue;
-                };
-                let Some(to) = place_for(&mut state, *used, near) else {
-                    break;
-                };
-                near = Some(to);
-                let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
-                if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
-                    Move::add(&mut moves, (from, from_memory), (to, to_memory));
-                }
-                if !slabs.contains(&to.slab) {
-                    slabs.push(to.slab);
-                }
-                state.blocks.pin(*id);
-                moving.push((*id, to));
-            }
-            let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
-            state.begin_op(&op);
-            op
-        };
-        self.issue_moves(&op, moves, |step| &step.to.store);
-        let copied = op.wait().is_ok() && !op.is_poisoned();
-        let all_placed = moving.len() == batch.len();
-        self.rescued(&op, moving, copied);
-        all_placed && copied
-    }
-
-    fn rescued(self: &Arc<Self>, op: &Arc<Op>, moving: Vec<(BlockId, Place)>, copied: bool) {
-        let mut ready = Vec::new();
-        {
-            let mut state = self.state.lock();
-            for (id, to) in moving {
-                if copied && state.blocks.get(id).place.is_some() {
-                    state.relocate(id, to);
-                    match state.slabs.get(to.slab).map(|slab| slab.kind) {
-                        Some(Kind::Host) => state.counts.moved_to_host += 1,
-                        _ => state.counts.moved_to_donor += 1,
-                    }
-                    ready.push(id);
-                } else {
-                    if let Some(slab) = state.slabs.get_mut(to.slab) {
-                        slab.slots.give(to.slot);
-                    }
-                    state.blocks.unpin(id);
-                }
-            }
-            state.end_op(op);
-        }
-        self.publish(ready);
     }
 
     /// Forgets what is left in a slab.
@@ -337,13 +256,4 @@ impl Kind {
             Self::Host => None,
         }
     }
-}
-
-/// A slot for a rescued block: a free one of another lease, else one of the host tier.
-fn place_for(state: &mut State, used: u64, near: Option<Place>) -> Option<Place> {
-    if let Some((slab, run)) = state.take_slots(List::Donor, 1, near) {
-        let slot = run.first;
-        return Some(Place { slab, slot });
-    }
-    state.host_slot_for(used, near)
 }

@@ -1,5 +1,5 @@
-//! Making room: the least recently used blocks go, a sequence's last ones first; from donors to the host tier where
-//! that has room, or holds colder ones.
+//! Making room: the blocks worth least go (see `value`), a sequence's last ones first; from donors to the host tier
+//! where that has room, or holds colder ones.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::{
     core::{Core, Leftover},
     op::{Op, Purpose, Queueing},
     pipeline::{self, Move},
-    slab::{Kind, LeaseKey, SlabIndex},
+    slab::{Kind, LeaseKey, Slab, SlabIndex},
     state::State,
 };
 
@@ -49,14 +49,14 @@ impl Core {
         }
         let slack = state.slots(List::Donor) / 16;
         let most = short + slack.min(MOST_SLACK);
-        let victims = victims(&state, List::Donor, most, self.connected().is_some());
+        let victims = victims(&mut state, List::Donor, most, self.connected().is_some());
         let still_short = short.saturating_sub(victims.len() as u32);
         let mut room = Room::default();
         for id in victims {
             room.evict(&mut state, id);
         }
         let host_free = state.free_slots(List::Host);
-        for id in victims_for_host(&state, still_short.saturating_sub(host_free)) {
+        for id in victims_for_host(&mut state, still_short.saturating_sub(host_free)) {
             state.drop_host_block(id);
         }
         let op = Arc::new(Op::new(Purpose::Move, room.slabs, room.moved));
@@ -103,10 +103,12 @@ impl Room {
     /// Takes a block off its donor slot: to the host tier, or away.
     fn evict(&mut self, state: &mut State, id: BlockId) {
         let block = state.blocks.get(id);
-        let (published, used) = (block.published, block.used);
+        let (published, used, stray) = (block.published, block.used, block.stray);
         let Some(from) = block.place else { return };
         let near = self.moves.last().and_then(Move::next_to);
-        match state.host_slot_for(used, near) {
+        // Nobody could find a stray there either.
+        let to = (!stray).then(|| state.host_slot_for(used, near)).flatten();
+        match to {
             Some(to) => {
                 self.demote(state, id, from, to);
                 state.counts.demoted_blocks += 1;
@@ -174,21 +176,18 @@ impl State {
     }
 }
 
-/// The coldest blocks of a list that nobody uses. Without a broker only those it never heard of: the others' slots
-/// could not be written anyway.
-fn victims(state: &State, list: List, most: u32, connected: bool) -> Vec<BlockId> {
-    state
-        .blocks
-        .oldest(list)
-        .filter(|(id, block)| {
-            let free_to_go = block.pins == 0 && (connected || block.published == Published::No);
-            free_to_go && state.place_of(*id).is_some()
-        })
-        .map(|(id, _)| id)
-        .take(most as usize)
-        .collect()
+/// The blocks of a list that are worth least and that nobody uses. Without a broker only those it never heard of: the
+/// others' slots could not be written anyway.
+fn victims(state: &mut State, list: List, most: u32, connected: bool) -> Vec<BlockId> {
+    let State { blocks, slabs, .. } = state;
+    blocks.victims(list, most as usize, |block| {
+        let free_to_go = block.pins == 0 && (connected || block.published == Published::No);
+        let slab = block.place.filter(|_| block.ready);
+        let slab = slab.and_then(|place| slabs.get(place.slab));
+        free_to_go && slab.is_some_and(Slab::is_active)
+    })
 }
 
-fn victims_for_host(state: &State, most: u32) -> Vec<BlockId> {
+fn victims_for_host(state: &mut State, most: u32) -> Vec<BlockId> {
     victims(state, List::Host, most, true)
 }

@@ -146,7 +146,7 @@ impl Core {
         let mut state = self.state.lock();
         for block in hit.blocks.iter().rev() {
             if let HitBlock::Own(id) = block {
-                state.blocks.touch(*id);
+                state.blocks.find_again(*id);
             }
         }
         let counts = &mut state.counts;

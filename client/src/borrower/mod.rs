@@ -28,6 +28,7 @@ mod op;
 mod pipeline;
 mod plan;
 mod publish;
+mod rescue;
 mod slab;
 mod slots;
 mod state;
@@ -35,6 +36,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod value;
 
 use std::{
     fmt,

@@ -101,7 +101,7 @@ impl Core {
                     block.published = batch.before[index];
                     // A load may be reading it besides: then it stays, for this borrower alone.
                     if block.pins == 1
-                        && let Some(place) = state.lose(id)
+                        && let Some(place) = state.lose_duplicate(id)
                     {
                         state.retire(place, batch.before[index]);
                         state.counts.duplicate_blocks += 1;

@@ -131,6 +131,16 @@ impl State {
     /// Forgets a block. Its slot is the caller's to give back, or to have unpublished first.
     pub(super) fn lose(&mut self, id: BlockId) -> Option<Place> {
         let place = self.blocks.lose(id)?;
+        self.vacated(place)
+    }
+
+    /// Forgets a block that a replica holds.
+    pub(super) fn lose_duplicate(&mut self, id: BlockId) -> Option<Place> {
+        let place = self.blocks.lose_duplicate(id)?;
+        self.vacated(place)
+    }
+
+    fn vacated(&mut self, place: Place) -> Option<Place> {
         if let Some(slab) = self.slabs.get_mut(place.slab) {
             slab.vacate(place.slot);
         }

@@ -89,6 +89,16 @@ impl Placing {
     }
 }
 
+impl State {
+    /// Adds a block to the end of a sequence.
+    fn link(&mut self, id: BlockId, sequence: &mut Vec<BlockId>) {
+        if let Some(before) = sequence.last() {
+            self.blocks.follow(id, *before);
+        }
+        sequence.push(id);
+    }
+}
+
 impl Core {
     /// Finds room for a sequence's blocks, registers the copies with every slab they touch, and queues them.
     pub(super) fn store(
@@ -151,7 +161,7 @@ impl Core {
             if let Some(id) = state.blocks.find(hash) {
                 stored.known += 1;
                 placing.after = state.blocks.get(id).place;
-                sequence.push(id);
+                state.link(id, &mut sequence);
                 continue;
             }
             let left = blocks.len() as u32 - done;
@@ -168,7 +178,7 @@ impl Core {
                 slab.occupy(place.slot, id);
                 plan.add(place.slab, &slab.memory, place.slot, *from);
             }
-            sequence.push(id);
+            state.link(id, &mut sequence);
             writes.push(id);
         }
         placing.end(&mut state);

@@ -105,6 +105,9 @@ pub(super) struct NodeArgs {
     /// Host memory for KV blocks, full size, in the SwiftCache and PCIe arms alike
     #[arg(long, value_name = "SIZE", default_value = "128GiB", value_parser = size)]
     host_tier: u64,
+    /// Drop what lies in revoked slabs, instead of moving the hottest blocks elsewhere while the window lasts
+    #[arg(long)]
+    drop_revoked: bool,
     /// Donor processes, each on its own GPU
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(super) donors: usize,
@@ -223,6 +226,7 @@ impl Play {
             },
             host_tier_bytes: args.host_tier,
             lease_limit_bytes: args.gpu.hbm_bytes * args.donors as u64,
+            move_blocks: !args.drop_revoked,
             // The node's own links replace these once it is known.
             rates: LinkRates {
                 nvlink: host,

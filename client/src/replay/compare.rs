@@ -16,7 +16,7 @@ use super::{
     trace::{BLOCK_TOKENS, Request, unbounded_hits},
 };
 use crate::{
-    borrower::{Borrower, BorrowerConfig, BytesByLink, Layout, Stats},
+    borrower::{Borrower, BorrowerConfig, BytesByLink, DrainPolicy, Layout, Stats},
     device::DeviceLayer,
     session::Session,
 };
@@ -47,6 +47,8 @@ pub struct Setup {
     pub host_tier_bytes: u64,
     /// The most leased from donors, full-size bytes.
     pub lease_limit_bytes: u64,
+    /// Move the hottest blocks elsewhere when slabs are revoked, or drop them all.
+    pub move_blocks: bool,
     /// Modelled link rates.
     pub rates: LinkRates,
     /// Where they come from.
@@ -243,6 +245,10 @@ fn tiered(
         lease_step_bytes: LEASE_STEP_SLABS * scale.slab_bytes(),
         host_tier_bytes: scale.shrink(setup.host_tier_bytes),
         share: session.is_some(),
+        drain: DrainPolicy {
+            move_blocks: setup.move_blocks,
+            ..DrainPolicy::default()
+        },
         ..BorrowerConfig::new(place.device.clone(), layout, leased)
     };
     let borrower = Borrower::open(session, Arc::clone(&place.layer), config)?;
@@ -331,6 +337,7 @@ mod tests {
             stretch: None,
             host_tier_bytes: 8 << 30,
             lease_limit_bytes: 0,
+            move_blocks: true,
             rates: LinkRates {
                 nvlink: 380e9,
                 pcie: 50e9,

@@ -1,0 +1,243 @@
+//! What a block is worth: how lately it was used, how often it was found, and whether a lookup can still reach it.
+//!
+//! * *Recency*: the lists of `blocks` are in order of use.
+//! * *Frequency*: a block that was found is spared when its turn comes, once for each time it was found, up to
+//!   [`MOST_FOUND`]. So what many requests share, or a conversation that goes on, outlives what was stored once and
+//!   never asked for again.
+//! * *Position*: a block whose predecessor is gone is a *stray*: it goes first, and is never carried anywhere. A block
+//!   goes after those that follow it. Its predecessor coming back makes it worth something again.
+
+use std::collections::{HashMap, HashSet};
+
+use swiftcache_proto::domain::BlockHash;
+
+use super::blocks::{Block, BlockId, Blocks, List, NONE};
+
+/// More finds than this count as this: what was hot long ago must not outlive its use by much.
+const MOST_FOUND: u8 = 3;
+/// Strays remembered by what they wait for, before those that are gone are swept out.
+const SWEEP_AT: usize = 1_024;
+
+/// A block's place in the tree of prefixes: numbers in the table of blocks, or `NONE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Family {
+    before: u32,
+    first_after: u32,
+    next_sibling: u32,
+    previous_sibling: u32,
+}
+
+impl Default for Family {
+    fn default() -> Self {
+        Self {
+            before: NONE,
+            first_after: NONE,
+            next_sibling: NONE,
+            previous_sibling: NONE,
+        }
+    }
+}
+
+/// Strays by the hash of the block they have lost. May name blocks that are gone or reachable meanwhile.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    by_hash: HashMap<BlockHash, Vec<(u32, BlockHash)>>,
+    count: usize,
+}
+
+impl Blocks {
+    /// Says that `id` follows `before` in a sequence.
+    pub(super) fn follow(&mut self, id: BlockId, before: BlockId) {
+        let lost = |block: &Block| block.place.is_none();
+        let orphaned = self.get(id).family.before == NONE;
+        if !orphaned || id == before || lost(self.get(id)) || lost(self.get(before)) {
+            return;
+        }
+        // A hash names its whole prefix, so this cannot close a circle; a caller that lies about hashes must not hang
+        // us. A block that nothing follows, like all new ones, closes none.
+        if self.get(id).family.first_after != NONE && self.comes_before(id.0, before.0) {
+            return;
+        }
+        let next = std::mem::replace(&mut self.get_mut(before).family.first_after, id.0);
+        if let Some(next) = self.table.get_mut(next as usize) {
+            next.family.previous_sibling = id.0;
+        }
+        let family = &mut self.get_mut(id).family;
+        family.before = before.0;
+        family.next_sibling = next;
+        let stray = self.get(before).stray;
+        self.mark(id.0, stray);
+    }
+
+    fn comes_before(&self, id: u32, after: u32) -> bool {
+        let mut up = after;
+        while let Some(block) = self.table.get(up as usize) {
+            if up == id {
+                return true;
+            }
+            up = block.family.before;
+        }
+        false
+    }
+
+    /// A lookup has found the block: it can be reached, whoever holds what comes before it.
+    pub(super) fn find_again(&mut self, id: BlockId) {
+        let block = self.get_mut(id);
+        block.found = (block.found + 1).min(MOST_FOUND);
+        block.stray = false;
+        self.touch(id);
+    }
+
+    /// Up to `most` blocks of a list that are worth least, of those that `may_go`. Those that are spared are found so
+    /// much less often from now on.
+    pub(super) fn victims(
+        &mut self,
+        list: List,
+        most: usize,
+        may_go: impl Fn(&Block) -> bool,
+    ) -> Vec<BlockId> {
+        let mut victims = Vec::new();
+        let mut chosen = HashSet::new();
+        // In the last round nobody is spared any more.
+        for round in 0..=MOST_FOUND + 1 {
+            let newest = self.newest_of(list);
+            let mut next = self.oldest_of(list);
+            while next != NONE && victims.len() < most {
+                let id = next;
+                next = self.newer_than(id);
+                let block = &self.table[id as usize];
+                if !chosen.contains(&id) && may_go(block) {
+                    let spared = !block.stray
+                        && round <= MOST_FOUND
+                        && (block.found > 0 || self.is_followed(id, list, &chosen));
+                    if spared {
+                        self.table[id as usize].found =
+                            self.table[id as usize].found.saturating_sub(1);
+                        self.touch(BlockId(id));
+                    } else {
+                        chosen.insert(id);
+                        victims.push(BlockId(id));
+                    }
+                }
+                // What was spared in this round is looked at in the next.
+                if id == newest {
+                    break;
+                }
+            }
+            if victims.len() >= most {
+                break;
+            }
+        }
+        victims
+    }
+
+    /// Whether a block that stays follows this one in the same list.
+    fn is_followed(&self, id: u32, list: List, chosen: &HashSet<u32>) -> bool {
+        self.after(id)
+            .any(|after| self.table[after as usize].list == list && !chosen.contains(&after))
+    }
+
+    /// The blocks right after one.
+    fn after(&self, id: u32) -> impl Iterator<Item = u32> {
+        let mut next = self.table[id as usize].family.first_after;
+        std::iter::from_fn(move || {
+            let block = self.table.get(next as usize)?;
+            Some(std::mem::replace(&mut next, block.family.next_sibling))
+        })
+    }
+
+    /// The block that a block follows, where this borrower has it.
+    pub(super) fn before(&self, id: BlockId) -> Option<BlockId> {
+        let before = self.get(id).family.before;
+        (before != NONE).then_some(BlockId(before))
+    }
+
+    /// The block is gone: so is the way to those after it.
+    pub(super) fn strand(&mut self, id: BlockId) {
+        let hash = self.get(id).hash;
+        for child in self.part(id) {
+            self.mark(child, true);
+            let child_hash = self.table[child as usize].hash;
+            let waiting = self.waiting.by_hash.entry(hash).or_default();
+            waiting.push((child, child_hash));
+            self.waiting.count += 1;
+        }
+        if self.waiting.count > SWEEP_AT.max(self.table.len()) {
+            self.sweep();
+        }
+    }
+
+    /// Takes a block out of the tree. Returns those that followed it.
+    pub(super) fn part(&mut self, id: BlockId) -> Vec<u32> {
+        let children: Vec<u32> = self.after(id.0).collect();
+        for child in &children {
+            let family = &mut self.table[*child as usize].family;
+            family.before = NONE;
+            family.next_sibling = NONE;
+            family.previous_sibling = NONE;
+        }
+        let family = std::mem::take(&mut self.get_mut(id).family);
+        if let Some(next) = self.table.get_mut(family.next_sibling as usize) {
+            next.family.previous_sibling = family.previous_sibling;
+        }
+        match self.table.get_mut(family.previous_sibling as usize) {
+            Some(previous) => previous.family.next_sibling = family.next_sibling,
+            None => {
+                if let Some(before) = self.table.get_mut(family.before as usize) {
+                    before.family.first_after = family.next_sibling;
+                }
+            }
+        }
+        children
+    }
+
+    /// A block is there again: those that waited for it can be reached.
+    pub(super) fn come_back(&mut self, id: BlockId) {
+        if self.waiting.count == 0 {
+            return;
+        }
+        let hash = self.get(id).hash;
+        let waiting = self.waiting.by_hash.remove(&hash);
+        let waiting = waiting.unwrap_or_default();
+        self.waiting.count -= waiting.len();
+        for (child, hash) in waiting {
+            if self.waits(child, &hash) {
+                self.follow(BlockId(child), id);
+            }
+        }
+    }
+
+    fn waits(&self, child: u32, hash: &BlockHash) -> bool {
+        let block = &self.table[child as usize];
+        block.hash == *hash && block.place.is_some() && block.family.before == NONE
+    }
+
+    fn sweep(&mut self) {
+        let mut by_hash = std::mem::take(&mut self.waiting.by_hash);
+        by_hash.retain(|_, waiting| {
+            waiting.retain(|(child, hash)| self.waits(*child, hash));
+            !waiting.is_empty()
+        });
+        self.waiting.count = by_hash.values().map(Vec::len).sum();
+        self.waiting.by_hash = by_hash;
+    }
+
+    /// Makes a block and all that follow it strays, or none of them.
+    fn mark(&mut self, id: u32, stray: bool) {
+        let mut to_mark = vec![id];
+        while let Some(id) = to_mark.pop() {
+            if self.table[id as usize].stray == stray {
+                continue;
+            }
+            self.table[id as usize].stray = stray;
+            if stray {
+                self.make_oldest(id);
+            }
+            to_mark.extend(self.after(id));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "value_tests.rs"]
+mod tests;
