@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyConfig, explain};
+use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyConfig};
 use swiftcache_proto::domain::HandleKind;
 use swiftcache_tests::{
     engine::{self, Engine, SLAB_BYTES, eventually},
@@ -106,8 +106,6 @@ fn the_agent_follows_its_neighbours() -> Result<()> {
     policy.half_life = Duration::from_millis(10);
     policy.rise_slabs = 32;
     let layer = node.layer()?;
-    let device = node.device(1);
-    ensure!(explain(layer.as_ref(), &device, policy)?.contains("could be on offer"));
     node.neighbour_uses(1, GIB / 2)?;
     let config = DonorConfig {
         slab_bytes: policy.slab_bytes,

@@ -9,13 +9,18 @@ use std::{
 };
 
 use clap::{ArgGroup, Args, ValueEnum};
-use swiftcache_proto::domain::{Device, DeviceUuid, HandleKind};
+use swiftcache_proto::{
+    domain::{Device, DeviceUuid, HandleKind},
+    v1,
+};
 use tracing::info;
 
-use super::{CliError, args::SocketArg, backend, output, size::size};
+use super::{CliError, admin::Admin, args::SocketArg, backend, output, size::size};
 use crate::{
     device::DeviceLayer,
-    donor::{Agent, AgentConfig, Donor, DonorConfig, DonorStatus, PolicyConfig, explain},
+    donor::{
+        Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Observation, PolicyConfig, explain,
+    },
     session::{Session, SessionConfig},
 };
 
@@ -39,7 +44,7 @@ pub(super) struct DonateArgs {
     /// Follow idle HBM: up slowly, down at once
     #[arg(long)]
     elastic: bool,
-    /// Say what --elastic would come to lend now, and why; lend nothing
+    /// Say what --elastic would come to lend, by what the broker sees of each device now, and why; lend nothing
     #[arg(long, conflicts_with = "bytes")]
     explain: bool,
     /// For people: shown in status and logs
@@ -193,6 +198,9 @@ impl Running {
 }
 
 pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
+    if args.explain {
+        return explain_all(args);
+    }
     let interrupt = super::interrupt()?;
     let session = SessionConfig {
         socket: args.socket.socket.clone(),
@@ -202,14 +210,6 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
     let (first, shape) = backend::connect(session.clone())?;
     let devices = args.device.among(&shape.0)?;
     let layer = backend::open(&shape, args.usage_dir.clone())?;
-    if args.explain {
-        for device in devices {
-            let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
-            let text = explain(layer.as_ref(), &device.uuid, policy)?;
-            output::print(&format!("{text}\n"))?;
-        }
-        return Ok(());
-    }
     // A session for each device: one that fails takes no other with it.
     let mut first = Some(first);
     let mut running = Vec::new();
@@ -234,6 +234,39 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
         thread::sleep(NAP);
     }
     leave(running, args.leave_within)
+}
+
+/// By what the broker's probe sees: a process that looked for itself would take half a gigabyte of each GPU for its own
+/// context.
+fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
+    let seen = Admin::connect(&args.socket.socket)?.node()?.devices;
+    let read = |seen: &v1::DeviceStatus| {
+        let device = seen
+            .device
+            .as_ref()
+            .and_then(|device| device.try_into().ok());
+        device.ok_or_else(|| CliError::Failed("the broker named a device badly".to_owned()))
+    };
+    let known: Vec<Device> = seen.iter().map(read).collect::<Result<_, _>>()?;
+    for device in args.device.among(&known)? {
+        let seen = (known.iter().zip(&seen)).find(|(known, _)| known.uuid == device.uuid);
+        let (used, offered) = seen.map_or((0, 0), |(_, seen)| {
+            let account = seen.account.unwrap_or_default();
+            (seen.hbm_used_bytes, account.offered_bytes)
+        });
+        let observation = Observation {
+            now: Duration::ZERO,
+            free: device.hbm_bytes.saturating_sub(used),
+            total: device.hbm_bytes,
+            // What is lent already is not a neighbour's.
+            donated: offered,
+            offered,
+        };
+        let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
+        let text = explain(&device.uuid, observation, policy)?;
+        output::print(&format!("{text}\n"))?;
+    }
+    Ok(())
 }
 
 fn start(

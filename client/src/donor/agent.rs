@@ -223,23 +223,17 @@ impl Shared {
     }
 }
 
-/// What an agent would come to offer on `device` as it is now, and why; offers nothing.
+/// What agents would come to have on offer on a device that is seen like this, and why; offers nothing and looks at
+/// nothing.
 ///
 /// # Errors
-/// For settings that cannot work, or a device that cannot be looked at.
+/// For settings that cannot work.
 pub fn explain(
-    layer: &dyn DeviceLayer,
     device: &DeviceUuid,
+    observation: Observation,
     policy: PolicyConfig,
 ) -> Result<String> {
-    let hbm = layer.hbm(device)?;
-    let decision = Policy::new(policy)?.step(Observation {
-        now: Duration::ZERO,
-        free: hbm.free,
-        total: hbm.total,
-        donated: 0,
-        offered: 0,
-    });
+    let decision = Policy::new(policy)?.step(observation);
     Ok(format!("{device}: {decision}"))
 }
 

@@ -1,0 +1,93 @@
+//! `swiftcache donate --explain`: by the broker's eyes alone, and with what is lent already.
+
+use std::{
+    fs,
+    process::{Command, Output},
+};
+
+use anyhow::{Result, ensure};
+use swiftcache_tests::{
+    crew::donor_process,
+    engine::{SLAB_BYTES, eventually},
+    node::{Devices, Node, Setup},
+    operator::Operator,
+    programs::program,
+};
+
+fn donate(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(program("swiftcache")?);
+    command.arg("donate").arg("--socket").arg(node.socket());
+    Ok(command.args(arguments).output()?)
+}
+
+fn explained(node: &Node, device: &str) -> Result<String> {
+    let slab = format!("--slab={SLAB_BYTES}");
+    let arguments = [
+        "--device",
+        device,
+        "--elastic",
+        "--explain",
+        "--settle=0s",
+        &slab,
+    ];
+    let output = donate(node, &arguments)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{errors}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
+    let node = Node::start(&[])?;
+    node.neighbour_uses(1, 512 << 20)?;
+    let before = explained(&node, "SIM-1")?;
+    // Of 1 GiB half is used; a twentieth each is kept in reserve and for growth.
+    ensure!(
+        before.starts_with("SIM-1: 0.50 GiB of 1.00 GiB free, 0.00 GiB on offer"),
+        "{before}"
+    );
+    ensure!(before.contains("0.40 GiB could be on offer"), "{before}");
+    // 64 MiB of it are lent.
+    let donor = donor_process(&node, 1, (64 << 20) / SLAB_BYTES)?;
+    let after = explained(&node, "SIM-1")?;
+    ensure!(
+        after.starts_with("SIM-1: 0.44 GiB of 1.00 GiB free, 0.06 GiB on offer"),
+        "{after}"
+    );
+    ensure!(after.contains("0.40 GiB could be on offer"), "{after}");
+    drop(donor);
+    // Every device of the node, and no session or offer for it.
+    let all = explained(&node, "all")?;
+    ensure!(all.lines().count() == 3, "{all}");
+    let operator = Operator::of(&node)?;
+    eventually("the donor to be forgotten", || {
+        Ok(operator.sessions()?.is_empty())
+    })
+}
+
+/// Devices that only CUDA could open, on a machine where there may be none: what looks for itself cannot even start.
+#[test]
+fn no_device_is_opened() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let topology = directory.path().join("topology.toml");
+    let device = "[[device]]\nuuid = 'GPU-N'\nname = 'GPU'\nhbm_gib = 1\n";
+    let devices = [0, 1].map(|n| device.replace('N', &n.to_string()));
+    fs::write(&topology, format!("name = 'GPUs'\n{}", devices.concat()))?;
+    let node = Node::start_with(Setup {
+        devices: Devices::File(topology),
+        ..Setup::default()
+    })?;
+    ensure!(explained(&node, "GPU-1")?.contains("could be on offer"));
+    // The twin: a donor opens it.
+    let lends = donate(
+        &node,
+        &[
+            "--device=GPU-1",
+            "--bytes=1MiB",
+            "--slab=1MiB",
+            "--leave-within=0s",
+        ],
+    )?;
+    ensure!(!lends.status.success());
+    Ok(())
+}
