@@ -1,7 +1,7 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs.
 CARGO ?= cargo
 
-.PHONY: demo test test-python test-vllm bench-vllm test-deploy wheel check build bench gpu ptx sbom image
+.PHONY: demo test soak test-python test-vllm bench-vllm test-deploy wheel check build bench gpu ptx sbom image
 
 ## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
 demo: setup
@@ -15,6 +15,14 @@ test: setup check
 	$(MAKE) test-python
 	$(MAKE) test-vllm
 	$(MAKE) test-deploy
+
+## The fault suites for as long as SOAK_SECONDS says, each, by the seed of SWIFTCACHE_FAULT_SEED.
+SOAK_SECONDS ?= 300
+soak:
+	$(CARGO) build --workspace --bins --locked
+	SWIFTCACHE_FAULT_SECONDS=$(SOAK_SECONDS) $(CARGO) test -p swiftcache-tests --locked --no-fail-fast \
+		--test kill --test many --test garbage --test revoke_load --test fake_broker --test exhaustion
+	PROPTEST_CASES=4096 $(CARGO) test -p swiftcache-broker --locked --lib core::
 
 ## The Python module over real processes. Needs the binaries of `make test`.
 test-python:

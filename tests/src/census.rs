@@ -56,6 +56,30 @@ impl Census {
         Ok(census)
     }
 
+    /// What it holds more of than `idle`, for people.
+    #[must_use]
+    pub fn beyond(&self, idle: &Self) -> Vec<String> {
+        let more = |what: &str, now: &BTreeMap<String, usize>, then: &BTreeMap<String, usize>| {
+            // Named by the process, as simulated devices' accounts are: no two processes have the same.
+            let own = |kind: &str| kind.contains("/usage/");
+            let more = now
+                .iter()
+                .filter(|(kind, _)| !own(kind))
+                .filter_map(|(kind, count)| {
+                    let before = then.get(kind).copied().unwrap_or(0);
+                    (*count > before).then(|| format!("{count} instead of {before} {what} {kind}"))
+                });
+            more.collect::<Vec<_>>()
+        };
+        let mut all = more("descriptors", &self.descriptors, &idle.descriptors);
+        all.extend(more("threads", &self.threads, &idle.threads));
+        if self.mapped.len() > idle.mapped.len() {
+            let (now, then) = (self.mapped.len(), idle.mapped.len());
+            all.push(format!("{now} instead of {then} mappings"));
+        }
+        all
+    }
+
     /// Descriptors of a kind.
     pub fn count(&self, kind: &str) -> usize {
         self.descriptors.get(kind).copied().unwrap_or(0)

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
 use crate::{
-    engine::SLAB_BYTES,
+    engine::{self, SLAB_BYTES},
     node::Node,
     programs::{Program, program},
 };
@@ -46,6 +46,8 @@ pub struct Job {
     pub name: String,
     /// Its tenant's label.
     pub tenant: String,
+    /// What its blocks are interchangeable with.
+    pub namespace: String,
     /// The most slabs it leases.
     pub slabs: u64,
     /// Blocks of its host tier.
@@ -67,6 +69,7 @@ impl Job {
         Self {
             name: name.to_owned(),
             tenant: String::new(),
+            namespace: engine::NAMESPACE.to_owned(),
             slabs: 4,
             host_blocks: 16,
             conversations: 12,
@@ -158,6 +161,7 @@ impl BorrowerProcess {
             .args(["--device", node.device(device).as_str()])
             .args(["--name", &job.name])
             .args(["--tenant", &job.tenant])
+            .args(["--namespace", &job.namespace])
             .args(["--slabs", &job.slabs.to_string()])
             .args(["--host-blocks", &job.host_blocks.to_string()])
             .args(["--conversations", &job.conversations.to_string()])
