@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::Result;
+use rand::{Rng, rngs::StdRng};
 use swiftcache_client::session::{Session, SessionConfig};
 use swiftcache_proto::v1::{
     self,
@@ -41,7 +42,25 @@ pub enum Stage {
 #[derive(Debug, Default)]
 struct Rules {
     refused: HashMap<&'static str, usize>,
+    garbled: Option<StdRng>,
     log: Vec<(&'static str, Stage)>,
+}
+
+impl Rules {
+    /// The answer with a few bytes changed, where that still is one.
+    fn garble<T: prost::Message + Default>(&mut self, answer: T) -> T {
+        let Some(rng) = &mut self.garbled else {
+            return answer;
+        };
+        let mut bytes = answer.encode_to_vec();
+        for _ in 0..rng.random_range(1..4) {
+            let length = bytes.len();
+            if let Some(byte) = (length > 0).then(|| &mut bytes[rng.random_range(0..length)]) {
+                *byte = rng.random();
+            }
+        }
+        T::decode(bytes.as_slice()).unwrap_or(answer)
+    }
 }
 
 #[derive(Debug)]
@@ -121,6 +140,11 @@ impl Gate {
     /// Refuses the next so many calls of a name, which the broker never hears of.
     pub fn refuse(&self, call: &'static str, times: usize) {
         self.shared.rules().refused.insert(call, times);
+    }
+
+    /// Changes bytes of every answer from now on, or of none.
+    pub fn garble(&self, rng: Option<StdRng>) {
+        self.shared.rules().garbled = rng;
     }
 
     /// Holds calls of this name until [`Self::open`].
@@ -203,7 +227,8 @@ macro_rules! passes {
         impl Broker for Service {
             $(async fn $name(&self, request: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
                 let request = request.into_inner();
-                self.pass($call, |mut broker| async move { broker.$name(request).await }).await
+                let answer = self.pass($call, |mut broker| async move { broker.$name(request).await }).await?;
+                Ok(answer.map(|answer| self.0.rules().garble(answer)))
             })*
 
             type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::SessionResponse, Status>> + Send>>;

@@ -2,28 +2,16 @@
 
 use std::{
     fs::File,
-    io::{IoSlice, IoSliceMut},
-    mem::MaybeUninit,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::{
-    fs::{MemfdFlags, SealFlags},
-    net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-    },
-};
 use swiftcache_proto::{
     domain::{AllocationId, SessionId},
-    fd_socket::{self, REPLY_BYTES},
+    fd_socket,
     v1::{
         self, admin_client::AdminClient, broker_client::BrokerClient, session_request,
         session_response,
@@ -35,6 +23,8 @@ use tonic::{
     Status, Streaming,
     transport::{Channel, Endpoint},
 };
+
+pub use crate::descriptors::{exchange, fetch, memory};
 
 /// The longest an answer may take: past it the test has failed.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -67,6 +57,21 @@ impl Wire {
             runtime: Arc::new(runtime),
             channel,
             fd_socket: socket.with_file_name("broker-fd.sock"),
+        })
+    }
+
+    /// Another connection to the same broker, on the same thread: one takes no more than 200 streams.
+    ///
+    /// # Errors
+    /// When `socket` is no path for one.
+    pub fn another(&self, socket: &Path) -> Result<Self> {
+        let _inside = self.runtime.enter();
+        let channel = Endpoint::try_from(format!("unix://{}", socket.display()))?
+            .timeout(LIMIT)
+            .connect_lazy();
+        Ok(Self {
+            channel,
+            ..self.clone()
         })
     }
 
@@ -121,18 +126,6 @@ pub struct Member {
     pub wire: Wire,
     /// Its id.
     pub session: u64,
-}
-
-/// Sealed shared memory, as the host backend exports it.
-///
-/// # Errors
-/// When the operating system has none.
-pub fn memory(bytes: u64) -> Result<File> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)?;
-    rustix::fs::ftruncate(&memfd, bytes)?;
-    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)?;
-    Ok(File::from(memfd))
 }
 
 impl Member {
@@ -376,52 +369,4 @@ impl Stream {
             generation,
         }))
     }
-}
-
-/// Presents a grant token on the fd socket.
-///
-/// # Errors
-/// When the broker does not answer.
-pub fn fetch(socket: &Path, token: &[u8]) -> Result<(fd_socket::Status, Option<OwnedFd>)> {
-    let token = token.try_into().context("a token that is not 16 bytes")?;
-    exchange(socket, &fd_socket::Request::Fetch { token }, &[])
-}
-
-/// One conversation on the fd socket.
-///
-/// # Errors
-/// When the broker does not answer.
-pub fn exchange(
-    socket: &Path,
-    request: &fd_socket::Request,
-    descriptors: &[BorrowedFd<'_>],
-) -> Result<(fd_socket::Status, Option<OwnedFd>)> {
-    let stream = UnixStream::connect(socket)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() {
-        ensure!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-    }
-    let frame = request.encode();
-    sendmsg(
-        &stream,
-        &[IoSlice::new(&frame)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
-    let mut reply = [0; REPLY_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let slices = &mut [IoSliceMut::new(&mut reply)];
-    let received = recvmsg(&stream, slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    ensure!(
-        received.bytes == REPLY_BYTES,
-        "the fd socket gave no answer"
-    );
-    let descriptor = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
-    });
-    let status = fd_socket::Status::decode(reply).context("an answer that means nothing")?;
-    Ok((status, descriptor))
 }

@@ -28,8 +28,16 @@ fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result
     let donor = wire.member("donor", "")?;
     donor.offer([1; 16], "SIM-1", 1, SLAB)?;
     let before = Census::of(node.broker()?.pid())?;
-    let members = (0..SESSIONS).map(|n| wire.member(&format!("member-{n}"), ""));
-    let members = members.collect::<Result<Vec<_>, _>>()?;
+    let mut members = Vec::new();
+    let mut streams = Vec::new();
+    while members.len() < SESSIONS {
+        let connection = wire.another(&node.socket())?;
+        for _ in 0..100 {
+            let member = connection.member(&format!("member-{}", members.len()), "")?;
+            streams.push(member.attach()?);
+            members.push(member);
+        }
+    }
     for _ in 0..3 {
         let refused = wire
             .member("one too many", "")
@@ -47,7 +55,25 @@ fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result
         member.leave()?;
     }
     ensure!(operator.node()?.sessions as usize == SESSIONS - 1);
-    ensure!(Census::of(node.broker()?.pid())?.count("[pidfd]") == before.count("[pidfd]"));
+    let attached = operator.sessions()?;
+    let attached = attached.iter().filter(|session| session.attached).count();
+    ensure!(attached == SESSIONS - 2, "{attached} streams");
+    // The donor is told that its slab is asked back, among ten thousand who are not.
+    let lessee = &members[1];
+    let grant = lessee.lease("model", "SIM-0", SLAB, 4096)?.grants;
+    let grant = grant.first().context("no slab")?.lease_id;
+    donor.withdraw(&[[1; 16]], 60_000)?;
+    let revoke = streams[1].revocation()?;
+    ensure!(revoke.lease_id == grant, "{revoke:?}");
+    streams[1].acknowledge(revoke.lease_id, revoke.generation)?;
+    operator.eventually("the slab to be back", |account| account.offered_bytes == 0)?;
+    donor.offer([2; 16], "SIM-1", 1, SLAB)?;
+    // A connection is watched, a session is not watched besides.
+    let watched = Census::of(node.broker()?.pid())?.count("[pidfd]");
+    ensure!(
+        watched <= before.count("[pidfd]") + SESSIONS / 100,
+        "{watched} pidfds"
+    );
     wire.member("two have left", "")?;
     ensure!(operator.settled()?.free_bytes == SLAB);
     Ok(())

@@ -5,8 +5,10 @@ mod control;
 mod copies;
 mod index;
 mod machine;
+mod ownership;
 mod pipeline;
 mod report;
+mod slowdown;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
@@ -65,6 +67,8 @@ fn run(flags: &Flags) -> Result<String> {
     let mut lines = process(flags.rounds, &runtime)?;
     lines.extend(copies::run(flags.rounds.min(25))?);
     lines.extend(pipeline::run(9)?);
+    lines.extend(ownership::run(flags.rounds.min(20))?);
+    lines.extend(slowdown::run(flags.rounds.min(15))?);
     let machine = machine::describe();
     if let Some(path) = &flags.write {
         let text = format!("{machine}\n\n{}", report::markdown(&lines));

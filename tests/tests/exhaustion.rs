@@ -1,0 +1,220 @@
+//! Too little of everything: memory, HBM, descriptors. Who has none left refuses or dies, and nobody else notices.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use rand::Rng;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use swiftcache_client::donor::{Donor, DonorConfig};
+use swiftcache_tests::{
+    crew::{BorrowerProcess, Job, donor_process},
+    engine::{SLAB_BYTES, eventually},
+    node::{Node, Setup},
+    operator::Operator,
+    programs::{Program, program},
+    seed::Course,
+};
+
+/// A slab with as many slots as it has bytes.
+const SLAB: u64 = 64 << 10;
+
+fn pid_of(pid: u32) -> Result<Pid> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.context("no pid")
+}
+
+fn limit(pid: u32, resource: Resource, current: Option<u64>) -> Result<Rlimit> {
+    let limit = Rlimit {
+        current,
+        maximum: None,
+    };
+    // Not above what the process may have.
+    let before = rustix::process::getrlimit(resource);
+    let limit = Rlimit {
+        maximum: before.maximum,
+        ..limit
+    };
+    Ok(prlimit(Some(pid_of(pid)?), resource, limit)?)
+}
+
+/// Address space of a process, bytes.
+fn address_space(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmSize:"));
+    let kib = line.context("no VmSize")?.trim().trim_end_matches(" kB");
+    Ok(kib.parse::<u64>()? << 10)
+}
+
+#[test]
+fn a_broker_out_of_memory_refuses_or_dies_and_forgets_no_lease() -> Result<()> {
+    const SLABS: u64 = 64;
+    let mut node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    let donor = wire.member("donor", "")?;
+    donor.offer([1; 16], "SIM-1", SLABS, SLAB)?;
+    let lessee = wire.member("lessee", "")?;
+    let grants = lessee.lease("model", "SIM-0", SLABS * SLAB, 1)?.grants;
+    ensure!(grants.len() as u64 == SLABS);
+    let pid = node.broker()?.pid();
+    limit(pid, Resource::As, Some(address_space(pid)? + (8 << 20)))?;
+    // Four million blocks have no room in eight megabytes.
+    let refused = grants.iter().find_map(|grant| {
+        let hash = |slot: u64| {
+            let mut hash = [0; 16];
+            hash[..8].copy_from_slice(&grant.lease_id.to_le_bytes());
+            hash[8..].copy_from_slice(&slot.to_le_bytes());
+            hash
+        };
+        let hashes: Vec<_> = (0..SLAB).map(hash).collect();
+        lessee
+            .publish(grant.lease_id, grant.generation, &hashes)
+            .err()
+    });
+    let refused = refused.context("four million blocks found room in 8 MiB")?;
+    // Dead or alive; the next one has room.
+    node.kill_broker()?;
+    node.start_broker()?;
+    eventually("the next broker", || Ok(operator.node().is_ok()))?;
+    let held: Vec<_> = grants.iter().map(|grant| grant.lease_id).collect();
+    ensure!(
+        lessee.resume(&held)?.is_empty(),
+        "a lease was forgotten: {refused}"
+    );
+    ensure!(operator.settled()?.leased_bytes == SLABS * SLAB);
+    Ok(())
+}
+
+#[test]
+fn a_donor_takes_no_more_hbm_than_there_is() -> Result<()> {
+    const BIG: u64 = 256 << 20;
+    let node = Node::start(&[])?;
+    node.neighbour_uses(1, BIG)?;
+    let config = DonorConfig {
+        device: node.device(1),
+        slab_bytes: BIG,
+        drain: std::time::Duration::ZERO,
+    };
+    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
+    ensure!(donor.grow(8 * BIG)? == 3 * BIG, "{:?}", donor.status());
+    ensure!(donor.grow(BIG).is_err());
+    let operator = Operator::of(&node)?;
+    ensure!(operator.settled()?.offered_bytes == 3 * BIG);
+    // Nothing is stuck half-way.
+    ensure!(donor.shrink(BIG)? == BIG);
+    eventually("it to be back", || Ok(donor.status().returned == 1))?;
+    ensure!(donor.grow(BIG)? == BIG);
+    Ok(())
+}
+
+#[test]
+fn a_donor_out_of_descriptors_offers_what_it_could_take() -> Result<()> {
+    let node = Node::start(&[])?;
+    let path = program("swiftcache-test-donor")?;
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -n 32; exec \"$0\" \"$@\""])
+        .arg(path)
+        .arg("--socket")
+        .arg(node.socket())
+        .arg("--topology")
+        .arg(node.topology_file())
+        .args(["--device", "SIM-1", "--slabs", "100"])
+        .args(["--slab-bytes", &SLAB_BYTES.to_string()]);
+    let (mut donor, said) = Program::start_ready(&mut command)?;
+    let offered: u64 =
+        (said.split(' ').nth(1).and_then(|bytes| bytes.parse().ok())).context(said.clone())?;
+    ensure!(
+        (4 * SLAB_BYTES..100 * SLAB_BYTES).contains(&offered),
+        "{said}"
+    );
+    let operator = Operator::of(&node)?;
+    ensure!(operator.settled()?.offered_bytes == offered);
+    let mut borrower = BorrowerProcess::start(&node, 0, &Job::new("borrower", 1))?;
+    borrower.run("reserve 4")?;
+    borrower.run("sweep-store")?;
+    ensure!(borrower.run("sweep-fetch")?.served > 0);
+    borrower.finish()?;
+    donor.finish()?;
+    operator.eventually("nothing to be on offer", |account| {
+        account.offered_bytes == 0
+    })
+}
+
+#[test]
+fn a_borrower_out_of_descriptors_works_without_new_slabs() -> Result<()> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let mut borrower = BorrowerProcess::start(&node, 0, &Job::new("borrower", 2))?;
+    borrower.run("mix 10")?;
+    // Not one more than it has: a grant's memory cannot reach it.
+    let open = fs::read_dir(format!("/proc/{}/fd", borrower.pid()))?.count() as u64;
+    let before = limit(borrower.pid(), Resource::Nofile, Some(open))?;
+    let donor = donor_process(&node, 1, 4)?;
+    let worked = borrower.run("mix 60")?;
+    ensure!(worked.operations == 60);
+    limit(borrower.pid(), Resource::Nofile, before.current)?;
+    borrower.run("reserve 4")?;
+    borrower.run("sweep-store")?;
+    ensure!(borrower.run("sweep-fetch")?.served > 0);
+    borrower.finish()?;
+    operator.eventually("every slab to be free", |account| {
+        account.free_bytes == 4 * SLAB_BYTES
+    })?;
+    drop(donor);
+    Ok(())
+}
+
+#[test]
+fn garbage_to_the_metrics_socket_is_shrugged_off() -> Result<()> {
+    let mut course = Course::new("garbage to metrics", 60);
+    let directory = tempfile::tempdir()?;
+    let log = directory.path().join("log");
+    let options = ["--metrics-listen", "127.0.0.1:0"];
+    let node = Node::start_with(Setup {
+        options: options.map(str::to_owned).into(),
+        log: "info".to_owned(),
+        log_file: Some(log.clone()),
+        ..Setup::default()
+    })?;
+    let mut address = String::new();
+    eventually("the broker to say its address", || {
+        let log = fs::read_to_string(&log)?;
+        let said = log.rsplit_once("metrics=").map(|(_, rest)| rest);
+        let said = said.and_then(|rest| rest.split_whitespace().next());
+        address = said
+            .unwrap_or_default()
+            .trim_matches(|c: char| !c.is_ascii_digit())
+            .to_owned();
+        Ok(!address.is_empty())
+    })?;
+    while course.goes_on() {
+        let mut bytes = if course.rng.random_bool(0.5) {
+            b"GET /metrics HTTP/1.1\r\n".to_vec()
+        } else {
+            Vec::new()
+        };
+        let length = course.rng.random_range(0..4_000);
+        bytes.extend((0..length).map(|_| course.rng.random::<u8>()));
+        let mut stream = TcpStream::connect(&address)?;
+        stream.set_read_timeout(Some(std::time::Duration::from_millis(20)))?;
+        // The broker may hang up in the middle.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.read(&mut [0; 64]);
+    }
+    let mut stream = TcpStream::connect(&address)?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    ensure!(
+        text.starts_with("HTTP/1.1 200") && text.contains("swiftcache_"),
+        "{text}"
+    );
+    Operator::of(&node)?.settled()?;
+    Ok(())
+}
