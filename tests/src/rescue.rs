@@ -37,6 +37,7 @@ pub fn found_after_revocation(move_blocks: bool) -> Result<Vec<u32>> {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_secs(30),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     donor.grow(u64::from(CONVERSATIONS) * SLAB_BYTES)?;

@@ -99,6 +99,7 @@ fn a_donor_takes_no_more_hbm_than_there_is() -> Result<()> {
         device: node.device(1),
         slab_bytes: BIG,
         drain: std::time::Duration::ZERO,
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     ensure!(donor.grow(8 * BIG)? == 3 * BIG, "{:?}", donor.status());

@@ -17,6 +17,7 @@ fn config(node: &Node) -> DonorConfig {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
         drain: Duration::from_secs(2),
+        handle: None,
     }
 }
 

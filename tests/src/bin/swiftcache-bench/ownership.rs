@@ -67,6 +67,7 @@ fn demand(bytes: u64, slab_bytes: u64, rounds: u32, load: bool) -> Result<Latenc
         device: node.device(1),
         slab_bytes,
         drain: Duration::from_secs(5),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, Arc::clone(&layer), config)?;
     let mut config = engine::config(node.device(0), 1);
@@ -161,6 +162,7 @@ pub(crate) fn reading(node: &Node) -> Result<(Donor, Engine)> {
         device: node.device(1),
         slab_bytes: bytes,
         drain: Duration::from_secs(5),
+        handle: None,
     };
     let donor = Donor::open(node.session("donor")?, Arc::clone(&layer), config)?;
     ensure!(donor.grow(bytes)? == bytes);
