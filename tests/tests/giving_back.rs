@@ -93,7 +93,7 @@ fn a_neighbours_demand_does_not_wait_for_an_offer() -> Result<()> {
     gate.hold("Offer");
     node.neighbour_uses(1, 0)?;
     eventually("an offer to hang", || {
-        Ok(gate.count("Offer", Stage::Arrived) == 3)
+        Ok(gate.count("Offer", Stage::Arrived) >= 3)
     })?;
     node.neighbour_uses(1, GIB)?;
     eventually("the demand to be passed on", || {
