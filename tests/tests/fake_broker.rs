@@ -103,7 +103,9 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     gate.garble(None);
     drop(engine);
     drop(session);
-    // Whatever was forged went with the session that believed it.
+    // One that was told a wrong session id cannot leave: what it holds is its process's, which lives on here. Fresh slabs
+    // are anybody's.
+    let _another = donor_process(&node, 2, 4)?;
     let honest = Engine::new(
         Some(node.session("honest")?),
         node.layer()?,

@@ -2,7 +2,6 @@
 
 use std::{
     path::PathBuf,
-    str::FromStr,
     sync::{Arc, atomic::Ordering},
     thread,
     time::Duration,
@@ -15,7 +14,7 @@ use swiftcache_proto::{
 };
 use tracing::info;
 
-use super::{CliError, admin::Admin, args::SocketArg, backend, output, size::size};
+use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output, size::size};
 use crate::{
     device::DeviceLayer,
     donor::{
@@ -88,48 +87,6 @@ impl From<Opened> for HandleKind {
             Opened::CudaIpc => Self::CudaIpc,
             Opened::PosixFd => Self::PosixFd,
         }
-    }
-}
-
-/// Which devices to lend from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Chosen {
-    All,
-    One(DeviceUuid),
-}
-
-impl FromStr for Chosen {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "all" => Ok(Self::All),
-            uuid => uuid.parse().map(Self::One),
-        }
-    }
-}
-
-impl Chosen {
-    /// Those of `known`; never none.
-    fn among<'a>(&self, known: &'a [Device]) -> Result<Vec<&'a Device>, CliError> {
-        let chosen: Vec<&Device> = known
-            .iter()
-            .filter(|device| match self {
-                Self::All => true,
-                Self::One(uuid) => device.uuid == *uuid,
-            })
-            .collect();
-        if !chosen.is_empty() {
-            return Ok(chosen);
-        }
-        let known: Vec<&str> = known.iter().map(|device| device.uuid.as_str()).collect();
-        Err(CliError::Usage(match self {
-            Self::All => "--device: the node has no device".to_owned(),
-            Self::One(uuid) => format!(
-                "--device: the node has no {uuid}; takes one of {}, or all",
-                known.join(", ")
-            ),
-        }))
     }
 }
 

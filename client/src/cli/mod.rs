@@ -6,6 +6,7 @@
 mod admin;
 mod args;
 mod backend;
+mod chosen;
 mod demo;
 mod doctor;
 mod donate;
