@@ -257,4 +257,5 @@ passes! {
     publish: "Publish", PublishRequest => PublishResponse;
     unpublish: "Unpublish", UnpublishRequest => UnpublishResponse;
     lookup: "Lookup", LookupRequest => LookupResponse;
+    report: "Report", ReportRequest => ReportResponse;
 }

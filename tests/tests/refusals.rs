@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read, Write},
     process::{Command, Output},
 };
 
@@ -369,11 +370,21 @@ fn without_a_broker_commands_say_so_and_borrowers_miss() -> Result<()> {
         )
         .with_context(|| format!("{arguments:?}"))?;
     }
-    // Something that is no broker listens there.
+    // Something that is no broker listens there: it hangs up at once, after a while, or talks of something else.
     let listener = std::os::unix::net::UnixListener::bind(&socket)?;
-    let hangs_up = std::thread::spawn(move || listener.incoming().take(50).for_each(drop));
-    expect(&swiftcache(&["status", &argument])?, 3, &[&text])?;
-    drop(hangs_up);
+    let strangers = std::thread::spawn(move || {
+        for (number, stream) in listener.incoming().flatten().enumerate() {
+            let _ = match number % 3 {
+                0 => Ok(0),
+                1 => (&stream).read(&mut [0; 64]),
+                _ => (&stream).write(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+            };
+        }
+    });
+    for _ in 0..12 {
+        expect(&swiftcache(&["status", &argument])?, 3, &[&text])?;
+    }
+    drop(strangers);
 
     let node = Node::start(&[])?;
     let session = Session::start(SessionConfig {

@@ -60,13 +60,14 @@ impl Admin {
     }
 
     fn refused(&self, status: &Status) -> CliError {
-        // A lost connection has many codes, but always a cause below gRPC.
-        let lost = status.source().is_some();
+        let absent = |problem| CliError::NoBroker {
+            socket: self.socket.clone(),
+            problem,
+        };
         match status.code() {
-            code if lost || code == tonic::Code::Unavailable => CliError::NoBroker {
-                socket: self.socket.clone(),
-                problem: status.message().to_owned(),
-            },
+            // What a broker says has no source; what the transport says has, under whatever code.
+            _ if status.source().is_some() => absent(reason(status)),
+            tonic::Code::Unavailable => absent(status.message().to_owned()),
             code => CliError::Failed(format!("the broker refused: {} ({code})", status.message())),
         }
     }
@@ -79,7 +80,6 @@ impl Admin {
     ) -> Result<T, CliError> {
         let answer = self.runtime.block_on(async {
             match question(self.client.clone()).await {
-                // What a broker says has no source; what the transport says has.
                 Err(status) if status.source().is_some() => question(self.client.clone()).await,
                 answer => answer,
             }
