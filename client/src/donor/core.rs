@@ -52,6 +52,8 @@ pub(super) struct State {
     pub(super) asking: Vec<Asking>,
     pub(super) give_back: Histogram<u64>,
     pub(super) returned: u64,
+    /// Regions that are this donor's own again, and whose memory is being freed.
+    pub(super) freeing: u64,
     scrubbed: u64,
 }
 
@@ -85,6 +87,7 @@ impl Core {
             give_back: Histogram::new_with_max(3_600_000_000, 3)
                 .expect("constants that hdrhistogram accepts"),
             returned: 0,
+            freeing: 0,
             scrubbed: 0,
         };
         let core = Self {
@@ -284,8 +287,10 @@ impl Core {
 
     pub(super) fn wait_returned(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
-        let all_back =
-            |state: &State| !(state.regions.values()).any(|region| region.phase != Phase::Offered);
+        let all_back = |state: &State| {
+            state.freeing == 0
+                && (state.regions.values()).all(|region| region.phase == Phase::Offered)
+        };
         while !all_back(&state) {
             if (self.returned.wait_until(&mut state, deadline)).timed_out() {
                 return all_back(&state);

@@ -165,17 +165,21 @@ impl Core {
 
     /// A region is this donor's own again: frees it.
     pub(super) fn take_back(&self, id: RegionId) {
+        let mut state = self.state.lock();
         // Told twice after a lost stream.
-        let Some(region) = self.state.lock().regions.remove(&id) else {
+        let Some(region) = state.regions.remove(&id) else {
             return;
         };
         let asked = match region.phase {
             Phase::Withdrawing { since, .. } => Some(since),
-            Phase::Offered => self.state.lock().asked,
+            Phase::Offered => state.asked,
         };
-        // Frees before it counts as given back.
+        // Freeing takes the driver a while. It counts as given back when it is done.
+        state.freeing += 1;
+        drop(state);
         drop(region);
         let mut state = self.state.lock();
+        state.freeing -= 1;
         state.returned += 1;
         if let Some(asked) = asked {
             let took = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
