@@ -36,10 +36,11 @@ def configuration(model: Path) -> dict[str, Any]:
     return of.options(num_gpu_blocks_override=512, max_num_batched_tokens=4096) | {"model": str(model)}
 
 
-def first_token(engine: Engine, name: str, prompt: list[int]) -> tuple[float, int]:
+def first_token(engine: Engine, name: str, prompt: list[int]) -> tuple[float, int, float]:
+    """Seconds until it is there, tokens that were not computed, seconds in the connector."""
     engine.ask("add", name=name, tokens=prompt, max_tokens=1)
     answer = engine.ask("step", count=0)
-    return sum(answer["seconds"]), answer["finished"][name]["cached"]
+    return sum(answer["seconds"]), answer["finished"][name]["cached"], sum(answer["hooks"])
 
 
 def turns(engine: Engine, lengths: list[int], rounds: int, label: str) -> dict[int, dict[str, float]]:
@@ -52,7 +53,7 @@ def turns(engine: Engine, lengths: list[int], rounds: int, label: str) -> dict[i
             history = of.tokens(f"{label}-{length}-{turn}", length + 1)
             engine.generate({f"{label}-{length}-{turn}-history": history}, 1)
             engine.ask("reset")
-            took, hit = first_token(engine, f"{label}-{length}-{turn}", history + of.tokens("new", of.BLOCK - 1))
+            took, hit, _ = first_token(engine, f"{label}-{length}-{turn}", history + of.tokens("new", of.BLOCK - 1))
             engine.ask("reset")
             if turn:  # the first one is for warming up
                 seconds.append(took)
@@ -65,12 +66,17 @@ def step_ms(engine: Engine, label: str) -> dict[str, float]:
     """A decode step of eight requests, and a prefill of 1,024 tokens, nothing being found."""
     for number in range(8):
         engine.ask("add", name=f"{label}-d{number}", tokens=of.tokens(f"{label}{number}", 64), max_tokens=STEPS)
-    decode = engine.ask("step", count=0)["seconds"][5:-5]
+    decode = engine.ask("step", count=0)
     engine.ask("reset")
-    prefill, cached = first_token(engine, f"{label}-p", of.tokens(f"{label}p", 1024))
+    prefill, cached, hooks = first_token(engine, f"{label}-p", of.tokens(f"{label}p", 1024))
     assert cached == 0
     engine.ask("reset")
-    return {"decode_ms": 1e3 * statistics.median(decode), "prefill_ms": 1e3 * prefill}
+    return {
+        "decode_ms": 1e3 * statistics.median(decode["seconds"][5:-5]),
+        "decode_hooks_ms": 1e3 * statistics.mean(decode["hooks"][5:-5]),
+        "prefill_ms": 1e3 * prefill,
+        "prefill_hooks_ms": 1e3 * hooks,
+    }
 
 
 def steps(plain: Engine, with_it: Engine, label: str) -> dict[str, float]:
@@ -81,6 +87,8 @@ def steps(plain: Engine, with_it: Engine, label: str) -> dict[str, float]:
         found[f"none_{what}"] = statistics.median(one[what] for one, _ in rounds)
         found[what] = statistics.median(other[what] for _, other in rounds)
         found[f"{what}_ratio"] = statistics.median(other[what] / one[what] for one, other in rounds)
+    for what in ("decode_hooks_ms", "prefill_hooks_ms"):
+        found[what] = statistics.median(other[what] for _, other in rounds)
     return found
 
 
@@ -113,7 +121,7 @@ def measure(lengths: list[int], rounds: int) -> dict[str, Any]:
         for load in ("sync", "async"):
             print(f"SwiftCache, load {load} ...", file=sys.stderr)
             settings = {"socket": node.socket, "load": load, "max_leased_bytes": 512 << 20}
-            engine.start(**options, connector=settings)
+            engine.start(**options, connector=settings, metered=True)
             eventually("a lease", lambda: engine.ask("leased"))
             result["turns"][load] = turns(engine, lengths, rounds, load)
             result["steps"][load] = steps(plain, engine, load)
@@ -145,12 +153,19 @@ def table(result: dict[str, Any]) -> str:
             one = result["turns"][name][length]
             cells.append(f"{one['ms']:.1f} ms ({one['ms'] / base:.2f}x; {one['cached']:.0f} cached)")
         lines.append(f"| {length} tokens | " + " | ".join(cells) + " |")
-    lines += ["", "| nothing found | decode step of 8 | prefill of 1,024 |", "|---|---:|---:|"]
+    lines += [
+        "",
+        "| nothing found | decode step of 8 | in hooks | prefill of 1,024 | in hooks |",
+        "|---|" + "---:|" * 4,
+    ]
     for name, one in result["steps"].items():
-        cells = [
-            f"{one[f'none_{what}']:.2f} -> {one[what]:.2f} ms ({100 * (one[f'{what}_ratio'] - 1):+.1f} %)"
-            for what in ("decode_ms", "prefill_ms")
-        ]
+        cells = []
+        for what in ("decode", "prefill"):
+            without, took, hooks = one[f"none_{what}_ms"], one[f"{what}_ms"], one[f"{what}_hooks_ms"]
+            cells += [
+                f"{without:.2f} -> {took:.2f} ms ({100 * (one[f'{what}_ms_ratio'] - 1):+.1f} %)",
+                f"{1e3 * hooks:.0f} us ({100 * hooks / took:.2f} %)",
+            ]
         lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

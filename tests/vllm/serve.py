@@ -19,6 +19,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from meter import Meter
+
 # vLLM writes to standard output, which the answers need.
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
@@ -101,6 +103,7 @@ class Engine:
         self.llm: Any = None
         self.preemptions = 0
         self.published: list[str] = []
+        self.meter = Meter()
 
     @property
     def _scheduler(self) -> Any:
@@ -112,6 +115,7 @@ class Engine:
 
         self.stop()
         began = time.monotonic()
+        metered = options.pop("metered", False)
         connector = options.pop("connector", None)
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(
@@ -137,6 +141,11 @@ class Engine:
             preempt(*arguments, **named)
 
         self._scheduler._preempt_request = counted
+        if self._scheduler.connector is not None and metered:
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            self.meter.around(self._scheduler.connector)
+            self.meter.around(get_kv_transfer_group())
         if connector is not None:
             self.llm.collective_rpc(install)
             self.published = []
@@ -174,12 +183,13 @@ class Engine:
     def step(self, count: int = 0) -> dict[str, Any]:
         """`count` steps, or fewer when nothing is left to do; 0: until nothing is."""
         done: dict[str, Any] = {}
-        engine, taken, seconds = self.llm.llm_engine, 0, []
+        engine, taken, seconds, hooks = self.llm.llm_engine, 0, [], []
         while engine.has_unfinished_requests() and (count == 0 or taken < count):
             taken += 1
-            began = time.perf_counter()
+            began, hooked = time.perf_counter(), self.meter.seconds
             outputs = engine.step()
             seconds.append(time.perf_counter() - began)
+            hooks.append(self.meter.seconds - hooked)
             for output in outputs:
                 if output.finished:
                     done[output.request_id] = {
@@ -187,7 +197,7 @@ class Engine:
                         "cached": output.num_cached_tokens,
                         "reason": output.outputs[0].finish_reason,
                     }
-        return {"finished": done, "left": engine.has_unfinished_requests(), "seconds": seconds}
+        return {"finished": done, "left": engine.has_unfinished_requests(), "seconds": seconds, "hooks": hooks}
 
     def settle(self) -> dict[str, int]:
         """Until vLLM has let go of all blocks, and what was stored can be found by others."""
