@@ -17,8 +17,9 @@ use super::Probe;
 const LIBRARY: &str = "libnvidia-ml.so.1";
 /// The most NVLinks a GPU has (`NVML_NVLINK_MAX_LINKS`).
 const MAX_NVLINKS: u32 = 18;
-/// `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`: the speed of each active NVLink, MB/s in one direction.
-const NVLINK_SPEED: FieldId = FieldId(90);
+/// The speed of each active NVLink, MB/s in one direction: `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`, and
+/// `NVML_FI_DEV_NVLINK_GET_SPEED` (of link 0), of which a GPU may support neither.
+const NVLINK_SPEEDS: [FieldId; 2] = [FieldId(90), FieldId(164)];
 
 /// The node as NVML sees it. Link speeds are the driver's nominal ones.
 pub struct Nvml {
@@ -142,11 +143,12 @@ fn link(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> (LinkKind, u
 /// Direct links to the peer count; when there are none, the links to the switch do.
 fn nvlink_speed(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> Option<u64> {
     let peer = to.pci_info().ok()?.bus_id;
-    let (mut direct, mut switched) = (0, 0);
+    let (mut direct, mut switched, mut version) = (0, 0, None);
     for link in (0..MAX_NVLINKS).map(|link| from.link_wrapper_for(link)) {
         if !link.is_active().unwrap_or(false) {
             continue;
         }
+        version = version.or(link.version().ok());
         match link.remote_pci_info() {
             Ok(remote) if remote.bus_id == peer => direct += 1,
             Ok(remote) if is_gpu(&remote.bus_id, all) => {}
@@ -155,14 +157,34 @@ fn nvlink_speed(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> Opti
         }
     }
     let links = if direct > 0 { direct } else { switched };
-    let fields = from.field_values_for(&[NVLINK_SPEED]).ok()?;
-    let megabytes = match fields.into_iter().next()?.ok()?.value.ok()? {
-        SampleValue::U32(speed) => u64::from(speed),
-        SampleValue::U64(speed) => speed,
-        SampleValue::I64(speed) => u64::try_from(speed).ok()?,
-        SampleValue::F64(speed) => speed as u64,
-    };
-    Some(links * megabytes * 1_000_000)
+    let speed = reported_nvlink_speed(from).or_else(|| nvlink_speed_of(version?));
+    Some(links * speed?)
+}
+
+fn reported_nvlink_speed(gpu: &Gpu<'_>) -> Option<u64> {
+    let fields = gpu.field_values_for(&NVLINK_SPEEDS).ok()?;
+    let megabytes = fields.into_iter().find_map(|field| {
+        let speed = match field.ok()?.value.ok()? {
+            SampleValue::U32(speed) => u64::from(speed),
+            SampleValue::U64(speed) => speed,
+            SampleValue::I64(speed) => u64::try_from(speed).ok()?,
+            SampleValue::F64(speed) => speed as u64,
+        };
+        (speed > 0).then_some(speed)
+    });
+    Some(megabytes? * 1_000_000)
+}
+
+/// Bytes per second of one NVLink in one direction, by `nvmlNvlinkVersion_t`: what `nvidia-smi nvlink -s` prints for
+/// P100, V100, A100, H100 and B200.
+fn nvlink_speed_of(version: u32) -> Option<u64> {
+    match version {
+        1 => Some(19_531_000_000),
+        2..=5 => Some(25_781_000_000),
+        6 => Some(26_562_000_000),
+        7 => Some(53_125_000_000),
+        _ => None,
+    }
 }
 
 fn is_gpu(bus_id: &str, all: &[(Device, Gpu<'_>)]) -> bool {
@@ -185,5 +207,18 @@ fn pcie_lane_speed(generation: u32) -> u64 {
         5 => 3_938_500_000,
         6 => 7_563_000_000,
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_of_nvlink_has_its_rate_and_an_unknown_one_has_none() {
+        // 18 links of an H100 and of a B200 in one direction: the 450 and 900 GB/s of their datasheets, and coding.
+        let eighteen = |version| nvlink_speed_of(version).map(|speed| 18 * speed / 1_000_000_000);
+        assert_eq!((eighteen(6), eighteen(7)), (Some(478), Some(956)));
+        assert_eq!((eighteen(0), eighteen(8)), (None, None));
     }
 }

@@ -126,6 +126,11 @@ impl CudaStream {
         Ok(slowest)
     }
 
+    /// Whether many pieces are one call. The default stream, an engine's, takes no batches.
+    fn takes_batches(&self) -> bool {
+        self.raw != 0 && !matches!(self.context.driver.batching, Batching::Absent)
+    }
+
     /// The kernel, if these pieces should go through it.
     fn kernel(
         &self,
@@ -138,7 +143,8 @@ impl CudaStream {
             Method::Each | Method::Batch => false,
             Method::Pick => {
                 let bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();
-                pieces.len() > 1 && bytes / (pieces.len() as u64) < route.kernel_below()
+                let below = route.kernel_below(self.takes_batches());
+                pieces.len() > 1 && bytes / (pieces.len() as u64) < below
             }
         };
         wanted.then(|| self.context.kernel(entered)).flatten()
@@ -210,12 +216,11 @@ impl CopyStream for CudaStream {
                 let way = (self.raw(), route, blocks);
                 return state.ring.launch(kernel, way, (from, to), pieces, entered);
             }
-            let batching = self.context.driver.batching;
-            // The default stream, an engine's, takes no batches.
-            let alone = pieces.len() == 1 || self.method == Method::Each || self.raw == 0;
-            if alone || matches!(batching, Batching::Absent) {
+            let alone = pieces.len() == 1 || self.method == Method::Each;
+            if alone || !self.takes_batches() {
                 return self.copy_each(from, to, pieces);
             }
+            let batching = self.context.driver.batching;
             let code = state
                 .lists
                 .queue(batching, self.raw(), (from, to), pieces)?;

@@ -138,7 +138,7 @@ fn measure(
         driver,
         absent: absent.iter().map(ToString::to_string).collect(),
         kernel_below: Route::ALL
-            .map(|route| (route, route.kernel_below()))
+            .map(|route| (route, route.kernel_below(true)))
             .to_vec(),
         rows: rows.rows,
         failures: rows.failures,

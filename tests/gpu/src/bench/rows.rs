@@ -118,7 +118,8 @@ pub struct Report {
     pub driver: i32,
     /// Entry points that this driver lacks.
     pub absent: Vec<String>,
-    /// By route: pieces smaller than this on average, bytes, go through the kernel unless told otherwise.
+    /// By route: pieces smaller than this on average, bytes, go through the kernel unless told otherwise, where the
+    /// driver has batched copies.
     pub kernel_below: Vec<(Route, u64)>,
     /// The measurements.
     pub rows: Vec<Row>,
