@@ -30,6 +30,26 @@ pub fn adopt_pool(
     Ok(memory)
 }
 
+/// Turns a range of an engine's pool that the engine does not use now into memory that can be lent to other processes.
+/// What is lent may be a little less: the [`Memory`] says how much. `back` is dropped when the range is the engine's own
+/// again, and zero: after the last clone is gone, and not before.
+///
+/// # Errors
+/// When the range cannot be exported, and says why.
+pub fn lend_pool(
+    layer: &dyn DeviceLayer,
+    pool: &Memory,
+    offset: u64,
+    bytes: u64,
+    back: Box<dyn Any + Send + Sync>,
+) -> Result<Memory> {
+    // SAFETY: that it leaves the range alone is the engine's word, until `back` tells it that it need not any more. What
+    // it queued before is over: callers wait for its marks.
+    let memory = unsafe { layer.lend(pool, offset, bytes) }?;
+    memory.keep(back);
+    Ok(memory)
+}
+
 /// Marks the present end of an engine's stream, a raw `CUstream` of the device's primary context (0: the default
 /// stream). `None` where engines have no streams: what they have computed is there.
 ///
@@ -143,6 +163,59 @@ mod tests {
         assert_eq!(Arc::strong_count(&owner), 2);
         drop(clone);
         assert_eq!(Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn what_is_lent_is_zero_for_others_and_zero_when_it_is_back() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let pages = layer.allocate_host(&device, 5 * 4096).unwrap();
+        let address = pages.at(0, 5 * 4096).unwrap();
+        let pool = adopt_pool(&layer, &device, address, 5 * 4096, Box::new(pages.clone())).unwrap();
+        let stream = layer.stream(&device).unwrap();
+        stream.write(&pool, 0, &[7; 5 * 4096]).unwrap();
+
+        let back = Arc::new(());
+        let lent = lend_pool(&layer, &pool, 100, 4 * 4096, Box::new(Arc::clone(&back))).unwrap();
+        assert_eq!(lent.bytes(), 3 * 4096, "the whole pages between");
+        let export = layer.export(&lent).unwrap();
+        // As another process would: by the descriptor alone.
+        let theirs = layer.import(&device, &device, export, 3 * 4096).unwrap();
+        let mut bytes = [1; 3 * 4096];
+        stream.read(&theirs, 0, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0), "the engine's own KV");
+        stream.write(&theirs, 4096, b"theirs").unwrap();
+        let mut bytes = [0; 6];
+        stream.read(&pool, 2 * 4096, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"theirs", "lent in place: the same bytes");
+
+        let clone = lent.clone();
+        drop(lent);
+        assert_eq!(Arc::strong_count(&back), 2, "a clone is left");
+        drop(clone);
+        assert_eq!(Arc::strong_count(&back), 1);
+        let mut bytes = [1; 5 * 4096];
+        stream.read(&pool, 0, &mut bytes).unwrap();
+        assert!(bytes[4096..4 * 4096].iter().all(|byte| *byte == 0));
+        let own = bytes[..4096].iter().chain(&bytes[4 * 4096..]);
+        assert_eq!(own.filter(|byte| **byte == 7).count(), 2 * 4096);
+        // Whoever kept it mapped against the rules reaches the engine no more.
+        stream.write(&theirs, 0, b"late").unwrap();
+        stream.read(&pool, 4096, &mut bytes[..4]).unwrap();
+        assert_eq!(bytes[..4], [0; 4]);
+    }
+
+    #[test]
+    fn less_than_a_page_and_what_is_no_pool_is_not_lent() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let pages = layer.allocate_host(&device, 2 * 4096).unwrap();
+        let address = pages.at(0, 1).unwrap();
+        let pool = adopt_pool(&layer, &device, address, 2 * 4096, Box::new(())).unwrap();
+        for (memory, offset, bytes) in [(&pool, 1, 4096), (&pool, 0, 3 * 4096), (&pages, 0, 4096)] {
+            assert!(lend_pool(&layer, memory, offset, bytes, Box::new(())).is_err());
+        }
+        assert!(lend_pool(&layer, &pool, 1, 2 * 4096 - 1, Box::new(())).is_ok());
     }
 
     #[test]

@@ -115,6 +115,18 @@ pub trait DeviceLayer: Send + Sync {
     /// When the device is unknown, or the driver (on the host backend the kernel) does not know the whole range.
     unsafe fn adopt_memory(&self, device: &DeviceUuid, address: u64, bytes: u64) -> Result<Memory>;
 
+    /// Makes a range of adopted memory one that other processes can be given with [`export`](Self::export): as much of
+    /// it as the backend can export by itself (on the host backend whole pages), zeroed. It is zeroed again when the
+    /// last clone goes, before whatever the memory keeps.
+    ///
+    /// # Safety
+    /// Nothing but copies with the result, and other processes, reads or writes the range until the last clone of the
+    /// result is gone.
+    ///
+    /// # Errors
+    /// When the memory is not an adopted one, the range lies outside, or nothing of it can be exported.
+    unsafe fn lend(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<Memory>;
+
     /// Whether an engine's work runs on streams of its own, which [`adopt_stream`](Self::adopt_stream) wraps. On other
     /// backends it is done when the engine's call returns.
     fn has_foreign_streams(&self) -> bool;

@@ -23,15 +23,15 @@ const PLAIN_GRANULARITY: u64 = 2 << 20;
 /// What keeps a range mapped, and how it goes.
 #[derive(Debug)]
 pub(super) struct Arena {
-    context: Arc<Context>,
+    pub(super) context: Arc<Context>,
     address: u64,
-    kind: Kind,
+    pub(super) kind: Kind,
     /// How far the bytes are from the context's device.
     route: Route,
 }
 
 #[derive(Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// `cuMemAlloc`: exported by legacy IPC.
     Plain,
     /// `cuMemCreate`, own or imported, mapped in its own address range.
@@ -42,6 +42,8 @@ enum Kind {
     Opened,
     /// Somebody else in this process frees it.
     Adopted,
+    /// So many bytes of an adopted range, which somebody else in this process leaves alone meanwhile.
+    Lent(u64),
 }
 
 impl Arena {
@@ -195,7 +197,7 @@ impl Arena {
         Ok(Self::new(context, address, Kind::Adopted, Route::Device).into_memory(bytes))
     }
 
-    fn new(context: &Arc<Context>, address: u64, kind: Kind, route: Route) -> Self {
+    pub(super) fn new(context: &Arc<Context>, address: u64, kind: Kind, route: Route) -> Self {
         Self {
             context: Arc::clone(context),
             address,
@@ -204,21 +206,22 @@ impl Arena {
         }
     }
 
-    fn into_memory(self, bytes: u64) -> Memory {
+    pub(super) fn into_memory(self, bytes: u64) -> Memory {
         let (address, device) = (self.address, self.context.uuid.clone());
         Memory::new(address, bytes, device, Box::new(self))
     }
 
-    fn zero(&self, bytes: u64, entered: &Entered<'_>) -> Result<()> {
+    pub(super) fn zero(&self, bytes: u64, entered: &Entered<'_>) -> Result<()> {
         let context = &self.context;
         let core = &context.driver.core;
         let stream = context.create_stream(entered)?;
-        // SAFETY: the range was just allocated, `bytes` long or more, and nobody else knows it.
+        // SAFETY: the range is `bytes` long or more, and nobody else uses it: it was just allocated, or is being lent
+        // or given back.
         let code = unsafe { (core.set_bytes)(self.address, 0, bytes as usize, stream) };
-        let queued = context.check(code, "zeroing new memory");
+        let queued = context.check(code, "zeroing memory");
         // SAFETY: the stream is ours and alive.
         let code = unsafe { (core.stream_synchronize)(stream) };
-        let done = context.check(code, "zeroing new memory");
+        let done = context.check(code, "zeroing memory");
         // SAFETY: the stream is ours, and this is its only end.
         let code = unsafe { (core.stream_destroy)(stream) };
         report(&context.driver, code, "destroying a stream", &context.uuid);
@@ -246,7 +249,7 @@ impl Arena {
         }
         match &self.kind {
             Kind::Host => Ok(Some(self.route)),
-            Kind::Plain | Kind::Adopted => context.reach(&self.context, entered),
+            Kind::Plain | Kind::Adopted | Kind::Lent(_) => context.reach(&self.context, entered),
             Kind::Virtual(range) => {
                 range.admit(context)?;
                 Ok(Some(self.route.max(context.route(&self.context)?)))
@@ -272,7 +275,7 @@ impl Arena {
             offset: 0,
             bytes: memory.bytes(),
         };
-        let Kind::Adopted = self.kind else {
+        let (Kind::Adopted | Kind::Lent(_)) = self.kind else {
             return Ok(whole);
         };
         let _entered = self.context.enter()?;
@@ -292,7 +295,7 @@ impl Arena {
     pub(super) fn export(&self) -> Result<Export> {
         let _entered = self.context.enter()?;
         match &self.kind {
-            Kind::Plain | Kind::Adopted => self.export_ipc().map(Export::Opaque),
+            Kind::Plain | Kind::Adopted | Kind::Lent(_) => self.export_ipc().map(Export::Opaque),
             Kind::Virtual(range) => {
                 let descriptor = range.export(&self.context)?;
                 // SAFETY: the driver made this descriptor for us a moment ago; nobody else owns it.
@@ -328,7 +331,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else {
+        let Ok(entered) = self.context.enter() else {
             return; // the driver is gone or the device lost, and the memory with it
         };
         let core = &self.context.driver.core;
@@ -344,6 +347,7 @@ impl Drop for Arena {
                 Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
                 Kind::Virtual(range) => (range.unmap(&self.context), "cuMemUnmap"),
                 Kind::Adopted => return,
+                Kind::Lent(bytes) => return self.zero_returned(*bytes, &entered),
             }
         };
         report(&self.context.driver, code, operation, &self.context.uuid);

@@ -9,6 +9,7 @@ mod batch;
 mod context;
 mod driver;
 mod gather;
+mod lent;
 mod route;
 mod stream;
 mod ticket;
@@ -242,6 +243,11 @@ impl DeviceLayer for CudaLayer {
 
     unsafe fn adopt_memory(&self, device: &DeviceUuid, address: u64, bytes: u64) -> Result<Memory> {
         Arena::adopt(&self.context(device)?, address, bytes)
+    }
+
+    unsafe fn lend(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<Memory> {
+        // SAFETY: the caller promises the same.
+        unsafe { Arena::lend(memory, offset, bytes) }
     }
 
     fn has_foreign_streams(&self) -> bool {

@@ -1,14 +1,11 @@
 //! Shared memory: sealed memfds, their mappings, and what each is for the link model.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use rustix::{
-    fs::{MemfdFlags, SealFlags},
-    mm::{MapFlags, ProtFlags},
-};
+use rustix::fs::{MemfdFlags, SealFlags};
 use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 
-use super::{DeviceError, Memory, Result, usage::Claim};
+use super::{DeviceError, Memory, Result, mapping::Mapping, usage::Claim};
 
 /// The magic number of tmpfs, which every memfd of ordinary pages lives on. Huge-page memfds are refused: a hole
 /// punched by the other side turns into SIGBUS there.
@@ -27,7 +24,7 @@ pub(super) enum Place {
 #[derive(Debug)]
 pub(super) struct Arena {
     place: Place,
-    /// None for memory that the caller maps (adopted) itself.
+    /// None for memory that the caller maps (adopted) itself; what is lent of it has one in its place.
     mapping: Option<Mapping>,
     /// Exportable memory's descriptor.
     memfd: Option<OwnedFd>,
@@ -38,15 +35,9 @@ pub(super) struct Arena {
 impl Arena {
     /// Zeroed, exportable memory in the HBM of `device`.
     pub(super) fn allocate(device: &DeviceUuid, bytes: u64, claim: Claim) -> Result<Memory> {
-        let failed = |operation, error: rustix::io::Errno| failed(operation, device, &error);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)
-            .map_err(|error| failed("memfd_create", error))?;
-        rustix::fs::ftruncate(&memfd, bytes).map_err(|error| failed("ftruncate", error))?;
-        // Importers insist on these seals: a file that shrinks under a mapping kills its readers (SIGBUS).
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|error| failed("sealing", error))?;
-        let mapping = Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", error))?;
+        let memfd = sealed(device, bytes)?;
+        let mapping =
+            Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", device, &error))?;
         Ok(Self {
             place: Place::Device(device.clone()),
             mapping: Some(mapping),
@@ -117,12 +108,50 @@ impl Arena {
         Memory::new(address, bytes, device.clone(), Box::new(arena))
     }
 
+    /// Puts exportable pages in the place of adopted ones, for as long as the result lives.
+    ///
+    /// # Safety
+    /// Nothing but copies with the result, and other processes, reads or writes the range meanwhile.
+    pub(super) unsafe fn lend(memory: &Memory, offset: u64, bytes: u64) -> Result<Memory> {
+        let device = memory.device();
+        let refuse = |problem: String| DeviceError::Handle {
+            action: "export",
+            kind: HandleKind::PosixFd,
+            problem,
+        };
+        let pool = Self::of(memory)?;
+        if pool.mapping.is_some() {
+            let problem = "only an engine's own memory is lent in place";
+            return Err(refuse(problem.to_owned()));
+        }
+        let address = memory.at(offset, bytes)?;
+        let page = rustix::param::page_size() as u64;
+        let first = address.next_multiple_of(page);
+        let last = (address + bytes) / page * page;
+        let Some(whole) = last.checked_sub(first).filter(|whole| *whole > 0) else {
+            let problem = format!("{bytes} bytes at {offset} contain no whole page of {page} bytes");
+            return Err(refuse(problem));
+        };
+        let memfd = sealed(device, whole)?;
+        // SAFETY: the range lies in the adopted memory, which its owner keeps mapped and `memory` keeps the owner; the
+        // caller promises that nobody else uses it.
+        let mapping = unsafe { Mapping::instead(first, whole, memory, &memfd) }
+            .map_err(|error| failed("mmap", device, &error))?;
+        Ok(Self {
+            place: pool.place.clone(),
+            mapping: Some(mapping),
+            memfd: Some(memfd),
+            _claim: None,
+        }
+        .into_memory(device))
+    }
+
     fn into_memory(self, device: &DeviceUuid) -> Memory {
         let (address, bytes) = self
             .mapping
             .as_ref()
-            .map_or((0, 0), |mapping| (mapping.address as u64, mapping.bytes));
-        Memory::new(address, bytes as u64, device.clone(), Box::new(self))
+            .map_or((0, 0), |mapping| (mapping.address(), mapping.bytes()));
+        Memory::new(address, bytes, device.clone(), Box::new(self))
     }
 
     /// The arena behind a memory, which another backend's memory does not have.
@@ -156,65 +185,23 @@ impl Arena {
     }
 }
 
+/// A file of zeroes that keeps its size.
+fn sealed(device: &DeviceUuid, bytes: u64) -> Result<OwnedFd> {
+    let failed = |operation, error: rustix::io::Errno| failed(operation, device, &error);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)
+        .map_err(|error| failed("memfd_create", error))?;
+    rustix::fs::ftruncate(&memfd, bytes).map_err(|error| failed("ftruncate", error))?;
+    // Importers insist on these seals: a file that shrinks under a mapping kills its readers (SIGBUS).
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|error| failed("sealing", error))?;
+    Ok(memfd)
+}
+
 fn failed(operation: &'static str, device: &DeviceUuid, error: &rustix::io::Errno) -> DeviceError {
     DeviceError::Failed {
         operation,
         device: device.clone(),
         problem: error.to_string(),
-    }
-}
-
-/// A range of pages, unmapped when dropped.
-#[derive(Debug)]
-struct Mapping {
-    address: usize,
-    bytes: usize,
-}
-
-impl Mapping {
-    fn shared(memfd: impl AsFd, bytes: u64) -> rustix::io::Result<Self> {
-        let size = usize::try_from(bytes).map_err(|_| rustix::io::Errno::NOMEM)?;
-        // SAFETY: the kernel picks the address, so no existing mapping is touched. The pages are reached
-        // through raw pointers only, never through references that would assume nobody else writes.
-        let address = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                size,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                memfd,
-                0,
-            )
-        }?;
-        Ok(Self {
-            address: address as usize,
-            bytes: size,
-        })
-    }
-
-    fn anonymous(bytes: u64) -> rustix::io::Result<Self> {
-        let size = usize::try_from(bytes).map_err(|_| rustix::io::Errno::NOMEM)?;
-        // SAFETY: as above; the kernel picks the address.
-        let address = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                size,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )
-        }?;
-        Ok(Self {
-            address: address as usize,
-            bytes: size,
-        })
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the range is ours since `mmap` returned it, and whoever could still copy in it would hold the
-        // `Memory` that owns this mapping.
-        let unmapped = unsafe { rustix::mm::munmap(self.address as *mut _, self.bytes) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own mapping: {unmapped:?}");
     }
 }

@@ -5,6 +5,7 @@
 //! that overlap and ratios of links can be measured; figures from it are figures of the model.
 
 mod arena;
+mod mapping;
 mod maps;
 mod pacing;
 mod stream;
@@ -231,6 +232,12 @@ impl DeviceLayer for HostLayer {
             address,
             bytes,
         ))
+    }
+
+    unsafe fn lend(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<Memory> {
+        self.device(memory.device())?;
+        // SAFETY: the caller promises the same.
+        unsafe { Arena::lend(memory, offset, bytes) }
     }
 
     fn has_foreign_streams(&self) -> bool {
