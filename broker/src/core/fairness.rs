@@ -328,7 +328,7 @@ impl State {
             let useful = lease.revocation().is_none()
                 && lease.namespace == namespace
                 && lease.bytes <= most
-                && lease.bytes >= demand.block_bytes
+                && region.serves(demand)
                 && region.listed.is_some()
                 && self.devices.path(demand.device, region.device).is_some();
             useful.then_some((lease.blocks.published(), lease.last_hit, *id, key))

@@ -134,7 +134,7 @@ impl State {
     fn first_fitting(&self, device: usize, dirt: &Dirt, demand: &Demand) -> Option<Rank> {
         let mut ranks = self.devices.list[device].free.get(dirt)?.iter();
         ranks
-            .find(|(.., key)| self.regions[*key].slab_bytes >= demand.block_bytes)
+            .find(|(.., key)| self.regions[*key].serves(demand))
             .copied()
     }
 
@@ -252,7 +252,7 @@ impl State {
             .find_map(|(dirt, (.., key))| {
                 let region = &self.regions[*key];
                 let donor = self.sessions.get(&region.donor)?;
-                let fits = donor.attached && region.slab_bytes >= demand.block_bytes;
+                let fits = donor.attached && region.serves(demand);
                 let slab = *region.free.get(dirt)?.first()?;
                 fits.then_some((*key, slab))
             })
@@ -265,6 +265,14 @@ impl State {
             block_bytes: demand.block_bytes,
             party: demand.party(),
         }
+    }
+}
+
+impl Region {
+    /// Whether the demand could use a slab of it. An engine that lends part of its pool gains nothing by leasing it, and
+    /// CUDA opens a handle in other processes only.
+    pub(super) fn serves(&self, demand: &Demand) -> bool {
+        self.donor != demand.session && self.slab_bytes >= demand.block_bytes
     }
 }
 

@@ -211,7 +211,7 @@ impl Shared {
                 }
                 let target = goal.target;
                 drop(goal);
-                match self.donor.core.offer_one() {
+                match self.donor.offer_one() {
                     Ok(()) => debug!(target, "a slab more on offer"),
                     Err(error) => {
                         warn!(%error, "no more slabs on offer for now");

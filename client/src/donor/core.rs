@@ -8,19 +8,19 @@ use std::{
 
 use hdrhistogram::Histogram;
 use parking_lot::{Condvar, Mutex};
-use swiftcache_proto::domain::RegionId;
+use swiftcache_proto::domain::{DeviceUuid, HandleKind, RegionId};
 use tonic::Code;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::{
-    DonorConfig, DonorStatus,
+    DonorStatus,
     region::{Phase, Region},
     withdrawal::Asking,
 };
 use crate::{
     Error, Result,
     borrower::Latency,
-    device::{CopyStream, DeviceLayer},
+    device::{CopyStream, DeviceLayer, Memory},
     session::{Connected, Observer, Scrub, Session},
 };
 
@@ -33,13 +33,30 @@ pub(super) enum Task {
     Connected(Connected),
     Returned(RegionId),
     Scrub(Scrub),
+    /// Regions were added or asked back.
+    Tell,
     Stop,
+}
+
+/// Where regions' memory comes from.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    /// An allocation for each, which is freed when it comes back.
+    Allocations {
+        slab_bytes: u64,
+        handle: Option<HandleKind>,
+    },
+    /// An engine's pool, which lives on, and so do mappings of it that nobody knows of.
+    Pool,
 }
 
 pub(super) struct Core {
     pub(super) session: Session,
-    layer: Arc<dyn DeviceLayer>,
-    pub(super) config: DonorConfig,
+    pub(super) layer: Arc<dyn DeviceLayer>,
+    pub(super) device: DeviceUuid,
+    /// See [`DonorConfig::drain`](super::DonorConfig::drain).
+    pub(super) drain: Duration,
+    source: Source,
     pub(super) state: Mutex<State>,
     pub(super) returned: Condvar,
     tasks: mpsc::Sender<Task>,
@@ -76,7 +93,9 @@ impl Core {
     pub(super) fn new(
         session: Session,
         layer: Arc<dyn DeviceLayer>,
-        config: DonorConfig,
+        device: DeviceUuid,
+        drain: Duration,
+        source: Source,
     ) -> (Arc<Self>, mpsc::Receiver<Task>) {
         let (tasks, inbox) = mpsc::channel();
         let state = State {
@@ -93,7 +112,9 @@ impl Core {
         let core = Self {
             session,
             layer,
-            config,
+            device,
+            drain,
+            source,
             state: Mutex::new(state),
             returned: Condvar::new(),
             tasks,
@@ -115,23 +136,23 @@ impl Core {
                 Ok(Task::Returned(region)) => self.take_back(region),
                 Ok(Task::Scrub(scrub)) => self.scrub_slab(&scrub, &mut stream),
                 Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    self.offer_unconfirmed();
+                // What is asked back first: somebody waits for it.
+                Ok(Task::Tell) | Err(mpsc::RecvTimeoutError::Timeout) => {
                     self.withdraw_unheard();
+                    self.offer_unconfirmed();
                 }
             }
         }
     }
 
-    /// Takes one slab and offers it.
-    pub(super) fn offer_one(&self) -> Result<()> {
+    /// Allocates one slab and offers it.
+    pub(super) fn offer_one(&self, slab_bytes: u64, handle: Option<HandleKind>) -> Result<()> {
         let best = || self.layer.handle_kinds().first().copied();
-        let kind = self.config.handle.or_else(best).ok_or_else(|| {
+        let kind = handle.or_else(best).ok_or_else(|| {
             let problem = format!("the {} backend exports nothing", self.layer.name());
             Error::config("device", problem)
         })?;
-        let device = &self.config.device;
-        let memory = self.layer.allocate(device, self.config.slab_bytes, kind)?;
+        let memory = self.layer.allocate(&self.device, slab_bytes, kind)?;
         let region = Region::new(memory, self.session.epoch());
         let id = region.id;
         // Known before it is offered, so that it can come back at any time.
@@ -147,18 +168,22 @@ impl Core {
     }
 
     pub(super) fn offer(&self, id: RegionId) -> Result<()> {
-        let (offer, memory) = {
-            let state = self.state.lock();
-            let Some(region) = state.regions.get(&id) else {
+        let (offer, memory, heard_before) = {
+            let mut state = self.state.lock();
+            let Some(region) = state.regions.get_mut(&id) else {
                 return Ok(());
             };
-            (region.offer(&self.config), region.memory.clone())
+            let heard_before = std::mem::replace(&mut region.maybe_known, true);
+            (region.offer(), region.memory.clone(), heard_before)
         };
         let export = self.layer.export(&memory)?;
-        self.session.offer(offer, &export).wait()?;
+        let answer = self.session.offer(offer, &export).wait();
         if let Some(region) = self.state.lock().regions.get_mut(&id) {
-            region.confirmed = true;
+            region.confirmed |= answer.is_ok();
+            // Refused at its first offer, it is not known now either.
+            region.maybe_known = heard_before || !matches!(answer, Err(Error::Refused { .. }));
         }
+        answer?;
         debug!(region = %id, "region offered");
         Ok(())
     }
@@ -172,8 +197,7 @@ impl Core {
             region.begin_scrub(scrub).then(|| region.memory.clone())
         };
         if let Some(memory) = memory {
-            let start = u64::from(scrub.slab) * self.config.slab_bytes;
-            if let Err(error) = self.zero(&memory, start, stream) {
+            if let Err(error) = self.zero(&memory, stream) {
                 // Unsaid, the slab stays out of other tenants' hands.
                 warn!(%error, region = %scrub.region, "a slab could not be zeroed");
                 return;
@@ -183,17 +207,12 @@ impl Core {
         self.session.scrubbed(scrub);
     }
 
-    fn zero(
-        &self,
-        memory: &crate::device::Memory,
-        start: u64,
-        stream: &mut Option<Arc<dyn CopyStream>>,
-    ) -> Result<()> {
+    fn zero(&self, memory: &Memory, stream: &mut Option<Arc<dyn CopyStream>>) -> Result<()> {
         let stream = match stream {
             Some(stream) => stream,
-            None => stream.insert(self.layer.stream(&self.config.device)?),
+            None => stream.insert(self.layer.stream(&self.device)?),
         };
-        stream.zero(memory, start, self.config.slab_bytes)?;
+        stream.zero(memory, 0, memory.bytes())?;
         Ok(stream.record()?.wait()?)
     }
 
@@ -216,6 +235,7 @@ impl Core {
                     // It was returned, and the word got lost.
                     Phase::Withdrawing { .. } if !known && region.confirmed => gone.push(*id),
                     Phase::Withdrawing { heard, .. } => *heard = false,
+                    Phase::Stranded => {}
                 }
             }
         }
@@ -226,9 +246,20 @@ impl Core {
         self.withdraw_unheard();
     }
 
-    /// The broker knows nothing of this donor: frees everything, and offers as much anew. Safe whoever may still have
-    /// the old allocations mapped, since an allocation outlives its importers' mappings.
+    /// The broker knows nothing of this donor.
     fn start_over(&self) {
+        match self.source {
+            Source::Allocations { slab_bytes, handle } => self.replace_all(slab_bytes, handle),
+            Source::Pool => {
+                self.strand_all();
+                self.offer_unconfirmed();
+            }
+        }
+    }
+
+    /// Frees everything, and offers as much anew. Safe whoever may still have the old allocations mapped, since an
+    /// allocation outlives its importers' mappings.
+    fn replace_all(&self, slab_bytes: u64, handle: Option<HandleKind>) {
         let old = std::mem::take(&mut self.state.lock().regions);
         let offered = (old.values())
             .filter(|region| region.phase == Phase::Offered)
@@ -240,9 +271,26 @@ impl Core {
         drop(old);
         self.returned.notify_all();
         for _ in 0..offered {
-            if let Err(error) = self.offer_one() {
+            if let Err(error) = self.offer_one(slab_bytes, handle) {
                 warn!(%error, "a slab is not on offer again");
             }
+        }
+    }
+
+    /// Nobody can tell any more who has the pool's lent parts mapped and still writes there, so they stay unused.
+    fn strand_all(&self) {
+        let mut stranded = 0;
+        for region in self.state.lock().regions.values_mut() {
+            if region.maybe_known && region.phase != Phase::Stranded {
+                region.phase = Phase::Stranded;
+                stranded += region.memory.bytes();
+            }
+        }
+        if stranded > 0 {
+            error!(
+                bytes = stranded,
+                "the broker lost its records of what this engine lent; it stays out of use until the engine restarts"
+            );
         }
     }
 
@@ -278,8 +326,9 @@ impl Core {
         };
         for region in state.regions.values() {
             match region.phase {
-                Phase::Offered => status.offered_bytes += self.config.slab_bytes,
-                Phase::Withdrawing { .. } => status.withdrawing_bytes += self.config.slab_bytes,
+                Phase::Offered => status.offered_bytes += region.memory.bytes(),
+                Phase::Withdrawing { .. } => status.withdrawing_bytes += region.memory.bytes(),
+                Phase::Stranded => status.stranded_bytes += region.memory.bytes(),
             }
         }
         status

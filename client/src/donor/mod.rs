@@ -1,10 +1,12 @@
 //! Donors: HBM on offer, and given back when its owner needs it.
 //!
 //! * [`Donor`] owns the allocations: one slab, one allocation, one region each, so that giving back is freeing;
+//! * [`Lender`] offers parts of an engine's pool instead, which go on being the engine's;
 //! * [`Policy`] decides how much to offer; [`Agent`] follows it.
 
 mod agent;
 mod core;
+mod lender;
 mod policy;
 #[cfg(test)]
 mod policy_tests;
@@ -13,7 +15,7 @@ mod withdrawal;
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -24,9 +26,10 @@ use swiftcache_proto::{
 };
 
 pub use agent::{Agent, AgentConfig, explain};
+pub use lender::Lender;
 pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
 
-use self::core::{Core, Task};
+use self::core::{Core, Source, Task};
 use crate::{
     Error, Result,
     borrower::Latency,
@@ -56,6 +59,8 @@ pub struct DonorStatus {
     pub offered_bytes: u64,
     /// On its way back, bytes.
     pub withdrawing_bytes: u64,
+    /// Lent out of an engine's pool when the broker lost its records: not used by anybody ever again, bytes.
+    pub stranded_bytes: u64,
     /// Regions given back since the start.
     pub returned: u64,
     /// From asking for a region to owning its bytes again.
@@ -67,7 +72,40 @@ pub struct DonorStatus {
 /// HBM on offer. Dropping it leaves the session to give back what is lent: see [`close`](Self::close).
 pub struct Donor {
     core: Arc<Core>,
+    config: DonorConfig,
+    _thread: CoreThread,
+}
+
+/// A donor's thread. Dropping it ends it.
+struct CoreThread {
+    core: Arc<Core>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl CoreThread {
+    fn start(core: &Arc<Core>, inbox: mpsc::Receiver<Task>) -> Result<Self> {
+        let observer: Arc<dyn Observer> = Arc::clone(core) as _;
+        core.session.observe(&observer);
+        let its_core = Arc::clone(core);
+        let thread = thread::Builder::new()
+            .name("swiftcache-donor".to_owned())
+            .spawn(move || its_core.work(&inbox))
+            .map_err(Error::Thread)?;
+        Ok(Self {
+            core: Arc::clone(core),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for CoreThread {
+    fn drop(&mut self) {
+        self.core.tell(Task::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Donor {
@@ -85,14 +123,7 @@ impl Donor {
             let problem = format!("is {}; takes {least} to {most}", config.slab_bytes);
             return Err(Error::config("slab_bytes", problem));
         }
-        if !layer.devices().iter().any(|d| d.uuid == config.device) {
-            let problem = format!(
-                "the {} backend has no device {}",
-                layer.name(),
-                config.device
-            );
-            return Err(Error::config("device", problem));
-        }
+        check_device(&*layer, &config.device)?;
         let offers = layer.handle_kinds();
         if let Some(kind) = config.handle
             && !offers.contains(&kind)
@@ -103,17 +134,16 @@ impl Donor {
             );
             return Err(Error::config("handle", problem));
         }
-        let (core, inbox) = Core::new(session, layer, config);
-        let observer: Arc<dyn Observer> = Arc::clone(&core) as _;
-        core.session.observe(&observer);
-        let its_core = Arc::clone(&core);
-        let thread = thread::Builder::new()
-            .name("swiftcache-donor".to_owned())
-            .spawn(move || its_core.work(&inbox))
-            .map_err(Error::Thread)?;
+        let source = Source::Allocations {
+            slab_bytes: config.slab_bytes,
+            handle: config.handle,
+        };
+        let device = config.device.clone();
+        let (core, inbox) = Core::new(session, layer, device, config.drain, source);
         Ok(Self {
+            _thread: CoreThread::start(&core, inbox)?,
             core,
-            thread: Some(thread),
+            config,
         })
     }
 
@@ -123,14 +153,21 @@ impl Donor {
     /// When not one slab could be taken or offered: what the first one met.
     pub fn grow(&self, bytes: u64) -> Result<u64> {
         let mut added = 0;
-        for _ in 0..bytes / self.core.config.slab_bytes {
-            match self.core.offer_one() {
-                Ok(()) => added += self.core.config.slab_bytes,
+        for _ in 0..bytes / self.config.slab_bytes {
+            match self.offer_one() {
+                Ok(()) => added += self.config.slab_bytes,
                 Err(error) if added == 0 => return Err(error),
                 Err(_) => break,
             }
         }
         Ok(added)
+    }
+
+    fn offer_one(&self) -> Result<()> {
+        let DonorConfig {
+            slab_bytes, handle, ..
+        } = self.config;
+        self.core.offer_one(slab_bytes, handle)
     }
 
     /// Asks for at least `bytes` back, the cheapest to give up first. Returns what is on its way, bytes; each slab is
@@ -149,7 +186,7 @@ impl Donor {
 
     /// What it was opened with.
     pub fn config(&self) -> &DonorConfig {
-        &self.core.config
+        &self.config
     }
 
     /// Blocks until nothing is on its way back, for at most `limit`. True when that is so.
@@ -166,18 +203,16 @@ impl Donor {
     }
 }
 
-impl Drop for Donor {
-    fn drop(&mut self) {
-        self.core.tell(Task::Stop);
-        if let Some(thread) = self.thread.take() {
-            // A thread that panicked has said so.
-            let _ = thread.join();
-        }
+fn check_device(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<()> {
+    if layer.devices().iter().any(|known| known.uuid == *device) {
+        return Ok(());
     }
+    let problem = format!("the {} backend has no device {device}", layer.name());
+    Err(Error::config("device", problem))
 }
 
 impl fmt::Debug for Donor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Donor({}, {:?})", self.core.config.device, self.status())
+        write!(f, "Donor({}, {:?})", self.core.device, self.status())
     }
 }

@@ -1,4 +1,4 @@
-//! One slab of a donor: one allocation, one region.
+//! One slab of a donor: one region.
 
 use std::time::Instant;
 
@@ -10,8 +10,6 @@ use crate::{
     session::{OfferedRegion, Scrub},
 };
 
-use super::DonorConfig;
-
 /// Where a region is between its offer and its return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -19,16 +17,23 @@ pub(super) enum Phase {
     Offered,
     /// Asked for at that time; `heard` once the broker has said that it knows.
     Withdrawing { since: Instant, heard: bool },
+    /// The broker lost its records of who has it mapped, and it is part of a larger allocation: it is never safe to
+    /// use again.
+    Stranded,
 }
 
 #[derive(Debug)]
 pub(super) struct Region {
     pub(super) id: RegionId,
     pub(super) allocation: AllocationId,
+    /// Where it starts in its allocation, bytes.
+    offset: u64,
     pub(super) memory: Memory,
     pub(super) phase: Phase,
     /// The broker has confirmed the offer since it started.
     pub(super) confirmed: bool,
+    /// The broker may have heard of it.
+    pub(super) maybe_known: bool,
     /// The first connection that it may be known on.
     pub(super) since_epoch: u64,
     /// The last generation that was zeroed after. A second zeroing could hit the next lessee's bytes.
@@ -38,26 +43,37 @@ pub(super) struct Region {
 impl Region {
     /// A region around fresh memory, under ids nobody has used.
     pub(super) fn new(memory: Memory, epoch: u64) -> Self {
-        let mut random = rand::rng();
+        Self::within(AllocationId(rand::rng().random()), 0, memory, epoch)
+    }
+
+    /// A region that starts at `offset` of an allocation.
+    pub(super) fn within(
+        allocation: AllocationId,
+        offset: u64,
+        memory: Memory,
+        epoch: u64,
+    ) -> Self {
         Self {
-            id: RegionId(random.random()),
-            allocation: AllocationId(random.random()),
+            id: RegionId(rand::rng().random()),
+            allocation,
+            offset,
             memory,
             phase: Phase::Offered,
             confirmed: false,
+            maybe_known: false,
             since_epoch: epoch,
             scrubbed: None,
         }
     }
 
-    pub(super) fn offer(&self, config: &DonorConfig) -> OfferedRegion {
+    pub(super) fn offer(&self) -> OfferedRegion {
         OfferedRegion {
             region: self.id,
-            device: config.device.clone(),
+            device: self.memory.device().clone(),
             allocation: self.allocation,
-            offset: 0,
-            bytes: config.slab_bytes,
-            slab_bytes: config.slab_bytes,
+            offset: self.offset,
+            bytes: self.memory.bytes(),
+            slab_bytes: self.memory.bytes(),
         }
     }
 

@@ -7,7 +7,7 @@ use tonic::Code;
 use tracing::{debug, info, warn};
 
 use super::{
-    core::{Core, is_refused},
+    core::{Core, Task, is_refused},
     region::Phase,
 };
 use crate::{
@@ -37,10 +37,10 @@ impl Core {
         let asked = Instant::now();
         self.state.lock().asked = Some(asked);
         let what = WithdrawWhat::Bytes {
-            device: self.config.device.clone(),
+            device: self.device.clone(),
             bytes,
         };
-        (asked, self.session.withdraw(what, self.config.drain))
+        (asked, self.session.withdraw(what, self.drain))
     }
 
     /// Asks for bytes back without waiting for the answer, which [`hear`](Self::hear) takes.
@@ -86,6 +86,23 @@ impl Core {
         self.state.lock().asked = Some(asked);
         self.mark_withdrawing(&all, asked, false);
         self.withdraw_unheard();
+    }
+
+    /// Has the donor's thread ask for regions back. Those that the broker cannot have heard of are back at once.
+    pub(super) fn ask_back_these(&self, ids: &[RegionId]) {
+        let mut unknown = Vec::new();
+        {
+            let mut state = self.state.lock();
+            for id in ids {
+                if (state.regions.get(id)).is_some_and(|region| !region.maybe_known) {
+                    unknown.extend(state.regions.remove(id));
+                }
+            }
+        }
+        drop(unknown);
+        self.returned.notify_all();
+        self.mark_withdrawing(ids, Instant::now(), false);
+        self.tell(Task::Tell);
     }
 
     pub(super) fn mark_withdrawing(&self, regions: &[RegionId], since: Instant, heard: bool) {
@@ -134,7 +151,7 @@ impl Core {
 
     pub(super) fn withdraw_these(&self, ids: Vec<RegionId>) {
         let what = WithdrawWhat::Regions(ids.clone());
-        match self.session.withdraw(what, self.config.drain).wait() {
+        match self.session.withdraw(what, self.drain).wait() {
             Ok(withdrawing) => {
                 for id in ids {
                     if withdrawing.regions.contains(&id) {
@@ -163,7 +180,7 @@ impl Core {
         }
     }
 
-    /// A region is this donor's own again: frees it.
+    /// A region is this donor's own again: frees its memory, or lets the engine have it.
     pub(super) fn take_back(&self, id: RegionId) {
         let mut state = self.state.lock();
         // Told twice after a lost stream.
@@ -172,9 +189,9 @@ impl Core {
         };
         let asked = match region.phase {
             Phase::Withdrawing { since, .. } => Some(since),
-            Phase::Offered => state.asked,
+            Phase::Offered | Phase::Stranded => state.asked,
         };
-        // Freeing takes the driver a while. It counts as given back when it is done.
+        // Freeing or zeroing takes the driver a while. It counts as given back when it is done.
         state.freeing += 1;
         drop(state);
         drop(region);
@@ -184,9 +201,9 @@ impl Core {
         if let Some(asked) = asked {
             let took = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
             state.give_back.saturating_record(took.max(1));
-            info!(region = %id, took_us = took, "region given back and freed");
+            info!(region = %id, took_us = took, "region given back");
         } else {
-            info!(region = %id, "region given back unasked, and freed");
+            info!(region = %id, "region given back unasked");
         }
         drop(state);
         self.returned.notify_all();

@@ -186,7 +186,9 @@ impl Oracle {
     /// The slabs that this demand could be granted as they are, with the links they are reached by.
     fn usable(&self, demand: &LeaseDemand, tenant: &str) -> Vec<(RegionId, u32, LinkKind)> {
         let mut usable = Vec::new();
-        for region in self.regions.iter().filter(|region| self.lendable(region)) {
+        let others = |region: &&ORegion| region.donor != demand.caller.session;
+        for region in (self.regions.iter()).filter(|region| others(region) && self.lendable(region))
+        {
             let Some(link) = link(&demand.device, &region.device) else {
                 continue;
             };

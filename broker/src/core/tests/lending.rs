@@ -42,6 +42,22 @@ fn devices_without_a_link_are_not_lent_from() {
 }
 
 #[test]
+fn nobody_is_lent_what_it_offers_itself() {
+    let mut bench = Bench::new();
+    let lender = bench.join("lender", "1000");
+    let other = bench.join("other", "1000");
+    bench.offer(lender, 1, 0, 1);
+    assert_eq!(bench.ask(lender, 1).1, Shortfall::NoFreeSlab);
+    // Its twin: the slab is free, and anybody else's.
+    bench.tick(u64::from(bench.config.wait_ms));
+    let grants = bench.lease(other, 1);
+    assert_eq!(grants[0].region, region(1));
+    // Nor is anybody made to give one up for it.
+    bench.ask(lender, 1);
+    assert_eq!(bench.heard(other), []);
+}
+
+#[test]
 fn regions_in_use_fill_up_before_whole_ones_are_touched() {
     let mut bench = Bench::new();
     let donor = bench.join("donor", "1000");

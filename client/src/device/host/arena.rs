@@ -129,7 +129,8 @@ impl Arena {
         let first = address.next_multiple_of(page);
         let last = (address + bytes) / page * page;
         let Some(whole) = last.checked_sub(first).filter(|whole| *whole > 0) else {
-            let problem = format!("{bytes} bytes at {offset} contain no whole page of {page} bytes");
+            let problem =
+                format!("{bytes} bytes at {offset} contain no whole page of {page} bytes");
             return Err(refuse(problem));
         };
         let memfd = sealed(device, whole)?;

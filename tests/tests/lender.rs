@@ -1,0 +1,208 @@
+//! An engine that lends parts of its pool: they come back when nobody can touch them any more, and not before.
+
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use swiftcache_client::{
+    device::{CopyStream, DeviceLayer, Memory, foreign},
+    donor::Lender,
+    session::{Session, SessionConfig},
+};
+use swiftcache_proto::domain::RegionId;
+use swiftcache_tests::{
+    engine::{self, Engine, SLAB_BYTES, eventually},
+    node::Node,
+};
+
+const PAGE: u64 = 4096;
+/// What the engine's own KV looks like.
+const OWN: u8 = 0xe7;
+
+/// An engine's pool of two slabs and a page between, all in use, and a lender over it.
+struct Pool {
+    layer: Arc<dyn DeviceLayer>,
+    stream: Arc<dyn CopyStream>,
+    memory: Memory,
+    lender: Lender,
+}
+
+/// A part that is lent; back when nobody has it any more.
+struct Part {
+    region: RegionId,
+    back: Weak<()>,
+}
+
+impl Part {
+    fn is_back(&self) -> bool {
+        self.back.strong_count() == 0
+    }
+}
+
+impl Pool {
+    fn new(node: &Node, session: Session) -> Result<Self> {
+        let layer = node.layer()?;
+        let device = node.device(1);
+        let bytes = 2 * SLAB_BYTES + PAGE;
+        // Memory of the allocator's, as a CPU engine's tensors are: nothing that could be exported.
+        let tensor = vec![0_u8; (bytes + PAGE) as usize];
+        let address = (tensor.as_ptr() as u64).next_multiple_of(PAGE);
+        let memory = foreign::adopt_pool(&*layer, &device, address, bytes, Box::new(tensor))?;
+        let stream = layer.stream(&device)?;
+        stream.write(&memory, 0, &vec![OWN; bytes as usize])?;
+        let drain = Duration::from_secs(2);
+        let lender = Lender::open(session, Arc::clone(&layer), device, drain)?;
+        Ok(Self {
+            layer,
+            stream,
+            memory,
+            lender,
+        })
+    }
+
+    /// Lends the first slab or the second.
+    fn lend(&self, number: u64) -> Result<Part> {
+        let token = Arc::new(());
+        let back = Arc::downgrade(&token);
+        let at = number * (SLAB_BYTES + PAGE);
+        let lent = foreign::lend_pool(&*self.layer, &self.memory, at, SLAB_BYTES, Box::new(token))?;
+        let region = self.lender.lend(lent)?;
+        Ok(Part { region, back })
+    }
+
+    fn bytes(&self, number: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; SLAB_BYTES as usize];
+        let at = number * (SLAB_BYTES + PAGE);
+        self.stream.read(&self.memory, at, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn holds_only(&self, number: u64, byte: u8) -> Result<bool> {
+        Ok(self.bytes(number)?.iter().all(|one| *one == byte))
+    }
+}
+
+fn borrower(node: &Node, slabs: u64) -> Result<Engine> {
+    let config = engine::config(node.device(0), slabs);
+    Engine::new(Some(node.session("borrower")?), node.layer()?, config)
+}
+
+#[test]
+fn what_is_lent_holds_others_blocks_and_comes_back_empty() -> Result<()> {
+    let node = Node::start(&[])?;
+    let pool = Pool::new(&node, node.session("lender")?)?;
+    let borrower = borrower(&node, 2)?;
+    let blocks = [1, 2, 3];
+    // Twice: what came back can be lent again.
+    for round in 1..=2 {
+        let part = pool.lend(1)?;
+        ensure!(pool.holds_only(1, 0)?, "the engine's own KV is on offer");
+        borrower.reserve(1)?;
+        ensure!(borrower.store(&blocks)?.stored == 3);
+        ensure!(borrower.fetch(&blocks)?.served == 3);
+        ensure!(
+            !pool.holds_only(1, 0)?,
+            "the borrower's bytes are elsewhere"
+        );
+        ensure!(pool.holds_only(0, OWN)?, "what is not lent was touched");
+        pool.lender.take_back(&[part.region]);
+        eventually("the part", || Ok(part.is_back()))?;
+        ensure!(pool.holds_only(1, 0)?, "a borrower's bytes are left in it");
+        ensure!(borrower.fetch(&blocks)?.served == 0, "nothing is there");
+        let status = pool.lender.status();
+        ensure!(status.returned == round, "{status:?}");
+        ensure!(status.offered_bytes + status.withdrawing_bytes == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn parts_are_lent_to_several_and_given_back_one_by_one() -> Result<()> {
+    let node = Node::start(&[])?;
+    let pool = Pool::new(&node, node.session("lender")?)?;
+    let parts = [pool.lend(0)?, pool.lend(1)?];
+    let (one, other) = (borrower(&node, 1)?, borrower(&node, 1)?);
+    one.reserve(1)?;
+    other.reserve(1)?;
+    for (engine, first) in [(&one, 100), (&other, 200)] {
+        engine.store(&[first, first + 1])?;
+        ensure!(engine.fetch(&[first, first + 1])?.served == 2);
+    }
+    pool.lender.take_back(&[parts[0].region]);
+    eventually("the first part", || Ok(parts[0].is_back()))?;
+    ensure!(!parts[1].is_back());
+    // Whoever had the other still has it.
+    let left = one.fetch(&[100, 101])?.served + other.fetch(&[200, 201])?.served;
+    ensure!(left >= 2, "{left}");
+    ensure!(pool.lender.close(Duration::from_secs(10)));
+    ensure!(parts[1].is_back());
+    Ok(())
+}
+
+#[test]
+fn without_a_broker_nothing_is_lent_for_good() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    node.kill_broker()?;
+    let session = Session::start(SessionConfig {
+        socket: node.socket(),
+        name: "lender".to_owned(),
+        tenant: String::new(),
+    })?;
+    let pool = Pool::new(&node, session)?;
+    let part = pool.lend(0)?;
+    pool.lender.take_back(&[part.region]);
+    ensure!(part.is_back(), "nobody can have heard of it");
+    // What waits for a broker is lent when it comes.
+    let part = pool.lend(0)?;
+    node.start_broker()?;
+    let borrower = borrower(&node, 1)?;
+    borrower.reserve(1)?;
+    pool.lender.take_back(&[part.region]);
+    eventually("the part", || Ok(part.is_back()))
+}
+
+#[test]
+fn only_a_broker_that_knows_gives_back() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let pool = Pool::new(&node, node.session("lender")?)?;
+    let part = pool.lend(0)?;
+    let borrower = borrower(&node, 1)?;
+    borrower.reserve(1)?;
+    borrower.store(&[1])?;
+    node.kill_broker()?;
+    pool.lender.take_back(&[part.region]);
+    // The borrower writes on, which it may.
+    borrower.store(&[1, 2])?;
+    ensure!(!part.is_back(), "it is still mapped");
+    node.start_broker()?;
+    eventually("the part", || Ok(part.is_back()))?;
+    ensure!(pool.holds_only(0, 0)?);
+    Ok(())
+}
+
+#[test]
+fn what_a_broker_forgot_is_never_used_again() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let pool = Pool::new(&node, node.session("lender")?)?;
+    let part = pool.lend(0)?;
+    borrower(&node, 1)?.reserve(1)?;
+    node.kill_broker()?;
+    node.lose_ledger()?;
+    node.start_broker()?;
+    eventually("the loss to be noticed", || {
+        Ok(pool.lender.status().stranded_bytes == SLAB_BYTES)
+    })?;
+    pool.lender.take_back(&[part.region]);
+    // The rest of the pool goes on being lent.
+    let other = pool.lend(1)?;
+    let borrower = borrower(&node, 2)?;
+    borrower.reserve(1)?;
+    ensure!(borrower.borrower.reserve(2 * SLAB_BYTES) == SLAB_BYTES);
+    pool.lender.take_back(&[other.region]);
+    eventually("the other part", || Ok(other.is_back()))?;
+    ensure!(!part.is_back(), "whoever had it mapped may write there yet");
+    ensure!(!pool.lender.close(Duration::ZERO));
+    Ok(())
+}
