@@ -47,6 +47,7 @@ fn settings(
     device: &str,
     backend: &str,
     share: bool,
+    lend_drain_ms: u64,
 ) -> Result<Settings> {
     let choice: Choice = backend
         .parse()
@@ -70,6 +71,7 @@ fn settings(
         config,
         device,
         choice,
+        lend_drain: arguments::milliseconds(lend_drain_ms),
     })
 }
 
@@ -77,7 +79,7 @@ fn settings(
 impl Cache {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "Python callers name them")]
-    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true))]
+    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lend_drain_ms = 0))]
     fn new(
         py: Python<'_>,
         connection: &Bound<'_, Connection>,
@@ -89,6 +91,7 @@ impl Cache {
         device: &str,
         backend: &str,
         share: bool,
+        lend_drain_ms: u64,
     ) -> PyResult<Self> {
         let connection = connection.get();
         let layout = Layout {
@@ -103,7 +106,7 @@ impl Cache {
             host_tier_bytes.map_or(Ok(0), |bytes| arguments::number("host_tier_bytes", bytes))?;
         let bytes = (max_leased_bytes, lease_step_bytes, host_tier_bytes);
         unlocked(py, || {
-            let settings = settings(layout, bytes, device, backend, share)?;
+            let settings = settings(layout, bytes, device, backend, share, lend_drain_ms)?;
             let session = connection
                 .session()
                 .ok_or_else(|| Failure::argument("connection", "is closed"))?;
@@ -204,13 +207,47 @@ impl Cache {
         })
     }
 
+    #[pyo3(signature = (loan, ranges, after = None))]
+    fn lend(
+        &self,
+        py: Python<'_>,
+        loan: &Bound<'_, PyAny>,
+        ranges: &Bound<'_, PyAny>,
+        after: Option<&Bound<'_, Mark>>,
+    ) -> PyResult<()> {
+        let loan = arguments::number("loan", loan)?;
+        let ranges = arguments::number("ranges", ranges)?;
+        let after = after.map_or(Point::Over, |mark| mark.get().0.clone());
+        unlocked(py, || match after {
+            Point::Over => self.0.lend(loan, ranges, None),
+            Point::At(ticket) => self.0.lend(loan, ranges, Some(ticket)),
+            Point::Unknown => Err(Failure::argument("after", "nobody can say when it is over")),
+        })
+    }
+
+    fn take_back(&self, py: Python<'_>, loans: &Bound<'_, PyAny>) -> PyResult<()> {
+        let loans: Vec<u64> = arguments::number("loans", loans)?;
+        unlocked(py, || {
+            self.0.lending.take_back(&loans);
+            Ok(())
+        })
+    }
+
+    fn returned_loans(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        unlocked(py, || Ok(self.0.lending.take_returned()))
+    }
+
+    fn lend_problem(&self, py: Python<'_>) -> PyResult<String> {
+        unlocked(py, || Ok(self.0.lending.problem()))
+    }
+
     fn stats(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, f64>> {
         unlocked(py, || {
             let stats = self.0.with_open(|open| Some(open.borrower.stats()));
             let open = stats.is_some();
-            let flat = stats::flat(&stats.unwrap_or_default());
-            let mut flat: HashMap<_, _> = flat
-                .into_iter()
+            let borrowed = stats::flat(&stats.unwrap_or_default());
+            let lent = stats::lent(&self.0.lending.status());
+            let mut flat: HashMap<_, _> = (borrowed.into_iter().chain(lent))
                 .map(|(name, value)| (name, value as f64))
                 .collect();
             flat.insert("connected", f64::from(self.0.is_connected()));

@@ -8,6 +8,7 @@ mod arguments;
 mod cache;
 mod connection;
 mod failure;
+mod lending;
 mod load;
 mod pool;
 mod stats;

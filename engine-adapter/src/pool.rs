@@ -60,6 +60,32 @@ impl Pool {
         })
     }
 
+    /// Checks that ranges lie in its memories.
+    pub(crate) fn check_ranges(&self, ranges: &[(u64, u64)]) -> Result<()> {
+        for (number, (address, bytes)) in ranges.iter().enumerate() {
+            let inside = self.layers.iter().any(|(first, span)| {
+                let end = (address.checked_sub(*first)).and_then(|at| at.checked_add(*bytes));
+                end.is_some_and(|end| end <= span.memory_bytes)
+            });
+            if !inside || *bytes == 0 {
+                let problem = format!("{bytes} bytes at {address:#x} are no part of the pool");
+                return Err(Failure::argument(format!("ranges[{number}]"), problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adopts a range of its memories, to be lent.
+    pub(crate) fn adopt_range(
+        &self,
+        layer: &dyn DeviceLayer,
+        device: &DeviceUuid,
+        (address, bytes): (u64, u64),
+    ) -> swiftcache_client::Result<Memory> {
+        let owner = Box::new(Arc::clone(&self.owner));
+        Ok(foreign::adopt_pool(layer, device, address, bytes, owner)?)
+    }
+
     /// Adopts its memories; layers in one memory share it.
     pub(crate) fn adopt(&self, layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<PagedKv> {
         let mut memories: HashMap<(u64, u64), Memory> = HashMap::new();

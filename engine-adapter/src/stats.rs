@@ -1,6 +1,9 @@
-//! A borrower's numbers, flat and named with their units.
+//! Numbers, flat and named with their units.
 
-use swiftcache_client::borrower::{BlocksByTier, BytesByLink, Latency, Stats};
+use swiftcache_client::{
+    borrower::{BlocksByTier, BytesByLink, Latency, Stats},
+    donor::DonorStatus,
+};
 use swiftcache_proto::domain::LinkKind;
 
 /// Every number with its name; `_native.pyi` lists them.
@@ -43,6 +46,18 @@ pub(crate) fn flat(stats: &Stats) -> Vec<(&'static str, u64)> {
     flat
 }
 
+/// What the engine itself lends.
+pub(crate) fn lent(status: &DonorStatus) -> Vec<(&'static str, u64)> {
+    let mut flat = vec![
+        ("lent_bytes", status.offered_bytes),
+        ("returning_bytes", status.withdrawing_bytes),
+        ("stranded_bytes", status.stranded_bytes),
+        ("returned_slabs", status.returned),
+    ];
+    flat.extend(took(&status.give_back, GIVE_BACK));
+    flat
+}
+
 const LOADED: [&str; 4] = [
     "loaded_same_device_bytes",
     "loaded_nvlink_bytes",
@@ -60,6 +75,12 @@ const DRAIN: [&str; 4] = [
     "drain_p50_us",
     "drain_p99_us",
     "drain_max_us",
+];
+const GIVE_BACK: [&str; 4] = [
+    "give_back_count",
+    "give_back_p50_us",
+    "give_back_p99_us",
+    "give_back_max_us",
 ];
 const ACKNOWLEDGE: [&str; 4] = [
     "acknowledge_count",

@@ -11,13 +11,18 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use swiftcache_client::{
     Error,
     borrower::{Borrower, BorrowerConfig, PagedKv},
-    device::{Choice, DeviceLayer, open_node},
+    device::{Choice, DeviceLayer, Ticket, open_node},
+    donor::Lender,
     session::{Connected, Observer, Session},
 };
 use swiftcache_proto::domain::DeviceUuid;
 use tracing::{info, warn};
 
-use crate::{failure::Result, pool::Pool};
+use crate::{
+    failure::{Failure, Result},
+    lending::{Lending, Range},
+    pool::Pool,
+};
 
 /// The shortest and the longest pause before opening is tried again.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
@@ -30,6 +35,8 @@ pub(crate) struct Settings {
     /// The backend's first when not set.
     pub(crate) device: Option<DeviceUuid>,
     pub(crate) choice: Choice,
+    /// How long borrowers may take to move away from what the engine lends.
+    pub(crate) lend_drain: Duration,
 }
 
 /// A cache, open or not.
@@ -43,6 +50,7 @@ pub(crate) struct Worker {
     opened: RwLock<Option<Opened>>,
     /// Held while a pool is adopted, so that the last one registered is the one in use.
     adopting: Mutex<()>,
+    pub(crate) lending: Arc<Lending>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -96,6 +104,7 @@ impl Worker {
             changed: Condvar::new(),
             opened: RwLock::new(None),
             adopting: Mutex::new(()),
+            lending: Arc::default(),
             thread: Mutex::new(None),
         });
         let observer: Arc<dyn Observer> = Arc::clone(&worker) as _;
@@ -169,7 +178,15 @@ impl Worker {
         Ok(())
     }
 
-    /// Stops opening, waits for copies, gives leases back and lets go of the pool. Every call returns only then.
+    /// Lends ranges of the registered pool, once what the engine does there now is over.
+    pub(crate) fn lend(&self, loan: u64, ranges: Vec<Range>, after: Option<Ticket>) -> Result<()> {
+        let pool = self.phase.lock().pool.clone();
+        let pool = pool.ok_or_else(|| Failure::argument("ranges", "no pool is registered"))?;
+        self.lending.lend(loan, pool, ranges, after)
+    }
+
+    /// Stops opening, takes back what is lent, waits for copies, gives leases back and lets go of the pool. Every call
+    /// returns only then.
     pub(crate) fn close(&self) {
         let (session, pool) = {
             let mut phase = self.phase.lock();
@@ -182,6 +199,7 @@ impl Worker {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
+        self.lending.close();
         let opened = self.opened.write().take();
         drop((opened, pool, session));
     }
@@ -205,7 +223,10 @@ impl Worker {
                 .map_err(Error::from)
                 .and_then(|layer| self.open(session, layer));
             match opened {
-                Ok(opened) => return self.install(opened),
+                Ok(opened) => {
+                    self.open_lending(session, &opened.place);
+                    return self.install(opened);
+                }
                 Err(error) => {
                     let problem = error.to_string();
                     let mut phase = self.phase.lock();
@@ -240,6 +261,16 @@ impl Worker {
             place: Arc::new(Place { layer, device }),
             kv: Mutex::new(None),
         })
+    }
+
+    /// What is to be lent is from now on.
+    fn open_lending(&self, session: &Session, place: &Arc<Place>) {
+        let (layer, device) = (Arc::clone(&place.layer), place.device.clone());
+        let drain = self.settings.lend_drain;
+        match Lender::open(session.clone(), layer, device, drain) {
+            Ok(lender) => self.lending.open(lender, Arc::clone(place), drain),
+            Err(error) => warn!(%error, "the engine lends nothing"),
+        }
     }
 
     /// Puts it to use, with the pool that was registered meanwhile.

@@ -136,7 +136,7 @@ fn parts_are_lent_to_several_and_given_back_one_by_one() -> Result<()> {
     // Whoever had the other still has it.
     let left = one.fetch(&[100, 101])?.served + other.fetch(&[200, 201])?.served;
     ensure!(left >= 2, "{left}");
-    ensure!(pool.lender.close(Duration::from_secs(10)));
+    ensure!(pool.lender.take_all_back(Duration::from_secs(10)));
     ensure!(parts[1].is_back());
     Ok(())
 }
@@ -203,6 +203,6 @@ fn what_a_broker_forgot_is_never_used_again() -> Result<()> {
     pool.lender.take_back(&[other.region]);
     eventually("the other part", || Ok(other.is_back()))?;
     ensure!(!part.is_back(), "whoever had it mapped may write there yet");
-    ensure!(!pool.lender.close(Duration::ZERO));
+    ensure!(!pool.lender.take_all_back(Duration::ZERO));
     Ok(())
 }

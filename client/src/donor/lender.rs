@@ -97,9 +97,9 @@ impl Lender {
         self.core.status()
     }
 
-    /// Asks for everything back and waits for it, for at most `limit`. True when all of it came. What did not is let go
-    /// of nevertheless, for an engine that frees its pool: an allocation outlives its importers' mappings.
-    pub fn close(self, limit: Duration) -> bool {
+    /// Asks for everything back and waits for it, for at most `limit`. True when all of it came. Dropping the lender then
+    /// lets go of the rest too, for an engine that frees its pool: an allocation outlives its importers' mappings.
+    pub fn take_all_back(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let all: Vec<RegionId> = self.core.state.lock().regions.keys().copied().collect();
         self.take_back(&all);

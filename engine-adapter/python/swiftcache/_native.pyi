@@ -81,6 +81,7 @@ class Cache:
         device: str = "",
         backend: str = "auto",
         share: bool = True,
+        lend_drain_ms: int = 0,
     ) -> None:
         """
         Args:
@@ -93,6 +94,8 @@ class Cache:
             backend: "cuda", "host" (shared memory; the devices are what the broker says), or "auto": what fits the
                 broker's devices.
             share: also load blocks that other processes published in this namespace.
+            lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0:
+                the broker's default.
         """
 
     def register_pool(
@@ -155,6 +158,33 @@ class Cache:
             marks: for each layer, the point of the engine's stream at which it is computed; empty: all are.
         """
 
+    def lend(
+        self, loan: int, ranges: Sequence[tuple[int, int]], after: Mark | None = None
+    ) -> None:
+        """Lends ranges of the registered pool to other processes until they have come back; returns at once.
+
+        From this call until `returned_loans` names the loan the engine neither reads nor writes them. They are zeroed
+        before anybody else sees them, and again when they come back. Without a broker the loan waits for one.
+
+        Args:
+            loan: a number that no other loan has.
+            ranges: address and bytes of each. Of each as much as can be exported is lent, as one slab: 64 KiB at least.
+            after: the engine's work that may still touch them ends at this point of its stream; None: it is over.
+        """
+
+    def take_back(self, loans: Sequence[int]) -> None:
+        """Asks for loans back; returns at once. Borrowers have `lend_drain_ms` to move away and let go."""
+
+    def returned_loans(self) -> list[int]:
+        """Loans that have come back since the last call, asked back or not: nobody else can touch them any more.
+
+        A loan that could not be lent comes back at once, and `lend_problem` says why. One that is out when the broker
+        loses its records never comes back.
+        """
+
+    def lend_problem(self) -> str:
+        """Why the last loan that could not be lent was not."""
+
     def stats(self) -> dict[str, float]:
         """What it has done since it opened, and what it holds now; all zero before.
 
@@ -168,7 +198,8 @@ class Cache:
         """
 
     def close(self) -> None:
-        """Waits for copies, gives every lease back, and lets go of the pool. Loads and stores still held end here."""
+        """Takes back what is lent, for as long as healthy borrowers need; waits for copies, gives every lease back, and lets
+        go of the pool. Loads and stores still held end here."""
 
 @final
 class Load:
