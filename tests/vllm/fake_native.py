@@ -77,6 +77,8 @@ class Cache:
         self.namespace, self.layer_bytes, self.more = namespace, list(layer_bytes), more
         self.blocks = published.setdefault(namespace, {})
         self.layers: list[tuple[int, int, int, int]] = []
+        self.lent: dict[int, list[tuple[int, int]]] = {}
+        self.returned: list[int] = []
         self.closed = False
 
     def register_pool(self, layers: Sequence[tuple[int, int, int, int]], blocks: int, owner: object) -> None:
@@ -118,6 +120,19 @@ class Cache:
                 ],
             )
         return Store(len(keys))
+
+    def lend(self, loan: int, ranges: Sequence[tuple[int, int]], after: Mark | None = None) -> None:
+        self.lent[loan] = list(ranges)
+
+    def take_back(self, loans: Sequence[int]) -> None:
+        self.returned += [loan for loan in loans if self.lent.pop(loan, None)]
+
+    def returned_loans(self) -> list[int]:
+        returned, self.returned = self.returned, []
+        return returned
+
+    def lend_problem(self) -> str:
+        return ""
 
     def stats(self) -> dict[str, float]:
         return {"stored_blocks": float(len(self.blocks)), "open": 1.0, "connected": 1.0}

@@ -244,6 +244,13 @@ class Engine:
             "preemptions": self.preemptions,
         }
 
+    def loans(self) -> dict[str, int]:
+        """Runs of the engine's own pool that are lent, and blocks that requests can have."""
+        scheduler = self._scheduler.connector.scheduler
+        loans = scheduler._loans._loans.values()
+        returning = sum(loan.asked_back is not None for loan in loans)
+        return {"lent": len(loans) - returning, "returning": returning, "free": scheduler._loans._pool.free}
+
     def events(self) -> list[str]:
         """Kinds of the events that vLLM was given to publish."""
         return self.published

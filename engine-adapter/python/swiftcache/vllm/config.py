@@ -45,6 +45,14 @@ class Settings:
     """sync: layer by layer while the forward runs; async: before the request is scheduled; auto: see `safety`."""
     lookup_ms: int = 50
     """The longest the scheduler waits for one lookup."""
+    lend: float = 0.0
+    """The share of the engine's own KV pool that it lends at most while it does not need it; 0: nothing."""
+    lend_reserve: float = 0.05
+    """The share of the pool that is to stay free beyond what requests need; less, and lent blocks are asked back."""
+    lend_after_ms: int = 1000
+    """For how long the engine must be quiet before it lends."""
+    lend_drain_ms: int = 500
+    """How long borrowers may take to move their blocks away when lent ones are asked back."""
 
     @staticmethod
     def read(extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -75,10 +83,15 @@ def _convert(name: str, key: str, value: Any) -> Any:
         if name == "lease_step_bytes" and size == 0:
             raise ValueError(f"{key} must be positive")
         return size
-    if name == "lookup_ms":
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)) or not int(value):
-            raise ValueError(f"{key} is {value!r}; it must be a whole number of milliseconds, at least 1")
+    if name in ("lookup_ms", "lend_after_ms", "lend_drain_ms"):
+        least = 0 if name == "lend_after_ms" else 1
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)) or int(value) < least:
+            raise ValueError(f"{key} is {value!r}; it must be a whole number of milliseconds, at least {least}")
         return int(value)
+    if name in ("lend", "lend_reserve"):
+        if isinstance(value, bool) or not re.fullmatch(r"0|0?\.\d+|1(\.0+)?|0\.0", str(value)):
+            raise ValueError(f"{key} is {value!r}; it must be a share of the KV pool, from 0 to 1, such as 0.5")
+        return float(value)
     if name == "share":
         truth = value if isinstance(value, bool) else _TRUTH.get(str(value).lower())
         if truth is None:

@@ -24,8 +24,12 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from swiftcache.vllm import safety
 from swiftcache.vllm.config import Settings
 from swiftcache.vllm.events import Events
+from swiftcache.vllm.lending import Terms, terms
+from swiftcache.vllm.loans import Loans
 from swiftcache.vllm.metadata import Handshake, StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
+from swiftcache.vllm.pool import LentBlocks, Unsupported
+from swiftcache.vllm.quiet import logger
 from swiftcache.vllm.scheduler import SchedulerSide
 from swiftcache.vllm.worker import WorkerSide
 
@@ -56,17 +60,29 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         publishes = bool(events and events.enable_kv_cache_events)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._lending: tuple[Settings, Terms, int] | None = None
         if role == KVConnectorRole.SCHEDULER:
             from swiftcache import _native
 
             parallel = vllm_config.parallel_config
+            workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+            if settings.lend:
+                kept = safety.never_lent(vllm_config, kv_cache_config, block_tokens)
+                agreed = terms(
+                    settings.lend,
+                    settings.lend_reserve,
+                    settings.lend_after_ms / 1e3,
+                    blocks=kv_cache_config.num_blocks,
+                    kept=kept,
+                )
+                self._lending = (settings, agreed, workers)
             self._scheduler = SchedulerSide(
                 settings,
                 _native.Connection(settings.socket, name="vllm-scheduler", tenant=settings.tenant),
                 block_tokens=block_tokens,
                 hashes_per_block=block_tokens // hash_tokens,
                 sync=sync,
-                workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+                workers=workers,
                 events=Events(publishes, block_tokens),
             )
         else:
@@ -168,6 +184,15 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self.scheduler.bind(kv_cache_manager)
+        if self._lending is None:
+            return
+        settings, agreed, workers = self._lending
+        try:
+            pool = LentBlocks(kv_cache_manager.block_pool)
+        except Unsupported as reason:
+            logger.error("SwiftCache: this engine lends nothing: %s", reason)
+            return
+        self.scheduler.lend(Loans(agreed, pool, workers=workers, drain_seconds=settings.lend_drain_ms / 1e3))
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self._namespaces(metadata.values())
@@ -205,6 +230,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_block_frees(self) -> bool:
         return self.scheduler.frees_pending()
+
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler.wants_steps()
 
     def reset_cache(self) -> bool | None:
         return self.scheduler.reset()

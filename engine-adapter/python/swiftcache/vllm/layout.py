@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -100,6 +101,40 @@ def _entry(name: str, tensor: torch.Tensor, blocks: int) -> tuple[Entry, str]:
     storage = tensor.untyped_storage()
     entry = Entry(storage.data_ptr(), storage.nbytes(), tensor.data_ptr() - storage.data_ptr(), stride, page)
     return entry, f"{tensor.dtype}{shape}{strides}"
+
+
+def ranges_of(layout: Layout, first: int, last: int) -> list[tuple[int, int]]:
+    """Where all bytes of the blocks from `first` up to `last` lie, and no other block's: address and bytes of each
+    range.
+
+    Raises NotImplementedError for a layout with something between the pages that is not known to be theirs.
+    """
+    ranges = []
+    for stride, group in groupby(sorted(layout.entries, key=_row), key=lambda entry: entry.stride):
+        begin, end = 0, 0
+        for entry in group:
+            # Layers that lie side by side in every block make one range.
+            start = entry.address + entry.offset
+            if end - begin in (0, stride):
+                begin = start
+            elif start != end:
+                raise NotImplementedError(_BETWEEN)
+            end = start + entry.page
+            if end - begin == stride:
+                ranges.append((begin + first * stride, (last - first) * stride))
+        if end - begin != stride:
+            raise NotImplementedError(_BETWEEN)
+    return ranges
+
+
+_BETWEEN = (
+    "something lies between the blocks of a layer that is not known to be theirs; SwiftCache does not lend from this "
+    "layout"
+)
+
+
+def _row(entry: Entry) -> tuple[int, int]:
+    return (entry.stride, entry.address + entry.offset)
 
 
 def _refuse_overlap(entries: Sequence[Entry], blocks: int) -> None:

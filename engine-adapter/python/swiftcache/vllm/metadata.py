@@ -33,6 +33,14 @@ class StoreJob:
     blocks: list[int]
 
 
+@dataclass(slots=True)
+class LendJob:
+    loan: int
+    first: int
+    last: int
+    """The blocks from `first` up to `last` are out of vLLM's pool until the loan is back."""
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
@@ -41,6 +49,9 @@ class StepMetadata(KVConnectorMetadata):
     """Stores whose blocks were given away: they must be over before anything writes to the pool."""
     retained: list[str] = field(default_factory=list)
     """Finished requests whose blocks the scheduler keeps until their stores are over."""
+    lend: list[LendJob] = field(default_factory=list)
+    take_back: list[int] = field(default_factory=list)
+    """Loans."""
 
 
 @dataclass
@@ -51,6 +62,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """Those of them of which some worker kept less than everything."""
     failed: dict[str, int] = field(default_factory=dict)
     """Requests with a failed load, and their first block that is not there."""
+    back: dict[int, int] = field(default_factory=dict)
+    """Loans that nobody else can touch any more, in how many workers."""
+    lend_refused: str = ""
+    """Why this worker can lend nothing at all."""
+
+    def is_empty(self) -> bool:
+        return not (self.done or self.failed or self.back or self.lend_refused)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, WorkerReport)
@@ -59,6 +77,9 @@ class WorkerReport(KVConnectorWorkerMetadata):
         self.lost |= other.lost
         for request, block in other.failed.items():
             self.failed[request] = min(block, self.failed.get(request, block))
+        for loan, workers in other.back.items():
+            self.back[loan] = self.back.get(loan, 0) + workers
+        self.lend_refused = self.lend_refused or other.lend_refused
         return self
 
 

@@ -32,6 +32,10 @@ COUNTERS = {
     "refused_leases": "Requests for a lease that were granted nothing.",
     "loaded_bytes": "Bytes loaded.",
     "stored_bytes": "Bytes stored.",
+    "lends": "Runs of this engine's own blocks that it lent.",
+    "give_backs": "Runs that came back.",
+    "late_give_backs": "Runs that came back later than borrowers should take.",
+    "give_back_ms": "Milliseconds between asking for runs and having them back.",
 }
 GAUGES = {
     "leased_bytes": "HBM leased from donors now.",
@@ -40,6 +44,11 @@ GAUGES = {
     "host_blocks": "Blocks in the host tier now.",
     "connected": "Workers that are connected to the broker.",
     "open": "Workers whose cache is open.",
+    "lent_blocks": "This engine's own blocks that are lent now.",
+    "returning_blocks": "Blocks that are asked back and not back yet.",
+    "give_back_max_ms": "The longest that a run took to come back, milliseconds.",
+    "lent_bytes": "HBM of this engine on offer to others now.",
+    "stranded_bytes": "HBM that was lent when the broker lost its records: out of use until the engine restarts.",
 }
 LINKS = ("same_device", "nvlink", "pcie", "host")
 

@@ -78,6 +78,14 @@ def require_recompute(config: VllmConfig) -> None:
         logger.info("SwiftCache: kv_load_failure_policy is set to 'recompute': a block that is lost is recomputed")
 
 
+def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:
+    """Blocks that the engine keeps whatever it lends: its longest request runs even if nothing ever comes back."""
+    longest = -(-config.model_config.max_model_len // block_tokens)
+    watermark = float(getattr(config.scheduler_config, "watermark", 0.0) or 0.0)
+    # A block for what is computed ahead, one that a request may hold beyond its tokens, and one for rounding.
+    return longest + int(watermark * kv.num_blocks) + 3
+
+
 def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
     """Whether loads run layer by layer inside the forward that needs them."""
     if settings.load == "async":

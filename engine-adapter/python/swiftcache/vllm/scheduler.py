@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from swiftcache._native import Connection
     from swiftcache.vllm.config import Settings
+    from swiftcache.vllm.loans import Loans
 
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
@@ -92,11 +93,16 @@ class SchedulerSide:
         self._kept_back: set[str] = set()
         self._reset_key = b""
         self._manager: KVCacheManager | None = None
+        self._loans: Loans | None = None
         self._quiet = Quiet()
         self.stats = SwiftCacheStats()
 
     def bind(self, manager: KVCacheManager) -> None:
         self._manager = manager
+
+    def lend(self, loans: Loans) -> None:
+        """Lends part of the engine's own pool from now on."""
+        self._loans = loans
 
     def namespaces(self, namespaces: Iterable[str]) -> None:
         """Those of all workers. Without them nothing is looked up."""
@@ -201,7 +207,18 @@ class SchedulerSide:
                 continue
             if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
                 step.stores.append(job)
+        if self._loans is not None:
+            self._loans.step(step, self._wanted(output), bool(output.preempted_req_ids), self.stats)
         return step
+
+    def _wanted(self, output: SchedulerOutput) -> int:
+        """Blocks that requests will need soon and do not have: those of their tokens, and the next one."""
+        wanted = 0
+        for request_id, tracked in self._tracked.items():
+            if not tracked.finished:
+                had = tracked.request.num_computed_tokens + output.num_scheduled_tokens.get(request_id, 0)
+                wanted += tracked.request.num_tokens // self._block_tokens + 2 - -(-had // self._block_tokens)
+        return wanted
 
     def _store(self, tracked: Tracked, full: int, blocks: list[int]) -> StoreJob | None:
         request, first = tracked.request, tracked.kept
@@ -222,6 +239,8 @@ class SchedulerSide:
                 self._job_done(number, workers, number in report.lost)
             for request_id, block in report.failed.items():
                 self._load_failed(request_id, block)
+            if self._loans is not None:
+                self._loans.heard(report, self.stats)
         if output.invalid_block_ids and self._sync:
             self._forget_locally(output.invalid_block_ids)
         for request_id in output.finished_recving or ():
@@ -286,7 +305,10 @@ class SchedulerSide:
                 self._events.gone(number)
 
     def frees_pending(self) -> bool:
-        return bool(self._kept_back)
+        return bool(self._kept_back) or (self._loans is not None and self._loans.frees_pending())
+
+    def wants_steps(self) -> bool:
+        return self._loans is not None and self._loans.wants_steps()
 
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""

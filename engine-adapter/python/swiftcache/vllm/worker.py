@@ -15,6 +15,7 @@ import torch
 
 from swiftcache.vllm.fingerprint import Ranks, namespace
 from swiftcache.vllm.layout import Layout, layout_of
+from swiftcache.vllm.loans import WorkerLoans
 from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import Meter, SwiftCacheStats
 from swiftcache.vllm.quiet import Quiet, logger
@@ -50,6 +51,7 @@ class WorkerSide:
         self._ranks = ranks or Ranks.here()
         self._clock = clock
         self._quiet = Quiet()
+        self._loans = WorkerLoans(self._quiet)
         self._connection: Connection | None = None
         self._cache: Cache | None = None
         self._layout: Layout | None = None
@@ -110,6 +112,7 @@ class WorkerSide:
             device=uuid,
             backend=backend,
             share=settings.share,
+            lend_drain_ms=settings.lend_drain_ms,
         )
         self._cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, caches)
         logger.info(
@@ -129,6 +132,8 @@ class WorkerSide:
         self._wait_all()
         if self._cache is not None:
             self._cache.close()
+            # What others still have when closing gives up waiting is never said to be back.
+            self._back(self._loans.returned(self._cache))
             self._cache = None
 
     def restore(self) -> None:
@@ -166,6 +171,20 @@ class WorkerSide:
         self._marks.clear()
         if step is not None:
             self._retained.update(step.retained)
+            self._lend(step)
+
+    def _lend(self, step: StepMetadata) -> None:
+        """After the fence: blocks that were given up in this step may be lent in it."""
+        if not step.lend and not step.take_back:
+            return
+        self._attempt("lent blocks could not be asked back", self._loans.take_back, step.take_back, self._cache)
+        mark = self._mark if self._cuda else lambda: None
+        back, refused = self._loans.lend(step.lend, self._cache, self._layout, mark)
+        self._back(back)
+        self._report.lend_refused = refused or self._report.lend_refused
+
+    def _back(self, loans: list[int]) -> None:
+        self._report.back.update(dict.fromkeys(loans, 1))
 
     def start_loads(self) -> None:
         step = self._step
@@ -232,6 +251,7 @@ class WorkerSide:
         """Requests whose stores are over, of those that vLLM keeps for them; and those whose load is."""
         if self._storing:
             self._poll_stores()
+        self._back(self._attempt("lent blocks did not answer", self._loans.returned, self._cache) or [])
         sent = {request for request in self._retained if request not in self._storing}
         self._retained -= sent
         received = set()
@@ -261,7 +281,7 @@ class WorkerSide:
         return invalid
 
     def report(self) -> WorkerReport | None:
-        if not self._report.done and not self._report.failed:
+        if self._report.is_empty():
             return None
         report, self._report = self._report, WorkerReport()
         return report
