@@ -1,5 +1,6 @@
 """A node for a test: the real broker and donors, on simulated devices, in a directory of its own."""
 
+import json
 import os
 import pathlib
 import signal
@@ -81,6 +82,11 @@ class Node:
         options = ["--socket", self.socket, "--device", device]
         amount = ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
         return self._start("swiftcache", "donate", *options, *amount)
+
+    def status(self) -> dict[str, Any]:
+        """What the broker says about the node."""
+        command = [PROGRAMS / "swiftcache", "status", "--json", "--socket", self.socket]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
 
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
         """Has a donor ask for everything back; it ends when it has it."""

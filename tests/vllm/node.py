@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 _FILE = Path(__file__).resolve().parents[2] / "engine-adapter" / "tests" / "node.py"
@@ -21,6 +24,27 @@ SLAB = 8 << 20
 
 def donate(node: Node, slabs: int = 16, device: str = "SIM-1"):
     return node.start_donor(device, slabs, SLAB)
+
+
+class Tenant:
+    """A process of `tenant.py`: it has filled what it could lease."""
+
+    def __init__(self, node: Node) -> None:
+        command = [sys.executable, Path(__file__).with_name("tenant.py"), node.socket]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self.leased = int(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        """From now on it does nothing, and lets go of nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> None:
+        self._process.communicate()
 
 
 def corrupt(donor: int) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from node import eventually
+from node import Tenant, corrupt, eventually
 
 LONGEST = 3744
 """Tokens: 117 blocks."""
-LENDING = {"lend": 0.5, "lend_after_ms": 0, "lend_drain_ms": 2000, "device": "SIM-1", "max_leased_bytes": 0}
+LENDING = {"lend": 0.5, "lend_after_ms": 0, "lend_drain_ms": 500, "device": "SIM-1", "max_leased_bytes": 0}
 RUN = 16
 RUNS = 8
 
@@ -78,3 +78,89 @@ def test_a_borrower_keeps_its_prefixes_there(borrower, want) -> None:
     assert of.said(first) == want and of.said(second) == want
     assert borrower.ask("stats")["hit_donor_blocks"] > 0
     assert borrower.ask("stats")["loaded_nvlink_bytes"] > 0, "from the lender's device"
+
+
+def busy(engine, between=lambda: None) -> dict[str, dict]:
+    """The burst, a few steps at a time."""
+    for name, tokens in burst().items():
+        engine.ask("add", name=name, tokens=tokens, max_tokens=of.ANSWER)
+    results, left = {}, True
+    while left:
+        answer = engine.ask("step", count=4)
+        results, left = results | answer["finished"], answer["left"]
+        between()
+    return results
+
+
+def test_a_burst_takes_everything_back_and_borrowers_fall_back(lender, borrower, node, want, want_lender) -> None:
+    second = Tenant(node)
+    assert second.leased > 0 and borrower.ask("leased"), "two borrow at once"
+    offered = []
+
+    def look() -> None:
+        loans = lender.ask("loans")
+        if not offered and loans["lent"] == loans["returning"] == 0:
+            assert loans["free"] <= of.POOL - 1
+            offered.append(node.status()["total"]["offered"])
+
+    results = busy(lender, look)
+    assert of.said(results).items() <= want_lender.items()
+    assert all(result["reason"] == "length" for result in results.values())
+    assert offered == [0], "the engine had its whole pool, and the broker knew"
+    assert lender.ask("stats")["give_back_count"] >= RUNS
+    second.end()
+    borrower.ask("reset")
+    missed = of.play(borrower, between=lambda _: borrower.ask("reset"))
+    assert of.said(missed) == want
+    assert borrower.ask("stats")["revocations"] > 0
+
+
+def test_idle_again_it_lends_again(lender, borrower, want) -> None:
+    lend(lender)
+    borrower.generate({"nudge": of.tokens("nudge", 100)}, 2)
+    eventually("a lease", lambda: borrower.ask("leased"))
+    for _ in range(2):
+        borrower.ask("reset")
+        before = borrower.ask("stats")["hit_donor_blocks"]
+        assert of.said(of.play(borrower, between=lambda _: borrower.ask("reset"))) == want
+    assert borrower.ask("stats")["hit_donor_blocks"] > before
+
+
+def stopped_borrower(lender, node) -> Tenant:
+    """One that has leased something and cannot acknowledge anything."""
+    lend(lender)
+    tenant = Tenant(node)
+    assert tenant.leased > 0
+    tenant.stop()
+    return tenant
+
+
+def test_what_is_not_given_back_is_not_used_and_nobody_waits_for_it(lender, node, want_lender) -> None:
+    tenant = stopped_borrower(lender, node)
+    written = []
+    # As if the borrower wrote on, all the time.
+    results = busy(lender, lambda: written.append(corrupt(lender.pid)))
+    assert of.said(results).items() <= want_lender.items()
+    assert max(written) > 0
+    loans = lender.ask("loans")
+    assert loans["returning"] > 0 and loans["free"] < of.POOL - 1, "what it holds is still away"
+    # It dies, and what it held is the engine's again.
+    tenant.kill()
+
+    def back() -> bool:
+        results = lender.generate({"nudge": of.tokens("nudge", 40)}, 2)
+        assert results["nudge"]["reason"] == "length"
+        return lender.ask("loans")["returning"] == 0
+
+    eventually("blocks of the dead", back)
+    assert of.said(busy(lender)).items() <= want_lender.items()
+
+
+def test_blocks_used_before_they_are_given_back_would_show(lender, node, want_lender) -> None:
+    """The twin: an engine that takes its blocks without waiting computes on what a borrower writes."""
+    tenant = stopped_borrower(lender, node)
+    assert lender.ask("reset")
+    lender.ask("grab")
+    wrong = busy(lender, lambda: corrupt(lender.pid))
+    assert not of.said(wrong).items() <= want_lender.items()
+    tenant.kill()
