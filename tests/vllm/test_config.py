@@ -20,6 +20,13 @@ def test_the_flag_wins_over_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "share"), [(0, 0.0), ("0.5", 0.5), (0.25, 0.25), (1, 1.0), ("1.0", 1.0), (".5", 0.5)]
+)
+def test_shares(value: object, share: float) -> None:
+    assert Settings.read({"lend": value}, {}).lend == share
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("max_leased_bytes", "plenty"),
@@ -34,6 +41,12 @@ def test_the_flag_wins_over_the_environment() -> None:
         ("socket", ""),
         ("device", 3),
         ("tenant", "t" * 65),
+        ("lend", 1.5),
+        ("lend", "half"),
+        ("lend", True),
+        ("lend_reserve", -0.1),
+        ("lend_after_ms", -1),
+        ("lend_drain_ms", 0),
         ("sokcet", "/x"),
     ],
 )

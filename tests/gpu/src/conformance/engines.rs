@@ -152,3 +152,63 @@ pub(super) fn pool_on_offer(subject: &Subject) -> Result<()> {
     ensure!(unknown, "{error}");
     Ok(())
 }
+
+/// A part of an engine's pool on loan: others use it in place, and it is zero before and after.
+pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
+    let (layer, device) = (&*subject.layer, subject.device()?);
+    let bytes = 4 * SIZE;
+    // An engine's own memory: on CUDA one allocation of its own, elsewhere the allocator's.
+    let (engine, tensor);
+    let address = match subject.backend {
+        Backend::Cuda => {
+            engine = Engine::start()?;
+            engine.allocate(bytes)?
+        }
+        Backend::Host { .. } => {
+            tensor = vec![0_u8; bytes as usize + 4096];
+            (tensor.as_ptr() as u64).next_multiple_of(4096)
+        }
+    };
+    let pool = foreign::adopt_pool(layer, &device, address, bytes, Box::new(()))?;
+    let stream = layer.stream(&device)?;
+    pattern::write(&*stream, &pool, 0, bytes, 1)?;
+    let mut own = vec![0; bytes as usize];
+    stream.read(&pool, 0, &mut own)?;
+    let zero = vec![0; SIZE as usize];
+    let part = SIZE as usize..2 * SIZE as usize;
+    for seed in 2..4 {
+        let back = Arc::new(());
+        let lent = foreign::lend_pool(layer, &pool, SIZE, SIZE, Box::new(Arc::clone(&back)))?;
+        ensure!(lent.bytes() == SIZE);
+        own[part.clone()].fill(0);
+        let mut found = vec![1; bytes as usize];
+        stream.read(&pool, 0, &mut found)?;
+        pattern::expect(&found, &own).context("lent with what the engine had there")?;
+        let base = layer.base(&lent)?;
+        let mut peer = Peer::start(subject)?;
+        let memory = peer.import(&device, &device, layer.export(&lent)?, base.bytes)?;
+        peer.ask(Request::Fill { memory, seed })?;
+        let theirs = pattern::bytes(seed, base.bytes as usize);
+        let at = base.offset as usize;
+        let mut found = zero.clone();
+        stream.read(&pool, SIZE, &mut found)?;
+        pattern::expect(&found, &theirs[at..at + SIZE as usize]).context("not in place")?;
+        drop(peer);
+        // On CUDA a handle opens the whole allocation, and this peer wrote all of it.
+        stream.read(&pool, 0, &mut own)?;
+        drop(lent);
+        ensure!(Arc::strong_count(&back) == 1);
+        own[part.clone()].fill(0);
+        let mut found = vec![1; bytes as usize];
+        stream.read(&pool, 0, &mut found)?;
+        pattern::expect(&found, &own).context("given back with what others left")?;
+    }
+    for (offset, bytes) in [(0, 0), (bytes, 1), (0, bytes + 1), (u64::MAX, 2)] {
+        let refused = foreign::lend_pool(layer, &pool, offset, bytes, Box::new(()));
+        ensure!(refused.is_err(), "{bytes} bytes at {offset} were lent");
+    }
+    let elsewhere = layer.allocate_host(&device, SIZE)?;
+    let refused = foreign::lend_pool(layer, &elsewhere, 0, SIZE, Box::new(()));
+    ensure!(refused.is_err(), "the layer's own memory was lent in place");
+    Ok(())
+}

@@ -69,6 +69,10 @@ pub const CHECKS: &[Check] = &[
         engines::pool_on_offer,
     ),
     (
+        "a part of an engine's pool is lent in place, zero before and after",
+        engines::part_of_a_pool_lent,
+    ),
+    (
         "a lost device fails its streams for good",
         streams::lost_device,
     ),
