@@ -19,7 +19,11 @@ use swiftcache_client::{
 use swiftcache_proto::domain::RegionId;
 use tracing::warn;
 
-use crate::{failure::Result, pool::Pool, worker::Place};
+use crate::{
+    failure::{Failure, Result},
+    pool::Pool,
+    worker::Place,
+};
 
 /// How long a closing engine waits for what is lent beyond the time that borrowers have to move away.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
@@ -41,6 +45,8 @@ struct State {
     open: Option<(Arc<Lender>, Arc<Place>)>,
     drain: Duration,
     loans: BTreeMap<u64, Loan>,
+    /// The ranges of each.
+    out: BTreeMap<u64, Vec<Range>>,
     /// Why the last loan could not be lent.
     problem: String,
     closed: bool,
@@ -79,6 +85,25 @@ impl Loan {
     }
 }
 
+impl State {
+    /// Checks that neither the number nor any byte is lent already, or twice in this loan.
+    fn check_new(&self, number: u64, ranges: &[Range]) -> Result<()> {
+        if self.out.contains_key(&number) {
+            let problem = format!("is {number}, which is not back yet");
+            return Err(Failure::argument("loan", problem));
+        }
+        for (at, (address, bytes)) in ranges.iter().enumerate() {
+            let mut others = (self.out.values().flatten()).chain(&ranges[..at]);
+            if others.any(|(first, size)| address < &(first + size) && first < &(address + bytes)) {
+                let problem =
+                    format!("{bytes} bytes at {address:#x} are lent already, in part or whole");
+                return Err(Failure::argument(format!("ranges[{at}]"), problem));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Lending {
     /// Has a loan lent when the broker is there, or at once.
     pub(crate) fn lend(
@@ -99,6 +124,8 @@ impl Lending {
             *thread = Some(started);
         }
         let mut state = self.state.lock();
+        state.check_new(number, &ranges)?;
+        state.out.insert(number, ranges.clone());
         let loan = match state.closed {
             true => Loan::Back,
             false => Loan::Waiting(Wanted {
@@ -134,13 +161,14 @@ impl Lending {
 
     /// Loans that have come back since this was last asked, asked for or not.
     pub(crate) fn take_returned(&self) -> Vec<u64> {
-        let loans = &mut self.state.lock().loans;
-        let returned: Vec<u64> = (loans.iter())
+        let mut state = self.state.lock();
+        let returned: Vec<u64> = (state.loans.iter())
             .filter(|(_, loan)| loan.is_back())
             .map(|(number, _)| *number)
             .collect();
         for number in &returned {
-            loans.remove(number);
+            state.loans.remove(number);
+            state.out.remove(number);
         }
         returned
     }

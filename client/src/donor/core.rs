@@ -218,7 +218,7 @@ impl Core {
 
     fn after_connection(&self, connected: &Connected) {
         if connected.replaced {
-            self.start_over();
+            self.start_over(connected.epoch);
             return;
         }
         let mut gone = Vec::new();
@@ -246,12 +246,12 @@ impl Core {
         self.withdraw_unheard();
     }
 
-    /// The broker knows nothing of this donor.
-    fn start_over(&self) {
+    /// The broker knows nothing of what this donor offered before that connection.
+    fn start_over(&self, epoch: u64) {
         match self.source {
             Source::Allocations { slab_bytes, handle } => self.replace_all(slab_bytes, handle),
             Source::Pool => {
-                self.strand_all();
+                self.strand_before(epoch);
                 self.offer_unconfirmed();
             }
         }
@@ -278,10 +278,11 @@ impl Core {
     }
 
     /// Nobody can tell any more who has the pool's lent parts mapped and still writes there, so they stay unused.
-    fn strand_all(&self) {
+    fn strand_before(&self, epoch: u64) {
         let mut stranded = 0;
         for region in self.state.lock().regions.values_mut() {
-            if region.maybe_known && region.phase != Phase::Stranded {
+            let lost = region.maybe_known && region.since_epoch < epoch;
+            if lost && region.phase != Phase::Stranded {
                 region.phase = Phase::Stranded;
                 stranded += region.memory.bytes();
             }
@@ -334,11 +335,13 @@ impl Core {
         status
     }
 
+    /// Waits for all that was asked back and can come.
     pub(super) fn wait_returned(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
         let all_back = |state: &State| {
             state.freeing == 0
-                && (state.regions.values()).all(|region| region.phase == Phase::Offered)
+                && !(state.regions.values())
+                    .any(|region| matches!(region.phase, Phase::Withdrawing { .. }))
         };
         while !all_back(&state) {
             if (self.returned.wait_until(&mut state, deadline)).timed_out() {

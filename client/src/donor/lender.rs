@@ -97,13 +97,21 @@ impl Lender {
         self.core.status()
     }
 
-    /// Asks for everything back and waits for it, for at most `limit`. True when all of it came. Dropping the lender then
-    /// lets go of the rest too, for an engine that frees its pool: an allocation outlives its importers' mappings.
+    /// Asks for everything back and waits for it, for at most `limit`. True when all of it came.
     pub fn take_all_back(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let all: Vec<RegionId> = self.core.state.lock().regions.keys().copied().collect();
         self.take_back(&all);
-        self.core.wait_returned(deadline)
+        self.core.wait_returned(deadline) && self.core.status().stranded_bytes == 0
+    }
+}
+
+impl Drop for Lender {
+    /// What is out stays as it is until the process ends, and keeps the pool: its borrowers may be reading it.
+    fn drop(&mut self) {
+        for region in std::mem::take(&mut self.core.state.lock().regions).into_values() {
+            std::mem::forget(region.memory);
+        }
     }
 }
 

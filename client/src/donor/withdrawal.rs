@@ -183,14 +183,13 @@ impl Core {
     /// A region is this donor's own again: frees its memory, or lets the engine have it.
     pub(super) fn take_back(&self, id: RegionId) {
         let mut state = self.state.lock();
-        // Told twice after a lost stream.
-        let Some(region) = state.regions.remove(&id) else {
-            return;
+        let asked = match state.regions.get(&id).map(|region| region.phase) {
+            Some(Phase::Withdrawing { since, .. }) => Some(since),
+            Some(Phase::Offered) => state.asked,
+            // Told twice after a lost stream; or by a broker that cannot know.
+            None | Some(Phase::Stranded) => return,
         };
-        let asked = match region.phase {
-            Phase::Withdrawing { since, .. } => Some(since),
-            Phase::Offered | Phase::Stranded => state.asked,
-        };
+        let region = state.regions.remove(&id);
         // Freeing or zeroing takes the driver a while. It counts as given back when it is done.
         state.freeing += 1;
         drop(state);
