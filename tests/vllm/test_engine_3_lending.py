@@ -126,6 +126,25 @@ def test_idle_again_it_lends_again(lender, borrower, want) -> None:
     assert borrower.ask("stats")["hit_donor_blocks"] > before
 
 
+def all_back(lender) -> bool:
+    """Whether everything that was asked back is; a request now and then has the engine look."""
+    results = lender.generate({"nudge": of.tokens("nudge", 40)}, 2)
+    assert results["nudge"]["reason"] == "length"
+    return lender.ask("loans")["returning"] == 0
+
+
+def test_without_a_broker_the_engine_runs_on_what_it_has(lender, node, want_lender) -> None:
+    lend(lender)
+    eventually("the broker to know", lambda: node.status()["total"]["offered"] > 0)
+    node.kill_broker()
+    assert of.said(busy(lender)).items() <= want_lender.items()
+    loans = lender.ask("loans")
+    assert loans["returning"] > 0, "only a broker that knows who has it gives it back"
+    node.start_broker()
+    eventually("the broker to give it back", lambda: all_back(lender))
+    assert of.said(busy(lender)).items() <= want_lender.items()
+
+
 def stopped_borrower(lender, node) -> Tenant:
     """One that has leased something and cannot acknowledge anything."""
     lend(lender)
@@ -146,13 +165,7 @@ def test_what_is_not_given_back_is_not_used_and_nobody_waits_for_it(lender, node
     assert loans["returning"] > 0 and loans["free"] < of.POOL - 1, "what it holds is still away"
     # It dies, and what it held is the engine's again.
     tenant.kill()
-
-    def back() -> bool:
-        results = lender.generate({"nudge": of.tokens("nudge", 40)}, 2)
-        assert results["nudge"]["reason"] == "length"
-        return lender.ask("loans")["returning"] == 0
-
-    eventually("blocks of the dead", back)
+    eventually("blocks of the dead", lambda: all_back(lender))
     assert of.said(busy(lender)).items() <= want_lender.items()
 
 

@@ -13,7 +13,7 @@ from vllm.v1.core.block_pool import BlockPool
 from swiftcache.vllm import SwiftCacheConnector
 from swiftcache.vllm.fingerprint import Ranks
 from swiftcache.vllm.layout import layout_of, ranges_of
-from swiftcache.vllm.lending import Decision, Policy, View, terms
+from swiftcache.vllm.lending import LOOK_SECONDS, LOOKS, Decision, Policy, View, terms
 from swiftcache.vllm.loans import MARGIN_SECONDS, PAUSE_SECONDS, Loans, WorkerLoans
 from swiftcache.vllm.metadata import StepMetadata, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
@@ -29,8 +29,12 @@ def agreed(**changed):
 
 
 def view(now: float = 0.0, **changed) -> View:
-    base = {"free": 100, "wanted": 0, "pressed": False, "lendable": range(8), "lent": (), "returning": 0}
+    base = {"free": 100, "wanted": 0, "pressed": False, "at_home": range(8), "lent": (), "returning": 0}
     return View(now=now, **(base | changed))
+
+
+def all_free(run: int) -> bool:
+    return True
 
 
 def test_the_tail_is_cut_into_runs_and_the_longest_request_keeps_its_blocks() -> None:
@@ -44,36 +48,59 @@ def test_the_tail_is_cut_into_runs_and_the_longest_request_keeps_its_blocks() ->
 
 def test_it_lends_when_it_has_been_quiet_for_long_enough() -> None:
     policy = Policy(agreed())
-    assert policy.decide(view(0.0)) == Decision() and policy.due == 2.0
-    assert policy.decide(view(1.9)) == Decision()
-    assert policy.decide(view(2.0)) == Decision(lend=tuple(range(8)))
+    assert policy.decide(view(0.0), all_free) == Decision() and policy.due == 2.0
+    assert policy.decide(view(1.9), all_free) == Decision()
+    assert policy.decide(view(2.0), all_free) == Decision(lend=tuple(range(8)))
     assert policy.due is None
 
 
 def test_needing_blocks_in_between_begins_the_quiet_anew() -> None:
     policy = Policy(agreed())
-    policy.decide(view(0.0))
-    policy.decide(view(1.0, wanted=95))
+    policy.decide(view(0.0), all_free)
+    policy.decide(view(1.0, wanted=95), all_free)
     assert policy.due is None
-    assert policy.decide(view(2.0)) == Decision() and policy.due == 4.0
+    assert policy.decide(view(2.0), all_free) == Decision() and policy.due == 4.0
 
 
 def test_it_lends_no_more_than_leaves_a_run_and_the_reserve() -> None:
     policy = Policy(agreed(after=0.0))
     # 30 are free, of which 4 are wanted and 10 reserved.
-    assert policy.decide(view(free=30, wanted=4)) == Decision(lend=(0, 1))
-    assert policy.decide(view(free=30, wanted=4, lendable=[3])) == Decision(lend=(3,))
-    assert policy.decide(view(free=19)) == Decision()
+    assert policy.decide(view(free=30, wanted=4), all_free) == Decision(lend=(0, 1))
+    assert policy.decide(view(free=30, wanted=4, at_home=[3]), all_free) == Decision(lend=(3,))
+    assert policy.decide(view(free=19), all_free) == Decision()
+
+
+def test_runs_in_use_are_looked_at_now_and_then_and_not_for_ever() -> None:
+    policy, looks = Policy(agreed(after=0.0)), []
+
+    def in_use(run: int) -> bool:
+        looks.append(run)
+        return run == 7 and len(looks) > 8 * (LOOKS + 1)
+
+    for step in range(10 * (LOOKS + 1)):
+        now = step / 10 * LOOK_SECONDS
+        assert policy.decide(view(now), in_use) == Decision()
+        assert (policy.due is None) == (step >= 10 * (LOOKS - 1)), "nobody steps for its sake any more"
+    assert len(looks) == 8 * (LOOKS + 1)
+    # A free one among them is lent.
+    assert policy.decide(view(now + LOOK_SECONDS), in_use) == Decision(lend=(7,))
+
+
+def test_an_engine_with_little_left_is_not_looked_at() -> None:
+    policy = Policy(agreed())
+    policy.decide(view(0.0), all_free)
+    assert not policy.needs_no_look(20) and policy.due == 2.0
+    assert policy.needs_no_look(19) and policy.due is None, "and is not quiet"
 
 
 def test_it_asks_back_what_it_lacks_before_requests_wait() -> None:
     policy = Policy(agreed(after=0.0))
     lent = (7, 6, 5, 4)
-    assert policy.decide(view(free=30, wanted=20, lendable=(), lent=lent)) == Decision()
-    assert policy.decide(view(free=30, wanted=21, lendable=(), lent=lent)) == Decision(take_back=(7, 6))
+    assert policy.decide(view(free=30, wanted=20, at_home=(), lent=lent), all_free) == Decision()
+    assert policy.decide(view(free=30, wanted=21, at_home=(), lent=lent), all_free) == Decision(take_back=(7, 6))
     # What is on its way is not asked for twice.
-    assert policy.decide(view(free=30, wanted=21, lendable=(), lent=(5, 4), returning=10)) == Decision()
-    assert policy.decide(view(pressed=True, lendable=(), lent=lent)) == Decision(take_back=lent)
+    assert policy.decide(view(free=30, wanted=21, at_home=(), lent=(5, 4), returning=10), all_free) == Decision()
+    assert policy.decide(view(pressed=True, at_home=(), lent=lent), all_free) == Decision(take_back=lent)
 
 
 def test_what_was_just_taken_back_is_not_lent_at_once() -> None:
@@ -82,8 +109,9 @@ def test_what_was_just_taken_back_is_not_lent_at_once() -> None:
         policy, lent, free = Policy(agreed(after=0.0)), [], 100
         changes = 0
         for _ in range(20):
-            lendable = [run for run in range(8) if run not in lent]
-            decision = policy.decide(view(free=free, wanted=wanted, lendable=lendable, lent=sorted(lent)[::-1]))
+            at_home = [run for run in range(8) if run not in lent]
+            seen = view(free=free, wanted=wanted, at_home=at_home, lent=sorted(lent)[::-1])
+            decision = policy.decide(seen, all_free)
             lent = [run for run in lent if run not in decision.take_back] + list(decision.lend)
             free = 100 - 5 * len(lent)
             changes += bool(decision.lend or decision.take_back)
@@ -108,7 +136,7 @@ class Bench:
 
     def step(self, wanted: int = 0, pressed: bool = False) -> StepMetadata:
         step = StepMetadata()
-        self.loans.step(step, wanted, pressed, self.stats)
+        self.loans.step(step, lambda: wanted, pressed, self.stats)
         return step
 
     def hear(self, *back: int, refused: str = "") -> None:

@@ -240,7 +240,6 @@ def test_every_hook_of_the_base_class_is_known() -> None:
         "get_loaded_kv_cache_group_ids",
         "get_external_cache_hit_sources",
         "register_finished_partial_tail",
-        "has_pending_push_work",
         "get_finished_count",
     }
     assert hooks - set(vars(SwiftCacheConnector)) <= default

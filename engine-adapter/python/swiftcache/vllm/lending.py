@@ -12,11 +12,16 @@ engine accepts. A pool whose lent part does not come back is a smaller pool.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 RUNS = 8
 """Into how many runs the lent part is cut: fewer make larger slabs, more follow the engine's needs more closely."""
+
+LOOK_SECONDS = 1.0
+"""How soon a quiet engine whose last blocks are in use looks at them again."""
+LOOKS = 3
+"""How often it does so for their sake alone; after that it takes a request to have it look."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class View:
     """Blocks that its requests will need besides those that they have."""
     pressed: bool
     """A request lost its blocks to another one."""
-    lendable: Collection[int]
-    """Runs that are free as a whole."""
+    at_home: Collection[int]
+    """Runs that are not lent."""
     lent: Sequence[int]
     """Runs that are lent and not asked back, the first to be asked back first."""
     returning: int
@@ -80,40 +85,61 @@ class Policy:
         self._terms = terms
         self._quiet_since: float | None = None
         self._not_before = float("-inf")
+        self._in_vain = 0
         self.due: float | None = None
         """When something is to be lent if the engine stays as it is; None if nothing is."""
 
-    def decide(self, view: View) -> Decision:
+    def needs_no_look(self, free: int) -> bool:
+        """Whether an engine that lends nothing now, and has this much free, lends nothing next, whatever it wants."""
+        if free - self._terms.reserve >= 2 * self._terms.run:
+            return False
+        self._unquiet()
+        return True
+
+    def decide(self, view: View, is_free: Callable[[int], bool]) -> Decision:
+        """`is_free` says of a run whether all of it is, and is asked seldom: it looks at every block."""
         terms = self._terms
         short = view.wanted + terms.reserve - view.free
         if view.pressed or short > 0:
-            self._quiet_since = self.due = None
+            self._unquiet()
             return Decision(take_back=self._take_back(view, short))
-        lend = self._spare(view, -short)
-        if not lend:
-            self._quiet_since = self.due = None
+        spare = -short
+        if not view.at_home or spare < 2 * terms.run:
+            self._unquiet()
             return Decision()
         if self._quiet_since is None:
             self._quiet_since = view.now
-        self.due = max(self._quiet_since + terms.after, self._not_before)
-        if view.now < self.due:
+        due = max(self._quiet_since + terms.after, self._not_before)
+        self.due = due if self._in_vain < LOOKS else None
+        if view.now < due:
             return Decision()
-        self.due = None
+        lend = self._spare(view, spare, is_free)
+        self._in_vain = 0 if lend else self._in_vain + 1
+        if lend:
+            self.due = None
+        else:
+            self._not_before = view.now + LOOK_SECONDS
+            self.due = self._not_before if self._in_vain < LOOKS else None
         return Decision(lend=lend)
 
     def pause(self, until: float) -> None:
         """Lends nothing before then: what was lent came back unasked."""
         self._not_before = until
 
-    def _spare(self, view: View, spare: int) -> tuple[int, ...]:
+    def _unquiet(self) -> None:
+        self._quiet_since = self.due = None
+        self._in_vain = 0
+
+    def _spare(self, view: View, spare: int, is_free: Callable[[int], bool]) -> tuple[int, ...]:
         """Runs that can be lent with a run to spare."""
         chosen = []
-        for number in sorted(view.lendable):
+        for number in sorted(view.at_home):
             size = len(self._terms.runs[number])
             if spare - size < self._terms.run:
                 break
-            spare -= size
-            chosen.append(number)
+            if is_free(number):
+                spare -= size
+                chosen.append(number)
         return tuple(chosen)
 
     def _take_back(self, view: View, short: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swiftcache.vllm.layout import Layout, ranges_of
-from swiftcache.vllm.lending import Policy, Terms, View
+from swiftcache.vllm.lending import LOOK_SECONDS, Policy, Terms, View
 from swiftcache.vllm.metadata import LendJob, StepMetadata, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
 from swiftcache.vllm.quiet import Quiet, logger
@@ -58,12 +58,15 @@ class Loans:
         self._refused = False
         self._longest_ms = 0.0
 
-    def step(self, step: StepMetadata, wanted: int, pressed: bool, stats: SwiftCacheStats) -> None:
-        """Has the workers lend and take back what this step calls for."""
+    def step(self, step: StepMetadata, wanted: Callable[[], int], pressed: bool, stats: SwiftCacheStats) -> None:
+        """Has the workers lend and take back what this step calls for. `wanted` says how many blocks requests lack."""
         self._began = True
+        if not self._loans and (self._refused or self._policy.needs_no_look(self._pool.free)):
+            return
         now = self._clock()
-        decision = self._policy.decide(self._view(now, wanted, pressed))
-        if decision.lend and not self._refused:
+        runs = self._terms.runs
+        decision = self._policy.decide(self._view(now, wanted(), pressed), lambda run: self._pool.are_free(runs[run]))
+        if decision.lend:
             for run in decision.lend:
                 blocks = self._terms.runs[run]
                 self._pool.take(blocks)
@@ -87,13 +90,11 @@ class Loans:
     def _view(self, now: float, wanted: int, pressed: bool) -> View:
         runs = self._terms.runs
         out = {loan.run for loan in self._loans.values()}
-        lendable = [
-            run for run in range(len(runs)) if run not in out and not self._refused and self._pool.are_free(runs[run])
-        ]
+        at_home = [] if self._refused else [run for run in range(len(runs)) if run not in out]
         # Those next to the engine's own blocks first: what is lent stays the tail.
         lent = sorted((loan.run for loan in self._loans.values() if loan.asked_back is None), reverse=True)
         returning = sum(len(runs[loan.run]) for loan in self._loans.values() if loan.asked_back is not None)
-        return View(now, self._pool.free, wanted, pressed, lendable, lent, returning)
+        return View(now, self._pool.free, wanted, pressed, at_home, lent, returning)
 
     def heard(self, report: WorkerReport, stats: SwiftCacheStats) -> None:
         if report.lend_refused and not self._refused:
@@ -139,7 +140,7 @@ class Loans:
         if not self._began:
             return True
         due = self._policy.due
-        soon = due is not None and due - self._clock() <= self._terms.after
+        soon = due is not None and due - self._clock() <= max(self._terms.after, LOOK_SECONDS)
         return (soon and not self._refused) or self.frees_pending()
 
     def frees_pending(self) -> bool:

@@ -208,7 +208,7 @@ class SchedulerSide:
             if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
                 step.stores.append(job)
         if self._loans is not None:
-            self._loans.step(step, self._wanted(output), bool(output.preempted_req_ids), self.stats)
+            self._loans.step(step, lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
         return step
 
     def _wanted(self, output: SchedulerOutput) -> int:

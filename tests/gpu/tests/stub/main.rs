@@ -132,7 +132,7 @@ fn each_refusal_of_the_driver_is_explained() {
         (
             "cuMemsetD8Async=719",
             "allocate-plain",
-            "zeroing new memory failed on",
+            "zeroing memory failed on",
         ),
         ("cuIpcGetMemHandle=801", "export-plain", "no MIG device"),
         (
@@ -182,7 +182,7 @@ fn each_refusal_of_the_driver_is_explained() {
             "gather",
             "recording a ticket failed on",
         ),
-        ("execute=719", "zero", "zeroing new memory failed on"),
+        ("execute=719", "zero", "zeroing memory failed on"),
         (
             "cuStreamCreateWithPriority=2",
             "stream",
