@@ -1,4 +1,4 @@
-"""An engine's pool, lent in parts: to others while it does not use them, and its own again when they have let go."""
+"""Parts of an engine's pool, lent while it does not use them, and its own again when others have let go."""
 
 import ctypes
 from collections.abc import Callable
