@@ -243,6 +243,12 @@ def test_what_a_worker_cannot_lend_is_back_at_once(native) -> None:
     assert worker.lend(jobs, None, None, lambda: None) == (loans, "")
     layout = layout_of({name: tensor[:, :1] for name, tensor in caches(blocks=BLOCKS).items()}, BLOCKS)
     cache = native.Cache(native.Connection("", name=""), namespace="n", layer_bytes=[128, 128])
+
+    def unmarkable() -> None:
+        raise RuntimeError("no such stream")
+
+    whole = layout_of(caches(blocks=BLOCKS), BLOCKS)
+    assert worker.lend(jobs, cache, whole, unmarkable) == (loans, "") and cache.lent == {}
     back, refused = worker.lend(jobs, cache, layout, lambda: None)
     assert back == loans and "does not lend from this layout" in refused and cache.lent == {}
 

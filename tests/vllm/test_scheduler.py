@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import stage
 
@@ -289,3 +291,21 @@ def test_events_say_what_is_kept_and_what_is_gone(native) -> None:
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(failed={"a": 1})))
     (event,) = stand.side.take_events()
     assert type(event).__name__ == "BlockRemoved" and len(event.block_hashes) == 2
+
+
+def test_requests_want_the_blocks_of_their_tokens_and_the_next_one(native) -> None:
+    heard = []
+    stand = Stand(native)
+    stand.side.lend(SimpleNamespace(step=lambda step, wanted, pressed, stats: heard.append((wanted(), pressed))))
+    waiting, running = stage.request("w", 9), stage.request("r", 9)
+    stand.side.on_new_request(waiting)
+    stand.side.on_new_request(running)
+    stand.side.metadata(stage.output({}, {}))
+    # Half of its prompt is computed in this step, the rest in the next.
+    stand.side.metadata(stage.output({"r": 5}, {"r": [1, 2]}))
+    running.num_computed_tokens = 5
+    stand.side.metadata(stage.output({"r": 4}, {"r": [1, 2, 3]}, preempted=("w",)))
+    running.num_computed_tokens = 9
+    stand.side.request_finished(running, [1, 2, 3])
+    stand.side.metadata(stage.output({}, {}))
+    assert heard == [(8, False), (6, False), (5, True), (4, False)]

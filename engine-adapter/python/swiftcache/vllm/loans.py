@@ -162,11 +162,10 @@ class WorkerLoans:
     ) -> tuple[list[int], str]:
         """Returns the loans that are back already, since they cannot be lent, and why if it is for good."""
         back, refused = [], ""
-        after = mark() if jobs else None
         for job in jobs:
             try:
                 assert cache is not None and layout is not None, "the pool is not registered"
-                cache.lend(job.loan, ranges_of(layout, job.first, job.last), after)
+                cache.lend(job.loan, ranges_of(layout, job.first, job.last), mark())
                 self._out.add(job.loan)
             except Exception as reason:
                 back.append(job.loan)
