@@ -323,8 +323,9 @@ fn tries_what_it_was_told() -> Result<()> {
 fn another_process_can_use_neither_session_nor_lease_nor_token() -> Result<()> {
     let node = Node::start(&[])?;
     let wire = Wire::new(&node.socket())?;
+    let donor = wire.member("donor", "")?;
+    let memory = donor.offer([1; 16], "SIM-1", 1, 1 << 20)?;
     let owner = wire.member("owner", "")?;
-    let memory = owner.offer([1; 16], "SIM-1", 1, 1 << 20)?;
     let grant = owner.lease("model", "SIM-0", 1, 64 << 10)?.grants[0].clone();
     owner.publish(grant.lease_id, grant.generation, &[[1; 16]])?;
     let token = grant

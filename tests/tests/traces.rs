@@ -81,8 +81,9 @@ fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()
     let (collector, _runtime, address) = Collector::start()?;
     let node = Node::start(&["--otlp-endpoint", &format!("http://{address}")])?;
     let wire = Wire::new(&node.socket())?;
+    let donor = wire.member("donor", "")?;
+    donor.offer([7; 16], "SIM-1", 1, 1 << 20)?;
     let member = wire.member("member", "")?;
-    member.offer([7; 16], "SIM-1", 1, 1 << 20)?;
     let leased = member.lease("model", "SIM-0", 1, 64 << 10)?;
     let grant = leased.grants.first().context("nothing was leased")?;
     let token = grant
