@@ -10,6 +10,15 @@ fn flags(arguments: &[&str]) -> Settings {
     Flags::try_parse_from(arguments).unwrap().settings
 }
 
+/// Runs a test while no other changes the environment, which is the process's.
+#[expect(clippy::result_large_err, reason = "figment's Jail dictates the type")]
+fn alone(test: impl FnOnce(&mut Jail)) {
+    Jail::expect_with(|jail| {
+        test(jail);
+        Ok(())
+    });
+}
+
 fn problem(file: &str, arguments: &[&str]) -> String {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("broker.toml");
@@ -20,13 +29,13 @@ fn problem(file: &str, arguments: &[&str]) -> String {
 }
 
 #[test]
-#[allow(clippy::result_large_err, reason = "figment's Jail dictates the type")]
 fn flags_win_over_environment_over_file_over_defaults() {
-    Jail::expect_with(|jail| {
+    alone(|jail| {
         jail.create_file(
             "broker.toml",
             "drain_ms = 10\npin_ms = 10\nmax_leases = 10\n",
-        )?;
+        )
+        .unwrap();
         jail.set_env("SWIFTCACHE_PIN_MS", "20");
         jail.set_env("SWIFTCACHE_MAX_LEASES", "20");
         jail.set_env("SWIFTCACHE_PORT", "tcp://10.0.0.1:1");
@@ -44,85 +53,92 @@ fn flags_win_over_environment_over_file_over_defaults() {
         jail.set_env("SWIFTCACHE_PIN_MS", "soon");
         let error = Config::load(None, &flags).unwrap_err().to_string();
         assert!(error.contains("SWIFTCACHE_PIN_MS"), "{error}");
-        Ok(())
     });
 }
 
 #[test]
 fn what_is_printed_reads_back_the_same() {
-    let flags = flags(&[
-        "--listen-tcp",
-        "127.0.0.1:7",
-        "--topology",
-        "pcie-4",
-        "--otlp-endpoint",
-        "http://127.0.0.1:4317",
-    ]);
-    let config = Config::load(None, &flags).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("broker.toml");
-    fs::write(&path, config.to_toml().unwrap()).unwrap();
-    assert_eq!(
-        Config::load(Some(&path), &Settings::default()).unwrap(),
-        config
-    );
+    alone(|_| {
+        let flags = flags(&[
+            "--listen-tcp",
+            "127.0.0.1:7",
+            "--topology",
+            "pcie-4",
+            "--otlp-endpoint",
+            "http://127.0.0.1:4317",
+        ]);
+        let config = Config::load(None, &flags).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("broker.toml");
+        fs::write(&path, config.to_toml().unwrap()).unwrap();
+        assert_eq!(
+            Config::load(Some(&path), &Settings::default()).unwrap(),
+            config
+        );
+    });
 }
 
 #[test]
 fn a_wrong_setting_is_named() {
-    let long = format!("socket = \"/{}\"", "s".repeat(120));
-    for (file, arguments, named) in [
-        ("drain_sm = 10", vec![], "drain_sm: is no setting"),
-        ("drain_ms = \"soon\"", vec![], "drain_ms"),
-        ("drain_ms = 0", vec![], "drain_ms: is 0; takes 1 to"),
-        ("drain_ms = 700000", vec![], "drain_ms"),
-        ("max_leases = 0", vec![], "max_leases"),
-        ("log = \"=,=\"", vec![], "log"),
-        ("log_format = \"xml\"", vec![], "log_format"),
-        ("probe = \"guess\"", vec![], "probe"),
-        ("listen_tcp = \"nowhere\"", vec![], "listen_tcp"),
-        ("listen_tcp = \"0.0.0.0:1\"", vec![], "beyond loopback"),
-        (
-            "otlp_endpoint = \"127.0.0.1:4317\"",
-            vec![],
-            "otlp_endpoint: ",
-        ),
-        (
-            "otlp_endpoint = \"https://c:4317\"",
-            vec![],
-            "otlp_endpoint: ",
-        ),
-        ("tls_cert = \"c\"", vec![], "tls_cert, tls_key"),
-        (
-            "topology = \"hgx-8\"",
-            vec!["--probe", "nvml"],
-            "topology: is of no use",
-        ),
-        ("not toml", vec![], "broker.toml"),
-        (long.as_str(), vec![], "socket: is 121 bytes"),
-        ("fd_socket = \"/a\"\nsocket = \"/a\"", vec![], "fd_socket"),
-    ] {
-        let problem = problem(file, &arguments);
-        assert!(problem.contains(named), "{problem:?} lacks {named:?}");
-    }
+    alone(|_| {
+        let long = format!("socket = \"/{}\"", "s".repeat(120));
+        for (file, arguments, named) in [
+            ("drain_sm = 10", vec![], "drain_sm: is no setting"),
+            ("drain_ms = \"soon\"", vec![], "drain_ms"),
+            ("drain_ms = 0", vec![], "drain_ms: is 0; takes 1 to"),
+            ("drain_ms = 700000", vec![], "drain_ms"),
+            ("max_leases = 0", vec![], "max_leases"),
+            ("log = \"=,=\"", vec![], "log"),
+            ("log_format = \"xml\"", vec![], "log_format"),
+            ("probe = \"guess\"", vec![], "probe"),
+            ("listen_tcp = \"nowhere\"", vec![], "listen_tcp"),
+            ("listen_tcp = \"0.0.0.0:1\"", vec![], "beyond loopback"),
+            (
+                "otlp_endpoint = \"127.0.0.1:4317\"",
+                vec![],
+                "otlp_endpoint: ",
+            ),
+            (
+                "otlp_endpoint = \"https://c:4317\"",
+                vec![],
+                "otlp_endpoint: ",
+            ),
+            ("tls_cert = \"c\"", vec![], "tls_cert, tls_key"),
+            (
+                "topology = \"hgx-8\"",
+                vec!["--probe", "nvml"],
+                "topology: is of no use",
+            ),
+            ("not toml", vec![], "broker.toml"),
+            (long.as_str(), vec![], "socket: is 121 bytes"),
+            ("fd_socket = \"/a\"\nsocket = \"/a\"", vec![], "fd_socket"),
+        ] {
+            let problem = problem(file, &arguments);
+            assert!(problem.contains(named), "{problem:?} lacks {named:?}");
+        }
+    });
 }
 
 #[test]
 fn a_missing_file_is_named() {
-    let missing = Path::new("/nowhere/broker.toml");
-    let error = Config::load(Some(missing), &Settings::default()).unwrap_err();
-    assert!(error.to_string().contains("/nowhere/broker.toml"));
+    alone(|_| {
+        let missing = Path::new("/nowhere/broker.toml");
+        let error = Config::load(Some(missing), &Settings::default()).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/broker.toml"));
+    });
 }
 
 #[test]
 fn tls_opens_tcp_beyond_loopback() {
-    let flags = flags(&[
-        "--listen-tcp=0.0.0.0:1",
-        "--tls-cert=c",
-        "--tls-key=k",
-        "--tls-client-ca=a",
-    ]);
-    Config::load(None, &flags).unwrap();
+    alone(|_| {
+        let flags = flags(&[
+            "--listen-tcp=0.0.0.0:1",
+            "--tls-cert=c",
+            "--tls-key=k",
+            "--tls-client-ca=a",
+        ]);
+        Config::load(None, &flags).unwrap();
+    });
 }
 
 #[test]

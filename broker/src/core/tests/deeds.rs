@@ -169,9 +169,12 @@ impl History {
             blocks: blocks.iter().map(|(n, slot)| (hash(*n), *slot)).collect(),
         });
         // Until a reply comes, and if none does, the broker may have told others.
+        self.drawn += 1;
+        let number = self.drawn;
         if let Some(mapping) = self.mapping(id, lease) {
             for (block, slot) in &blocks {
                 mapping.uses.insert(*slot, SlotUse::Published(*block));
+                mapping.spoken.insert(*slot, number);
             }
         }
         self.call(event, move |history, reply| {
@@ -181,9 +184,10 @@ impl History {
                 None => Vec::new(),
             };
             if let Some(mapping) = history.mapping(id, lease) {
-                for (number, (block, slot)) in (0..).zip(blocks) {
-                    let here = mapping.uses.get(&slot) == Some(&SlotUse::Published(block));
-                    if here && free_again.contains(&number) {
+                for (index, (block, slot)) in (0..).zip(blocks) {
+                    let here = mapping.uses.get(&slot) == Some(&SlotUse::Published(block))
+                        && mapping.spoken.get(&slot) == Some(&number);
+                    if here && free_again.contains(&index) {
                         mapping.uses.remove(&slot);
                     }
                 }
@@ -205,6 +209,13 @@ impl History {
             SlotUse::Published(block) => Some((hash(*block), *slot)),
             SlotUse::NotBefore(_) => None,
         });
+        self.drawn += 1;
+        let number = self.drawn;
+        if let Some(mapping) = self.mapping(client.caller.session, lease) {
+            mapping
+                .spoken
+                .extend(mapping.uses.keys().map(|slot| (*slot, number)));
+        }
         let event = Event::Publish(Publish {
             caller: client.caller,
             lease,

@@ -29,6 +29,8 @@ pub(super) struct Mapping {
     pub(super) namespace: String,
     pub(super) slots: u32,
     pub(super) uses: BTreeMap<u32, SlotUse>,
+    /// The last publishing that spoke of each slot: an answer to an earlier one says nothing of it any more.
+    pub(super) spoken: BTreeMap<u32, u64>,
 }
 
 /// A living process's end of a session.
@@ -211,6 +213,7 @@ impl World {
             namespace: namespace.to_owned(),
             slots: grant.slots,
             uses: BTreeMap::new(),
+            spoken: BTreeMap::new(),
         };
         client.mapped.entry(grant.lease).or_insert(mapping);
     }
