@@ -73,8 +73,9 @@ def test_without_a_broker_a_loan_waits_and_is_back_when_it_is_asked_back(
     bare_node: Node, cache: Make
 ) -> None:
     lender = Engine(cache(slabs=0, device="SIM-1"))
-    lender.cache.lend(1, [storage(lender)])
-    lender.cache.lend(2, [storage(lender)])
+    address, size = storage(lender)
+    lender.cache.lend(1, [(address, size // 2)])
+    lender.cache.lend(2, [(address + size // 2, size // 2)])
     lender.cache.take_back([1])
     assert lender.cache.returned_loans() == [1] and lender.cache.returned_loans() == []
     bare_node.start_broker()
@@ -101,3 +102,17 @@ def test_wrong_arguments_are_named(lender: Engine) -> None:
         lender.cache.lend(-1, [(address, size)])
     lender.cache.take_back([77])
     assert lender.cache.returned_loans() == []
+
+
+def test_no_byte_is_lent_twice(lender: Engine) -> None:
+    address, size = storage(lender)
+    lender.cache.lend(1, [(address, size // 2)])
+    with pytest.raises(ValueError, match=r"ranges\[1\].*lent already"):
+        lender.cache.lend(2, [(address + size // 2, 1 << 17), (address + size // 4, size // 2)])
+    with pytest.raises(ValueError, match=r"ranges\[1\].*lent already"):
+        lender.cache.lend(2, [(address + size // 2, 1 << 17), (address + size // 2 + 4096, 1 << 17)])
+    with pytest.raises(ValueError, match="loan"):
+        lender.cache.lend(1, [(address + size // 2, size // 2)])
+    lender.cache.take_back([1])
+    eventually("the loan", lambda: lender.cache.returned_loans() == [1])
+    lender.cache.lend(1, [(address, size)])

@@ -168,7 +168,8 @@ class Cache:
 
         Args:
             loan: a number that no other loan has.
-            ranges: address and bytes of each. Of each as much as can be exported is lent, as one slab: 64 KiB at least.
+            ranges: address and bytes of each; nothing of it is lent already. Of each as much as can be exported is lent,
+                as one slab: 64 KiB at least.
             after: the engine's work that may still touch them ends at this point of its stream; None: it is over.
         """
 
