@@ -13,6 +13,7 @@ use tonic::{
 };
 
 use super::CliError;
+use crate::session::is_lost;
 
 /// The longest an answer may take.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
@@ -60,16 +61,15 @@ impl Admin {
     }
 
     fn refused(&self, status: &Status) -> CliError {
-        let absent = |problem| CliError::NoBroker {
-            socket: self.socket.clone(),
-            problem,
-        };
-        match status.code() {
-            // What a broker says has no source; what the transport says has, under whatever code.
-            _ if status.source().is_some() => absent(reason(status)),
-            tonic::Code::Unavailable => absent(status.message().to_owned()),
-            code => CliError::Failed(format!("the broker refused: {} ({code})", status.message())),
+        if is_lost(status) {
+            let said = || status.message().to_owned();
+            return CliError::NoBroker {
+                socket: self.socket.clone(),
+                problem: status.source().map_or_else(said, reason),
+            };
         }
+        let (code, message) = (status.code(), status.message());
+        CliError::Failed(format!("the broker refused: {message} ({code})"))
     }
 
     /// Asks, and asks once more over a new connection when the old one is dead: that is noticed only while somebody

@@ -44,6 +44,7 @@ pub use messages::{Demand, Found, Leased, OfferedRegion, Unpublished, WithdrawWh
 use observer::Observers;
 pub use observer::{Connected, Held, Observer, Revocation, Scrub};
 use report::Tally;
+pub(crate) use rpc::is_lost;
 
 use crate::{Error, Result};
 

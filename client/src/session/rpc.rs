@@ -35,6 +35,11 @@ enum Fault {
     Answer(String),
 }
 
+/// Whether it is no broker that says so. A lost connection has many codes, but always a cause below gRPC.
+pub(crate) fn is_lost(status: &Status) -> bool {
+    status.code() == Code::Unavailable || status.source().is_some()
+}
+
 impl From<Status> for Fault {
     fn from(status: Status) -> Self {
         Self::Status(Box::new(status))
@@ -331,15 +336,10 @@ impl Session {
                     call: name,
                     problem,
                 }),
-                // A lost connection has many codes, but always a cause below gRPC.
-                Ok(Err(Fault::Status(status)))
-                    if status.code() == Code::Unavailable || status.source().is_some() =>
-                {
-                    Err(Error::Disconnected {
-                        socket: shared.config.socket.clone(),
-                        problem: status.message().to_owned(),
-                    })
-                }
+                Ok(Err(Fault::Status(status))) if is_lost(&status) => Err(Error::Disconnected {
+                    socket: shared.config.socket.clone(),
+                    problem: status.message().to_owned(),
+                }),
                 Ok(Err(Fault::Status(status))) => Err(Error::Refused { call: name, status }),
                 Err(_) => Err(Error::Deadline { call: name, limit }),
             }
