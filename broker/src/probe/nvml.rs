@@ -148,7 +148,7 @@ fn nvlink_speed(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> Opti
         if !link.is_active().unwrap_or(false) {
             continue;
         }
-        version = version.or(link.version().ok());
+        version = version.or_else(|| link.version().ok());
         match link.remote_pci_info() {
             Ok(remote) if remote.bus_id == peer => direct += 1,
             Ok(remote) if is_gpu(&remote.bus_id, all) => {}
