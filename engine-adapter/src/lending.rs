@@ -15,6 +15,7 @@ use swiftcache_client::{
     Error,
     device::{Ticket, foreign},
     donor::{DonorStatus, Lender},
+    session::Session,
 };
 use swiftcache_proto::domain::RegionId;
 use tracing::warn;
@@ -41,19 +42,31 @@ pub(crate) struct Lending {
 
 #[derive(Debug, Default)]
 struct State {
-    /// With which to lend, once the broker has been there.
-    open: Option<(Arc<Lender>, Arc<Place>)>,
-    drain: Duration,
+    /// Where there is a broker to lend through, once it has been there.
+    ground: Option<Ground>,
+    /// Opened for the first loan: most engines lend nothing.
+    lender: Option<Arc<Lender>>,
     loans: BTreeMap<u64, Loan>,
-    /// The ranges of each.
-    out: BTreeMap<u64, Vec<Range>>,
     /// Why the last loan could not be lent.
     problem: String,
     closed: bool,
 }
 
+#[derive(Clone, Debug)]
+struct Ground {
+    session: Session,
+    place: Arc<Place>,
+    drain: Duration,
+}
+
 #[derive(Debug)]
-enum Loan {
+struct Loan {
+    ranges: Vec<Range>,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
     Waiting(Wanted),
     /// The thread is at it; asked back meanwhile or not.
     Starting {
@@ -70,17 +83,16 @@ enum Loan {
 #[derive(Debug)]
 struct Wanted {
     pool: Arc<Pool>,
-    ranges: Vec<Range>,
-    /// The engine's work that may still touch them.
+    /// The engine's work that may still touch it.
     after: Option<Ticket>,
 }
 
 impl Loan {
     fn is_back(&self) -> bool {
-        match self {
-            Self::Waiting(_) | Self::Starting { .. } => false,
-            Self::Lent { out, .. } => out.strong_count() == 0,
-            Self::Back => true,
+        match &self.stage {
+            Stage::Waiting(_) | Stage::Starting { .. } => false,
+            Stage::Lent { out, .. } => out.strong_count() == 0,
+            Stage::Back => true,
         }
     }
 }
@@ -88,12 +100,13 @@ impl Loan {
 impl State {
     /// Checks that neither the number nor any byte is lent already, or twice in this loan.
     fn check_new(&self, number: u64, ranges: &[Range]) -> Result<()> {
-        if self.out.contains_key(&number) {
+        if self.loans.contains_key(&number) {
             let problem = format!("is {number}, which is not back yet");
             return Err(Failure::argument("loan", problem));
         }
         for (at, (address, bytes)) in ranges.iter().enumerate() {
-            let mut others = (self.out.values().flatten()).chain(&ranges[..at]);
+            let lent = self.loans.values().flat_map(|loan| &loan.ranges);
+            let mut others = lent.chain(&ranges[..at]);
             if others.any(|(first, size)| address < &(first + size) && first < &(address + bytes)) {
                 let problem =
                     format!("{bytes} bytes at {address:#x} are lent already, in part or whole");
@@ -101,6 +114,17 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    /// The first loan that waits, which is starting from now on.
+    fn take_waiting(&mut self) -> Option<(u64, Wanted, Vec<Range>)> {
+        let waits = |loan: &Loan| matches!(loan.stage, Stage::Waiting(_));
+        let (number, loan) = self.loans.iter_mut().find(|(_, loan)| waits(loan))?;
+        let starting = Stage::Starting { asked_back: false };
+        match std::mem::replace(&mut loan.stage, starting) {
+            Stage::Waiting(wanted) => Some((*number, wanted, loan.ranges.clone())),
+            _ => None,
+        }
     }
 }
 
@@ -125,16 +149,11 @@ impl Lending {
         }
         let mut state = self.state.lock();
         state.check_new(number, &ranges)?;
-        state.out.insert(number, ranges.clone());
-        let loan = match state.closed {
-            true => Loan::Back,
-            false => Loan::Waiting(Wanted {
-                pool,
-                ranges,
-                after,
-            }),
+        let stage = match state.closed {
+            true => Stage::Back,
+            false => Stage::Waiting(Wanted { pool, after }),
         };
-        state.loans.insert(number, loan);
+        state.loans.insert(number, Loan { ranges, stage });
         self.changed.notify_all();
         Ok(())
     }
@@ -144,14 +163,14 @@ impl Lending {
         let mut state = self.state.lock();
         let mut asked = Vec::new();
         for number in numbers {
-            match state.loans.get_mut(number) {
-                Some(waiting @ Loan::Waiting(_)) => *waiting = Loan::Back,
-                Some(Loan::Starting { asked_back }) => *asked_back = true,
-                Some(Loan::Lent { regions, .. }) => asked.extend(regions.iter().copied()),
-                Some(Loan::Back) | None => {}
+            match state.loans.get_mut(number).map(|loan| &mut loan.stage) {
+                Some(waiting @ Stage::Waiting(_)) => *waiting = Stage::Back,
+                Some(Stage::Starting { asked_back }) => *asked_back = true,
+                Some(Stage::Lent { regions, .. }) => asked.extend(regions.iter().copied()),
+                Some(Stage::Back) | None => {}
             }
         }
-        let lender = state.open.as_ref().map(|(lender, _)| Arc::clone(lender));
+        let lender = state.lender.clone();
         drop(state);
         if let Some(lender) = lender {
             lender.take_back(&asked);
@@ -161,16 +180,9 @@ impl Lending {
 
     /// Loans that have come back since this was last asked, asked for or not.
     pub(crate) fn take_returned(&self) -> Vec<u64> {
-        let mut state = self.state.lock();
-        let returned: Vec<u64> = (state.loans.iter())
-            .filter(|(_, loan)| loan.is_back())
-            .map(|(number, _)| *number)
-            .collect();
-        for number in &returned {
-            state.loans.remove(number);
-            state.out.remove(number);
-        }
-        returned
+        let loans = &mut self.state.lock().loans;
+        let returned = loans.extract_if(.., |_, loan| loan.is_back());
+        returned.map(|(number, _)| number).collect()
     }
 
     pub(crate) fn problem(&self) -> String {
@@ -179,85 +191,80 @@ impl Lending {
 
     /// What is lent now, and how giving back went.
     pub(crate) fn status(&self) -> DonorStatus {
-        let open = &self.state.lock().open;
-        (open.as_ref()).map_or_else(DonorStatus::default, |(lender, _)| lender.status())
+        let lender = self.state.lock().lender.clone();
+        lender.map_or_else(DonorStatus::default, |lender| lender.status())
     }
 
     /// The broker is there: everything that waits is lent.
-    pub(crate) fn open(&self, lender: Lender, place: Arc<Place>, drain: Duration) {
+    pub(crate) fn open(&self, session: Session, place: Arc<Place>, drain: Duration) {
         let mut state = self.state.lock();
         if !state.closed {
-            state.open = Some((Arc::new(lender), place));
-            state.drain = drain;
+            state.ground = Some(Ground {
+                session,
+                place,
+                drain,
+            });
         }
         self.changed.notify_all();
     }
 
-    /// Asks for everything back and waits for it as long as healthy borrowers may take. What has not come then stays
-    /// unreturned for good: it is let go of because the engine is about to.
+    /// Asks for everything back and waits for it as long as healthy borrowers may take. What has not come then is never
+    /// said to be back.
     pub(crate) fn close(&self) {
-        let open = {
+        let ground = {
             let mut state = self.state.lock();
             state.closed = true;
             for loan in state.loans.values_mut() {
-                if let Loan::Waiting(_) = loan {
-                    *loan = Loan::Back;
+                if let Stage::Waiting(_) = loan.stage {
+                    loan.stage = Stage::Back;
                 }
             }
-            state.open.take()
+            state.ground.take()
         };
         self.changed.notify_all();
         if let Some(thread) = self.thread.lock().take() {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
-        let Some((lender, _)) = open else {
+        let lender = self.state.lock().lender.take();
+        let (Some(ground), Some(lender)) = (ground, lender) else {
             return;
         };
-        let limit = self.state.lock().drain + CLOSE_MARGIN;
         let began = Instant::now();
-        if !lender.take_all_back(limit) {
+        if !lender.take_all_back(ground.drain + CLOSE_MARGIN) {
             let waited_ms = began.elapsed().as_millis();
             warn!(
                 waited_ms,
-                "part of the pool is let go of while it is still lent"
+                "part of the pool is still lent, and stays as it is until this process ends"
             );
-            // Before the lender goes, which ends them all.
-            let mut state = self.state.lock();
-            state.loans.retain(|_, loan| loan.is_back());
         }
     }
 
     fn work(&self) {
         let mut state = self.state.lock();
         while !state.closed {
-            let waiting = (state.loans.iter())
-                .find(|(_, loan)| matches!(loan, Loan::Waiting(_)))
-                .map(|(number, _)| *number);
-            let (Some(number), Some((lender, place))) = (waiting, state.open.clone()) else {
+            let ground = state.ground.clone();
+            let next = ground.and_then(|ground| Some((ground, state.take_waiting()?)));
+            let Some((ground, (number, wanted, ranges))) = next else {
                 self.changed.wait(&mut state);
                 continue;
             };
-            let starting = Loan::Starting { asked_back: false };
-            let Some(Loan::Waiting(wanted)) = state.loans.insert(number, starting) else {
-                continue;
-            };
             drop(state);
-            let lent = start(&lender, &place, &wanted);
-            // So that closing finds nobody else's.
-            drop((lender, place));
-            state = self.state.lock();
-            let asked_back = matches!(
-                state.loans.get(&number),
-                Some(Loan::Starting { asked_back: true })
-            );
-            let (loan, failure) = lent;
+            let (stage, failure) = match self.lender(&ground) {
+                Ok(lender) => start(&lender, &ground.place, &wanted, &ranges),
+                Err(error) => (Stage::Back, Some(error)),
+            };
             let failed = failure.is_some();
+            state = self.state.lock();
             if let Some(error) = failure {
                 warn!(%error, "the engine's pool cannot be lent");
                 state.problem = error.to_string();
             }
-            state.loans.insert(number, loan);
+            let mut asked_back = false;
+            if let Some(loan) = state.loans.get_mut(&number) {
+                let before = std::mem::replace(&mut loan.stage, stage);
+                asked_back = matches!(before, Stage::Starting { asked_back: true });
+            }
             if asked_back || failed {
                 drop(state);
                 self.take_back(&[number]);
@@ -265,18 +272,36 @@ impl Lending {
             }
         }
     }
+
+    /// Only the thread opens one.
+    fn lender(&self, ground: &Ground) -> std::result::Result<Arc<Lender>, Error> {
+        if let Some(lender) = &self.state.lock().lender {
+            return Ok(Arc::clone(lender));
+        }
+        let (session, place) = (ground.session.clone(), &ground.place);
+        let layer = Arc::clone(&place.layer);
+        let lender = Lender::open(session, layer, place.device.clone(), ground.drain)?;
+        let lender = Arc::new(lender);
+        self.state.lock().lender = Some(Arc::clone(&lender));
+        Ok(lender)
+    }
 }
 
 /// Lends every range of a loan, up to the first that fails, and says why that did.
-fn start(lender: &Lender, place: &Place, wanted: &Wanted) -> (Loan, Option<Error>) {
+fn start(
+    lender: &Lender,
+    place: &Place,
+    wanted: &Wanted,
+    ranges: &[Range],
+) -> (Stage, Option<Error>) {
     let token = Arc::new(());
-    let mut regions = Vec::with_capacity(wanted.ranges.len());
+    let mut regions = Vec::with_capacity(ranges.len());
     let mut lend_all = || -> std::result::Result<(), Error> {
         if let Some(after) = &wanted.after {
             after.wait()?;
         }
         let (layer, device) = (&*place.layer, &place.device);
-        for range in &wanted.ranges {
+        for range in ranges {
             let pool = wanted.pool.adopt_range(layer, device, *range)?;
             let back = Box::new(Arc::clone(&token));
             let lent = foreign::lend_pool(layer, &pool, 0, range.1, back)?;
@@ -286,5 +311,5 @@ fn start(lender: &Lender, place: &Place, wanted: &Wanted) -> (Loan, Option<Error
     };
     let failure = lend_all().err();
     let out = Arc::downgrade(&token);
-    (Loan::Lent { regions, out }, failure)
+    (Stage::Lent { regions, out }, failure)
 }

@@ -12,7 +12,6 @@ use swiftcache_client::{
     Error,
     borrower::{Borrower, BorrowerConfig, PagedKv},
     device::{Choice, DeviceLayer, Ticket, open_node},
-    donor::Lender,
     session::{Connected, Observer, Session},
 };
 use swiftcache_proto::domain::DeviceUuid;
@@ -224,7 +223,8 @@ impl Worker {
                 .and_then(|layer| self.open(session, layer));
             match opened {
                 Ok(opened) => {
-                    self.open_lending(session, &opened.place);
+                    let (place, drain) = (Arc::clone(&opened.place), self.settings.lend_drain);
+                    self.lending.open(session.clone(), place, drain);
                     return self.install(opened);
                 }
                 Err(error) => {
@@ -261,16 +261,6 @@ impl Worker {
             place: Arc::new(Place { layer, device }),
             kv: Mutex::new(None),
         })
-    }
-
-    /// What is to be lent is from now on.
-    fn open_lending(&self, session: &Session, place: &Arc<Place>) {
-        let (layer, device) = (Arc::clone(&place.layer), place.device.clone());
-        let drain = self.settings.lend_drain;
-        match Lender::open(session.clone(), layer, device, drain) {
-            Ok(lender) => self.lending.open(lender, Arc::clone(place), drain),
-            Err(error) => warn!(%error, "the engine lends nothing"),
-        }
     }
 
     /// Puts it to use, with the pool that was registered meanwhile.
