@@ -275,6 +275,17 @@ def connector(role: KVConnectorRole, lend: float = 0.5, longest: int = 8 * stage
     return SwiftCacheConnector(config, role, stage.kv_config(blocks=40))
 
 
+@pytest.fixture
+def engine(native, monkeypatch):
+    """An engine that lends: both halves of its connector, and its block pool."""
+    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
+    scheduler, worker = connector(KVConnectorRole.SCHEDULER), connector(KVConnectorRole.WORKER)
+    worker.register_kv_caches(caches(blocks=40))
+    pool = BlockPool(40, enable_caching=True, hash_block_size=stage.BLOCK)
+    bind(scheduler, pool)
+    return scheduler, worker, pool
+
+
 def bind(scheduler, pool) -> None:
     scheduler.bind_kv_cache_manager(SimpleNamespace(block_pool=pool))
 
@@ -283,12 +294,8 @@ def nothing() -> SimpleNamespace:
     return stage.output({}, {})
 
 
-def test_the_facade_lends(native, monkeypatch) -> None:
-    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
-    scheduler, worker = connector(KVConnectorRole.SCHEDULER), connector(KVConnectorRole.WORKER)
-    worker.register_kv_caches(caches(blocks=40))
-    pool = BlockPool(40, enable_caching=True, hash_block_size=stage.BLOCK)
-    bind(scheduler, pool)
+def test_the_facade_lends(engine) -> None:
+    scheduler, worker, pool = engine
     assert scheduler.has_pending_push_work()
     lent = hand(scheduler, worker, nothing())
     assert [job.last - job.first for job in lent.lend] == [2] * 8 and pool.get_num_free_blocks() == 23
@@ -333,12 +340,8 @@ def test_an_engine_that_has_nothing_to_lend_says_so_at_start(native) -> None:
     connector(KVConnectorRole.SCHEDULER, lend=0, longest=40 * stage.BLOCK)
 
 
-def test_a_pool_that_goes_to_sleep_says_what_is_back(native, monkeypatch) -> None:
-    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
-    scheduler, worker = connector(KVConnectorRole.SCHEDULER), connector(KVConnectorRole.WORKER)
-    worker.register_kv_caches(caches(blocks=40))
-    pool = BlockPool(40, enable_caching=True, hash_block_size=stage.BLOCK)
-    bind(scheduler, pool)
+def test_a_pool_that_goes_to_sleep_says_what_is_back(engine, monkeypatch) -> None:
+    scheduler, worker, pool = engine
     lent = [job.loan for job in hand(scheduler, worker, nothing()).lend]
     stuck, cache = lent[0], worker.worker._cache
     # Closing takes back what it can.
