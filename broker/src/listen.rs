@@ -13,7 +13,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use rustix::fs::{Gid, Mode, chmod, chown};
+use rustix::{
+    fs::{Gid, Mode, chmod, chown, fchmod},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, UnixListener},
@@ -31,6 +34,8 @@ use crate::{
     peer::Peer,
 };
 
+/// Connections that may wait to be accepted; the kernel's own limit may be lower.
+const BACKLOG: i32 = 4096;
 /// Owner and group may connect, nobody else.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -67,11 +72,8 @@ pub fn bind_unix(
     clear_stale(path, what, key)?;
     let group = group.map(group_id).transpose()?;
 
-    // Nobody may connect before mode and group are set.
-    let umask = rustix::process::umask(Mode::from_raw_mode(0o777));
-    let bound = StdUnixListener::bind(path);
-    rustix::process::umask(umask);
-    let listener = bound.map_err(BrokerError::file("bind", path))?;
+    let listener =
+        bind_closed(path).map_err(|error| BrokerError::file("bind", path)(error.into()))?;
     let bound = BoundSocket {
         path: path.to_owned(),
         _lock: lock,
@@ -87,6 +89,16 @@ pub fn bind_unix(
         .and_then(|()| UnixListener::from_std(listener))
         .map(|listener| (listener, bound))
         .map_err(BrokerError::file("listen on", path))
+}
+
+/// Binds a socket that nobody may connect to yet: a socket file gets its mode from the socket's own.
+fn bind_closed(path: &Path) -> rustix::io::Result<StdUnixListener> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    fchmod(&socket, Mode::empty())?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Removes a socket that nobody serves any more.
@@ -254,7 +266,7 @@ mod tests {
 
     use super::*;
 
-    fn bind(path: &Path) -> Result<(UnixListener, BoundSocket), BrokerError> {
+    fn bind_for_broker(path: &Path) -> Result<(UnixListener, BoundSocket), BrokerError> {
         bind_unix(path, None, "socket")
     }
 
@@ -262,7 +274,7 @@ mod tests {
     async fn a_socket_is_for_owner_and_group_and_goes_with_the_broker() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/broker.sock");
-        let bound = bind(&path).unwrap();
+        let bound = bind_for_broker(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, SOCKET_MODE);
         drop(bound);
         assert!(!path.exists());
@@ -273,25 +285,29 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("broker.sock");
         let other = StdUnixListener::bind(&path).unwrap();
-        let refused = bind(&path).err().unwrap().to_string();
+        let refused = bind_for_broker(&path).err().unwrap().to_string();
         assert!(refused.contains("broker.sock"), "{refused}");
         drop(other);
-        bind(&path).unwrap();
+        // A child that another test is just starting may hold it for a moment yet.
+        while let Err(error) = bind_for_broker(&path) {
+            assert!(matches!(error, BrokerError::Taken { .. }), "{error}");
+            std::thread::yield_now();
+        }
     }
 
     #[tokio::test]
     async fn a_second_broker_is_told_so_and_a_file_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("broker.sock");
-        let first = bind(&path).unwrap();
+        let first = bind_for_broker(&path).unwrap();
         assert!(matches!(
-            bind(&path).err(),
+            bind_for_broker(&path).err(),
             Some(BrokerError::Taken { key: "socket", .. })
         ));
         drop(first);
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            bind(&path).err(),
+            bind_for_broker(&path).err(),
             Some(BrokerError::NotASocket(_))
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");

@@ -47,7 +47,7 @@ fn settings(
     device: &str,
     backend: &str,
     share: bool,
-    lend_drain_ms: u64,
+    (lookup_ms, lend_drain_ms): (u64, u64),
 ) -> Result<Settings> {
     let choice: Choice = backend
         .parse()
@@ -66,6 +66,7 @@ fn settings(
     config.lease_step_bytes = lease_step_bytes.unwrap_or(config.lease_step_bytes);
     config.host_tier_bytes = host_tier_bytes;
     config.share = share;
+    config.lookup_limit = arguments::milliseconds(lookup_ms);
     config.check()?;
     Ok(Settings {
         config,
@@ -79,7 +80,7 @@ fn settings(
 impl Cache {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "Python callers name them")]
-    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lend_drain_ms = 0))]
+    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lookup_ms = 250, lend_drain_ms = 0))]
     fn new(
         py: Python<'_>,
         connection: &Bound<'_, Connection>,
@@ -91,6 +92,7 @@ impl Cache {
         device: &str,
         backend: &str,
         share: bool,
+        lookup_ms: u64,
         lend_drain_ms: u64,
     ) -> PyResult<Self> {
         let connection = connection.get();
@@ -105,8 +107,9 @@ impl Cache {
         let host_tier_bytes =
             host_tier_bytes.map_or(Ok(0), |bytes| arguments::number("host_tier_bytes", bytes))?;
         let bytes = (max_leased_bytes, lease_step_bytes, host_tier_bytes);
+        let limits = (lookup_ms, lend_drain_ms);
         unlocked(py, || {
-            let settings = settings(layout, bytes, device, backend, share, lend_drain_ms)?;
+            let settings = settings(layout, bytes, device, backend, share, limits)?;
             let session = connection
                 .session()
                 .ok_or_else(|| Failure::argument("connection", "is closed"))?;

@@ -1,6 +1,9 @@
 //! An engine whose KV bytes are a function of block and layer, so that every byte it gets back can be checked.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
@@ -9,6 +12,8 @@ use swiftcache_client::{
     session::Session,
 };
 use swiftcache_proto::domain::{BlockHash, DeviceUuid};
+
+use crate::PATIENCE;
 
 /// Bytes of a block in each layer.
 pub const LAYERS: [u64; 4] = [4096, 2048, 8192, 2048];
@@ -66,6 +71,8 @@ pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
     };
     let mut config = BorrowerConfig::new(device, layout, slabs * SLAB_BYTES);
     config.lease_step_bytes = SLAB_BYTES;
+    config.lookup_limit = PATIENCE;
+    config.drain.move_for = PATIENCE;
     config
 }
 
@@ -235,11 +242,11 @@ impl Engine {
 /// Tries until something holds.
 ///
 /// # Errors
-/// When it does not after a minute, or trying fails.
+/// When it does not within [`PATIENCE`], or trying fails.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !holds()? {
-        let in_time = std::time::Instant::now() < deadline;
+        let in_time = Instant::now() < deadline;
         in_time
             .then_some(())
             .with_context(|| format!("waited in vain for {what}"))?;

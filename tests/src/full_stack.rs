@@ -90,7 +90,15 @@ fn donate(node: &Node, device: usize, handle: &str) -> Result<Program> {
         .args(["donate", "--device", node.device(device).as_str()])
         .args(["--bytes", &(SLABS * SLAB_BYTES).to_string()])
         .args(["--slab", &SLAB_BYTES.to_string()])
-        .args(["--handle", handle, "--drain", "2s", "--socket"])
+        .args([
+            "--handle",
+            handle,
+            "--drain",
+            "2s",
+            "--leave-within",
+            "180s",
+            "--socket",
+        ])
         .arg(node.socket());
     Program::start(&mut command)
 }

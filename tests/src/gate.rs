@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Result;
 use rand::{Rng, rngs::StdRng};
-use swiftcache_client::session::{Session, SessionConfig};
+use swiftcache_client::session::Session;
 use swiftcache_proto::v1::{
     self,
     broker_client::BrokerClient,
@@ -24,7 +24,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-use crate::node::Node;
+use crate::node::{self, Node};
 
 /// What became of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,11 +130,7 @@ impl Gate {
     /// # Errors
     /// When the broker does not answer.
     pub fn session(&self, name: &str) -> Result<Session> {
-        Ok(Session::connect(SessionConfig {
-            socket: self.socket.clone(),
-            name: name.to_owned(),
-            tenant: String::new(),
-        })?)
+        node::connect(self.socket.clone(), name)
     }
 
     /// Refuses the next so many calls of a name, which the broker never hears of.

@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::{Read, Write},
+    net::TcpStream,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Command,
@@ -20,6 +22,7 @@ use swiftcache_proto::{
 use tempfile::TempDir;
 
 use crate::{
+    PATIENCE,
     engine::eventually,
     programs::{Program, program},
 };
@@ -221,6 +224,38 @@ impl Node {
         Ok(fs::remove_file(self.directory.path().join("ledger"))?)
     }
 
+    /// Where the broker serves its metrics, as its log says; one of level info, in a file.
+    ///
+    /// # Errors
+    /// When it does not say so.
+    pub fn metrics_address(&self) -> Result<String> {
+        let log = self.setup.log_file.as_ref().context("no log file")?;
+        let mut address = String::new();
+        eventually("the broker to say its address", || {
+            let log = fs::read_to_string(log)?;
+            let said = log.rsplit_once("metrics=").map(|(_, rest)| rest);
+            let said = said.and_then(|rest| rest.split_whitespace().next());
+            address = said
+                .unwrap_or_default()
+                .trim_matches(|c: char| !c.is_ascii_digit())
+                .to_owned();
+            Ok(!address.is_empty())
+        })?;
+        Ok(address)
+    }
+
+    /// The broker's metrics, status line and headers included.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = TcpStream::connect(self.metrics_address()?)?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    }
+
     /// The broker's socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("broker.sock")
@@ -269,12 +304,22 @@ impl Node {
     /// # Errors
     /// When the broker does not answer.
     pub fn session(&self, name: &str) -> Result<Session> {
-        Ok(Session::connect(SessionConfig {
-            socket: self.socket(),
-            name: name.to_owned(),
-            tenant: String::new(),
-        })?)
+        connect(self.socket(), name)
     }
+}
+
+/// Connects a session, however busy the machine is.
+///
+/// # Errors
+/// When the broker does not answer.
+pub(crate) fn connect(socket: PathBuf, name: &str) -> Result<Session> {
+    let session = Session::start(SessionConfig {
+        socket,
+        name: name.to_owned(),
+        tenant: String::new(),
+    })?;
+    session.wait_connected(PATIENCE)?;
+    Ok(session)
 }
 
 fn found(gpus: &[Device]) -> Topology {

@@ -1,9 +1,10 @@
 //! The node as its operator sees it, and whether its accounts hold.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, error::Error as _};
 
 use anyhow::{Result, ensure};
-use swiftcache_proto::v1::{self, LeaseState};
+use swiftcache_proto::v1::{self, LeaseState, admin_client::AdminClient};
+use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{engine::eventually, node::Node, wire::Wire};
 
@@ -34,11 +35,7 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn node(&self) -> Result<v1::GetNodeResponse> {
-        let mut admin = self.wire.admin();
-        Ok(self
-            .wire
-            .wait(admin.get_node(v1::GetNodeRequest {}))?
-            .into_inner())
+        self.ask(async |mut admin| admin.get_node(v1::GetNodeRequest {}).await)
     }
 
     /// Every session.
@@ -46,11 +43,9 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn sessions(&self) -> Result<Vec<v1::SessionStatus>> {
-        let mut admin = self.wire.admin();
-        let answer = self
-            .wire
-            .wait(admin.list_sessions(v1::ListSessionsRequest {}))?;
-        Ok(answer.into_inner().sessions)
+        let answer =
+            self.ask(async |mut admin| admin.list_sessions(v1::ListSessionsRequest {}).await)?;
+        Ok(answer.sessions)
     }
 
     /// Every region.
@@ -58,13 +53,9 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn regions(&self) -> Result<Vec<v1::RegionStatus>> {
-        let mut admin = self.wire.admin();
-        let request = v1::ListRegionsRequest::default();
-        Ok(self
-            .wire
-            .wait(admin.list_regions(request))?
-            .into_inner()
-            .regions)
+        let answer = self
+            .ask(async |mut admin| admin.list_regions(v1::ListRegionsRequest::default()).await)?;
+        Ok(answer.regions)
     }
 
     /// Every lease.
@@ -72,13 +63,9 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn leases(&self) -> Result<Vec<v1::LeaseStatus>> {
-        let mut admin = self.wire.admin();
-        let request = v1::ListLeasesRequest::default();
-        Ok(self
-            .wire
-            .wait(admin.list_leases(request))?
-            .into_inner()
-            .leases)
+        let answer =
+            self.ask(async |mut admin| admin.list_leases(v1::ListLeasesRequest::default()).await)?;
+        Ok(answer.leases)
     }
 
     /// Every namespace.
@@ -86,11 +73,9 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn namespaces(&self) -> Result<Vec<v1::NamespaceStatus>> {
-        let mut admin = self.wire.admin();
-        let answer = self
-            .wire
-            .wait(admin.list_namespaces(v1::ListNamespacesRequest {}))?;
-        Ok(answer.into_inner().namespaces)
+        let answer =
+            self.ask(async |mut admin| admin.list_namespaces(v1::ListNamespacesRequest {}).await)?;
+        Ok(answer.namespaces)
     }
 
     /// The last events.
@@ -98,16 +83,26 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn events(&self) -> Result<Vec<v1::EventRecord>> {
-        let mut admin = self.wire.admin();
         let request = v1::ListEventsRequest {
             limit: 1_000,
             ..Default::default()
         };
-        Ok(self
-            .wire
-            .wait(admin.list_events(request))?
-            .into_inner()
-            .events)
+        let answer = self.ask(async |mut admin| admin.list_events(request.clone()).await)?;
+        Ok(answer.events)
+    }
+
+    /// Asks, and once more when the connection was to a broker that is gone since.
+    fn ask<T>(
+        &self,
+        call: impl AsyncFn(AdminClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T> {
+        let answer = match self.wire.wait(call(self.wire.admin())) {
+            Err(status) if status.code() == Code::Unavailable || status.source().is_some() => {
+                self.wire.wait(call(self.wire.admin()))
+            }
+            answer => answer,
+        };
+        Ok(answer?.into_inner())
     }
 
     /// The node's account, after checking that its devices' accounts balance and make it up, and that no slab is
@@ -132,15 +127,18 @@ impl Operator {
     /// # Errors
     /// When they do not.
     pub fn settled(&self) -> Result<v1::Account> {
-        let total = self.account()?;
+        let mut seen = Default::default();
+        eventually("nothing to change while it is looked at", || {
+            seen = (self.account()?, self.regions()?, self.leases()?);
+            Ok(seen.0 == self.account()?)
+        })?;
+        let (total, regions, leases) = seen;
         balanced(
             &total,
-            self.regions()?
-                .into_iter()
-                .filter_map(|region| region.account),
+            regions.into_iter().filter_map(|region| region.account),
         )?;
         let mut by_state = BTreeMap::new();
-        for lease in self.leases()? {
+        for lease in leases {
             *by_state.entry(lease.state()).or_insert(0) += lease.bytes;
         }
         let bytes = |state| by_state.get(&state).copied().unwrap_or(0);
@@ -154,7 +152,7 @@ impl Operator {
     /// Waits until the node's account is as it should be; it balances all the while.
     ///
     /// # Errors
-    /// When it is not after a minute.
+    /// When it never is.
     pub fn eventually(&self, what: &str, holds: impl Fn(&v1::Account) -> bool) -> Result<()> {
         let mut last = v1::Account::default();
         eventually(what, || {

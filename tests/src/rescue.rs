@@ -1,11 +1,10 @@
 //! A borrower whose every slab is revoked, and what it still finds: what moving blocks out of revoked slabs is worth.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use swiftcache_client::donor::{Donor, DonorConfig};
 
 use crate::{
+    PATIENCE,
     engine::{self, BLOCK_BYTES, Engine, SLAB_BYTES, eventually},
     node::Node,
 };
@@ -36,7 +35,7 @@ pub fn found_after_revocation(move_blocks: bool) -> Result<Vec<u32>> {
     let config = DonorConfig {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
-        drain: Duration::from_secs(30),
+        drain: PATIENCE,
         handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
@@ -44,8 +43,6 @@ pub fn found_after_revocation(move_blocks: bool) -> Result<Vec<u32>> {
     let mut config = engine::config(node.device(0), CONVERSATIONS.into());
     config.host_tier_bytes = u64::from(ROOM * BLOCKS) * BLOCK_BYTES;
     config.drain.move_blocks = move_blocks;
-    // Not to be in the way on a busy machine.
-    config.drain.move_for = Duration::from_secs(10);
     let engine = Engine::new(Some(node.session("engine")?), node.layer()?, config)?;
     engine.reserve(CONVERSATIONS.into())?;
     for conversation in 0..CONVERSATIONS {

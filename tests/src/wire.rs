@@ -5,7 +5,6 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -24,10 +23,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use crate::PATIENCE;
 pub use crate::descriptors::{exchange, fetch, memory};
-
-/// The longest an answer may take: past it the test has failed.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A connection to the broker.
 #[derive(Clone, Debug)]
@@ -50,7 +47,7 @@ impl Wire {
         let channel = {
             let _inside = runtime.enter();
             Endpoint::try_from(format!("unix://{}", socket.display()))?
-                .timeout(LIMIT)
+                .timeout(PATIENCE)
                 .connect_lazy()
         };
         Ok(Self {
@@ -67,7 +64,7 @@ impl Wire {
     pub fn another(&self, socket: &Path) -> Result<Self> {
         let _inside = self.runtime.enter();
         let channel = Endpoint::try_from(format!("unix://{}", socket.display()))?
-            .timeout(LIMIT)
+            .timeout(PATIENCE)
             .connect_lazy();
         Ok(Self {
             channel,
@@ -321,7 +318,7 @@ impl Stream {
         let receive = &mut self.receive;
         let next = self
             .wire
-            .wait(async { tokio::time::timeout(LIMIT, receive.message()).await });
+            .wait(async { tokio::time::timeout(PATIENCE, receive.message()).await });
         let message = next.context("the broker says nothing")??;
         let message = message.context("the stream ended")?.message;
         message.context("an empty message")

@@ -12,11 +12,12 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use swiftcache_client::{
-    borrower::{Borrower, Tier},
+    borrower::{Borrower, BorrowerConfig, Tier},
     donor::{Donor, DonorConfig},
 };
 use swiftcache_proto::domain::LinkKind;
 use swiftcache_tests::{
+    PATIENCE,
     engine::{self, BLOCK_BYTES, Engine, Fetched, POOL, SLAB_BYTES, eventually},
     node::Node,
     programs::{Program, program},
@@ -33,7 +34,7 @@ fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
     let config = DonorConfig {
         device: node.device(device),
         slab_bytes: SLAB_BYTES,
-        drain: Duration::from_secs(2),
+        drain: PATIENCE,
         handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
@@ -225,10 +226,7 @@ fn hot_blocks_survive_a_revocation_and_the_donor_gets_its_bytes() -> Result<()> 
     engine.reserve(2)?;
     // Eight of its sixteen slots are taken: half of what is moved finds room there, four more in the host tier.
     engine.store(&sequence(3, 8))?;
-    ensure!(
-        first.close(Duration::from_secs(10)),
-        "the slab did not come back"
-    );
+    ensure!(first.close(PATIENCE), "the slab did not come back");
     let stats = engine.borrower.stats();
     ensure!(stats.leases == 1 && stats.revocations == 1, "{stats:?}");
     ensure!(
@@ -285,10 +283,7 @@ fn revocations_under_load_serve_no_wrong_byte() -> Result<()> {
             }
             let donor = &donors[round % 2];
             donor.shrink(2 * SLAB_BYTES)?;
-            ensure!(
-                donor.wait_returned(Duration::from_secs(10)),
-                "not given back"
-            );
+            ensure!(donor.wait_returned(PATIENCE), "not given back");
             donor.grow(2 * SLAB_BYTES)?;
         }
         over.store(true, Ordering::Relaxed);
@@ -356,7 +351,9 @@ fn a_lost_ledger_costs_the_leases_and_nothing_else() -> Result<()> {
 fn a_stopped_broker_is_a_miss_and_no_hang() -> Result<()> {
     let node = Node::start(&[])?;
     let _donor = donor(&node, 1, 1)?;
-    let engine = borrower(&node, "engine", 1, 4)?;
+    let mut config = engine::config(node.device(0), 1);
+    config.lookup_limit = BorrowerConfig::LOOKUP_LIMIT;
+    let engine = Engine::new(Some(node.session("engine")?), node.layer()?, config)?;
     engine.reserve(1)?;
     engine.store(&sequence(1, 8))?;
     node.broker()?.signal(Signal::STOP)?;
@@ -396,7 +393,7 @@ fn closing_gives_leases_back() -> Result<()> {
     engine.store(&sequence(1, 8))?;
     drop(engine);
     // Nobody is left to ask.
-    ensure!(donor.close(Duration::from_secs(10)));
+    ensure!(donor.close(PATIENCE));
     Ok(())
 }
 

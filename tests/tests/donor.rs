@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyConfig};
 use swiftcache_proto::domain::HandleKind;
 use swiftcache_tests::{
+    PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
     node::Node,
 };
@@ -16,7 +17,7 @@ fn config(node: &Node) -> DonorConfig {
     DonorConfig {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
-        drain: Duration::from_secs(2),
+        drain: PATIENCE,
         handle: None,
     }
 }
@@ -37,7 +38,7 @@ fn what_nobody_leased_comes_back_at_once() -> Result<()> {
     let node = Node::start(&[])?;
     let donor = donor(&node, 4)?;
     ensure!(donor.shrink(SLAB_BYTES + 1)? == 2 * SLAB_BYTES);
-    ensure!(donor.wait_returned(Duration::from_secs(10)));
+    ensure!(donor.wait_returned(PATIENCE));
     eventually("both regions", || Ok(donor.status().returned == 2))?;
     let status = donor.status();
     ensure!(status.offered_bytes == 2 * SLAB_BYTES, "{status:?}");
@@ -54,7 +55,7 @@ fn returned_hbm_is_free_again() -> Result<()> {
     ensure!(layer.hbm(&node.device(1))?.free == before - 4 * SLAB_BYTES);
     let borrower = engine(&node, 4)?;
     borrower.reserve(4)?;
-    ensure!(donor.close(Duration::from_secs(10)));
+    ensure!(donor.close(PATIENCE));
     ensure!(layer.hbm(&node.device(1))?.free == before);
     Ok(())
 }
@@ -70,7 +71,7 @@ fn a_restarted_broker_knows_the_donor_again() -> Result<()> {
     borrower.reserve(2)?;
     borrower.store(&[1, 2, 3])?;
     ensure!(borrower.fetch(&[1, 2, 3])?.served == 3);
-    ensure!(donor.close(Duration::from_secs(10)));
+    ensure!(donor.close(PATIENCE));
     Ok(())
 }
 
@@ -101,8 +102,9 @@ fn another_tenants_slab_is_zeroed_first() -> Result<()> {
 fn the_agent_follows_its_neighbours() -> Result<()> {
     let node = Node::start(&[])?;
     let mut policy = PolicyConfig::new(GIB, GIB / 32);
-    policy.settle = Duration::from_millis(20);
-    policy.horizon = Duration::from_millis(10);
+    // Long enough for more than one look at the neighbour, on a busy machine too.
+    policy.settle = Duration::from_secs(1);
+    policy.horizon = Duration::from_secs(1);
     policy.half_life = Duration::from_millis(10);
     policy.rise_slabs = 32;
     let layer = node.layer()?;
@@ -132,7 +134,7 @@ fn the_agent_follows_its_neighbours() -> Result<()> {
         Ok(status.offered_bytes <= GIB / 4 - GIB / 10 && status.withdrawing_bytes == 0)
     })?;
     ensure!(agent.explain().contains("on offer"), "{}", agent.explain());
-    ensure!(agent.stop(Duration::from_secs(10)));
+    ensure!(agent.stop(PATIENCE));
     Ok(())
 }
 

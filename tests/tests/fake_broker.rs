@@ -15,10 +15,12 @@ use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
     Error,
+    borrower::BorrowerConfig,
     session::{Demand, Session, SessionConfig},
 };
 use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
+    PATIENCE,
     crew::donor_process,
     engine::{self, BLOCK_BYTES, Engine, eventually},
     gate::Gate,
@@ -64,7 +66,9 @@ fn raw_garbage_from_a_broker_is_no_connection() -> Result<()> {
         eventually("garbage to be heard", || {
             Ok(said.load(Ordering::SeqCst) > before)
         })?;
-        let found = session.lookup("model", &[BlockHash([1; 16])]).wait();
+        let found = session
+            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .wait();
         ensure!(
             matches!(found, Err(Error::Disconnected { .. })),
             "{found:?}"
@@ -83,6 +87,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     let gate = Gate::before(&node)?;
     let session = gate.session("credulous")?;
     let mut config = engine::config(node.device(0), 4);
+    config.lookup_limit = BorrowerConfig::LOOKUP_LIMIT;
     config.host_tier_bytes = 16 * BLOCK_BYTES;
     let engine = Engine::new(Some(session.clone()), node.layer()?, config)?;
     gate.garble(Some(StdRng::seed_from_u64(course.seed)));
@@ -104,7 +109,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     drop(engine);
     drop(session);
     // One that was told a wrong session id cannot leave: what it holds is its process's, which lives on here. Fresh slabs
-    // are anybody's.
+    // are anybody's, and blocks that it has not published.
     let _another = donor_process(&node, 2, 4)?;
     let honest = Engine::new(
         Some(node.session("honest")?),
@@ -112,7 +117,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
         engine::config(node.device(0), 4),
     )?;
     honest.reserve(1)?;
-    ensure!(honest.store(&[1, 2, 3])?.stored == 3);
-    ensure!(honest.fetch(&[1, 2, 3])?.served == 3);
+    ensure!(honest.store(&[5_001, 5_002, 5_003])?.stored == 3);
+    ensure!(honest.fetch(&[5_001, 5_002, 5_003])?.served == 3);
     Ok(())
 }

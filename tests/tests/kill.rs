@@ -77,8 +77,9 @@ fn what_is_left_behind_is_found() -> Result<()> {
     drop(leaks);
     crew.nothing_left_behind()?;
     fs::write(crew.node.directory().join("ledger.new.4711"), "")?;
-    ensure!(crew.left_behind()? == ["file ledger.new.4711"]);
-    Ok(())
+    eventually("the file to be all there is", || {
+        Ok(crew.left_behind()? == ["file ledger.new.4711"])
+    })
 }
 
 /// Whether a borrower that is stopped across a restart of the broker ends up with slabs that another one has mapped
@@ -187,7 +188,11 @@ fn survivors_keep_nothing_of_the_dead() -> Result<()> {
     let mut after = census()?;
     eventually("all to be let go", || {
         after = census()?;
-        Ok(after == before)
+        let mut beyond = after
+            .iter()
+            .zip(&before)
+            .map(|(now, then)| now.beyond(then));
+        Ok(beyond.all(|more| more.is_empty()))
     })
     .with_context(|| format!("{before:?} {after:?}"))?;
     ensure!(
@@ -218,7 +223,7 @@ fn survivors_keep_nothing_of_the_dead() -> Result<()> {
     let mut after = before.clone();
     eventually("mappings to go", || {
         after = Census::of(borrower.pid())?;
-        Ok(after == before)
+        Ok(after.beyond(&before).is_empty())
     })
     .with_context(|| format!("{before:?} {after:?}"))?;
     borrower.finish()?;
@@ -253,7 +258,10 @@ fn after_a_broker_restart_hits_come_back_without_a_store() -> Result<()> {
         Ok(served >= expected)
     })
     .with_context(|| format!("{served} of {expected}"))?;
-    ensure!(leases(&operator)? == before, "leases did not survive");
+    // A keeper may have asked for more meanwhile.
+    let after = leases(&operator)?;
+    let survived = before.iter().all(|lease| after.contains(lease));
+    ensure!(survived, "leases did not survive: {before:?} {after:?}");
     // Its connection is not the crew's.
     drop(operator);
     crew.finish()

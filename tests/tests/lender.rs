@@ -13,6 +13,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::domain::RegionId;
 use swiftcache_tests::{
+    PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
     node::Node,
 };
@@ -52,7 +53,7 @@ impl Pool {
         let memory = foreign::adopt_pool(&*layer, &device, address, bytes, Box::new(tensor))?;
         let stream = layer.stream(&device)?;
         stream.write(&memory, 0, &vec![OWN; bytes as usize])?;
-        let drain = Duration::from_secs(2);
+        let drain = PATIENCE;
         let lender = Lender::open(session, Arc::clone(&layer), device, drain)?;
         Ok(Self {
             layer,
@@ -111,8 +112,11 @@ fn what_is_lent_holds_others_blocks_and_comes_back_empty() -> Result<()> {
         eventually("the part", || Ok(part.is_back()))?;
         ensure!(pool.holds_only(1, 0)?, "a borrower's bytes are left in it");
         ensure!(borrower.fetch(&blocks)?.served == 0, "nothing is there");
+        // Counted when all of it is over, a moment after the memory is back.
+        eventually("it to be counted", || {
+            Ok(pool.lender.status().returned == round)
+        })?;
         let status = pool.lender.status();
-        ensure!(status.returned == round, "{status:?}");
         ensure!(status.offered_bytes + status.withdrawing_bytes == 0);
     }
     Ok(())
@@ -136,7 +140,7 @@ fn parts_are_lent_to_several_and_given_back_one_by_one() -> Result<()> {
     // Whoever had the other still has it.
     let left = one.fetch(&[100, 101])?.served + other.fetch(&[200, 201])?.served;
     ensure!(left >= 2, "{left}");
-    ensure!(pool.lender.take_all_back(Duration::from_secs(10)));
+    ensure!(pool.lender.take_all_back(PATIENCE));
     ensure!(parts[1].is_back());
     Ok(())
 }

@@ -1,11 +1,10 @@
 //! Donors take back and lend again, many times over, while borrowers store and fetch at full tilt.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use rand::Rng;
 use swiftcache_client::donor::{Donor, DonorConfig};
 use swiftcache_tests::{
+    PATIENCE,
     crew::{BorrowerProcess, Job},
     engine::SLAB_BYTES,
     node::Node,
@@ -25,7 +24,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
         let config = DonorConfig {
             device: node.device(device),
             slab_bytes: SLAB_BYTES,
-            drain: Duration::from_secs(30),
+            drain: PATIENCE,
             handle: None,
         };
         let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
@@ -51,10 +50,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
         let donor = &donors[course.rng.random_range(0..2)];
         ensure!(donor.shrink(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
         operator.account()?;
-        ensure!(
-            donor.wait_returned(Duration::from_secs(60)),
-            "not given back"
-        );
+        ensure!(donor.wait_returned(PATIENCE), "not given back");
         // Acknowledged, and not merely given up on.
         ensure!(operator.account()?.zombie_bytes == 0);
         taken += slabs;
@@ -79,7 +75,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
         account.free_bytes == 2 * SLABS * SLAB_BYTES && account.offered_bytes == account.free_bytes
     })?;
     for donor in donors {
-        ensure!(donor.close(Duration::from_secs(60)));
+        ensure!(donor.close(PATIENCE));
     }
     ensure!(operator.settled()?.offered_bytes == 0);
     Ok(())

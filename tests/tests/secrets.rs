@@ -17,6 +17,7 @@ use swiftcache_proto::{
     v1::{self, Shortfall},
 };
 use swiftcache_tests::{
+    PATIENCE,
     crew::{BorrowerProcess, Job},
     engine::{SLAB_BYTES, eventually},
     node::{Node, Setup},
@@ -269,7 +270,7 @@ fn metrics(log: &Path) -> Result<String> {
         .context("no metrics address")?
         .trim_matches(|c: char| !c.is_ascii_digit());
     let mut stream = TcpStream::connect(address).with_context(|| address.to_owned())?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

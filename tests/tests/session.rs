@@ -13,7 +13,9 @@ use swiftcache_client::{
 };
 use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
+    PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
+    gate::Gate,
     node::Node,
 };
 
@@ -29,7 +31,9 @@ fn config(socket: std::path::PathBuf) -> SessionConfig {
 fn without_a_broker_every_call_fails_at_once_and_says_where_it_looked() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let session = Session::start(config(directory.path().join("nowhere.sock")))?;
-    let failed = session.lookup("model", &[BlockHash([1; 16])]).wait();
+    let failed = session
+        .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+        .wait();
     let text = failed.err().context("found a broker")?.to_string();
     ensure!(text.contains("nowhere.sock"), "{text}");
     ensure!(!session.is_connected() && session.boot_id().is_none());
@@ -42,8 +46,10 @@ fn a_broker_that_comes_late_is_found() -> Result<()> {
     node.kill_broker()?;
     let session = Session::start(config(node.socket()))?;
     node.start_broker()?;
-    session.wait_connected(Duration::from_secs(10))?;
-    let found = session.lookup("model", &[BlockHash([1; 16])]).wait()?;
+    session.wait_connected(PATIENCE)?;
+    let found = session
+        .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+        .wait()?;
     ensure!(found.extents.is_empty() && found.pin.is_none());
     let (devices, links) = session.node().context("connected")?;
     ensure!(devices.len() == 3 && links.len() == 6);
@@ -98,9 +104,13 @@ fn calls_can_be_awaited_on_any_runtime() -> Result<()> {
     let session = node.session("engine")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().build()?;
     runtime.block_on(async {
-        session.lookup("model", &[BlockHash([1; 16])]).await?;
+        session
+            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .await?;
         // Waiting inside a runtime blocks its thread, but neither panics nor hangs.
-        session.lookup("model", &[BlockHash([1; 16])]).wait()?;
+        session
+            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .wait()?;
         anyhow::Ok(())
     })
 }
@@ -213,14 +223,18 @@ fn hits_are_counted_over_every_rank() -> Result<()> {
         .collect::<Result<_>>()?;
     let session = node.session("scheduler")?;
     let hashes: Vec<BlockHash> = (0..8).map(engine::hash).collect();
-    let limit = Duration::from_secs(60);
-    ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
+    ensure!(session.count_hits(&ranks, &hashes, PATIENCE) == 0);
     ensure!(engines[0].store(&[0, 1, 2, 3, 4, 5])?.stored == 6);
-    ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
+    ensure!(session.count_hits(&ranks, &hashes, PATIENCE) == 0);
     ensure!(engines[1].store(&[0, 1, 2, 3])?.stored == 4);
-    ensure!(session.count_hits(&ranks, &hashes, limit) == 4);
-    ensure!(session.count_hits(&ranks[..1], &hashes, limit) == 6);
-    ensure!(session.count_hits(&[], &hashes, limit) == 0);
-    ensure!(session.count_hits(&ranks, &hashes, Duration::ZERO) == 0);
+    ensure!(session.count_hits(&ranks, &hashes, PATIENCE) == 4);
+    ensure!(session.count_hits(&ranks[..1], &hashes, PATIENCE) == 6);
+    ensure!(session.count_hits(&[], &hashes, PATIENCE) == 0);
+    let gate = Gate::before(&node)?;
+    let session = gate.session("a scheduler of little patience")?;
+    ensure!(session.count_hits(&ranks, &hashes, PATIENCE) == 4);
+    gate.hold("Lookup");
+    let limit = Duration::from_millis(1);
+    ensure!(session.count_hits(&ranks, &hashes, limit) == 0);
     Ok(())
 }

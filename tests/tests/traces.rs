@@ -79,7 +79,8 @@ fn stop(mut node: Node) -> Result<()> {
 #[test]
 fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()> {
     let (collector, _runtime, address) = Collector::start()?;
-    let node = Node::start(&["--otlp-endpoint", &format!("http://{address}")])?;
+    let endpoint = format!("http://{address}");
+    let node = Node::start(&["--otlp-endpoint", &endpoint, "--shutdown-ms", "180000"])?;
     let wire = Wire::new(&node.socket())?;
     let donor = wire.member("donor", "")?;
     donor.offer([7; 16], "SIM-1", 1, 1 << 20)?;

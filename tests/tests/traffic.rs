@@ -1,11 +1,5 @@
 //! What engines move, as operators see it: the broker sees no copies, so sessions report them.
 
-use std::{
-    io::{Read, Write},
-    net::{TcpListener, TcpStream},
-    time::Duration,
-};
-
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     donor::{Donor, DonorConfig},
@@ -13,6 +7,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::{domain::LinkKind, traffic::Traffic};
 use swiftcache_tests::{
+    PATIENCE,
     engine::{self, BLOCK_BYTES, Engine, SLAB_BYTES, eventually},
     node::{Node, Setup},
     operator::Operator,
@@ -27,7 +22,7 @@ fn donor(node: &Node) -> Result<Donor> {
     let config = DonorConfig {
         device: node.device(1),
         slab_bytes: SLAB_BYTES,
-        drain: Duration::from_secs(2),
+        drain: PATIENCE,
         handle: None,
     };
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
@@ -100,7 +95,9 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
         Ok(traffic.stored[LinkKind::Nvlink] == BYTES && traffic.loaded[LinkKind::Nvlink] == BYTES)
     })?;
     // Its answer is there when that of a later call is: what was confirmed is not told again.
-    session.lookup("another", &[engine::hash(1)]).wait()?;
+    session
+        .lookup("another", &[engine::hash(1)], PATIENCE)
+        .wait()?;
     node.kill_broker()?;
     node.start_broker()?;
     let operator = Operator::of(&node)?;
@@ -122,15 +119,16 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
 
 #[test]
 fn prometheus_is_told_by_link_and_direction() -> Result<()> {
-    // Free a moment ago; whoever takes it in between fails the test, and not silently.
-    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let address = format!("127.0.0.1:{port}");
+    let directory = tempfile::tempdir()?;
+    let options = ["--metrics-listen", "127.0.0.1:0"];
     let node = Node::start_with(Setup {
-        options: vec!["--metrics-listen".to_owned(), address.clone()],
+        options: options.map(str::to_owned).into(),
+        log: "info".to_owned(),
+        log_file: Some(directory.path().join("log")),
         ..Setup::default()
     })?;
     let _donor = donor(&node)?;
-    let before = scrape(&address)?;
+    let before = node.metrics()?;
     let counter = |link: &str, direction: &str| {
         format!("swiftcache_link_bytes_total{{link=\"{link}\",direction=\"{direction}\"}} ")
     };
@@ -145,7 +143,7 @@ fn prometheus_is_told_by_link_and_direction() -> Result<()> {
     eventually("the engine's report", || {
         Ok(seen(&operator)?.loaded[LinkKind::Nvlink] == BYTES)
     })?;
-    let after = scrape(&address)?;
+    let after = node.metrics()?;
     for line in [
         counter("nvlink", "load") + &BYTES.to_string(),
         counter("nvlink", "store") + &BYTES.to_string(),
@@ -154,17 +152,6 @@ fn prometheus_is_told_by_link_and_direction() -> Result<()> {
         ensure!(after.contains(&line), "{line} is not in {after}");
     }
     Ok(())
-}
-
-fn scrape(address: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    write!(
-        stream,
-        "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
 }
 
 #[test]

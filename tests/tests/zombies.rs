@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use swiftcache_client::donor::{Donor, DonorConfig};
 use swiftcache_proto::v1::{self, LeaseState};
 use swiftcache_tests::{
-    census,
+    PATIENCE, census,
     crew::{BorrowerProcess, Job},
     engine::{self, BLOCK_BYTES, Engine, SLAB_BYTES, eventually},
     node::Node,
@@ -135,10 +135,7 @@ fn a_stopped_borrower_keeps_its_slabs_across_a_broker_restart() -> Result<()> {
             stopped.signal(Signal::CONT)?;
             stopped.advance(50)?;
         }
-        ensure!(
-            donor.wait_returned(Duration::from_secs(60)),
-            "two slabs never came back"
-        );
+        ensure!(donor.wait_returned(PATIENCE), "two slabs never came back");
         ensure!(operator.account()?.zombie_bytes == 0);
         ensure!(other.fetch(&sequence(90))?.served == 16);
     }
@@ -226,7 +223,7 @@ fn one_who_never_acknowledges_holds_back_its_own_slab_and_no_other() -> Result<(
     // It goes on writing to what it was never told is somebody else's.
     deaf.scribble()?;
     deaf.member.leave()?;
-    ensure!(donor.wait_returned(Duration::from_secs(60)));
+    ensure!(donor.wait_returned(PATIENCE));
     ensure!(operator.account()?.offered_bytes == 0);
     Ok(())
 }
@@ -278,7 +275,7 @@ fn only_the_right_word_from_the_right_session_frees_a_slab() -> Result<()> {
     ensure!(donor.status().returned == 0);
 
     stream.acknowledge(lease, generation)?;
-    ensure!(donor.wait_returned(Duration::from_secs(60)));
+    ensure!(donor.wait_returned(PATIENCE));
     // One that says it let go and did not is inside its own uid's trust; the protocol at least is closed to it.
     deaf.scribble()?;
     let refused = deaf.member.publish(lease, generation, &[[1; 16]]).err();

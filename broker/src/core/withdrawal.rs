@@ -145,10 +145,11 @@ impl State {
             .push(Effect::Record(Record::RegionReturned { region }));
         self.note(Note::Returned { region, bytes });
         let donor = self.regions[key].donor;
-        self.send(donor, Outgoing::Returned(region));
+        // The broker's own hold on the memory goes before its donor hears that nobody has any.
         if let Some(allocation) = self.remove_region(key) {
             self.out.push(Effect::DropHandle(allocation));
         }
+        self.send(donor, Outgoing::Returned(region));
         self.bury(donor);
     }
 

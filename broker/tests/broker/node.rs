@@ -108,6 +108,8 @@ pub(crate) fn config(directory: &Path) -> Config {
         socket: directory.join("broker.sock"),
         probe: ProbeChoice::Simulated,
         topology: Some("pcie-4".to_owned()),
+        // Nothing is cut off for want of a processor.
+        shutdown_ms: 180_000,
         ..Config::default()
     }
 }

@@ -23,6 +23,8 @@ pub struct BorrowerConfig {
     /// Look for blocks that replicas of the same namespace have published. Costs one RPC for every lookup that
     /// this borrower's own blocks do not answer whole.
     pub share: bool,
+    /// The longest that such an RPC may take: past it, computing is the better choice.
+    pub lookup_limit: Duration,
     /// What happens to hot blocks when a lease is revoked.
     pub drain: DrainPolicy,
     /// A lease that has held no block for this long is given back.
@@ -48,6 +50,9 @@ impl Default for DrainPolicy {
 }
 
 impl BorrowerConfig {
+    /// The default of [`lookup_limit`](Self::lookup_limit).
+    pub const LOOKUP_LIMIT: Duration = Duration::from_millis(250);
+
     /// Settings for `layout` on `device`, leasing up to `max_leased_bytes` and without a host tier.
     pub fn new(device: DeviceUuid, layout: Layout, max_leased_bytes: u64) -> Self {
         Self {
@@ -57,6 +62,7 @@ impl BorrowerConfig {
             lease_step_bytes: (max_leased_bytes / 8).max(1),
             host_tier_bytes: 0,
             share: true,
+            lookup_limit: Self::LOOKUP_LIMIT,
             drain: DrainPolicy::default(),
             idle_release: Duration::from_secs(60),
         }

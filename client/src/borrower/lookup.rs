@@ -59,7 +59,9 @@ impl Core {
     /// Asks the broker for what follows, and adds it. False when there is no point in going on.
     fn ask(&self, session: &Session, hashes: &[BlockHash], hit: &mut HitBlocks) -> bool {
         let rest = &hashes[hit.blocks.len()..];
-        let found = match session.lookup(&self.config.layout.namespace, rest).wait() {
+        let namespace = &self.config.layout.namespace;
+        let limit = self.config.lookup_limit;
+        let found = match session.lookup(namespace, rest, limit).wait() {
             Ok(found) => found,
             Err(error) => {
                 debug!(%error, "lookup without the broker");

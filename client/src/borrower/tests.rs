@@ -270,7 +270,7 @@ fn dropped_loads_and_stores_end_in_the_background() {
         .borrower
         .store(&[(hash(7), 0)], &engine.kv, &|_| None);
     drop(store);
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(180);
     while engine.fetch(&[7]) == 0 {
         assert!(std::time::Instant::now() < until, "never became readable");
         std::thread::yield_now();

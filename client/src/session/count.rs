@@ -10,6 +10,9 @@ use tracing::debug;
 
 use super::Session;
 
+/// An answer that comes this late is still taken, for the pins that it names.
+const LATE: Duration = Duration::from_millis(250);
+
 impl Session {
     /// The longest run of leading blocks that is published in every one of `namespaces`, one for each rank of a model.
     /// The lookups are on their way together; their pins are given up as soon as they come. 0 on any trouble, and when
@@ -23,7 +26,7 @@ impl Session {
         let deadline = Instant::now() + limit;
         let (answers, counts) = mpsc::channel();
         for namespace in namespaces {
-            let call = self.lookup(namespace, hashes);
+            let call = self.lookup(namespace, hashes, limit.max(LATE));
             let (session, answers) = (self.clone(), answers.clone());
             // A late answer has pins too: it is waited for, whether or not anybody still wants it.
             let task = self.shared.runtime.spawn(async move {

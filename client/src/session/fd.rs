@@ -20,7 +20,7 @@ use swiftcache_proto::fd_socket::{REPLY_BYTES, Request, Status};
 use crate::{Error, Result};
 
 /// The longest the broker may take for one descriptor. It does no work for it but to pass it on.
-const LIMIT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Hands the broker a descriptor.
 pub(super) fn upload(socket: &Path, request: Request, descriptor: BorrowedFd<'_>) -> Result<()> {

@@ -24,9 +24,7 @@ use super::{
 };
 use crate::{Error, Result, device::Export};
 
-/// The longest a lookup may take: past it, computing is the better choice.
-const LOOKUP_LIMIT: Duration = Duration::from_millis(250);
-/// The longest any other call may take.
+/// The longest a call other than a lookup may take.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a call failed, before it is known which one it was.
@@ -180,13 +178,14 @@ impl Session {
         })
     }
 
-    /// Finds the longest prefix run of published blocks: of the first [`convert::MAX_BLOCKS`] hashes.
-    pub fn lookup(&self, namespace: &str, hashes: &[BlockHash]) -> Call<Found> {
+    /// Finds the longest prefix run of published blocks: of the first [`convert::MAX_BLOCKS`] hashes. Fails when it
+    /// takes longer than `limit`.
+    pub fn lookup(&self, namespace: &str, hashes: &[BlockHash], limit: Duration) -> Call<Found> {
         // Pins count from before the request leaves.
         let sent = Instant::now();
         let hashes = convert::pack_hashes(&hashes[..hashes.len().min(convert::MAX_BLOCKS)]).into();
         let namespace = namespace.to_owned();
-        self.call("Lookup", LOOKUP_LIMIT, move |connection| async move {
+        self.call("Lookup", limit, move |connection| async move {
             let request = v1::LookupRequest {
                 session_id: connection.session.0,
                 namespace,

@@ -24,7 +24,7 @@ use super::{
 /// The longest one attempt to connect may take: a stopped broker accepts and never answers.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
 /// The longest a leaving session waits for the broker.
-const LEAVE_LIMIT: Duration = Duration::from_millis(500);
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a good one: the next pause is short again.
 const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 

@@ -81,6 +81,7 @@ class Cache:
         device: str = "",
         backend: str = "auto",
         share: bool = True,
+        lookup_ms: int = 250,
         lend_drain_ms: int = 0,
     ) -> None:
         """
@@ -94,6 +95,7 @@ class Cache:
             backend: "cuda", "host" (shared memory; the devices are what the broker says), or "auto": what fits the
                 broker's devices.
             share: also load blocks that other processes published in this namespace.
+            lookup_ms: how long the broker may take to find those; past it they are not loaded.
             lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0:
                 the broker's default.
         """

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
+    borrower::BorrowerConfig,
     device::{DeviceLayer, cuda::CudaLayer, host::HostLayer},
     session::{Session, SessionConfig},
 };
@@ -99,6 +100,8 @@ fn run(flags: Flags) -> Result<()> {
         tenant: flags.tenant,
     })?;
     let mut config = engine::config(flags.device, flags.slabs);
+    // It goes on when the broker is stopped.
+    config.lookup_limit = BorrowerConfig::LOOKUP_LIMIT;
     config.layout.namespace = flags.namespace;
     config.host_tier_bytes = flags.host_blocks * BLOCK_BYTES;
     let mut borrower = Borrower {

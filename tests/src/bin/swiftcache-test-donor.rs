@@ -14,6 +14,7 @@ use swiftcache_client::{
     session::{Session, SessionConfig},
 };
 use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
+use swiftcache_tests::PATIENCE;
 
 #[derive(Parser)]
 struct Flags {
@@ -32,11 +33,12 @@ struct Flags {
 fn main() -> Result<()> {
     let flags = Flags::parse();
     let layer = HostLayer::from_topology(&Topology::load(&flags.topology)?, false)?;
-    let session = Session::connect(SessionConfig {
+    let session = Session::start(SessionConfig {
         socket: flags.socket,
         name: "donor".to_owned(),
         tenant: String::new(),
     })?;
+    session.wait_connected(PATIENCE)?;
     let config = DonorConfig {
         device: flags.device,
         slab_bytes: flags.slab_bytes,

@@ -1,26 +1,16 @@
 //! Borrower and donor processes that a test drives, and may kill.
 
-use std::{
-    fs,
-    io::BufRead,
-    path::PathBuf,
-    process::Command,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, io::BufRead, path::PathBuf, process::Command, sync::Arc, thread, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
 use crate::{
+    PATIENCE,
     engine::{self, SLAB_BYTES},
     node::Node,
     programs::{Program, program},
 };
-
-/// The longest a process may take to get on.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A process that offers `slabs` slabs of a device.
 ///
@@ -249,7 +239,7 @@ impl BorrowerProcess {
     }
 
     fn wait(&self, what: &str, holds: impl Fn(&Report) -> bool) -> Result<Report> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + PATIENCE;
         let (lock, changed) = &*self.heard;
         let mut heard = lock
             .lock()

@@ -224,7 +224,7 @@ async fn todays_client_works_with_an_old_broker() {
     });
     let reported = tokio::time::timeout(PATIENCE, reported).await;
     drop(reported.unwrap().unwrap());
-    let found = session.lookup("model", &hashes).await.unwrap();
+    let found = session.lookup("model", &hashes, PATIENCE).await.unwrap();
     let found_blocks: u32 = found.extents.iter().map(|extent| extent.count).sum();
     assert_eq!((found_blocks, found.pin), (4, Some(PinId(1))));
 

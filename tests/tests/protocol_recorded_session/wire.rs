@@ -17,7 +17,7 @@ use tonic::{
 };
 
 /// Nothing here takes longer than this; it is a limit, and no measure.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A broker over a simulated node, killed when dropped.
 pub(crate) struct Broker {

@@ -112,6 +112,8 @@ class WorkerSide:
             device=uuid,
             backend=backend,
             share=settings.share,
+            # The scheduler has promised these blocks: a miss costs more now than it did there.
+            lookup_ms=max(settings.lookup_ms, 250),
             lend_drain_ms=settings.lend_drain_ms,
         )
         self._cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, caches)
