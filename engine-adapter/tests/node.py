@@ -33,8 +33,8 @@ gigabytes_per_second = 380.0
 
 
 def eventually(what: str, holds: Callable[[], Any]) -> Any:
-    """Tries until something holds, and returns it. The minute is for a hang, not for a measure."""
-    deadline = time.monotonic() + 60
+    """Tries until something holds, and returns it. The limit is for a hang, not for a measure."""
+    deadline = time.monotonic() + 120
     while True:
         found = holds()
         if found:
@@ -78,15 +78,32 @@ class Node:
         self._broker.wait()
 
     def start_donor(self, device: str, slabs: int, slab_bytes: int) -> subprocess.Popen[bytes]:
-        """A donor that lends that much of a device."""
-        options = ["--socket", self.socket, "--device", device]
+        """A donor that lends that much of a device, once the broker knows it."""
+        options = ["--socket", self.socket, "--device", device, "--leave-within", "60s"]
         amount = ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
-        return self._start("swiftcache", "donate", *options, *amount)
+        donor: subprocess.Popen[bytes] | None = None
+
+        def attached() -> bool:
+            nonlocal donor
+            # It gives up when the broker does not answer in seconds, which a busy machine can make it.
+            if donor is None or donor.poll() is not None:
+                donor = self._start("swiftcache", "donate", *options, *amount)
+            return donor.pid in [known["pid"] for known in self.status()["donors"]]
+
+        eventually("the donor to attach", attached)
+        assert donor is not None
+        return donor
 
     def status(self) -> dict[str, Any]:
         """What the broker says about the node."""
         command = [PROGRAMS / "swiftcache", "status", "--json", "--socket", self.socket]
-        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+
+        def answer() -> Any:
+            # It fails when the broker does not answer in seconds.
+            asked = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=120)
+            return json.loads(asked.stdout) if asked.returncode == 0 else None
+
+        return eventually("the broker's status", answer)
 
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
         """Has a donor ask for everything back; it ends when it has it."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 from engine import LAYERS, SLAB_BYTES, Engine
 from swiftcache import Cache, Connection
@@ -12,6 +13,12 @@ connection = Connection(socket, name="a replica")
 cache = Cache(connection, namespace="model", layer_bytes=LAYERS, max_leased_bytes=SLAB_BYTES, device="SIM-0")
 engine = Engine(cache)
 assert cache.wait_open(60), cache.problem()
-failed = engine.fetch(sequence)
-print(json.dumps({"failed": failed, "hit_shared_blocks": cache.stats()["hit_shared_blocks"]}))
+deadline = time.monotonic() + 60
+while True:
+    hits = cache.stats()["hit_shared_blocks"]
+    failed = engine.fetch(sequence)
+    # A broker that answers late is a miss of everything.
+    if len(failed) < len(sequence) or time.monotonic() > deadline:
+        break
+print(json.dumps({"failed": failed, "hit_shared_blocks": cache.stats()["hit_shared_blocks"] - hits}))
 # Left open: a process that ends must neither hang nor crash.

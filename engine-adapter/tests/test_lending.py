@@ -72,7 +72,7 @@ def lend_once(lender: Engine, node: Node, loan: int) -> None:
 def test_without_a_broker_a_loan_waits_and_is_back_when_it_is_asked_back(
     bare_node: Node, cache: Make
 ) -> None:
-    lender = Engine(cache(slabs=0, device="SIM-1"))
+    lender = Engine(cache(slabs=0, device="SIM-1", lend_drain_ms=60_000))
     address, size = storage(lender)
     lender.cache.lend(1, [(address, size // 2)])
     lender.cache.lend(2, [(address + size // 2, size // 2)])

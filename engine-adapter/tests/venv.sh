@@ -6,8 +6,9 @@ venv=$PWD/target/python-venv
 requirements=engine-adapter/tests/requirements.txt
 stamp=$venv/.requirements
 if ! cmp -s "$requirements" "$stamp"; then
+    tests/system.sh python3-venv
     "${PYTHON:-python3}" -m venv --clear "$venv" >&2
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements" >&2
+    tests/retry.sh "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements" >&2
     cp "$requirements" "$stamp"
 fi
 echo "$venv"

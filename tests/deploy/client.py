@@ -25,4 +25,4 @@ class Client:
             f"/swiftcache.v1.{service}/{method}",
             request_serializer=request.SerializeToString, response_deserializer=response.FromString,
         )
-        return invoke(request(**fields), timeout=10)
+        return invoke(request(**fields), timeout=60)

@@ -33,16 +33,23 @@ def tool(request, tools):
 
     def call(*arguments, **options):
         command = [tools[name]["path"], *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
 
     call.path = tools[name]["path"]
     return call
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def on_a_free_port(start, log):
+    """Starts a program on a port that is free; on another one when somebody took it in between."""
+    for attempt in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        try:
+            return start(port)
+        except AssertionError:
+            if attempt == 2 or "address already in use" not in log.read_text().lower():
+                raise
 
 
 class RunningBroker:
@@ -50,13 +57,16 @@ class RunningBroker:
 
     def __init__(self, directory):
         self.socket = directory / "broker.sock"
-        self.metrics_port = free_port()
         self.log = directory / "broker.log"
+        on_a_free_port(self.start, self.log)
+
+    def start(self, metrics_port):
+        self.metrics_port = metrics_port
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SWIFTCACHE_")}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [BROKER, "--socket", self.socket, "--probe", "simulated", "--topology", "pcie-4",
-                 "--metrics-listen", f"127.0.0.1:{self.metrics_port}"],
+                 "--metrics-listen", f"127.0.0.1:{metrics_port}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
             )
         try:
@@ -67,7 +77,7 @@ class RunningBroker:
             raise
 
     def await_connection(self):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             with socket.socket(socket.AF_UNIX) as probe, socket.socket() as metrics:
                 try:
@@ -82,7 +92,7 @@ class RunningBroker:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ venv=target/deploy-venv
 requirements=tests/deploy/requirements.txt
 stamp=$venv/.requirements
 if ! cmp -s "$requirements" "$stamp"; then
+    tests/system.sh python3-venv
     "${PYTHON:-python3}" -m venv --clear "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
+    tests/retry.sh "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
     cp "$requirements" "$stamp"
 fi
 "$venv/bin/python" tests/deploy/tools.py

@@ -17,7 +17,7 @@ CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("
 
 
 def run(*command, env=CLEAN):
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def config_problem(text, path):
@@ -94,7 +94,7 @@ def test_the_donor_of_the_chart_starts_and_leaves(broker, lent):
                              env={**CLEAN, "SWIFTCACHE_SOCKET": str(broker.socket)})
     try:
         devices = lent.donor("Admin", "GetNode").devices
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             sessions = lent.donor("Admin", "ListSessions").sessions
             attached = [s for s in sessions if s.name == "of-the-chart" and s.attached]
@@ -104,7 +104,7 @@ def test_the_donor_of_the_chart_starts_and_leaves(broker, lent):
             assert time.monotonic() < deadline, sessions
             time.sleep(0.05)
         donor.send_signal(signal.SIGTERM)
-        assert donor.wait(timeout=60) == 0, donor.stderr.read()
+        assert donor.wait(timeout=120) == 0, donor.stderr.read()
     finally:
         donor.kill()
         donor.wait()

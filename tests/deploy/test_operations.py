@@ -45,7 +45,7 @@ def shell(tools, broker, lent):
     }
 
     def run(line):
-        return subprocess.run(["bash", "-euc", line], capture_output=True, text=True, timeout=60,
+        return subprocess.run(["bash", "-euc", line], capture_output=True, text=True, timeout=120,
                               env={**os.environ, **variables})
     return run
 
@@ -89,14 +89,14 @@ def test_the_python_example(broker):
     [example] = blocks("python")
     assert SOCKET in example
     done = subprocess.run([sys.executable, "-c", example.replace(SOCKET, str(broker.socket))],
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "SERVING" in done.stdout, done.stderr
 
 
 def test_grpcios_own_authority_is_refused_as_documented(broker):
     stub = health_pb2_grpc.HealthStub(channel(broker.socket, options=[]))
     with pytest.raises(grpc.RpcError) as refused:
-        stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
     assert "RST_STREAM with error code 1" in refused.value.details()
 

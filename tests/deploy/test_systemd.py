@@ -23,16 +23,21 @@ def installable(directory, change=lambda text: text):
     return paths
 
 
+def complaints(done):
+    """About our units: others of this machine are not ours to mend."""
+    return [line for line in done.stderr.splitlines() if any(name in line for name in SERVICES)]
+
+
 @pytest.mark.tool("systemd-analyze")
 def test_verify(tool, tmp_path):
     done = tool("verify", "--man=no", *installable(tmp_path))
-    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert (done.returncode, complaints(done)) == (0, [])
 
 
 @pytest.mark.tool("systemd-analyze")
 def test_verify_notices(tool, tmp_path):
     units = installable(tmp_path, lambda text: text.replace("ProtectSystem=strict", "ProtectSystem=sometimes"))
-    assert "protect system value" in tool("verify", "--man=no", *units).stderr
+    assert "protect system value" in "".join(complaints(tool("verify", "--man=no", *units)))
 
 
 @pytest.mark.parametrize("index", range(len(SERVICES)), ids=SERVICES)

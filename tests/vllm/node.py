@@ -51,9 +51,13 @@ def corrupt(donor: int) -> int:
     """Flips every byte that is not zero in the memory a donor lends. Returns how many pages that touched."""
     touched = 0
     for link in Path(f"/proc/{donor}/fd").iterdir():
-        if "memfd:" not in os.readlink(link):
-            continue
-        with open(link, "r+b") as file:
+        try:
+            if "memfd:" not in os.readlink(link):
+                continue
+            file = open(link, "r+b")  # noqa: SIM115
+        except OSError:
+            continue  # it has been closed meanwhile
+        with file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 continue

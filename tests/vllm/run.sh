@@ -9,14 +9,17 @@ venv=$home/venv
 stamp=$venv/.requirements
 wanted=$(cat tests/vllm/requirements.txt tests/vllm/overrides.txt)
 mkdir -p "$home"
+# vLLM's library needs the first, the configuration that it compiles the others.
+tests/system.sh libnuma1 g++ python3-dev
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     if ! uv=$(command -v uv); then
+        tests/system.sh python3-venv
         "${PYTHON:-python3}" -m venv "$home/uv"
-        "$home/uv/bin/pip" install --quiet --disable-pip-version-check uv
+        tests/retry.sh "$home/uv/bin/pip" install --quiet --disable-pip-version-check uv
         uv=$home/uv/bin/uv
     fi
     [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "${PYTHON:-python3}" "$venv"
-    "$uv" pip install --quiet --python "$venv/bin/python" \
+    UV_HTTP_TIMEOUT=300 tests/retry.sh "$uv" pip install --quiet --python "$venv/bin/python" \
         --override tests/vllm/overrides.txt --requirement tests/vllm/requirements.txt
     printf '%s\n' "$wanted" >"$stamp"
 fi
@@ -25,7 +28,7 @@ for program in swiftcache-broker swiftcache; do
         "${CARGO:-cargo}" build --workspace --bins --locked
     fi
 done
-VIRTUAL_ENV=$PWD/$venv "$venv/bin/maturin" develop --quiet --skip-install --locked \
+env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
     --manifest-path engine-adapter/Cargo.toml
 export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
 "$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm

@@ -189,7 +189,7 @@ def test_a_new_donor_is_used(engine, node, donors, want) -> None:
 
 def test_a_revocation_mid_request(engine, node, donors, want) -> None:
     assert of.said(halfway(engine, lambda: node.withdraw(donors[-1]))).items() <= want.items()
-    donors[-1].wait(60)
+    donors[-1].wait(120)
     results = again(engine)
     assert of.said(results) == want
     donors.append(donate(node))
@@ -203,14 +203,16 @@ def test_a_broker_killed_mid_request_and_restarted(engine, node, want) -> None:
     assert of.said(halfway(engine, node.kill_broker)).items() <= want.items()
     assert of.said(again(engine)) == want
     node.start_broker()
-    eventually("the engine to be back", lambda: engine.ask("stats")["connected"])
+    eventually("the engine to be back", lambda: engine.ask("leased"))
 
     def hits() -> bool:
         results = again(engine)
         assert of.said(results) == want
         return of.cached(results) // of.BLOCK == full()
 
-    eventually("blocks to be found again", hits)
+    # One round can take longer than `eventually` waits.
+    if not any(hits() for _ in range(5)):
+        eventually("blocks to be found again", hits)
 
 
 def test_corrupted_bytes_change_the_tokens(engine, donors, want) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lab as of
 from node import Tenant, eventually
-from test_engine_3_lending import LENDING, LONGEST, RUNS, busy, quiet_then_busy
+from test_engine_3_lending import LENDING, LONGEST, busy, lend, let_go, quiet_then_busy
 
 RANKS = {"max_model_len": LONGEST, "seed": 1, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
@@ -14,21 +14,27 @@ def test_two_ranks_lend_and_take_back(lab, node) -> None:
     node.start_broker()
     engine = lab.engine("b")
     of.connect(engine, node, wait=False, connector=LENDING, **RANKS)
-    engine.ask("settle")
-    assert engine.ask("loans")["lent"] == RUNS
-    eventually("both ranks' parts", lambda: node.status()["total"]["offered"] == engine.ask("stats")["lent_bytes"])
-    tenant = Tenant(node)
-    assert tenant.leased > 0
-    taken = []
 
-    def look() -> None:
-        loans = engine.ask("loans")
-        if not taken and loans["lent"] == loans["returning"] == 0:
-            taken.append(node.status()["total"]["offered"])
+    def lent_and_taken_back() -> dict[str, dict]:
+        lend(engine)
+        eventually(
+            "both ranks' parts", lambda: 0 < engine.ask("stats")["lent_bytes"] == node.status()["total"]["offered"]
+        )
+        tenant = Tenant(node)
+        assert tenant.leased > 0
+        taken = []
 
-    assert of.said(busy(engine, look)).items() <= want.items()
-    assert taken == [0]
-    tenant.end()
-    engine.ask("settle")
-    assert engine.ask("loans")["lent"] == RUNS, "again"
+        def look() -> None:
+            let_go(engine)
+            loans = engine.ask("loans")
+            if not taken and loans["lent"] == loans["returning"] == 0:
+                taken.append(node.status()["total"]["offered"])
+
+        results = busy(engine, look)
+        assert taken == [0]
+        tenant.end()
+        return results
+
+    of.matching(want, lent_and_taken_back)
+    lend(engine)  # again
     engine.ask("stop")
