@@ -5,7 +5,9 @@
 #
 #     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
-# --only peers: what two GPUs add, and no more, in about four minutes.
+# Where python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under it.
+#
+# --only peers: what two GPUs add, and no more, in about six minutes.
 # With SWIFTCACHE_REQUIRE_GPU=1 a machine without a GPU is a failure; otherwise it is skipped, and says so. With
 # SWIFTCACHE_REQUIRE_PEERS=1 the same goes for a machine on which no GPU reaches another's memory.
 set -u
@@ -59,6 +61,22 @@ if [ -x "$beside/swiftcache-broker" ] && [ -x "$beside/swiftcache" ] && [ -x "$b
     step 90 "full stack: broker over NVML, swiftcache donate, borrower" full-stack
 else
     echo "== full stack: not run, swiftcache-broker, swiftcache and swiftcache-test-borrower are not in $beside"
+fi
+
+python=${PYTHON:-python3}
+if "$python" -c 'import torch, swiftcache' 2>/dev/null; then
+    # script SECONDS NAME SCRIPT ARGUMENTS
+    script() {
+        limit=$1
+        echo "== $2"
+        file=$root/tests/gpu/torch_engine/$3
+        shift 3
+        timeout --kill-after=5 "$limit" "$python" "$file" --programs "$beside" "$@" || status=1
+    }
+    script 300 "PyTorch: blocks behind its kernels, a replica, parts of its pool lent" check.py
+    script 600 "PyTorch: time to the first token of a next turn" ttft.py --json "$report/gpu-ttft.json"
+else
+    echo "== PyTorch: not run, $python has no torch or not the wheel of \`make wheel\`"
 fi
 
 if [ "$only" = peers ]; then

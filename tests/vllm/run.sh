@@ -31,8 +31,8 @@ done
 env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
     --manifest-path engine-adapter/Cargo.toml
 export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
-"$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm
-"$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm
+"$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm tests/gpu
+"$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm tests/gpu
 if [ "${1-}" = --setup ]; then
     exit
 fi

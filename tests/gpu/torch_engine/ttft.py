@@ -1,0 +1,174 @@
+"""Time to the first token of a conversation's next turn, on this machine's GPUs, by where its prefix is.
+
+A PyTorch decoder of a real model's shapes with random weights, run eagerly on one GPU; KV in a paged pool. The turn is
+timed from the request to the last token's hidden state, lookup included, after the GPU is idle. Arms:
+
+  computed     the prefix is computed again, in chunks of 8,192 tokens
+  host memory  it is loaded from pinned host memory over PCIe, layer by layer while the turn computes
+  donor        it is loaded from another process's HBM, likewise: on a second GPU where one is reached, else on this one
+  resident     it is in the engine's own pool: what no cache can beat
+
+What is loaded is compared with what was computed, bit by bit, in every run.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from engine import Engine
+from model import BLOCK_TOKENS, SHAPES, Model
+from node import Node
+
+from swiftcache import Connection
+
+
+def milliseconds(engine: Engine, turn: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    engine.synchronize()
+    began = time.perf_counter()
+    state = turn()
+    engine.synchronize()
+    return (time.perf_counter() - began) * 1e3, state
+
+
+class Arm:
+    """An engine over one place for its prefixes."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
+
+    def keep(self, prefix: int) -> torch.Tensor:
+        """Computes a prefix and stores it. Returns its KV."""
+        home = self.engine.table(0, prefix)
+        outcome = self.engine.prefill_and_store(prefix, home).finish()
+        if outcome["stored"] + outcome["known"] != prefix:
+            sys.exit(f"{self.name}: {outcome} of {prefix} blocks")
+        return self.engine.model.kv(home)
+
+    def turn(self, prefix: int, tokens: torch.Tensor, right: torch.Tensor) -> float:
+        model, blocks = self.engine.model, prefix + len(tokens) // BLOCK_TOKENS
+        table = self.engine.table(blocks, blocks)
+        away = table[:prefix].tolist()
+        for layer in model.pool:
+            layer[:, table[:prefix]] = -1
+        loads = []
+
+        def loaded() -> torch.Tensor:
+            loads.append(self.engine.load(prefix, away))
+            return self.engine.next_turn(tokens, table, loads[0])
+
+        took, _ = milliseconds(self.engine, loaded)
+        if loads[0].finish() or not torch.equal(model.kv(away), right):
+            sys.exit(f"{self.name}: wrong or missing bytes")
+        return took
+
+
+def computed(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
+    blocks = prefix + len(tokens) // BLOCK_TOKENS
+    table = engine.table(0, blocks)
+    everything = torch.cat([engine.model.tokens(prefix, prefix * BLOCK_TOKENS), tokens])
+    chunk = 8192
+
+    def turn() -> torch.Tensor:
+        state = tokens[-1]
+        for begin in range(0, len(everything), chunk):
+            end = min(begin + chunk, len(everything))
+            state = engine.model.prefill(everything[begin:end], table[: end // BLOCK_TOKENS])
+        return state
+
+    return milliseconds(engine, turn)[0]
+
+
+def resident(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
+    table = engine.table(0, prefix + len(tokens) // BLOCK_TOKENS)
+    return milliseconds(engine, lambda: engine.next_turn(tokens, table, None))[0]
+
+
+def donor_name(node: Node, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "donor (shared memory, no GPU)"
+    if len(node.devices) == 1:
+        return "donor (same GPU)"
+    return "donor (peer GPU)" if torch.cuda.can_device_access_peer(0, 1) else "donor (GPU without peer access)"
+
+
+def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]]:
+    device = torch.device(arguments.device)
+    shape = SHAPES[arguments.shape]
+    longest = max(arguments.tokens) // BLOCK_TOKENS + arguments.turn // BLOCK_TOKENS
+    model = Model(shape, -(-2 * longest // 3) * 3, device)
+    needed = sum(arguments.tokens) // BLOCK_TOKENS * sum(model.layer_bytes())
+    slab = max(64 * sum(model.layer_bytes()), 1 << 20)
+    lent = (needed // slab + 2) * slab
+    node.start_donor(node.devices[-1], lent, slab)
+    connection = Connection(node.socket, name="a PyTorch engine")
+    places = {donor_name(node, device): {"leased_bytes": lent}, "host memory": {"leased_bytes": 0, "host_bytes": lent}}
+    arms = [
+        Arm(name, Engine(model, connection, node.devices[0], namespace=name, **place)) for name, place in places.items()
+    ]
+    rows = []
+    for count in arguments.tokens:
+        prefix = count // BLOCK_TOKENS
+        tokens = model.tokens(7, arguments.turn)
+        right = [arm.keep(prefix) for arm in arms]
+        times: dict[str, list[float]] = {}
+        # The first round warms up. Arms take turns, so that a slow moment is everyone's.
+        for round_ in range(arguments.rounds + 1):
+            took = {arm.name: arm.turn(prefix, tokens, kv) for arm, kv in zip(arms, right, strict=True)}
+            took["computed"] = computed(arms[0].engine, prefix, tokens)
+            took["resident"] = resident(arms[0].engine, prefix, tokens)
+            print(f"{count} tokens, round {round_} of {arguments.rounds}", file=sys.stderr)
+            if round_:
+                for name, one in took.items():
+                    times.setdefault(name, []).append(one)
+        medians = {name: statistics.median(some) for name, some in times.items()}
+        spread = {name: [min(some), max(some)] for name, some in times.items()}
+        rows.append({"prefix_tokens": count, "turn_tokens": arguments.turn, "ttft_ms": medians, "range_ms": spread})
+    for arm in arms:
+        arm.engine.cache.close()
+    connection.close()
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    names = list(rows[0]["ttft_ms"])
+    lines = ["| prefix | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
+    for row in rows:
+        medians = row["ttft_ms"]
+        cells = [f"{medians[name]:.1f} ms" for name in names]
+        lines.append(f"| {row['prefix_tokens']} tokens | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768], help="prefixes, tokens")
+    parser.add_argument("--turn", type=int, default=256, help="tokens of the next turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file too")
+    arguments = parser.parse_args()
+    for count in (*arguments.tokens, arguments.turn):
+        if count <= 0 or count % BLOCK_TOKENS:
+            parser.error(f"{count} tokens are no whole number of blocks of {BLOCK_TOKENS}")
+    with tempfile.TemporaryDirectory() as directory:
+        node = Node(arguments.programs.resolve(), pathlib.Path(directory), arguments.device == "cuda")
+        try:
+            rows = measure(arguments, node)
+        finally:
+            node.close()
+    name = torch.cuda.get_device_name(0) if arguments.device == "cuda" else "no GPU"
+    print(f"{arguments.shape}, {arguments.turn} tokens of next turn, {name}, medians of {arguments.rounds} rounds")
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": name, "shape": arguments.shape, "rows": rows}, indent=2) + "\n")
+
+
+main()
