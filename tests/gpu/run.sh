@@ -75,6 +75,7 @@ if "$python" -c 'import torch, swiftcache' 2>/dev/null; then
     }
     script 300 "PyTorch: blocks behind its kernels, a replica, parts of its pool lent" check.py
     script 600 "PyTorch: time to the first token of a next turn" ttft.py --json "$report/gpu-ttft.json"
+    script 300 "PyTorch: what the donor's neighbour notices" neighbour.py --json "$report/gpu-neighbour.json"
 else
     echo "== PyTorch: not run, $python has no torch or not the wheel of \`make wheel\`"
 fi

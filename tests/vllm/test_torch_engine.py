@@ -1,4 +1,4 @@
-"""The GPU machine's PyTorch check and measurement, here in shared memory, so that they run there too."""
+"""The GPU machine's PyTorch check and measurements, here in shared memory, so that they run there too."""
 
 import json
 import os
@@ -35,3 +35,12 @@ def test_the_time_to_the_first_token_is_measured_by_where_the_prefix_is(tmp_path
     for row in report["rows"]:
         assert row["ttft_ms"].keys() == arms and min(row["ttft_ms"].values()) > 0
     assert "| 512 tokens |" in said and "no GPU" in said
+
+
+def test_what_the_neighbour_notices_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "neighbour.json"
+    said = run("neighbour.py", "--rounds", "2", "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["work"] for row in rows] == ["matrix products", "passes over memory"]
+    assert all(row["slowdown"] > 0 and row["read_gb_per_s"] > 0 for row in rows)
+    assert "no GPU" in said

@@ -109,56 +109,80 @@ def replicas(arguments: argparse.Namespace, node: Node, right: torch.Tensor) -> 
     print("a replica in another process loads the same")
 
 
-def lending(node: Node, device: torch.device) -> None:
-    """The tail of a PyTorch pool, lent to a borrower and taken back."""
-    shape = SHAPES["tiny"]
-    blocks, lent = 4096, 2048
-    lender_connection = Connection(node.socket, name="an engine that lends")
-    pool = Model(shape, blocks, device)
-    where = node.devices[-1 if device.type == "cpu" else 0]
-    lender = Engine(pool, lender_connection, where, leased_bytes=0, namespace="a lender", lend_drain_ms=60_000)
-    for layer in pool.pool:
+LENT, POOLED = 2048, 4096
+"""Blocks of a lender's pool that it lends, of so many: the last ones."""
+
+
+def lender(arguments: argparse.Namespace) -> None:
+    """Another process: an engine that lends the tail of its pool, and says on each word what it holds there."""
+    connection = Connection(arguments.lender, name="an engine that lends")
+    model = Model(SHAPES["tiny"], POOLED, torch.device(arguments.device))
+    drain = {"lend_drain_ms": 60_000}
+    engine = Engine(model, connection, arguments.uuid, leased_bytes=0, namespace="a lender", **drain)
+    for layer in model.pool:
         layer.copy_(torch.randn_like(layer))
-    tail = range(blocks - lent, blocks)
-    kept, before = pool.kv(range(blocks - lent)), pool.kv(tail)
-    piece = shape.piece_bytes
+    head, tail = range(POOLED - LENT), range(POOLED - LENT, POOLED)
+    kept, before = model.kv(head), model.kv(tail)
+    piece = model.shape.piece_bytes
     ranges = [
-        (layer.data_ptr() + (half * blocks + blocks - lent) * piece, lent * piece)
-        for layer in pool.pool
+        (layer.data_ptr() + (half * POOLED + POOLED - LENT) * piece, LENT * piece)
+        for layer in model.pool
         for half in range(2)
     ]
-    lender.synchronize()
-    lender.cache.lend(1, ranges)
+    engine.synchronize()
+    engine.cache.lend(1, ranges)
 
     def out() -> bool:
-        expect(lender.cache.lend_problem() == "", lender.cache.lend_problem())
+        expect(engine.cache.lend_problem() == "", engine.cache.lend_problem())
         # Only whole pages are lent: the tail's ends stay the lender's.
-        return lender.cache.stats()["lent_bytes"] >= 0.9 * sum(size for _, size in ranges)
+        return engine.cache.stats()["lent_bytes"] >= 0.9 * sum(size for _, size in ranges)
 
     eventually("the pool's tail to be on offer", out)
-    bytes_lent = int(lender.cache.stats()["lent_bytes"])
-
-    connection = Connection(node.socket, name="a borrower")
-    borrower = Engine(
-        Model(shape, POOL, device), connection, node.devices[0], leased_bytes=bytes_lent, namespace="a borrower"
-    )
-    turns(borrower)
-    now = pool.kv(tail)
+    lent_bytes = int(engine.cache.stats()["lent_bytes"])
+    print(lent_bytes, flush=True)
+    sys.stdin.readline()
+    now = model.kv(tail)
     expect(bool(((now != 0) & (now != before)).any()), "the borrower's blocks are not in the lender's pool")
-    expect(torch.equal(pool.kv(range(blocks - lent)), kept), "what was not lent has changed")
-    lender.cache.take_back([1])
-    eventually("the loan", lambda: lender.cache.returned_loans() == [1])
-    now = pool.kv(tail)
+    expect(torch.equal(model.kv(head), kept), "what was not lent has changed")
+    engine.cache.take_back([1])
+    eventually("the loan", lambda: engine.cache.returned_loans() == [1])
+    now = model.kv(tail)
     expect(bool(((now == 0) | (now == before)).all()), "a borrower's bytes are left in the lender's pool")
-    expect(int((now == 0).sum()) >= bytes_lent // 2, "what came back is not empty")
-    expect(torch.equal(pool.kv(range(blocks - lent)), kept), "what was not lent has changed")
-    failed = borrower.load(1, borrower.table(0, PREFIX).tolist()).finish()
-    expect(len(failed) == PREFIX, "a borrower reads what it gave back")
-    for engine in (borrower, lender):
-        engine.cache.close()
-    for one in (connection, lender_connection):
-        one.close()
-    print(f"{bytes_lent >> 20} MiB of a PyTorch pool lent, borrowed from, taken back and empty")
+    expect(int((now == 0).sum()) >= lent_bytes // 2, "what came back is not empty")
+    expect(torch.equal(model.kv(head), kept), "what was not lent has changed")
+    print("empty", flush=True)
+    sys.stdin.readline()
+
+
+def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> None:
+    """The tail of another engine's pool: borrowed from, and gone when that asks for it."""
+    command = [sys.executable, __file__, "--device", arguments.device]
+    command += ["--lender", node.socket, "--uuid", node.devices[-1]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def say(word: str) -> None:
+            process.stdin.write(f"{word}\n")
+            process.stdin.flush()
+
+        def heard() -> str:
+            line = process.stdout.readline().strip()
+            expect(bool(line) and "FAILED" not in line, f"the lender: {line}")
+            return line
+
+        lent = int(heard())
+        connection = Connection(node.socket, name="a borrower")
+        model = Model(SHAPES["tiny"], POOL, device)
+        borrower = Engine(model, connection, node.devices[0], leased_bytes=lent, namespace="a borrower")
+        turns(borrower)
+        say("look, and take it back")
+        expect(heard() == "empty", "the lender has it back")
+        failed = borrower.load(1, borrower.table(0, PREFIX).tolist()).finish()
+        expect(len(failed) == PREFIX, "a borrower reads what it gave back")
+        borrower.cache.close()
+        connection.close()
+        say("leave")
+    expect(process.returncode == 0, f"the lender ended with status {process.returncode}")
+    print(f"{lent >> 20} MiB of a PyTorch pool lent, borrowed from, taken back and empty")
 
 
 def main() -> None:
@@ -167,10 +191,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
     parser.add_argument("--replica", help=argparse.SUPPRESS)
+    parser.add_argument("--lender", help=argparse.SUPPRESS)
     parser.add_argument("--uuid", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.replica:
         return replica(arguments)
+    if arguments.lender:
+        return lender(arguments)
     device = torch.device(arguments.device)
     with tempfile.TemporaryDirectory() as directory:
         node = Node(arguments.programs.resolve(), pathlib.Path(directory), device.type == "cuda")
@@ -187,7 +214,7 @@ def main() -> None:
             engine.cache.close()
             connection.close()
             node.end(donor)
-            lending(node, device)
+            lending(arguments, node, device)
         finally:
             node.close()
 

@@ -1,0 +1,148 @@
+"""What a neighbour notices while a borrower reads KV out of its GPU's HBM.
+
+The neighbour is a process of its own on the donor's GPU: half of its rounds run alone, half while the borrower loads
+prefixes as fast as they come. Its work is either matrix products (what prefill is bound by) or passes over memory (what
+decode is bound by). With two GPUs that reach each other the borrower computes on the other one; with one GPU it shares
+this one, which is not what a deployment does.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+from engine import Engine
+from model import SHAPES, Model
+from node import Node
+
+from swiftcache import Connection
+
+PREFIX = 1024
+"""Blocks of the prefix that is loaded again and again: 16,384 tokens."""
+WORK = {"matrix products": 600, "passes over memory": 600}
+"""Kernels of one round, about a second's."""
+
+
+def neighbour(device: torch.device) -> None:
+    """The other process: does a round of the work that each line names, and says how many milliseconds it took."""
+    side = 8192 if device.type == "cuda" else 64
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    into = torch.empty_like(left)
+    memory = torch.zeros((1 << 30) if device.type == "cuda" else (1 << 12), dtype=torch.int8, device=device)
+    kernels = {"matrix products": lambda: torch.mm(left, right, out=into), "passes over memory": lambda: memory.add_(1)}
+    for line in sys.stdin:
+        work = line.strip()
+        began = time.perf_counter()
+        for _ in range(WORK[work]):
+            kernels[work]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        print((time.perf_counter() - began) * 1e3, flush=True)
+
+
+class Load:
+    """The borrower, loading in a thread while this is open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.loaded, self._over = engine, 0, threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def _work(self) -> None:
+        blocks = self.engine.table(PREFIX, PREFIX).tolist()
+        while not self._over.is_set():
+            if self.engine.load(1, blocks).finish():
+                raise RuntimeError("blocks failed to load")
+            self.loaded += PREFIX * sum(self.engine.model.layer_bytes())
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]]:
+    device = torch.device(arguments.device)
+    model = Model(SHAPES[arguments.shape], 3 * PREFIX, device)
+    slab = max(64 * sum(model.layer_bytes()), 1 << 20)
+    lent = (PREFIX * sum(model.layer_bytes()) // slab + 2) * slab
+    node.start_donor(node.devices[-1], lent, slab)
+    connection = Connection(node.socket, name="a PyTorch engine")
+    engine = Engine(model, connection, node.devices[0], leased_bytes=lent)
+    stored = engine.prefill_and_store(1, engine.table(0, PREFIX)).finish()
+    if stored["stored"] != PREFIX:
+        raise RuntimeError(f"stored {stored}")
+    where = f"cuda:{len(node.devices) - 1}" if device.type == "cuda" else "cpu"
+    command = [sys.executable, __file__, "--neighbour", where]
+    rows = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def round_of(work: str) -> float:
+            process.stdin.write(f"{work}\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        for work in WORK:
+            round_of(work)
+            alone, beside, rates = [], [], []
+            for _ in range(arguments.rounds):
+                alone.append(round_of(work))
+                with Load(engine) as load:
+                    beside.append(round_of(work))
+                rates.append(load.loaded / beside[-1] / 1e6)
+            ratios = [one / other for one, other in zip(beside, alone, strict=True)]
+            rows.append(
+                {
+                    "work": work,
+                    "alone_ms": statistics.median(alone),
+                    "beside_ms": statistics.median(beside),
+                    "slowdown": statistics.median(ratios),
+                    "slowdown_range": [min(ratios), max(ratios)],
+                    "read_gb_per_s": statistics.median(rates),
+                }
+            )
+        process.stdin.close()
+    engine.cache.close()
+    connection.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file too")
+    parser.add_argument("--neighbour", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.neighbour:
+        return neighbour(torch.device(arguments.neighbour))
+    cuda = arguments.device == "cuda"
+    with tempfile.TemporaryDirectory() as directory:
+        node = Node(arguments.programs.resolve(), pathlib.Path(directory), cuda)
+        try:
+            rows = measure(arguments, node)
+        finally:
+            node.close()
+    peers = cuda and len(node.devices) > 1 and torch.cuda.can_device_access_peer(0, len(node.devices) - 1)
+    where = "a peer GPU reads" if peers else "the same GPU reads" if cuda else "shared memory, no GPU"
+    print(f"{torch.cuda.get_device_name(0) if cuda else 'no GPU'}; {where}; medians of {arguments.rounds} rounds")
+    print("| the neighbour's work | it takes, of alone | read from its HBM meanwhile |")
+    print("| --- | ---: | ---: |")
+    for row in rows:
+        low, high = row["slowdown_range"]
+        print(f"| {row['work']} | {row['slowdown']:.3f} ({low:.3f} to {high:.3f}) | {row['read_gb_per_s']:.0f} GB/s |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"reader": where, "rows": rows}, indent=2) + "\n")
+
+
+main()
