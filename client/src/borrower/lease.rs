@@ -16,14 +16,27 @@ use super::{
     state::{Pending, State},
 };
 use crate::{
-    Result,
+    Error, Result,
     session::{Demand, Grant, Session},
 };
 
 /// When to ask again after the broker had nothing to lend.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// When to ask again at most after slabs were granted that cannot be mapped here: twice as long each time.
+const ASK_AGAIN_UNMAPPED: Duration = Duration::from_secs(10);
 /// When to ask again while slabs are being zeroed for this tenant.
 const ASK_AGAIN_SCRUBBING: Duration = Duration::from_millis(20);
+
+/// What became of a grant.
+#[derive(Debug)]
+enum Adopted {
+    /// It is in use.
+    Yes,
+    /// It must not be used, or not any more.
+    No,
+    /// It cannot be mapped in this process.
+    Unmapped(Error),
+}
 
 impl Core {
     /// Whether another lease could be had, as far as is known here.
@@ -68,18 +81,31 @@ impl Core {
         };
         let leased = session.lease(demand).wait();
         let mut adopted = 0;
+        let mut unmapped = None;
         let mut again = None;
         match leased {
             Ok(leased) => {
                 let mut turned_down = Vec::new();
                 for grant in leased.grants {
-                    if self.adopt(session, &grant, leased.epoch, false) {
-                        adopted += 1;
-                    } else {
-                        turned_down.push(grant.lease);
+                    match self.adopt(session, &grant, leased.epoch, false) {
+                        Adopted::Yes => {
+                            adopted += 1;
+                            continue;
+                        }
+                        Adopted::No => {}
+                        Adopted::Unmapped(error) => unmapped = Some(error),
                     }
+                    turned_down.push(grant.lease);
                 }
-                if leased.shortfall == Shortfall::Scrubbing {
+                if adopted == 0
+                    && let Some(error) = &unmapped
+                {
+                    // The broker would grant the same again: what keeps this process from it may last.
+                    let pause = self.state.lock().longer_map_pause();
+                    let slabs = turned_down.len();
+                    warn!(%error, slabs, ?pause, "granted slabs cannot be mapped");
+                    again = Some(pause);
+                } else if leased.shortfall == Shortfall::Scrubbing {
                     again = Some(ASK_AGAIN_SCRUBBING);
                 } else if adopted == 0 {
                     debug!(shortfall = ?leased.shortfall, "the broker has nothing to lend");
@@ -109,7 +135,14 @@ impl Core {
         let shared = match session.share(lease, self.config.device.clone()).wait() {
             Ok((grant, epoch)) => {
                 grant.block_bytes == self.config.layout.block_bytes()
-                    && self.adopt(session, &grant, epoch, true)
+                    && match self.adopt(session, &grant, epoch, true) {
+                        Adopted::Yes => true,
+                        Adopted::No => false,
+                        Adopted::Unmapped(error) => {
+                            warn!(%error, %lease, "a replica's slab cannot be mapped");
+                            false
+                        }
+                    }
             }
             Err(error) => {
                 debug!(%error, %lease, "a replica's lease cannot be read");
@@ -120,9 +153,8 @@ impl Core {
         shared
     }
 
-    /// Maps a granted slab and takes it into use. False when it must not be, or cannot: an own lease is then the
-    /// caller's to release.
-    fn adopt(&self, session: &Session, grant: &Grant, epoch: u64, shared: bool) -> bool {
+    /// Maps a granted slab and takes it into use. Otherwise an own lease is the caller's to release.
+    fn adopt(&self, session: &Session, grant: &Grant, epoch: u64, shared: bool) -> Adopted {
         {
             let mut state = self.state.lock();
             let most = self.config.max_leased_bytes;
@@ -136,7 +168,11 @@ impl Core {
             let known = state.slabs.of_lease(grant.lease).is_some()
                 || state.pending.contains_key(&grant.lease);
             if too_much || stale || revoked || known {
-                return known && shared;
+                return if known && shared {
+                    Adopted::Yes
+                } else {
+                    Adopted::No
+                };
             }
             let pending = Pending {
                 shared,
@@ -169,19 +205,17 @@ impl Core {
                 state
                     .slabs
                     .insert(Slab::new(kind, grant.slab_bytes, memory));
-                true
+                state.map_pause = Duration::ZERO;
+                Adopted::Yes
             }
             outcome => {
                 drop(state);
-                if let Err(error) = &outcome {
-                    warn!(%error, lease = %grant.lease, "a granted slab cannot be mapped");
-                }
                 // Unmaps before anyone is told.
-                drop(outcome);
+                let error = outcome.map(drop).err();
                 if pending.is_some_and(|pending| pending.revoked) {
                     session.acknowledge(grant.lease, grant.generation);
                 }
-                false
+                error.map_or(Adopted::No, Adopted::Unmapped)
             }
         }
     }
@@ -266,10 +300,31 @@ impl Core {
 }
 
 impl State {
+    /// How long to leave the broker alone after slabs were granted that cannot be mapped: longer each time in a row.
+    fn longer_map_pause(&mut self) -> Duration {
+        let longer = (2 * self.map_pause).clamp(ASK_AGAIN, ASK_AGAIN_UNMAPPED);
+        self.map_pause = longer;
+        longer
+    }
+
     fn end_grant_call(&mut self) {
         self.grants_in_flight -= 1;
         if self.grants_in_flight == 0 {
             self.revoked_early.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_mapped_is_asked_for_less_and_less_often() {
+        let mut state = State::new();
+        let pauses: Vec<u128> = (0..8)
+            .map(|_| state.longer_map_pause().as_millis())
+            .collect();
+        assert_eq!(pauses, [200, 400, 800, 1_600, 3_200, 6_400, 10_000, 10_000]);
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use hdrhistogram::Histogram;
@@ -38,6 +38,8 @@ pub(super) struct State {
     pub(super) slab_bytes: Option<u64>,
     /// The broker had nothing to lend; not to be asked before.
     pub(super) grow_after: Instant,
+    /// How long it was last left alone for because what it had to lend cannot be mapped here; zero when it can.
+    pub(super) map_pause: Duration,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
@@ -68,6 +70,7 @@ impl State {
             revoked_early: HashSet::new(),
             slab_bytes: None,
             grow_after: Instant::now(),
+            map_pause: Duration::ZERO,
             counts: Stats::default(),
             reported: Traffic::default(),
             drain: histogram(),
