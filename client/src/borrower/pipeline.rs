@@ -42,9 +42,10 @@ impl LayerTickets {
     }
 }
 
-/// Queues the copies of one layer of a planned transfer: one batch for each slab, its runs coalesced.
+/// Queues the copies of one layer of a planned transfer: one batch for each stream, runs of blocks coalesced.
 fn issue_layer(
     plan: &mut Plan,
+    streams: &[Arc<dyn CopyStream>],
     layer: usize,
     layout: &Layout,
     kv: &PagedKv,
@@ -53,15 +54,19 @@ fn issue_layer(
 ) -> Result<()> {
     let layer_bytes = layout.layer_bytes[layer];
     let engine = &kv.layers[layer];
-    for group in 0..plan.groups.len() {
-        let slab = Arc::clone(&plan.groups[group].slab);
-        bytes[slab.link] += plan.groups[group].blocks * layer_bytes;
-        let pieces = plan.pieces(group, layer, layer_bytes, engine, direction);
-        match direction {
-            Direction::Load => slab.load.copy(&slab.memory, &engine.memory, pieces)?,
-            Direction::Store => slab.store.copy(&engine.memory, &slab.memory, pieces)?,
+    for stream in streams {
+        plan.begin();
+        for group in 0..plan.groups.len() {
+            let slab = &plan.groups[group].slab;
+            if Arc::ptr_eq(direction.stream(slab), stream) {
+                bytes[slab.link] += plan.groups[group].blocks * layer_bytes;
+                plan.add_part(group, layer, layer_bytes, engine, direction);
+            }
         }
+        stream.copy_parts(&plan.parts, &plan.pieces)?;
     }
+    // A plan that is kept must keep no memory.
+    plan.begin();
     Ok(())
 }
 
@@ -74,7 +79,7 @@ pub(super) fn issue_load(
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
 ) -> Result<LayerTickets> {
-    let streams = streams(plan, |slab| &slab.load);
+    let streams = streams(plan, Direction::Load);
     let mut tickets = LayerTickets::default();
     // Layers before the first are over as soon as they are asked for.
     tickets.ends.resize(layers.start, 0);
@@ -85,7 +90,7 @@ pub(super) fn issue_load(
             }
         }
         for layer in layers {
-            issue_layer(plan, layer, layout, kv, Direction::Load, bytes)?;
+            issue_layer(plan, &streams, layer, layout, kv, Direction::Load, bytes)?;
             for stream in &streams {
                 tickets.tickets.push(stream.record()?);
             }
@@ -108,7 +113,7 @@ pub(super) fn issue_store(
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
 ) -> Result<()> {
-    let streams = streams(plan, |slab| &slab.store);
+    let streams = streams(plan, Direction::Store);
     let mut issue = || -> Result<()> {
         for layer in 0..layout.layer_bytes.len() {
             if let Some(ready) = layer_ready(layer) {
@@ -116,7 +121,7 @@ pub(super) fn issue_store(
                     stream.wait_for(&ready)?;
                 }
             }
-            issue_layer(plan, layer, layout, kv, Direction::Store, bytes)?;
+            issue_layer(plan, &streams, layer, layout, kv, Direction::Store, bytes)?;
         }
         Ok(())
     };
@@ -215,13 +220,19 @@ fn mark_end(streams: &[Arc<dyn CopyStream>], queueing: &mut Queueing<'_>) -> Res
     Ok(())
 }
 
-fn streams(
-    plan: &Plan,
-    stream: impl Fn(&SlabMemory) -> &Arc<dyn CopyStream>,
-) -> Vec<Arc<dyn CopyStream>> {
+impl Direction {
+    fn stream(self, slab: &SlabMemory) -> &Arc<dyn CopyStream> {
+        match self {
+            Self::Load => &slab.load,
+            Self::Store => &slab.store,
+        }
+    }
+}
+
+fn streams(plan: &Plan, direction: Direction) -> Vec<Arc<dyn CopyStream>> {
     let mut streams: Vec<Arc<dyn CopyStream>> = Vec::new();
     for group in &plan.groups {
-        let its = stream(&group.slab);
+        let its = direction.stream(&group.slab);
         if !streams.iter().any(|other| Arc::ptr_eq(other, its)) {
             streams.push(Arc::clone(its));
         }

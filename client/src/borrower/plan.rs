@@ -6,7 +6,7 @@ use super::{
     layout::PagedLayer,
     slab::{SlabIndex, SlabMemory},
 };
-use crate::device::Piece;
+use crate::device::{Part, Piece};
 
 /// Blocks that lie in consecutive slots of a slab and in consecutive blocks of the engine's pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,9 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) groups: Vec<Group>,
-    pieces: Vec<Piece>,
+    /// What is to be copied on one stream in one layer.
+    pub(super) parts: Vec<Part>,
+    pub(super) pieces: Vec<Piece>,
     spare: Vec<Vec<Run>>,
 }
 
@@ -79,19 +81,25 @@ impl Plan {
             group.runs.clear();
             self.spare.push(group.runs);
         }
+        self.begin();
+    }
+
+    /// Forgets parts and pieces.
+    pub(super) fn begin(&mut self) {
+        self.parts.clear();
         self.pieces.clear();
     }
 
-    /// One group's pieces for one layer: a run is one piece where the engine's blocks are dense, else one a block.
-    pub(super) fn pieces(
+    /// Adds one group's part of one layer: a run is one piece where the engine's blocks are dense, else one a block.
+    pub(super) fn add_part(
         &mut self,
         group: usize,
         layer: usize,
         layer_bytes: u64,
         kv: &PagedLayer,
         direction: Direction,
-    ) -> &[Piece] {
-        self.pieces.clear();
+    ) {
+        let before = self.pieces.len();
         let group = &self.groups[group];
         let base = group.slab.layer_offsets[layer];
         let dense = kv.block_stride == layer_bytes;
@@ -111,7 +119,16 @@ impl Plan {
                 self.pieces.push(Piece { from, to, bytes });
             }
         }
-        &self.pieces
+        let (slab, engine) = (group.slab.memory.clone(), kv.memory.clone());
+        let (from, to) = match direction {
+            Direction::Load => (slab, engine),
+            Direction::Store => (engine, slab),
+        };
+        self.parts.push(Part {
+            from,
+            to,
+            pieces: self.pieces.len() - before,
+        });
     }
 }
 
@@ -175,7 +192,10 @@ mod tests {
                     let before: u64 = LAYERS[..layer_number].iter().sum();
                     let base = if which == 0 { 0 } else { 4096 } + before * u64::from(SLOTS);
                     let runs = runs(&wanted, which);
-                    let pieces = plan.pieces(group, layer_number, *bytes, &kv, direction);
+                    plan.begin();
+                    plan.add_part(group, layer_number, *bytes, &kv, direction);
+                    let pieces = &plan.pieces;
+                    prop_assert_eq!(plan.parts[0].pieces, pieces.len());
                     if dense {
                         prop_assert_eq!(pieces.len(), runs);
                     }

@@ -63,6 +63,11 @@ impl Memory {
         self.0.owner.downcast_ref()
     }
 
+    /// Where it starts, for offsets that were checked before.
+    pub(in crate::device) fn base(&self) -> u64 {
+        self.0.address
+    }
+
     /// Checks that `bytes` at `offset` lie inside, and gives their address.
     pub(in crate::device) fn at(&self, offset: u64, bytes: u64) -> Result<u64> {
         match offset.checked_add(bytes) {

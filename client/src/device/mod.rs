@@ -29,7 +29,7 @@ pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
 #[cfg(test)]
 pub(crate) use stream::tests;
-pub use stream::{CopyStream, Piece, Ticket};
+pub use stream::{CopyStream, Part, Piece, Ticket};
 
 /// The result of every device operation.
 pub type Result<T> = std::result::Result<T, DeviceError>;

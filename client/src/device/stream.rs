@@ -17,6 +17,31 @@ pub struct Piece {
     pub bytes: u64,
 }
 
+/// Whose the next pieces of a list are.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// What they are copied from.
+    pub from: Memory,
+    /// What they are copied to.
+    pub to: Memory,
+    /// How many they are.
+    pub pieces: usize,
+}
+
+impl Part {
+    /// Each part and its pieces, of a list in the order of its parts.
+    pub fn split<'a>(
+        parts: &'a [Self],
+        pieces: &'a [Piece],
+    ) -> impl Iterator<Item = (&'a Self, &'a [Piece])> {
+        parts.iter().scan(pieces, |rest, part| {
+            let (its, behind) = rest.split_at(part.pieces.min(rest.len()));
+            *rest = behind;
+            Some((part, its))
+        })
+    }
+}
+
 /// A queue of copies on one device. Copies run in the order they were queued; streams are independent.
 /// Nothing here blocks except where it says so.
 pub trait CopyStream: Send + Sync + Debug {
@@ -27,6 +52,12 @@ pub trait CopyStream: Send + Sync + Debug {
     /// launch for many small ones). The stream keeps both memories mapped until the copies are over. All pieces
     /// are checked against both memories before the first is queued. Pieces must not overlap in `to`.
     fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()>;
+
+    /// As [`copy`](Self::copy), for several pairs of memories at once: a layer's blocks lie in many slabs, and the device
+    /// is to be told once. Should a part be refused, those before it may be queued.
+    fn copy_parts(&self, parts: &[Part], pieces: &[Piece]) -> Result<()> {
+        Part::split(parts, pieces).try_for_each(|(part, its)| self.copy(&part.from, &part.to, its))
+    }
 
     /// Queues zeroing of `bytes` at `offset`.
     fn zero(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<()>;

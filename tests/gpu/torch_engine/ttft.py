@@ -41,6 +41,8 @@ class Arm:
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name, self.engine = name, engine
+        self.calls: list[float] = []
+        """Milliseconds of the lookup and of queueing a prefix's copies, which the turn's first kernel waits for."""
 
     def keep(self, prefix: int) -> torch.Tensor:
         """Computes a prefix and stores it. Returns its KV."""
@@ -59,7 +61,9 @@ class Arm:
         loads = []
 
         def loaded() -> torch.Tensor:
+            began = time.perf_counter()
             loads.append(self.engine.load(prefix, away))
+            self.calls.append((time.perf_counter() - began) * 1e3)
             return self.engine.next_turn(tokens, table, loads[0])
 
         took, _ = milliseconds(self.engine, loaded)
@@ -128,7 +132,16 @@ def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]
                     times.setdefault(name, []).append(one)
         medians = {name: statistics.median(some) for name, some in times.items()}
         spread = {name: [min(some), max(some)] for name, some in times.items()}
-        rows.append({"prefix_tokens": count, "turn_tokens": arguments.turn, "ttft_ms": medians, "range_ms": spread})
+        calls = {arm.name: statistics.median(arm.calls[-arguments.rounds :]) for arm in arms}
+        rows.append(
+            {
+                "prefix_tokens": count,
+                "turn_tokens": arguments.turn,
+                "ttft_ms": medians,
+                "range_ms": spread,
+                "load_call_ms": calls,
+            }
+        )
     for arm in arms:
         arm.engine.cache.close()
     connection.close()

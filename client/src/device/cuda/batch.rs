@@ -3,7 +3,7 @@
 use std::ptr;
 
 use super::driver::{Batching, Code, SUCCESS, sys};
-use crate::device::{Memory, Piece, Result};
+use crate::device::{Part, Piece, Result};
 
 /// The lists that a batched call reads, kept for the next one.
 #[derive(Default)]
@@ -14,22 +14,24 @@ pub(super) struct BatchLists {
 }
 
 impl BatchLists {
-    /// Queues `pieces`, which lie inside both memories, on a stream that is not the default one. Some piece has
-    /// bytes, and the driver has batches.
+    /// Queues `pieces`, which lie inside the memories of their parts, on a stream that is not the default one. Some
+    /// piece has bytes, and the driver has batches.
     pub(super) fn queue(
         &mut self,
         batching: Batching,
         stream: sys::CUstream,
-        (from, to): (&Memory, &Memory),
+        parts: &[Part],
         pieces: &[Piece],
     ) -> Result<Code> {
         self.targets.clear();
         self.sources.clear();
         self.sizes.clear();
-        for piece in pieces.iter().filter(|piece| piece.bytes > 0) {
-            self.sources.push(from.at(piece.from, piece.bytes)?);
-            self.targets.push(to.at(piece.to, piece.bytes)?);
-            self.sizes.push(piece.bytes as usize);
+        for (part, its) in Part::split(parts, pieces) {
+            for piece in its.iter().filter(|piece| piece.bytes > 0) {
+                self.sources.push(part.from.at(piece.from, piece.bytes)?);
+                self.targets.push(part.to.at(piece.to, piece.bytes)?);
+                self.sizes.push(piece.bytes as usize);
+            }
         }
         // One set of attributes for all, from the first copy on: sources are read in the stream's order.
         let unknown = sys::CUmemLocation {
@@ -48,7 +50,7 @@ impl BatchLists {
         let sources = self.sources.as_mut_ptr();
         let sizes = self.sizes.as_mut_ptr();
         // SAFETY: the three lists are `count` long and the driver copies them before it returns; the ranges were
-        // just checked, and the stream's holds keep both memories mapped until an event behind this is over.
+        // just checked, and the stream's holds keep all memories mapped until an event behind this is over.
         let code = unsafe {
             match batching {
                 Batching::Current(batch) => (batch.copy)(

@@ -11,7 +11,7 @@ use super::{
     driver::sys,
     route::Route,
 };
-use crate::device::{Memory, Piece, Result};
+use crate::device::{Part, Piece, Result};
 
 /// `gather.cu`, compiled; see there for the command.
 const PTX: &str = concat!(include_str!("gather.ptx"), "\0");
@@ -107,17 +107,22 @@ impl Cut {
 /// The descriptors of pieces, in order. A layer has thousands, and the GPU waits for them: nothing is checked here.
 struct Descriptors<'a> {
     most_bytes: u64,
+    parts: std::slice::Iter<'a, Part>,
+    /// Where the memories of the current part lie, and how many of its pieces are left.
     bases: (u64, u64),
+    left: usize,
     pieces: std::slice::Iter<'a, Piece>,
     /// What is left of the current piece.
     rest: Piece,
 }
 
 impl<'a> Descriptors<'a> {
-    fn new(cut: Cut, bases: (u64, u64), pieces: &'a [Piece]) -> Self {
+    fn new(cut: Cut, parts: &'a [Part], pieces: &'a [Piece]) -> Self {
         Self {
             most_bytes: cut.most_bytes,
-            bases,
+            parts: parts.iter(),
+            bases: (0, 0),
+            left: 0,
             pieces: pieces.iter(),
             rest: Piece {
                 from: 0,
@@ -134,7 +139,13 @@ impl Iterator for Descriptors<'_> {
     #[inline]
     fn next(&mut self) -> Option<Descriptor> {
         while self.rest.bytes == 0 {
+            while self.left == 0 {
+                let part = self.parts.next()?;
+                self.bases = (part.from.base(), part.to.base());
+                self.left = part.pieces;
+            }
             self.rest = *self.pieces.next()?;
+            self.left -= 1;
         }
         let bytes = self.rest.bytes.min(self.most_bytes);
         let descriptor = Descriptor {
@@ -254,12 +265,13 @@ impl Ring {
         }
     }
 
-    /// Queues `pieces`, which were checked to lie inside both memories, in as few launches as the segments allow.
+    /// Queues `pieces`, which were checked to lie inside the memories of their parts, in as few launches as the segments
+    /// allow.
     pub(super) fn launch(
         &mut self,
         kernel: &GatherKernel,
         (stream, route, blocks): (sys::CUstream, Route, Option<c_uint>),
-        (from, to): (&Memory, &Memory),
+        parts: &[Part],
         pieces: &[Piece],
         entered: &Entered<'_>,
     ) -> Result<()> {
@@ -267,8 +279,7 @@ impl Ring {
         let blocks = blocks.max(1);
         let way = (stream, blocks);
         let cut = Cut::of(pieces, blocks);
-        let bases = (from.at(0, 0)?, to.at(0, 0)?);
-        let mut descriptors = Descriptors::new(cut, bases, pieces);
+        let mut descriptors = Descriptors::new(cut, parts, pieces);
         let most = cut.most_descriptors();
         if let Ok(count) = usize::try_from(cut.descriptors)
             && count <= FEW.min(most)

@@ -14,7 +14,9 @@ use super::{
     route::Route,
     ticket::{Holds, Point},
 };
-use crate::device::{CopyStream, DeviceError, Memory, Piece, Result, Ticket, stream::check_pieces};
+use crate::device::{
+    CopyStream, DeviceError, Memory, Part, Piece, Result, Ticket, stream::check_pieces,
+};
 
 /// How a stream copies pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,9 +96,9 @@ impl CudaStream {
     }
 
     /// Queues work that needs `memories`; a failure is remembered.
-    fn queue(
+    fn queue<'a>(
         &self,
-        memories: &[&Memory],
+        memories: impl IntoIterator<Item = &'a Memory>,
         work: impl FnOnce(&mut State, &Entered<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut state = self.state.lock();
@@ -116,11 +118,11 @@ impl CudaStream {
     }
 
     /// The slowest way to these, if kernels of this stream may touch them all.
-    fn reaches(&self, arenas: &[&Arena]) -> Result<Option<Route>> {
+    fn reaches<'a>(&self, memories: impl IntoIterator<Item = &'a Memory>) -> Result<Option<Route>> {
         let entered = self.context.enter()?;
         let mut slowest = Some(Route::Device);
-        for arena in arenas {
-            let route = arena.reachable_from(&self.context, &entered)?;
+        for memory in memories {
+            let route = Arena::of(memory)?.reachable_from(&self.context, &entered)?;
             slowest = slowest.zip(route).map(|(one, other)| one.max(other));
         }
         Ok(slowest)
@@ -199,13 +201,26 @@ impl CopyStream for CudaStream {
     }
 
     fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()> {
-        let arenas = [Arena::of(from)?, Arena::of(to)?];
-        check_pieces(from, to, pieces)?;
+        let part = Part {
+            from: from.clone(),
+            to: to.clone(),
+            pieces: pieces.len(),
+        };
+        self.copy_parts(&[part], pieces)
+    }
+
+    fn copy_parts(&self, parts: &[Part], pieces: &[Piece]) -> Result<()> {
+        for (part, its) in Part::split(parts, pieces) {
+            Arena::of(&part.from)?;
+            Arena::of(&part.to)?;
+            check_pieces(&part.from, &part.to, its)?;
+        }
         if pieces.iter().all(|piece| piece.bytes == 0) {
             return Ok(());
         }
-        let route = self.reaches(&arenas)?;
-        self.queue(&[from, to], |state, entered| {
+        let memories = || parts.iter().flat_map(|part| [&part.from, &part.to]);
+        let route = self.reaches(memories())?;
+        self.queue(memories(), |state, entered| {
             if let Some(route) = route
                 && let Some(kernel) = self.kernel(pieces, route, entered)
             {
@@ -214,28 +229,25 @@ impl CopyStream for CudaStream {
                     _ => None,
                 };
                 let way = (self.raw(), route, blocks);
-                return state.ring.launch(kernel, way, (from, to), pieces, entered);
+                return state.ring.launch(kernel, way, parts, pieces, entered);
             }
-            let alone = pieces.len() == 1 || self.method == Method::Each;
-            if alone || !self.takes_batches() {
-                return self.copy_each(from, to, pieces);
+            if self.method == Method::Each || pieces.len() == 1 || !self.takes_batches() {
+                return Part::split(parts, pieces)
+                    .try_for_each(|(part, its)| self.copy_each(&part.from, &part.to, its));
             }
             let batching = self.context.driver.batching;
-            let code = state
-                .lists
-                .queue(batching, self.raw(), (from, to), pieces)?;
+            let code = state.lists.queue(batching, self.raw(), parts, pieces)?;
             self.context.check(code, "copying a batch")
         })
     }
 
     fn zero(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<()> {
-        let arena = Arena::of(memory)?;
         let address = memory.at(offset, bytes)?;
         if bytes == 0 {
             return Ok(());
         }
-        self.reaches(&[arena])?;
-        self.queue(&[memory], |_, _| {
+        self.reaches([memory])?;
+        self.queue([memory], |_, _| {
             let set_bytes = self.context.driver.core.set_bytes;
             // SAFETY: the range was just checked, and the holds keep it mapped until an event behind this is over.
             let code = unsafe { set_bytes(address, 0, bytes as usize, self.raw()) };
@@ -269,7 +281,7 @@ impl CopyStream for CudaStream {
                 device: self.context.uuid.clone(),
                 problem: "it belongs to another backend; open one layer per process".to_owned(),
             })?;
-        self.queue(&[], |_, _| {
+        self.queue([], |_, _| {
             if let Some(outcome) = point.outcome() {
                 return outcome;
             }

@@ -6,7 +6,7 @@ use proptest::{
     strategy::Strategy,
     test_runner::{Config, TestCaseError, TestRunner},
 };
-use swiftcache_client::device::{CopyStream, DeviceError, Memory, Piece};
+use swiftcache_client::device::{CopyStream, DeviceError, Memory, Part, Piece};
 
 use crate::{pattern, subject::Subject};
 
@@ -131,6 +131,65 @@ pub(super) fn scattered(subject: &Subject) -> Result<()> {
         pattern::expect(&found, &wanted)
             .with_context(|| format!("{count} pieces of {bytes} bytes"))?;
     }
+    Ok(())
+}
+
+pub(super) fn parts(subject: &Subject) -> Result<()> {
+    // Three slabs and an engine's pool, as a layer's blocks lie: small pieces, large ones, and a slab without any.
+    let counts = [5_u64, 0, 700, 3];
+    for bytes in [48_u64, 4096, 3 * MIB] {
+        let total: u64 = counts.iter().sum();
+        let total = if bytes > MIB { 8 } else { total };
+        let stream = subject.stream()?;
+        let (_, pool) = two_memories(subject, total * bytes)?;
+        let (mut parts, mut pieces, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+        for (slab, count) in (1..).zip(counts) {
+            let count = count.min(total - pieces.len() as u64);
+            let (from, _) = two_memories(subject, bytes * count.max(1))?;
+            pattern::write(&*stream, &from, 0, bytes * count, slab)?;
+            // The slab's blocks backwards, into the pool's next ones.
+            let first = pieces.len() as u64;
+            pieces.extend((0..count).map(|block| Piece {
+                from: (count - 1 - block) * bytes,
+                to: (first + block) * bytes,
+                bytes,
+            }));
+            let source = pattern::bytes(slab, (bytes * count) as usize);
+            wanted.extend(source.chunks(bytes as usize).rev().flatten().copied());
+            parts.push(Part {
+                from,
+                to: pool.clone(),
+                pieces: count as usize,
+            });
+        }
+        stream.copy_parts(&parts, &pieces)?;
+        // The stream keeps what it needs.
+        parts.clear();
+        let mut found = vec![0; wanted.len()];
+        stream.read(&pool, 0, &mut found)?;
+        pattern::expect(&found, &wanted).with_context(|| format!("pieces of {bytes} bytes"))?;
+    }
+    // A stray piece of any part is refused.
+    let (from, to) = two_memories(subject, MIB)?;
+    let part = || Part {
+        from: from.clone(),
+        to: to.clone(),
+        pieces: 1,
+    };
+    let inside = Piece {
+        from: 0,
+        to: 0,
+        bytes: 4096,
+    };
+    let stray = Piece {
+        from: MIB,
+        ..inside
+    };
+    let refused = subject
+        .stream()?
+        .copy_parts(&[part(), part()], &[inside, stray]);
+    let error = refused.err().context("a range outside was accepted")?;
+    ensure!(matches!(error, DeviceError::OutOfRange { .. }), "{error}");
     Ok(())
 }
 

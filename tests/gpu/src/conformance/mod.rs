@@ -32,6 +32,7 @@ pub const CHECKS: &[Check] = &[
     ),
     ("extents arrive byte for byte", copies::extents),
     ("many small pieces arrive byte for byte", copies::scattered),
+    ("one call copies pieces of many memories", copies::parts),
     ("copies cross devices", copies::across_devices),
     ("random pieces match a naive model", copies::random_pieces),
     ("zeroing touches its range only", copies::zeroing),
