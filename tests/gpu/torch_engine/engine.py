@@ -1,5 +1,6 @@
 """A model and its SwiftCache: the next turn of a conversation from a cached prefix, on the engine's own stream."""
 
+import functools
 import hashlib
 
 import torch
@@ -9,6 +10,7 @@ from node import eventually
 from swiftcache import Cache, Connection, Load, Store
 
 
+@functools.cache
 def hashes(conversation: int, blocks: int) -> bytes:
     return b"".join(hashlib.md5(f"{conversation}/{n}".encode()).digest() for n in range(blocks))
 
