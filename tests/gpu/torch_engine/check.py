@@ -25,9 +25,14 @@ MIB = 1 << 20
 
 
 def delay(engine: Engine) -> None:
-    """Keeps the stream busy for a while: who does not wait for it is too early."""
+    """Keeps the stream busy for about a second: who does not wait for it is too early."""
     if engine.cuda:
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_500_000_000)
+
+
+def late(engine: Engine, what: str) -> None:
+    """Everything was queued while the stream was still busy: nothing in it has waited for the host."""
+    expect(not engine.cuda or not torch.cuda.current_stream().query(), f"{what} too late to show anything")
 
 
 def expect(holds: bool, what: str) -> None:
@@ -44,24 +49,28 @@ def checksum(kv: torch.Tensor) -> int:
 def turns(engine: Engine) -> torch.Tensor:
     """A prefix is stored while it computes, forgotten, and loaded while the next turn computes. Returns its KV."""
     model = engine.model
-    home, away = engine.table(0, PREFIX + TURN), engine.table(PREFIX + TURN, PREFIX)
-    delay(engine)
-    store = engine.prefill_and_store(1, home[:PREFIX])
+    own, other = engine.blocks(0, PREFIX + TURN), engine.blocks(PREFIX + TURN, PREFIX)
+    home, away = engine.table(own), engine.table(other)
+    # The first time, libraries load their kernels, which takes longer than the delay.
+    model.prefill(model.tokens(3, PREFIX * BLOCK_TOKENS), home[:PREFIX])
+    store = engine.prefill_and_store(1, own[:PREFIX], lambda: delay(engine))
+    late(engine, "the write-back is queued")
     outcome = store.finish()
     expect(outcome["stored"] == PREFIX, f"stored {outcome}")
     right = model.kv(home[:PREFIX])
     expect(bool(right.any()), "the model computes nothing")
     turn = model.tokens(2, TURN * BLOCK_TOKENS)
     resident = model.prefill(turn, home)
+    table = torch.cat([away, home[PREFIX:]])
 
     # The garbage is queued before the load is, and written after that: a load that does not wait is overwritten.
     delay(engine)
     for layer in model.pool:
         layer[:, away] = -1
-    load = engine.load(1, away.tolist())
-    table = torch.cat([away, home[PREFIX:]])
+    load = engine.load(1, other)
     loaded = engine.next_turn(turn, table, load)
     seen = model.kv(away)
+    late(engine, "the load and the next turn are queued")
     engine.synchronize()
     expect(load.finish() == [], "blocks failed to load")
     expect(torch.equal(seen, right), "what was loaded is not what was stored")
@@ -74,14 +83,15 @@ def ungated(engine: Engine, right: torch.Tensor) -> None:
     """The twin: without gates the next turn reads what is not there yet."""
     if not engine.cuda:
         return
-    away = engine.table(PREFIX + TURN, PREFIX)
+    other_blocks = engine.blocks(PREFIX + TURN, PREFIX)
+    away = engine.table(other_blocks)
     for layer in engine.model.pool:
         layer[:, away] = -1
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
         delay(engine)
-        load = engine.load(1, away.tolist())
+        load = engine.load(1, other_blocks)
     seen = engine.model.kv(away)
     torch.cuda.current_stream().synchronize()
     expect(not torch.equal(seen, right), "a turn without gates reads a prefix that cannot be there")
@@ -95,9 +105,9 @@ def replica(arguments: argparse.Namespace) -> None:
     connection = Connection(arguments.replica, name="a replica")
     model = Model(SHAPES[arguments.shape], POOL, torch.device(arguments.device))
     engine = Engine(model, connection, arguments.uuid, leased_bytes=0)
-    table = engine.table(0, PREFIX)
-    expect(engine.load(1, table.tolist()).finish() == [], "blocks failed to load")
-    print(checksum(model.kv(table)))
+    blocks = engine.blocks(0, PREFIX)
+    expect(engine.load(1, blocks).finish() == [], "blocks failed to load")
+    print(checksum(model.kv(blocks)))
 
 
 def replicas(arguments: argparse.Namespace, node: Node, right: torch.Tensor) -> None:
@@ -176,7 +186,7 @@ def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> 
         turns(borrower)
         say("look, and take it back")
         expect(heard() == "empty", "the lender has it back")
-        failed = borrower.load(1, borrower.table(0, PREFIX).tolist()).finish()
+        failed = borrower.load(1, borrower.blocks(0, PREFIX)).finish()
         expect(len(failed) == PREFIX, "a borrower reads what it gave back")
         borrower.cache.close()
         connection.close()

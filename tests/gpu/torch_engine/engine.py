@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
 
 import torch
 from model import BLOCK_TOKENS, Model
@@ -55,14 +56,23 @@ class Engine:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def table(self, first: int, blocks: int) -> torch.Tensor:
+    def blocks(self, first: int, count: int) -> list[int]:
         """Scattered blocks of the pool: every third from `first` on, so that no two are neighbours."""
         order = torch.arange(self.model.blocks).reshape(-1, 3).T.reshape(-1)
-        return order[first : first + blocks].to(self.model.device)
+        return order[first : first + count].tolist()
 
-    def prefill_and_store(self, conversation: int, table: torch.Tensor, chunk: int = 8192) -> Store:
-        """Queues a prefix's computation and its write-back, layer by layer behind the kernels; waits for neither."""
-        tokens = self.model.tokens(conversation, len(table) * BLOCK_TOKENS)
+    def table(self, blocks: list[int]) -> torch.Tensor:
+        """As kernels take it. Waits for the stream, as every copy from pageable memory does."""
+        return torch.tensor(blocks, device=self.model.device)
+
+    def prefill_and_store(
+        self, conversation: int, blocks: list[int], before: Callable[[], None], chunk: int = 8192
+    ) -> Store:
+        """Queues a prefix's computation, after what `before` queues, and its write-back, layer by layer behind the
+        kernels; waits for neither."""
+        tokens = self.model.tokens(conversation, len(blocks) * BLOCK_TOKENS)
+        table = self.table(blocks)
+        before()
         marks = {}
         for begin in range(0, len(tokens), chunk):
             end = min(begin + chunk, len(tokens))
@@ -72,7 +82,7 @@ class Engine:
 
             self.model.prefill(tokens[begin:end], table[: end // BLOCK_TOKENS], kv_written=written)
         of_layers = [marks[layer] for layer in range(self.model.shape.layers) for _ in range(2)]
-        return self.cache.store(hashes(conversation, len(table)), table.tolist(), of_layers)
+        return self.cache.store(hashes(conversation, len(blocks)), blocks, of_layers)
 
     def load(self, conversation: int, blocks: list[int]) -> Load:
         """Queues a prefix's copies into blocks of the pool, behind what the stream has been given so far."""

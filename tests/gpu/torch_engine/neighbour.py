@@ -54,7 +54,7 @@ class Load:
         self._thread = threading.Thread(target=self._work)
 
     def _work(self) -> None:
-        blocks = self.engine.table(PREFIX, PREFIX).tolist()
+        blocks = self.engine.blocks(PREFIX, PREFIX)
         while not self._over.is_set():
             if self.engine.load(1, blocks).finish():
                 raise RuntimeError("blocks failed to load")
@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]
     node.start_donor(node.devices[-1], lent, slab)
     connection = Connection(node.socket, name="a PyTorch engine")
     engine = Engine(model, connection, node.devices[0], leased_bytes=lent)
-    stored = engine.prefill_and_store(1, engine.table(0, PREFIX)).finish()
+    stored = engine.prefill_and_store(1, engine.blocks(0, PREFIX), lambda: None).finish()
     if stored["stored"] != PREFIX:
         raise RuntimeError(f"stored {stored}")
     where = f"cuda:{len(node.devices) - 1}" if device.type == "cuda" else "cpu"

@@ -46,16 +46,16 @@ class Arm:
 
     def keep(self, prefix: int) -> torch.Tensor:
         """Computes a prefix and stores it. Returns its KV."""
-        home = self.engine.table(0, prefix)
-        outcome = self.engine.prefill_and_store(prefix, home).finish()
+        home = self.engine.blocks(0, prefix)
+        outcome = self.engine.prefill_and_store(prefix, home, lambda: None).finish()
         if outcome["stored"] + outcome["known"] != prefix:
             sys.exit(f"{self.name}: {outcome} of {prefix} blocks")
         return self.engine.model.kv(home)
 
     def turn(self, prefix: int, tokens: torch.Tensor, right: torch.Tensor) -> float:
         model, blocks = self.engine.model, prefix + len(tokens) // BLOCK_TOKENS
-        table = self.engine.table(blocks, blocks)
-        away = table[:prefix].tolist()
+        own = self.engine.blocks(blocks, blocks)
+        table, away = self.engine.table(own), own[:prefix]
         for layer in model.pool:
             layer[:, table[:prefix]] = -1
         loads = []
@@ -74,7 +74,7 @@ class Arm:
 
 def computed(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
     blocks = prefix + len(tokens) // BLOCK_TOKENS
-    table = engine.table(0, blocks)
+    table = engine.table(engine.blocks(0, blocks))
     everything = torch.cat([engine.model.tokens(prefix, prefix * BLOCK_TOKENS), tokens])
     chunk = 8192
 
@@ -89,7 +89,7 @@ def computed(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
 
 
 def resident(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
-    table = engine.table(0, prefix + len(tokens) // BLOCK_TOKENS)
+    table = engine.table(engine.blocks(0, prefix + len(tokens) // BLOCK_TOKENS))
     return milliseconds(engine, lambda: engine.next_turn(tokens, table, None))[0]
 
 
