@@ -51,8 +51,9 @@ def turns(engine: Engine) -> torch.Tensor:
     model = engine.model
     own, other = engine.blocks(0, PREFIX + TURN), engine.blocks(PREFIX + TURN, PREFIX)
     home, away = engine.table(own), engine.table(other)
-    # The first time, libraries load their kernels, which takes longer than the delay.
-    model.prefill(model.tokens(3, PREFIX * BLOCK_TOKENS), home[:PREFIX])
+    # The first time, kernels are loaded and compiled, which takes longer than the delay.
+    engine.prefill_and_store(3, own[:PREFIX], lambda: None).finish()
+    engine.load(3, other).finish()
     store = engine.prefill_and_store(1, own[:PREFIX], lambda: delay(engine))
     late(engine, "the write-back is queued")
     outcome = store.finish()
@@ -62,13 +63,19 @@ def turns(engine: Engine) -> torch.Tensor:
     turn = model.tokens(2, TURN * BLOCK_TOKENS)
     resident = model.prefill(turn, home)
     table = torch.cat([away, home[PREFIX:]])
+    # What is freed here is there for the copy below: the driver may wait for the stream before it allocates.
+    del_me = model.kv(away)
+    del del_me
 
     # The garbage is queued before the load is, and written after that: a load that does not wait is overwritten.
     delay(engine)
     for layer in model.pool:
-        layer[:, away] = -1
+        layer.index_fill_(1, away, -1)
+    late(engine, "the fill")
     load = engine.load(1, other)
+    late(engine, "the load")
     loaded = engine.next_turn(turn, table, load)
+    late(engine, "the turn")
     seen = model.kv(away)
     late(engine, "the load and the next turn are queued")
     engine.synchronize()
@@ -86,7 +93,7 @@ def ungated(engine: Engine, right: torch.Tensor) -> None:
     other_blocks = engine.blocks(PREFIX + TURN, PREFIX)
     away = engine.table(other_blocks)
     for layer in engine.model.pool:
-        layer[:, away] = -1
+        layer.index_fill_(1, away, -1)
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):

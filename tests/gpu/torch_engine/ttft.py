@@ -57,7 +57,7 @@ class Arm:
         own = self.engine.blocks(blocks, blocks)
         table, away = self.engine.table(own), own[:prefix]
         for layer in model.pool:
-            layer[:, table[:prefix]] = -1
+            layer.index_fill_(1, table[:prefix], -1)
         loads = []
 
         def loaded() -> torch.Tensor:

@@ -150,8 +150,9 @@ impl Context {
             Some(raw) => raw,
             None => {
                 let mut raw = std::ptr::null_mut();
-                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint
-                    | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
+                // Not `CU_EVENT_BLOCKING_SYNC`: with 57 of those to come on a device, the next launch waits for the first
+                // (driver 580, H100), and a layer's tickets and marks are more than that.
+                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
                 // SAFETY: the context is current; one pointer is written, to one of ours.
                 let code = unsafe { (self.driver.core.event_create)(&raw mut raw, flags) };
                 self.check(code, "creating an event")?;

@@ -1,6 +1,9 @@
 //! Points in a stream, and what stays mapped until they are passed.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 
@@ -9,6 +12,11 @@ use super::{
     driver::{Code, NOT_READY, sys},
 };
 use crate::device::{Memory, Result, stream::Completion};
+
+/// How long a waiting thread keeps asking before it sleeps in between: most of a short copy.
+const SPIN: Duration = Duration::from_micros(50);
+/// The longest it sleeps: what waiting may take beyond the copies.
+const LONGEST_NAP: Duration = Duration::from_micros(200);
 
 /// The memories that queued copies need, each with its latest copy.
 #[derive(Default)]
@@ -111,11 +119,16 @@ impl Completion for Point {
         if let Some(outcome) = self.outcome.get() {
             return outcome.clone();
         }
-        let context = &self.event.context;
-        let entered = context.enter()?;
-        // SAFETY: as in `is_done`.
-        let code = unsafe { (context.driver.core.event_synchronize)(self.event.raw()) };
-        drop(entered);
-        self.settle(code)
+        // The driver would keep a processor busy, and events that it sleeps for hold launches up: see `Context::event`.
+        let began = Instant::now();
+        while !self.is_done()? {
+            let waited = began.elapsed();
+            if waited < SPIN {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep((waited / 8).min(LONGEST_NAP));
+            }
+        }
+        Ok(())
     }
 }
