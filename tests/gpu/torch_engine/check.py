@@ -63,19 +63,15 @@ def turns(engine: Engine) -> torch.Tensor:
     turn = model.tokens(2, TURN * BLOCK_TOKENS)
     resident = model.prefill(turn, home)
     table = torch.cat([away, home[PREFIX:]])
-    # What is freed here is there for the copy below: the driver may wait for the stream before it allocates.
-    del_me = model.kv(away)
-    del del_me
+    # What is freed at once is there for the copy below: the driver may wait for the stream before it allocates.
+    model.kv(away)
 
     # The garbage is queued before the load is, and written after that: a load that does not wait is overwritten.
     delay(engine)
     for layer in model.pool:
         layer.index_fill_(1, away, -1)
-    late(engine, "the fill")
     load = engine.load(1, other)
-    late(engine, "the load")
     loaded = engine.next_turn(turn, table, load)
-    late(engine, "the turn")
     seen = model.kv(away)
     late(engine, "the load and the next turn are queued")
     engine.synchronize()
@@ -133,7 +129,10 @@ LENT, POOLED = 2048, 4096
 def lender(arguments: argparse.Namespace) -> None:
     """Another process: an engine that lends the tail of its pool, and says on each word what it holds there."""
     connection = Connection(arguments.lender, name="an engine that lends")
-    model = Model(SHAPES["tiny"], POOLED, torch.device(arguments.device))
+    device = torch.device(arguments.on)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = Model(SHAPES["tiny"], POOLED, device)
     drain = {"lend_drain_ms": 60_000}
     engine = Engine(model, connection, arguments.uuid, leased_bytes=0, namespace="a lender", **drain)
     for layer in model.pool:
@@ -174,7 +173,8 @@ def lender(arguments: argparse.Namespace) -> None:
 def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> None:
     """The tail of another engine's pool: borrowed from, and gone when that asks for it."""
     command = [sys.executable, __file__, "--device", arguments.device]
-    command += ["--lender", node.socket, "--uuid", node.devices[-1]]
+    where = f"cuda:{len(node.devices) - 1}" if device.type == "cuda" else "cpu"
+    command += ["--lender", node.socket, "--uuid", node.devices[-1], "--on", where]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def say(word: str) -> None:
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--replica", help=argparse.SUPPRESS)
     parser.add_argument("--lender", help=argparse.SUPPRESS)
     parser.add_argument("--uuid", help=argparse.SUPPRESS)
+    parser.add_argument("--on", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.replica:
         return replica(arguments)
