@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use swiftcache_proto::domain::{DeviceUuid, Link, LinkKind};
@@ -33,6 +34,8 @@ use crate::{
 
 /// The neighbours' load that comes with SwiftCache.
 const BUNDLED_LOAD: &[u8] = include_bytes!("../../../workloads/neighbours.csv");
+/// How long a broker may be away before a replay gives it up.
+const RESTART: Duration = Duration::from_secs(30);
 /// Decoding sequences of a neighbour, for how long its requests last.
 const NEIGHBOUR_BATCH: u64 = 8;
 
@@ -243,12 +246,23 @@ impl Play {
     }
 }
 
+/// A replay that has outlived the broker's restarts is not lost to one more of them.
 fn zombies(admin: &Admin) -> Result<u64, ReplayError> {
-    let node = admin.node().map_err(|error| ReplayError::Process {
-        process: "swiftcache-broker".to_owned(),
-        problem: error.to_string(),
-    })?;
-    Ok(node.counters.map_or(0, |counters| counters.zombies))
+    let began = Instant::now();
+    loop {
+        match admin.node() {
+            Ok(node) => return Ok(node.counters.map_or(0, |counters| counters.zombies)),
+            Err(CliError::NoBroker { .. }) if began.elapsed() < RESTART => {
+                std::thread::sleep(RESTART / 100);
+            }
+            Err(error) => {
+                return Err(ReplayError::Process {
+                    process: "swiftcache-broker".to_owned(),
+                    problem: error.to_string(),
+                });
+            }
+        }
+    }
 }
 
 fn session(socket: &Path) -> SessionConfig {
