@@ -40,6 +40,12 @@ impl Part {
             Some((part, its))
         })
     }
+
+    /// The pieces that are some part's: the safe bound of what a backend may queue.
+    pub(in crate::device) fn covered<'a>(parts: &[Self], pieces: &'a [Piece]) -> &'a [Piece] {
+        let theirs = (parts.iter()).fold(0_usize, |sum, part| sum.saturating_add(part.pieces));
+        &pieces[..theirs.min(pieces.len())]
+    }
 }
 
 /// A queue of copies on one device. Copies run in the order they were queued; streams are independent.
@@ -54,7 +60,8 @@ pub trait CopyStream: Send + Sync + Debug {
     fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()>;
 
     /// As [`copy`](Self::copy), for several pairs of memories at once: a layer's blocks lie in many slabs, and the device
-    /// is to be told once. Should a part be refused, those before it may be queued.
+    /// is to be told once. Pieces behind the last part's are nobody's, and left alone. Should a part be refused, those
+    /// before it may be queued.
     fn copy_parts(&self, parts: &[Part], pieces: &[Piece]) -> Result<()> {
         Part::split(parts, pieces).try_for_each(|(part, its)| self.copy(&part.from, &part.to, its))
     }

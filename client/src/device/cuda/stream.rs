@@ -210,6 +210,7 @@ impl CopyStream for CudaStream {
     }
 
     fn copy_parts(&self, parts: &[Part], pieces: &[Piece]) -> Result<()> {
+        let pieces = Part::covered(parts, pieces);
         for (part, its) in Part::split(parts, pieces) {
             Arena::of(&part.from)?;
             Arena::of(&part.to)?;

@@ -169,8 +169,9 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
         stream.read(&pool, 0, &mut found)?;
         pattern::expect(&found, &wanted).with_context(|| format!("pieces of {bytes} bytes"))?;
     }
-    // A stray piece of any part is refused.
     let (from, to) = two_memories(subject, MIB)?;
+    let stream = subject.stream()?;
+    pattern::write(&*stream, &from, 0, MIB, 9)?;
     let part = || Part {
         from: from.clone(),
         to: to.clone(),
@@ -185,9 +186,16 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
         from: MIB,
         ..inside
     };
-    let refused = subject
-        .stream()?
-        .copy_parts(&[part(), part()], &[inside, stray]);
+    // What is no part's is not looked at, and parts may promise more than there is.
+    let many = Part {
+        pieces: usize::MAX,
+        ..part()
+    };
+    stream.copy_parts(&[part()], &[inside, stray])?;
+    stream.copy_parts(&[part(), many], &[inside])?;
+    pattern::verify(&*stream, &to, 0, 4096, 9)?;
+    // A stray piece of any part is refused.
+    let refused = stream.copy_parts(&[part(), part()], &[inside, stray]);
     let error = refused.err().context("a range outside was accepted")?;
     ensure!(matches!(error, DeviceError::OutOfRange { .. }), "{error}");
     Ok(())
