@@ -266,7 +266,7 @@ mod tests {
 
     use super::*;
 
-    fn bind_for_broker(path: &Path) -> Result<(UnixListener, BoundSocket), BrokerError> {
+    fn bind(path: &Path) -> Result<(UnixListener, BoundSocket), BrokerError> {
         bind_unix(path, None, "socket")
     }
 
@@ -274,7 +274,7 @@ mod tests {
     async fn a_socket_is_for_owner_and_group_and_goes_with_the_broker() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("run/broker.sock");
-        let bound = bind_for_broker(&path).unwrap();
+        let bound = bind(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, SOCKET_MODE);
         drop(bound);
         assert!(!path.exists());
@@ -285,11 +285,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("broker.sock");
         let other = StdUnixListener::bind(&path).unwrap();
-        let refused = bind_for_broker(&path).err().unwrap().to_string();
+        let refused = bind(&path).err().unwrap().to_string();
         assert!(refused.contains("broker.sock"), "{refused}");
         drop(other);
         // A child that another test is just starting may hold it for a moment yet.
-        while let Err(error) = bind_for_broker(&path) {
+        while let Err(error) = bind(&path) {
             assert!(matches!(error, BrokerError::Taken { .. }), "{error}");
             std::thread::yield_now();
         }
@@ -299,15 +299,15 @@ mod tests {
     async fn a_second_broker_is_told_so_and_a_file_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("broker.sock");
-        let first = bind_for_broker(&path).unwrap();
+        let first = bind(&path).unwrap();
         assert!(matches!(
-            bind_for_broker(&path).err(),
+            bind(&path).err(),
             Some(BrokerError::Taken { key: "socket", .. })
         ));
         drop(first);
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            bind_for_broker(&path).err(),
+            bind(&path).err(),
             Some(BrokerError::NotASocket(_))
         ));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");

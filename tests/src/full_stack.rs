@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
 use crate::{
+    PATIENCE,
     crew::{BorrowerProcess, Job},
     engine::{SLAB_BYTES, eventually},
     node::{Node, Setup},
@@ -90,15 +91,8 @@ fn donate(node: &Node, device: usize, handle: &str) -> Result<Program> {
         .args(["donate", "--device", node.device(device).as_str()])
         .args(["--bytes", &(SLABS * SLAB_BYTES).to_string()])
         .args(["--slab", &SLAB_BYTES.to_string()])
-        .args([
-            "--handle",
-            handle,
-            "--drain",
-            "2s",
-            "--leave-within",
-            "180s",
-            "--socket",
-        ])
+        .args(["--leave-within", &format!("{}s", PATIENCE.as_secs())])
+        .args(["--handle", handle, "--drain", "2s", "--socket"])
         .arg(node.socket());
     Program::start(&mut command)
 }

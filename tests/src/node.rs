@@ -312,7 +312,7 @@ impl Node {
 ///
 /// # Errors
 /// When the broker does not answer.
-pub(crate) fn connect(socket: PathBuf, name: &str) -> Result<Session> {
+pub fn connect(socket: PathBuf, name: &str) -> Result<Session> {
     let session = Session::start(SessionConfig {
         socket,
         name: name.to_owned(),

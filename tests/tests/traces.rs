@@ -16,7 +16,7 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message;
 use rustix::process::Signal;
-use swiftcache_tests::{node::Node, wire::Wire};
+use swiftcache_tests::{PATIENCE, node::Node, wire::Wire};
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
@@ -80,7 +80,8 @@ fn stop(mut node: Node) -> Result<()> {
 fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()> {
     let (collector, _runtime, address) = Collector::start()?;
     let endpoint = format!("http://{address}");
-    let node = Node::start(&["--otlp-endpoint", &endpoint, "--shutdown-ms", "180000"])?;
+    let patience = PATIENCE.as_millis().to_string();
+    let node = Node::start(&["--otlp-endpoint", &endpoint, "--shutdown-ms", &patience])?;
     let wire = Wire::new(&node.socket())?;
     let donor = wire.member("donor", "")?;
     donor.offer([7; 16], "SIM-1", 1, 1 << 20)?;

@@ -55,7 +55,7 @@ fn issue_layer(
     let layer_bytes = layout.layer_bytes[layer];
     let engine = &kv.layers[layer];
     for stream in streams {
-        plan.begin();
+        plan.clear_parts();
         for group in 0..plan.groups.len() {
             let slab = &plan.groups[group].slab;
             if Arc::ptr_eq(direction.stream(slab), stream) {
@@ -66,7 +66,7 @@ fn issue_layer(
         stream.copy_parts(&plan.parts, &plan.pieces)?;
     }
     // A plan that is kept must keep no memory.
-    plan.begin();
+    plan.clear_parts();
     Ok(())
 }
 

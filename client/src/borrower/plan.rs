@@ -81,11 +81,11 @@ impl Plan {
             group.runs.clear();
             self.spare.push(group.runs);
         }
-        self.begin();
+        self.clear_parts();
     }
 
-    /// Forgets parts and pieces.
-    pub(super) fn begin(&mut self) {
+    /// Empties what [`add_part`](Self::add_part) has added.
+    pub(super) fn clear_parts(&mut self) {
         self.parts.clear();
         self.pieces.clear();
     }
@@ -192,7 +192,7 @@ mod tests {
                     let before: u64 = LAYERS[..layer_number].iter().sum();
                     let base = if which == 0 { 0 } else { 4096 } + before * u64::from(SLOTS);
                     let runs = runs(&wanted, which);
-                    plan.begin();
+                    plan.clear_parts();
                     plan.add_part(group, layer_number, *bytes, &kv, direction);
                     let pieces = &plan.pieces;
                     prop_assert_eq!(plan.parts[0].pieces, pieces.len());

@@ -11,10 +11,9 @@ use clap::Parser;
 use swiftcache_client::{
     device::host::HostLayer,
     donor::{Donor, DonorConfig},
-    session::{Session, SessionConfig},
 };
 use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
-use swiftcache_tests::PATIENCE;
+use swiftcache_tests::node;
 
 #[derive(Parser)]
 struct Flags {
@@ -33,12 +32,7 @@ struct Flags {
 fn main() -> Result<()> {
     let flags = Flags::parse();
     let layer = HostLayer::from_topology(&Topology::load(&flags.topology)?, false)?;
-    let session = Session::start(SessionConfig {
-        socket: flags.socket,
-        name: "donor".to_owned(),
-        tenant: String::new(),
-    })?;
-    session.wait_connected(PATIENCE)?;
+    let session = node::connect(flags.socket, "donor")?;
     let config = DonorConfig {
         device: flags.device,
         slab_bytes: flags.slab_bytes,

@@ -6,7 +6,8 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use tokio::{net::UnixStream, sync::mpsc, time::Duration};
+pub(crate) use swiftcache_tests::PATIENCE;
+use tokio::{net::UnixStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Status, Streaming,
@@ -15,9 +16,6 @@ use tonic::{
     codegen::http::uri::PathAndQuery,
     transport::{Channel, Endpoint},
 };
-
-/// Nothing here takes longer than this; it is a limit, and no measure.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A broker over a simulated node, killed when dropped.
 pub(crate) struct Broker {
