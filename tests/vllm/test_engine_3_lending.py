@@ -112,17 +112,27 @@ def borrow(borrower) -> None:
     eventually("a lease", lambda: borrower.ask("leased"))
 
 
-def let_go(engine) -> None:
-    """Waits until borrowers have let go of all that an engine has asked back: they do so at their own pace, and a burst
-    could be over before."""
-    loans = engine.ask("loans")
-    if loans["lent"] == 0 and loans["returning"] > 0:
-        eventually("borrowers to let go", lambda: not_home(engine) == 0)
+def busy_until_whole(engine, node) -> dict[str, dict]:
+    """As `busy`, and on the way the engine has its whole pool, and the broker knows."""
+    offered = []
 
+    def away() -> float:
+        stats = engine.ask("stats")
+        return stats["lent_bytes"] + stats["returning_bytes"]
 
-def not_home(engine) -> float:
-    stats = engine.ask("stats")
-    return stats["lent_bytes"] + stats["returning_bytes"]
+    def look() -> None:
+        loans = engine.ask("loans")
+        if loans["lent"] == 0 and loans["returning"] > 0:
+            # They let go at their own pace, and the burst could be over before.
+            eventually("borrowers to let go", lambda: away() == 0)
+            loans = engine.ask("loans")
+        if not offered and loans["lent"] == loans["returning"] == 0:
+            assert loans["free"] <= of.POOL - 1
+            offered.append(node.status()["total"]["offered"])
+
+    results = busy(engine, look)
+    assert offered == [0], "the engine had its whole pool, and the broker knew"
+    return results
 
 
 def test_a_burst_takes_everything_back_and_borrowers_fall_back(lender, borrower, node, want, want_lender) -> None:
@@ -131,17 +141,7 @@ def test_a_burst_takes_everything_back_and_borrowers_fall_back(lender, borrower,
         borrow(borrower)
         second = Tenant(node)
         assert second.leased > 0 and borrower.ask("leased"), "two borrow at once"
-        offered = []
-
-        def look() -> None:
-            let_go(lender)
-            loans = lender.ask("loans")
-            if not offered and loans["lent"] == loans["returning"] == 0:
-                assert loans["free"] <= of.POOL - 1
-                offered.append(node.status()["total"]["offered"])
-
-        results = busy(lender, look)
-        assert offered == [0], "the engine had its whole pool, and the broker knew"
+        results = busy_until_whole(lender, node)
         second.end()
         return results
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lab as of
 from node import Tenant, eventually
-from test_engine_3_lending import LENDING, LONGEST, busy, lend, let_go, quiet_then_busy
+from test_engine_3_lending import LENDING, LONGEST, busy_until_whole, lend, quiet_then_busy
 
 RANKS = {"max_model_len": LONGEST, "seed": 1, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
@@ -22,16 +22,7 @@ def test_two_ranks_lend_and_take_back(lab, node) -> None:
         )
         tenant = Tenant(node)
         assert tenant.leased > 0
-        taken = []
-
-        def look() -> None:
-            let_go(engine)
-            loans = engine.ask("loans")
-            if not taken and loans["lent"] == loans["returning"] == 0:
-                taken.append(node.status()["total"]["offered"])
-
-        results = busy(engine, look)
-        assert taken == [0]
+        results = busy_until_whole(engine, node)
         tenant.end()
         return results
 
