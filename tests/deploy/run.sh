@@ -5,13 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=target/deploy-venv
-requirements=tests/deploy/requirements.txt
-stamp=$venv/.requirements
-if ! cmp -s "$requirements" "$stamp"; then
-    tests/system.sh python3-venv
-    "${PYTHON:-python3}" -m venv --clear "$venv"
-    tests/retry.sh "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
-    cp "$requirements" "$stamp"
-fi
+tests/venv.sh "$venv" tests/deploy/requirements.txt
 "$venv/bin/python" tests/deploy/tools.py
 exec "$venv/bin/python" -m pytest -c tests/deploy/pytest.ini --rootdir tests/deploy tests/deploy "$@"
