@@ -47,16 +47,20 @@ def eventually(what: str, holds: Callable[[], Any]) -> Any:
 class Node:
     """Processes end with it."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: pathlib.Path, programs: pathlib.Path = PROGRAMS, probe: tuple[str, ...] = ()
+    ) -> None:
+        """`probe`: the broker's options for its devices; two simulated ones without."""
+        self.directory, self.programs = directory, programs
         self.socket = str(directory / "broker.sock")
-        self._topology = directory / "topology.toml"
-        self._topology.write_text(TOPOLOGY)
+        topology = directory / "topology.toml"
+        topology.write_text(TOPOLOGY)
+        self._probe = probe or ("--probe", "simulated", "--topology", str(topology))
         self._broker: subprocess.Popen[bytes] | None = None
         self._programs: list[subprocess.Popen[bytes]] = []
 
     def _start(self, *command: str) -> subprocess.Popen[bytes]:
-        program = PROGRAMS / command[0]
+        program = self.programs / command[0]
         assert program.is_file(), f"{program} is not built: run `make test`"
         started = subprocess.Popen([program, *command[1:]], stdin=subprocess.DEVNULL)
         self._programs.append(started)
@@ -64,8 +68,8 @@ class Node:
 
     def start_broker(self) -> None:
         """Starts the broker (again) in the same directory, and waits until it listens."""
-        options = ["--probe", "simulated", "--log", "error", "--socket", self.socket]
-        self._broker = self._start("swiftcache-broker", *options, "--topology", str(self._topology))
+        options = ["--log", "error", "--socket", self.socket, *self._probe]
+        self._broker = self._start("swiftcache-broker", *options)
         eventually("the broker to listen", self._listens)
 
     def _listens(self) -> bool:
@@ -96,7 +100,7 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """What the broker says about the node."""
-        command = [PROGRAMS / "swiftcache", "status", "--json", "--socket", self.socket]
+        command = [self.programs / "swiftcache", "status", "--json", "--socket", self.socket]
 
         def answer() -> Any:
             # It fails when the broker does not answer in seconds.

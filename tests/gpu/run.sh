@@ -5,7 +5,8 @@
 #
 #     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
-# Where python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under it.
+# Where python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under it; that takes
+# tests/gpu/torch_engine and engine-adapter/tests too.
 #
 # --only peers: what two GPUs add, and no more, in about six minutes.
 # With SWIFTCACHE_REQUIRE_GPU=1 a machine without a GPU is a failure; otherwise it is skipped, and says so. With

@@ -6,22 +6,19 @@ KV is compared bit by bit. Exits with 1 at the first that is wrong.
 """
 
 import argparse
-import pathlib
 import subprocess
 import sys
-import tempfile
 
 import torch
 from engine import Engine
+from machine import Machine, eventually, options, started
 from model import BLOCK_TOKENS, SHAPES, Model
-from node import Node, eventually
 
 from swiftcache import Connection
 
 PREFIX = 96
 TURN = 8
 POOL = 3 * (2 * PREFIX + TURN)
-MIB = 1 << 20
 
 
 def delay(engine: Engine) -> None:
@@ -52,7 +49,7 @@ def turns(engine: Engine) -> torch.Tensor:
     own, other = engine.blocks(0, PREFIX + TURN), engine.blocks(PREFIX + TURN, PREFIX)
     home, away = engine.table(own), engine.table(other)
     # The first time, kernels are loaded and compiled, which takes longer than the delay.
-    engine.prefill_and_store(3, own[:PREFIX], lambda: None).finish()
+    engine.prefill_and_store(3, own[:PREFIX]).finish()
     engine.load(3, other).finish()
     store = engine.prefill_and_store(1, own[:PREFIX], lambda: delay(engine))
     late(engine, "the write-back is queued")
@@ -86,15 +83,15 @@ def ungated(engine: Engine, right: torch.Tensor) -> None:
     """The twin: without gates the next turn reads what is not there yet."""
     if not engine.cuda:
         return
-    other_blocks = engine.blocks(PREFIX + TURN, PREFIX)
-    away = engine.table(other_blocks)
+    blocks = engine.blocks(PREFIX + TURN, PREFIX)
+    away = engine.table(blocks)
     for layer in engine.model.pool:
         layer.index_fill_(1, away, -1)
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
         delay(engine)
-        load = engine.load(1, other_blocks)
+        load = engine.load(1, blocks)
     seen = engine.model.kv(away)
     torch.cuda.current_stream().synchronize()
     expect(not torch.equal(seen, right), "a turn without gates reads a prefix that cannot be there")
@@ -113,9 +110,9 @@ def replica(arguments: argparse.Namespace) -> None:
     print(checksum(model.kv(blocks)))
 
 
-def replicas(arguments: argparse.Namespace, node: Node, right: torch.Tensor) -> None:
+def replicas(arguments: argparse.Namespace, machine: Machine, right: torch.Tensor) -> None:
     command = [sys.executable, __file__, "--device", arguments.device, "--shape", arguments.shape]
-    command += ["--replica", node.socket, "--uuid", node.devices[0]]
+    command += ["--replica", machine.socket, "--uuid", machine.devices[0]]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     expect(answer.returncode == 0, f"the replica: {answer.stdout}")
     expect(int(answer.stdout) == checksum(right), "a replica in another process loaded something else")
@@ -133,8 +130,7 @@ def lender(arguments: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = Model(SHAPES["tiny"], POOLED, device)
-    drain = {"lend_drain_ms": 60_000}
-    engine = Engine(model, connection, arguments.uuid, leased_bytes=0, namespace="a lender", **drain)
+    engine = Engine(model, connection, arguments.uuid, leased_bytes=0, namespace="a lender", lend_drain_ms=60_000)
     for layer in model.pool:
         layer.copy_(torch.randn_like(layer))
     head, tail = range(POOLED - LENT), range(POOLED - LENT, POOLED)
@@ -170,11 +166,10 @@ def lender(arguments: argparse.Namespace) -> None:
     sys.stdin.readline()
 
 
-def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> None:
+def lending(arguments: argparse.Namespace, machine: Machine) -> None:
     """The tail of another engine's pool: borrowed from, and gone when that asks for it."""
     command = [sys.executable, __file__, "--device", arguments.device]
-    where = f"cuda:{len(node.devices) - 1}" if device.type == "cuda" else "cpu"
-    command += ["--lender", node.socket, "--uuid", node.devices[-1], "--on", where]
+    command += ["--lender", machine.socket, "--uuid", machine.devices[-1], "--on", machine.last]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def say(word: str) -> None:
@@ -187,9 +182,9 @@ def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> 
             return line
 
         lent = int(heard())
-        connection = Connection(node.socket, name="a borrower")
-        model = Model(SHAPES["tiny"], POOL, device)
-        borrower = Engine(model, connection, node.devices[0], leased_bytes=lent, namespace="a borrower")
+        connection = Connection(machine.socket, name="a borrower")
+        model = Model(SHAPES["tiny"], POOL, torch.device(arguments.device))
+        borrower = Engine(model, connection, machine.devices[0], leased_bytes=lent, namespace="a borrower")
         turns(borrower)
         say("look, and take it back")
         expect(heard() == "empty", "the lender has it back")
@@ -203,38 +198,28 @@ def lending(arguments: argparse.Namespace, node: Node, device: torch.device) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
-    parser.add_argument("--replica", help=argparse.SUPPRESS)
-    parser.add_argument("--lender", help=argparse.SUPPRESS)
-    parser.add_argument("--uuid", help=argparse.SUPPRESS)
-    parser.add_argument("--on", help=argparse.SUPPRESS)
+    parser = options(__doc__)
+    for role in ("--replica", "--lender", "--uuid", "--on"):
+        parser.add_argument(role, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.replica:
         return replica(arguments)
     if arguments.lender:
         return lender(arguments)
-    device = torch.device(arguments.device)
-    with tempfile.TemporaryDirectory() as directory:
-        node = Node(arguments.programs.resolve(), pathlib.Path(directory), device.type == "cuda")
-        try:
-            model = Model(SHAPES[arguments.shape], POOL, device)
-            block = sum(model.layer_bytes())
-            slab = max(16 * block, 1 * MIB)
-            donor = node.start_donor(node.devices[-1], 16 * slab, slab)
-            connection = Connection(node.socket, name="a PyTorch engine")
-            engine = Engine(model, connection, node.devices[0], leased_bytes=16 * slab)
-            right = turns(engine)
-            ungated(engine, right)
-            replicas(arguments, node, right)
-            engine.cache.close()
-            connection.close()
-            node.end(donor)
-            lending(arguments, node, device)
-        finally:
-            node.close()
+    with started(arguments) as machine:
+        model = Model(SHAPES[arguments.shape], POOL, torch.device(arguments.device))
+        slab = max(16 * sum(model.layer_bytes()), 1 << 20)
+        donor = machine.start_donor(machine.devices[-1], 16, slab)
+        connection = Connection(machine.socket, name="a PyTorch engine")
+        engine = Engine(model, connection, machine.devices[0], leased_bytes=16 * slab)
+        right = turns(engine)
+        ungated(engine, right)
+        replicas(arguments, machine, right)
+        engine.cache.close()
+        connection.close()
+        machine.withdraw(donor)
+        expect(donor.wait(timeout=120) == 0, f"the donor ended with status {donor.returncode}")
+        lending(arguments, machine)
 
 
 main()

@@ -5,8 +5,8 @@ import hashlib
 from collections.abc import Callable
 
 import torch
+from machine import eventually
 from model import BLOCK_TOKENS, Model
-from node import eventually
 
 from swiftcache import Cache, Connection, Load, Store
 
@@ -66,7 +66,7 @@ class Engine:
         return torch.tensor(blocks, device=self.model.device)
 
     def prefill_and_store(
-        self, conversation: int, blocks: list[int], before: Callable[[], None], chunk: int = 8192
+        self, conversation: int, blocks: list[int], before: Callable[[], None] = lambda: None
     ) -> Store:
         """Queues a prefix's computation, after what `before` queues, and its write-back, layer by layer behind the
         kernels; waits for neither."""
@@ -74,13 +74,11 @@ class Engine:
         table = self.table(blocks)
         before()
         marks = {}
-        for begin in range(0, len(tokens), chunk):
-            end = min(begin + chunk, len(tokens))
 
-            def written(layer: int) -> None:
-                marks[layer] = self.cache.mark(self.stream())
+        def written(layer: int) -> None:
+            marks[layer] = self.cache.mark(self.stream())
 
-            self.model.prefill(tokens[begin:end], table[: end // BLOCK_TOKENS], kv_written=written)
+        self.model.prefill_in_chunks(tokens, table, written)
         of_layers = [marks[layer] for layer in range(self.model.shape.layers) for _ in range(2)]
         return self.cache.store(hashes(conversation, len(blocks)), blocks, of_layers)
 

@@ -9,6 +9,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 BLOCK_TOKENS = 16
+CHUNK = 8192
+"""Tokens of a prefix that are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ class Model:
             gate, linear = (_normal(state) @ up).chunk(2, dim=-1)
             state = state + (silu(gate) * linear) @ down
         return state[-1]
+
+    def prefill_in_chunks(
+        self, tokens: torch.Tensor, table: torch.Tensor, kv_written: Callable[[int], None] = lambda layer: None
+    ) -> torch.Tensor:
+        """As `prefill`, of a whole sequence, chunk by chunk: `kv_written` is called once a layer for each."""
+        state = tokens[-1]
+        for begin in range(0, len(tokens), CHUNK):
+            end = min(begin + CHUNK, len(tokens))
+            state = self.prefill(tokens[begin:end], table[: end // BLOCK_TOKENS], kv_written=kv_written)
+        return state
 
     def _whole(self, layer: int, half: int, table: torch.Tensor) -> torch.Tensor:
         """A sequence's K or V: [1, KV heads, tokens, head]."""

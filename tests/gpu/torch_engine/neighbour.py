@@ -12,21 +12,21 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import torch
 from engine import Engine
+from machine import Machine, options, started
 from model import SHAPES, Model
-from node import Node
 
 from swiftcache import Connection
 
 PREFIX = 1024
 """Blocks of the prefix that is loaded again and again: 16,384 tokens."""
-WORK = {"matrix products": 600, "passes over memory": 600}
-"""Kernels of one round, about a second's."""
+WORK = ("matrix products", "passes over memory")
+KERNELS = 600
+"""Of one round, at most about a second's."""
 
 
 def neighbour(device: torch.device) -> None:
@@ -39,7 +39,7 @@ def neighbour(device: torch.device) -> None:
     for line in sys.stdin:
         work = line.strip()
         began = time.perf_counter()
-        for _ in range(WORK[work]):
+        for _ in range(KERNELS):
             kernels[work]()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -69,19 +69,18 @@ class Load:
         self._thread.join()
 
 
-def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, machine: Machine) -> list[dict[str, object]]:
     device = torch.device(arguments.device)
     model = Model(SHAPES[arguments.shape], 3 * PREFIX, device)
     slab = max(64 * sum(model.layer_bytes()), 1 << 20)
-    lent = (PREFIX * sum(model.layer_bytes()) // slab + 2) * slab
-    node.start_donor(node.devices[-1], lent, slab)
-    connection = Connection(node.socket, name="a PyTorch engine")
-    engine = Engine(model, connection, node.devices[0], leased_bytes=lent)
-    stored = engine.prefill_and_store(1, engine.blocks(0, PREFIX), lambda: None).finish()
+    slabs = PREFIX * sum(model.layer_bytes()) // slab + 2
+    machine.start_donor(machine.devices[-1], slabs, slab)
+    connection = Connection(machine.socket, name="a PyTorch engine")
+    engine = Engine(model, connection, machine.devices[0], leased_bytes=slabs * slab)
+    stored = engine.prefill_and_store(1, engine.blocks(0, PREFIX)).finish()
     if stored["stored"] != PREFIX:
         raise RuntimeError(f"stored {stored}")
-    where = f"cuda:{len(node.devices) - 1}" if device.type == "cuda" else "cpu"
-    command = [sys.executable, __file__, "--neighbour", where]
+    command = [sys.executable, __file__, "--neighbour", machine.last]
     rows = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
@@ -116,33 +115,23 @@ def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file too")
     parser.add_argument("--neighbour", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.neighbour:
         return neighbour(torch.device(arguments.neighbour))
-    cuda = arguments.device == "cuda"
-    with tempfile.TemporaryDirectory() as directory:
-        node = Node(arguments.programs.resolve(), pathlib.Path(directory), cuda)
-        try:
-            rows = measure(arguments, node)
-        finally:
-            node.close()
-    peers = cuda and len(node.devices) > 1 and torch.cuda.can_device_access_peer(0, len(node.devices) - 1)
-    where = "a peer GPU reads" if peers else "the same GPU reads" if cuda else "shared memory, no GPU"
-    print(f"{torch.cuda.get_device_name(0) if cuda else 'no GPU'}; {where}; medians of {arguments.rounds} rounds")
+    with started(arguments) as machine:
+        rows = measure(arguments, machine)
+    print(f"{machine.name}; the neighbour's memory is read from: {machine.way}; medians of {arguments.rounds} rounds")
     print("| the neighbour's work | it takes, of alone | read from its HBM meanwhile |")
     print("| --- | ---: | ---: |")
     for row in rows:
         low, high = row["slowdown_range"]
         print(f"| {row['work']} | {row['slowdown']:.3f} ({low:.3f} to {high:.3f}) | {row['read_gb_per_s']:.0f} GB/s |")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"reader": where, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"reader": machine.way, "rows": rows}, indent=2) + "\n")
 
 
 main()

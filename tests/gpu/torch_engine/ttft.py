@@ -16,24 +16,23 @@ import json
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 import torch
 from engine import Engine
+from machine import Machine, options, started
 from model import BLOCK_TOKENS, SHAPES, Model
-from node import Node
 
 from swiftcache import Connection
 
 
-def milliseconds(engine: Engine, turn: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def milliseconds(engine: Engine, turn: Callable[[], object]) -> float:
     engine.synchronize()
     began = time.perf_counter()
-    state = turn()
+    turn()
     engine.synchronize()
-    return (time.perf_counter() - began) * 1e3, state
+    return (time.perf_counter() - began) * 1e3
 
 
 class Arm:
@@ -47,7 +46,7 @@ class Arm:
     def keep(self, prefix: int) -> torch.Tensor:
         """Computes a prefix and stores it. Returns its KV."""
         home = self.engine.blocks(0, prefix)
-        outcome = self.engine.prefill_and_store(prefix, home, lambda: None).finish()
+        outcome = self.engine.prefill_and_store(prefix, home).finish()
         if outcome["stored"] + outcome["known"] != prefix:
             sys.exit(f"{self.name}: {outcome} of {prefix} blocks")
         return self.engine.model.kv(home)
@@ -66,7 +65,7 @@ class Arm:
             self.calls.append((time.perf_counter() - began) * 1e3)
             return self.engine.next_turn(tokens, table, loads[0])
 
-        took, _ = milliseconds(self.engine, loaded)
+        took = milliseconds(self.engine, loaded)
         if loads[0].finish() or not torch.equal(model.kv(away), right):
             sys.exit(f"{self.name}: wrong or missing bytes")
         return took
@@ -76,44 +75,31 @@ def computed(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
     blocks = prefix + len(tokens) // BLOCK_TOKENS
     table = engine.table(engine.blocks(0, blocks))
     everything = torch.cat([engine.model.tokens(prefix, prefix * BLOCK_TOKENS), tokens])
-    chunk = 8192
-
-    def turn() -> torch.Tensor:
-        state = tokens[-1]
-        for begin in range(0, len(everything), chunk):
-            end = min(begin + chunk, len(everything))
-            state = engine.model.prefill(everything[begin:end], table[: end // BLOCK_TOKENS])
-        return state
-
-    return milliseconds(engine, turn)[0]
+    return milliseconds(engine, lambda: engine.model.prefill_in_chunks(everything, table))
 
 
 def resident(engine: Engine, prefix: int, tokens: torch.Tensor) -> float:
     table = engine.table(engine.blocks(0, prefix + len(tokens) // BLOCK_TOKENS))
-    return milliseconds(engine, lambda: engine.next_turn(tokens, table, None))[0]
+    return milliseconds(engine, lambda: engine.next_turn(tokens, table, None))
 
 
-def donor_name(node: Node, device: torch.device) -> str:
-    if device.type == "cpu":
-        return "donor (shared memory, no GPU)"
-    if len(node.devices) == 1:
-        return "donor (same GPU)"
-    return "donor (peer GPU)" if torch.cuda.can_device_access_peer(0, 1) else "donor (GPU without peer access)"
-
-
-def measure(arguments: argparse.Namespace, node: Node) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, machine: Machine) -> list[dict[str, object]]:
     device = torch.device(arguments.device)
     shape = SHAPES[arguments.shape]
     longest = max(arguments.tokens) // BLOCK_TOKENS + arguments.turn // BLOCK_TOKENS
     model = Model(shape, -(-2 * longest // 3) * 3, device)
     needed = sum(arguments.tokens) // BLOCK_TOKENS * sum(model.layer_bytes())
     slab = max(64 * sum(model.layer_bytes()), 1 << 20)
-    lent = (needed // slab + 2) * slab
-    node.start_donor(node.devices[-1], lent, slab)
-    connection = Connection(node.socket, name="a PyTorch engine")
-    places = {donor_name(node, device): {"leased_bytes": lent}, "host memory": {"leased_bytes": 0, "host_bytes": lent}}
+    slabs = needed // slab + 2
+    machine.start_donor(machine.devices[-1], slabs, slab)
+    connection = Connection(machine.socket, name="a PyTorch engine")
+    places = {
+        f"donor ({machine.way})": {"leased_bytes": slabs * slab},
+        "host memory": {"leased_bytes": 0, "host_bytes": slabs * slab},
+    }
     arms = [
-        Arm(name, Engine(model, connection, node.devices[0], namespace=name, **place)) for name, place in places.items()
+        Arm(name, Engine(model, connection, machine.devices[0], namespace=name, **place))
+        for name, place in places.items()
     ]
     rows = []
     for count in arguments.tokens:
@@ -159,10 +145,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-8b")
+    parser = options(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768], help="prefixes, tokens")
     parser.add_argument("--turn", type=int, default=256, help="tokens of the next turn")
     parser.add_argument("--rounds", type=int, default=7)
@@ -171,17 +154,15 @@ def main() -> None:
     for count in (*arguments.tokens, arguments.turn):
         if count <= 0 or count % BLOCK_TOKENS:
             parser.error(f"{count} tokens are no whole number of blocks of {BLOCK_TOKENS}")
-    with tempfile.TemporaryDirectory() as directory:
-        node = Node(arguments.programs.resolve(), pathlib.Path(directory), arguments.device == "cuda")
-        try:
-            rows = measure(arguments, node)
-        finally:
-            node.close()
-    name = torch.cuda.get_device_name(0) if arguments.device == "cuda" else "no GPU"
-    print(f"{arguments.shape}, {arguments.turn} tokens of next turn, {name}, medians of {arguments.rounds} rounds")
+    with started(arguments) as machine:
+        rows = measure(arguments, machine)
+    print(
+        f"{arguments.shape}, {arguments.turn} tokens of next turn, {machine.name}, medians of {arguments.rounds} rounds"
+    )
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": name, "shape": arguments.shape, "rows": rows}, indent=2) + "\n")
+        report = {"device": machine.name, "shape": arguments.shape, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 main()
