@@ -72,7 +72,7 @@ gpu:
 
 ## Compiles the kernels again, after a change to a .cu file; needs CUDA 12.1's nvcc.
 ptx:
-	nvcc --ptx --gpu-architecture=compute_70 -o client/src/device/cuda/gather.ptx client/src/device/cuda/gather.cu
+	nvcc --ptx --gpu-architecture=compute_70 -o client/device/src/cuda/gather.ptx client/device/src/cuda/gather.cu
 	nvcc --ptx --gpu-architecture=compute_70 -o tests/gpu/src/busy.ptx tests/gpu/src/busy.cu
 
 # clippy and rustfmt are components of the toolchain, not of every install of it.

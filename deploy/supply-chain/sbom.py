@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "x86_64-unknown-linux-gnu"
-SHIPPED = ("swiftcache-broker", "swiftcache-client")
+SHIPPED = ("swiftcache-broker", "swiftcache-cli")
 
 
 def metadata():

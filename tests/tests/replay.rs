@@ -17,7 +17,7 @@ use rustix::{
     fd::OwnedFd,
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
-use swiftcache_client::replay::{
+use swiftcache_replay::{
     report::Report,
     serving::Tier,
     trace::{self, unbounded_hits},
@@ -119,9 +119,8 @@ fn every_byte_of_a_replay_comes_back_right_and_the_report_adds_up() {
     assert_eq!(report.workload.refused, 0);
     let arm = |name: &str| report.arm(name).unwrap();
     let (swiftcache, pcie, recompute) = (arm("swiftcache"), arm("pcie-offload"), arm("recompute"));
-    let hits = |arm: &swiftcache_client::replay::report::ArmReport| -> u64 {
-        arm.hit_blocks.values().sum()
-    };
+    let hits =
+        |arm: &swiftcache_replay::report::ArmReport| -> u64 { arm.hit_blocks.values().sum() };
     assert!(pcie.hit_blocks[&Tier::Host] > 0, "{pcie:?}");
     assert!(hits(recompute) <= hits(pcie));
     assert!(hits(swiftcache) <= report.workload.unbounded_hits);

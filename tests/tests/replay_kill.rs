@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use swiftcache_client::replay::{report::Report, serving::Tier};
+use swiftcache_replay::{report::Report, serving::Tier};
 use swiftcache_tests::{
     engine::eventually,
     node::{Node, Setup},

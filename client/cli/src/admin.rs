@@ -1,0 +1,148 @@
+//! The broker's Admin service, asked from synchronous code.
+
+use std::{
+    error::Error as _,
+    path::{Path, PathBuf},
+};
+
+use swiftcache_proto::v1::{self, admin_client::AdminClient};
+use tokio::runtime::Runtime;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+use super::CliError;
+use swiftcache_client::session::is_lost;
+
+/// The longest an answer may take.
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// A connection to Admin. Connects again by itself after a broker restart.
+pub(super) struct Admin {
+    runtime: Runtime,
+    client: AdminClient<Channel>,
+    socket: PathBuf,
+}
+
+/// Everything Admin tells in one go.
+pub(super) struct Snapshot {
+    pub(super) node: v1::GetNodeResponse,
+    pub(super) sessions: Vec<v1::SessionStatus>,
+    pub(super) regions: Vec<v1::RegionStatus>,
+    pub(super) leases: Vec<v1::LeaseStatus>,
+    pub(super) namespaces: Vec<v1::NamespaceStatus>,
+}
+
+impl Admin {
+    pub(super) fn connect(socket: &Path) -> Result<Self, CliError> {
+        let absent = |problem: String| CliError::NoBroker {
+            socket: socket.to_owned(),
+            problem,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| CliError::Failed(format!("cannot start: {error}")))?;
+        let absolute = std::path::absolute(socket).map_err(|error| absent(error.to_string()))?;
+        let endpoint = Endpoint::try_from(format!("unix://{}", absolute.display()))
+            .map_err(|error| absent(error.to_string()))?
+            .timeout(LIMIT)
+            .connect_timeout(LIMIT);
+        let channel = runtime
+            .block_on(endpoint.connect())
+            .map_err(|error| absent(reason(&error)))?;
+        Ok(Self {
+            runtime,
+            // The broker is trusted, and its lists grow with the node: a quarter of a million leases are 30 MB.
+            client: AdminClient::new(channel).max_decoding_message_size(usize::MAX),
+            socket: socket.to_owned(),
+        })
+    }
+
+    fn refused(&self, status: &Status) -> CliError {
+        if is_lost(status) {
+            let said = || status.message().to_owned();
+            return CliError::NoBroker {
+                socket: self.socket.clone(),
+                problem: status.source().map_or_else(said, reason),
+            };
+        }
+        let (code, message) = (status.code(), status.message());
+        CliError::Failed(format!("the broker refused: {message} ({code})"))
+    }
+
+    /// Asks, and asks once more over a new connection when the old one is dead: that is noticed only while somebody
+    /// asks. Every question only reads.
+    fn ask<T>(
+        &self,
+        question: impl AsyncFn(AdminClient<Channel>) -> Result<T, Status>,
+    ) -> Result<T, CliError> {
+        let answer = self.runtime.block_on(async {
+            match question(self.client.clone()).await {
+                Err(status) if status.source().is_some() => question(self.client.clone()).await,
+                answer => answer,
+            }
+        });
+        answer.map_err(|status| self.refused(&status))
+    }
+
+    pub(super) fn node(&self) -> Result<v1::GetNodeResponse, CliError> {
+        self.ask(async |mut client| Ok(client.get_node(v1::GetNodeRequest {}).await?.into_inner()))
+    }
+
+    pub(super) fn regions(&self) -> Result<Vec<v1::RegionStatus>, CliError> {
+        self.ask(async |mut client| {
+            let request = v1::ListRegionsRequest::default();
+            Ok(client.list_regions(request).await?.into_inner().regions)
+        })
+    }
+
+    /// The newest events, at most `limit`, oldest first.
+    pub(super) fn events(&self, limit: u32) -> Result<Vec<v1::EventRecord>, CliError> {
+        self.ask(async |mut client| {
+            let request = v1::ListEventsRequest {
+                limit,
+                ..v1::ListEventsRequest::default()
+            };
+            Ok(client.list_events(request).await?.into_inner().events)
+        })
+    }
+
+    pub(super) fn snapshot(&self) -> Result<Snapshot, CliError> {
+        self.ask(async |mut client| {
+            Ok(Snapshot {
+                node: client.get_node(v1::GetNodeRequest {}).await?.into_inner(),
+                sessions: client
+                    .list_sessions(v1::ListSessionsRequest {})
+                    .await?
+                    .into_inner()
+                    .sessions,
+                regions: client
+                    .list_regions(v1::ListRegionsRequest::default())
+                    .await?
+                    .into_inner()
+                    .regions,
+                leases: client
+                    .list_leases(v1::ListLeasesRequest::default())
+                    .await?
+                    .into_inner()
+                    .leases,
+                namespaces: client
+                    .list_namespaces(v1::ListNamespacesRequest {})
+                    .await?
+                    .into_inner()
+                    .namespaces,
+            })
+        })
+    }
+}
+
+/// The innermost reason: what the system said, rather than "transport error".
+fn reason(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

@@ -1,0 +1,296 @@
+//! The driver, NVML, links and modes of the GPUs.
+
+use nvml_wrapper::{Nvml, enum_wrappers::device::ComputeMode, error::NvmlError};
+use swiftcache_proto::{
+    domain::{Device, DeviceUuid, HandleKind, LinkKind},
+    v1::GetNodeResponse,
+};
+
+use super::report::{Finding, Report};
+use swiftcache_client::device::{DeviceLayer, cuda::CudaLayer};
+
+/// NVML's library.
+const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// The devices that CUDA shows this process, if there is CUDA. `node` is what the broker says.
+pub(super) fn examine(
+    node: Option<&GetNodeResponse>,
+    report: &mut Report,
+) -> Option<Vec<DeviceUuid>> {
+    let simulated = node.is_some_and(|node| node.probe.starts_with("simulated"));
+    nvml(simulated, report);
+    let layer = match CudaLayer::open() {
+        Ok(layer) => layer,
+        Err(error) => {
+            report.add(absent("cuda-driver", &error.to_string(), simulated));
+            return None;
+        }
+    };
+    report.add(driver(layer.driver(), layer.devices().len()));
+    report.add(handles(layer.handle_kinds()));
+    links(
+        layer.devices(),
+        |from, to| layer.link_kind(from, to),
+        report,
+    );
+    let devices = layer.devices().iter();
+    Some(devices.map(|device| device.uuid.clone()).collect())
+}
+
+/// A library that is missing matters where the node's GPUs are real.
+fn absent(check: &'static str, problem: &str, simulated: bool) -> Finding {
+    if simulated {
+        let advice = "not needed: the broker simulates a node";
+        return Finding::warn(check, problem, advice);
+    }
+    Finding::fail(
+        check,
+        problem,
+        "install the NVIDIA driver; in a container, runtime class nvidia and NVIDIA_VISIBLE_DEVICES=all",
+    )
+}
+
+/// `version` as the driver counts: 12080 is CUDA 12.8.
+fn driver((version, absent): (i32, &[&'static str]), devices: usize) -> Finding {
+    const CHECK: &str = "cuda-driver";
+    let found = format!(
+        "CUDA {}.{}, {devices} GPUs visible",
+        version / 1_000,
+        version % 1_000 / 10
+    );
+    if absent.is_empty() {
+        return Finding::ok(CHECK, found);
+    }
+    Finding::warn(
+        CHECK,
+        format!("{found}, without {}", absent.join(", ")),
+        "works, more slowly; a driver of CUDA 12.8 or later has them",
+    )
+}
+
+fn handles(kinds: &[HandleKind]) -> Finding {
+    const CHECK: &str = "ipc-handles";
+    let names: Vec<String> = kinds.iter().map(|kind| format!("{kind:?}")).collect();
+    if names.is_empty() {
+        return Finding::fail(
+            CHECK,
+            "no kind of memory handle can leave this process",
+            "GPUs in MIG or confidential mode, and some virtual GPUs, have none: use whole GPUs in their usual mode",
+        );
+    }
+    Finding::ok(CHECK, names.join(", "))
+}
+
+/// A line for every pair, and what it means for all of them.
+fn links(
+    devices: &[Device],
+    kind: impl Fn(&DeviceUuid, &DeviceUuid) -> LinkKind,
+    report: &mut Report,
+) {
+    const CHECK: &str = "links";
+    let mut unreachable = Vec::new();
+    let mut counted = std::collections::BTreeMap::new();
+    for (number, from) in devices.iter().enumerate() {
+        for to in &devices[number + 1..] {
+            let both = [kind(&from.uuid, &to.uuid), kind(&to.uuid, &from.uuid)];
+            let pair = format!("{}-{}", from.ordinal, to.ordinal);
+            if both.contains(&LinkKind::Host) {
+                unreachable.push(pair);
+            } else {
+                let pairs: &mut Vec<String> = counted.entry(both[0].to_string()).or_default();
+                pairs.push(pair);
+            }
+        }
+    }
+    if devices.len() < 2 {
+        return;
+    }
+    let reached: Vec<String> = counted
+        .iter()
+        .map(|(kind, pairs)| format!("{kind} {}", pairs.join(" ")))
+        .collect();
+    if unreachable.is_empty() {
+        report.add(Finding::ok(CHECK, reached.join("; ")));
+        return;
+    }
+    let advice = "nothing is lent between these; IOMMU or ACS settings, or a virtual machine, may be in the way: \
+                  nvidia-smi topo -p2p r";
+    let none = format!("no peer access {}", unreachable.join(" "));
+    report.add(if reached.is_empty() {
+        Finding::fail(CHECK, none, advice)
+    } else {
+        Finding::warn(CHECK, format!("{}; {none}", reached.join("; ")), advice)
+    });
+}
+
+fn nvml(simulated: bool, report: &mut Report) {
+    const CHECK: &str = "nvml";
+    let library = Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init();
+    let library = match library {
+        Ok(library) => library,
+        Err(error) => {
+            let problem = match error {
+                NvmlError::LibloadingError(error) => error.to_string(),
+                error => error.to_string(),
+            };
+            report.add(absent(CHECK, &problem, simulated));
+            return;
+        }
+    };
+    let modes = modes(&library);
+    match (library.sys_driver_version(), modes) {
+        (Ok(version), Ok(modes)) => {
+            report.add(Finding::ok(
+                CHECK,
+                format!("driver {version}, {} GPUs", modes.len()),
+            ));
+            report.add(shareable(&modes));
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            report.add(absent(CHECK, &error.to_string(), simulated));
+        }
+    }
+}
+
+/// What keeps a GPU's memory from being shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Modes {
+    mig: bool,
+    confidential: bool,
+    exclusive: bool,
+}
+
+fn modes(library: &Nvml) -> Result<Vec<Modes>, NvmlError> {
+    let gpus = (0..library.device_count()?).map(|number| {
+        let gpu = library.device_by_index(number)?;
+        let mode = gpu.compute_mode();
+        Ok(Modes {
+            mig: gpu.mig_mode().is_ok_and(|mode| mode.current != 0),
+            confidential: gpu.is_cc_enabled().unwrap_or(false),
+            exclusive: mode.is_ok_and(|mode| mode != ComputeMode::Default),
+        })
+    });
+    gpus.collect()
+}
+
+fn shareable(gpus: &[Modes]) -> Finding {
+    const CHECK: &str = "gpu-modes";
+    let named = |is: fn(&Modes) -> bool| {
+        let gpus = (0..).zip(gpus).filter(|(_, modes)| is(modes));
+        let numbers: Vec<String> = gpus
+            .map(|(number, _): (u32, _)| number.to_string())
+            .collect();
+        (!numbers.is_empty()).then(|| numbers.join(", "))
+    };
+    if let Some(gpus) = named(|modes| modes.confidential) {
+        return Finding::fail(
+            CHECK,
+            format!("confidential computing is on: GPU {gpus}"),
+            "memory of these cannot be shared between processes: turn it off, or keep the node without SwiftCache",
+        );
+    }
+    if let Some(gpus) = named(|modes| modes.mig) {
+        return Finding::fail(
+            CHECK,
+            format!("MIG is on: GPU {gpus}"),
+            "MIG instances cannot share memory between processes: nvidia-smi -i N -mig 0",
+        );
+    }
+    if let Some(gpus) = named(|modes| modes.exclusive) {
+        return Finding::warn(
+            CHECK,
+            format!("GPU {gpus} in an exclusive or prohibited compute mode"),
+            "a donor beside an engine cannot make a context there: nvidia-smi -i N -c DEFAULT",
+        );
+    }
+    Finding::ok(
+        CHECK,
+        "whole GPUs, not confidential, open to several processes",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::report::Verdict, *};
+
+    fn judged(kind: impl Fn(u32, u32) -> LinkKind) -> Vec<(Verdict, String)> {
+        let device = |ordinal: u32| Device {
+            uuid: format!("SIM-{ordinal}").parse().unwrap(),
+            name: String::new(),
+            hbm_bytes: 1,
+            ordinal,
+        };
+        let number = |uuid: &DeviceUuid| uuid.as_str()[4..].parse().unwrap();
+        let mut report = Report::default();
+        let devices = [device(0), device(1), device(2)];
+        links(
+            &devices,
+            |from, to| kind(number(from), number(to)),
+            &mut report,
+        );
+        let json = serde_json::to_value(&report).unwrap();
+        let text = json["findings"][0]["found"].as_str().unwrap().to_owned();
+        let verdict = match json["findings"][0]["verdict"].as_str() {
+            Some("ok") => Verdict::Ok,
+            Some("warn") => Verdict::Warn,
+            _ => Verdict::Fail,
+        };
+        vec![(verdict, text)]
+    }
+
+    #[test]
+    fn every_pair_of_gpus_is_named() {
+        let mixed = judged(|from, to| match from + to {
+            1 => LinkKind::Nvlink,
+            2 => LinkKind::Pcie,
+            _ => LinkKind::Host,
+        });
+        let (verdict, text) = &mixed[0];
+        assert_eq!(*verdict, Verdict::Warn);
+        assert!(text.ends_with("no peer access 1-2"), "{text}");
+        assert!(text.contains("0-1") && text.contains("0-2"), "{text}");
+        assert_eq!(judged(|_, _| LinkKind::Nvlink)[0].0, Verdict::Ok);
+        assert_eq!(judged(|_, _| LinkKind::Host)[0].0, Verdict::Fail);
+        // One direction is not enough.
+        let one_way = judged(|from, to| {
+            if from < to {
+                LinkKind::Pcie
+            } else {
+                LinkKind::Host
+            }
+        });
+        assert_eq!(one_way[0].0, Verdict::Fail);
+    }
+
+    #[test]
+    fn modes_that_forbid_sharing_are_named() {
+        let usual = Modes::default();
+        let mig = Modes { mig: true, ..usual };
+        let confidential = Modes {
+            confidential: true,
+            ..usual
+        };
+        let exclusive = Modes {
+            exclusive: true,
+            ..usual
+        };
+        assert_eq!(shareable(&[usual, usual]).verdict, Verdict::Ok);
+        assert_eq!(shareable(&[usual, exclusive]).verdict, Verdict::Warn);
+        for forbidding in [mig, confidential] {
+            let finding = shareable(&[usual, exclusive, forbidding]);
+            assert_eq!(finding.verdict, Verdict::Fail);
+            assert!(finding.found.ends_with("GPU 2"), "{}", finding.found);
+        }
+    }
+
+    #[test]
+    fn a_missing_driver_matters_where_gpus_are_real() {
+        assert_eq!(absent("nvml", "gone", true).verdict, Verdict::Warn);
+        assert_eq!(absent("nvml", "gone", false).verdict, Verdict::Fail);
+        assert_eq!(handles(&[]).verdict, Verdict::Fail);
+        assert_eq!(handles(&[HandleKind::PosixFd]).verdict, Verdict::Ok);
+        let old = driver((12_040, &["cuMemcpyBatchAsync"]), 8);
+        assert_eq!(old.verdict, Verdict::Warn);
+        assert!(old.found.starts_with("CUDA 12.4, 8 GPUs"), "{}", old.found);
+    }
+}

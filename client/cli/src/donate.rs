@@ -1,0 +1,362 @@
+//! `swiftcache donate`.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::Duration,
+};
+
+use clap::{ArgGroup, Args, ValueEnum};
+use swiftcache_proto::{
+    domain::{Device, DeviceUuid, HandleKind},
+    v1,
+};
+use tracing::info;
+
+use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output, size::size};
+use swiftcache_client::{
+    device::DeviceLayer,
+    donor::{
+        Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Observation, PolicyConfig, explain,
+    },
+    session::{Session, SessionConfig},
+};
+
+/// How often to look for a signal.
+const NAP: Duration = Duration::from_millis(50);
+
+/// Lend a device's idle HBM: a fixed amount, or as much as stays idle
+///
+/// Runs until SIGTERM or SIGINT, then asks for everything back and waits until nobody can touch it any more.
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("amount").required(true).args(["bytes", "elastic"]))]
+pub(super) struct DonateArgs {
+    #[command(flatten)]
+    socket: SocketArg,
+    /// The device, as `swiftcache status` names it, or all of the node's
+    #[arg(long, value_name = "UUID|all")]
+    device: Chosen,
+    /// Lend this much, whole slabs
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    bytes: Option<u64>,
+    /// Follow idle HBM: up slowly, down at once
+    #[arg(long)]
+    elastic: bool,
+    /// Say what --elastic would come to lend, by what the broker sees of each device now, and why; lend nothing
+    #[arg(long, conflicts_with = "bytes")]
+    explain: bool,
+    /// For people: shown in status and logs
+    #[arg(long, value_name = "NAME", default_value = "donate")]
+    name: String,
+    /// Sub-division of this user's tenant
+    #[arg(long, value_name = "LABEL", default_value = "")]
+    tenant: String,
+    /// What is lent and given back at a time, 64KiB to 16GiB
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    slab: u64,
+    /// How long borrowers may take to move blocks away [default: the broker's]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    drain: Option<Duration>,
+    /// How borrowers open what is lent; on GPUs posix-fd also works where legacy IPC is refused [default: the
+    /// backend's best: cuda-ipc on GPUs]
+    #[arg(long, value_name = "KIND", value_enum)]
+    handle: Option<Opened>,
+    /// How long to wait for everything to come back in the end
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    leave_within: Duration,
+    #[command(flatten)]
+    elastic_args: ElasticArgs,
+    /// On a simulated device: where its use is written, the topology's usage_dir
+    #[arg(long, value_name = "DIR")]
+    usage_dir: Option<PathBuf>,
+}
+
+/// How borrowers open an allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Opened {
+    /// By a legacy CUDA handle
+    CudaIpc,
+    /// By a file descriptor
+    PosixFd,
+}
+
+impl From<Opened> for HandleKind {
+    fn from(opened: Opened) -> Self {
+        match opened {
+            Opened::CudaIpc => Self::CudaIpc,
+            Opened::PosixFd => Self::PosixFd,
+        }
+    }
+}
+
+/// The policy of `--elastic`; what is not given follows from the device's size.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "With --elastic")]
+struct ElasticArgs {
+    /// Never lent [default: a twentieth of the device]
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
+    reserve: Option<u64>,
+    /// Kept free for neighbours' growth, even if none was seen [default: a twentieth of the device]
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
+    headroom: Option<u64>,
+    /// The most to lend [default: all that is idle]
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
+    most: Option<u64>,
+    /// How often to look [default: 250ms]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
+    period: Option<Duration>,
+    /// HBM must have been idle for this long before it is lent [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
+    settle: Option<Duration>,
+    /// Headroom is what neighbours were seen to grow within this time [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
+    horizon: Option<Duration>,
+    /// Half of a seen growth is forgotten in this time [default: 2m]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
+    half_life: Option<Duration>,
+}
+
+impl ElasticArgs {
+    fn policy(&self, total: u64, slab: u64) -> PolicyConfig {
+        let usual = PolicyConfig::new(total, slab);
+        PolicyConfig {
+            reserve_bytes: self.reserve.unwrap_or(usual.reserve_bytes),
+            least_headroom_bytes: self.headroom.unwrap_or(usual.least_headroom_bytes),
+            max_bytes: self.most.unwrap_or(usual.max_bytes),
+            settle: self.settle.unwrap_or(usual.settle),
+            horizon: self.horizon.unwrap_or(usual.horizon),
+            half_life: self.half_life.unwrap_or(usual.half_life),
+            ..usual
+        }
+    }
+}
+
+/// Whichever kind of donor runs.
+enum Running {
+    Fixed(Donor),
+    Elastic(Agent),
+}
+
+impl Running {
+    fn status(&self) -> DonorStatus {
+        match self {
+            Self::Fixed(donor) => donor.status(),
+            Self::Elastic(agent) => agent.status(),
+        }
+    }
+
+    fn close(self, limit: Duration) -> bool {
+        match self {
+            Self::Fixed(donor) => donor.close(limit),
+            Self::Elastic(agent) => agent.stop(limit),
+        }
+    }
+}
+
+pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
+    if args.explain {
+        return explain_all(args);
+    }
+    let interrupt = super::interrupt()?;
+    let session = SessionConfig {
+        socket: args.socket.socket.clone(),
+        name: args.name.clone(),
+        tenant: args.tenant.clone(),
+    };
+    let (first, shape) = backend::connect(session.clone())?;
+    let devices = args.device.among(&shape.0)?;
+    let layer = backend::open(&shape, args.usage_dir.clone())?;
+    // A session for each device: one that fails takes no other with it.
+    let mut first = Some(first);
+    let mut running = Vec::new();
+    let mut failed = None;
+    for device in devices {
+        let session = match first.take() {
+            Some(session) => Ok(session),
+            None => backend::connect(session.clone()).map(|(session, _)| session),
+        };
+        match session.and_then(|session| start(args, session, Arc::clone(&layer), device)) {
+            Ok(donor) => running.push((device.uuid.clone(), donor)),
+            Err(error) => {
+                output::complain(&format!("swiftcache: {}: {error}", device.uuid));
+                failed = Some(error);
+            }
+        }
+    }
+    if let (true, Some(error)) = (running.is_empty(), failed) {
+        return Err(error);
+    }
+    while !interrupt.load(Ordering::Relaxed) {
+        thread::sleep(NAP);
+    }
+    leave(running, args.leave_within)
+}
+
+/// By what the broker's probe sees: a process that looked for itself would take half a gigabyte of each GPU for its own
+/// context.
+fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
+    let seen = Admin::connect(&args.socket.socket)?.node()?.devices;
+    let read = |seen: &v1::DeviceStatus| {
+        let device = seen
+            .device
+            .as_ref()
+            .and_then(|device| device.try_into().ok());
+        device.ok_or_else(|| CliError::Failed("the broker named a device badly".to_owned()))
+    };
+    let known: Vec<Device> = seen.iter().map(read).collect::<Result<_, _>>()?;
+    for device in args.device.among(&known)? {
+        let seen = (known.iter().zip(&seen)).find(|(known, _)| known.uuid == device.uuid);
+        let (used, offered) = seen.map_or((0, 0), |(_, seen)| {
+            let account = seen.account.unwrap_or_default();
+            (seen.hbm_used_bytes, account.offered_bytes)
+        });
+        let observation = Observation {
+            now: Duration::ZERO,
+            free: device.hbm_bytes.saturating_sub(used),
+            total: device.hbm_bytes,
+            // What is lent already is not a neighbour's.
+            donated: offered,
+            offered,
+        };
+        let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
+        let text = explain(&device.uuid, observation, policy)?;
+        output::print(&format!("{text}\n"))?;
+    }
+    Ok(())
+}
+
+fn start(
+    args: &DonateArgs,
+    session: Session,
+    layer: Arc<dyn DeviceLayer>,
+    device: &Device,
+) -> Result<Running, CliError> {
+    let config = DonorConfig {
+        device: device.uuid.clone(),
+        slab_bytes: args.slab,
+        drain: args.drain.unwrap_or(Duration::ZERO),
+        handle: args.handle.map(HandleKind::from),
+    };
+    let Some(bytes) = args.bytes else {
+        let agent = AgentConfig {
+            policy: args.elastic_args.policy(device.hbm_bytes, args.slab),
+            period: args
+                .elastic_args
+                .period
+                .unwrap_or(Duration::from_millis(250)),
+        };
+        return Ok(Running::Elastic(Agent::start(
+            session, layer, config, agent,
+        )?));
+    };
+    let donor = Donor::open(session, layer, config)?;
+    let lent = donor.grow(bytes)?;
+    info!(bytes = lent, device = %device.uuid, "on offer");
+    if lent < bytes / args.slab * args.slab {
+        output::complain(&format!(
+            "swiftcache: {} has room for {lent} of {bytes} bytes only",
+            device.uuid
+        ));
+    }
+    Ok(Running::Fixed(donor))
+}
+
+/// Asks for everything back, from all devices at once.
+fn leave(running: Vec<(DeviceUuid, Running)>, limit: Duration) -> Result<(), CliError> {
+    let leaving: Vec<_> = running
+        .into_iter()
+        .map(|(device, donor)| {
+            let held = donor.status().offered_bytes;
+            info!(bytes = held, %device, "asking for everything back");
+            (device, thread::spawn(move || donor.close(limit)))
+        })
+        .collect();
+    let late: Vec<String> = leaving
+        .into_iter()
+        .filter_map(|(device, donor)| {
+            let returned = donor.join().unwrap_or(false);
+            (!returned).then(|| device.to_string())
+        })
+        .collect();
+    if late.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::Failed(format!(
+        "not everything on {} came back within {}: borrowers still map it until they let go",
+        late.join(", "),
+        humantime::format_duration(limit)
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        donate: DonateArgs,
+    }
+
+    fn parse(flags: &str) -> Result<DonateArgs, String> {
+        let args = format!("donate --device SIM-1 {flags}");
+        let parsed = Cli::try_parse_from(args.split_whitespace());
+        parsed
+            .map(|cli| cli.donate)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_donor_is_either_fixed_or_elastic() {
+        assert_eq!(parse("--bytes 1GiB").unwrap().bytes, Some(1 << 30));
+        assert!(parse("--elastic").unwrap().elastic);
+        for flags in [
+            "",
+            "--bytes 1GiB --elastic",
+            "--bytes 1GiB --explain",
+            "--bytes 1GiB --reserve 1",
+        ] {
+            assert!(parse(flags).is_err(), "{flags}");
+        }
+    }
+
+    #[test]
+    fn the_way_that_borrowers_open_it_can_be_chosen() {
+        assert_eq!(parse("--bytes 1GiB").unwrap().handle, None);
+        let kind =
+            |text: &str| parse(&format!("--elastic --handle {text}")).map(|args| args.handle);
+        assert_eq!(kind("cuda-ipc").unwrap(), Some(Opened::CudaIpc));
+        assert_eq!(kind("posix-fd").unwrap(), Some(Opened::PosixFd));
+        assert!(kind("fabric").is_err());
+    }
+
+    #[test]
+    fn a_device_is_named_or_all_are_meant() {
+        let device = |uuid: &str| Device {
+            uuid: uuid.parse().unwrap(),
+            name: "simulated".to_owned(),
+            hbm_bytes: 1 << 30,
+            ordinal: 0,
+        };
+        let known = [device("SIM-0"), device("SIM-1")];
+        let chosen = |text: &str| text.parse::<Chosen>().unwrap();
+        assert_eq!(chosen("all").among(&known).unwrap().len(), 2);
+        assert_eq!(chosen("SIM-1").among(&known).unwrap(), [&known[1]]);
+        let refused = chosen("SIM-7").among(&known).unwrap_err().to_string();
+        assert!(refused.contains("SIM-7") && refused.contains("SIM-0, SIM-1, or all"));
+        assert!(chosen("all").among(&[]).is_err());
+    }
+
+    #[test]
+    fn what_is_not_given_follows_from_the_device() {
+        let args = parse("--elastic --reserve 3GiB --settle 200ms").unwrap();
+        let policy = args.elastic_args.policy(80 << 30, 1 << 30);
+        assert_eq!(policy.reserve_bytes, 3 << 30);
+        assert_eq!(policy.settle, Duration::from_millis(200));
+        assert_eq!(policy.least_headroom_bytes, 4 << 30);
+        assert_eq!(policy.slab_bytes, 1 << 30);
+    }
+}

@@ -1,0 +1,226 @@
+//! The `swiftcache` command.
+//!
+//! Exit status: 0 done; 1 it failed (wrong bytes above all); 2 the command line or a file it names is wrong;
+//! 3 the broker cannot be reached; 130 interrupted.
+
+mod admin;
+mod args;
+mod backend;
+mod chosen;
+mod demo;
+mod doctor;
+mod donate;
+mod generate;
+mod manual;
+mod output;
+mod progress;
+mod replay;
+mod size;
+mod status;
+mod tether;
+mod top;
+mod watch;
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use swiftcache_replay::ReplayError;
+
+const EXIT_CODES: &str = "Exit status: 0 done; 1 it failed (wrong bytes above all); \
+    2 the command line or a file it names is wrong; 3 the broker cannot be reached; 130 interrupted.";
+
+/// Shares idle HBM between the models of one GPU server.
+#[derive(Debug, Parser)]
+#[command(name = "swiftcache", version, max_term_width = 110, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Status(status::StatusArgs),
+    Top(top::TopArgs),
+    Doctor(doctor::DoctorArgs),
+    Donate(donate::DonateArgs),
+    Replay(replay::ReplayArgs),
+    Demo(demo::DemoArgs),
+    Generate(generate::GenerateArgs),
+    Completions(manual::CompletionsArgs),
+    Man(manual::ManArgs),
+    #[command(hide = true)]
+    Tether(tether::TetherArgs),
+}
+
+/// Why the command ends with another status than 0.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    /// 1.
+    #[error("{0}")]
+    Failed(String),
+    /// 2.
+    #[error("{0}")]
+    Usage(String),
+    /// 3.
+    #[error("no broker at {}: {problem}; is swiftcache-broker running? --socket or SWIFTCACHE_SOCKET name another", socket.display())]
+    NoBroker { socket: PathBuf, problem: String },
+    /// 130.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl CliError {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Failed(_) => 1,
+            Self::Usage(_) => 2,
+            Self::NoBroker { .. } => 3,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+impl From<ReplayError> for CliError {
+    fn from(error: ReplayError) -> Self {
+        match error {
+            ReplayError::Trace(_) | ReplayError::Topology(_) | ReplayError::Flag { .. } => {
+                Self::Usage(error.to_string())
+            }
+            ReplayError::Client(error) => error.into(),
+            ReplayError::Interrupted => Self::Interrupted,
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<swiftcache_client::Error> for CliError {
+    fn from(error: swiftcache_client::Error) -> Self {
+        match error {
+            swiftcache_client::Error::Disconnected { socket, problem } => {
+                Self::NoBroker { socket, problem }
+            }
+            swiftcache_client::Error::Config { .. } => Self::Usage(error.to_string()),
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log();
+    let result = match cli.command {
+        Command::Status(args) => status::run(&args),
+        Command::Top(args) => top::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Donate(args) => donate::run(&args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Completions(args) => manual::complete(&args, Cli::command()),
+        Command::Man(args) => manual::man(&args, Cli::command()),
+        Command::Tether(args) => tether::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&format!("swiftcache: {error}"));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Logs go to standard error; `RUST_LOG` chooses them.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // Complaining about a line that could not be written (its disk is full) would panic where it was logged.
+        .log_internal_errors(false)
+        .with_target(false)
+        .init();
+}
+
+/// Set by SIGINT and SIGTERM; a second one ends the process at once.
+fn interrupt() -> Result<Arc<AtomicBool>, CliError> {
+    let failed = |error: std::io::Error| CliError::Failed(format!("cannot catch signals: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(failed)?;
+    let flag = Arc::new(AtomicBool::new(false));
+    let heard = Arc::clone(&flag);
+    let entered = runtime.enter();
+    let mut signals = {
+        use tokio::signal::unix::{SignalKind, signal};
+        [
+            signal(SignalKind::interrupt()).map_err(failed)?,
+            signal(SignalKind::terminate()).map_err(failed)?,
+        ]
+    };
+    drop(entered);
+    let listen = move || {
+        runtime.block_on(async {
+            let [interrupt, terminate] = &mut signals;
+            loop {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if heard.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(listen)
+        .map_err(failed)?;
+    Ok(flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_failure_has_its_status() {
+        let flag = ReplayError::Flag {
+            flag: "--scale",
+            problem: "is 0".to_owned(),
+        };
+        assert_eq!(CliError::from(flag).exit_code(), 2);
+        assert_eq!(CliError::from(ReplayError::Interrupted).exit_code(), 130);
+        let absent = swiftcache_client::Error::Disconnected {
+            socket: "/nowhere".into(),
+            problem: "none".to_owned(),
+        };
+        let absent = CliError::from(ReplayError::Client(absent));
+        assert_eq!(absent.exit_code(), 3);
+        assert!(absent.to_string().contains("/nowhere"));
+        let wrong = ReplayError::WrongBytes {
+            block: swiftcache_proto::domain::BlockHash([1; 16]),
+            layer: 3,
+            place: "loaded",
+            offset: 0,
+            expected: 1,
+            found: 2,
+        };
+        assert_eq!(CliError::from(wrong).exit_code(), 1);
+    }
+}

@@ -1,0 +1,178 @@
+//! `swiftcache replay`.
+
+mod play;
+
+use std::{path::PathBuf, str::FromStr};
+
+use clap::Args;
+use swiftcache_proto::domain::DeviceUuid;
+
+pub(super) use self::play::Play;
+use super::{CliError, output, progress::Progress, size::size};
+use swiftcache_replay::{
+    ReplayError,
+    models::ModelShape,
+    report::Report,
+    roofline::Gpu,
+    trace::{self, Request},
+};
+
+/// Replay a trace of a busy model against donors, and compare SwiftCache, PCIe offload and recompute
+///
+/// Without --socket a private node is started for the replay and torn down after it: a broker and elastic
+/// donors whose own models' load rises and falls. Processes, leases, revocations and bytes are real; time is
+/// modelled, and the report says how. Every byte read back is checked: a wrong one ends the replay with status 1.
+#[derive(Args, Debug)]
+pub(super) struct ReplayArgs {
+    /// The busy model's requests: JSON lines of timestamp, input_length, output_length, hash_ids (Mooncake)
+    #[arg(long, value_name = "FILE")]
+    trace: PathBuf,
+    /// Only the first so many requests
+    #[arg(long, value_name = "N")]
+    requests: Option<usize>,
+    #[command(flatten)]
+    node: NodeArgs,
+    /// Use the donors of a running node instead of a private one
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// With --socket: the device that the busy model computes on [default: the node's first]
+    #[arg(long, value_name = "UUID", requires = "socket")]
+    device: Option<DeviceUuid>,
+    /// With --socket on a simulated node: where to play the neighbours' HBM use; the topology's usage_dir
+    #[arg(long, value_name = "DIR", requires = "socket")]
+    usage_dir: Option<PathBuf>,
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// How a report is shown.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ReportArgs {
+    /// Print the report as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Show no progress
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+}
+
+/// What the node and its models are.
+#[derive(Args, Clone, Debug)]
+pub(super) struct NodeArgs {
+    /// The busy model: qwen3-8b, qwen3-14b, qwen3-32b, llama-3.1-8b, llama-3.1-70b, mistral-7b,
+    /// mistral-small-24b, llama-2-7b, lwm-7b
+    #[arg(long, value_name = "NAME", default_value = "qwen3-8b", value_parser = ModelShape::by_name)]
+    model: &'static ModelShape,
+    /// GPUs that the busy model is spread over; one of them is replayed, communication is not modelled
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tensor_parallel: u32,
+    /// The GPU: h100-sxm, h100-nvl, h200, a100-80g, l40s
+    #[arg(long, value_name = "NAME", default_value = "h100-sxm", value_parser = Gpu::by_name)]
+    gpu: &'static Gpu,
+    /// Where the links come from: hgx-8, pcie-4, or a TOML file
+    #[arg(long, value_name = "NAME|FILE", default_value = "hgx-8")]
+    topology: String,
+    /// Move one byte for so many of the full-size model; capacities shrink alike
+    #[arg(long, value_name = "DIVISOR", default_value_t = 4096.0)]
+    scale: f64,
+    /// Multiply arrival times by this; auto: until the recompute arm's server is taken 80 %
+    /// of the time
+    #[arg(long, value_name = "auto|FACTOR", default_value = "auto")]
+    stretch: Stretch,
+    /// Host memory for KV blocks, full size, in the SwiftCache and PCIe arms alike
+    #[arg(long, value_name = "SIZE", default_value = "128GiB", value_parser = size)]
+    host_tier: u64,
+    /// Drop what lies in revoked slabs, instead of moving the hottest blocks elsewhere while the window lasts
+    #[arg(long)]
+    drop_revoked: bool,
+    /// Donor processes, each on its own GPU
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(super) donors: usize,
+    /// The donors' own load: CSV of timestamp,input,output, or Azure's [default: a bundled one]
+    #[arg(long, value_name = "FILE")]
+    donor_load: Option<PathBuf>,
+    /// The donors' own model
+    #[arg(long, value_name = "NAME", default_value = "qwen3-8b", value_parser = ModelShape::by_name)]
+    donor_model: &'static ModelShape,
+    /// HBM that donors keep free for their own model's growth, full size
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = size)]
+    donor_headroom: u64,
+    /// Trace seconds per second of wall clock, at most: donors follow in real time
+    #[arg(long, value_name = "FACTOR", default_value_t = 60.0, value_parser = positive)]
+    pub(super) pace: f64,
+}
+
+/// `--stretch`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stretch {
+    Auto,
+    By(f64),
+}
+
+impl FromStr for Stretch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => positive(text)
+                .map(Self::By)
+                .map_err(|_| format!("{text:?} is no stretch; takes auto, or a factor above 0")),
+        }
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|number: &f64| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| format!("{text:?} is not a number above 0"))
+}
+
+/// A trace and its name.
+pub(super) struct Trace {
+    pub(super) name: String,
+    pub(super) requests: Vec<Request>,
+}
+
+pub(super) fn run(args: &ReplayArgs) -> Result<(), CliError> {
+    let mut requests = trace::load(&args.trace).map_err(ReplayError::from)?;
+    if let Some(first) = args.requests {
+        requests.truncate(first.max(1));
+    }
+    let trace = Trace {
+        name: args.trace.display().to_string(),
+        requests,
+    };
+    let play = Play::new(&args.node, trace, None)?;
+    let interrupt = super::interrupt()?;
+    let mut progress = Progress::new(args.report.quiet);
+    let report = match &args.socket {
+        None => play.on_private_node(&mut progress, &interrupt, &|_| ())?,
+        Some(socket) => play.on_running_node(args, socket, &mut progress, interrupt)?,
+    };
+    drop(progress);
+    show(&report, &args.report)
+}
+
+/// Prints a report.
+pub(super) fn show(report: &Report, args: &ReportArgs) -> Result<(), CliError> {
+    if args.json {
+        output::print_json(report)
+    } else {
+        output::print(&report.text()).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stretch_is_auto_or_a_factor() {
+        assert_eq!("auto".parse(), Ok(Stretch::Auto));
+        assert_eq!("2.5".parse(), Ok(Stretch::By(2.5)));
+        for text in ["", "0", "-1", "inf", "automatic"] {
+            assert!(text.parse::<Stretch>().is_err(), "{text}");
+        }
+    }
+}

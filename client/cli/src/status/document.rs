@@ -1,0 +1,265 @@
+//! What `swiftcache status --json` prints.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+use swiftcache_proto::v1;
+
+use crate::admin::Snapshot;
+
+/// The document of `--json`. Sizes are bytes.
+#[derive(Debug, Serialize)]
+pub(super) struct Status {
+    pub(super) version: String,
+    pub(super) boot_id: String,
+    pub(super) uptime_ms: u64,
+    pub(super) probe: String,
+    pub(super) sessions: u32,
+    pub(super) indexed_blocks: u64,
+    pub(super) total: Account,
+    pub(super) counters: Counters,
+    pub(super) traffic: Traffic,
+    pub(super) devices: Vec<DeviceRow>,
+    pub(super) donors: Vec<DonorRow>,
+    pub(super) leases: Vec<LeaseRow>,
+    pub(super) namespaces: Vec<NamespaceRow>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct Account {
+    pub(super) offered: u64,
+    pub(super) free: u64,
+    pub(super) leased: u64,
+    pub(super) draining: u64,
+    pub(super) zombie: u64,
+    pub(super) scrubbing: u64,
+}
+
+impl Account {
+    pub(super) fn new(account: Option<&v1::Account>) -> Self {
+        account.map_or_else(Self::default, |account| Self {
+            offered: account.offered_bytes,
+            free: account.free_bytes,
+            leased: account.leased_bytes,
+            draining: account.draining_bytes,
+            zombie: account.zombie_bytes,
+            scrubbing: account.scrubbing_bytes,
+        })
+    }
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Counters {
+    pub(super) leases_granted: u64,
+    pub(super) leases_refused: u64,
+    pub(super) revocations: u64,
+    pub(super) acknowledgements: u64,
+    pub(super) zombies: u64,
+    pub(super) lookups: u64,
+    pub(super) lookup_blocks: u64,
+    pub(super) hit_blocks: u64,
+    pub(super) published_blocks: u64,
+}
+
+/// What engines reported since the broker started.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Traffic {
+    pub(super) links: Vec<LinkRow>,
+    pub(super) lookup_blocks: u64,
+    pub(super) own_blocks: u64,
+    pub(super) replica_blocks: u64,
+    pub(super) host_blocks: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct LinkRow {
+    pub(super) link: &'static str,
+    pub(super) loaded: u64,
+    pub(super) stored: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct DeviceRow {
+    pub(super) uuid: String,
+    pub(super) name: String,
+    pub(super) hbm: u64,
+    pub(super) hbm_used: u64,
+    pub(super) drained: bool,
+    pub(super) account: Account,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct DonorRow {
+    pub(super) label: String,
+    pub(super) name: String,
+    pub(super) device: String,
+    pub(super) pid: u32,
+    pub(super) regions: u32,
+    pub(super) offered: u64,
+    pub(super) leased: u64,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct LeaseRow {
+    pub(super) borrower: String,
+    pub(super) pid: u32,
+    pub(super) namespace: String,
+    pub(super) device: String,
+    pub(super) link: &'static str,
+    pub(super) slabs: u32,
+    pub(super) leased: u64,
+    /// Slabs that are revoked and not yet given up, zombies among them.
+    pub(super) revoked: u32,
+    pub(super) zombies: u32,
+    /// Processes that have not let go of what is revoked: lessee and readers.
+    pub(super) waiting_for_pids: BTreeSet<u32>,
+    pub(super) blocks: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct NamespaceRow {
+    pub(super) namespace: String,
+    pub(super) tenant: String,
+    pub(super) blocks: u64,
+    pub(super) leased: u64,
+    pub(super) lookups: u64,
+    pub(super) lookup_blocks: u64,
+    pub(super) hit_blocks: u64,
+}
+
+impl Status {
+    pub(super) fn new(snapshot: Snapshot) -> Self {
+        let node = snapshot.node;
+        let donors = donors(&snapshot.regions, &snapshot.sessions);
+        let counters = node
+            .counters
+            .as_ref()
+            .map_or_else(Counters::default, |c| Counters {
+                leases_granted: c.leases_granted,
+                leases_refused: c.leases_refused,
+                revocations: c.revocations,
+                acknowledgements: c.acknowledgements,
+                zombies: c.zombies,
+                lookups: c.lookups,
+                lookup_blocks: c.lookup_blocks,
+                hit_blocks: c.hit_blocks,
+                published_blocks: c.published_blocks,
+            });
+        Self {
+            total: Account::new(node.total.as_ref()),
+            counters,
+            traffic: traffic(node.traffic.as_ref()),
+            devices: node.devices.iter().map(device).collect(),
+            donors,
+            leases: leases(&snapshot.leases),
+            namespaces: snapshot.namespaces.into_iter().map(namespace).collect(),
+            version: node.version,
+            boot_id: format!("{:016x}", node.boot_id),
+            uptime_ms: node.uptime_ms,
+            probe: node.probe,
+            sessions: node.sessions,
+            indexed_blocks: node.indexed_blocks,
+        }
+    }
+}
+
+fn device(status: &v1::DeviceStatus) -> DeviceRow {
+    let device = status.device.clone().unwrap_or_default();
+    DeviceRow {
+        uuid: device.uuid,
+        name: device.name,
+        hbm: device.hbm_bytes,
+        hbm_used: status.hbm_used_bytes,
+        drained: status.drained,
+        account: Account::new(status.account.as_ref()),
+    }
+}
+
+fn traffic(traffic: Option<&v1::Traffic>) -> Traffic {
+    // An older broker knows of none.
+    let Some(traffic) = traffic else {
+        return Traffic::default();
+    };
+    let links = traffic.links.iter().map(|entry| LinkRow {
+        link: link(entry.link()),
+        loaded: entry.loaded_bytes,
+        stored: entry.stored_bytes,
+    });
+    Traffic {
+        links: links.collect(),
+        lookup_blocks: traffic.lookup_blocks,
+        own_blocks: traffic.own_blocks,
+        replica_blocks: traffic.replica_blocks,
+        host_blocks: traffic.host_blocks,
+    }
+}
+
+fn link(kind: v1::LinkKind) -> &'static str {
+    match kind {
+        v1::LinkKind::SameDevice => "same device",
+        v1::LinkKind::Nvlink => "NVLink",
+        v1::LinkKind::Pcie => "PCIe",
+        v1::LinkKind::Host => "host",
+        v1::LinkKind::Unspecified => "?",
+    }
+}
+
+/// A row for each donor and device.
+fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<DonorRow> {
+    let mut rows: BTreeMap<(&str, &str), DonorRow> = BTreeMap::new();
+    for region in regions {
+        let row = rows
+            .entry((&region.donor_label, &region.device_uuid))
+            .or_default();
+        row.regions += 1;
+        let account = Account::new(region.account.as_ref());
+        row.offered += account.offered;
+        row.leased += account.leased;
+        row.label.clone_from(&region.donor_label);
+        row.name.clone_from(&region.donor_name);
+        row.device.clone_from(&region.device_uuid);
+        let session = sessions
+            .iter()
+            .find(|session| session.label == region.donor_label);
+        row.pid = session.map_or(0, |session| session.pid);
+    }
+    rows.into_values().collect()
+}
+
+/// A row for each borrower, namespace and device.
+fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
+    let mut rows: BTreeMap<(&str, &str, &str), LeaseRow> = BTreeMap::new();
+    for lease in leases {
+        let key = (
+            lease.borrower_label.as_str(),
+            lease.namespace.as_str(),
+            lease.device_uuid.as_str(),
+        );
+        let row = rows.entry(key).or_default();
+        row.borrower = format!("{} [{}]", lease.borrower_name, lease.borrower_label);
+        row.pid = lease.borrower_pid;
+        row.namespace.clone_from(&lease.namespace);
+        row.device.clone_from(&lease.device_uuid);
+        row.link = link(lease.link());
+        row.slabs += 1;
+        row.leased += lease.bytes;
+        row.blocks += u64::from(lease.published_blocks);
+        let zombie = lease.state() == v1::LeaseState::Zombie;
+        row.zombies += u32::from(zombie);
+        row.revoked += u32::from(zombie || lease.state() == v1::LeaseState::Draining);
+        row.waiting_for_pids.extend(&lease.waiting_for_pids);
+    }
+    rows.into_values().collect()
+}
+
+fn namespace(status: v1::NamespaceStatus) -> NamespaceRow {
+    NamespaceRow {
+        namespace: status.namespace,
+        tenant: status.tenant,
+        blocks: status.blocks,
+        leased: status.leased_bytes,
+        lookups: status.lookups,
+        lookup_blocks: status.lookup_blocks,
+        hit_blocks: status.hit_blocks,
+    }
+}

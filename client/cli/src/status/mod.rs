@@ -1,0 +1,323 @@
+//! `swiftcache status`.
+
+mod document;
+
+use std::{fmt::Write as _, time::Duration};
+
+use clap::Args;
+use document::{Account, LeaseRow, Status, Traffic};
+
+use super::{CliError, admin::Admin, args::SocketArg, output, watch};
+use swiftcache_replay::report::{bytes, table};
+
+/// Show the node: devices, donors, leases, namespaces, counters
+#[derive(Args, Debug)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    socket: SocketArg,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Show it again every so often, e.g. --watch=500ms
+    #[arg(
+        long,
+        value_name = "EVERY",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1s",
+        value_parser = humantime::parse_duration
+    )]
+    watch: Option<Duration>,
+}
+
+pub(super) fn run(args: &StatusArgs) -> Result<(), CliError> {
+    let Some(every) = args.watch else {
+        let status = Status::new(Admin::connect(&args.socket.socket)?.snapshot()?);
+        return if args.json {
+            output::print_json(&status)
+        } else {
+            output::print(&status.text()).map(|_| ())
+        };
+    };
+    let mut admin = None;
+    watch::repeat(every, || {
+        let connected = match admin.take() {
+            Some(connected) => connected,
+            None => Admin::connect(&args.socket.socket)?,
+        };
+        let status = Status::new(connected.snapshot()?);
+        admin = Some(connected);
+        if args.json {
+            // One document a line, for scripts that follow.
+            serde_json::to_string(&status)
+                .map(|line| line + "\n")
+                .map_err(|error| CliError::Failed(format!("cannot write JSON: {error}")))
+        } else {
+            Ok(status.text())
+        }
+    })
+}
+
+impl Status {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let uptime = Duration::from_secs(self.uptime_ms / 1000);
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "swiftcache-broker {}, up {}, devices: {}, {} sessions, {} blocks indexed\n",
+            self.version,
+            humantime::format_duration(uptime),
+            self.probe,
+            self.sessions,
+            self.indexed_blocks
+        );
+        let devices = self.devices.iter().map(|device| {
+            let name = format!("{} ({})", device.uuid, device.name);
+            let drained = if device.drained { ", drained" } else { "" };
+            let used = format!("{} of {}", bytes(device.hbm_used), bytes(device.hbm));
+            row([name + drained, used], device.account)
+        });
+        let all = row(["all".to_owned(), String::new()], self.total);
+        let header = [
+            "device",
+            "HBM used",
+            "offered",
+            "free",
+            "leased",
+            "on its way back",
+            "zombie",
+        ];
+        let _ = writeln!(text, "{}\n", table(header, devices.chain([all])));
+        let donors = self.donors.iter().map(|donor| {
+            [
+                format!("{} [{}]", donor.name, donor.label),
+                donor.pid.to_string(),
+                donor.device.clone(),
+                donor.regions.to_string(),
+                bytes(donor.offered),
+                bytes(donor.leased),
+            ]
+        });
+        let header = ["donor", "pid", "device", "regions", "offered", "leased"];
+        let _ = writeln!(text, "{}\n", table(header, donors));
+        let leases = self.leases.iter().map(|lease| {
+            [
+                lease.borrower.clone(),
+                lease.pid.to_string(),
+                lease.device.clone(),
+                lease.link.to_owned(),
+                lease.slabs.to_string(),
+                bytes(lease.leased),
+                revoked(lease),
+                lease.blocks.to_string(),
+            ]
+        });
+        let header = [
+            "borrower",
+            "pid",
+            "leases on",
+            "over",
+            "slabs",
+            "bytes",
+            "revoked",
+            "blocks",
+        ];
+        let _ = writeln!(text, "{}\n", table(header, leases));
+        let namespaces = self.namespaces.iter().map(|space| {
+            [
+                space.namespace.clone(),
+                space.tenant.clone(),
+                space.blocks.to_string(),
+                bytes(space.leased),
+                format!("{} of {}", space.hit_blocks, space.lookup_blocks),
+            ]
+        });
+        let header = ["namespace", "tenant", "blocks", "leased", "blocks found"];
+        let _ = writeln!(text, "{}\n", table(header, namespaces));
+        let counters = &self.counters;
+        let _ = writeln!(
+            text,
+            "leases granted {}, refused {}; revocations {}, acknowledged {}, zombies {}; lookups {}, blocks found {} of {}, published {}",
+            counters.leases_granted,
+            counters.leases_refused,
+            counters.revocations,
+            counters.acknowledgements,
+            counters.zombies,
+            counters.lookups,
+            counters.hit_blocks,
+            counters.lookup_blocks,
+            counters.published_blocks
+        );
+        if self.traffic.lookup_blocks > 0 || !self.traffic.links.is_empty() {
+            let _ = writeln!(text, "{}", self.traffic.text());
+        }
+        text
+    }
+}
+
+/// How many, and who holds them up: those are the processes that somebody has to look at.
+fn revoked(lease: &LeaseRow) -> String {
+    let pids: Vec<String> = lease.waiting_for_pids.iter().map(u32::to_string).collect();
+    match (lease.zombies, pids.is_empty()) {
+        (0, true) => lease.revoked.to_string(),
+        (0, false) => format!("{}: waits for {}", lease.revoked, pids.join(" ")),
+        (zombies, _) => format!(
+            "{}, zombie {zombies}: waits for {}",
+            lease.revoked,
+            pids.join(" ")
+        ),
+    }
+}
+
+impl Traffic {
+    fn text(&self) -> String {
+        let links = self.links.iter().map(|row| {
+            let (loaded, stored) = (bytes(row.loaded), bytes(row.stored));
+            format!("{} {loaded} loaded, {stored} stored", row.link)
+        });
+        let links: Vec<String> = links.collect();
+        format!(
+            "engines report: {}; blocks found in own leases {}, replicas' {}, host memory {}, of {}",
+            if links.is_empty() {
+                "nothing moved".to_owned()
+            } else {
+                links.join("; ")
+            },
+            self.own_blocks,
+            self.replica_blocks,
+            self.host_blocks,
+            self.lookup_blocks
+        )
+    }
+}
+
+/// Offered, free, leased, on its way back, zombie.
+fn cells(account: &Account) -> [String; 5] {
+    [
+        account.offered,
+        account.free,
+        account.leased,
+        account.draining + account.scrubbing,
+        account.zombie,
+    ]
+    .map(bytes)
+}
+
+fn row([name, used]: [String; 2], account: Account) -> [String; 7] {
+    let [offered, free, leased, back, zombie] = cells(&account);
+    [name, used, offered, free, leased, back, zombie]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::Snapshot;
+    use swiftcache_proto::v1;
+
+    fn snapshot() -> Snapshot {
+        let account = v1::Account {
+            offered_bytes: 4_000_000,
+            free_bytes: 1_000_000,
+            leased_bytes: 3_000_000,
+            ..v1::Account::default()
+        };
+        let region = |device: &str| v1::RegionStatus {
+            device_uuid: device.to_owned(),
+            donor_label: "ab12".to_owned(),
+            donor_name: "donor-1".to_owned(),
+            account: Some(account),
+            ..v1::RegionStatus::default()
+        };
+        let lease = |state: v1::LeaseState| v1::LeaseStatus {
+            state: state.into(),
+            bytes: 1_000_000,
+            device_uuid: "SIM-1".to_owned(),
+            link: v1::LinkKind::Nvlink.into(),
+            borrower_label: "cd34".to_owned(),
+            borrower_name: "replay".to_owned(),
+            published_blocks: 5,
+            waiting_for_pids: match state {
+                v1::LeaseState::Draining => vec![4712],
+                v1::LeaseState::Zombie => vec![4712, 4711],
+                _ => Vec::new(),
+            },
+            ..v1::LeaseStatus::default()
+        };
+        Snapshot {
+            node: v1::GetNodeResponse {
+                version: "0.1.0".to_owned(),
+                boot_id: 7,
+                probe: "simulated (two)".to_owned(),
+                devices: vec![v1::DeviceStatus {
+                    device: Some(v1::Device {
+                        uuid: "SIM-1".to_owned(),
+                        ..v1::Device::default()
+                    }),
+                    account: Some(account),
+                    ..v1::DeviceStatus::default()
+                }],
+                traffic: Some(v1::Traffic {
+                    links: vec![v1::LinkTraffic {
+                        link: v1::LinkKind::Pcie.into(),
+                        loaded_bytes: 2_000_000,
+                        stored_bytes: 1_000_000,
+                    }],
+                    lookup_blocks: 30,
+                    own_blocks: 20,
+                    ..v1::Traffic::default()
+                }),
+                ..v1::GetNodeResponse::default()
+            },
+            sessions: vec![v1::SessionStatus {
+                label: "ab12".to_owned(),
+                pid: 4711,
+                ..v1::SessionStatus::default()
+            }],
+            regions: vec![region("SIM-1"), region("SIM-1"), region("SIM-2")],
+            leases: vec![
+                lease(v1::LeaseState::Active),
+                lease(v1::LeaseState::Draining),
+                lease(v1::LeaseState::Zombie),
+            ],
+            namespaces: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn regions_are_summed_by_donor_and_leases_by_borrower() {
+        let status = Status::new(snapshot());
+        assert_eq!(status.donors.len(), 2);
+        let donor = &status.donors[0];
+        assert_eq!(
+            (donor.regions, donor.offered, donor.pid),
+            (2, 8_000_000, 4711)
+        );
+        assert_eq!(status.leases.len(), 1);
+        let lease = &status.leases[0];
+        assert_eq!((lease.slabs, lease.revoked, lease.zombies), (3, 2, 1));
+        let waiting: Vec<u32> = lease.waiting_for_pids.iter().copied().collect();
+        assert_eq!(
+            waiting,
+            [4711, 4712],
+            "the alert sends people here for them"
+        );
+        assert_eq!(lease.blocks, 15);
+    }
+
+    #[test]
+    fn people_see_the_accounts() {
+        let text = Status::new(snapshot()).text();
+        for part in [
+            "simulated (two)",
+            "donor-1 [ab12]",
+            "replay [cd34]",
+            "NVLink",
+            "4.0 MB",
+            "2, zombie 1: waits for 4711 4712",
+            "PCIe 2.0 MB loaded, 1.0 MB stored; blocks found in own leases 20,",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+    }
+}

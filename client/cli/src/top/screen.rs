@@ -1,0 +1,267 @@
+//! The screen: what is known, and how it is laid out.
+
+use ratatui::{
+    Frame,
+    layout::{Constraint, Layout, Rect},
+    style::{Color, Modifier, Style},
+    text::{Line, Span},
+    widgets::{Paragraph, Row, Table},
+};
+use swiftcache_proto::v1;
+
+use super::{
+    super::admin::Snapshot,
+    bars::{self, PARTS},
+    rows::{self, Rates},
+};
+use swiftcache_replay::report::bytes;
+
+/// Lines for leases and for events, titles included, that are kept whatever the number of devices.
+const LEAST_BELOW: u16 = 10;
+/// A device's number and name, and its figures.
+const NAME_WIDTH: usize = 18;
+const FIGURES_WIDTH: usize = 25;
+
+/// What is shown.
+#[derive(Default)]
+pub(super) struct Screen {
+    snapshot: Option<Snapshot>,
+    events: Vec<v1::EventRecord>,
+    rates: Option<Rates>,
+    /// Why what is shown is not of now.
+    pub(super) problem: Option<String>,
+}
+
+impl Screen {
+    pub(super) fn update(&mut self, snapshot: Snapshot, events: Vec<v1::EventRecord>) {
+        if let Some(before) = &self.snapshot {
+            self.rates = Rates::between(&before.node, &snapshot.node);
+        }
+        self.snapshot = Some(snapshot);
+        self.events = events;
+        self.problem = None;
+    }
+
+    pub(super) fn render(&self, frame: &mut Frame<'_>) {
+        let area = frame.area();
+        let Some(snapshot) = &self.snapshot else {
+            let waiting = self.problem.as_deref().unwrap_or("asking the broker ...");
+            frame.render_widget(Paragraph::new(waiting), area);
+            return;
+        };
+        let links = self.links();
+        let devices = u16::try_from(snapshot.node.devices.len()).unwrap_or(u16::MAX);
+        let room = area.height.saturating_sub(2 + LEAST_BELOW).max(2);
+        let heights = [
+            Constraint::Length(1),
+            Constraint::Length(devices.saturating_add(1).min(room)),
+            Constraint::Length(1 + u16::from(links.is_some())),
+            Constraint::Fill(3),
+            Constraint::Fill(2),
+        ];
+        let [top, devices, traffic, leases, events] = Layout::vertical(heights).areas(area);
+        frame.render_widget(self.headline(&snapshot.node), top);
+        frame.render_widget(devices_of(&snapshot.node, devices), devices);
+        let lines: Vec<_> = std::iter::once(self.lookups(&snapshot.node))
+            .chain(links)
+            .collect();
+        frame.render_widget(Paragraph::new(lines), traffic);
+        render_leases(snapshot, frame, leases);
+        self.render_events(frame, events);
+    }
+
+    fn headline(&self, node: &v1::GetNodeResponse) -> Line<'static> {
+        if let Some(problem) = &self.problem {
+            return Line::styled(problem.clone(), Style::new().fg(Color::Red));
+        }
+        let uptime = std::time::Duration::from_secs(node.uptime_ms / 1_000);
+        let text = format!(
+            // What may be cut off comes last.
+            "swiftcache {}  up {}  {} sessions  {} blocks  q quits  {}",
+            node.version,
+            humantime::format_duration(uptime),
+            node.sessions,
+            node.indexed_blocks,
+            node.probe
+        );
+        Line::styled(text, Style::new().add_modifier(Modifier::BOLD))
+    }
+
+    /// Bytes by link, as the engines report them: the broker sees no copies. A line of its own once there are any.
+    fn links(&self) -> Option<Line<'static>> {
+        let rates = self
+            .rates
+            .as_ref()
+            .filter(|rates| !rates.links.is_empty())?;
+        let links = rates.links.iter().map(|rate| {
+            let (loaded, stored) = (bytes(rate.loaded as u64), bytes(rate.stored as u64));
+            // So short that three kinds fit in 80 columns.
+            format!("  {} {loaded}/{stored}", rate.link)
+        });
+        Some(Line::raw(format!(
+            "in/out per s{}",
+            links.collect::<String>()
+        )))
+    }
+
+    /// What the broker saw itself: the lookups.
+    fn lookups(&self, node: &v1::GetNodeResponse) -> Line<'static> {
+        let counters = node.counters.unwrap_or_default();
+        let ever = rows::percent(counters.hit_blocks, counters.lookup_blocks);
+        Line::raw(match &self.rates {
+            Some(rates) => format!(
+                "hits {} now, {ever} ever  {:.0} lookups/s  {:.0} blocks/s found  {:.0}/s published",
+                rates.hit_rate(),
+                rates.lookups,
+                rates.hits,
+                rates.published
+            ),
+            None => format!("hits {ever} ever"),
+        })
+    }
+
+    fn render_events(&self, frame: &mut Frame<'_>, area: Rect) {
+        let room = usize::from(area.height.saturating_sub(1));
+        let newest = self.events.iter().rev().take(room);
+        let lines = newest.map(|event| {
+            let colour = match event.kind.as_str() {
+                "zombie" | "gone" => Color::Red,
+                "short" | "revoke" | "drain" => Color::Yellow,
+                _ => Color::Reset,
+            };
+            let line = format!(
+                "{} {:11} {}",
+                rows::clock(event.unix_ms),
+                event.kind,
+                event.text
+            );
+            Line::styled(line, Style::new().fg(colour))
+        });
+        let lines: Vec<_> = std::iter::once(title("events (newest first, UTC)"))
+            .chain(lines)
+            .collect();
+        frame.render_widget(Paragraph::new(lines), area);
+    }
+}
+
+fn title(text: &'static str) -> Line<'static> {
+    Line::styled(text, Style::new().add_modifier(Modifier::REVERSED))
+}
+
+fn devices_of(node: &v1::GetNodeResponse, area: Rect) -> Paragraph<'static> {
+    let mut lines = vec![legend()];
+    let room = usize::from(area.height.saturating_sub(1));
+    let all = node.devices.len();
+    // The last line says what does not fit.
+    let shown = if all > room {
+        room.saturating_sub(1)
+    } else {
+        all
+    };
+    let width = usize::from(area.width).saturating_sub(NAME_WIDTH + FIGURES_WIDTH + 3);
+    let devices = node.devices.iter().take(shown);
+    lines.extend(devices.map(|device| bar(device, width)));
+    if shown < all {
+        lines.push(Line::raw(format!("and {} more devices", all - shown)));
+    }
+    Paragraph::new(lines)
+}
+
+fn legend() -> Line<'static> {
+    let mut spans = vec![Span::styled(
+        "devices",
+        Style::new().add_modifier(Modifier::REVERSED),
+    )];
+    for part in PARTS {
+        spans.push(Span::raw("  "));
+        spans.push(part.span(1));
+        spans.push(Span::raw(format!(" {}", part.name)));
+    }
+    Line::from(spans)
+}
+
+fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
+    let device = status.device.clone().unwrap_or_default();
+    let account = status.account.unwrap_or_default();
+    let mut name = format!("{} {}", device.ordinal, device.uuid);
+    if name.chars().count() > NAME_WIDTH {
+        name = name.chars().take(NAME_WIDTH - 1).chain(['…']).collect();
+    }
+    let parts = bars::bytes(status);
+    let cells = bars::cells(parts, device.hbm_bytes, width);
+    let mut spans = vec![Span::raw(format!("{name:NAME_WIDTH$}["))];
+    spans.extend(
+        PARTS
+            .iter()
+            .zip(cells)
+            .map(|(part, cells)| part.span(cells)),
+    );
+    let rest = width - cells.iter().sum::<usize>();
+    let lent = account.offered_bytes - account.free_bytes.min(account.offered_bytes);
+    let figures = format!("{} of {}", bytes(lent), bytes(account.offered_bytes));
+    let drained = if status.drained { " drain" } else { "" };
+    spans.push(Span::raw(format!(
+        "{}] {figures}{drained}",
+        " ".repeat(rest)
+    )));
+    Line::from(spans)
+}
+
+fn render_leases(snapshot: &Snapshot, frame: &mut Frame<'_>, area: Rect) {
+    let hits = |name: &str| {
+        let namespaces = snapshot.namespaces.iter();
+        let (found, asked) = namespaces
+            .filter(|namespace| namespace.namespace == name)
+            .fold((0, 0), |(found, asked), namespace| {
+                (
+                    found + namespace.hit_blocks,
+                    asked + namespace.lookup_blocks,
+                )
+            });
+        rows::percent(found, asked)
+    };
+    let leases = rows::leases(&snapshot.leases, &snapshot.node.devices);
+    let table_rows = leases.iter().map(|lease| {
+        let style = if lease.is_zombie() {
+            Style::new().fg(Color::Red)
+        } else {
+            Style::new()
+        };
+        let cells = [
+            lease.borrower.clone(),
+            lease.namespace.clone(),
+            lease.device.clone(),
+            lease.link.to_owned(),
+            bytes(lease.bytes),
+            lease.blocks.to_string(),
+            hits(&lease.namespace),
+            lease.state(),
+        ];
+        Row::new(cells).style(style)
+    });
+    let widths = [
+        Constraint::Fill(3),
+        Constraint::Fill(3),
+        Constraint::Length(3),
+        Constraint::Length(6),
+        Constraint::Length(8),
+        Constraint::Length(7),
+        Constraint::Length(4),
+        Constraint::Fill(3),
+    ];
+    let header = [
+        "lease holder",
+        "namespace",
+        "on",
+        "link",
+        "bytes",
+        "blocks",
+        "hits",
+        "state",
+    ];
+    let header = Row::new(header).style(Style::new().add_modifier(Modifier::REVERSED));
+    frame.render_widget(Table::new(table_rows, widths).header(header), area);
+}
+
+#[cfg(test)]
+mod tests;

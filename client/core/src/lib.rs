@@ -1,0 +1,11 @@
+//! SwiftCache's client, which engines link: sessions with the broker, donors and borrowers.
+
+pub mod borrower;
+pub mod donor;
+pub mod error;
+pub mod session;
+
+/// The device layer, whose types this crate's functions take and give.
+pub use swiftcache_device as device;
+
+pub use error::{Error, Result};

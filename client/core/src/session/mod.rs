@@ -1,0 +1,307 @@
+//! The session with the node's broker: one connection over its Unix socket, registered, resumed after every loss,
+//! and driven by one background thread.
+//!
+//! * [`Session`]: the typed calls ([`rpc`]), each a [`Call`] to await or to wait for.
+//! * [`Observer`]: what the broker says unasked, on the session's thread.
+//! * `connection`: one connection's life; `run`: the loop that replaces it, with backoff.
+
+mod backoff;
+mod call;
+mod connection;
+mod count;
+mod fd;
+mod grant;
+mod messages;
+mod observer;
+mod report;
+mod rpc;
+mod run;
+
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+use swiftcache_proto::{
+    convert,
+    domain::{Device, Generation, LeaseId, Link, PinId},
+    v1,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+pub use call::Call;
+use connection::Connection;
+pub use grant::{Grant, Opening};
+pub use messages::{Demand, Found, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing};
+use observer::Observers;
+pub use observer::{Connected, Held, Observer, Revocation, Scrub};
+use report::Tally;
+pub use rpc::is_lost;
+
+use crate::{Error, Result};
+
+/// How long [`Session::connect`] keeps trying.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Who connects, and where.
+#[derive(Clone, Debug)]
+pub struct SessionConfig {
+    /// The broker's Unix socket.
+    pub socket: PathBuf,
+    /// For people: shown in status and logs. 1 to 128 bytes.
+    pub name: String,
+    /// Sub-division of the peer's tenant; may be empty. At most 64 bytes.
+    pub tenant: String,
+}
+
+/// A session with the node's broker. Clones share it; when the last one goes, the session leaves.
+#[derive(Clone)]
+pub struct Session {
+    shared: Arc<Shared>,
+    /// Ends the background thread when the last clone goes.
+    _life: Arc<Life>,
+}
+
+/// What clones of a session and its background thread share.
+pub(crate) struct Shared {
+    config: SessionConfig,
+    /// Counts connections: moves on the moment one is lost, before anything is said to the next.
+    epoch: AtomicU64,
+    link: Mutex<LinkState>,
+    changed: Condvar,
+    observers: Observers,
+    tally: Tally,
+    /// Makes the background thread give the present connection up.
+    kick: Notify,
+    runtime: tokio::runtime::Handle,
+    thread: Mutex<Option<thread::ThreadId>>,
+}
+
+enum LinkState {
+    /// Not connected; `problem` is what the last attempt met.
+    Down {
+        problem: String,
+        /// The broker refused for good: trying again will not help.
+        refused: bool,
+    },
+    Up(Arc<Connection>),
+    Closed,
+}
+
+struct Life(CancellationToken);
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+impl Session {
+    /// Opens a session, waiting up to five seconds for the broker.
+    ///
+    /// # Errors
+    /// When a field breaks its bound, when no broker answers, or when it refuses.
+    pub fn connect(config: SessionConfig) -> Result<Self> {
+        let session = Self::start(config)?;
+        session.wait_connected(CONNECT_LIMIT)?;
+        Ok(session)
+    }
+
+    /// Opens a session that connects in the background, now or when a broker appears. Until then every call
+    /// fails at once.
+    ///
+    /// # Errors
+    /// When a field breaks its bound, or the operating system refuses a thread.
+    pub fn start(config: SessionConfig) -> Result<Self> {
+        let bound = |result: std::result::Result<String, convert::InvalidField>| {
+            result.map_err(|invalid| Error::config(invalid.field, invalid.problem))
+        };
+        bound(convert::text("name", &config.name, convert::MAX_NAME_BYTES))?;
+        bound(convert::optional_text(
+            "tenant",
+            &config.tenant,
+            convert::MAX_TENANT_BYTES,
+        ))?;
+        // One thread drives everything: unary calls over a Unix socket have far better tails there than on a
+        // pool of workers.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(Error::Thread)?;
+        let life = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            config,
+            epoch: AtomicU64::new(1),
+            link: Mutex::new(LinkState::Down {
+                problem: "still connecting".to_owned(),
+                refused: false,
+            }),
+            changed: Condvar::new(),
+            observers: Observers::default(),
+            tally: Tally::default(),
+            kick: Notify::new(),
+            runtime: runtime.handle().clone(),
+            thread: Mutex::new(None),
+        });
+        let (its_shared, its_life) = (Arc::clone(&shared), life.clone());
+        thread::Builder::new()
+            .name("swiftcache-session".to_owned())
+            .spawn(move || {
+                *its_shared.thread.lock() = Some(thread::current().id());
+                runtime.block_on(run::run(&its_shared, its_life));
+                // Calls still running end here, rather than hang.
+                runtime.shutdown_background();
+            })
+            .map_err(Error::Thread)?;
+        Ok(Self {
+            shared,
+            _life: Arc::new(Life(life)),
+        })
+    }
+
+    /// What it was opened with.
+    pub fn config(&self) -> &SessionConfig {
+        &self.shared.config
+    }
+
+    /// Blocks until the session is connected.
+    ///
+    /// # Errors
+    /// When it is not within `limit`, or the broker refuses it for good: what the last attempt met.
+    pub fn wait_connected(&self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        let mut link = self.shared.link.lock();
+        loop {
+            match &*link {
+                LinkState::Up(up) if up.announced.load(Ordering::Acquire) => return Ok(()),
+                LinkState::Closed => return Err(Error::Closed),
+                LinkState::Down { refused: true, .. } => return Err(self.shared.down(&link)),
+                LinkState::Up(_) | LinkState::Down { .. } => {}
+            }
+            if (self.shared.changed.wait_until(&mut link, deadline)).timed_out() {
+                return match &*link {
+                    LinkState::Up(_) => Ok(()),
+                    _ => Err(self.shared.down(&link)),
+                };
+            }
+        }
+    }
+
+    /// Whether the session is connected now.
+    pub fn is_connected(&self) -> bool {
+        matches!(&*self.shared.link.lock(), LinkState::Up(_))
+    }
+
+    /// What the last attempt to connect met, while there is no connection.
+    pub fn problem(&self) -> Option<String> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(_) => None,
+            down => Some(self.shared.down(down).to_string()),
+        }
+    }
+
+    /// The broker's boot id, while connected.
+    pub fn boot_id(&self) -> Option<u64> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(connection) => Some(connection.boot_id),
+            _ => None,
+        }
+    }
+
+    /// The session's name for people, while connected.
+    pub fn label(&self) -> Option<String> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(connection) => Some(connection.session.label()),
+            _ => None,
+        }
+    }
+
+    /// The node's devices and links as the broker told them, while connected.
+    pub fn node(&self) -> Option<(Vec<Device>, Vec<Link>)> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(connection) => {
+                Some((connection.devices.clone(), connection.links.clone()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Which connection this is. A reply that names an older one may speak of leases that the broker has since
+    /// been told are not held.
+    pub fn epoch(&self) -> u64 {
+        self.shared.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Adds an observer, for as long as it lives. It is told of connections from the next one on.
+    pub fn observe(&self, observer: &Arc<dyn Observer>) {
+        self.shared.observers.add(observer);
+    }
+
+    /// Acknowledges a revocation: nothing of this process touches the slab any more. Lost with the connection, in
+    /// which case the broker asks again.
+    pub fn acknowledge(&self, lease: LeaseId, generation: Generation) {
+        self.shared.acknowledge(lease, generation);
+    }
+
+    /// Says that a slab is zeroed. Lost with the connection, in which case the broker asks again.
+    pub fn scrubbed(&self, scrub: &Scrub) {
+        self.shared
+            .send(v1::session_request::Message::Scrubbed(v1::Scrubbed {
+                region_id: scrub.region.0.to_vec().into(),
+                slab: scrub.slab,
+                generation: scrub.generation.0,
+            }));
+    }
+
+    /// Says that the reads of these lookups are over.
+    pub fn unpin(&self, pins: &[PinId]) {
+        if !pins.is_empty() {
+            self.shared
+                .send(v1::session_request::Message::Unpin(v1::Unpin {
+                    pin_ids: pins.iter().map(|pin| pin.0).collect(),
+                }));
+        }
+    }
+}
+
+impl Shared {
+    fn acknowledge(&self, lease: LeaseId, generation: Generation) {
+        self.send(v1::session_request::Message::Acknowledge(v1::Acknowledge {
+            lease_id: lease.0,
+            generation: generation.0,
+        }));
+    }
+
+    fn send(&self, message: v1::session_request::Message) {
+        if let LinkState::Up(connection) = &*self.link.lock() {
+            connection.send(message);
+        }
+    }
+
+    /// What to tell a caller while there is no connection.
+    fn down(&self, link: &LinkState) -> Error {
+        let problem = match link {
+            LinkState::Down { problem, .. } => problem.clone(),
+            LinkState::Up(_) => "the connection was lost".to_owned(),
+            LinkState::Closed => return Error::Closed,
+        };
+        Error::Disconnected {
+            socket: self.config.socket.clone(),
+            problem,
+        }
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Session({})", self.shared.config.name)
+    }
+}

@@ -1,0 +1,348 @@
+//! The typed calls of a session. Each has a deadline; none hangs.
+
+use std::{
+    error::Error as _,
+    future::Future,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::{
+    convert,
+    domain::{
+        AllocationId, BlockHash, DeviceUuid, Extent, Generation, Handle, HandleKind, LeaseId, PinId,
+    },
+    fd_socket, v1,
+};
+use tokio::time::timeout;
+use tonic::{Code, Status};
+
+use super::{
+    Call, Demand, Found, Grant, Leased, LinkState, OfferedRegion, Opening, Session, Shared,
+    Unpublished, WithdrawWhat, Withdrawing, connection::Connection, fd,
+};
+use crate::{Error, Result, device::Export};
+
+/// The longest a call other than a lookup may take.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a call failed, before it is known which one it was.
+enum Fault {
+    Status(Box<Status>),
+    Answer(String),
+}
+
+/// Whether it is no broker that says so. A lost connection has many codes, but always a cause below gRPC.
+pub fn is_lost(status: &Status) -> bool {
+    status.code() == Code::Unavailable || status.source().is_some()
+}
+
+impl From<Status> for Fault {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+impl From<convert::InvalidField> for Fault {
+    fn from(invalid: convert::InvalidField) -> Self {
+        Self::Answer(invalid.to_string())
+    }
+}
+
+/// Gives the connection up when it is dropped armed.
+struct Unanswered(Option<Arc<Shared>>);
+
+impl Unanswered {
+    fn disarm(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.0 {
+            shared.kick.notify_one();
+        }
+    }
+}
+
+impl Session {
+    /// Leases slabs, best link first. If the outcome stays unknown the session reconnects, which makes the broker
+    /// take back what this process does not hold.
+    pub fn lease(&self, demand: Demand) -> Call<Leased> {
+        let mut unanswered = Unanswered(Some(Arc::clone(&self.shared)));
+        self.call("Lease", CALL_LIMIT, move |connection| async move {
+            let request = v1::LeaseRequest {
+                session_id: connection.session.0,
+                namespace: demand.namespace,
+                device_uuid: demand.device.to_string(),
+                bytes: demand.bytes,
+                block_bytes: demand.block_bytes,
+            };
+            let answer = connection.client.clone().lease(request).await;
+            if answer.is_err() {
+                unanswered.disarm();
+            }
+            let leased = answer?.into_inner();
+            let grants = leased.grants.iter().map(Grant::read);
+            let grants = grants.collect::<std::result::Result<_, _>>()?;
+            unanswered.disarm();
+            Ok(Leased {
+                grants,
+                shortfall: leased.shortfall().into(),
+                epoch: connection.epoch,
+            })
+        })
+    }
+
+    /// Gives leases back: nothing of this process touches them any more.
+    pub fn release(&self, leases: Vec<LeaseId>) -> Call<()> {
+        self.call("Release", CALL_LIMIT, move |connection| async move {
+            let request = v1::ReleaseRequest {
+                session_id: connection.session.0,
+                lease_ids: leases.iter().map(|lease| lease.0).collect(),
+            };
+            connection.client.clone().release(request).await?;
+            Ok(())
+        })
+    }
+
+    /// Opens another session's lease for reading. The number is the connection it came by.
+    pub(crate) fn share(&self, lease: LeaseId, device: DeviceUuid) -> Call<(Grant, u64)> {
+        self.call("Share", CALL_LIMIT, move |connection| async move {
+            let request = v1::ShareRequest {
+                session_id: connection.session.0,
+                lease_id: lease.0,
+                device_uuid: device.to_string(),
+            };
+            let shared = connection.client.clone().share(request).await?.into_inner();
+            let missing = || Fault::Answer("no grant".to_owned());
+            let grant = Grant::read(shared.grant.as_ref().ok_or_else(missing)?)?;
+            Ok((grant, connection.epoch))
+        })
+    }
+
+    /// Makes blocks findable: `hashes[i]` lies in `slots[i]`. Returns the indexes of those that another lease
+    /// already holds, which were not published.
+    pub fn publish(
+        &self,
+        lease: LeaseId,
+        generation: Generation,
+        hashes: &[BlockHash],
+        slots: Vec<u32>,
+    ) -> Call<Vec<u32>> {
+        let hashes = convert::pack_hashes(hashes).into();
+        self.call("Publish", CALL_LIMIT, move |connection| async move {
+            let request = v1::PublishRequest {
+                session_id: connection.session.0,
+                lease_id: lease.0,
+                generation: generation.0,
+                hashes,
+                slots,
+            };
+            let published = connection
+                .client
+                .clone()
+                .publish(request)
+                .await?
+                .into_inner();
+            Ok(published.duplicates)
+        })
+    }
+
+    /// Makes blocks unfindable so that their slots can be written again.
+    pub fn unpublish(
+        &self,
+        lease: LeaseId,
+        generation: Generation,
+        slots: Vec<u32>,
+    ) -> Call<Unpublished> {
+        self.call("Unpublish", CALL_LIMIT, move |connection| async move {
+            let request = v1::UnpublishRequest {
+                session_id: connection.session.0,
+                lease_id: lease.0,
+                generation: generation.0,
+                slots,
+            };
+            let unpublished = connection
+                .client
+                .clone()
+                .unpublish(request)
+                .await?
+                .into_inner();
+            Ok(Unpublished {
+                pinned: unpublished.pinned_slots,
+                retry_after: Duration::from_millis(unpublished.retry_ms.into()),
+            })
+        })
+    }
+
+    /// Finds the longest prefix run of published blocks: of the first [`convert::MAX_BLOCKS`] hashes. Fails when it
+    /// takes longer than `limit`.
+    pub fn lookup(&self, namespace: &str, hashes: &[BlockHash], limit: Duration) -> Call<Found> {
+        // Pins count from before the request leaves.
+        let sent = Instant::now();
+        let hashes = convert::pack_hashes(&hashes[..hashes.len().min(convert::MAX_BLOCKS)]).into();
+        let namespace = namespace.to_owned();
+        self.call("Lookup", limit, move |connection| async move {
+            let request = v1::LookupRequest {
+                session_id: connection.session.0,
+                namespace,
+                hashes,
+            };
+            let found = connection
+                .client
+                .clone()
+                .lookup(request)
+                .await?
+                .into_inner();
+            let pin_for = Duration::from_millis(found.pin_ms.into());
+            Ok(Found {
+                extents: found.extents.iter().map(Extent::from).collect(),
+                pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
+                pinned_until: sent + pin_for,
+                pin_for,
+            })
+        })
+    }
+
+    /// Offers a region. Its descriptor, if it has one, goes over the fd socket first, on the calling thread.
+    pub fn offer(&self, offer: OfferedRegion, export: &Export) -> Call<()> {
+        let (kind, opaque) = match export {
+            Export::Fd(descriptor) => {
+                if let Err(error) = self.upload(offer.allocation, descriptor) {
+                    return Call::failed("Offer", error);
+                }
+                (HandleKind::PosixFd, Vec::new())
+            }
+            Export::Opaque(handle) => match handle {
+                Handle::CudaIpc(opaque) | Handle::Fabric(opaque) => {
+                    (handle.kind(), opaque.0.to_vec())
+                }
+                Handle::PosixFd => {
+                    let problem = "a descriptor handle came without its descriptor";
+                    return Call::failed("Offer", Error::config("export", problem));
+                }
+            },
+        };
+        self.call("Offer", CALL_LIMIT, move |connection| async move {
+            let request = v1::OfferRequest {
+                session_id: connection.session.0,
+                region_id: offer.region.0.to_vec().into(),
+                device_uuid: offer.device.to_string(),
+                allocation_id: offer.allocation.0.to_vec().into(),
+                offset: offer.offset,
+                bytes: offer.bytes,
+                slab_bytes: offer.slab_bytes,
+                handle: Some(v1::Handle {
+                    kind: v1::HandleKind::from(kind).into(),
+                    opaque: opaque.into(),
+                    grant_token: Vec::new().into(),
+                }),
+            };
+            connection.client.clone().offer(request).await?;
+            Ok(())
+        })
+    }
+
+    /// Asks for bytes back, giving lessees `drain` to move away (zero: the broker's default).
+    pub fn withdraw(&self, what: WithdrawWhat, drain: Duration) -> Call<Withdrawing> {
+        self.call("Withdraw", CALL_LIMIT, move |connection| async move {
+            let drain_ms = u32::try_from(drain.as_millis()).unwrap_or(convert::MAX_DRAIN_MS);
+            let mut request = v1::WithdrawRequest {
+                session_id: connection.session.0,
+                drain_ms: drain_ms.min(convert::MAX_DRAIN_MS),
+                ..v1::WithdrawRequest::default()
+            };
+            match what {
+                WithdrawWhat::Regions(regions) => {
+                    request.region_ids = (regions.iter())
+                        .map(|region| region.0.to_vec().into())
+                        .collect();
+                }
+                WithdrawWhat::Bytes { device, bytes } => {
+                    request.bytes = bytes;
+                    request.device_uuid = device.to_string();
+                }
+            }
+            let withdrawing = connection
+                .client
+                .clone()
+                .withdraw(request)
+                .await?
+                .into_inner();
+            Ok(Withdrawing {
+                regions: (withdrawing.region_ids.iter())
+                    .map(|id| convert::region_id("region_ids", id))
+                    .collect::<std::result::Result<_, _>>()?,
+                bytes: withdrawing.bytes,
+            })
+        })
+    }
+
+    /// Turns a grant into what the device layer imports, fetching its descriptor on the calling thread if it has
+    /// one.
+    ///
+    /// # Errors
+    /// When there is no connection, or the token is no longer good.
+    pub fn open(&self, grant: &Grant) -> Result<Export> {
+        match &grant.opening {
+            Opening::Opaque(handle) => Ok(Export::Opaque(handle.clone())),
+            Opening::Token(token) => {
+                fd::fetch(&self.connection()?.fd_socket, *token).map(Export::Fd)
+            }
+        }
+    }
+
+    fn upload(&self, allocation: AllocationId, descriptor: &OwnedFd) -> Result<()> {
+        let connection = self.connection()?;
+        let request = fd_socket::Request::Upload {
+            session: connection.session,
+            allocation,
+        };
+        fd::upload(&connection.fd_socket, request, descriptor.as_fd())
+    }
+
+    fn connection(&self) -> Result<Arc<Connection>> {
+        match &*self.shared.link.lock() {
+            LinkState::Up(connection) => Ok(Arc::clone(connection)),
+            down => Err(self.shared.down(down)),
+        }
+    }
+
+    /// Puts one call on its way on the session's thread.
+    fn call<T, Work>(
+        &self,
+        name: &'static str,
+        limit: Duration,
+        work: impl FnOnce(Arc<Connection>) -> Work,
+    ) -> Call<T>
+    where
+        T: Send + 'static,
+        Work: Future<Output = std::result::Result<T, Fault>> + Send + 'static,
+    {
+        let connection = match self.connection() {
+            Ok(connection) => connection,
+            Err(error) => return Call::failed(name, error),
+        };
+        let work = work(connection);
+        let shared = Arc::clone(&self.shared);
+        let task = self.shared.runtime.spawn(async move {
+            match timeout(limit, work).await {
+                Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(Fault::Answer(problem))) => Err(Error::Answer {
+                    call: name,
+                    problem,
+                }),
+                Ok(Err(Fault::Status(status))) if is_lost(&status) => Err(Error::Disconnected {
+                    socket: shared.config.socket.clone(),
+                    problem: status.message().to_owned(),
+                }),
+                Ok(Err(Fault::Status(status))) => Err(Error::Refused { call: name, status }),
+                Err(_) => Err(Error::Deadline { call: name, limit }),
+            }
+        });
+        Call::running(name, task, *self.shared.thread.lock())
+    }
+}

@@ -1,0 +1,388 @@
+//! HBM and pinned host memory: allocated, exported, imported or adopted, and given back in the right way.
+
+use std::{
+    ffi::{c_int, c_uint, c_void},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::Arc,
+};
+
+use swiftcache_proto::domain::{DeviceUuid, Handle, HandleKind, OpaqueHandle};
+
+use super::{
+    context::{Context, Entered, report},
+    driver::{Code, OUT_OF_MEMORY, SUCCESS, sys},
+    route::Route,
+    virtual_range::VirtualRange,
+};
+use crate::{Base, DeviceError, Export, Memory, Result};
+
+/// Plain allocations are multiples of this, so that none shares its pages with a neighbour: a legacy handle opens
+/// whole pages.
+const PLAIN_GRANULARITY: u64 = 2 << 20;
+
+/// What keeps a range mapped, and how it goes.
+#[derive(Debug)]
+pub(super) struct Arena {
+    pub(super) context: Arc<Context>,
+    address: u64,
+    pub(super) kind: Kind,
+    /// How far the bytes are from the context's device.
+    route: Route,
+}
+
+#[derive(Debug)]
+pub(super) enum Kind {
+    /// `cuMemAlloc`: exported by legacy IPC.
+    Plain,
+    /// `cuMemCreate`, own or imported, mapped in its own address range.
+    Virtual(VirtualRange),
+    /// `cuMemHostAlloc`.
+    Host,
+    /// Another process's plain allocation.
+    Opened,
+    /// Somebody else in this process frees it.
+    Adopted,
+    /// So many bytes of an adopted range, which somebody else in this process leaves alone meanwhile.
+    Lent(u64),
+}
+
+impl Arena {
+    /// Zeroed HBM, exportable as `kind`.
+    pub(super) fn allocate(context: &Arc<Context>, bytes: u64, kind: HandleKind) -> Result<Memory> {
+        let entered = context.enter()?;
+        let refuse = |problem: String| DeviceError::OutOfMemory {
+            uuid: context.uuid.clone(),
+            bytes,
+            problem,
+        };
+        if bytes == 0 {
+            return Err(refuse("an allocation has at least one byte".to_owned()));
+        }
+        let arena = if kind == HandleKind::PosixFd {
+            let range = VirtualRange::create(context, bytes)?;
+            Self::new(
+                context,
+                range.address(),
+                Kind::Virtual(range),
+                Route::Device,
+            )
+        } else {
+            let size = bytes
+                .checked_next_multiple_of(PLAIN_GRANULARITY)
+                .and_then(|size| usize::try_from(size).ok())
+                .ok_or_else(|| refuse("no device has as much".to_owned()))?;
+            let mut address = 0;
+            // SAFETY: the context is current; one address is written, to one of ours.
+            let code = unsafe { (context.driver.core.allocate)(&raw mut address, size) };
+            allocated(context, code, "cuMemAlloc", bytes)?;
+            Self::new(context, address, Kind::Plain, Route::Device)
+        };
+        arena.zero(bytes, &entered)?;
+        Ok(arena.into_memory(bytes))
+    }
+
+    /// Zeroed, pinned host memory.
+    pub(super) fn host(context: &Arc<Context>, bytes: u64) -> Result<Memory> {
+        let _entered = context.enter()?;
+        let size = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        let mut address: *mut c_void = std::ptr::null_mut();
+        // SAFETY: the context is current; one address is written, to one of ours.
+        let code = unsafe { (context.driver.core.allocate_host)(&raw mut address, size, flags) };
+        allocated(context, code, "cuMemHostAlloc", bytes)?;
+        // SAFETY: the range was just allocated, `size` long, in this process's own address space.
+        unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, size) };
+        Ok(Self::new(context, address as u64, Kind::Host, Route::Pcie).into_memory(bytes))
+    }
+
+    /// Maps another process's plain allocation, which is `route` away.
+    pub(super) fn open(
+        context: &Arc<Context>,
+        route: Route,
+        handle: &OpaqueHandle,
+        bytes: u64,
+    ) -> Result<Memory> {
+        let _entered = context.enter()?;
+        let core = &context.driver.core;
+        let handle = sys::CUipcMemHandle {
+            reserved: handle.0.map(|byte| byte as std::ffi::c_char),
+        };
+        let mut address = 0;
+        let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
+        // SAFETY: the importer's own context is current, so no other is created; one address is written, to one of
+        // ours. The driver checks the handle's bytes.
+        let code = unsafe { (core.ipc_open)(&raw mut address, handle, flags) };
+        if code != SUCCESS {
+            let problem = context.driver.describe(code);
+            return Err(refuse_import(
+                HandleKind::CudaIpc,
+                format!(
+                    "{problem}; legacy IPC needs the donor alive and in another process, its GPU visible here \
+                     ({}), no MIG and no confidential mode. Between separate PID namespaces it has failed where \
+                     both processes had the same PID value (this one's is {}): share the PID namespace, or \
+                     have the donor export PosixFd",
+                    context.uuid,
+                    std::process::id()
+                ),
+            ));
+        }
+        let arena = Self::new(context, address, Kind::Opened, route);
+        let (mut base, mut size) = (0, 0);
+        // SAFETY: the address was just mapped; two numbers are written, to two of ours.
+        let code = unsafe { (core.address_range)(&raw mut base, &raw mut size, address) };
+        context.check(code, "measuring an opened allocation")?;
+        let mapped = (base + size as u64).saturating_sub(address);
+        if bytes == 0 || bytes > mapped {
+            return Err(refuse_import(
+                HandleKind::CudaIpc,
+                format!("{bytes} bytes were promised, but it holds {mapped}"),
+            ));
+        }
+        Ok(arena.into_memory(bytes))
+    }
+
+    /// Maps another process's virtual-memory allocation, which is `route` away.
+    pub(super) fn import(
+        context: &Arc<Context>,
+        route: Route,
+        descriptor: &OwnedFd,
+        bytes: u64,
+    ) -> Result<Memory> {
+        let _entered = context.enter()?;
+        let range = VirtualRange::import(context, descriptor.as_raw_fd(), bytes)?;
+        let arena = Self::new(context, range.address(), Kind::Virtual(range), route);
+        Ok(arena.into_memory(bytes))
+    }
+
+    /// Memory that an engine of this process allocated.
+    pub(super) fn adopt(context: &Arc<Context>, address: u64, bytes: u64) -> Result<Memory> {
+        let _entered = context.enter()?;
+        let failed = |problem: String| DeviceError::Failed {
+            operation: "adopting memory",
+            device: context.uuid.clone(),
+            problem,
+        };
+        let end = bytes
+            .checked_sub(1)
+            .and_then(|last| address.checked_add(last));
+        let last = end.ok_or_else(|| failed("it is empty or wraps around".to_owned()))?;
+        for byte in [address, last] {
+            let mut device: c_int = -1;
+            let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+            // SAFETY: the attribute is an int; one is written, to one of ours. Any address may be asked about.
+            let code = unsafe {
+                (context.driver.core.pointer_attribute)((&raw mut device).cast(), attribute, byte)
+            };
+            context.check(code, "adopting memory")?;
+            if device != context.device {
+                return Err(failed(format!(
+                    "the driver finds it on device {device}, not on {}",
+                    context.device
+                )));
+            }
+        }
+        // Between them there may be gaps: a pool of expandable segments is many mappings side by side.
+        let mut reached = address;
+        while reached <= last {
+            let (mut base, mut size) = (0, 0);
+            // SAFETY: two numbers are written, to two of ours; any address may be asked about.
+            let code = unsafe {
+                (context.driver.core.address_range)(&raw mut base, &raw mut size, reached)
+            };
+            context.check(code, "adopting memory")?;
+            reached = (base.checked_add(size as u64))
+                .filter(|end| *end > reached)
+                .ok_or_else(|| failed("the driver's range for it is empty".to_owned()))?;
+        }
+        Ok(Self::new(context, address, Kind::Adopted, Route::Device).into_memory(bytes))
+    }
+
+    pub(super) fn new(context: &Arc<Context>, address: u64, kind: Kind, route: Route) -> Self {
+        Self {
+            context: Arc::clone(context),
+            address,
+            kind,
+            route,
+        }
+    }
+
+    pub(super) fn into_memory(self, bytes: u64) -> Memory {
+        let (address, device) = (self.address, self.context.uuid.clone());
+        Memory::new(address, bytes, device, Box::new(self))
+    }
+
+    pub(super) fn zero(&self, bytes: u64, entered: &Entered<'_>) -> Result<()> {
+        let context = &self.context;
+        let core = &context.driver.core;
+        let stream = context.create_stream(entered)?;
+        // SAFETY: the range is `bytes` long or more, and nobody else uses it: it was just allocated, or is being lent
+        // or given back.
+        let code = unsafe { (core.set_bytes)(self.address, 0, bytes as usize, stream) };
+        let queued = context.check(code, "zeroing memory");
+        // SAFETY: the stream is ours and alive.
+        let code = unsafe { (core.stream_synchronize)(stream) };
+        let done = context.check(code, "zeroing memory");
+        // SAFETY: the stream is ours, and this is its only end.
+        let code = unsafe { (core.stream_destroy)(stream) };
+        report(&context.driver, code, "destroying a stream", &context.uuid);
+        queued.and(done)
+    }
+
+    /// The arena behind a memory, which another backend's memory does not have.
+    pub(super) fn of(memory: &Memory) -> Result<&Self> {
+        memory.owner().ok_or_else(|| DeviceError::Failed {
+            operation: "using memory",
+            device: memory.device().clone(),
+            problem: "it belongs to another backend; open one layer per process".to_owned(),
+        })
+    }
+
+    /// How far the bytes are from `context`; nothing if its kernels may not touch them, as the driver's copies may in
+    /// any case. Sees to it that they may where that is possible.
+    pub(super) fn reachable_from(
+        &self,
+        context: &Context,
+        entered: &Entered<'_>,
+    ) -> Result<Option<Route>> {
+        if context.device == self.context.device {
+            return Ok(Some(self.route));
+        }
+        match &self.kind {
+            Kind::Host => Ok(Some(self.route)),
+            Kind::Plain | Kind::Adopted | Kind::Lent(_) => context.reach(&self.context, entered),
+            Kind::Virtual(range) => {
+                range.admit(context)?;
+                Ok(Some(self.route.max(context.route(&self.context)?)))
+            }
+            Kind::Opened => Err(self.foreign(&context.uuid)),
+        }
+    }
+
+    fn foreign(&self, device: &DeviceUuid) -> DeviceError {
+        DeviceError::Failed {
+            operation: "copying",
+            device: device.clone(),
+            problem: format!(
+                "the memory was imported for {}: import it for this device too",
+                self.context.uuid
+            ),
+        }
+    }
+
+    /// Where the range lies in its allocation, which is what a legacy handle opens.
+    pub(super) fn base(&self, memory: &Memory) -> Result<Base> {
+        let whole = Base {
+            offset: 0,
+            bytes: memory.bytes(),
+        };
+        let (Kind::Adopted | Kind::Lent(_)) = self.kind else {
+            return Ok(whole);
+        };
+        let _entered = self.context.enter()?;
+        let (mut base, mut size) = (0, 0);
+        // SAFETY: two numbers are written, to two of ours; any address may be asked about.
+        let code = unsafe {
+            (self.context.driver.core.address_range)(&raw mut base, &raw mut size, self.address)
+        };
+        self.context.check(code, "finding an allocation's base")?;
+        Ok(Base {
+            offset: self.address - base,
+            bytes: size as u64,
+        })
+    }
+
+    /// Makes the allocation openable by other processes.
+    pub(super) fn export(&self) -> Result<Export> {
+        let _entered = self.context.enter()?;
+        match &self.kind {
+            Kind::Plain | Kind::Adopted | Kind::Lent(_) => self.export_ipc().map(Export::Opaque),
+            Kind::Virtual(range) => {
+                let descriptor = range.export(&self.context)?;
+                // SAFETY: the driver made this descriptor for us a moment ago; nobody else owns it.
+                Ok(Export::Fd(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+            }
+            Kind::Host | Kind::Opened => Err(refuse_export(
+                HandleKind::CudaIpc,
+                "only HBM can be exported, by the process that allocated it",
+            )),
+        }
+    }
+
+    fn export_ipc(&self) -> Result<Handle> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        let driver = &self.context.driver;
+        // SAFETY: one handle is written, to one of ours; the driver checks the address.
+        let code = unsafe { (driver.core.ipc_export)(&raw mut handle, self.address) };
+        if code != SUCCESS {
+            let problem = driver.describe(code);
+            return Err(refuse_export(
+                HandleKind::CudaIpc,
+                &format!(
+                    "{problem}; legacy IPC takes plain cuMemAlloc memory only, and no MIG device. An engine's \
+                     pool must not be virtual-memory or stream-ordered (PyTorch: leave expandable_segments \
+                     and cudaMallocAsync off; vLLM: no sleep mode)"
+                ),
+            ));
+        }
+        let bytes = handle.reserved.map(|byte| byte as u8);
+        Ok(Handle::CudaIpc(OpaqueHandle(bytes)))
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        let Ok(entered) = self.context.enter() else {
+            return; // the driver is gone or the device lost, and the memory with it
+        };
+        let core = &self.context.driver.core;
+        // SAFETY: each range ends once, in the way it began; whoever could still copy in it would hold the
+        // `Memory` that owns this arena.
+        let (code, operation) = unsafe {
+            match &self.kind {
+                Kind::Plain => ((core.free)(self.address), "cuMemFree"),
+                Kind::Host => (
+                    (core.free_host)(self.address as *mut c_void),
+                    "cuMemFreeHost",
+                ),
+                Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
+                Kind::Virtual(range) => (range.unmap(&self.context), "cuMemUnmap"),
+                Kind::Adopted => return,
+                Kind::Lent(bytes) => return self.zero_returned(*bytes, &entered),
+            }
+        };
+        report(&self.context.driver, code, operation, &self.context.uuid);
+    }
+}
+
+/// Turns an allocation's refusal into an error that says how much was asked for.
+pub(super) fn allocated(
+    context: &Context,
+    code: Code,
+    operation: &'static str,
+    bytes: u64,
+) -> Result<()> {
+    if code == OUT_OF_MEMORY {
+        return Err(DeviceError::OutOfMemory {
+            uuid: context.uuid.clone(),
+            bytes,
+            problem: context.driver.describe(code),
+        });
+    }
+    context.check(code, operation)
+}
+
+pub(super) fn refuse_import(kind: HandleKind, problem: String) -> DeviceError {
+    DeviceError::Handle {
+        action: "import",
+        kind,
+        problem,
+    }
+}
+
+fn refuse_export(kind: HandleKind, problem: &str) -> DeviceError {
+    DeviceError::Handle {
+        action: "export",
+        kind,
+        problem: problem.to_owned(),
+    }
+}

@@ -1,0 +1,243 @@
+//! One GPU as this process uses it: its primary context, shared with whatever engine runs here, and pools of
+//! what copies need.
+
+use std::{
+    ffi::{c_int, c_uint},
+    marker::PhantomData,
+    sync::{Arc, OnceLock},
+};
+
+use parking_lot::Mutex;
+use swiftcache_proto::domain::DeviceUuid;
+
+use super::{
+    driver::{Code, Driver, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
+    gather::GatherKernel,
+    route::Route,
+};
+use crate::Result;
+
+/// A GPU's primary context, retained until this is dropped.
+pub(super) struct Context {
+    pub(super) driver: Arc<Driver>,
+    pub(super) uuid: DeviceUuid,
+    /// The driver's own number for the GPU, in this process.
+    pub(super) device: sys::CUdevice,
+    /// The `CUcontext`. An address, so that threads may share it: the driver's calls are thread-safe.
+    raw: usize,
+    /// Events nobody uses at the moment.
+    events: Mutex<Vec<usize>>,
+    /// GPUs whose memory kernels of this context may touch.
+    peers: Mutex<Vec<(sys::CUdevice, Route)>>,
+    kernel: OnceLock<Option<GatherKernel>>,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Context({})", self.uuid)
+    }
+}
+
+impl Context {
+    /// Retains the primary context. The first process to do so on a GPU pays some 500 MB of its HBM.
+    pub(super) fn retain(
+        driver: Arc<Driver>,
+        uuid: DeviceUuid,
+        device: sys::CUdevice,
+    ) -> Result<Arc<Self>> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `device` came from the driver; one pointer is written, to one of ours.
+        let code = unsafe { (driver.core.context_retain)(&raw mut raw, device) };
+        driver.check(code, "retaining the primary context", &uuid)?;
+        Ok(Arc::new(Self {
+            driver,
+            uuid,
+            device,
+            raw: raw as usize,
+            events: Mutex::default(),
+            peers: Mutex::default(),
+            kernel: OnceLock::new(),
+        }))
+    }
+
+    /// Makes the context current on this thread until the guard is dropped, and then what was current before: the
+    /// thread is an engine's, which must not notice.
+    pub(super) fn enter(&self) -> Result<Entered<'_>> {
+        // SAFETY: the context is retained as long as `self` lives.
+        let code = unsafe { (self.driver.core.context_push)(self.raw as sys::CUcontext) };
+        self.driver
+            .check(code, "making the context current", &self.uuid)?;
+        Ok(Entered {
+            context: self,
+            _thread: PhantomData,
+        })
+    }
+
+    /// Fails unless `code` is success.
+    pub(super) fn check(&self, code: Code, operation: &'static str) -> Result<()> {
+        self.driver.check(code, operation, &self.uuid)
+    }
+
+    /// The gather kernel, compiled on first use; none where the driver will not have it.
+    pub(super) fn kernel(&self, _entered: &Entered<'_>) -> Option<&GatherKernel> {
+        let load = || match GatherKernel::load(self) {
+            Ok(kernel) => Some(kernel),
+            Err(error) => {
+                tracing::warn!(device = %self.uuid, %error, "no gather kernel: small pieces are copied one by one");
+                None
+            }
+        };
+        self.kernel.get_or_init(load).as_ref()
+    }
+
+    /// Lets kernels of this context touch memory of `peer`, and says how far it is. None where there is no peer access.
+    pub(super) fn reach(&self, peer: &Self, _entered: &Entered<'_>) -> Result<Option<Route>> {
+        if peer.device == self.device {
+            return Ok(Some(Route::Device));
+        }
+        let known = |(device, _): &&(sys::CUdevice, Route)| *device == peer.device;
+        if let Some((_, route)) = self.peers.lock().iter().find(known) {
+            return Ok(Some(*route));
+        }
+        let mut can: c_int = 0;
+        // SAFETY: both devices came from the driver; one int is written, to one of ours.
+        let code =
+            unsafe { (self.driver.core.can_access_peer)(&raw mut can, self.device, peer.device) };
+        self.check(code, "asking for peer access")?;
+        if can == 0 {
+            return Ok(None);
+        }
+        let route = self.route(peer)?;
+        // SAFETY: this context is current, the peer's is retained.
+        let code = unsafe { (self.driver.core.enable_peer)(peer.raw as sys::CUcontext, 0) };
+        if code != PEER_ACCESS_ALREADY_ENABLED {
+            self.check(code, "enabling peer access")?;
+        }
+        self.peers.lock().push((peer.device, route));
+        Ok(Some(route))
+    }
+
+    /// How far another GPU is.
+    pub(super) fn route(&self, peer: &Self) -> Result<Route> {
+        Ok(
+            match self.driver.nvlink(self.device, peer.device, &self.uuid)? {
+                true => Route::Nvlink,
+                false => Route::Pcie,
+            },
+        )
+    }
+
+    /// A stream of the highest priority, so that copies for the next layer start while this one computes. It
+    /// does not wait for the default stream.
+    pub(super) fn create_stream(&self, _entered: &Entered<'_>) -> Result<sys::CUstream> {
+        let core = &self.driver.core;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: the context is current; two ints are written, to two of ours.
+        let code = unsafe { (core.stream_priorities)(&raw mut least, &raw mut greatest) };
+        self.check(code, "asking for priorities")?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the context is current; one pointer is written, to one of ours.
+        let code = unsafe { (core.stream_create)(&raw mut raw, flags, greatest) };
+        self.check(code, "creating a stream")?;
+        Ok(raw)
+    }
+
+    /// An event for one ticket.
+    pub(super) fn event(self: &Arc<Self>, _entered: &Entered<'_>) -> Result<Event> {
+        let pooled = self.events.lock().pop();
+        let raw = match pooled {
+            Some(raw) => raw,
+            None => {
+                let mut raw = std::ptr::null_mut();
+                // Not `CU_EVENT_BLOCKING_SYNC`: with 57 of those to come on a device, the next launch waits for the first
+                // (driver 580, H100), and a layer's tickets and marks are more than that.
+                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+                // SAFETY: the context is current; one pointer is written, to one of ours.
+                let code = unsafe { (self.driver.core.event_create)(&raw mut raw, flags) };
+                self.check(code, "creating an event")?;
+                raw as usize
+            }
+        };
+        Ok(Event {
+            context: Arc::clone(self),
+            raw,
+        })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        let events = std::mem::take(self.events.get_mut());
+        let core = &self.driver.core;
+        if let Ok(_entered) = self.enter() {
+            for event in events {
+                // SAFETY: created in this context, and no ticket holds it any more.
+                let code = unsafe { (core.event_destroy)(event as sys::CUevent) };
+                report(&self.driver, code, "destroying an event", &self.uuid);
+            }
+        }
+        // SAFETY: undoes our own retain, once; everything that used the context held `self`.
+        let code = unsafe { (core.context_release)(self.device) };
+        report(
+            &self.driver,
+            code,
+            "releasing the primary context",
+            &self.uuid,
+        );
+    }
+}
+
+/// Notes a failure that nobody can do anything about: something was being given up.
+pub(super) fn report(driver: &Driver, code: Code, operation: &'static str, device: &DeviceUuid) {
+    if code != SUCCESS {
+        let problem = driver.describe(code);
+        tracing::debug!(%device, operation, problem, "while letting go");
+    }
+}
+
+/// A context that is current on this thread.
+pub(super) struct Entered<'a> {
+    context: &'a Context,
+    /// Neither Send nor Sync: current is a property of the thread.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: undoes our own push on this thread: guards are neither Send nor leaked.
+        let code = unsafe { (self.context.driver.core.context_pop)(&raw mut popped) };
+        report(
+            &self.context.driver,
+            code,
+            "leaving the context",
+            &self.context.uuid,
+        );
+    }
+}
+
+/// An event of the pool. Going back is safe at any time: waits capture an event's state when they are queued.
+pub(super) struct Event {
+    pub(super) context: Arc<Context>,
+    raw: usize,
+}
+
+impl Event {
+    /// For the driver.
+    pub(super) fn raw(&self) -> sys::CUevent {
+        self.raw as sys::CUevent
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        self.context.events.lock().push(self.raw);
+    }
+}
+
+impl std::fmt::Debug for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Event({})", self.context.uuid)
+    }
+}

@@ -1,0 +1,317 @@
+//! The CUDA driver, opened at run time: the only module that names cudarc or libloading.
+//!
+//! cudarc's own loader panics when the library or a symbol is missing, so only its types are used: every entry
+//! point is looked up here, once, and one that is missing is an error that names it.
+
+use std::{
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdevice_P2PAttribute, CUdevice_attribute, CUdeviceptr, CUevent,
+    CUfunction, CUipcMemHandle, CUmemAccessDesc, CUmemAllocationGranularity_flags,
+    CUmemAllocationHandleType, CUmemAllocationProp, CUmemGenericAllocationHandle,
+    CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUstream, CUuuid,
+};
+use libloading::{Library, Symbol};
+use swiftcache_proto::domain::DeviceUuid;
+
+pub(super) use cudarc::driver::sys;
+
+use crate::{DeviceError, Result};
+
+/// Names the library to load in place of the system's.
+pub const LIBRARY_VARIABLE: &str = "SWIFTCACHE_LIBCUDA";
+const SYSTEM_LIBRARY: &str = "libcuda.so.1";
+
+/// What an entry point returns. Not cudarc's enum: a newer driver may return a code that it does not list.
+pub(super) type Code = c_uint;
+
+pub(super) const SUCCESS: Code = 0;
+pub(super) const OUT_OF_MEMORY: Code = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as Code;
+pub(super) const NOT_READY: Code = sys::CUresult::CUDA_ERROR_NOT_READY as Code;
+pub(super) const PEER_ACCESS_ALREADY_ENABLED: Code =
+    sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED as Code;
+
+/// Declares a table of entry points and how to look it up.
+macro_rules! entry_points {
+    ($(#[$doc:meta])* $table:ident { $($name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub(super) struct $table {
+            $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
+        }
+
+        impl $table {
+            /// Looks every entry point up, or names the first one that is missing.
+            fn find(library: &Library) -> std::result::Result<Self, &'static str> {
+                Ok(Self {
+                    // SAFETY: the driver's ABI gives this symbol this signature; the types are cudarc's,
+                    // generated from the driver's own header.
+                    $($name: *unsafe {
+                        let found: std::result::Result<Symbol<'_, unsafe extern "C" fn($($argument),*) -> Code>, _> =
+                            library.get($symbol.as_bytes());
+                        found
+                    }
+                    .map_err(|_| $symbol)?,)*
+                })
+            }
+        }
+    };
+}
+
+entry_points! {
+    /// What every supported driver has.
+    Core {
+        init = "cuInit" (c_uint);
+        version = "cuDriverGetVersion" (*mut c_int);
+        error_name = "cuGetErrorName" (Code, *mut *const c_char);
+        error_text = "cuGetErrorString" (Code, *mut *const c_char);
+        device_count = "cuDeviceGetCount" (*mut c_int);
+        device_get = "cuDeviceGet" (*mut CUdevice, c_int);
+        device_name = "cuDeviceGetName" (*mut c_char, c_int, CUdevice);
+        device_uuid = "cuDeviceGetUuid_v2" (*mut CUuuid, CUdevice);
+        device_total = "cuDeviceTotalMem_v2" (*mut usize, CUdevice);
+        device_attribute = "cuDeviceGetAttribute" (*mut c_int, CUdevice_attribute, CUdevice);
+        can_access_peer = "cuDeviceCanAccessPeer" (*mut c_int, CUdevice, CUdevice);
+        p2p_attribute = "cuDeviceGetP2PAttribute" (*mut c_int, CUdevice_P2PAttribute, CUdevice, CUdevice);
+        context_retain = "cuDevicePrimaryCtxRetain" (*mut CUcontext, CUdevice);
+        context_release = "cuDevicePrimaryCtxRelease_v2" (CUdevice);
+        context_push = "cuCtxPushCurrent_v2" (CUcontext);
+        context_pop = "cuCtxPopCurrent_v2" (*mut CUcontext);
+        enable_peer = "cuCtxEnablePeerAccess" (CUcontext, c_uint);
+        stream_priorities = "cuCtxGetStreamPriorityRange" (*mut c_int, *mut c_int);
+        memory_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
+        allocate = "cuMemAlloc_v2" (*mut CUdeviceptr, usize);
+        free = "cuMemFree_v2" (CUdeviceptr);
+        allocate_host = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
+        free_host = "cuMemFreeHost" (*mut c_void);
+        address_range = "cuMemGetAddressRange_v2" (*mut CUdeviceptr, *mut usize, CUdeviceptr);
+        pointer_attribute = "cuPointerGetAttribute" (*mut c_void, CUpointer_attribute, CUdeviceptr);
+        set_bytes = "cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream);
+        copy = "cuMemcpyAsync" (CUdeviceptr, CUdeviceptr, usize, CUstream);
+        stream_create = "cuStreamCreateWithPriority" (*mut CUstream, c_uint, c_int);
+        stream_destroy = "cuStreamDestroy_v2" (CUstream);
+        stream_synchronize = "cuStreamSynchronize" (CUstream);
+        stream_wait = "cuStreamWaitEvent" (CUstream, CUevent, c_uint);
+        event_create = "cuEventCreate" (*mut CUevent, c_uint);
+        event_destroy = "cuEventDestroy_v2" (CUevent);
+        event_record = "cuEventRecord" (CUevent, CUstream);
+        event_query = "cuEventQuery" (CUevent);
+        event_synchronize = "cuEventSynchronize" (CUevent);
+        module_load = "cuModuleLoadData" (*mut CUmodule, *const c_void);
+        module_function = "cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char);
+        launch = "cuLaunchKernel" (
+            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
+            *mut *mut c_void, *mut *mut c_void
+        );
+        ipc_export = "cuIpcGetMemHandle" (*mut CUipcMemHandle, CUdeviceptr);
+        ipc_open = "cuIpcOpenMemHandle_v2" (*mut CUdeviceptr, CUipcMemHandle, c_uint);
+        ipc_close = "cuIpcCloseMemHandle" (CUdeviceptr);
+    }
+}
+
+entry_points! {
+    /// Virtual memory management: allocations that are exported as descriptors.
+    VirtualMemory {
+        granularity = "cuMemGetAllocationGranularity" (
+            *mut usize, *const CUmemAllocationProp, CUmemAllocationGranularity_flags
+        );
+        create = "cuMemCreate" (
+            *mut CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, u64
+        );
+        release = "cuMemRelease" (CUmemGenericAllocationHandle);
+        export = "cuMemExportToShareableHandle" (
+            *mut c_void, CUmemGenericAllocationHandle, CUmemAllocationHandleType, u64
+        );
+        import = "cuMemImportFromShareableHandle" (
+            *mut CUmemGenericAllocationHandle, *mut c_void, CUmemAllocationHandleType
+        );
+        reserve = "cuMemAddressReserve" (*mut CUdeviceptr, usize, usize, CUdeviceptr, u64);
+        unreserve = "cuMemAddressFree" (CUdeviceptr, usize);
+        map = "cuMemMap" (CUdeviceptr, usize, usize, CUmemGenericAllocationHandle, u64);
+        unmap = "cuMemUnmap" (CUdeviceptr, usize);
+        set_access = "cuMemSetAccess" (CUdeviceptr, usize, *const CUmemAccessDesc, usize);
+    }
+}
+
+entry_points! {
+    /// Batched copies as CUDA 13 has them.
+    Batch {
+        copy = "cuMemcpyBatchAsync_v2" (
+            *mut CUdeviceptr, *mut CUdeviceptr, *mut usize, usize, *mut CUmemcpyAttributes,
+            *mut usize, usize, CUstream
+        );
+    }
+}
+
+entry_points! {
+    /// Batched copies as CUDA 12.8 and 12.9 have them: they also say which copy is at fault.
+    FirstBatch {
+        copy = "cuMemcpyBatchAsync" (
+            *mut CUdeviceptr, *mut CUdeviceptr, *mut usize, usize, *mut CUmemcpyAttributes,
+            *mut usize, usize, *mut usize, CUstream
+        );
+    }
+}
+
+/// The driver's way of batching copies, if it has one.
+#[derive(Clone, Copy)]
+pub(super) enum Batching {
+    Current(Batch),
+    First(FirstBatch),
+    Absent,
+}
+
+/// A loaded driver that `cuInit` accepted.
+pub(super) struct Driver {
+    pub(super) core: Core,
+    pub(super) virtual_memory: Option<VirtualMemory>,
+    pub(super) batching: Batching,
+    /// As the driver counts: 12080 is CUDA 12.8.
+    pub(super) version: i32,
+    /// Entry points that newer drivers have and this one lacks.
+    pub(super) absent: Vec<&'static str>,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Driver(CUDA {}, without {:?})",
+            self.version, self.absent
+        )
+    }
+}
+
+/// The backend cannot work, and why.
+pub(super) fn unavailable(problem: impl Into<String>) -> DeviceError {
+    DeviceError::Unavailable {
+        backend: "cuda",
+        problem: problem.into(),
+    }
+}
+
+impl Driver {
+    /// Opens the driver that [`LIBRARY_VARIABLE`] names, or the system's, and initialises it.
+    pub(super) fn load() -> Result<Arc<Self>> {
+        let named = std::env::var_os(LIBRARY_VARIABLE).map(PathBuf::from);
+        let path = named.unwrap_or_else(|| SYSTEM_LIBRARY.into());
+        // SAFETY: loading runs the library's initialisers. The path is the NVIDIA driver's, or what the operator
+        // of this process named in its place.
+        let library = unsafe { Library::new(&path) }.map_err(|error| {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let cause = cause.unwrap_or_else(|| error.to_string());
+            unavailable(format!(
+                "no CUDA driver: {cause}; install the NVIDIA driver, and give containers access to it"
+            ))
+        })?;
+        let core = Core::find(&library).map_err(|symbol| {
+            unavailable(format!(
+                "the driver {} has no {symbol}: it is older than CUDA 12.0; update it",
+                path.display()
+            ))
+        })?;
+        let mut absent = Vec::new();
+        let virtual_memory = VirtualMemory::find(&library);
+        let virtual_memory = virtual_memory.map_err(|symbol| absent.push(symbol)).ok();
+        let batching = match (Batch::find(&library), FirstBatch::find(&library)) {
+            (Ok(batch), _) => Batching::Current(batch),
+            (Err(_), Ok(batch)) => Batching::First(batch),
+            (Err(symbol), Err(_)) => {
+                absent.push(symbol);
+                Batching::Absent
+            }
+        };
+        // The tables point into it, and a driver cannot be unloaded safely anyway.
+        std::mem::forget(library);
+        let mut driver = Self {
+            core,
+            virtual_memory,
+            batching,
+            version: 0,
+            absent,
+        };
+        driver.initialise()?;
+        Ok(Arc::new(driver))
+    }
+
+    fn initialise(&mut self) -> Result<()> {
+        // SAFETY: the first call to a driver, with the only flags it knows.
+        let code = unsafe { (self.core.init)(0) };
+        if code != SUCCESS {
+            let problem = self.describe(code);
+            return Err(unavailable(format!(
+                "the CUDA driver does not start: {problem}"
+            )));
+        }
+        // SAFETY: writes one int, to one of ours.
+        let code = unsafe { (self.core.version)(&raw mut self.version) };
+        if code != SUCCESS {
+            return Err(unavailable(self.describe(code)));
+        }
+        Ok(())
+    }
+
+    /// The driver's own words for a code.
+    pub(super) fn describe(&self, code: Code) -> String {
+        let ask = |question: unsafe extern "C" fn(Code, *mut *const c_char) -> Code| {
+            let mut text = std::ptr::null();
+            // SAFETY: writes one pointer, to one of ours; the string it points to is the driver's constant.
+            let found = unsafe { question(code, &raw mut text) };
+            // SAFETY: the driver gave a NUL-terminated string that is never freed.
+            (found == SUCCESS && !text.is_null()).then(|| unsafe { CStr::from_ptr(text) })
+        };
+        let name = ask(self.core.error_name).map(CStr::to_string_lossy);
+        let text = ask(self.core.error_text).map(CStr::to_string_lossy);
+        match (name, text) {
+            (Some(name), Some(text)) => format!("{text} ({name})"),
+            _ => format!("CUDA error {code}"),
+        }
+    }
+
+    /// An error of `operation` on `device`.
+    pub(super) fn error(
+        &self,
+        code: Code,
+        operation: &'static str,
+        device: &DeviceUuid,
+    ) -> DeviceError {
+        DeviceError::Failed {
+            operation,
+            device: device.clone(),
+            problem: self.describe(code),
+        }
+    }
+
+    /// Whether two GPUs with peer access, `near` being `device`, are on NVLink: it has native atomics between the
+    /// two, which PCIe lacks.
+    pub(super) fn nvlink(
+        &self,
+        near: CUdevice,
+        far: CUdevice,
+        device: &DeviceUuid,
+    ) -> Result<bool> {
+        let mut atomics = 0;
+        let attribute = CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
+        // SAFETY: both devices came from the driver; one int is written, to one of ours.
+        let code = unsafe { (self.core.p2p_attribute)(&raw mut atomics, attribute, near, far) };
+        self.check(code, "asking for the link's kind", device)?;
+        Ok(atomics != 0)
+    }
+
+    /// Fails unless `code` is success.
+    pub(super) fn check(
+        &self,
+        code: Code,
+        operation: &'static str,
+        device: &DeviceUuid,
+    ) -> Result<()> {
+        match code {
+            SUCCESS => Ok(()),
+            code => Err(self.error(code, operation, device)),
+        }
+    }
+}

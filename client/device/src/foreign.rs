@@ -1,0 +1,239 @@
+//! What an engine in the same process owns and the cache uses: its KV pool and its streams. The safe way in.
+//!
+//! What can be checked is checked. The rest is the engine's word: see the safety comments.
+
+use std::{any::Any, sync::Arc};
+
+use swiftcache_proto::domain::DeviceUuid;
+
+use super::{CopyStream, DeviceLayer, Memory, Result, Ticket};
+
+/// Wraps part of an engine's KV pool so that copies may reach it. `owner` is kept alive until the last clone of the
+/// [`Memory`] is gone and every copy queued with it is over.
+///
+/// # Errors
+/// When the device is unknown, or the range is not all mapped for reading and writing (on CUDA: not all on that
+/// device, as far as its driver knows).
+pub fn adopt_pool(
+    layer: &dyn DeviceLayer,
+    device: &DeviceUuid,
+    address: u64,
+    bytes: u64,
+    owner: Box<dyn Any + Send + Sync>,
+) -> Result<Memory> {
+    // SAFETY: the backend refuses a range that is not mapped now. That it stays mapped is the engine's word: `owner`
+    // is what it says holds the range, and streams keep the memory, and with it the owner, until their copies are
+    // over. That no Rust reference points there is the engine's word too: pools are Python tensors and foreign
+    // buffers, whose bytes Rust sees through raw pointers only.
+    let memory = unsafe { layer.adopt_memory(device, address, bytes) }?;
+    memory.keep(owner);
+    Ok(memory)
+}
+
+/// Turns a range of an engine's pool that the engine does not use now into memory that can be lent to other processes.
+/// What is lent may be a little less: the [`Memory`] says how much. `back` is dropped when the range is the engine's own
+/// again, and zero: after the last clone is gone, and not before.
+///
+/// # Errors
+/// When the range cannot be exported, and says why.
+pub fn lend_pool(
+    layer: &dyn DeviceLayer,
+    pool: &Memory,
+    offset: u64,
+    bytes: u64,
+    back: Box<dyn Any + Send + Sync>,
+) -> Result<Memory> {
+    // SAFETY: that it leaves the range alone is the engine's word, until `back` tells it that it need not any more. What
+    // it queued before is over: callers wait for its marks.
+    let memory = unsafe { layer.lend(pool, offset, bytes) }?;
+    memory.keep(back);
+    Ok(memory)
+}
+
+/// Marks the present end of an engine's stream, a raw `CUstream` of the device's primary context (0: the default
+/// stream). `None` where engines have no streams: what they have computed is there.
+///
+/// # Errors
+/// When the device is unknown or the driver refuses.
+pub fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64) -> Result<Option<Ticket>> {
+    adopt(layer, device, raw)?
+        .map(|stream| stream.record())
+        .transpose()
+}
+
+/// Makes an engine's stream wait for tickets, on the device. Where that is not possible the caller waits, so that on
+/// return nothing queued later can overtake them. Whether they failed is for whoever owns them to find out.
+pub fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[Ticket]) {
+    let stream = adopt(layer, device, raw).unwrap_or_else(|error| {
+        tracing::warn!(%error, "waiting for a layer on the engine's own thread");
+        None
+    });
+    for ticket in tickets {
+        let gated = stream
+            .as_ref()
+            .is_some_and(|stream| stream.wait_for(ticket).is_ok());
+        if !gated {
+            // Copies that failed are over too.
+            let _ = ticket.wait();
+        }
+    }
+}
+
+/// A wrapper for one use: a ticket that failed would fail everything later on it.
+fn adopt(
+    layer: &dyn DeviceLayer,
+    device: &DeviceUuid,
+    raw: u64,
+) -> Result<Option<Arc<dyn CopyStream>>> {
+    if !layer.has_foreign_streams() {
+        return Ok(None);
+    }
+    // SAFETY: that `raw` is a live stream of this device's primary context is the engine's word; the driver has no
+    // way to check a stream. It need only live through the call of this room: the wrapper does not leave it, and a
+    // ticket is an event, which outlives the stream that it was recorded on.
+    unsafe { layer.adopt_stream(device, raw) }.map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use swiftcache_proto::domain::Device;
+
+    use super::*;
+    use crate::{
+        Piece,
+        host::{HostLayer, HostOptions},
+    };
+
+    fn layer() -> HostLayer {
+        let device = Device {
+            uuid: "SIM-0".parse().unwrap(),
+            name: "simulated GPU".to_owned(),
+            hbm_bytes: 1 << 20,
+            ordinal: 0,
+        };
+        HostLayer::new(vec![device], Vec::new(), HostOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn an_owner_stays_until_the_last_copy_is_over() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let other = layer.allocate_host(&device, 4096).unwrap();
+        // Pages of their own, which the test reads through the stream only.
+        let pages = layer.allocate_host(&device, 4096).unwrap();
+        let address = pages.at(0, 4096).unwrap();
+        let owner = Arc::new(pages);
+        let pool =
+            adopt_pool(&layer, &device, address, 4096, Box::new(Arc::clone(&owner))).unwrap();
+        let (stream, gate) = (
+            layer.stream(&device).unwrap(),
+            layer.stream(&device).unwrap(),
+        );
+        gate.write(&pool, 0, b"swift").unwrap();
+        let piece = Piece {
+            from: 0,
+            to: 0,
+            bytes: 5,
+        };
+        stream.copy(&pool, &other, &[piece]).unwrap();
+        let copied = stream.record().unwrap();
+        drop(pool);
+        copied.wait().unwrap();
+        assert_eq!(Arc::strong_count(&owner), 1);
+        let mut bytes = [0; 5];
+        stream.read(&other, 0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"swift");
+    }
+
+    #[test]
+    fn a_clone_keeps_the_owner_and_memory_that_is_not_there_is_refused() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let owner = Arc::new(());
+        let refused = adopt_pool(&layer, &device, 4096, 64, Box::new(Arc::clone(&owner)));
+        assert!(refused.is_err());
+        assert_eq!(Arc::strong_count(&owner), 1);
+        let pages = layer.allocate_host(&device, 4096).unwrap();
+        let address = pages.at(0, 1).unwrap();
+        let pool = adopt_pool(&layer, &device, address, 64, Box::new(Arc::clone(&owner))).unwrap();
+        let clone = pool.clone();
+        drop(pool);
+        assert_eq!(Arc::strong_count(&owner), 2);
+        drop(clone);
+        assert_eq!(Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn what_is_lent_is_zero_for_others_and_zero_when_it_is_back() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let pages = layer.allocate_host(&device, 5 * 4096).unwrap();
+        let address = pages.at(0, 5 * 4096).unwrap();
+        let pool = adopt_pool(&layer, &device, address, 5 * 4096, Box::new(pages.clone())).unwrap();
+        let stream = layer.stream(&device).unwrap();
+        stream.write(&pool, 0, &[7; 5 * 4096]).unwrap();
+
+        let back = Arc::new(());
+        let lent = lend_pool(&layer, &pool, 100, 4 * 4096, Box::new(Arc::clone(&back))).unwrap();
+        assert_eq!(lent.bytes(), 3 * 4096, "the whole pages between");
+        let export = layer.export(&lent).unwrap();
+        // As another process would: by the descriptor alone.
+        let theirs = layer.import(&device, &device, export, 3 * 4096).unwrap();
+        let mut bytes = [1; 3 * 4096];
+        stream.read(&theirs, 0, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0), "the engine's own KV");
+        stream.write(&theirs, 4096, b"theirs").unwrap();
+        let mut bytes = [0; 6];
+        stream.read(&pool, 2 * 4096, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"theirs", "lent in place: the same bytes");
+
+        let clone = lent.clone();
+        drop(lent);
+        assert_eq!(Arc::strong_count(&back), 2, "a clone is left");
+        drop(clone);
+        assert_eq!(Arc::strong_count(&back), 1);
+        let mut bytes = [1; 5 * 4096];
+        stream.read(&pool, 0, &mut bytes).unwrap();
+        assert!(bytes[4096..4 * 4096].iter().all(|byte| *byte == 0));
+        let own = bytes[..4096].iter().chain(&bytes[4 * 4096..]);
+        assert_eq!(own.filter(|byte| **byte == 7).count(), 2 * 4096);
+        // Whoever kept it mapped against the rules reaches the engine no more.
+        stream.write(&theirs, 0, b"late").unwrap();
+        stream.read(&pool, 4096, &mut bytes[..4]).unwrap();
+        assert_eq!(bytes[..4], [0; 4]);
+    }
+
+    #[test]
+    fn less_than_a_page_and_what_is_no_pool_is_not_lent() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        let pages = layer.allocate_host(&device, 2 * 4096).unwrap();
+        let address = pages.at(0, 1).unwrap();
+        let pool = adopt_pool(&layer, &device, address, 2 * 4096, Box::new(())).unwrap();
+        for (memory, offset, bytes) in [(&pool, 1, 4096), (&pool, 0, 3 * 4096), (&pages, 0, 4096)] {
+            assert!(lend_pool(&layer, memory, offset, bytes, Box::new(())).is_err());
+        }
+        assert!(lend_pool(&layer, &pool, 1, 2 * 4096 - 1, Box::new(())).is_ok());
+    }
+
+    #[test]
+    fn a_gate_without_streams_is_a_wait() {
+        let layer = layer();
+        let device = layer.devices()[0].uuid.clone();
+        assert!(mark(&layer, &device, 7).unwrap().is_none());
+        let memory = layer.allocate_host(&device, 1 << 16).unwrap();
+        let stream = layer.stream(&device).unwrap();
+        stream.zero(&memory, 0, 1 << 16).unwrap();
+        let ticket = stream.record().unwrap();
+        gate(&layer, &device, 7, std::slice::from_ref(&ticket));
+        assert!(ticket.is_done().unwrap());
+        // Its twin: a failure does not pass for copies in flight, and does not hang.
+        layer.lose(&device, "pulled out").unwrap();
+        stream.zero(&memory, 0, 1).unwrap();
+        let failed = stream.record().unwrap();
+        gate(&layer, &device, 7, std::slice::from_ref(&failed));
+        assert!(failed.is_done().is_err());
+    }
+}

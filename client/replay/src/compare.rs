@@ -1,0 +1,391 @@
+//! One trace, three arms, one report.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use swiftcache_proto::domain::{DeviceUuid, LinkKind};
+
+use super::{
+    ReplayError,
+    models::ModelShape,
+    pool::Pool,
+    report::{ArmReport, Capacity, Compute, Donors, Links, Report, SCHEMA, Workload},
+    roofline::{COMPUTE_EFFICIENCY, Gpu, MEMORY_EFFICIENCY, Roofline},
+    serving::{LinkRates, MAX_DECODING, PASS_TOKENS, Recompute, Serving, serve, stretch_for},
+    sizing::{Scale, pool_blocks},
+    tiered::{Interrupt, Neighbourhood, Tiered},
+    trace::{BLOCK_TOKENS, Request, unbounded_hits},
+};
+use swiftcache_client::{
+    borrower::{Borrower, BorrowerConfig, BytesByLink, DrainPolicy, Layout, Stats},
+    device::DeviceLayer,
+    session::Session,
+};
+
+/// How much of the time the recompute arm's server is taken, by stretching arrivals.
+pub const TARGET_UTILISATION: f64 = 0.8;
+/// How many slabs the borrower asks for at a time.
+const LEASE_STEP_SLABS: u64 = 4;
+
+/// What is replayed.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The trace.
+    pub requests: Vec<Request>,
+    /// Its name, for the report.
+    pub trace: String,
+    /// The busy model; one rank of it when it is spread over several GPUs.
+    pub model: ModelShape,
+    /// How many GPUs it is spread over.
+    pub tensor_parallel: u32,
+    /// What every device is.
+    pub gpu: Gpu,
+    /// How much smaller the bytes are that move.
+    pub scale: Scale,
+    /// Multiplies arrival times; chosen by [`TARGET_UTILISATION`] when not given.
+    pub stretch: Option<f64>,
+    /// The host tier, full-size bytes.
+    pub host_tier_bytes: u64,
+    /// The most leased from donors, full-size bytes.
+    pub lease_limit_bytes: u64,
+    /// Move the hottest blocks elsewhere when slabs are revoked, or drop them all.
+    pub move_blocks: bool,
+    /// Modelled link rates.
+    pub rates: LinkRates,
+    /// Where they come from.
+    pub topology: String,
+    /// The neighbours' load, for the report.
+    pub donor_load: String,
+    /// Donor processes, for the report.
+    pub donors: u64,
+    /// See [`Neighbourhood`], for the report.
+    pub pace: f64,
+}
+
+/// The busy model's device.
+pub struct Place {
+    /// The node's devices.
+    pub layer: Arc<dyn DeviceLayer>,
+    /// The one it computes on.
+    pub device: DeviceUuid,
+    /// Set to stop early.
+    pub interrupt: Interrupt,
+}
+
+/// Where it is replayed.
+pub struct Stage<'a> {
+    /// The busy model's device.
+    pub place: Place,
+    /// With the broker whose donors lend.
+    pub session: Session,
+    /// The neighbours, when they are simulated.
+    pub neighbourhood: Option<Neighbourhood>,
+    /// Zombies that the broker has counted so far.
+    pub zombies: &'a dyn Fn() -> Result<u64, ReplayError>,
+}
+
+/// Hears how far a replay is.
+pub trait Watch {
+    /// An arm begins.
+    fn arm(&mut self, name: &str, requests: u64);
+    /// So many of its requests are done.
+    fn done(&mut self, requests: u64);
+}
+
+impl Setup {
+    fn serving(&self) -> Result<Serving, ReplayError> {
+        let serving = Serving {
+            roofline: Roofline {
+                model: self.model,
+                gpu: self.gpu,
+            },
+            rates: self.rates,
+            pool_blocks: pool_blocks(&self.model, &self.gpu, self.gpu.hbm_bytes)?,
+            stretch: self.stretch.unwrap_or(1.0),
+        };
+        match self.stretch {
+            Some(_) => Ok(serving),
+            None => Ok(Serving {
+                stretch: stretch_for(&self.requests, &serving, TARGET_UTILISATION)?,
+                ..serving
+            }),
+        }
+    }
+
+    fn layout(&self, arm: &str) -> Layout {
+        let model = &self.model;
+        Layout {
+            namespace: format!(
+                "replay/{arm}/{}/tp{}/{BLOCK_TOKENS}x{}",
+                model.name, self.tensor_parallel, self.scale.layer_bytes
+            ),
+            layer_bytes: vec![self.scale.layer_bytes; model.layers],
+        }
+    }
+
+    /// One sentence that belongs beside every figure.
+    fn basis(&self, backend: &str) -> String {
+        format!(
+            "Modelled: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate), loads take what the links of topology {} give and overlap compute layer by layer, in every arm alike. Real: processes, leases, revocations and bytes (1/{:.0} of full size), moved on the {backend} backend.",
+            self.gpu.name,
+            COMPUTE_EFFICIENCY * 100.0,
+            MEMORY_EFFICIENCY * 100.0,
+            self.topology,
+            self.scale.ratio,
+        )
+    }
+}
+
+/// Replays the trace through all three arms.
+///
+/// # Errors
+/// A wrong byte above all; then whatever the node, the device or a file fails with.
+pub fn compare(
+    setup: &Setup,
+    stage: Stage<'_>,
+    watch: &mut dyn Watch,
+) -> Result<Report, ReplayError> {
+    let serving = setup.serving()?;
+    let total = setup.requests.len() as u64;
+    let basis = setup.basis(stage.place.layer.name());
+
+    watch.arm("recompute", total);
+    let outcome = serve(&setup.requests, &serving, &mut Recompute, &mut |done| {
+        watch.done(done);
+    })?;
+    let recompute = ArmReport::modelled("recompute", &outcome);
+    let refused = outcome.refused;
+
+    let place = &stage.place;
+    let pcie = tiered("pcie-offload", setup, &serving, place, None, None, watch)?;
+    let zombies = (stage.zombies)()?;
+    let session = Some(stage.session);
+    let neighbours = stage.neighbourhood;
+    let swiftcache = tiered(
+        "swiftcache",
+        setup,
+        &serving,
+        place,
+        session,
+        neighbours,
+        watch,
+    )?;
+    let zombies = (stage.zombies)()?.saturating_sub(zombies);
+
+    let (hits, blocks) = unbounded_hits(&setup.requests);
+    Ok(Report {
+        schema: SCHEMA,
+        basis,
+        compute: Compute {
+            model: setup.model.name.to_owned(),
+            tensor_parallel: setup.tensor_parallel,
+            gpu: setup.gpu.name.to_owned(),
+            gpu_source: setup.gpu.source.to_owned(),
+            compute_efficiency: COMPUTE_EFFICIENCY,
+            memory_efficiency: MEMORY_EFFICIENCY,
+            interference: format!(
+                "each {PASS_TOKENS} new tokens of a prefill carry one token of every decoding sequence, at most {MAX_DECODING}"
+            ),
+        },
+        links: Links {
+            topology: setup.topology.clone(),
+            nvlink_bytes_per_second: setup.rates.nvlink,
+            pcie_bytes_per_second: setup.rates.pcie,
+            host_bytes_per_second: setup.rates.host,
+        },
+        workload: Workload {
+            trace: setup.trace.clone(),
+            requests: total,
+            refused,
+            blocks,
+            unbounded_hits: hits,
+            unbounded_hit_rate: hits as f64 / blocks.max(1) as f64,
+            stretch: serving.stretch,
+            donor_load: setup.donor_load.clone(),
+            pace: setup.pace,
+        },
+        capacity: Capacity {
+            scale: setup.scale.ratio,
+            block_full_bytes: setup.scale.full_block_bytes,
+            block_moved_bytes: setup.scale.block_bytes,
+            local_blocks: serving.pool_blocks.into(),
+            host_blocks: setup.host_tier_bytes / setup.scale.full_block_bytes,
+            donors: setup.donors,
+            leased_peak_blocks: swiftcache.leased_peak_bytes / setup.scale.block_bytes,
+        },
+        donors: Donors::new(&swiftcache.stats, zombies),
+        arms: vec![swiftcache.report, pcie.report, recompute],
+    })
+}
+
+struct TieredArm {
+    report: ArmReport,
+    stats: Stats,
+    leased_peak_bytes: u64,
+}
+
+fn tiered(
+    name: &str,
+    setup: &Setup,
+    serving: &Serving,
+    place: &Place,
+    session: Option<Session>,
+    neighbourhood: Option<Neighbourhood>,
+    watch: &mut dyn Watch,
+) -> Result<TieredArm, ReplayError> {
+    let started = Instant::now();
+    let scale = &setup.scale;
+    let layout = setup.layout(name);
+    let layer = place.layer.as_ref();
+    let pool = Pool::open(layer, &place.device, &layout, serving.pool_blocks)?;
+    let leased = match session {
+        Some(_) => scale.shrink(setup.lease_limit_bytes),
+        None => 0,
+    };
+    let config = BorrowerConfig {
+        lease_step_bytes: LEASE_STEP_SLABS * scale.slab_bytes(),
+        host_tier_bytes: scale.shrink(setup.host_tier_bytes),
+        share: session.is_some(),
+        drain: DrainPolicy {
+            move_blocks: setup.move_blocks,
+            ..DrainPolicy::default()
+        },
+        ..BorrowerConfig::new(place.device.clone(), layout, leased)
+    };
+    let borrower = Borrower::open(session, Arc::clone(&place.layer), config)?;
+    let interrupt = Arc::clone(&place.interrupt);
+    let mut arm = Tiered::new(Arc::clone(&borrower), pool, neighbourhood, interrupt);
+    watch.arm(name, setup.requests.len() as u64);
+    let outcome = serve(&setup.requests, serving, &mut arm, &mut |done| {
+        watch.done(done);
+    })?;
+    let stats = borrower.stats();
+    let mut stored = stats.stored;
+    // What went from a donor to the host tier to make room or out of a revoked slab crossed PCIe too.
+    stored[LinkKind::Host] += (stats.demoted_blocks + stats.moved_to_host) * scale.block_bytes;
+    Ok(TieredArm {
+        report: ArmReport {
+            loaded_full_bytes: by_link(&stats.loaded, scale),
+            stored_full_bytes: by_link(&stored, scale),
+            verified_moved_bytes: arm.moved.verified_loaded_bytes + arm.moved.verified_local_bytes,
+            failed_blocks: arm.moved.failed_blocks,
+            unplaced_blocks: arm.moved.unplaced_blocks,
+            wall_s: started.elapsed().as_secs_f64(),
+            ..ArmReport::modelled(name, &outcome)
+        },
+        stats,
+        leased_peak_bytes: arm.moved.leased_peak_bytes,
+    })
+}
+
+fn by_link(moved: &BytesByLink, scale: &Scale) -> BTreeMap<String, u64> {
+    let name = |link| match link {
+        LinkKind::SameDevice => "same-device",
+        LinkKind::Nvlink => "nvlink",
+        LinkKind::Pcie => "pcie",
+        LinkKind::Host => "host",
+    };
+    moved
+        .iter()
+        .filter(|(_, bytes)| *bytes > 0)
+        .map(|(link, bytes)| (name(link).to_owned(), scale.grow(bytes)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        chat::{Chat, write_chat},
+        report::Ttft,
+        serving::Tier,
+        trace::TraceReader,
+    };
+    use swiftcache_client::device::host::{HostLayer, HostOptions};
+    use swiftcache_proto::domain::Device;
+
+    struct Nobody;
+
+    impl Watch for Nobody {
+        fn arm(&mut self, _name: &str, _requests: u64) {}
+        fn done(&mut self, _requests: u64) {}
+    }
+
+    fn setup() -> Setup {
+        let chat = Chat {
+            seed: 5,
+            rate: 0.5,
+            duration_s: 120.0,
+            documents: 0.125,
+        };
+        let mut file = Vec::new();
+        write_chat(&chat, &mut file).unwrap();
+        let rows = TraceReader::new(&file[..], "chat");
+        let model = *ModelShape::by_name("qwen3-8b").unwrap();
+        Setup {
+            requests: rows.map(Result::unwrap).collect(),
+            trace: "chat".to_owned(),
+            model,
+            tensor_parallel: 1,
+            // A small one, so that the pool is soon full.
+            gpu: Gpu {
+                hbm_bytes: 32 << 30,
+                ..*Gpu::by_name("h100-sxm").unwrap()
+            },
+            scale: Scale::new(&model, 65536.0).unwrap(),
+            stretch: None,
+            host_tier_bytes: 8 << 30,
+            lease_limit_bytes: 0,
+            move_blocks: true,
+            rates: LinkRates {
+                nvlink: 380e9,
+                pcie: 50e9,
+                host: 50e9,
+            },
+            topology: "none".to_owned(),
+            donor_load: "none".to_owned(),
+            donors: 0,
+            pace: 1.0,
+        }
+    }
+
+    #[test]
+    fn the_host_tier_gives_back_what_the_pool_could_not_keep_every_byte_of_it() {
+        let setup = setup();
+        let device = Device {
+            uuid: "SIM-0".parse().unwrap(),
+            name: "simulated".to_owned(),
+            hbm_bytes: setup.scale.shrink(setup.gpu.hbm_bytes),
+            ordinal: 0,
+        };
+        let layer = HostLayer::new(vec![device.clone()], Vec::new(), HostOptions::default());
+        let serving = setup.serving().unwrap();
+        let interrupt = Interrupt::default();
+        let stage = Place {
+            layer: Arc::new(layer.unwrap()),
+            device: device.uuid,
+            interrupt: Arc::clone(&interrupt),
+        };
+        let run = |stage: &Place| {
+            tiered(
+                "pcie-offload",
+                &setup,
+                &serving,
+                stage,
+                None,
+                None,
+                &mut Nobody,
+            )
+        };
+        let arm = run(&stage).unwrap().report;
+        let recompute = serve(&setup.requests, &serving, &mut Recompute, &mut |_| ()).unwrap();
+        let host = arm.hit_blocks[&Tier::Host];
+        assert!(host > 10, "{host}");
+        // Every hit was read back, whichever tier it came from.
+        let hits: u64 = arm.hit_blocks.values().sum();
+        assert_eq!(arm.verified_moved_bytes, hits * setup.scale.block_bytes);
+        assert!(arm.ttft.mean_ms < Ttft::of(&recompute.ttft_s).mean_ms);
+
+        interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(matches!(run(&stage).err(), Some(ReplayError::Interrupted)));
+    }
+}

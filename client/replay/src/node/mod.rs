@@ -1,0 +1,424 @@
+//! A node of its own for one replay: a broker and its donors as child processes, gone when the replay is.
+
+mod shape;
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::{
+        fs::{DirBuilderExt, MetadataExt},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use shape::{shrink, to_toml};
+use swiftcache_proto::{domain::Device, topology::Topology};
+
+use super::{ReplayError, roofline::Gpu, sizing::Scale};
+
+/// How long a process may take to come up.
+const READY_LIMIT: Duration = Duration::from_secs(15);
+/// How long a process may take to go when asked.
+const LEAVE_LIMIT: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(10);
+
+// The donors' policy, in trace time: `swiftcache donate`'s defaults.
+const PERIOD: Duration = Duration::from_millis(250);
+const SETTLE: Duration = Duration::from_secs(10);
+const HORIZON: Duration = Duration::from_secs(2);
+const HALF_LIFE: Duration = Duration::from_secs(120);
+/// No donor looks more often than this, wall clock.
+const LEAST_PERIOD: Duration = Duration::from_millis(5);
+
+/// What the node looks like.
+#[derive(Clone, Debug)]
+pub struct NodePlan {
+    /// Links come from this topology, by name or file.
+    pub topology: String,
+    /// Every device is one of these, shrunk.
+    pub gpu: Gpu,
+    /// How much it is shrunk.
+    pub scale: Scale,
+    /// Donor processes, one device each; the busy model has one more.
+    pub donors: usize,
+    /// Trace seconds per second of wall clock: donors' patience is shortened by as much.
+    pub pace: f64,
+    /// HBM that a donor keeps free for its own model's growth, full-size bytes.
+    pub headroom_bytes: u64,
+    /// The broker's program.
+    pub broker: PathBuf,
+    /// The `swiftcache` program.
+    pub swiftcache: PathBuf,
+    /// Where its sockets and files go; a fresh temporary directory when not given.
+    pub directory: Option<PathBuf>,
+}
+
+/// The node's directory.
+#[derive(Debug)]
+enum Directory {
+    Temporary(tempfile::TempDir),
+    Named(PathBuf),
+}
+
+impl Directory {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Temporary(directory) => directory.path(),
+            Self::Named(path) => path,
+        }
+    }
+}
+
+/// A running node. Dropping it ends its processes, donors first, and removes its directory.
+#[derive(Debug)]
+pub struct PrivateNode {
+    topology: Topology,
+    usage_dir: PathBuf,
+    socket: PathBuf,
+    children: Vec<(String, Child)>,
+    swiftcache: PathBuf,
+    directory: Directory,
+}
+
+impl PrivateNode {
+    /// Starts the broker and waits until it answers. Donors come with [`start_donors`](Self::start_donors).
+    ///
+    /// # Errors
+    /// When the topology is too small, the directory cannot be made, or the broker does not come up.
+    pub fn launch(plan: &NodePlan) -> Result<Self, ReplayError> {
+        let directory = open_directory(plan.directory.as_deref())?;
+        let usage_dir = directory.path().join("usage");
+        let topology = shrink(plan, &usage_dir)?;
+        let file = directory.path().join("topology.toml");
+        let text = to_toml(&topology);
+        write(&file, &text)?;
+        fs::create_dir_all(&usage_dir).map_err(|source| at(&usage_dir, source))?;
+        let socket = directory.path().join("broker.sock");
+        let mut node = Self {
+            topology,
+            usage_dir,
+            socket,
+            children: Vec::new(),
+            swiftcache: plan.swiftcache.clone(),
+            directory,
+        };
+        let mut broker = node.tethered(&plan.broker);
+        broker
+            .arg("--socket")
+            .arg(&node.socket)
+            .args(["--probe", "simulated", "--topology"])
+            .arg(&file);
+        node.spawn("swiftcache-broker", broker)?;
+        node.wait_until("swiftcache-broker", &mut |node| {
+            Ok(UnixStream::connect(&node.socket).is_ok())
+        })?;
+        Ok(node)
+    }
+
+    /// Starts an elastic donor on every device but the first; `ready` says when all of them lend.
+    ///
+    /// # Errors
+    /// When one does not come up.
+    pub fn start_donors(
+        &mut self,
+        plan: &NodePlan,
+        ready: &mut dyn FnMut() -> Result<bool, ReplayError>,
+    ) -> Result<(), ReplayError> {
+        let names: Vec<String> = (1..=plan.donors).map(|n| format!("donor-{n}")).collect();
+        for (name, device) in names.iter().zip(self.donor_devices().to_vec()) {
+            let mut donor = self.tethered(&self.swiftcache);
+            let bytes = |full: u64| plan.scale.shrink(full).to_string();
+            donor
+                .args(["donate", "--elastic", "--name", name.as_str()])
+                .args(["--device", device.uuid.as_str()])
+                .args(["--slab", &plan.scale.slab_bytes().to_string()])
+                .args(["--headroom", &bytes(plan.headroom_bytes)])
+                .args(["--period", &shortened(PERIOD, plan.pace)])
+                .args(["--settle", &shortened(SETTLE, plan.pace)])
+                .args(["--horizon", &shortened(HORIZON, plan.pace)])
+                .args(["--half-life", &shortened(HALF_LIFE, plan.pace)])
+                .arg("--socket")
+                .arg(&self.socket)
+                .arg("--usage-dir")
+                .arg(&self.usage_dir);
+            self.spawn(name, donor)?;
+        }
+        self.wait_until("donors", &mut |_| ready())
+    }
+
+    /// The broker's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The shrunk node.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// Where neighbours say what they use.
+    pub fn usage_dir(&self) -> &Path {
+        &self.usage_dir
+    }
+
+    /// The busy model's device.
+    pub fn busy_device(&self) -> &Device {
+        &self.topology.devices[0]
+    }
+
+    /// The donors' devices.
+    pub fn donor_devices(&self) -> &[Device] {
+        &self.topology.devices[1..]
+    }
+
+    /// The child processes, by name.
+    pub fn processes(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.children
+            .iter()
+            .map(|(name, child)| (name.as_str(), child.id()))
+    }
+
+    /// A command whose process dies with this one, whatever happens to it.
+    fn tethered(&self, program: &Path) -> Command {
+        let mut command = Command::new(&self.swiftcache);
+        command
+            .args(["tether", &std::process::id().to_string(), "--"])
+            .arg(program)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        // Settings meant for this process are not meant for its children.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("SWIFTCACHE_") {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+
+    fn spawn(&mut self, name: &str, mut command: Command) -> Result<(), ReplayError> {
+        let log = self.log(name);
+        let file = File::create(&log).map_err(|source| at(&log, source))?;
+        let child = command.stderr(file).spawn();
+        let child = child.map_err(|error| ReplayError::Process {
+            process: name.to_owned(),
+            problem: format!("cannot start {}: {error}", self.swiftcache.display()),
+        })?;
+        self.children.push((name.to_owned(), child));
+        Ok(())
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.directory.path().join(format!("{name}.log"))
+    }
+
+    fn wait_until(
+        &mut self,
+        what: &str,
+        ready: &mut dyn FnMut(&Self) -> Result<bool, ReplayError>,
+    ) -> Result<(), ReplayError> {
+        let started = Instant::now();
+        loop {
+            self.check_alive()?;
+            if ready(self)? {
+                return Ok(());
+            }
+            if started.elapsed() > READY_LIMIT {
+                return Err(ReplayError::Process {
+                    process: what.to_owned(),
+                    problem: format!(
+                        "not ready after {} s{}",
+                        READY_LIMIT.as_secs(),
+                        self.last_words(what)
+                    ),
+                });
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Whether every process still runs.
+    ///
+    /// # Errors
+    /// Names the one that does not, with its last words.
+    pub fn check_alive(&mut self) -> Result<(), ReplayError> {
+        let mut ended = None;
+        for (name, child) in &mut self.children {
+            if let Ok(Some(status)) = child.try_wait() {
+                ended = Some((name.clone(), status));
+            }
+        }
+        match ended {
+            None => Ok(()),
+            Some((name, status)) => Err(ReplayError::Process {
+                problem: format!("ended early ({status}){}", self.last_words(&name)),
+                process: name,
+            }),
+        }
+    }
+
+    fn last_words(&self, name: &str) -> String {
+        let text = fs::read_to_string(self.log(name)).unwrap_or_default();
+        let lines: Vec<&str> = text.trim_end().lines().collect();
+        let tail = &lines[lines.len().saturating_sub(5)..];
+        if tail.is_empty() {
+            String::new()
+        } else {
+            format!("; its last words:\n  {}", tail.join("\n  "))
+        }
+    }
+}
+
+impl Drop for PrivateNode {
+    fn drop(&mut self) {
+        // Donors first: they withdraw while the broker is there to hear it.
+        while let Some((_, mut child)) = self.children.pop() {
+            end(&mut child);
+        }
+        if let Directory::Named(path) = &self.directory {
+            // Best effort: the next launch removes what is left.
+            let _ = fs::remove_dir_all(path);
+        }
+    }
+}
+
+/// Asks a process to leave, and ends it when it does not.
+fn end(child: &mut Child) {
+    let asked = i32::try_from(child.id()).is_ok_and(|pid| {
+        // Not reaped yet, so the pid is still this child's.
+        kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok()
+    });
+    let started = Instant::now();
+    while asked && started.elapsed() < LEAVE_LIMIT {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(POLL),
+            _ => return,
+        }
+    }
+    // Either fails only when it is gone already.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn at(path: &Path, source: io::Error) -> ReplayError {
+    ReplayError::File {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), ReplayError> {
+    fs::write(path, text).map_err(|source| at(path, source))
+}
+
+/// A private directory. A named one may lie where others can write: it must be our own, and nobody's who runs.
+fn open_directory(named: Option<&Path>) -> Result<Directory, ReplayError> {
+    let Some(path) = named else {
+        let directory = tempfile::Builder::new().prefix("swiftcache-").tempdir();
+        return directory
+            .map(Directory::Temporary)
+            .map_err(|source| at(&std::env::temp_dir(), source));
+    };
+    if UnixStream::connect(path.join("broker.sock")).is_ok() {
+        return Err(at(
+            path,
+            io::Error::new(io::ErrorKind::AddrInUse, "another one is running here"),
+        ));
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw() => {
+            fs::remove_dir_all(path).map_err(|source| at(path, source))?;
+        }
+        Ok(_) => {
+            let problem =
+                "exists and is not a directory of yours; remove it or set XDG_RUNTIME_DIR";
+            return Err(at(path, io::Error::other(problem)));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(at(path, error)),
+    }
+    let made = fs::DirBuilder::new().mode(0o700).create(path);
+    made.map_err(|source| at(path, source))?;
+    Ok(Directory::Named(path.to_owned()))
+}
+
+/// A time of the trace as wall-clock time at that pace.
+fn shortened(time: Duration, pace: f64) -> String {
+    let short = Duration::from_secs_f64(time.as_secs_f64() / pace);
+    format!("{}us", short.max(LEAST_PERIOD).as_micros())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::ModelShape;
+
+    fn plan(donors: usize, topology: &str) -> NodePlan {
+        let model = ModelShape::by_name("qwen3-8b").unwrap();
+        NodePlan {
+            topology: topology.to_owned(),
+            gpu: *Gpu::by_name("h100-sxm").unwrap(),
+            scale: Scale::new(model, 1024.0).unwrap(),
+            donors,
+            pace: 60.0,
+            headroom_bytes: 4 << 30,
+            broker: "/nowhere/broker".into(),
+            swiftcache: "/nowhere/swiftcache".into(),
+            directory: None,
+        }
+    }
+
+    #[test]
+    fn the_shrunk_node_survives_its_own_file() {
+        for name in ["hgx-8", "pcie-4"] {
+            let topology = shrink(&plan(3, name), Path::new("/tmp/a \"b\"")).unwrap();
+            assert_eq!(topology.devices.len(), 4);
+            assert_eq!(topology.devices[3].hbm_bytes, 80 << 20);
+            let read = Topology::parse(&to_toml(&topology), "test").unwrap();
+            assert_eq!(read.devices, topology.devices);
+            assert_eq!(read.usage_dir, topology.usage_dir);
+            let key = |link: &swiftcache_proto::domain::Link| (link.from.clone(), link.to.clone());
+            let sorted = |mut links: Vec<_>| {
+                links.sort_by_key(key);
+                links
+            };
+            assert_eq!(sorted(read.links), sorted(topology.links));
+        }
+    }
+
+    #[test]
+    fn too_many_donors_are_refused() {
+        for donors in [0, 4] {
+            let error = shrink(&plan(donors, "pcie-4"), Path::new("/tmp")).unwrap_err();
+            assert!(error.to_string().contains("takes 1 to 3"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named_and_leaves_nothing_behind() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("demo");
+        let plan = NodePlan {
+            directory: Some(directory.clone()),
+            ..plan(1, "hgx-8")
+        };
+        let error = PrivateNode::launch(&plan).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/swiftcache"), "{error}");
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn a_named_directory_must_be_ours() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("demo");
+        std::os::unix::fs::symlink(parent.path(), &path).unwrap();
+        let error = open_directory(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("not a directory of yours"), "{error}");
+    }
+}

@@ -1,0 +1,190 @@
+//! The arms with real bytes: what the local pool does not hold comes through a [`Borrower`] from donors and the
+//! host tier, and every byte of it is checked.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::domain::BlockHash;
+
+use super::{
+    ReplayError,
+    neighbours::NeighbourUse,
+    pool::Pool,
+    prefix_cache::Seating,
+    serving::{Arm, Tier},
+};
+use swiftcache_client::borrower::{Borrower, Hit, Tier as FoundIn};
+
+/// The longest sleep at a stretch: how late an interruption may be noticed.
+const NAP: Duration = Duration::from_millis(20);
+/// Trace time between two looks at the neighbours' load, seconds.
+const NEIGHBOUR_STEP_S: f64 = 0.25;
+
+/// Set when the replay is to stop: by a signal, say.
+pub type Interrupt = Arc<AtomicBool>;
+
+/// Neighbours that live in trace time, which runs at most `pace` times as fast as the wall clock: real donors
+/// need real time to follow.
+#[derive(Debug)]
+pub struct Neighbourhood {
+    uses: NeighbourUse,
+    pace: f64,
+    started: Option<(Instant, f64)>,
+    next_s: f64,
+}
+
+impl Neighbourhood {
+    /// `pace`: trace seconds per second of wall clock, at most.
+    pub fn new(uses: NeighbourUse, pace: f64) -> Self {
+        Self {
+            uses,
+            pace,
+            started: None,
+            next_s: 0.0,
+        }
+    }
+
+    fn advance(&mut self, now_s: f64, interrupt: &AtomicBool) -> Result<(), ReplayError> {
+        let (started, zero_s) = *self.started.get_or_insert((Instant::now(), now_s));
+        if self.next_s < zero_s {
+            self.next_s = zero_s;
+        }
+        while self.next_s <= now_s {
+            let due = Duration::from_secs_f64((self.next_s - zero_s) / self.pace);
+            while let Some(left) = due.checked_sub(started.elapsed())
+                && !left.is_zero()
+            {
+                stop_if(interrupt)?;
+                std::thread::sleep(left.min(NAP));
+            }
+            self.uses.set(self.next_s)?;
+            self.next_s += NEIGHBOUR_STEP_S;
+        }
+        Ok(())
+    }
+}
+
+fn stop_if(interrupt: &AtomicBool) -> Result<(), ReplayError> {
+    if interrupt.load(Ordering::Relaxed) {
+        return Err(ReplayError::Interrupted);
+    }
+    Ok(())
+}
+
+/// What an arm's data path did, in bytes and blocks that really moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes checked after a load from a donor or the host tier.
+    pub verified_loaded_bytes: u64,
+    /// Bytes checked where they lay in the local pool.
+    pub verified_local_bytes: u64,
+    /// Blocks that a lookup found and a load could not deliver: recomputed.
+    pub failed_blocks: u64,
+    /// Blocks written back.
+    pub stored_blocks: u64,
+    /// Blocks for which no tier had room.
+    pub unplaced_blocks: u64,
+    /// The most that was leased at one time, bytes.
+    pub leased_peak_bytes: u64,
+}
+
+/// An arm with real bytes.
+pub struct Tiered {
+    borrower: Arc<Borrower>,
+    pool: Pool,
+    neighbourhood: Option<Neighbourhood>,
+    interrupt: Interrupt,
+    /// What it did so far.
+    pub moved: Moved,
+}
+
+impl Tiered {
+    /// An arm that computes into `pool` and keeps what it computed with `borrower`.
+    pub fn new(
+        borrower: Arc<Borrower>,
+        pool: Pool,
+        neighbourhood: Option<Neighbourhood>,
+        interrupt: Interrupt,
+    ) -> Self {
+        Self {
+            borrower,
+            pool,
+            neighbourhood,
+            interrupt,
+            moved: Moved::default(),
+        }
+    }
+
+    /// Loads what `hit` found into the leading `blocks`, checks what arrived, and gives up at the first block
+    /// that did not: what follows it has no prefix. Returns how many blocks are good.
+    fn load(&mut self, hit: &Hit, blocks: &[(BlockHash, u32)]) -> Result<usize, ReplayError> {
+        let blocks = &blocks[..hit.blocks() as usize];
+        let slots: Vec<u32> = blocks.iter().map(|(_, slot)| *slot).collect();
+        let loaded = self.borrower.load(hit, &slots, self.pool.kv()).finish();
+        self.moved.failed_blocks += loaded.failed.len() as u64;
+        let mut arrived = blocks.to_vec();
+        for index in loaded.failed.iter().rev() {
+            arrived.remove(*index as usize);
+        }
+        self.moved.verified_loaded_bytes += self.pool.verify(&arrived, "loaded")?;
+        Ok(loaded
+            .failed
+            .first()
+            .map_or(blocks.len(), |first| *first as usize))
+    }
+}
+
+/// The first `good` blocks of a hit, by the tier they came from.
+fn by_tier(hit: &Hit, good: usize) -> Vec<(Tier, u64)> {
+    let mut left = good as u64;
+    let runs = hit.runs().iter().map(|run| {
+        let tier = match run.tier {
+            FoundIn::Donor | FoundIn::Shared => Tier::of_donor(run.link),
+            FoundIn::Host => Tier::Host,
+        };
+        let count = left.min(u64::from(run.blocks));
+        left -= count;
+        (tier, count)
+    });
+    runs.filter(|(_, count)| *count > 0).collect()
+}
+
+impl Arm for Tiered {
+    fn advance(&mut self, now_s: f64) -> Result<(), ReplayError> {
+        stop_if(&self.interrupt)?;
+        let leased = self.borrower.stats().leased_bytes;
+        self.moved.leased_peak_bytes = self.moved.leased_peak_bytes.max(leased);
+        match &mut self.neighbourhood {
+            Some(neighbourhood) => neighbourhood.advance(now_s, &self.interrupt),
+            None => Ok(()),
+        }
+    }
+
+    fn prefill(
+        &mut self,
+        blocks: &[BlockHash],
+        seating: &Seating,
+    ) -> Result<Vec<(Tier, u64)>, ReplayError> {
+        let seats = blocks.iter().copied().zip(seating.slots.iter().copied());
+        let seated: Vec<(BlockHash, u32)> = seats.collect();
+        let (local, missing) = seated.split_at(seating.hits);
+        self.moved.verified_local_bytes += self.pool.verify(local, "local pool")?;
+        let hit = self.borrower.lookup(&blocks[seating.hits..]);
+        let good = self.load(&hit, missing)?;
+        self.pool.compute(&missing[good..])?;
+        // The whole prompt, not only what is new: what a revocation took is written again while the local
+        // pool still has it, and what is known already is only touched.
+        let stored = self
+            .borrower
+            .store(&seated, self.pool.kv(), &|_| None)
+            .finish();
+        self.moved.stored_blocks += u64::from(stored.stored);
+        self.moved.unplaced_blocks += u64::from(stored.unplaced);
+        Ok(by_tier(&hit, good))
+    }
+}
