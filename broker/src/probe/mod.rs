@@ -19,7 +19,7 @@ pub const DEFAULT_TOPOLOGY: &str = "hgx-8";
 
 /// A node's devices.
 pub trait Probe: Send + Sync {
-    /// For people: "nvml", or "simulated (<topology>)".
+    /// For people: "nvml", or `simulated (TOPOLOGY)`.
     fn source(&self) -> String;
 
     /// The devices, found once at start.

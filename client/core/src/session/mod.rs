@@ -1,7 +1,7 @@
 //! The session with the node's broker: one connection over its Unix socket, registered, resumed after every loss,
 //! and driven by one background thread.
 //!
-//! * [`Session`]: the typed calls ([`rpc`]), each a [`Call`] to await or to wait for.
+//! * [`Session`]: the typed calls (`rpc`), each a [`Call`] to await or to wait for.
 //! * [`Observer`]: what the broker says unasked, on the session's thread.
 //! * `connection`: one connection's life; `run`: the loop that replaces it, with backoff.
 
