@@ -17,8 +17,8 @@ use crate::{
     programs::{Program, program},
 };
 
-/// Room for every block of the job, slabs.
-const SLABS: u64 = 20;
+/// Slabs of the donor: room for every block of the job.
+pub const SLABS: u64 = 20;
 /// Operations at random, stores and fetches.
 const MIXED: u64 = 200;
 
@@ -72,8 +72,11 @@ pub fn run(setup: Setup, devices: (usize, usize), handle: &str) -> Result<Outcom
     })
 }
 
-/// Waits until the broker knows all that the donor offers.
-fn offered(node: &Node, donor: &mut Program) -> Result<()> {
+/// Waits until the broker knows all that a donor of [`donate`] offers.
+///
+/// # Errors
+/// When the donor ends early, or nothing comes.
+pub fn offered(node: &Node, donor: &mut Program) -> Result<()> {
     eventually("the donor's offer", || {
         ensure!(!donor.has_ended()?, "swiftcache donate ended early");
         let status = Command::new(program("swiftcache")?)
@@ -85,9 +88,14 @@ fn offered(node: &Node, donor: &mut Program) -> Result<()> {
     })
 }
 
-fn donate(node: &Node, device: usize, handle: &str) -> Result<Program> {
+/// Starts `swiftcache donate` with [`SLABS`] slabs of a device, by the kind of handle that it calls `handle`.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn donate(node: &Node, device: usize, handle: &str) -> Result<Program> {
     let mut command = Command::new(program("swiftcache")?);
     command
+        .envs(node.environment())
         .args(["donate", "--device", node.device(device).as_str()])
         .args(["--bytes", &(SLABS * SLAB_BYTES).to_string()])
         .args(["--slab", &SLAB_BYTES.to_string()])

@@ -14,6 +14,7 @@ pub mod operator;
 pub mod programs;
 pub mod rescue;
 pub mod seed;
+pub mod stub;
 pub mod wire;
 
 /// The longest a test waits for what must come, and the drain window of whom nothing must keep from using it. Long, so

@@ -1,6 +1,8 @@
 //! A node for a test: a real broker on real sockets in a directory of its own, over simulated devices or real ones.
 
 use std::{
+    collections::BTreeMap,
+    ffi::OsString,
     fs,
     io::{Read, Write},
     net::TcpStream,
@@ -93,6 +95,8 @@ pub struct Setup {
     pub shell: Option<String>,
     /// HBM of each device, bytes; 1 GiB when not set.
     pub hbm_bytes: Option<u64>,
+    /// What every process of the node has in its environment beyond the test's own: which driver to load, for instance.
+    pub environment: BTreeMap<String, OsString>,
 }
 
 impl Node {
@@ -161,6 +165,7 @@ impl Node {
             log => log,
         };
         command
+            .envs(&self.setup.environment)
             .args(["--log", log, "--probe", self.probe()])
             .arg("--socket")
             .arg(self.socket())
@@ -190,6 +195,11 @@ impl Node {
         if !matches!(self.setup.devices, Devices::Gpus(_)) {
             command.arg("--topology").arg(self.topology_file());
         }
+    }
+
+    /// What the node's processes have in their environment beyond the test's own.
+    pub fn environment(&self) -> &BTreeMap<String, OsString> {
+        &self.setup.environment
     }
 
     /// SIGKILLs the broker.

@@ -10,6 +10,7 @@ use swiftcache_client::device::{
     host::{HostLayer, HostOptions},
 };
 use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
+use swiftcache_tests::stub::Stub;
 use thiserror::Error;
 
 /// A backend to open, in this process or in another.
@@ -115,19 +116,14 @@ impl NoPeers {
     }
 }
 
-/// Where the stub driver keeps its allocations and reads its faults.
-pub const STUB_DIR_VARIABLE: &str = "SWIFTCACHE_STUB_DIR";
-
 impl Subject {
     /// The GPUs, in this process and in peers that run `peer_program`. The stub driver's can be lost.
     ///
     /// # Errors
     /// When there is no driver or no GPU.
     pub fn cuda(peer_program: PathBuf) -> Result<Self> {
-        let stub = std::env::var_os(STUB_DIR_VARIABLE).map(PathBuf::from);
-        let lose = stub.map(|directory| -> LoseDevice {
-            Box::new(move |_| Ok(std::fs::write(directory.join("faults"), "*=214\n")?))
-        });
+        let lose = Stub::of_environment()
+            .map(|stub| -> LoseDevice { Box::new(move |_| stub.inject(None, "*=214").map(drop)) });
         Ok(Self {
             layer: Backend::Cuda.open()?,
             backend: Backend::Cuda,

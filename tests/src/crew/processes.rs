@@ -19,6 +19,7 @@ use crate::{
 pub fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> {
     let mut command = Command::new(program("swiftcache-test-donor")?);
     command
+        .envs(node.environment())
         .arg("--socket")
         .arg(node.socket())
         .arg("--topology")
@@ -145,6 +146,7 @@ impl BorrowerProcess {
     pub fn start(node: &Node, device: usize, job: &Job) -> Result<Self> {
         let mut command = Command::new(program("swiftcache-test-borrower")?);
         command
+            .envs(node.environment())
             .env("RUST_LOG", &job.log)
             .arg("--socket")
             .arg(node.socket())

@@ -4,7 +4,7 @@ use std::{cell::RefCell, ffi::c_int, fs::File, path::PathBuf};
 
 use crate::{
     Code, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, PEER_ACCESS_ALREADY_ENABLED,
-    PEER_ACCESS_UNSUPPORTED, begin, code, device, faults, world,
+    PEER_ACCESS_UNSUPPORTED, call, call_anyway, device, faults, world,
 };
 
 thread_local! {
@@ -46,8 +46,8 @@ fn take_hbm(device: c_int) -> Result<(), Code> {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c_int) -> Code {
-    let checked = begin("cuDevicePrimaryCtxRetain").and_then(|()| device::check(number));
-    code(checked.and_then(|()| {
+    call("cuDevicePrimaryCtxRetain", || {
+        device::check(number)?;
         let mut world = world();
         let retained = world.retained.entry(number).or_default();
         *retained += 1;
@@ -57,12 +57,12 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c
         // SAFETY: the caller gives room for one context.
         unsafe { context.write(number as usize + 1) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
-    code(begin("cuDevicePrimaryCtxRelease_v2").and_then(|()| {
+    call("cuDevicePrimaryCtxRelease_v2", || {
         let mut world = world();
         let retained = world.retained.get_mut(&number).filter(|count| **count > 0);
         let retained = retained.ok_or(INVALID_CONTEXT)?;
@@ -73,31 +73,32 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
             std::fs::remove_file(file).map_err(|_| INVALID_CONTEXT)?;
         }
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxPushCurrent_v2(context: usize) -> Code {
     // A broken context can still be made current: what is done in it fails.
-    let checked = faults::injected("cuCtxPushCurrent_v2").map_or(Ok(()), Err);
-    code(checked.and_then(|()| device_of(context)).map(|device| {
+    call_anyway("cuCtxPushCurrent_v2", || {
+        let device = device_of(context)?;
         STACK.with_borrow_mut(|stack| stack.push(device));
-    }))
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut usize) -> Code {
-    code(STACK.with_borrow_mut(|stack| {
-        let device = stack.pop().ok_or(INVALID_CONTEXT)?;
+    call_anyway("cuCtxPopCurrent_v2", || {
+        let device = STACK.with_borrow_mut(Vec::pop).ok_or(INVALID_CONTEXT)?;
         // SAFETY: the caller gives room for one context.
         unsafe { context.write(device as usize + 1) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxEnablePeerAccess(peer: usize, flags: u32) -> Code {
-    code(begin("cuCtxEnablePeerAccess").and_then(|()| {
+    call("cuCtxEnablePeerAccess", || {
         let (here, there) = (current()?, device_of(peer)?);
         if flags != 0 || here == there {
             return Err(INVALID_VALUE);
@@ -107,7 +108,7 @@ pub unsafe extern "C" fn cuCtxEnablePeerAccess(peer: usize, flags: u32) -> Code 
         }
         let fresh = world().peers.insert((here, there));
         fresh.then_some(()).ok_or(PEER_ACCESS_ALREADY_ENABLED)
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -115,7 +116,7 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
     least: *mut c_int,
     greatest: *mut c_int,
 ) -> Code {
-    code(begin("cuCtxGetStreamPriorityRange").and_then(|()| {
+    call("cuCtxGetStreamPriorityRange", || {
         current()?;
         // SAFETY: the caller gives room for two ints.
         unsafe {
@@ -123,5 +124,5 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
             greatest.write(-5);
         }
         Ok(())
-    }))
+    })
 }

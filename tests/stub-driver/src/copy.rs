@@ -1,7 +1,7 @@
 //! Copies, one by one and in batches, and fills.
 
 use crate::{
-    Code, INVALID_VALUE, begin, code,
+    Code, INVALID_VALUE, call,
     context::device_of,
     stream::{Work, find, queue},
 };
@@ -13,19 +13,21 @@ pub unsafe extern "C" fn cuMemsetD8Async(
     bytes: usize,
     stream: usize,
 ) -> Code {
-    code(begin("cuMemsetD8Async").and_then(|()| {
+    call("cuMemsetD8Async", || {
         let work = Work::Set {
             address,
             value,
             bytes,
         };
         queue(stream, work)
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyAsync(to: u64, from: u64, bytes: usize, stream: usize) -> Code {
-    code(begin("cuMemcpyAsync").and_then(|()| queue(stream, Work::Copy { to, from, bytes })))
+    call("cuMemcpyAsync", || {
+        queue(stream, Work::Copy { to, from, bytes })
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -35,7 +37,9 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     bytes: usize,
     stream: usize,
 ) -> Code {
-    code(begin("cuMemcpyDtoDAsync_v2").and_then(|()| queue(stream, Work::Copy { to, from, bytes })))
+    call("cuMemcpyDtoDAsync_v2", || {
+        queue(stream, Work::Copy { to, from, bytes })
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -47,11 +51,11 @@ pub unsafe extern "C" fn cuMemcpyPeerAsync(
     bytes: usize,
     stream: usize,
 ) -> Code {
-    code(begin("cuMemcpyPeerAsync").and_then(|()| {
+    call("cuMemcpyPeerAsync", || {
         device_of(to_context)?;
         device_of(from_context)?;
         queue(stream, Work::Copy { to, from, bytes })
-    }))
+    })
 }
 
 #[repr(C)]
@@ -120,7 +124,7 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync_v2(
         first,
         attribute_count,
     };
-    code(begin("cuMemcpyBatchAsync_v2").and_then(|()| batch.queue(stream)))
+    call("cuMemcpyBatchAsync_v2", || batch.queue(stream))
 }
 
 #[unsafe(no_mangle)]
@@ -144,5 +148,5 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync(
         first,
         attribute_count,
     };
-    code(begin("cuMemcpyBatchAsync").and_then(|()| batch.queue(stream)))
+    call("cuMemcpyBatchAsync", || batch.queue(stream))
 }

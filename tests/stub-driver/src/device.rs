@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int};
 
-use crate::{Code, INVALID_DEVICE, INVALID_VALUE, SUCCESS, begin, code, faults, world};
+use crate::{Code, INVALID_DEVICE, INVALID_VALUE, SUCCESS, call, call_anyway, faults, world};
 
 /// HBM of a device, bytes.
 pub(crate) const HBM_BYTES: usize = 1 << 30;
@@ -32,14 +32,13 @@ pub(crate) fn peers(from: c_int, to: c_int) -> bool {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuInit(flags: u32) -> Code {
-    if let Some(code) = faults::injected("cuInit") {
-        return code;
-    }
-    if flags != 0 || faults::directory().is_none() {
-        return INVALID_VALUE;
-    }
-    world().initialised = true;
-    SUCCESS
+    call_anyway("cuInit", || {
+        if flags != 0 || faults::directory().is_none() {
+            return Err(INVALID_VALUE);
+        }
+        world().initialised = true;
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -75,65 +74,57 @@ pub unsafe extern "C" fn cuGetErrorString(error: Code, text: *mut *const c_char)
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetCount(devices: *mut c_int) -> Code {
-    code(begin("cuDeviceGetCount").map(|()| {
+    call("cuDeviceGetCount", || {
         // SAFETY: the caller gives room for one int.
         unsafe { devices.write(count()) };
-    }))
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
-    code(
-        begin("cuDeviceGet")
-            .and_then(|()| check(ordinal))
-            .map(|()| {
-                // SAFETY: the caller gives room for one device.
-                unsafe { device.write(ordinal) };
-            }),
-    )
+    call("cuDeviceGet", || {
+        check(ordinal)?;
+        // SAFETY: the caller gives room for one device.
+        unsafe { device.write(ordinal) };
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> Code {
-    code(
-        begin("cuDeviceGetName")
-            .and_then(|()| check(device))
-            .and_then(|()| {
-                let text = c"stub GPU".to_bytes_with_nul();
-                if (length as usize) < text.len() {
-                    return Err(INVALID_VALUE);
-                }
-                // SAFETY: the caller gives room for `length` bytes, and the text is shorter.
-                unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len()) };
-                Ok(())
-            }),
-    )
+    call("cuDeviceGetName", || {
+        check(device)?;
+        let text = c"stub GPU".to_bytes_with_nul();
+        if (length as usize) < text.len() {
+            return Err(INVALID_VALUE);
+        }
+        // SAFETY: the caller gives room for `length` bytes, and the text is shorter.
+        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len()) };
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Code {
-    code(
-        begin("cuDeviceGetUuid_v2")
-            .and_then(|()| check(device))
-            .map(|()| {
-                let mut bytes = *b"\x5a\x5astub-driver-0\0";
-                bytes[15] = device as u8;
-                // SAFETY: the caller gives room for one UUID.
-                unsafe { uuid.write(bytes) };
-            }),
-    )
+    call("cuDeviceGetUuid_v2", || {
+        check(device)?;
+        let mut bytes = *b"\x5a\x5astub-driver-0\0";
+        bytes[15] = device as u8;
+        // SAFETY: the caller gives room for one UUID.
+        unsafe { uuid.write(bytes) };
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> Code {
-    code(
-        begin("cuDeviceTotalMem_v2")
-            .and_then(|()| check(device))
-            .map(|()| {
-                // SAFETY: the caller gives room for one number.
-                unsafe { bytes.write(HBM_BYTES) };
-            }),
-    )
+    call("cuDeviceTotalMem_v2", || {
+        check(device)?;
+        // SAFETY: the caller gives room for one number.
+        unsafe { bytes.write(HBM_BYTES) };
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -142,20 +133,17 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     attribute: c_int,
     device: c_int,
 ) -> Code {
-    code(
-        begin("cuDeviceGetAttribute")
-            .and_then(|()| check(device))
-            .and_then(|()| {
-                let found = match attribute {
-                    VIRTUAL_MEMORY_SUPPORTED | DESCRIPTORS_SUPPORTED => 1,
-                    MULTIPROCESSORS => 4,
-                    _ => return Err(INVALID_VALUE),
-                };
-                // SAFETY: the caller gives room for one int.
-                unsafe { value.write(found) };
-                Ok(())
-            }),
-    )
+    call("cuDeviceGetAttribute", || {
+        check(device)?;
+        let found = match attribute {
+            VIRTUAL_MEMORY_SUPPORTED | DESCRIPTORS_SUPPORTED => 1,
+            MULTIPROCESSORS => 4,
+            _ => return Err(INVALID_VALUE),
+        };
+        // SAFETY: the caller gives room for one int.
+        unsafe { value.write(found) };
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -164,11 +152,13 @@ pub unsafe extern "C" fn cuDeviceCanAccessPeer(
     device: c_int,
     peer: c_int,
 ) -> Code {
-    let checked = begin("cuDeviceCanAccessPeer").and_then(|()| check(device));
-    code(checked.and_then(|()| check(peer)).map(|()| {
+    call("cuDeviceCanAccessPeer", || {
+        check(device)?;
+        check(peer)?;
         // SAFETY: the caller gives room for one int.
         unsafe { can.write(c_int::from(device != peer && peers(device, peer))) };
-    }))
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -178,8 +168,9 @@ pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
     from: c_int,
     to: c_int,
 ) -> Code {
-    let checked = begin("cuDeviceGetP2PAttribute").and_then(|()| check(from));
-    code(checked.and_then(|()| check(to)).and_then(|()| {
+    call("cuDeviceGetP2PAttribute", || {
+        check(from)?;
+        check(to)?;
         if attribute != NATIVE_ATOMICS {
             return Err(INVALID_VALUE);
         }
@@ -187,5 +178,5 @@ pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
         // SAFETY: the caller gives room for one int.
         unsafe { value.write(c_int::from(nvlink)) };
         Ok(())
-    }))
+    })
 }

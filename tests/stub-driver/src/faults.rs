@@ -1,26 +1,161 @@
-//! Faults and settings, from the file `faults`.
+//! Faults and settings, from the file `faults`. What each line means: see the crate's documentation.
 
-use std::{ffi::CStr, path::PathBuf};
+use std::{
+    ffi::CStr,
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use crate::Code;
+
+/// What a line may be about, apart from entry points and `*`.
+const SETTINGS: [&str; 5] = ["execute", "peers", "devices", "hold", "trace"];
 
 /// Where allocations and faults lie.
 pub(crate) fn directory() -> Option<PathBuf> {
     std::env::var_os("SWIFTCACHE_STUB_DIR").map(PathBuf::from)
 }
 
-/// The value of a setting.
-pub(crate) fn setting(name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(directory()?.join("faults")).ok()?;
-    let mut lines = text.lines().filter_map(|line| line.split_once('='));
-    let (_, value) = lines.find(|(key, _)| *key == name)?;
-    Some(value.trim().to_owned())
+/// The file as this process read it last.
+#[derive(Default)]
+struct Faults {
+    /// What tells one state of the file from another; none before the first look, and where there is no file.
+    stamp: Option<[i64; 5]>,
+    lines: Vec<Line>,
 }
 
-/// The code that `symbol` is to return.
+static FAULTS: Mutex<Faults> = Mutex::new(Faults {
+    stamp: None,
+    lines: Vec::new(),
+});
+
+/// A line, and how often it has applied to a call of this process.
+struct Line {
+    text: String,
+    process: Option<u32>,
+    key: String,
+    value: String,
+    /// The first and the last call that fails, counted from 1 since this process first saw the line.
+    calls: (u64, u64),
+    counted: u64,
+}
+
+impl Line {
+    /// Reads a line; nothing where there is only a remark.
+    fn read(text: &str) -> Result<Option<Self>, &'static str> {
+        let said = text.split_once('#').map_or(text, |(said, _)| said).trim();
+        if said.is_empty() {
+            return Ok(None);
+        }
+        let (key, value) = said.split_once('=').ok_or("it has no =")?;
+        let (process, key) = match key.split_once('/') {
+            Some((process, key)) => {
+                let process = process.trim().parse();
+                (
+                    Some(process.map_err(|_| "no process has that number")?),
+                    key,
+                )
+            }
+            None => (None, key),
+        };
+        let key = key.trim();
+        if key != "*" && !key.starts_with("cu") && !SETTINGS.contains(&key) {
+            return Err("it is about nothing that the stub driver knows");
+        }
+        let (value, calls) = match value.split_once('@') {
+            Some((value, calls)) => (value, range(calls.trim()).ok_or("@ takes N, N-M or N-")?),
+            None => (value, (1, u64::MAX)),
+        };
+        Ok(Some(Self {
+            text: text.to_owned(),
+            process,
+            key: key.to_owned(),
+            value: value.trim().to_owned(),
+            calls,
+            counted: 0,
+        }))
+    }
+
+    fn is_ours(&self) -> bool {
+        self.process
+            .is_none_or(|process| process == std::process::id())
+    }
+}
+
+/// `3`, `3-5` or `3-`.
+fn range(text: &str) -> Option<(u64, u64)> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let first = first.parse().ok()?;
+    let last = match last {
+        "" => u64::MAX,
+        last => last.parse().ok()?,
+    };
+    Some((first, last))
+}
+
+impl Faults {
+    /// Reads the file again if it has changed. A line that was there before goes on counting.
+    fn refresh(&mut self) {
+        let Some(path) = directory().map(|directory| directory.join("faults")) else {
+            return;
+        };
+        let data = std::fs::metadata(&path).ok();
+        let stamp = data.map(|data| {
+            let time = [data.mtime(), data.mtime_nsec(), data.ctime_nsec()];
+            let [modified, nanoseconds, changed] = time;
+            let (inode, size) = (data.ino() as i64, data.size() as i64);
+            [modified, nanoseconds, changed, inode, size]
+        });
+        if stamp == self.stamp {
+            return;
+        }
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let mut before = std::mem::take(&mut self.lines);
+        for text in text.lines() {
+            let line = Line::read(text)
+                .unwrap_or_else(|problem| panic!("stub driver: fault {text:?}: {problem}"));
+            let Some(mut line) = line else { continue };
+            if let Some(known) = before.iter().position(|known| known.text == line.text) {
+                line.counted = before.swap_remove(known).counted;
+            }
+            self.lines.push(line);
+        }
+        self.stamp = stamp;
+    }
+}
+
+fn faults() -> MutexGuard<'static, Faults> {
+    let mut faults = FAULTS.lock().unwrap_or_else(PoisonError::into_inner);
+    faults.refresh();
+    faults
+}
+
+/// The value of a setting.
+pub(crate) fn setting(name: &str) -> Option<String> {
+    let faults = faults();
+    let mut lines = faults.lines.iter();
+    let found = lines.find(|line| line.key == name && line.is_ours())?;
+    Some(found.value.clone())
+}
+
+/// The code that this call of `symbol` is to return, or that this piece of a stream's work is to fail with
+/// (`execute`). Every line about it counts the call; the first one whose calls these are decides.
 pub(crate) fn injected(symbol: &str) -> Option<Code> {
-    let value = setting(symbol).or_else(|| setting("*"))?;
-    value.parse().ok()
+    let mut decided = None;
+    let mut faults = faults();
+    for line in faults.lines.iter_mut().filter(|line| line.is_ours()) {
+        let any = line.key == "*" && symbol.starts_with("cu");
+        if line.key != symbol && !any {
+            continue;
+        }
+        line.counted += 1;
+        let (first, last) = line.calls;
+        if decided.is_none() && (first..=last).contains(&line.counted) {
+            decided = line.value.parse().ok();
+        }
+    }
+    decided
 }
 
 /// Names of codes, and words for them.

@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use crate::{
-    Code, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED, begin, code,
+    Code, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED, call,
     context::current,
     device::peers,
     faults,
@@ -22,7 +22,7 @@ pub struct Handle {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuIpcGetMemHandle(handle: *mut Handle, address: u64) -> Code {
-    code(begin("cuIpcGetMemHandle").and_then(|()| {
+    call("cuIpcGetMemHandle", || {
         current()?;
         let world = world();
         let (_, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
@@ -36,7 +36,7 @@ pub unsafe extern "C" fn cuIpcGetMemHandle(handle: *mut Handle, address: u64) ->
         // SAFETY: the caller gives room for one handle.
         unsafe { handle.write(Handle { bytes }) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -45,7 +45,7 @@ pub unsafe extern "C" fn cuIpcOpenMemHandle_v2(
     handle: Handle,
     flags: u32,
 ) -> Code {
-    code(begin("cuIpcOpenMemHandle_v2").and_then(|()| {
+    call("cuIpcOpenMemHandle_v2", || {
         let device = current()?;
         let name = handle.bytes.strip_prefix(MAGIC).ok_or(INVALID_VALUE)?;
         let name = std::str::from_utf8(name).map_err(|_| INVALID_VALUE)?;
@@ -79,17 +79,17 @@ pub unsafe extern "C" fn cuIpcOpenMemHandle_v2(
         // SAFETY: the caller gives room for one address.
         unsafe { address.write(base) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuIpcCloseMemHandle(address: u64) -> Code {
-    code(begin("cuIpcCloseMemHandle").and_then(|()| {
+    call("cuIpcCloseMemHandle", || {
         let mut world = world();
         let opened = world.allocations.get(&address);
         if !opened.is_some_and(|found| matches!(found.kind, Kind::Opened { .. })) {
             return Err(INVALID_VALUE);
         }
         world.retire(address).map(|_| ())
-    }))
+    })
 }

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use crate::{
-    Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, begin, code,
+    Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND, call,
     context::current,
     stream::{self, Work},
 };
@@ -34,7 +34,7 @@ pub(crate) enum Pieces {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const c_char) -> Code {
-    code(begin("cuModuleLoadData").and_then(|()| {
+    call("cuModuleLoadData", || {
         current()?;
         // SAFETY: the image is NUL-terminated text.
         let text = unsafe { CStr::from_ptr(image) }.to_string_lossy();
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const c_ch
         // SAFETY: the caller gives room for one module.
         unsafe { module.write(MODULE) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -53,7 +53,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     module: usize,
     name: *const c_char,
 ) -> Code {
-    code(begin("cuModuleGetFunction").and_then(|()| {
+    call("cuModuleGetFunction", || {
         // SAFETY: the name is NUL-terminated.
         let name = unsafe { CStr::from_ptr(name) };
         if module != MODULE {
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         // SAFETY: the caller gives room for one function.
         unsafe { function.write(found) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -85,7 +85,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     parameters: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> Code {
-    code(begin("cuLaunchKernel").and_then(|()| {
+    call("cuLaunchKernel", || {
         let flat = [blocks_y, blocks_z, threads_y, threads_z] == [1; 4];
         let expected = if function == BUSY { 256 } else { 512 };
         if !flat || blocks == 0 || threads != expected || !extra.is_null() {
@@ -117,5 +117,5 @@ pub unsafe extern "C" fn cuLaunchKernel(
             _ => return Err(INVALID_HANDLE),
         };
         stream::queue(stream, Work::Gather { pieces, most })
-    }))
+    })
 }

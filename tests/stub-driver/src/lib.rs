@@ -7,15 +7,43 @@
 //! again, and touching them is a sticky error), a legacy handle cannot be opened by its own process or after its
 //! process died, virtual memory has no legacy handle, the default stream takes no batches.
 //!
-//! Faults are injected by the file `faults` in that directory, read at every call:
+//! # Faults
+//!
+//! Each line of the file `faults` in that directory is a fault or a setting. Every process looks at every call whether
+//! the file has changed, so a test can change it while they run; one that renames a new file into its place is never
+//! read half-written (`swiftcache_tests::stub` does that, and takes back what it injected).
 //!
 //! ```text
-//! cuMemAlloc_v2=2     # this entry point returns that code
-//! *=214               # every entry point does: the device is lost
-//! execute=719         # work on streams fails with that code, for good
-//! peers=none          # no peer access (pcie: peer access without native atomics; nvlink: the default)
-//! devices=1           # how many devices there are (default 2)
+//! cuMemAlloc_v2=2          # this entry point does nothing and returns that code
+//! cuLaunchKernel=719@3     # only the third call does, ...
+//! cuLaunchKernel=719@1-2   # ... only the next two, ...
+//! cuLaunchKernel=719@3-    # ... or all from the third on
+//! 4711/cuEventQuery=999@1  # only in the process of that number
+//! *=214                    # every entry point fails: the device is lost
+//! execute=719              # work on streams fails with that code, and so does every call from then on
+//! execute=719@2            # the second piece of work does
+//! hold=kernels             # no stream goes on to a gather launch, ...
+//! hold=copies              # ... nor to a copy, ...
+//! hold=all                 # ... nor to anything, until the line is gone
+//! trace=cuMemFree_v2,cuMemUnmap   # calls of these, or of all (*), are written to the file `trace`
+//! peers=none               # no peer access (pcie: peer access without native atomics; nvlink: the default)
+//! devices=1                # how many devices there are (default 2)
 //! ```
+//!
+//! * `PROCESS/` in front limits any line to one process.
+//! * `@` counts the calls of one process from when it first sees the line. It sees a line at its first call of any entry
+//!   point after the file has changed, and that call counts: a line that is added while a process runs fails the n-th
+//!   call that begins after that, and needs no waiting. Pieces of work are counted as they run.
+//! * A line counts on as long as its text is in the file. A remark is part of the text, so `#` and a number that was not
+//!   used before arm the same fault once more.
+//! * Every line about an entry point counts each call of it. The first whose calls include this one decides.
+//! * A code that an entry point returns breaks nothing: the next call works. Only `execute`, and work that touches what
+//!   it may not, break the contexts for good, as a sticky error does.
+//! * A hold keeps a stream from *beginning* a piece of work, so what is in the queue stays there, and all behind it.
+//!   Calls that wait for the stream wait; calls that ask answer `CUDA_ERROR_NOT_READY`. Streams on which nothing is
+//!   held go on.
+//! * A line of `trace` is written when a call ends: `SYMBOL PROCESS THREAD RESULT NAME`, where the last is the name of
+//!   the thread. A call that waits writes another one before it waits, with `began` in place of the result.
 
 #![allow(
     unsafe_code,
@@ -25,6 +53,7 @@
     reason = "this is a driver: C entry points over raw addresses, each with the contract that NVIDIA documents"
 )]
 
+mod capture;
 mod context;
 mod copy;
 mod device;
@@ -33,6 +62,7 @@ mod ipc;
 mod kernel;
 mod memory;
 mod stream;
+mod trace;
 mod virtual_memory;
 
 use std::{
@@ -89,18 +119,23 @@ pub(crate) fn world() -> MutexGuard<'static, World> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// What every entry point does first: injected faults, and the state of the driver.
-pub(crate) fn begin(symbol: &str) -> Result<(), Code> {
-    if let Some(code) = faults::injected(symbol) {
-        return Err(code);
-    }
-    let world = world();
-    if !world.initialised {
-        return Err(NOT_INITIALIZED);
-    }
-    world.broken.map_or(Ok(()), Err)
+/// Every entry point: an injected fault in its place, else what it does, if the driver is in a state to do it.
+pub(crate) fn call(symbol: &str, body: impl FnOnce() -> Result<(), Code>) -> Code {
+    call_anyway(symbol, || {
+        let world = world();
+        if !world.initialised {
+            return Err(NOT_INITIALIZED);
+        }
+        world.broken.map_or(Ok(()), Err)?;
+        drop(world);
+        body()
+    })
 }
 
-pub(crate) fn code(result: Result<(), Code>) -> Code {
-    result.err().unwrap_or(SUCCESS)
+/// As [`call`], in whatever state the driver is.
+pub(crate) fn call_anyway(symbol: &str, body: impl FnOnce() -> Result<(), Code>) -> Code {
+    let result = faults::injected(symbol).map_or_else(body, Err);
+    let code = result.err().unwrap_or(SUCCESS);
+    trace::ended(symbol, code);
+    code
 }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use crate::{
-    Code, INVALID_VALUE, OUT_OF_MEMORY, World, begin, code, context::current, device::HBM_BYTES,
-    faults, world,
+    Code, INVALID_VALUE, OUT_OF_MEMORY, World, call, context::current, device::HBM_BYTES, faults,
+    world,
 };
 
 /// A range of addresses.
@@ -153,7 +153,7 @@ pub(crate) fn reserve_at(address: *mut c_void, size: usize) -> u64 {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code {
-    code(begin("cuMemGetInfo_v2").and_then(|()| {
+    call("cuMemGetInfo_v2", || {
         let used = world().used(current()?);
         // SAFETY: the caller gives room for two numbers.
         unsafe {
@@ -161,12 +161,12 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
             total.write(HBM_BYTES);
         }
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, size: usize) -> Code {
-    code(begin("cuMemAlloc_v2").and_then(|()| {
+    call("cuMemAlloc_v2", || {
         let device = current()?;
         let mut world = world();
         if size == 0 {
@@ -189,12 +189,12 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, size: usize) -> Code {
         // SAFETY: the caller gives room for one address.
         unsafe { address.write(base) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
-    code(begin("cuMemFree_v2").and_then(|()| {
+    call("cuMemFree_v2", || {
         current()?;
         let mut world = world();
         let plain = world.allocations.get(&address);
@@ -205,7 +205,7 @@ pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
             std::fs::remove_file(file).map_err(|_| INVALID_VALUE)?;
         }
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -214,7 +214,7 @@ pub unsafe extern "C" fn cuMemHostAlloc(
     size: usize,
     _flags: u32,
 ) -> Code {
-    code(begin("cuMemHostAlloc").and_then(|()| {
+    call("cuMemHostAlloc", || {
         current()?;
         if size == 0 || size > isize::MAX as usize {
             return Err(OUT_OF_MEMORY);
@@ -233,19 +233,19 @@ pub unsafe extern "C" fn cuMemHostAlloc(
         // SAFETY: the caller gives room for one address.
         unsafe { address.write(base) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(address: u64) -> Code {
-    code(begin("cuMemFreeHost").and_then(|()| {
+    call("cuMemFreeHost", || {
         let mut world = world();
         let host = world.allocations.get(&address);
         if !host.is_some_and(|found| matches!(found.kind, Kind::Host)) {
             return Err(INVALID_VALUE);
         }
         world.retire(address).map(|_| ())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -254,7 +254,7 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
     size: *mut usize,
     address: u64,
 ) -> Code {
-    code(begin("cuMemGetAddressRange_v2").and_then(|()| {
+    call("cuMemGetAddressRange_v2", || {
         let world = world();
         let (start, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
         if matches!(found.kind, Kind::Gone) {
@@ -266,7 +266,7 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
             size.write(found.size);
         }
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -276,7 +276,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
     address: u64,
 ) -> Code {
     const DEVICE_ORDINAL: u32 = 9;
-    code(begin("cuPointerGetAttribute").and_then(|()| {
+    call("cuPointerGetAttribute", || {
         let world = world();
         let (_, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
         let device = match found.kind {
@@ -294,5 +294,5 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
         // SAFETY: the attribute is an int, and the caller gives room for it.
         unsafe { data.write(device) };
         Ok(())
-    }))
+    })
 }

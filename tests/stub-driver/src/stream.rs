@@ -3,15 +3,16 @@
 use std::{
     collections::VecDeque,
     ffi::c_int,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use crate::{
-    Code, ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, NOT_READY, begin, code,
+    Code, ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, NOT_READY, call,
     context::current,
     faults,
     kernel::{Piece, Pieces},
-    world,
+    trace, world,
 };
 
 /// What a stream does.
@@ -36,11 +37,33 @@ pub(crate) enum Work {
     End,
 }
 
+impl Work {
+    /// Whether a hold on `kind` keeps a stream from going on to this.
+    fn is_held_by(&self, kind: &str) -> bool {
+        match kind {
+            "kernels" => matches!(self, Self::Gather { .. }),
+            "copies" => matches!(self, Self::Gather { .. } | Self::Copy { .. }),
+            "all" => !matches!(self, Self::End),
+            _ => panic!("stub driver: hold takes kernels, copies or all, and not {kind:?}"),
+        }
+    }
+}
+
+/// How often a stream that is held looks whether it still is.
+const HELD_NAP: Duration = Duration::from_millis(1);
+
 /// A queue of work, run by a thread of its own.
 pub(crate) struct Stream {
     device: c_int,
-    work: Mutex<VecDeque<Work>>,
+    queue: Mutex<Queue>,
     queued: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    work: VecDeque<Work>,
+    /// Whether something that was taken out is not over yet.
+    busy: bool,
 }
 
 /// Raised once.
@@ -78,7 +101,7 @@ impl Stream {
     fn start(device: c_int) -> Arc<Self> {
         let stream = Arc::new(Self {
             device,
-            work: Mutex::default(),
+            queue: Mutex::default(),
             queued: Condvar::new(),
         });
         let running = Arc::clone(&stream);
@@ -86,16 +109,25 @@ impl Stream {
         stream
     }
 
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn push(&self, work: Work) {
-        let mut queue = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.push_back(work);
+        self.queue().work.push_back(work);
         self.queued.notify_one();
     }
 
+    fn is_idle(&self) -> bool {
+        let queue = self.queue();
+        queue.work.is_empty() && !queue.busy
+    }
+
     fn next(&self) -> Work {
-        let mut queue = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.queue();
         loop {
-            if let Some(work) = queue.pop_front() {
+            if let Some(work) = queue.work.pop_front() {
+                queue.busy = true;
                 return work;
             }
             queue = self
@@ -107,12 +139,22 @@ impl Stream {
 
     fn run(&self) {
         loop {
-            match self.next() {
+            let work = self.next();
+            while faults::setting("hold").is_some_and(|kind| work.is_held_by(&kind)) {
+                std::thread::sleep(HELD_NAP);
+            }
+            match work {
                 Work::End => return,
-                Work::Record(flag) => flag.raise(),
+                Work::Record(flag) => {
+                    // Whoever sees the flag finds the stream idle if nothing is behind.
+                    self.queue().busy = false;
+                    flag.raise();
+                    continue;
+                }
                 Work::Wait(flag) => flag.wait(),
                 work => self.execute(&work),
             }
+            self.queue().busy = false;
         }
     }
 
@@ -122,7 +164,7 @@ impl Stream {
         if world.broken.is_some() {
             return;
         }
-        if let Some(code) = faults::setting("execute").and_then(|code| code.parse().ok()) {
+        if let Some(code) = faults::injected("execute") {
             world.broken = Some(code);
             return;
         }
@@ -209,7 +251,7 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     flags: u32,
     _priority: c_int,
 ) -> Code {
-    code(begin("cuStreamCreateWithPriority").and_then(|()| {
+    call("cuStreamCreateWithPriority", || {
         let device = current()?;
         if flags > 1 {
             return Err(INVALID_VALUE);
@@ -220,37 +262,48 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
         // SAFETY: the caller gives room for one stream.
         unsafe { stream.write(number) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
-    code(begin("cuStreamDestroy_v2").and_then(|()| {
+    call("cuStreamDestroy_v2", || {
         let removed = world().streams.remove(&stream).ok_or(INVALID_HANDLE)?;
         removed.push(Work::End);
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
-    code(begin("cuStreamSynchronize").and_then(|()| {
+    call("cuStreamSynchronize", || {
         let flag = Arc::<Flag>::default();
         queue(stream, Work::Record(Arc::clone(&flag)))?;
+        trace::began("cuStreamSynchronize");
         flag.wait();
         world().broken.map_or(Ok(()), Err)
-    }))
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
+    call("cuStreamQuery", || {
+        let idle = find(stream)?.is_idle();
+        // What it noticed last may have broken the context.
+        world().broken.map_or(Ok(()), Err)?;
+        idle.then_some(()).ok_or(NOT_READY)
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: u32) -> Code {
-    code(begin("cuStreamWaitEvent").and_then(|()| {
+    call("cuStreamWaitEvent", || {
         if flags != 0 {
             return Err(INVALID_VALUE);
         }
         let flag = flag_of(event)?;
         flag.map_or(Ok(()), |flag| queue(stream, Work::Wait(flag)))
-    }))
+    })
 }
 
 /// `CU_EVENT_BLOCKING_SYNC`.
@@ -275,7 +328,7 @@ fn flag_of(event: usize) -> Result<Option<Arc<Flag>>, Code> {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: u32) -> Code {
-    code(begin("cuEventCreate").and_then(|()| {
+    call("cuEventCreate", || {
         current()?;
         // A real driver takes it, and holds launches up once 57 such events are to come.
         if flags & BLOCKING_SYNC != 0 {
@@ -285,46 +338,47 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: u32) -> Code {
         // SAFETY: the caller gives room for one event.
         unsafe { event.write(made as usize) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
-    code(begin("cuEventDestroy_v2").and_then(|()| {
+    call("cuEventDestroy_v2", || {
         event_of(event)?;
         // SAFETY: made by `cuEventCreate`, and the caller gives it up.
         drop(unsafe { Box::from_raw(event as *mut Event) });
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
-    code(begin("cuEventRecord").and_then(|()| {
+    call("cuEventRecord", || {
         let flag = Arc::<Flag>::default();
         let event = event_of(event)?;
         queue(stream, Work::Record(Arc::clone(&flag)))?;
         *event.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(flag);
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
-    code(begin("cuEventQuery").and_then(|()| {
+    call("cuEventQuery", || {
         let flag = flag_of(event)?;
         flag.is_none_or(|flag| flag.is_raised())
             .then_some(())
             .ok_or(NOT_READY)
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
-    code(begin("cuEventSynchronize").and_then(|()| {
+    call("cuEventSynchronize", || {
         if let Some(flag) = flag_of(event)? {
+            trace::began("cuEventSynchronize");
             flag.wait();
         }
         world().broken.map_or(Ok(()), Err)
-    }))
+    })
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    Code, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, OUT_OF_MEMORY, begin, code, device,
+    Code, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, OUT_OF_MEMORY, call, device,
     memory::{Allocation, Kind, reserve_at},
     world,
 };
@@ -70,14 +70,14 @@ pub unsafe extern "C" fn cuMemGetAllocationGranularity(
     properties: *const Properties,
     _option: u32,
 ) -> Code {
-    code(begin("cuMemGetAllocationGranularity").and_then(|()| {
+    call("cuMemGetAllocationGranularity", || {
         // SAFETY: the caller gives complete properties, and room for one number.
         unsafe {
             (*properties).device()?;
             granularity.write(GRANULARITY);
         }
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -87,7 +87,7 @@ pub unsafe extern "C" fn cuMemCreate(
     properties: *const Properties,
     flags: u64,
 ) -> Code {
-    code(begin("cuMemCreate").and_then(|()| {
+    call("cuMemCreate", || {
         // SAFETY: the caller gives complete properties.
         let properties = unsafe { &*properties };
         let device = properties.device()?;
@@ -117,15 +117,15 @@ pub unsafe extern "C" fn cuMemCreate(
         // SAFETY: the caller gives room for one handle.
         unsafe { handle.write(number) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemRelease(handle: u64) -> Code {
-    code(begin("cuMemRelease").and_then(|()| {
+    call("cuMemRelease", || {
         let released = world().physical.remove(&handle);
         released.map(|_| ()).ok_or(INVALID_VALUE)
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -135,7 +135,7 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
     kind: u32,
     flags: u64,
 ) -> Code {
-    code(begin("cuMemExportToShareableHandle").and_then(|()| {
+    call("cuMemExportToShareableHandle", || {
         let world = world();
         let physical = world.physical.get(&handle).ok_or(INVALID_VALUE)?;
         if kind != DESCRIPTOR || flags != 0 {
@@ -145,7 +145,7 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
         // SAFETY: the caller gives room for one descriptor, and owns it from now on.
         unsafe { shared.write(file.into_raw_fd()) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -154,7 +154,7 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
     shared: usize,
     kind: u32,
 ) -> Code {
-    code(begin("cuMemImportFromShareableHandle").and_then(|()| {
+    call("cuMemImportFromShareableHandle", || {
         let descriptor = c_int::try_from(shared).map_err(|_| INVALID_VALUE)?;
         let path = std::fs::read_link(format!("/proc/self/fd/{descriptor}"));
         let path = path.map_err(|_| INVALID_VALUE)?;
@@ -179,7 +179,7 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
         // SAFETY: the caller gives room for one handle.
         unsafe { handle.write(number) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -190,7 +190,7 @@ pub unsafe extern "C" fn cuMemAddressReserve(
     wanted: u64,
     flags: u64,
 ) -> Code {
-    code(begin("cuMemAddressReserve").and_then(|()| {
+    call("cuMemAddressReserve", || {
         let odd = !size.is_multiple_of(GRANULARITY) || alignment != 0 || wanted != 0 || flags != 0;
         if size == 0 || odd {
             return Err(INVALID_VALUE);
@@ -207,12 +207,12 @@ pub unsafe extern "C" fn cuMemAddressReserve(
         // SAFETY: the caller gives room for one address.
         unsafe { address.write(base) };
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAddressFree(address: u64, size: usize) -> Code {
-    code(begin("cuMemAddressFree").and_then(|()| {
+    call("cuMemAddressFree", || {
         let mut world = world();
         let reserved = world
             .allocations
@@ -222,7 +222,7 @@ pub unsafe extern "C" fn cuMemAddressFree(address: u64, size: usize) -> Code {
             return Err(INVALID_VALUE);
         }
         world.retire(address).map(|_| ())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -233,7 +233,7 @@ pub unsafe extern "C" fn cuMemMap(
     handle: u64,
     flags: u64,
 ) -> Code {
-    code(begin("cuMemMap").and_then(|()| {
+    call("cuMemMap", || {
         let mut world = world();
         let physical = world.physical.get(&handle).ok_or(INVALID_VALUE)?;
         if offset != 0 || flags != 0 || size > physical.size {
@@ -264,12 +264,12 @@ pub unsafe extern "C" fn cuMemMap(
         }
         *mapped = Some((handle, device));
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemUnmap(address: u64, size: usize) -> Code {
-    code(begin("cuMemUnmap").and_then(|()| {
+    call("cuMemUnmap", || {
         let mut world = world();
         let range = world.allocations.get_mut(&address).ok_or(INVALID_VALUE)?;
         let Kind::Virtual { mapped, admitted } = &mut range.kind else {
@@ -281,7 +281,7 @@ pub unsafe extern "C" fn cuMemUnmap(address: u64, size: usize) -> Code {
         admitted.clear();
         reserve_at(address as *mut _, size);
         Ok(())
-    }))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -291,7 +291,7 @@ pub unsafe extern "C" fn cuMemSetAccess(
     access: *const Access,
     count: usize,
 ) -> Code {
-    code(begin("cuMemSetAccess").and_then(|()| {
+    call("cuMemSetAccess", || {
         // SAFETY: the caller gives `count` complete descriptions.
         let access = unsafe { std::slice::from_raw_parts(access, count) };
         let mut world = world();
@@ -322,5 +322,5 @@ pub unsafe extern "C" fn cuMemSetAccess(
             libc::mprotect(address as *mut _, size, libc::PROT_READ | libc::PROT_WRITE);
         }
         Ok(())
-    }))
+    })
 }

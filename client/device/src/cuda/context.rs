@@ -61,14 +61,23 @@ impl Context {
     }
 
     /// Makes the context current on this thread until the guard is dropped, and then what was current before: the
-    /// thread is an engine's, which must not notice.
+    /// thread is an engine's, which must not notice. Until then other threads' graph captures do not mind what this one
+    /// does, nor does its own.
     pub(super) fn enter(&self) -> Result<Entered<'_>> {
+        let mut before = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: one mode is read from and written to one of ours.
+        let code = unsafe { (self.driver.core.thread_capture_mode)(&raw mut before) };
+        self.check(code, "relaxing the thread's capture mode")?;
+        let relaxed = Relaxed {
+            context: self,
+            before,
+        };
         // SAFETY: the context is retained as long as `self` lives.
         let code = unsafe { (self.driver.core.context_push)(self.raw as sys::CUcontext) };
-        self.driver
-            .check(code, "making the context current", &self.uuid)?;
+        self.check(code, "making the context current")?;
         Ok(Entered {
             context: self,
+            _relaxed: relaxed,
             _thread: PhantomData,
         })
     }
@@ -196,9 +205,30 @@ pub(super) fn report(driver: &Driver, code: Code, operation: &'static str, devic
     }
 }
 
+/// A thread whose calls no graph capture minds.
+struct Relaxed<'a> {
+    context: &'a Context,
+    before: sys::CUstreamCaptureMode,
+}
+
+impl Drop for Relaxed<'_> {
+    fn drop(&mut self) {
+        // SAFETY: one mode is read from and written to one of ours. It is the one that this thread had before.
+        let code = unsafe { (self.context.driver.core.thread_capture_mode)(&raw mut self.before) };
+        report(
+            &self.context.driver,
+            code,
+            "restoring the thread's capture mode",
+            &self.context.uuid,
+        );
+    }
+}
+
 /// A context that is current on this thread.
 pub(super) struct Entered<'a> {
     context: &'a Context,
+    /// Restored after the context has been left.
+    _relaxed: Relaxed<'a>,
     /// Neither Send nor Sync: current is a property of the thread.
     _thread: PhantomData<*const ()>,
 }

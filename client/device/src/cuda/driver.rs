@@ -13,7 +13,7 @@ use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_P2PAttribute, CUdevice_attribute, CUdeviceptr, CUevent,
     CUfunction, CUipcMemHandle, CUmemAccessDesc, CUmemAllocationGranularity_flags,
     CUmemAllocationHandleType, CUmemAllocationProp, CUmemGenericAllocationHandle,
-    CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUstream, CUuuid,
+    CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUstream, CUstreamCaptureMode, CUuuid,
 };
 use libloading::{Library, Symbol};
 use swiftcache_proto::domain::DeviceUuid;
@@ -37,11 +37,11 @@ pub(super) const PEER_ACCESS_ALREADY_ENABLED: Code =
 
 /// Declares a table of entry points and how to look it up.
 macro_rules! entry_points {
-    ($(#[$doc:meta])* $table:ident { $($name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
+    ($(#[$doc:meta])* $table:ident { $($(#[$note:meta])* $name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub(super) struct $table {
-            $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
+            $($(#[$note])* pub(super) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
         }
 
         impl $table {
@@ -92,9 +92,12 @@ entry_points! {
         pointer_attribute = "cuPointerGetAttribute" (*mut c_void, CUpointer_attribute, CUdeviceptr);
         set_bytes = "cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream);
         copy = "cuMemcpyAsync" (CUdeviceptr, CUdeviceptr, usize, CUstream);
+        thread_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut CUstreamCaptureMode);
         stream_create = "cuStreamCreateWithPriority" (*mut CUstream, c_uint, c_int);
         stream_destroy = "cuStreamDestroy_v2" (CUstream);
         stream_synchronize = "cuStreamSynchronize" (CUstream);
+        #[expect(dead_code, reason = "asked of a stream that had an error, which comes next")]
+        stream_query = "cuStreamQuery" (CUstream);
         stream_wait = "cuStreamWaitEvent" (CUstream, CUevent, c_uint);
         event_create = "cuEventCreate" (*mut CUevent, c_uint);
         event_destroy = "cuEventDestroy_v2" (CUevent);

@@ -3,15 +3,12 @@
 mod peers;
 mod run;
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::PathBuf, process::Command};
 
 use swiftcache_client::device::cuda::LIBRARY_VARIABLE;
 use swiftcache_gpu_tests::conformance::{CHECKS, PEER_CHECKS};
 
-use run::{Run, driver};
+use run::Run;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_swiftcache-gpu-check");
 
@@ -40,7 +37,7 @@ fn promises_hold_over_one_device_and_over_pcie() {
 #[test]
 fn the_benchmarks_run_on_the_stub() {
     let run = Run::new("");
-    let file = run.dir.path().join("report.json");
+    let file = run.stub.directory().join("report.json");
     let path = file.to_str().expect("a plain path");
     let output = run.arguments(&["bench", "--small", "--json", path]);
     let told = String::from_utf8_lossy(&output.stderr);
@@ -203,8 +200,9 @@ fn a_driver_without_the_kernel_copies_piece_by_piece() {
 }
 
 /// A copy of the stub driver in which a symbol has another name.
-fn without(symbols: &[&str], dir: &Path) -> PathBuf {
-    let mut library = std::fs::read(driver()).expect("the stub driver");
+fn without(symbols: &[&str], run: &Run) -> PathBuf {
+    let driver = &Run::new("").driver;
+    let mut library = std::fs::read(driver).expect("the stub driver");
     for symbol in symbols {
         let name = format!("\0{symbol}\0");
         let found: Vec<usize> = library
@@ -217,7 +215,7 @@ fn without(symbols: &[&str], dir: &Path) -> PathBuf {
             library[at + 1] = b'X';
         }
     }
-    let path = dir.join("libpatched.so");
+    let path = run.stub.directory().join("libpatched.so");
     std::fs::write(&path, library).expect("a library");
     path
 }
@@ -225,14 +223,14 @@ fn without(symbols: &[&str], dir: &Path) -> PathBuf {
 #[test]
 fn a_missing_symbol_is_named_or_done_without() {
     let mut run = Run::new("");
-    run.driver = without(&["cuMemcpyAsync"], run.dir.path());
+    run.driver = without(&["cuMemcpyAsync"], &run);
     let told = run.failure("open");
     assert!(
         told.contains("has no cuMemcpyAsync: it is older than CUDA 12.0"),
         "{told}"
     );
 
-    run.driver = without(&["cuMemCreate"], run.dir.path());
+    run.driver = without(&["cuMemCreate"], &run);
     let told = run.failure("allocate-virtual");
     assert!(
         told.contains("this driver and device offer [CudaIpc]"),
@@ -244,7 +242,7 @@ fn a_missing_symbol_is_named_or_done_without() {
         &["cuMemcpyBatchAsync_v2"][..],
         &["cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync"],
     ] {
-        run.driver = without(absent, run.dir.path());
+        run.driver = without(absent, &run);
         run.success("batch");
     }
 }

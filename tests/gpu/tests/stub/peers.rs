@@ -65,7 +65,7 @@ fn a_machine_without_peers_is_told_of_and_fails_only_where_they_are_required() {
 #[test]
 fn copies_between_devices_are_measured_both_ways() {
     let run = Run::new("");
-    let file = run.dir.path().join("report.json");
+    let file = run.stub.directory().join("report.json");
     let path = file.to_str().expect("a plain path");
     let output = run.arguments(&["bench", "--small", "--only", "peers", "--json", path]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -100,7 +100,7 @@ fn copies_between_devices_are_measured_both_ways() {
 #[test]
 fn a_copy_that_fails_is_told_beside_what_was_measured() {
     let run = Run::new("cuMemcpyPeerAsync=719");
-    let file = run.dir.path().join("report.json");
+    let file = run.stub.directory().join("report.json");
     let path = file.to_str().expect("a plain path");
     let output = run.arguments(&["bench", "--small", "--only", "peers", "--json", path]);
     assert!(!output.status.success());
@@ -119,7 +119,7 @@ fn a_copy_that_fails_is_told_beside_what_was_measured() {
 #[test]
 fn tuning_tries_every_method_on_every_piece() {
     let run = Run::new("");
-    let file = run.dir.path().join("report.json");
+    let file = run.stub.directory().join("report.json");
     let path = file.to_str().expect("a plain path");
     let output = run.arguments(&["tune", "--small", "--json", path]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -143,7 +143,7 @@ fn tuning_tries_every_method_on_every_piece() {
 #[test]
 fn links_are_compared_with_the_brokers() {
     let run = Run::new("");
-    let file = run.dir.path().join("topology.toml");
+    let file = run.stub.directory().join("topology.toml");
     let devices = |kind: &str| {
         let uuid = |last: u8| format!("GPU-5a5a7374-7562-2d64-7269-7665722d30{last:02x}");
         let device = |last| {

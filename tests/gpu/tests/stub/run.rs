@@ -6,30 +6,26 @@ use std::{
 };
 
 use swiftcache_client::device::cuda::LIBRARY_VARIABLE;
-use swiftcache_gpu_tests::subject::STUB_DIR_VARIABLE;
+use swiftcache_tests::stub::Stub;
 
 use crate::PROGRAM;
 
-/// The stub driver, which cargo builds beside this test.
-pub(crate) fn driver() -> PathBuf {
-    let test = std::env::current_exe().expect("this test's path");
-    test.with_file_name("libswiftcache_stub_driver.so")
-}
-
-/// A directory of the stub driver, and the driver to load.
+/// A machine of the stub driver, and the driver to load.
 pub(crate) struct Run {
-    pub(crate) dir: tempfile::TempDir,
+    pub(crate) stub: Stub,
     pub(crate) driver: PathBuf,
 }
 
 impl Run {
-    pub(crate) fn new(faults: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        std::fs::write(dir.path().join("faults"), faults).expect("a file of faults");
-        Self {
-            dir,
-            driver: driver(),
+    /// A machine with this fault, or none.
+    pub(crate) fn new(fault: &str) -> Self {
+        let stub = Stub::new().expect("a directory");
+        if !fault.is_empty() {
+            stub.inject(None, fault).expect("a file of faults");
         }
+        let environment = stub.environment().expect("the stub driver");
+        let driver = environment[LIBRARY_VARIABLE].clone().into();
+        Self { stub, driver }
     }
 
     pub(crate) fn arguments(&self, arguments: &[&str]) -> Output {
@@ -43,8 +39,8 @@ impl Run {
         let mut command = Command::new(PROGRAM);
         command
             .args(arguments)
+            .envs(self.stub.environment().expect("the stub driver"))
             .env(LIBRARY_VARIABLE, &self.driver)
-            .env(STUB_DIR_VARIABLE, self.dir.path())
             .env_remove("RUST_BACKTRACE");
         command
     }
