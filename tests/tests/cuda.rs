@@ -3,10 +3,16 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use swiftcache_tests::{programs::program, stub::Stub};
+use swiftcache_tests::{
+    crew::{BorrowerProcess, Job},
+    full_stack,
+    node::{Devices, Node, Setup},
+    programs::program,
+    stub::{Held, Stub},
+};
 
 /// Runs the full stack over a stub driver with these faults; what was said, and whether it worked.
-fn full_stack(faults: &[&str]) -> Result<(bool, String)> {
+fn run_full_stack(faults: &[&str]) -> Result<(bool, String)> {
     let stub = Stub::new()?;
     for fault in faults {
         stub.inject(None, fault)?;
@@ -24,7 +30,7 @@ fn full_stack(faults: &[&str]) -> Result<(bool, String)> {
 
 #[test]
 fn blocks_cross_devices_through_every_process_by_each_kind_of_handle() -> Result<()> {
-    let (worked, said) = full_stack(&[])?;
+    let (worked, said) = run_full_stack(&[])?;
     ensure!(worked, "{said}");
     for handle in ["cuda-ipc", "posix-fd"] {
         let line = format!("ok      full stack, {handle}: 240 blocks stored");
@@ -35,7 +41,7 @@ fn blocks_cross_devices_through_every_process_by_each_kind_of_handle() -> Result
 
 #[test]
 fn a_donor_that_cannot_export_fails_and_is_named() -> Result<()> {
-    let (worked, said) = full_stack(&["cuMemExportToShareableHandle=801"])?;
+    let (worked, said) = run_full_stack(&["cuMemExportToShareableHandle=801"])?;
     ensure!(!worked, "{said}");
     ensure!(said.contains("ok      full stack, cuda-ipc"), "{said}");
     ensure!(
@@ -43,4 +49,41 @@ fn a_donor_that_cannot_export_fails_and_is_named() -> Result<()> {
         "{said}"
     );
     Ok(())
+}
+
+/// The tests' own tools: one process's copies are held, others go on, and what was held arrives.
+#[test]
+fn a_borrower_whose_copies_are_held_gets_on_when_they_are_let_go_of() -> Result<()> {
+    let stub = Stub::new()?;
+    let node = Node::start_with(Setup {
+        devices: Devices::File(stub.topology_file()?),
+        environment: stub.environment()?,
+        ..Setup::default()
+    })?;
+    let mut donor = full_stack::donate(&node, 1, "cuda-ipc")?;
+    full_stack::offered(&node, &mut donor)?;
+    let start = |name| BorrowerProcess::start(&node, 0, &Job::new(name, 1));
+    let (mut held, mut free) = (start("held")?, start("free")?);
+    for borrower in [&mut held, &mut free] {
+        borrower.run("reserve 4")?;
+    }
+    stub.trace(&["cuLaunchKernel"])?;
+    let hold = stub.hold(Some(held.pid()), Held::Kernels)?;
+    held.tell("sweep-store")?;
+    let launched = |process| {
+        stub.wait_for("a launch", |calls| {
+            calls.iter().any(|call| call.is(process, "cuLaunchKernel"))
+        })
+    };
+    launched(held.pid())?;
+    let stored = free.run("sweep-store")?.stored;
+    ensure!(stored > 0, "nobody else may be held");
+    ensure!(held.report()?.operations == 0, "a held store ended");
+    stub.lift(&hold)?;
+    ensure!(held.run("sweep-fetch")?.served > 0, "what was held is lost");
+    // Its twin: a fault that is the process's own costs it its launches, and the other none.
+    let fault = stub.inject(Some(held.pid()), "cuLaunchKernel=719")?;
+    ensure!(free.run("sweep-fetch")?.served > 0);
+    ensure!(held.run("sweep-fetch")?.served == 0);
+    stub.lift(&fault)
 }
