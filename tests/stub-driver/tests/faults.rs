@@ -39,7 +39,7 @@ struct Machine {
 fn machine() -> MutexGuard<'static, Machine> {
     static MACHINE: OnceLock<Mutex<Machine>> = OnceLock::new();
     let machine = MACHINE.get_or_init(|| {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().expect("a directory");
         // SAFETY: tests read the environment behind this only.
         unsafe { std::env::set_var("SWIFTCACHE_STUB_DIR", directory.path()) };
         Mutex::new(Machine {
@@ -66,8 +66,8 @@ impl Machine {
         let fresh = file.with_extension("new");
         // A size of its own tells each state from others.
         let padding = "\n".repeat(self.states as usize);
-        fs::write(&fresh, lines.join("\n") + &padding).unwrap();
-        fs::rename(fresh, file).unwrap();
+        fs::write(&fresh, lines.join("\n") + &padding).expect("a file of faults");
+        fs::rename(fresh, file).expect("a file of faults");
     }
 
     fn trace(&self) -> Vec<String> {
