@@ -59,7 +59,7 @@ impl Arena {
             return Err(refuse("an allocation has at least one byte".to_owned()));
         }
         let arena = if kind == HandleKind::PosixFd {
-            let range = VirtualRange::create(context, bytes)?;
+            let range = VirtualRange::create(context, &entered, bytes)?;
             Self::new(
                 context,
                 range.address(),
@@ -73,7 +73,7 @@ impl Arena {
                 .ok_or_else(|| refuse("no device has as much".to_owned()))?;
             let mut address = 0;
             // SAFETY: the context is current; one address is written, to one of ours.
-            let code = unsafe { (context.driver.core.allocate)(&raw mut address, size) };
+            let code = unsafe { (entered.core().allocate)(&raw mut address, size) };
             allocated(context, code, "cuMemAlloc", bytes)?;
             Self::new(context, address, Kind::Plain, Route::Device)
         };
@@ -83,12 +83,12 @@ impl Arena {
 
     /// Zeroed, pinned host memory.
     pub(super) fn host(context: &Arc<Context>, bytes: u64) -> Result<Memory> {
-        let _entered = context.enter()?;
+        let entered = context.enter()?;
         let size = usize::try_from(bytes).unwrap_or(usize::MAX);
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         let mut address: *mut c_void = std::ptr::null_mut();
         // SAFETY: the context is current; one address is written, to one of ours.
-        let code = unsafe { (context.driver.core.allocate_host)(&raw mut address, size, flags) };
+        let code = unsafe { (entered.core().allocate_host)(&raw mut address, size, flags) };
         allocated(context, code, "cuMemHostAlloc", bytes)?;
         // SAFETY: the range was just allocated, `size` long, in this process's own address space.
         unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, size) };
@@ -102,8 +102,8 @@ impl Arena {
         handle: &OpaqueHandle,
         bytes: u64,
     ) -> Result<Memory> {
-        let _entered = context.enter()?;
-        let core = &context.driver.core;
+        let entered = context.enter()?;
+        let core = entered.core();
         let handle = sys::CUipcMemHandle {
             reserved: handle.0.map(|byte| byte as std::ffi::c_char),
         };
@@ -148,15 +148,15 @@ impl Arena {
         descriptor: &OwnedFd,
         bytes: u64,
     ) -> Result<Memory> {
-        let _entered = context.enter()?;
-        let range = VirtualRange::import(context, descriptor.as_raw_fd(), bytes)?;
+        let entered = context.enter()?;
+        let range = VirtualRange::import(context, &entered, descriptor.as_raw_fd(), bytes)?;
         let arena = Self::new(context, range.address(), Kind::Virtual(range), route);
         Ok(arena.into_memory(bytes))
     }
 
     /// Memory that an engine of this process allocated.
     pub(super) fn adopt(context: &Arc<Context>, address: u64, bytes: u64) -> Result<Memory> {
-        let _entered = context.enter()?;
+        let entered = context.enter()?;
         let failed = |problem: String| DeviceError::Failed {
             operation: "adopting memory",
             device: context.uuid.clone(),
@@ -171,7 +171,7 @@ impl Arena {
             let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
             // SAFETY: the attribute is an int; one is written, to one of ours. Any address may be asked about.
             let code = unsafe {
-                (context.driver.core.pointer_attribute)((&raw mut device).cast(), attribute, byte)
+                (entered.core().pointer_attribute)((&raw mut device).cast(), attribute, byte)
             };
             context.check(code, "adopting memory")?;
             if device != context.device {
@@ -186,9 +186,8 @@ impl Arena {
         while reached <= last {
             let (mut base, mut size) = (0, 0);
             // SAFETY: two numbers are written, to two of ours; any address may be asked about.
-            let code = unsafe {
-                (context.driver.core.address_range)(&raw mut base, &raw mut size, reached)
-            };
+            let code =
+                unsafe { (entered.core().address_range)(&raw mut base, &raw mut size, reached) };
             context.check(code, "adopting memory")?;
             reached = (base.checked_add(size as u64))
                 .filter(|end| *end > reached)
@@ -213,7 +212,7 @@ impl Arena {
 
     pub(super) fn zero(&self, bytes: u64, entered: &Entered<'_>) -> Result<()> {
         let context = &self.context;
-        let core = &context.driver.core;
+        let core = entered.core();
         let stream = context.create_stream(entered)?;
         // SAFETY: the range is `bytes` long or more, and nobody else uses it: it was just allocated, or is being lent
         // or given back.
@@ -251,8 +250,8 @@ impl Arena {
             Kind::Host => Ok(Some(self.route)),
             Kind::Plain | Kind::Adopted | Kind::Lent(_) => context.reach(&self.context, entered),
             Kind::Virtual(range) => {
-                range.admit(context)?;
-                Ok(Some(self.route.max(context.route(&self.context)?)))
+                range.admit(context, entered)?;
+                Ok(Some(self.route.max(context.route(&self.context, entered)?)))
             }
             Kind::Opened => Err(self.foreign(&context.uuid)),
         }
@@ -278,12 +277,11 @@ impl Arena {
         let (Kind::Adopted | Kind::Lent(_)) = self.kind else {
             return Ok(whole);
         };
-        let _entered = self.context.enter()?;
+        let entered = self.context.enter()?;
         let (mut base, mut size) = (0, 0);
         // SAFETY: two numbers are written, to two of ours; any address may be asked about.
-        let code = unsafe {
-            (self.context.driver.core.address_range)(&raw mut base, &raw mut size, self.address)
-        };
+        let code =
+            unsafe { (entered.core().address_range)(&raw mut base, &raw mut size, self.address) };
         self.context.check(code, "finding an allocation's base")?;
         Ok(Base {
             offset: self.address - base,
@@ -293,11 +291,13 @@ impl Arena {
 
     /// Makes the allocation openable by other processes.
     pub(super) fn export(&self) -> Result<Export> {
-        let _entered = self.context.enter()?;
+        let entered = self.context.enter()?;
         match &self.kind {
-            Kind::Plain | Kind::Adopted | Kind::Lent(_) => self.export_ipc().map(Export::Opaque),
+            Kind::Plain | Kind::Adopted | Kind::Lent(_) => {
+                self.export_ipc(&entered).map(Export::Opaque)
+            }
             Kind::Virtual(range) => {
-                let descriptor = range.export(&self.context)?;
+                let descriptor = range.export(&self.context, &entered)?;
                 // SAFETY: the driver made this descriptor for us a moment ago; nobody else owns it.
                 Ok(Export::Fd(unsafe { OwnedFd::from_raw_fd(descriptor) }))
             }
@@ -308,11 +308,11 @@ impl Arena {
         }
     }
 
-    fn export_ipc(&self) -> Result<Handle> {
+    fn export_ipc(&self, entered: &Entered<'_>) -> Result<Handle> {
         let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
         let driver = &self.context.driver;
         // SAFETY: one handle is written, to one of ours; the driver checks the address.
-        let code = unsafe { (driver.core.ipc_export)(&raw mut handle, self.address) };
+        let code = unsafe { (entered.core().ipc_export)(&raw mut handle, self.address) };
         if code != SUCCESS {
             let problem = driver.describe(code);
             return Err(refuse_export(
@@ -334,7 +334,7 @@ impl Drop for Arena {
         let Ok(entered) = self.context.enter() else {
             return; // the driver is gone or the device lost, and the memory with it
         };
-        let core = &self.context.driver.core;
+        let core = entered.core();
         // SAFETY: each range ends once, in the way it began; whoever could still copy in it would hold the
         // `Memory` that owns this arena.
         let (code, operation) = unsafe {
@@ -345,7 +345,7 @@ impl Drop for Arena {
                     "cuMemFreeHost",
                 ),
                 Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
-                Kind::Virtual(range) => (range.unmap(&self.context), "cuMemUnmap"),
+                Kind::Virtual(range) => (range.unmap(&self.context, &entered), "cuMemUnmap"),
                 Kind::Adopted => return,
                 Kind::Lent(bytes) => return self.zero_returned(*bytes, &entered),
             }

@@ -18,7 +18,7 @@ impl BatchLists {
     /// piece has bytes, and the driver has batches.
     pub(super) fn queue(
         &mut self,
-        batching: Batching,
+        batching: &Batching,
         stream: sys::CUstream,
         parts: &[Part],
         pieces: &[Piece],

@@ -3,7 +3,7 @@
 
 use std::{
     ffi::{c_int, c_uint},
-    marker::PhantomData,
+    ops::Deref,
     sync::{Arc, OnceLock},
 };
 
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use swiftcache_proto::domain::DeviceUuid;
 
 use super::{
-    driver::{Code, Driver, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
+    driver::{Calls, Code, Driver, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
     gather::GatherKernel,
     route::Route,
 };
@@ -45,10 +45,13 @@ impl Context {
         uuid: DeviceUuid,
         device: sys::CUdevice,
     ) -> Result<Arc<Self>> {
+        const OPERATION: &str = "retaining the primary context";
+        let calls = (driver.calls()).map_err(|code| driver.error(code, OPERATION, &uuid))?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: `device` came from the driver; one pointer is written, to one of ours.
-        let code = unsafe { (driver.core.context_retain)(&raw mut raw, device) };
-        driver.check(code, "retaining the primary context", &uuid)?;
+        let code = unsafe { (calls.core().context_retain)(&raw mut raw, device) };
+        drop(calls);
+        driver.check(code, OPERATION, &uuid)?;
         Ok(Arc::new(Self {
             driver,
             uuid,
@@ -61,24 +64,18 @@ impl Context {
     }
 
     /// Makes the context current on this thread until the guard is dropped, and then what was current before: the
-    /// thread is an engine's, which must not notice. Until then other threads' graph captures do not mind what this one
-    /// does, nor does its own.
+    /// thread is an engine's, which must not notice.
     pub(super) fn enter(&self) -> Result<Entered<'_>> {
-        let mut before = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: one mode is read from and written to one of ours.
-        let code = unsafe { (self.driver.core.thread_capture_mode)(&raw mut before) };
-        self.check(code, "relaxing the thread's capture mode")?;
-        let relaxed = Relaxed {
-            context: self,
-            before,
-        };
+        let relaxed = self.driver.calls();
+        let calls = relaxed.map_err(|code| {
+            (self.driver).error(code, "relaxing the thread's capture mode", &self.uuid)
+        })?;
         // SAFETY: the context is retained as long as `self` lives.
-        let code = unsafe { (self.driver.core.context_push)(self.raw as sys::CUcontext) };
+        let code = unsafe { (calls.core().context_push)(self.raw as sys::CUcontext) };
         self.check(code, "making the context current")?;
         Ok(Entered {
             context: self,
-            _relaxed: relaxed,
-            _thread: PhantomData,
+            calls,
         })
     }
 
@@ -88,8 +85,8 @@ impl Context {
     }
 
     /// The gather kernel, compiled on first use; none where the driver will not have it.
-    pub(super) fn kernel(&self, _entered: &Entered<'_>) -> Option<&GatherKernel> {
-        let load = || match GatherKernel::load(self) {
+    pub(super) fn kernel(&self, entered: &Entered<'_>) -> Option<&GatherKernel> {
+        let load = || match GatherKernel::load(self, entered) {
             Ok(kernel) => Some(kernel),
             Err(error) => {
                 tracing::warn!(device = %self.uuid, %error, "no gather kernel: small pieces are copied one by one");
@@ -100,7 +97,7 @@ impl Context {
     }
 
     /// Lets kernels of this context touch memory of `peer`, and says how far it is. None where there is no peer access.
-    pub(super) fn reach(&self, peer: &Self, _entered: &Entered<'_>) -> Result<Option<Route>> {
+    pub(super) fn reach(&self, peer: &Self, entered: &Entered<'_>) -> Result<Option<Route>> {
         if peer.device == self.device {
             return Ok(Some(Route::Device));
         }
@@ -111,14 +108,14 @@ impl Context {
         let mut can: c_int = 0;
         // SAFETY: both devices came from the driver; one int is written, to one of ours.
         let code =
-            unsafe { (self.driver.core.can_access_peer)(&raw mut can, self.device, peer.device) };
+            unsafe { (entered.core().can_access_peer)(&raw mut can, self.device, peer.device) };
         self.check(code, "asking for peer access")?;
         if can == 0 {
             return Ok(None);
         }
-        let route = self.route(peer)?;
+        let route = self.route(peer, entered)?;
         // SAFETY: this context is current, the peer's is retained.
-        let code = unsafe { (self.driver.core.enable_peer)(peer.raw as sys::CUcontext, 0) };
+        let code = unsafe { (entered.core().enable_peer)(peer.raw as sys::CUcontext, 0) };
         if code != PEER_ACCESS_ALREADY_ENABLED {
             self.check(code, "enabling peer access")?;
         }
@@ -127,9 +124,9 @@ impl Context {
     }
 
     /// How far another GPU is.
-    pub(super) fn route(&self, peer: &Self) -> Result<Route> {
+    pub(super) fn route(&self, peer: &Self, entered: &Entered<'_>) -> Result<Route> {
         Ok(
-            match self.driver.nvlink(self.device, peer.device, &self.uuid)? {
+            match entered.nvlink(self.device, peer.device, &self.uuid)? {
                 true => Route::Nvlink,
                 false => Route::Pcie,
             },
@@ -138,8 +135,8 @@ impl Context {
 
     /// A stream of the highest priority, so that copies for the next layer start while this one computes. It
     /// does not wait for the default stream.
-    pub(super) fn create_stream(&self, _entered: &Entered<'_>) -> Result<sys::CUstream> {
-        let core = &self.driver.core;
+    pub(super) fn create_stream(&self, entered: &Entered<'_>) -> Result<sys::CUstream> {
+        let core = entered.core();
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: the context is current; two ints are written, to two of ours.
         let code = unsafe { (core.stream_priorities)(&raw mut least, &raw mut greatest) };
@@ -153,7 +150,7 @@ impl Context {
     }
 
     /// An event for one ticket.
-    pub(super) fn event(self: &Arc<Self>, _entered: &Entered<'_>) -> Result<Event> {
+    pub(super) fn event(self: &Arc<Self>, entered: &Entered<'_>) -> Result<Event> {
         let pooled = self.events.lock().pop();
         let raw = match pooled {
             Some(raw) => raw,
@@ -163,7 +160,7 @@ impl Context {
                 // (driver 580, H100), and a layer's tickets and marks are more than that.
                 let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
                 // SAFETY: the context is current; one pointer is written, to one of ours.
-                let code = unsafe { (self.driver.core.event_create)(&raw mut raw, flags) };
+                let code = unsafe { (entered.core().event_create)(&raw mut raw, flags) };
                 self.check(code, "creating an event")?;
                 raw as usize
             }
@@ -178,19 +175,21 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         let events = std::mem::take(self.events.get_mut());
-        let core = &self.driver.core;
-        if let Ok(_entered) = self.enter() {
+        if let Ok(entered) = self.enter() {
             for event in events {
                 // SAFETY: created in this context, and no ticket holds it any more.
-                let code = unsafe { (core.event_destroy)(event as sys::CUevent) };
+                let code = unsafe { (entered.core().event_destroy)(event as sys::CUevent) };
                 report(&self.driver, code, "destroying an event", &self.uuid);
             }
         }
-        // SAFETY: undoes our own retain, once; everything that used the context held `self`.
-        let code = unsafe { (core.context_release)(self.device) };
+        let released = self.driver.calls().map_or_else(
+            |code| code,
+            // SAFETY: undoes our own retain, once; everything that used the context held `self`.
+            |calls| unsafe { (calls.core().context_release)(self.device) },
+        );
         report(
             &self.driver,
-            code,
+            released,
             "releasing the primary context",
             &self.uuid,
         );
@@ -205,39 +204,33 @@ pub(super) fn report(driver: &Driver, code: Code, operation: &'static str, devic
     }
 }
 
-/// A thread whose calls no graph capture minds.
-struct Relaxed<'a> {
-    context: &'a Context,
-    before: sys::CUstreamCaptureMode,
-}
-
-impl Drop for Relaxed<'_> {
-    fn drop(&mut self) {
-        // SAFETY: one mode is read from and written to one of ours. It is the one that this thread had before.
-        let code = unsafe { (self.context.driver.core.thread_capture_mode)(&raw mut self.before) };
-        report(
-            &self.context.driver,
-            code,
-            "restoring the thread's capture mode",
-            &self.context.uuid,
-        );
-    }
-}
-
 /// A context that is current on this thread.
 pub(super) struct Entered<'a> {
     context: &'a Context,
-    /// Restored after the context has been left.
-    _relaxed: Relaxed<'a>,
-    /// Neither Send nor Sync: current is a property of the thread.
-    _thread: PhantomData<*const ()>,
+    /// Given up after the context has been left. Neither Send nor Sync, like what is current.
+    calls: Calls<'a>,
+}
+
+impl Entered<'_> {
+    /// Fails unless `code` is success.
+    pub(super) fn check(&self, code: Code, operation: &'static str) -> Result<()> {
+        self.context.check(code, operation)
+    }
+}
+
+impl<'a> Deref for Entered<'a> {
+    type Target = Calls<'a>;
+
+    fn deref(&self) -> &Calls<'a> {
+        &self.calls
+    }
 }
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
         let mut popped = std::ptr::null_mut();
         // SAFETY: undoes our own push on this thread: guards are neither Send nor leaked.
-        let code = unsafe { (self.context.driver.core.context_pop)(&raw mut popped) };
+        let code = unsafe { (self.calls.core().context_pop)(&raw mut popped) };
         report(
             &self.context.driver,
             code,

@@ -5,6 +5,7 @@
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
+    marker::PhantomData,
     path::PathBuf,
     sync::Arc,
 };
@@ -39,7 +40,6 @@ pub(super) const PEER_ACCESS_ALREADY_ENABLED: Code =
 macro_rules! entry_points {
     ($(#[$doc:meta])* $table:ident { $($(#[$note:meta])* $name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy)]
         pub(super) struct $table {
             $($(#[$note])* pub(super) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
         }
@@ -161,18 +161,17 @@ entry_points! {
 }
 
 /// The driver's way of batching copies, if it has one.
-#[derive(Clone, Copy)]
 pub(super) enum Batching {
     Current(Batch),
     First(FirstBatch),
     Absent,
 }
 
-/// A loaded driver that `cuInit` accepted.
+/// A loaded driver that `cuInit` accepted. Its entry points are reached through [`Calls`].
 pub(super) struct Driver {
-    pub(super) core: Core,
-    pub(super) virtual_memory: Option<VirtualMemory>,
-    pub(super) batching: Batching,
+    core: Core,
+    virtual_memory: Option<VirtualMemory>,
+    batching: Batching,
     /// As the driver counts: 12080 is CUDA 12.8.
     pub(super) version: i32,
     /// Entry points that newer drivers have and this one lacks.
@@ -186,6 +185,64 @@ impl std::fmt::Debug for Driver {
             "Driver(CUDA {}, without {:?})",
             self.version, self.absent
         )
+    }
+}
+
+/// A thread that calls the driver: the only way to its entry points.
+///
+/// An engine may be capturing a graph, on this thread or on another one. In the mode that captures are begun in by
+/// default, as vLLM does, a call of any thread that might wait or allocate is refused *and* makes the capture fail, unless
+/// that thread's own mode is relaxed. So it is relaxed as long as this lives, and what it was before afterwards: the thread
+/// is an engine's. What that does not permit is work on a stream that is itself captured: see `CudaStream::free`.
+pub(super) struct Calls<'a> {
+    driver: &'a Driver,
+    before: CUstreamCaptureMode,
+    /// Neither Send nor Sync: the mode is a property of the thread.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Calls<'_> {
+    pub(super) fn driver(&self) -> &Driver {
+        self.driver
+    }
+
+    pub(super) fn core(&self) -> &Core {
+        &self.driver.core
+    }
+
+    pub(super) fn virtual_memory(&self) -> Option<&VirtualMemory> {
+        self.driver.virtual_memory.as_ref()
+    }
+
+    pub(super) fn batching(&self) -> &Batching {
+        &self.driver.batching
+    }
+
+    /// Whether two GPUs with peer access, `near` being `device`, are on NVLink: it has native atomics between the
+    /// two, which PCIe lacks.
+    pub(super) fn nvlink(
+        &self,
+        near: CUdevice,
+        far: CUdevice,
+        device: &DeviceUuid,
+    ) -> Result<bool> {
+        let mut atomics = 0;
+        let attribute = CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
+        // SAFETY: both devices came from the driver; one int is written, to one of ours.
+        let code = unsafe { (self.core().p2p_attribute)(&raw mut atomics, attribute, near, far) };
+        (self.driver).check(code, "asking for the link's kind", device)?;
+        Ok(atomics != 0)
+    }
+}
+
+impl Drop for Calls<'_> {
+    fn drop(&mut self) {
+        // SAFETY: one mode is read from and written to one of ours: the one that this thread had before.
+        let code = unsafe { (self.core().thread_capture_mode)(&raw mut self.before) };
+        if code != SUCCESS {
+            let problem = self.driver.describe(code);
+            tracing::debug!(problem, "restoring a thread's capture mode");
+        }
     }
 }
 
@@ -258,6 +315,28 @@ impl Driver {
         Ok(())
     }
 
+    /// Lets this thread call the driver until the result is dropped.
+    ///
+    /// # Errors
+    /// The driver's code.
+    pub(super) fn calls(&self) -> std::result::Result<Calls<'_>, Code> {
+        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: one mode is read from and written to one of ours.
+        match unsafe { (self.core.thread_capture_mode)(&raw mut mode) } {
+            SUCCESS => Ok(Calls {
+                driver: self,
+                before: mode,
+                _thread: PhantomData,
+            }),
+            code => Err(code),
+        }
+    }
+
+    /// Whether many copies can be one call.
+    pub(super) fn has_batches(&self) -> bool {
+        !matches!(self.batching, Batching::Absent)
+    }
+
     /// The driver's own words for a code.
     pub(super) fn describe(&self, code: Code) -> String {
         let ask = |question: unsafe extern "C" fn(Code, *mut *const c_char) -> Code| {
@@ -287,22 +366,6 @@ impl Driver {
             device: device.clone(),
             problem: self.describe(code),
         }
-    }
-
-    /// Whether two GPUs with peer access, `near` being `device`, are on NVLink: it has native atomics between the
-    /// two, which PCIe lacks.
-    pub(super) fn nvlink(
-        &self,
-        near: CUdevice,
-        far: CUdevice,
-        device: &DeviceUuid,
-    ) -> Result<bool> {
-        let mut atomics = 0;
-        let attribute = CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
-        // SAFETY: both devices came from the driver; one int is written, to one of ours.
-        let code = unsafe { (self.core.p2p_attribute)(&raw mut atomics, attribute, near, far) };
-        self.check(code, "asking for the link's kind", device)?;
-        Ok(atomics != 0)
     }
 
     /// Fails unless `code` is success.

@@ -171,8 +171,8 @@ pub(super) struct GatherKernel {
 
 impl GatherKernel {
     /// Loads the kernel into `context`, which is current.
-    pub(super) fn load(context: &Context) -> Result<Self> {
-        let core = &context.driver.core;
+    pub(super) fn load(context: &Context, entered: &Entered<'_>) -> Result<Self> {
+        let core = entered.core();
         let mut module = std::ptr::null_mut();
         // SAFETY: the context is current and the text NUL-terminated; one pointer is written, to one of ours.
         let code = unsafe { (core.module_load)(&raw mut module, PTX.as_ptr().cast()) };
@@ -200,7 +200,7 @@ impl GatherKernel {
     /// Launches `function`, whose first parameter is at `pieces`, over `count` descriptors.
     fn launch(
         &self,
-        context: &Context,
+        entered: &Entered<'_>,
         function: usize,
         pieces: *mut c_void,
         (cut, count): (Cut, usize),
@@ -220,7 +220,7 @@ impl GatherKernel {
         // pinned memory stay untouched until an event behind this launch is over, and whoever queued the pieces
         // checked them and keeps both memories mapped.
         let code = unsafe {
-            (context.driver.core.launch)(
+            (entered.core().launch)(
                 function as sys::CUfunction,
                 blocks,
                 1,
@@ -234,7 +234,7 @@ impl GatherKernel {
                 std::ptr::null_mut(),
             )
         };
-        context.check(code, "launching the gather kernel")
+        entered.check(code, "launching the gather kernel")
     }
 }
 
@@ -290,7 +290,7 @@ impl Ring {
                 *slot = descriptor;
             }
             let parameter = few.as_mut_ptr().cast();
-            return kernel.launch(&self.context, kernel.few, parameter, (cut, count), way);
+            return kernel.launch(entered, kernel.few, parameter, (cut, count), way);
         }
         let mut left = cut.descriptors;
         while left > 0 {
@@ -308,7 +308,7 @@ impl Ring {
             segment.used = first + count;
             let mut address = (segment.address + first * size_of::<Descriptor>()) as u64;
             let parameter = (&raw mut address).cast();
-            kernel.launch(&self.context, kernel.any, parameter, (cut, count), way)?;
+            kernel.launch(entered, kernel.any, parameter, (cut, count), way)?;
             left -= count as u64;
         }
         Ok(())
@@ -329,21 +329,21 @@ impl Ring {
         if let Some(full) = self.current.take() {
             let event = self.context.event(entered)?;
             // SAFETY: event and stream are alive and of this context.
-            let code = unsafe { (self.context.driver.core.event_record)(event.raw(), stream) };
+            let code = unsafe { (entered.core().event_record)(event.raw(), stream) };
             self.context.check(code, "marking the ring's position")?;
             self.busy.push_back((event, full));
         }
-        let segment = match self.reusable()? {
+        let segment = match self.reusable(entered)? {
             Some(segment) => segment,
-            None => self.allocate()?,
+            None => self.allocate(entered)?,
         };
         self.current = Some(segment);
         Ok(0)
     }
 
     /// The oldest segment, if its launches are over; waits for it when there are too many.
-    fn reusable(&mut self) -> Result<Option<Segment>> {
-        let core = &self.context.driver.core;
+    fn reusable(&mut self, entered: &Entered<'_>) -> Result<Option<Segment>> {
+        let core = entered.core();
         let Some((event, _)) = self.busy.front() else {
             return Ok(None);
         };
@@ -363,13 +363,12 @@ impl Ring {
             .map(|(_, segment)| Segment { used: 0, ..segment }))
     }
 
-    fn allocate(&self) -> Result<Segment> {
+    fn allocate(&self, entered: &Entered<'_>) -> Result<Segment> {
         let mut address: *mut c_void = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         let size = SEGMENT * size_of::<Descriptor>();
         // SAFETY: the context is current; one address is written, to one of ours.
-        let code =
-            unsafe { (self.context.driver.core.allocate_host)(&raw mut address, size, flags) };
+        let code = unsafe { (entered.core().allocate_host)(&raw mut address, size, flags) };
         self.context.check(code, "allocating descriptors")?;
         Ok(Segment {
             address: address as usize,
@@ -381,14 +380,13 @@ impl Ring {
 impl Drop for Ring {
     /// The stream's drop waited for its launches.
     fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else {
+        let Ok(entered) = self.context.enter() else {
             return;
         };
         let segments = self.busy.drain(..).map(|(_, segment)| segment);
         for segment in segments.chain(self.current.take()) {
             // SAFETY: allocated by `allocate`, freed once, and no launch reads it any more.
-            let code =
-                unsafe { (self.context.driver.core.free_host)(segment.address as *mut c_void) };
+            let code = unsafe { (entered.core().free_host)(segment.address as *mut c_void) };
             report(
                 &self.context.driver,
                 code,

@@ -29,7 +29,7 @@ use swiftcache_proto::domain::{
 use super::{Base, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
 use arena::{Arena, refuse_import};
 use context::Context;
-use driver::{Driver, sys, unavailable};
+use driver::{Calls, Driver, sys, unavailable};
 use stream::CudaStream;
 
 pub use driver::LIBRARY_VARIABLE;
@@ -58,17 +58,18 @@ impl CudaLayer {
     /// [`DeviceError::Unavailable`] when there is no driver or no GPU, naming what is missing.
     pub fn open() -> Result<Self> {
         let driver = Driver::load()?;
-        let mut count: c_int = 0;
-        // SAFETY: one int is written, to one of ours.
-        let code = unsafe { (driver.core.device_count)(&raw mut count) };
+        let unlisted = |code| {
+            let problem = driver.describe(code);
+            unavailable(format!("the driver does not list its GPUs: {problem}"))
+        };
         let listed = |code| match code {
             driver::SUCCESS => Ok(()),
-            code => Err(unavailable(format!(
-                "the driver does not list its GPUs: {}",
-                driver.describe(code)
-            ))),
+            code => Err(unlisted(code)),
         };
-        listed(code)?;
+        let calls = driver.calls().map_err(unlisted)?;
+        let mut count: c_int = 0;
+        // SAFETY: one int is written, to one of ours.
+        listed(unsafe { (calls.core().device_count)(&raw mut count) })?;
         if count == 0 {
             return Err(unavailable(
                 "the driver shows no GPU to this process; check CUDA_VISIBLE_DEVICES and the container's devices",
@@ -79,13 +80,14 @@ impl CudaLayer {
         for ordinal in 0..count {
             let mut number = 0;
             // SAFETY: the ordinal is below the count; one number is written, to one of ours.
-            listed(unsafe { (driver.core.device_get)(&raw mut number, ordinal) })?;
-            let device = describe(&driver, number, ordinal.unsigned_abs())?;
+            listed(unsafe { (calls.core().device_get)(&raw mut number, ordinal) })?;
+            let device = describe(&calls, number, ordinal.unsigned_abs())?;
             numbers.insert(device.uuid.clone(), number);
             devices.push(device);
         }
-        let links = find_links(&driver, &devices, &numbers)?;
-        let kinds = find_kinds(&driver, &numbers);
+        let links = find_links(&calls, &devices, &numbers)?;
+        let kinds = find_kinds(&calls, &numbers);
+        drop(calls);
         Ok(Self {
             driver,
             devices,
@@ -160,10 +162,10 @@ impl DeviceLayer for CudaLayer {
     /// Makes a context on the device if this process has none there yet.
     fn hbm(&self, device: &DeviceUuid) -> Result<Hbm> {
         let context = self.context(device)?;
-        let _entered = context.enter()?;
+        let entered = context.enter()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: the context is current; two numbers are written, to two of ours.
-        let code = unsafe { (self.driver.core.memory_info)(&raw mut free, &raw mut total) };
+        let code = unsafe { (entered.core().memory_info)(&raw mut free, &raw mut total) };
         context.check(code, "asking for free HBM")?;
         Ok(Hbm {
             free: free as u64,
@@ -260,10 +262,11 @@ impl DeviceLayer for CudaLayer {
     }
 }
 
-fn describe(driver: &Driver, number: sys::CUdevice, ordinal: u32) -> Result<Device> {
+fn describe(calls: &Calls<'_>, number: sys::CUdevice, ordinal: u32) -> Result<Device> {
+    let (core, driver) = (calls.core(), calls.driver());
     let mut raw = sys::CUuuid { bytes: [0; 16] };
     // SAFETY: one UUID is written, to one of ours.
-    let code = unsafe { (driver.core.device_uuid)(&raw mut raw, number) };
+    let code = unsafe { (core.device_uuid)(&raw mut raw, number) };
     let unlisted = |problem: String| unavailable(format!("GPU {ordinal}: {problem}"));
     if code != driver::SUCCESS {
         return Err(unlisted(driver.describe(code)));
@@ -272,11 +275,11 @@ fn describe(driver: &Driver, number: sys::CUdevice, ordinal: u32) -> Result<Devi
     let uuid: DeviceUuid = uuid.parse().map_err(unlisted)?;
     let mut total = 0;
     // SAFETY: one number is written, to one of ours.
-    let code = unsafe { (driver.core.device_total)(&raw mut total, number) };
+    let code = unsafe { (core.device_total)(&raw mut total, number) };
     driver.check(code, "asking for total HBM", &uuid)?;
     let mut name: [c_char; 128] = [0; 128];
     // SAFETY: at most the given 128 bytes are written, to 128 of ours.
-    let code = unsafe { (driver.core.device_name)(name.as_mut_ptr(), name.len() as c_int, number) };
+    let code = unsafe { (core.device_name)(name.as_mut_ptr(), name.len() as c_int, number) };
     driver.check(code, "asking for the name", &uuid)?;
     let name = name.map(|byte| byte as u8);
     let name = CStr::from_bytes_until_nul(&name).map_or("GPU".into(), CStr::to_string_lossy);
@@ -303,7 +306,7 @@ fn format_uuid(bytes: [u8; 16]) -> String {
 
 /// Every pair with peer access.
 fn find_links(
-    driver: &Driver,
+    calls: &Calls<'_>,
     devices: &[Device],
     numbers: &HashMap<DeviceUuid, sys::CUdevice>,
 ) -> Result<Vec<Link>> {
@@ -313,12 +316,12 @@ fn find_links(
             let (near, far) = (numbers[&from.uuid], numbers[&to.uuid]);
             let mut access = 0;
             // SAFETY: both devices came from the driver; one int is written, to one of ours.
-            let code = unsafe { (driver.core.can_access_peer)(&raw mut access, near, far) };
-            driver.check(code, "asking for peer access", &from.uuid)?;
+            let code = unsafe { (calls.core().can_access_peer)(&raw mut access, near, far) };
+            (calls.driver()).check(code, "asking for peer access", &from.uuid)?;
             if access == 0 {
                 continue;
             }
-            let nvlink = driver.nvlink(near, far, &from.uuid)?;
+            let nvlink = calls.nvlink(near, far, &from.uuid)?;
             links.push(Link {
                 from: from.uuid.clone(),
                 to: to.uuid.clone(),
@@ -335,18 +338,18 @@ fn find_links(
 }
 
 /// Legacy handles always; descriptors where the driver has virtual memory management and every device exports it.
-fn find_kinds(driver: &Driver, numbers: &HashMap<DeviceUuid, sys::CUdevice>) -> Vec<HandleKind> {
+fn find_kinds(calls: &Calls<'_>, numbers: &HashMap<DeviceUuid, sys::CUdevice>) -> Vec<HandleKind> {
     let attribute =
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
     let exports = numbers.values().all(|number| {
         let mut supported = 0;
         // SAFETY: one int is written, to one of ours.
         let code =
-            unsafe { (driver.core.device_attribute)(&raw mut supported, attribute, *number) };
+            unsafe { (calls.core().device_attribute)(&raw mut supported, attribute, *number) };
         code == driver::SUCCESS && supported != 0
     });
     let mut kinds = vec![HandleKind::CudaIpc];
-    if exports && driver.virtual_memory.is_some() {
+    if exports && calls.virtual_memory().is_some() {
         kinds.push(HandleKind::PosixFd);
     }
     kinds

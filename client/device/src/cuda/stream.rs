@@ -9,7 +9,7 @@ use super::{
     arena::Arena,
     batch::BatchLists,
     context::{Context, Entered, report},
-    driver::{Batching, sys},
+    driver::sys,
     gather::{GatherKernel, Ring},
     route::Route,
     ticket::{Holds, Point},
@@ -128,7 +128,7 @@ impl CudaStream {
 
     /// Whether many pieces are one call. The default stream, an engine's, takes no batches.
     fn takes_batches(&self) -> bool {
-        self.raw != 0 && !matches!(self.context.driver.batching, Batching::Absent)
+        self.raw != 0 && self.context.driver.has_batches()
     }
 
     /// The kernel, if these pieces should go through it.
@@ -150,14 +150,20 @@ impl CudaStream {
         wanted.then(|| self.context.kernel(entered)).flatten()
     }
 
-    fn copy_each(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()> {
+    fn copy_each(
+        &self,
+        from: &Memory,
+        to: &Memory,
+        pieces: &[Piece],
+        entered: &Entered<'_>,
+    ) -> Result<()> {
         for piece in pieces.iter().filter(|piece| piece.bytes > 0) {
             let source = from.at(piece.from, piece.bytes)?;
             let target = to.at(piece.to, piece.bytes)?;
             // SAFETY: both ranges were just checked, and the holds keep both memories mapped until an event
             // behind this copy is over.
             let code = unsafe {
-                let copy = self.context.driver.core.copy;
+                let copy = entered.core().copy;
                 copy(target, source, piece.bytes as usize, self.raw())
             };
             self.context.check(code, "copying")?;
@@ -175,8 +181,8 @@ impl CudaStream {
         if let Some(error) = &state.failed {
             return Err(error.clone());
         }
-        let _entered = self.context.enter()?;
-        let core = &self.context.driver.core;
+        let entered = self.context.enter()?;
+        let core = entered.core();
         // SAFETY: the caller checked the device's range, keeps it mapped, and lends the local one; both outlast
         // the wait below.
         let code = unsafe { (core.copy)(target, source, bytes, self.raw()) };
@@ -231,10 +237,11 @@ impl CopyStream for CudaStream {
                 return state.ring.launch(kernel, way, parts, pieces, entered);
             }
             if self.method == Method::Each || pieces.len() == 1 || !self.takes_batches() {
-                return Part::split(parts, pieces)
-                    .try_for_each(|(part, its)| self.copy_each(&part.from, &part.to, its));
+                return Part::split(parts, pieces).try_for_each(|(part, its)| {
+                    self.copy_each(&part.from, &part.to, its, entered)
+                });
             }
-            let batching = self.context.driver.batching;
+            let batching = entered.batching();
             let code = state.lists.queue(batching, self.raw(), parts, pieces)?;
             self.context.check(code, "copying a batch")
         })
@@ -246,8 +253,8 @@ impl CopyStream for CudaStream {
             return Ok(());
         }
         self.reaches([memory])?;
-        self.queue([memory], |_, _| {
-            let set_bytes = self.context.driver.core.set_bytes;
+        self.queue([memory], |_, entered| {
+            let set_bytes = entered.core().set_bytes;
             // SAFETY: the range was just checked, and the holds keep it mapped until an event behind this is over.
             let code = unsafe { set_bytes(address, 0, bytes as usize, self.raw()) };
             self.context.check(code, "zeroing")
@@ -262,7 +269,7 @@ impl CopyStream for CudaStream {
         let entered = self.context.enter()?;
         let event = self.context.event(&entered)?;
         // SAFETY: event and stream are alive and of the current context.
-        let code = unsafe { (self.context.driver.core.event_record)(event.raw(), self.raw()) };
+        let code = unsafe { (entered.core().event_record)(event.raw(), self.raw()) };
         if let Err(error) = self.context.check(code, "recording a ticket") {
             state.failed = Some(error.clone());
             return Err(error);
@@ -280,12 +287,12 @@ impl CopyStream for CudaStream {
                 device: self.context.uuid.clone(),
                 problem: "it belongs to another backend; open one layer per process".to_owned(),
             })?;
-        self.queue([], |_, _| {
+        self.queue([], |_, entered| {
             if let Some(outcome) = point.outcome() {
                 return outcome;
             }
             let flags: c_uint = 0;
-            let wait = self.context.driver.core.stream_wait;
+            let wait = entered.core().stream_wait;
             // SAFETY: stream and event are alive, and the driver captures the event's state before it returns.
             let code = unsafe { wait(self.raw(), point.event(), flags) };
             self.context.check(code, "waiting for a ticket")
@@ -308,10 +315,10 @@ impl CopyStream for CudaStream {
 impl Drop for CudaStream {
     fn drop(&mut self) {
         let idle = self.holds.is_empty();
-        let Ok(_entered) = self.context.enter() else {
+        let Ok(entered) = self.context.enter() else {
             return;
         };
-        let core = &self.context.driver.core;
+        let core = entered.core();
         if !idle {
             // Copies in flight end before anything is unmapped.
             // SAFETY: the stream is alive.

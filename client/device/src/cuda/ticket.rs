@@ -107,7 +107,7 @@ impl Completion for Point {
         let context = &self.event.context;
         let entered = context.enter()?;
         // SAFETY: the event is alive, recorded, and of this context.
-        let code = unsafe { (context.driver.core.event_query)(self.event.raw()) };
+        let code = unsafe { (entered.core().event_query)(self.event.raw()) };
         drop(entered);
         if code == NOT_READY {
             return Ok(false);

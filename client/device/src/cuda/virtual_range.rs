@@ -7,7 +7,7 @@ use swiftcache_proto::domain::HandleKind;
 
 use super::{
     arena::{allocated, refuse_import},
-    context::{Context, report},
+    context::{Context, Entered, report},
     driver::{Code, SUCCESS, VirtualMemory, sys, unavailable},
 };
 use crate::{DeviceError, Result};
@@ -30,8 +30,8 @@ pub(super) struct VirtualRange {
 
 impl VirtualRange {
     /// Takes physical memory of `context`'s device and maps it.
-    pub(super) fn create(context: &Context, bytes: u64) -> Result<Self> {
-        let calls = calls(context)?;
+    pub(super) fn create(context: &Context, entered: &Entered<'_>, bytes: u64) -> Result<Self> {
+        let calls = calls(context, entered)?;
         let properties = properties(context);
         let size = round_up(context, calls, bytes)?.ok_or_else(|| DeviceError::OutOfMemory {
             uuid: context.uuid.clone(),
@@ -42,13 +42,18 @@ impl VirtualRange {
         // SAFETY: the context is current; the properties are ours and complete; one handle is written.
         let code = unsafe { (calls.create)(&raw mut handle, size, &raw const properties, 0) };
         allocated(context, code, "cuMemCreate", bytes)?;
-        Self::map(context, calls, handle, size, true)
+        Self::map(context, entered, handle, size, true)
     }
 
     /// Maps what another process exported as a descriptor.
-    pub(super) fn import(context: &Context, descriptor: RawFd, bytes: u64) -> Result<Self> {
+    pub(super) fn import(
+        context: &Context,
+        entered: &Entered<'_>,
+        descriptor: RawFd,
+        bytes: u64,
+    ) -> Result<Self> {
         let refuse = |problem: String| refuse_import(HandleKind::PosixFd, problem);
-        let calls = calls(context)?;
+        let calls = calls(context, entered)?;
         let size = match bytes {
             0 => None,
             bytes => round_up(context, calls, bytes)?,
@@ -64,7 +69,7 @@ impl VirtualRange {
                 "{problem}; the descriptor must be the donor's CUDA export, and the donor's GPU visible here"
             )));
         }
-        Self::map(context, calls, handle, size, false).map_err(|error| {
+        Self::map(context, entered, handle, size, false).map_err(|error| {
             refuse(format!(
                 "{error}; perhaps it holds fewer than the {bytes} bytes promised"
             ))
@@ -73,11 +78,12 @@ impl VirtualRange {
 
     fn map(
         context: &Context,
-        calls: &VirtualMemory,
+        entered: &Entered<'_>,
         handle: sys::CUmemGenericAllocationHandle,
         size: usize,
         own: bool,
     ) -> Result<Self> {
+        let calls = calls(context, entered)?;
         let undo_create = || {
             // SAFETY: gives back our own reference, once.
             let code = unsafe { (calls.release)(handle) };
@@ -106,8 +112,8 @@ impl VirtualRange {
             own,
             admitted: Mutex::default(),
         };
-        if let Err(error) = range.admit(context) {
-            let code = range.unmap(context);
+        if let Err(error) = range.admit(context, entered) {
+            let code = range.unmap(context, entered);
             report(&context.driver, code, "cuMemUnmap", &context.uuid);
             return Err(error);
         }
@@ -119,7 +125,7 @@ impl VirtualRange {
     }
 
     /// Lets `context`'s device touch the range.
-    pub(super) fn admit(&self, context: &Context) -> Result<()> {
+    pub(super) fn admit(&self, context: &Context, entered: &Entered<'_>) -> Result<()> {
         let mut admitted = self.admitted.lock();
         if admitted.contains(&context.device) {
             return Ok(());
@@ -128,7 +134,7 @@ impl VirtualRange {
             location: location(context),
             flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
-        let calls = calls(context)?;
+        let calls = calls(context, entered)?;
         // SAFETY: the range is ours and mapped; the description is ours and complete.
         let code = unsafe { (calls.set_access)(self.address, self.size, &raw const access, 1) };
         context.check(code, "cuMemSetAccess")?;
@@ -137,7 +143,7 @@ impl VirtualRange {
     }
 
     /// A descriptor that opens the physical memory, for whoever calls to own.
-    pub(super) fn export(&self, context: &Context) -> Result<RawFd> {
+    pub(super) fn export(&self, context: &Context, entered: &Entered<'_>) -> Result<RawFd> {
         let refuse = |problem: String| DeviceError::Handle {
             action: "export",
             kind: HandleKind::PosixFd,
@@ -147,7 +153,7 @@ impl VirtualRange {
             let problem = "only the process that allocated memory exports it";
             return Err(refuse(problem.to_owned()));
         }
-        let calls = calls(context)?;
+        let calls = calls(context, entered)?;
         let mut descriptor: c_int = -1;
         // SAFETY: for this handle type an int is written, to one of ours; the handle is ours and alive.
         let code = unsafe { (calls.export)((&raw mut descriptor).cast(), self.handle, FD, 0) };
@@ -158,8 +164,8 @@ impl VirtualRange {
     }
 
     /// Undoes the mapping, the reservation and the reference. The range is of no use afterwards.
-    pub(super) fn unmap(&self, context: &Context) -> Code {
-        let Ok(calls) = calls(context) else {
+    pub(super) fn unmap(&self, context: &Context, entered: &Entered<'_>) -> Code {
+        let Ok(calls) = calls(context, entered) else {
             return SUCCESS; // nothing could have been mapped
         };
         // SAFETY: our own range, mapping and handle, each ended once, in the reverse order of their making;
@@ -178,8 +184,8 @@ impl VirtualRange {
     }
 }
 
-fn calls(context: &Context) -> Result<&VirtualMemory> {
-    let calls = context.driver.virtual_memory.as_ref();
+fn calls<'a>(context: &Context, entered: &'a Entered<'_>) -> Result<&'a VirtualMemory> {
+    let calls = entered.virtual_memory();
     calls.ok_or_else(|| {
         let absent = &context.driver.absent;
         unavailable(format!(
