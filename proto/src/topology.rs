@@ -1,8 +1,8 @@
-//! A simulated node: its devices, their HBM and their links, from a TOML file.
+//! The topology of a simulated node: its devices, their HBM and their links. It is read from a TOML file.
 //!
 //! ```toml
 //! name = "two GPUs on one NVLink"
-//! usage_dir = "/run/swiftcache/usage"   # optional: where neighbours' HBM use is simulated
+//! usage_dir = "/run/swiftcache/usage"   # optional: directory with the neighbours' simulated HBM use
 //!
 //! [[device]]
 //! uuid = "SIM-0"
@@ -25,24 +25,24 @@ use serde::Deserialize;
 
 use crate::domain::{Device, DeviceUuid, Link, LinkKind};
 
-/// The most devices a topology may have.
+/// The most devices that a topology may have.
 pub const MAX_DEVICES: usize = 64;
 
 /// A simulated node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Topology {
-    /// For people.
+    /// A name for people to read.
     pub name: String,
     /// Its devices, in the order of the file.
     pub devices: Vec<Device>,
     /// Its links, both directions.
     pub links: Vec<Link>,
-    /// Where simulated neighbours say how much HBM they use: a file per device, named by its UUID, holding
-    /// bytes in decimal.
+    /// The directory with the simulated neighbours' HBM use: one file per device, named by the device's UUID, that
+    /// holds the bytes in use as a decimal number.
     pub usage_dir: Option<PathBuf>,
 }
 
-/// A topology that is refused: which one and why.
+/// Why a topology is refused. The text names the topology.
 #[derive(Debug, thiserror::Error)]
 #[error("topology {origin}: {problem}")]
 pub struct TopologyError {
@@ -93,10 +93,10 @@ impl Topology {
         ("pcie-4", include_str!("../topologies/pcie-4.toml")),
     ];
 
-    /// A bundled topology by its name, or else the file at that path.
+    /// Loads a bundled topology by its name, or else the file at that path.
     ///
     /// # Errors
-    /// When the file cannot be read or does not describe a node; the text names the file and the problem.
+    /// When the file cannot be read or does not describe a node. The text names the file and the problem.
     pub fn load(name_or_path: &str) -> Result<Self, TopologyError> {
         if let Some((name, text)) = Self::BUNDLED.iter().find(|(name, _)| *name == name_or_path) {
             return Self::parse(text, name);
@@ -104,7 +104,9 @@ impl Topology {
         let text =
             std::fs::read_to_string(Path::new(name_or_path)).map_err(|error| TopologyError {
                 origin: name_or_path.to_owned(),
-                problem: format!("{error}; takes a file, or one of hgx-8, pcie-4"),
+                problem: format!(
+                    "cannot read a file of this name: {error}; use a TOML file, hgx-8 or pcie-4"
+                ),
             })?;
         Self::parse(&text, name_or_path)
     }
@@ -144,7 +146,7 @@ fn devices(list: &[FileDevice]) -> Result<Vec<Device>, String> {
             return Err(format!("device {uuid} appears twice"));
         }
         if uuid.as_str().contains('/') {
-            return Err(format!("device {uuid}: a UUID cannot hold '/'"));
+            return Err(format!("device {uuid}: a UUID cannot contain '/'"));
         }
         let hbm_bytes = match (entry.hbm_gib, entry.hbm_bytes) {
             (None, Some(bytes)) => bytes,
@@ -153,7 +155,7 @@ fn devices(list: &[FileDevice]) -> Result<Vec<Device>, String> {
         };
         if hbm_bytes == 0 {
             return Err(format!(
-                "device {uuid}: takes one of hbm_gib and hbm_bytes, above 0"
+                "device {uuid}: needs either hbm_gib or hbm_bytes, above 0"
             ));
         }
         devices.push(Device {
@@ -176,7 +178,7 @@ fn links(file: &File, devices: &[Device]) -> Result<Vec<Link>, String> {
             }
         }
         if a == b {
-            return Err(format!("link {a} - {b}: joins a device with itself"));
+            return Err(format!("link {a} - {b}: connects a device with itself"));
         }
         if links.iter().any(|link| link.from == *a && link.to == *b) {
             return Err(format!("link {a} - {b} appears twice"));
@@ -197,7 +199,7 @@ fn links(file: &File, devices: &[Device]) -> Result<Vec<Link>, String> {
     Ok(links)
 }
 
-/// Adds both directions.
+/// Adds both directions of a link.
 fn add(
     links: &mut Vec<Link>,
     a: &DeviceUuid,
@@ -206,7 +208,9 @@ fn add(
     gigabytes_per_second: f64,
 ) -> Result<(), String> {
     if kind == LinkKind::SameDevice {
-        return Err(format!("link {a} - {b}: same-device is no link"));
+        return Err(format!(
+            "link {a} - {b}: kind is same-device, which is not a link between two devices"
+        ));
     }
     if !(gigabytes_per_second.is_finite() && gigabytes_per_second > 0.0) {
         return Err(format!(

@@ -1,20 +1,20 @@
-//! Generates workloads: a multi-turn chat service's trace, and the load of the models next door. The same seed
-//! gives the same file on every machine.
+//! Generates workloads: the trace of a multi-turn chat service, and the load of the models on the donors' GPUs.
+//! The same seed gives the same file on every machine.
 //!
-//! **Chat.** A window of a service that has been running for [`WARM_UP_S`]: sessions arrive as a Poisson process,
-//! and only turns inside the window count. Each session opens with one of [`SYSTEM_PROMPTS`] shared system prompts
-//! (Zipf: the k-th is 1/k as popular as the first; 1,024 to 4,608 tokens long); a share of them
-//! ([`Chat::documents`]) brings a document of 8,000 to 32,000 tokens (log-uniform). Turns are geometric with a mean
-//! of 6, at most 30. A turn appends a question (log-normal, median 90 tokens, sigma 1.1) to everything said so far;
-//! its answer (log-normal, median 230 tokens, sigma 0.8, at most 2,048) joins the next turn's prompt. Between an
-//! answer and the next question pass 20 ms for every token of the answer and a think time (log-normal, median 60 s,
-//! sigma 1.2: the answer is read, the next question typed). Ids are those of a prefix tree: full blocks of a
-//! conversation keep theirs, shared system prompts share theirs, and a partial last block gets a new one, because
-//! it will never be asked for again.
+//! **Chat.** The trace is a window of a service that has already run for [`WARM_UP_S`]. Sessions arrive as a
+//! Poisson process, and only turns inside the window are written. Each session opens with one of [`SYSTEM_PROMPTS`]
+//! shared system prompts (Zipf: the k-th is 1/k as popular as the first; 1,024 to 4,608 tokens long). A share of the
+//! sessions ([`Chat::documents`]) adds a document of 8,000 to 32,000 tokens (log-uniform). The number of turns is
+//! geometric with a mean of 6, at most 30. A turn appends a question (log-normal, median 90 tokens, sigma 1.1) to
+//! everything said so far; its answer (log-normal, median 230 tokens, sigma 0.8, at most 2,048) joins the next turn's
+//! prompt. The next question comes after 20 ms for every token of the answer and a think time (log-normal, median
+//! 60 s, sigma 1.2), in which the user reads the answer and types the next question. The block ids form a prefix
+//! tree: a full block of a conversation keeps its id in later turns, sessions with the same system prompt share its
+//! ids, and a partial last block gets a new id, because no later prompt contains it.
 //!
-//! **Neighbours.** A Poisson process whose rate switches between calm and busy (exponential phases, mean 90 s
-//! and 60 s; ten times the requests when busy), prompts log-normal (median 1,000 tokens, sigma 1.0, at most
-//! 32,000), answers log-normal (median 250, sigma 0.7, at most 2,048).
+//! **Neighbours.** Requests arrive as a Poisson process whose rate switches between calm and busy (exponential
+//! phases, mean 90 s and 60 s; ten times the requests when busy). Prompts are log-normal (median 1,000 tokens,
+//! sigma 1.0, at most 32,000), answers are log-normal (median 250, sigma 0.7, at most 2,048).
 
 use std::io::{self, Write};
 
@@ -24,13 +24,13 @@ use super::{pattern::SplitMix, trace::BLOCK_TOKENS};
 pub const SYSTEM_PROMPTS: usize = 6;
 /// How long the service has been running when the window opens, seconds: longer than most conversations last.
 pub const WARM_UP_S: f64 = 1800.0;
-/// No conversation grows beyond this, tokens: it ends instead.
+/// The longest conversation, tokens. A conversation ends before it would grow longer.
 const MAX_CONTEXT: u64 = 100_000;
 
 /// How much chat to generate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Chat {
-    /// What the random numbers start from.
+    /// The seed of the random numbers.
     pub seed: u64,
     /// Conversations that begin per second.
     pub rate: f64,
@@ -43,9 +43,9 @@ pub struct Chat {
 /// How much neighbours' load to generate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Neighbours {
-    /// What the random numbers start from.
+    /// The seed of the random numbers.
     pub seed: u64,
-    /// How long it lasts, seconds.
+    /// How long the load lasts, seconds.
     pub duration_s: f64,
     /// Requests per second in calm phases.
     pub calm_rate: f64,
@@ -62,7 +62,7 @@ impl Draw {
         -mean * (1.0 - self.0.unit()).ln()
     }
 
-    /// Log-normal by Box and Muller.
+    /// A log-normal number, by the Box-Muller transform.
     fn log_normal(&mut self, median: f64, sigma: f64) -> f64 {
         let radius = (-2.0 * (1.0 - self.0.unit()).ln()).sqrt();
         let normal = radius * (std::f64::consts::TAU * self.0.unit()).cos();
@@ -77,7 +77,7 @@ impl Draw {
         self.0.unit() < share
     }
 
-    /// 0 with weight 1, 1 with weight 1/2, and so on.
+    /// Returns 0 with weight 1, 1 with weight 1/2, and so on, below `count`.
     fn zipf(&mut self, count: usize) -> usize {
         let total: f64 = (1..=count).map(|rank| 1.0 / rank as f64).sum();
         let mut left = self.0.unit() * total;
@@ -101,7 +101,7 @@ struct Turn {
 /// Writes a chat trace in the Mooncake format. Returns how many requests it has.
 ///
 /// # Errors
-/// Only those of `out`.
+/// Fails only when `out` fails.
 pub fn write_chat(chat: &Chat, out: &mut impl Write) -> io::Result<usize> {
     let mut draw = Draw::new(chat.seed);
     let mut next_id = 0;
@@ -174,7 +174,7 @@ pub fn write_chat(chat: &Chat, out: &mut impl Write) -> io::Result<usize> {
 /// Writes a load file of `timestamp,input,output`. Returns how many requests it has.
 ///
 /// # Errors
-/// Only those of `out`.
+/// Fails only when `out` fails.
 pub fn write_neighbours(load: &Neighbours, out: &mut impl Write) -> io::Result<usize> {
     let mut draw = Draw::new(load.seed);
     writeln!(out, "timestamp,input,output")?;
@@ -251,7 +251,7 @@ mod tests {
         assert!(requests.is_sorted_by(|a, b| a.arrival_s <= b.arrival_s));
         let (hits, all) = unbounded_hits(&requests);
         let rate = hits as f64 / all as f64;
-        // Turns grow by appending: most of a prompt was asked before.
+        // A turn appends to the turn before, so an earlier prompt has most of its blocks.
         assert!((0.4..0.95).contains(&rate), "{rate}");
     }
 

@@ -1,5 +1,7 @@
-//! A co-located model's own load: CSV rows of `timestamp,input,output` (ms, tokens, tokens), or the Azure
-//! traces' `TIMESTAMP,ContextTokens,GeneratedTokens` with wall-clock timestamps; and the HBM it needs for it.
+//! The load of a donor's own model, and the tokens that the model holds in its KV cache under that load.
+//!
+//! A load file is CSV: rows of `timestamp,input,output` (ms, tokens, tokens), or the Azure traces'
+//! `TIMESTAMP,ContextTokens,GeneratedTokens` with wall-clock timestamps.
 
 use std::{fs::File, io::Read, path::Path};
 
@@ -34,7 +36,7 @@ enum Clock {
 /// Reads a load file.
 ///
 /// # Errors
-/// The first row that is no request, with its line and field; a file without rows.
+/// Fails on the first row that is not a request, and names its line and field. Fails on a file without rows.
 pub fn load(path: &Path) -> Result<Vec<NeighbourRequest>, TraceError> {
     let origin = path.display().to_string();
     let file =
@@ -161,25 +163,26 @@ fn wall_clock_s(stamp: &str) -> Option<f64> {
     Some(f64::from(days_since_1970(year, month, day)) * 86_400.0 + f64::from(seconds) + fraction)
 }
 
-/// Days of the Gregorian calendar: years are counted from March, so that the leap day comes last.
+/// Days of the Gregorian calendar since 1 January 1970. A year begins in March here, so that the leap day is its
+/// last day.
 fn days_since_1970(year: u32, month: u32, day: u32) -> u32 {
     let year = if month <= 2 { year - 1 } else { year };
     let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
     365 * year + year / 4 - year / 100 + year / 400 + day_of_year - 719_468
 }
 
-/// Tokens a neighbour holds in its KV cache over time: a request holds its prompt and its answer from its
-/// arrival until its answer is out. Repeats when the load is over.
+/// The tokens that a neighbour holds in its KV cache over time. A request holds its prompt and its answer from its
+/// arrival until its answer is complete. When the load is over, it starts again.
 #[derive(Clone, Debug)]
 pub struct TokensInFlight {
-    /// From this moment (seconds), so many tokens. In order of time; starts at 0.
+    /// Pairs of a time in seconds and the tokens held from then on, in order of time. The first time is 0.
     steps: Vec<(f64, u64)>,
     period_s: f64,
 }
 
 impl TokensInFlight {
-    /// The curve of `requests` on a neighbour of this `roofline`, where a request takes its prefill and one
-    /// decode step of a batch of `batch` for every token of its answer.
+    /// The curve of `requests` on a neighbour with this `roofline`. A request lasts for its prefill and for one
+    /// decode step per token of its answer, in a batch of `batch` sequences.
     pub fn new(requests: &[NeighbourRequest], roofline: &Roofline, batch: u64) -> Self {
         let mut changes = Vec::with_capacity(requests.len() * 2);
         for request in requests {
@@ -201,7 +204,7 @@ impl TokensInFlight {
         Self { steps, period_s }
     }
 
-    /// Tokens held at `now_s`, for a neighbour whose load runs ahead by `phase` (a share of the whole load).
+    /// The tokens held at `now_s` by a neighbour whose load is ahead by `phase` (a share of the whole load).
     pub fn at(&self, now_s: f64, phase: f64) -> u64 {
         let moment = (now_s + phase * self.period_s).rem_euclid(self.period_s);
         let after = self.steps.partition_point(|(at, _)| *at <= moment);

@@ -1,4 +1,4 @@
-//! What can go wrong in a replay.
+//! The errors of a replay.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use swiftcache_proto::{domain::BlockHash, topology::TopologyError};
 use super::trace::TraceError;
 use swiftcache_client::device::DeviceError;
 
-/// A replay that failed: what, on what, and what to do.
+/// Why a replay failed, on what, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     /// A trace or load file.
@@ -16,7 +16,7 @@ pub enum ReplayError {
     /// The topology.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// A flag that does not go with the rest.
+    /// A flag whose value does not work with the other flags.
     #[error("{flag}: {problem}")]
     Flag {
         /// The flag.
@@ -24,36 +24,36 @@ pub enum ReplayError {
         /// What is wrong and what to do.
         problem: String,
     },
-    /// The worst: bytes came back that are not the block's.
+    /// Bytes came back that are not the bytes of the block. This is the worst error.
     #[error(
         "WRONG BYTES: block {block}, layer {layer} ({place}): byte {offset} is {found:#04x}, must be {expected:#04x}"
     )]
     WrongBytes {
-        /// Which block.
+        /// The block.
         block: BlockHash,
-        /// Which layer.
+        /// The layer.
         layer: usize,
-        /// Where it was read from.
+        /// Where the block was read from.
         place: &'static str,
-        /// Where in the layer.
+        /// Position of the byte in the layer's bytes.
         offset: usize,
-        /// What must be there.
+        /// The expected byte.
         expected: u8,
-        /// What is there.
+        /// The byte found.
         found: u8,
     },
     /// A file or directory.
     #[error("{}: {source}", path.display())]
     File {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// The system's word.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// A process of the private node.
     #[error("{process}: {problem}")]
     Process {
-        /// Which one.
+        /// Its name.
         process: String,
         /// What happened and what to do.
         problem: String,
@@ -64,7 +64,7 @@ pub enum ReplayError {
     /// The borrower or its session.
     #[error(transparent)]
     Client(#[from] swiftcache_client::Error),
-    /// Somebody asked it to stop.
+    /// Somebody stopped the replay.
     #[error("interrupted")]
     Interrupted,
 }

@@ -1,11 +1,11 @@
-//! Shapes of real models, as far as their KV cache and their arithmetic go.
+//! Shapes of real models: the numbers that decide the size of their KV cache and the cost of their arithmetic.
 
-/// A transformer with grouped-query attention, as its published configuration says.
+/// The shape of a transformer with grouped-query attention, from its published configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModelShape {
-    /// The name `--model` takes.
+    /// The model's name in `--model`.
     pub name: &'static str,
-    /// Whose configuration the numbers are from.
+    /// The repository whose configuration the numbers are from.
     pub source: &'static str,
     /// All weights, count.
     pub parameters: f64,
@@ -75,7 +75,7 @@ impl ModelShape {
     /// The model of that name.
     ///
     /// # Errors
-    /// Names every model there is.
+    /// When there is no such model. The error lists all names.
     pub fn by_name(name: &str) -> Result<&'static Self, String> {
         let known = || MODELS.map(|model| model.name).join(", ");
         MODELS
@@ -84,10 +84,10 @@ impl ModelShape {
             .ok_or_else(|| format!("no model {name:?}; takes one of {}", known()))
     }
 
-    /// What one of `ranks` GPUs holds of it under tensor parallelism: its share of heads and weights.
+    /// The part of the model that one of `ranks` GPUs holds under tensor parallelism: a share of heads and weights.
     ///
     /// # Errors
-    /// When its heads cannot be divided evenly.
+    /// When the heads cannot be divided evenly.
     pub fn shard(&self, ranks: u32) -> Result<Self, String> {
         let divides = |heads: u32| ranks > 0 && heads.is_multiple_of(ranks);
         if !divides(self.heads) || !divides(self.kv_heads) {

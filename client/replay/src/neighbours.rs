@@ -1,16 +1,16 @@
-//! The models next door: how much HBM each donor's own model needs as trace time goes by, written where the
-//! simulated probe looks.
+//! The neighbours: the donors' own models. While trace time goes by, this module works out how much HBM each of
+//! them needs, and writes it to the files that the simulated probe reads.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::domain::Device;
 
 use super::{ReplayError, donor_load::TokensInFlight, sizing::Scale};
 
-/// No neighbour takes more of its GPU than this; it queues requests instead.
+/// The largest share of its GPU's HBM that a neighbour uses. When it needs more, its requests wait in a queue.
 const MOST_SHARE: f64 = 0.95;
 
 /// One neighbour's device.
@@ -21,7 +21,7 @@ struct Neighbour {
     written: Option<u64>,
 }
 
-/// The neighbours' HBM use, in the scaled node's bytes.
+/// The neighbours' HBM use, in bytes of the scaled node.
 #[derive(Debug)]
 pub struct NeighbourUse {
     neighbours: Vec<Neighbour>,
@@ -32,14 +32,15 @@ pub struct NeighbourUse {
 }
 
 impl NeighbourUse {
-    /// Neighbours on `devices` (with their scaled HBM), each with `base_bytes` for weights and activations and
-    /// `token_bytes` for each token in flight, full-size. They share one load, each at its own phase of it.
+    /// One neighbour on each of `devices`, whose HBM is already scaled. A neighbour uses `base_bytes` for weights
+    /// and activations and `token_bytes` for each token in flight, both full-size. All neighbours have the same
+    /// load, and each is at another phase of it.
     ///
     /// # Errors
-    /// When `usage_dir` cannot be made.
+    /// When `usage_dir` cannot be created.
     pub fn new(
         usage_dir: &Path,
-        devices: &[(DeviceUuid, u64)],
+        devices: &[Device],
         curve: TokensInFlight,
         base_bytes: u64,
         token_bytes: u64,
@@ -49,9 +50,9 @@ impl NeighbourUse {
             path: usage_dir.to_owned(),
             source,
         })?;
-        let neighbours = devices.iter().map(|(device, hbm_bytes)| Neighbour {
-            file: usage_dir.join(device.as_str()),
-            most_bytes: (*hbm_bytes as f64 * MOST_SHARE) as u64,
+        let neighbours = devices.iter().map(|device| Neighbour {
+            file: usage_dir.join(device.uuid.as_str()),
+            most_bytes: (device.hbm_bytes as f64 * MOST_SHARE) as u64,
             written: None,
         });
         Ok(Self {
@@ -63,8 +64,8 @@ impl NeighbourUse {
         })
     }
 
-    /// Says how much HBM each neighbour uses at `now_s`. A file is replaced whole, so that a reader never sees
-    /// half a number.
+    /// Writes how much HBM each neighbour uses at `now_s`. It replaces a file as a whole, so that a reader never
+    /// sees half a number.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -117,9 +118,13 @@ mod tests {
         let curve = TokensInFlight::new(&requests, &Roofline { model, gpu }, 8);
         let dir = tempfile::tempdir().unwrap();
         let scale = Scale::new(&model, 1024.0).unwrap();
-        let device: DeviceUuid = "SIM-1".parse().unwrap();
         let hbm = scale.shrink(80 << 30);
-        let devices = [(device, hbm)];
+        let devices = [Device {
+            uuid: "SIM-1".parse().unwrap(),
+            name: "simulated".to_owned(),
+            hbm_bytes: hbm,
+            ordinal: 1,
+        }];
         let mut uses =
             NeighbourUse::new(dir.path(), &devices, curve, 1 << 30, 1 << 17, scale).unwrap();
         let mut used = |now_s| -> u64 {
@@ -128,7 +133,7 @@ mod tests {
             text.parse().unwrap()
         };
         assert_eq!(used(0.0), 1 << 20);
-        // 101,000 tokens of 128 bytes, and whole pages.
+        // 101,000 tokens of 128 bytes each, rounded up to whole pages.
         assert_eq!(
             used(10.5),
             ((1 << 20) + 101_000 * 128_u64).next_multiple_of(4096)

@@ -1,22 +1,22 @@
 //! KV bytes that can be checked: a pure function of namespace, block hash and layer.
 //!
-//! What the simulated model "computes" into its pool is this pattern, so whatever comes back from a donor, the
-//! host tier or the pool itself is compared byte by byte with what must be there. A stale slot, a wrong layer,
-//! another tenant's block or a copy of the wrong length all differ from the first word on.
+//! The simulated model "computes" this pattern into its pool. So the bytes that come back from a donor, the host
+//! tier or the pool itself can be compared, byte by byte, with the expected bytes. A stale slot, a wrong layer,
+//! another tenant's block and a copy of the wrong length all differ from the first word on.
 
 use swiftcache_proto::domain::BlockHash;
 
-/// The odd constant of the golden ratio, 2^64 / phi: steps a counter through all 64-bit words.
+/// 2^64 / phi (the golden ratio), an odd number. Adding it again and again visits every 64-bit word.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The finalizer of SplitMix64: a bijection of 64-bit words in which every input bit moves every output bit.
+/// The finalizer of SplitMix64: a bijection of 64-bit words in which every input bit affects every output bit.
 pub(crate) const fn mix(word: u64) -> u64 {
     let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ (word >> 31)
 }
 
-/// SplitMix64 as a generator: the same numbers on every machine and in every release.
+/// The random number generator SplitMix64. It gives the same numbers on every machine and in every release.
 #[derive(Clone, Debug)]
 pub(crate) struct SplitMix(u64);
 
@@ -42,14 +42,14 @@ pub struct Pattern {
     namespace: u64,
 }
 
-/// The first byte that is not what it must be.
+/// The first byte that differs from the pattern.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WrongByte {
-    /// Where in the layer's bytes.
+    /// Position of the byte in the layer's bytes.
     pub offset: usize,
-    /// What must be there.
+    /// The expected byte.
     pub expected: u8,
-    /// What is there.
+    /// The byte found.
     pub found: u8,
 }
 
@@ -73,7 +73,7 @@ impl Pattern {
         mix(low.wrapping_add(GOLDEN) ^ layer as u64)
     }
 
-    /// Writes layer `layer` of `block`.
+    /// Fills `out` with the bytes of layer `layer` of `block`.
     pub fn fill(&self, block: &BlockHash, layer: usize, out: &mut [u8]) {
         let mut words = SplitMix::new(self.seed(block, layer));
         let (whole, rest) = out.as_chunks_mut::<8>();
@@ -86,7 +86,7 @@ impl Pattern {
             .for_each(|(byte, value)| *byte = value);
     }
 
-    /// Compares `bytes` with layer `layer` of `block`, every byte.
+    /// Compares every byte of `bytes` with layer `layer` of `block`.
     ///
     /// # Errors
     /// The first byte that differs.
@@ -162,7 +162,7 @@ mod tests {
         for byte in bytes("spread", 9, 5, 1 << 20) {
             counts[usize::from(byte)] += 1;
         }
-        // Chi-square with 255 degrees of freedom: 180 to 340 holds all but about one in 10^4 fair draws.
+        // Chi-square with 255 degrees of freedom: only about one fair draw in 10^4 lies outside 180 to 340.
         let expected = f64::from(1u32 << 12);
         let chi: f64 = counts
             .iter()

@@ -1,14 +1,14 @@
-//! The layer pipeline in modelled time: layer `l` computes when layer `l - 1` has computed and its own cached
-//! KV has arrived. Loads of one link follow one another; different links load side by side.
+//! The layer pipeline in modelled time. Layer `l` computes when layer `l - 1` has computed and the cached KV of
+//! layer `l` has arrived. Loads over one link follow one another; loads over different links run side by side.
 
-/// What one prefill loads over one link.
+/// The load of one prefill over one link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkLoad {
     /// Bytes of one layer.
     pub layer_bytes: f64,
     /// The link's rate, bytes/s.
     pub bytes_per_second: f64,
-    /// What issuing one layer's copy costs before the first byte moves, seconds.
+    /// Time to issue one layer's copy, before its first byte moves, seconds.
     pub issue_s: f64,
 }
 
@@ -18,7 +18,7 @@ impl LinkLoad {
     }
 }
 
-/// Seconds from the first load's start until the last layer has computed, with every layer alike.
+/// Seconds from the start of the first load until the last layer has computed. All layers have the same cost.
 ///
 /// `compute_start[l] = max(compute_done[l-1], load_done[l])`; on each link `load_done[l] = (l + 1) * layer_s`.
 pub fn pipelined_s(layers: usize, layer_compute_s: f64, loads: &[LinkLoad]) -> f64 {
@@ -33,8 +33,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The same machine, moved forward in steps of one tick: each link loads one layer at a time, the GPU
-    /// computes one layer at a time, and only a layer whose predecessor is done and whose loads have all landed.
+    /// The same machine, simulated tick by tick. Each link loads one layer at a time. The GPU computes one layer at
+    /// a time, and only when the layer before is computed and all loads of the layer have arrived.
     fn tick_by_tick(layers: usize, compute: u32, loads: &[u32]) -> u32 {
         let mut landed = vec![vec![0u32; layers]; loads.len()];
         let mut computed = vec![0u32; layers];

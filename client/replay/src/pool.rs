@@ -1,4 +1,4 @@
-//! The busy model's paged KV pool on its device, with bytes that can be checked.
+//! The busy model's paged KV pool on its device. Its bytes can be checked.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use swiftcache_client::{
     device::{CopyStream, DeviceError, DeviceLayer, Memory, Piece},
 };
 
-/// Blocks that pass through the staging memory at a time.
+/// How many blocks the staging memory holds.
 const STAGED_BLOCKS: usize = 64;
 
-/// The pool. Each layer's blocks lie together, as in a serving engine.
+/// The pool. All blocks of one layer lie together, as in a serving engine.
 #[derive(Debug)]
 pub struct Pool {
     kv: PagedKv,
@@ -26,7 +26,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Takes a pool of `blocks` on `device`.
+    /// Allocates a pool of `blocks` blocks on `device`.
     ///
     /// # Errors
     /// When the device has no room for it.
@@ -39,7 +39,7 @@ impl Pool {
         let kind = layer.handle_kinds().first().copied();
         let kind = kind.ok_or_else(|| DeviceError::Unavailable {
             backend: layer.name(),
-            problem: "it can allocate nothing".to_owned(),
+            problem: "it cannot allocate device memory".to_owned(),
         })?;
         let block_bytes = layout.block_bytes();
         let memory = layer.allocate(device, block_bytes * u64::from(blocks), kind)?;
@@ -74,10 +74,10 @@ impl Pool {
         &self.kv
     }
 
-    /// Writes the blocks' bytes into their slots, as the model's prefill would.
+    /// Writes each block's bytes into its slot, as the model's prefill would. `blocks` are pairs of block and slot.
     ///
     /// # Errors
-    /// Those of the device.
+    /// When the device fails.
     pub fn compute(&mut self, blocks: &[(BlockHash, u32)]) -> Result<(), ReplayError> {
         for blocks in blocks.chunks(STAGED_BLOCKS) {
             let mut at = 0;
@@ -96,11 +96,11 @@ impl Pool {
         Ok(())
     }
 
-    /// Checks every byte of the blocks in their slots; `place` says where they came from. Returns how many
-    /// bytes it checked.
+    /// Checks every byte of the blocks in their slots. `place` says where the blocks came from, for the error.
+    /// Returns how many bytes it checked.
     ///
     /// # Errors
-    /// The first wrong byte, naming its block and layer; those of the device.
+    /// On the first wrong byte, which the error names with its block and layer. When the device fails.
     pub fn verify(
         &mut self,
         blocks: &[(BlockHash, u32)],
@@ -139,7 +139,7 @@ impl Pool {
         Ok(checked)
     }
 
-    /// From the staging memory, where each block's layers follow one another, to the pool.
+    /// The copies from the staging memory, where the layers of a block follow one another, to the pool.
     fn pieces(&self, blocks: &[(BlockHash, u32)]) -> Vec<Piece> {
         let mut from = 0;
         let mut pieces = Vec::with_capacity(blocks.len() * self.kv.layers.len());
@@ -181,7 +181,7 @@ mod tests {
         Pool::open(&layer, &uuid, &layout, BLOCKS).unwrap()
     }
 
-    fn seated(slots: impl Iterator<Item = u32>) -> Vec<(BlockHash, u32)> {
+    fn placed(slots: impl Iterator<Item = u32>) -> Vec<(BlockHash, u32)> {
         let hash = |index: u8| BlockHash([index; 16]);
         (1..).map(hash).zip(slots).collect()
     }
@@ -189,8 +189,8 @@ mod tests {
     #[test]
     fn what_was_computed_verifies_wherever_it_lies() {
         let mut pool = pool(&[48, 16, 80]);
-        // More than one staging's worth, scattered.
-        let blocks = seated((0..150).map(|index| index * 7 % BLOCKS));
+        // More blocks than the staging memory holds, in scattered slots.
+        let blocks = placed((0..150).map(|index| index * 7 % BLOCKS));
         pool.compute(&blocks).unwrap();
         assert_eq!(pool.verify(&blocks, "test").unwrap(), 150 * 144);
     }
@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn one_damaged_byte_is_caught_and_named() {
         let mut pool = pool(&[48, 16]);
-        let blocks = seated(3..10);
+        let blocks = placed(3..10);
         pool.compute(&blocks).unwrap();
         // Layer 1, slot 5 (the third block), byte 9.
         let at = 48 * u64::from(BLOCKS) + 5 * 16 + 9;
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn a_block_in_anothers_slot_is_caught() {
         let mut pool = pool(&[32]);
-        pool.compute(&seated(0..2)).unwrap();
+        pool.compute(&placed(0..2)).unwrap();
         let swapped = [(BlockHash([1; 16]), 1)];
         assert!(pool.verify(&swapped, "test").is_err());
     }

@@ -1,14 +1,15 @@
-//! How long a named GPU takes to compute: a roofline, not a measurement.
+//! How long a GPU takes to compute. This is a roofline model, not a measurement.
 //!
-//! * Prefill of `n` new tokens over `c` cached ones: `2 P n` FLOP for the weights (one multiply and one add for
-//!   each of `P` parameters and each token) and `4 L H d n (c + n/2)` for attention (scores and values, `2 d`
-//!   FLOP each, for every query head over the average context of a causal mask). Kaplan et al. 2020, section
-//!   2.1, with the causal half. Never less than reading weights and KV once from HBM.
-//! * A decode step of `b` sequences with `t` tokens of context together: the larger of `2 P b` plus attention
-//!   FLOP and one reading of the weights and of `t` tokens' KV from HBM.
+//! * Prefill of `n` new tokens over `c` cached tokens: `2 P n` FLOP for the weights (one multiply and one add for
+//!   each of `P` parameters and each token) and `4 L H d n (c + n/2)` FLOP for attention (scores and values, `2 d`
+//!   FLOP each, for every query head over the average context of a causal mask). This follows Kaplan et al. 2020,
+//!   section 2.1, with half the attention because of the causal mask. A prefill never takes less time than reading
+//!   weights and KV once from HBM.
+//! * A decode step of `b` sequences that have `t` tokens of context together takes the larger of two times: the
+//!   time of `2 P b` plus attention FLOP, and the time to read the weights and the KV of `t` tokens once from HBM.
 //!
-//! Peak numbers are the datasheets' dense bfloat16 rates; [`COMPUTE_EFFICIENCY`] and [`MEMORY_EFFICIENCY`] say
-//! how much of the peak a good serving engine reaches.
+//! Peak numbers are the dense bfloat16 rates of the datasheets. [`COMPUTE_EFFICIENCY`] and [`MEMORY_EFFICIENCY`] are
+//! the shares of the peak that a good serving engine reaches.
 
 use super::models::{ELEMENT_BYTES, ModelShape};
 
@@ -20,17 +21,17 @@ pub const MEMORY_EFFICIENCY: f64 = 0.8;
 /// A GPU's peak rates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Gpu {
-    /// The name `--gpu` takes.
+    /// The GPU's name in `--gpu`.
     pub name: &'static str,
-    /// Where the numbers are from.
+    /// The source of the numbers.
     pub source: &'static str,
-    /// Dense bfloat16, FLOP/s.
+    /// Peak rate of dense bfloat16 arithmetic, FLOP/s.
     pub flops: f64,
-    /// HBM, bytes/s.
+    /// Peak rate of HBM, bytes/s.
     pub hbm_bytes_per_second: f64,
     /// HBM usable by programs, bytes.
     pub hbm_bytes: u64,
-    /// Between the GPU and pinned host memory, one direction, bytes/s: 80 % of the PCIe generation's x16 rate.
+    /// Rate between the GPU and pinned host memory, one direction, bytes/s: 80 % of the PCIe generation's x16 rate.
     pub host_bytes_per_second: u64,
 }
 
@@ -82,7 +83,7 @@ impl Gpu {
     /// The GPU of that name.
     ///
     /// # Errors
-    /// Names every GPU there is.
+    /// When there is no such GPU. The error lists all names.
     pub fn by_name(name: &str) -> Result<&'static Self, String> {
         let known = || GPUS.map(|gpu| gpu.name).join(", ");
         GPUS.iter()
@@ -94,9 +95,9 @@ impl Gpu {
 /// A model on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Roofline {
-    /// What runs.
+    /// The model.
     pub model: ModelShape,
-    /// What it runs on.
+    /// The GPU that it runs on.
     pub gpu: Gpu,
 }
 
@@ -109,13 +110,13 @@ impl Roofline {
         self.gpu.hbm_bytes_per_second * MEMORY_EFFICIENCY
     }
 
-    /// FLOP of attention for each token of a query and each token of its context, over all layers.
+    /// FLOP of attention for each pair of a query token and a context token, over all layers.
     fn attention_flop(&self) -> f64 {
         let model = &self.model;
         4.0 * model.layers as f64 * f64::from(model.heads) * f64::from(model.head_dim)
     }
 
-    /// Seconds to prefill `new` tokens over `cached` ones, all layers.
+    /// Seconds to prefill `new` tokens over `cached` tokens, all layers.
     pub fn prefill_s(&self, new: u64, cached: u64) -> f64 {
         let (n, c) = (new as f64, cached as f64);
         let flop = 2.0 * self.model.parameters * n + self.attention_flop() * n * (c + n / 2.0);
@@ -123,7 +124,7 @@ impl Roofline {
         (flop / self.flops()).max(bytes / self.memory())
     }
 
-    /// Seconds of one decode step of `sequences` with `context_tokens` between them.
+    /// Seconds of one decode step of `sequences` that have `context_tokens` tokens of context together.
     pub fn decode_step_s(&self, sequences: u64, context_tokens: f64) -> f64 {
         let flop =
             2.0 * self.model.parameters * sequences as f64 + self.attention_flop() * context_tokens;
@@ -131,8 +132,8 @@ impl Roofline {
         (flop / self.flops()).max(bytes / self.memory())
     }
 
-    /// Seconds that one token for each of `sequences` adds to a prefill pass they ride along with: the pass
-    /// reads the weights anyway, so only their FLOP and their KV count.
+    /// Seconds that decoding one token for each of `sequences` adds to a prefill pass in the same batch. The pass
+    /// reads the weights anyway, so only the FLOP and the KV of these sequences count.
     pub fn ride_along_s(&self, sequences: u64, context_tokens: f64) -> f64 {
         let flop = 2.0 * self.model.parameters * sequences as f64;
         flop / self.flops() + self.kv_bytes(context_tokens) / self.memory()

@@ -1,22 +1,22 @@
-//! How big everything is: the full-size node, and the same node shrunk until it fits a laptop.
+//! Sizes: those of the full-size node, and those of the same node scaled down until it fits on a laptop.
 //!
-//! Every capacity (HBM, local pool, slabs, host tier) is divided by one factor, the [`Scale::ratio`], and a
-//! block's bytes by the same. So capacities counted in blocks are those of the full-size node, and so are hit
-//! rates; modelled times always use full-size bytes.
+//! Every capacity (HBM, local pool, slabs, host tier) and the bytes of a block are divided by the same factor, the
+//! [`Scale::ratio`]. So capacities counted in blocks are those of the full-size node, and so are hit rates. Modelled
+//! times always use full-size bytes.
 
 use super::{ReplayError, models::ModelShape, roofline::Gpu, trace::BLOCK_TOKENS};
 
 /// Share of HBM that a serving engine takes for itself.
 pub const ENGINE_SHARE: f64 = 0.9;
-/// What it needs beside weights and KV: activations, graphs, workspaces. Full-size bytes.
+/// HBM that a serving engine needs beside weights and KV: activations, graphs, workspaces. Full-size bytes.
 pub const ACTIVATION_BYTES: u64 = 2 << 30;
 /// A slab, full-size bytes.
 pub const SLAB_BYTES: u64 = 1 << 30;
-/// The smallest pool worth serving from, blocks: one prompt of 4,096 tokens.
+/// The smallest pool that an engine can usefully serve from, blocks: one prompt of 4,096 tokens.
 const LEAST_POOL_BLOCKS: u64 = 8;
-/// Scaled slabs are whole pages.
+/// Scaled sizes are multiples of this.
 const PAGE_BYTES: u64 = 4096;
-/// The smallest slab a broker takes.
+/// The smallest slab that a broker accepts.
 const LEAST_SLAB_BYTES: u64 = 64 << 10;
 
 /// How much smaller the bytes that move are than those of the full-size model.
@@ -33,7 +33,8 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// Divides the model's block bytes by about `divisor`: a layer keeps a multiple of 16 bytes, at least 16.
+    /// Divides the model's block bytes by about `divisor`. A layer of a block keeps a multiple of 16 bytes, at
+    /// least 16.
     ///
     /// # Errors
     /// When `divisor` is not at least 1.
@@ -55,24 +56,24 @@ impl Scale {
         })
     }
 
-    /// What `full` bytes of the full-size node become, whole pages.
+    /// The size of `full` bytes on the scaled node, rounded up to whole pages.
     pub fn shrink(&self, full: u64) -> u64 {
         ((full as f64 / self.ratio) as u64).next_multiple_of(PAGE_BYTES)
     }
 
-    /// What `moved` bytes stand for on the full-size node.
+    /// The full-size bytes that `moved` bytes stand for.
     pub fn grow(&self, moved: u64) -> u64 {
         (moved as f64 * self.ratio) as u64
     }
 
-    /// The slab of the scaled node: [`SLAB_BYTES`] shrunk, but large enough for the broker and for one block.
+    /// The slab of the scaled node: [`SLAB_BYTES`] scaled down, but large enough for the broker and for one block.
     pub fn slab_bytes(&self) -> u64 {
         let least = self.block_bytes.next_multiple_of(PAGE_BYTES);
         self.shrink(SLAB_BYTES).max(LEAST_SLAB_BYTES).max(least)
     }
 }
 
-/// Blocks that the local pool of `model` on a `gpu` with `hbm_bytes` holds.
+/// How many blocks the local pool of `model` holds on a `gpu` with `hbm_bytes`.
 ///
 /// # Errors
 /// When the weights leave no room for a pool.
@@ -85,7 +86,7 @@ pub fn pool_blocks(model: &ModelShape, gpu: &Gpu, hbm_bytes: u64) -> Result<u32,
         _ => Err(ReplayError::Flag {
             flag: "--model",
             problem: format!(
-                "{}: {} GB of weights leave no KV pool in the {} GiB of {}; take more --tensor-parallel or a larger --gpu",
+                "{}: {} GB of weights leave no room for a KV pool in the {} GiB of {}; use more GPUs (--tensor-parallel) or a larger one (--gpu)",
                 model.name,
                 model.weight_bytes() / 1_000_000_000,
                 hbm_bytes >> 30,

@@ -1,5 +1,5 @@
-//! The arms with real bytes: what the local pool does not hold comes through a [`Borrower`] from donors and the
-//! host tier, and every byte of it is checked.
+//! The arms with real bytes. Blocks that the local pool does not hold come from donors and the host tier through a
+//! [`Borrower`], and every byte of them is checked.
 
 use std::{
     sync::{
@@ -15,21 +15,21 @@ use super::{
     ReplayError,
     neighbours::NeighbourUse,
     pool::Pool,
-    prefix_cache::Seating,
-    serving::{Arm, Tier},
+    prefix_cache::Allocation,
+    serving::{Arm, Fetched, Tier},
 };
 use swiftcache_client::borrower::{Borrower, Hit, Tier as FoundIn};
 
-/// The longest sleep at a stretch: how late an interruption may be noticed.
+/// The longest single sleep. An interruption is noticed at most this late.
 const NAP: Duration = Duration::from_millis(20);
-/// Trace time between two looks at the neighbours' load, seconds.
+/// Trace time between two updates of the neighbours' HBM use, seconds.
 const NEIGHBOUR_STEP_S: f64 = 0.25;
 
-/// Set when the replay is to stop: by a signal, say.
+/// Set to stop the replay, for example by a signal handler.
 pub type Interrupt = Arc<AtomicBool>;
 
-/// Neighbours that live in trace time, which runs at most `pace` times as fast as the wall clock: real donors
-/// need real time to follow.
+/// Neighbours whose load follows trace time. Trace time runs at most `pace` times as fast as the wall clock, because
+/// real donors need real time to follow.
 #[derive(Debug)]
 pub struct Neighbourhood {
     uses: NeighbourUse,
@@ -39,7 +39,7 @@ pub struct Neighbourhood {
 }
 
 impl Neighbourhood {
-    /// `pace`: trace seconds per second of wall clock, at most.
+    /// `pace` is the most trace seconds per second of wall clock.
     pub fn new(uses: NeighbourUse, pace: f64) -> Self {
         Self {
             uses,
@@ -76,14 +76,14 @@ fn stop_if(interrupt: &AtomicBool) -> Result<(), ReplayError> {
     Ok(())
 }
 
-/// What an arm's data path did, in bytes and blocks that really moved.
+/// What the data path of an arm did. Bytes and blocks are those that really moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Bytes checked after a load from a donor or the host tier.
     pub verified_loaded_bytes: u64,
     /// Bytes checked where they lay in the local pool.
     pub verified_local_bytes: u64,
-    /// Blocks that a lookup found and a load could not deliver: recomputed.
+    /// Blocks that a lookup found and a load could not deliver. They were computed again.
     pub failed_blocks: u64,
     /// Blocks written back.
     pub stored_blocks: u64,
@@ -99,12 +99,12 @@ pub struct Tiered {
     pool: Pool,
     neighbourhood: Option<Neighbourhood>,
     interrupt: Interrupt,
-    /// What it did so far.
+    /// What its data path did so far.
     pub moved: Moved,
 }
 
 impl Tiered {
-    /// An arm that computes into `pool` and keeps what it computed with `borrower`.
+    /// An arm that computes into `pool` and stores what it computed through `borrower`.
     pub fn new(
         borrower: Arc<Borrower>,
         pool: Pool,
@@ -120,8 +120,8 @@ impl Tiered {
         }
     }
 
-    /// Loads what `hit` found into the leading `blocks`, checks what arrived, and gives up at the first block
-    /// that did not: what follows it has no prefix. Returns how many blocks are good.
+    /// Loads what `hit` found into the slots of the leading `blocks`, and checks what arrived. Blocks after the first
+    /// failed block do not count, because their prefix is not complete. Returns how many blocks count.
     fn load(&mut self, hit: &Hit, blocks: &[(BlockHash, u32)]) -> Result<usize, ReplayError> {
         let blocks = &blocks[..hit.blocks() as usize];
         let slots: Vec<u32> = blocks.iter().map(|(_, slot)| *slot).collect();
@@ -139,8 +139,8 @@ impl Tiered {
     }
 }
 
-/// The first `good` blocks of a hit, by the tier they came from.
-fn by_tier(hit: &Hit, good: usize) -> Vec<(Tier, u64)> {
+/// The first `good` blocks of a hit, by the tier that they came from.
+fn by_tier(hit: &Hit, good: usize) -> Vec<Fetched> {
     let mut left = good as u64;
     let runs = hit.runs().iter().map(|run| {
         let tier = match run.tier {
@@ -149,9 +149,12 @@ fn by_tier(hit: &Hit, good: usize) -> Vec<(Tier, u64)> {
         };
         let count = left.min(u64::from(run.blocks));
         left -= count;
-        (tier, count)
+        Fetched {
+            tier,
+            blocks: count,
+        }
     });
-    runs.filter(|(_, count)| *count > 0).collect()
+    runs.filter(|part| part.blocks > 0).collect()
 }
 
 impl Arm for Tiered {
@@ -168,20 +171,20 @@ impl Arm for Tiered {
     fn prefill(
         &mut self,
         blocks: &[BlockHash],
-        seating: &Seating,
-    ) -> Result<Vec<(Tier, u64)>, ReplayError> {
-        let seats = blocks.iter().copied().zip(seating.slots.iter().copied());
-        let seated: Vec<(BlockHash, u32)> = seats.collect();
-        let (local, missing) = seated.split_at(seating.hits);
+        allocation: &Allocation,
+    ) -> Result<Vec<Fetched>, ReplayError> {
+        let slots = allocation.slots.iter().copied();
+        let placed: Vec<(BlockHash, u32)> = blocks.iter().copied().zip(slots).collect();
+        let (local, missing) = placed.split_at(allocation.hits);
         self.moved.verified_local_bytes += self.pool.verify(local, "local pool")?;
-        let hit = self.borrower.lookup(&blocks[seating.hits..]);
+        let hit = self.borrower.lookup(&blocks[allocation.hits..]);
         let good = self.load(&hit, missing)?;
         self.pool.compute(&missing[good..])?;
-        // The whole prompt, not only what is new: what a revocation took is written again while the local
-        // pool still has it, and what is known already is only touched.
+        // Store the whole prompt, not only its new blocks. Blocks that a revocation took are stored again while the
+        // local pool still has them. For a block that is still stored, the call only marks it as used.
         let stored = self
             .borrower
-            .store(&seated, self.pool.kv(), &|_| None)
+            .store(&placed, self.pool.kv(), &|_| None)
             .finish();
         self.moved.stored_blocks += u64::from(stored.stored);
         self.moved.unplaced_blocks += u64::from(stored.unplaced);

@@ -1,8 +1,8 @@
-//! The busy model's requests: the Mooncake trace format, one JSON object per line.
+//! The busy model's requests, in the Mooncake trace format: one JSON object per line.
 //!
-//! `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`: one id per 512-token block of the
-//! prompt, where an equal id means an equal prefix up to and with that block. The last block may be partial;
-//! every id counts as a block.
+//! A request has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`. `hash_ids` has one id per
+//! 512-token block of the prompt. Equal ids mean equal prefixes up to the end of that block. The last block may be
+//! partial; every id counts as a block.
 
 use std::{
     collections::HashSet,
@@ -18,35 +18,36 @@ use super::pattern::mix;
 
 /// Tokens in one block of the format.
 pub const BLOCK_TOKENS: u64 = 512;
-/// The longest output accepted, tokens: far beyond any model, small enough to add up without care.
+/// The longest prompt or answer accepted, tokens. It is far beyond any model, and small enough that sums of it cannot
+/// overflow.
 const MAX_TOKENS: u64 = 1 << 32;
 /// The latest arrival accepted, milliseconds: about a year.
 pub(crate) const MAX_TIMESTAMP_MS: f64 = 3.2e10;
-/// The longest line accepted, bytes: 65,536 ids of 20 digits fit.
+/// The longest line accepted, bytes. 65,536 ids of 20 digits fit.
 const MAX_LINE_BYTES: u64 = 2 << 20;
 
 /// One request of the trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// When it arrives, seconds from the trace's zero.
+    /// Arrival time, seconds since the start of the trace.
     pub arrival_s: f64,
-    /// Prompt, tokens: at least 1.
+    /// Length of the prompt, tokens: at least 1.
     pub input_tokens: u64,
-    /// Answer, tokens.
+    /// Length of the answer, tokens.
     pub output_tokens: u64,
     /// The prompt's blocks in order.
     pub blocks: Vec<BlockHash>,
 }
 
-/// A trace that cannot be read: where, which field, what is wrong.
+/// Why a trace cannot be read: the place, the field, and what is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{origin}{}: {problem}", line.map_or(String::new(), |line| format!(", line {line}")))]
 pub struct TraceError {
     /// The file.
     pub origin: String,
-    /// Counted from 1; none when the file as a whole is meant.
+    /// The line, counted from 1. None: the error is about the file as a whole.
     pub line: Option<u64>,
-    /// What is wrong, naming the field.
+    /// The field, and what is wrong with it.
     pub problem: String,
 }
 
@@ -60,7 +61,7 @@ impl TraceError {
     }
 }
 
-/// Reads requests one line at a time. Blank lines are skipped; after the first error nothing follows.
+/// Reads requests one line at a time. It skips blank lines, and ends after the first error.
 pub struct TraceReader<R> {
     input: R,
     origin: String,
@@ -130,7 +131,7 @@ impl<R: BufRead> Iterator for TraceReader<R> {
 /// Reads a whole trace, in order of arrival.
 ///
 /// # Errors
-/// The first line that is no request; a trace with no request at all.
+/// Fails on the first line that is not a request, and on a trace without requests.
 pub fn load(path: &Path) -> Result<Vec<Request>, TraceError> {
     let mut requests = TraceReader::open(path)?.collect::<Result<Vec<_>, _>>()?;
     if requests.is_empty() {
@@ -141,7 +142,7 @@ pub fn load(path: &Path) -> Result<Vec<Request>, TraceError> {
     Ok(requests)
 }
 
-/// How many of the trace's blocks an unbounded cache would find, and how many there are.
+/// How many blocks of the trace an unbounded cache would find, and how many blocks the trace has.
 pub fn unbounded_hits(requests: &[Request]) -> (u64, u64) {
     let mut seen = HashSet::new();
     let mut blocks = requests.iter().flat_map(|request| &request.blocks);
@@ -152,7 +153,7 @@ pub fn unbounded_hits(requests: &[Request]) -> (u64, u64) {
 
 fn parse(line: &[u8]) -> Result<Request, String> {
     let row: Value = serde_json::from_slice(line).map_err(|error| {
-        // serde_json counts lines inside the row; the caller knows the file's line.
+        // serde_json counts lines inside the row. The caller adds the line of the file.
         let text = error.to_string();
         let cut = text.find(" at line ").unwrap_or(text.len());
         format!("is not JSON: {} at column {}", &text[..cut], error.column())
@@ -210,7 +211,7 @@ fn parse(line: &[u8]) -> Result<Request, String> {
     })
 }
 
-/// A value as an error shows it: never a whole page.
+/// The value for an error message, cut so that it is never a whole page.
 fn short(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(40) {
@@ -297,7 +298,7 @@ mod tests {
         ];
         let rows = read(text.join("\n").as_bytes());
         let requests: Vec<_> = rows.into_iter().map(Result::unwrap).collect();
-        // 0,1 then 0 then 0,1,3: six of twelve.
+        // The second row finds 0 and 1, the third finds 0, the fourth finds 0, 1 and 3: six of twelve.
         assert_eq!(unbounded_hits(&requests), (6, 12));
     }
 

@@ -75,7 +75,7 @@ pub(super) struct NodeArgs {
     /// Move one byte for so many of the full-size model; capacities shrink alike
     #[arg(long, value_name = "DIVISOR", default_value_t = 4096.0)]
     scale: f64,
-    /// Multiply arrival times by this; auto: until the recompute arm's server is taken 80 %
+    /// Multiply arrival times by this; auto: by the factor that keeps the recompute arm's server busy 80 %
     /// of the time
     #[arg(long, value_name = "auto|FACTOR", default_value = "auto")]
     stretch: Stretch,

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::{DeviceUuid, Link, LinkKind};
+use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
 
 use super::{NodeArgs, ReplayArgs, Stretch, Trace};
 use crate::{
@@ -116,11 +116,9 @@ impl Play {
         running: &dyn Fn(&PrivateNode),
     ) -> Result<Report, CliError> {
         let mut node = PrivateNode::launch(&self.plan)?;
-        let donors: Vec<(DeviceUuid, u64)> = (node.donor_devices().iter())
-            .map(|device| (device.uuid.clone(), device.hbm_bytes))
-            .collect();
+        let donors = node.donor_devices().to_vec();
         let mut uses = self.neighbours(node.usage_dir(), &donors)?;
-        // Neighbours first: donors must not offer what their models already use.
+        // Before the donors start, so that they do not offer HBM that their own models already use.
         uses.set(0.0)?;
         let admin = Admin::connect(node.socket())?;
         node.start_donors(&self.plan, &mut || {
@@ -129,7 +127,7 @@ impl Play {
                 problem: error.to_string(),
             })?;
             let lends = |uuid: &DeviceUuid| regions.iter().any(|r| r.device_uuid == uuid.as_str());
-            Ok(donors.iter().all(|(uuid, _)| lends(uuid)))
+            Ok(donors.iter().all(|device| lends(&device.uuid)))
         })?;
         running(&node);
         let neighbourhood = Neighbourhood::new(uses, self.setup.pace);
@@ -191,9 +189,9 @@ impl Play {
                 None
             }
             Some(usage_dir) => {
-                let donors: Vec<(DeviceUuid, u64)> = (shape.0.iter())
+                let donors: Vec<Device> = (shape.0.iter())
                     .filter(|known| lending.contains(&known.uuid.as_str()))
-                    .map(|known| (known.uuid.clone(), known.hbm_bytes))
+                    .cloned()
                     .collect();
                 let uses = self.neighbours(usage_dir, &donors)?;
                 Some(Neighbourhood::new(uses, self.setup.pace))
@@ -212,11 +210,7 @@ impl Play {
         Ok(compare(&self.setup, stage, progress)?)
     }
 
-    fn neighbours(
-        &self,
-        usage_dir: &Path,
-        donors: &[(DeviceUuid, u64)],
-    ) -> Result<NeighbourUse, ReplayError> {
+    fn neighbours(&self, usage_dir: &Path, donors: &[Device]) -> Result<NeighbourUse, ReplayError> {
         let roofline = Roofline {
             model: self.donor_model,
             gpu: self.setup.gpu,

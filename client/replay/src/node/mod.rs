@@ -1,4 +1,4 @@
-//! A node of its own for one replay: a broker and its donors as child processes, gone when the replay is.
+//! A private node for one replay: a broker and its donors, as child processes that end with the replay.
 
 mod shape;
 
@@ -23,32 +23,32 @@ use swiftcache_proto::{domain::Device, topology::Topology};
 
 use super::{ReplayError, roofline::Gpu, sizing::Scale};
 
-/// How long a process may take to come up.
+/// How long a process may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(15);
-/// How long a process may take to go when asked.
+/// How long a process may take to exit after SIGTERM.
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(10);
 
-// The donors' policy, in trace time: `swiftcache donate`'s defaults.
+// The donors' policy, in trace time. The values are the defaults of `swiftcache donate`.
 const PERIOD: Duration = Duration::from_millis(250);
 const SETTLE: Duration = Duration::from_secs(10);
 const HORIZON: Duration = Duration::from_secs(2);
 const HALF_LIFE: Duration = Duration::from_secs(120);
-/// No donor looks more often than this, wall clock.
+/// The shortest period of a donor's policy, wall-clock time.
 const LEAST_PERIOD: Duration = Duration::from_millis(5);
 
-/// What the node looks like.
+/// How to build the node.
 #[derive(Clone, Debug)]
 pub struct NodePlan {
-    /// Links come from this topology, by name or file.
+    /// The topology that the links come from: a name or a file.
     pub topology: String,
-    /// Every device is one of these, shrunk.
+    /// The GPU that every device is, before its HBM is scaled down.
     pub gpu: Gpu,
-    /// How much it is shrunk.
+    /// How much smaller the node is than a full-size one.
     pub scale: Scale,
-    /// Donor processes, one device each; the busy model has one more.
+    /// Donor processes, each on its own device. The busy model has one more device.
     pub donors: usize,
-    /// Trace seconds per second of wall clock: donors' patience is shortened by as much.
+    /// Trace seconds per second of wall clock. The times of the donors' policy are divided by it.
     pub pace: f64,
     /// HBM that a donor keeps free for its own model's growth, full-size bytes.
     pub headroom_bytes: u64,
@@ -56,7 +56,7 @@ pub struct NodePlan {
     pub broker: PathBuf,
     /// The `swiftcache` program.
     pub swiftcache: PathBuf,
-    /// Where its sockets and files go; a fresh temporary directory when not given.
+    /// The directory of the node's socket and files. None: a new temporary directory.
     pub directory: Option<PathBuf>,
 }
 
@@ -76,7 +76,7 @@ impl Directory {
     }
 }
 
-/// A running node. Dropping it ends its processes, donors first, and removes its directory.
+/// A running node. Drop ends its processes, donors first, and removes its directory.
 #[derive(Debug)]
 pub struct PrivateNode {
     topology: Topology,
@@ -88,10 +88,10 @@ pub struct PrivateNode {
 }
 
 impl PrivateNode {
-    /// Starts the broker and waits until it answers. Donors come with [`start_donors`](Self::start_donors).
+    /// Starts the broker and waits until it answers. [`start_donors`](Self::start_donors) starts the donors.
     ///
     /// # Errors
-    /// When the topology is too small, the directory cannot be made, or the broker does not come up.
+    /// When the topology is too small, the directory cannot be created, or the broker does not become ready.
     pub fn launch(plan: &NodePlan) -> Result<Self, ReplayError> {
         let directory = open_directory(plan.directory.as_deref())?;
         let usage_dir = directory.path().join("usage");
@@ -122,10 +122,11 @@ impl PrivateNode {
         Ok(node)
     }
 
-    /// Starts an elastic donor on every device but the first; `ready` says when all of them lend.
+    /// Starts an elastic donor on every device except the first, and waits until `ready` says that all of them
+    /// lend.
     ///
     /// # Errors
-    /// When one does not come up.
+    /// When a donor does not become ready.
     pub fn start_donors(
         &mut self,
         plan: &NodePlan,
@@ -158,12 +159,12 @@ impl PrivateNode {
         &self.socket
     }
 
-    /// The shrunk node.
+    /// The topology of the scaled node.
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// Where neighbours say what they use.
+    /// The directory where each neighbour's HBM use is written.
     pub fn usage_dir(&self) -> &Path {
         &self.usage_dir
     }
@@ -185,7 +186,7 @@ impl PrivateNode {
             .map(|(name, child)| (name.as_str(), child.id()))
     }
 
-    /// A command whose process dies with this one, whatever happens to it.
+    /// A command whose process ends when this process ends, in whatever way this process ends.
     fn tethered(&self, program: &Path) -> Command {
         let mut command = Command::new(&self.swiftcache);
         command
@@ -193,7 +194,7 @@ impl PrivateNode {
             .arg(program)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        // Settings meant for this process are not meant for its children.
+        // The settings in this process's environment are not meant for its children.
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("SWIFTCACHE_") {
                 command.env_remove(name);
@@ -235,7 +236,7 @@ impl PrivateNode {
                     problem: format!(
                         "not ready after {} s{}",
                         READY_LIMIT.as_secs(),
-                        self.last_words(what)
+                        self.end_of_log(what)
                     ),
                 });
             }
@@ -243,10 +244,10 @@ impl PrivateNode {
         }
     }
 
-    /// Whether every process still runs.
+    /// Checks that every process still runs.
     ///
     /// # Errors
-    /// Names the one that does not, with its last words.
+    /// When a process has ended. The error names it and quotes the end of its log.
     pub fn check_alive(&mut self) -> Result<(), ReplayError> {
         let mut ended = None;
         for (name, child) in &mut self.children {
@@ -257,41 +258,41 @@ impl PrivateNode {
         match ended {
             None => Ok(()),
             Some((name, status)) => Err(ReplayError::Process {
-                problem: format!("ended early ({status}){}", self.last_words(&name)),
+                problem: format!("ended early ({status}){}", self.end_of_log(&name)),
                 process: name,
             }),
         }
     }
 
-    fn last_words(&self, name: &str) -> String {
+    fn end_of_log(&self, name: &str) -> String {
         let text = fs::read_to_string(self.log(name)).unwrap_or_default();
         let lines: Vec<&str> = text.trim_end().lines().collect();
         let tail = &lines[lines.len().saturating_sub(5)..];
         if tail.is_empty() {
             String::new()
         } else {
-            format!("; its last words:\n  {}", tail.join("\n  "))
+            format!("; the end of its log:\n  {}", tail.join("\n  "))
         }
     }
 }
 
 impl Drop for PrivateNode {
     fn drop(&mut self) {
-        // Donors first: they withdraw while the broker is there to hear it.
+        // Donors first, so that they can withdraw while the broker still runs.
         while let Some((_, mut child)) = self.children.pop() {
             end(&mut child);
         }
         if let Directory::Named(path) = &self.directory {
-            // Best effort: the next launch removes what is left.
+            // An error does not matter: the next launch removes what is left.
             let _ = fs::remove_dir_all(path);
         }
     }
 }
 
-/// Asks a process to leave, and ends it when it does not.
+/// Asks a process to exit, and kills it when it does not.
 fn end(child: &mut Child) {
     let asked = i32::try_from(child.id()).is_ok_and(|pid| {
-        // Not reaped yet, so the pid is still this child's.
+        // The child is not reaped yet, so the pid is still its own.
         kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok()
     });
     let started = Instant::now();
@@ -301,7 +302,7 @@ fn end(child: &mut Child) {
             _ => return,
         }
     }
-    // Either fails only when it is gone already.
+    // Both calls fail only when the process is already gone.
     let _ = child.kill();
     let _ = child.wait();
 }
@@ -317,7 +318,8 @@ fn write(path: &Path, text: &str) -> Result<(), ReplayError> {
     fs::write(path, text).map_err(|source| at(path, source))
 }
 
-/// A private directory. A named one may lie where others can write: it must be our own, and nobody's who runs.
+/// Opens a private directory. The parent of a named directory may be writable by other users. So a named directory
+/// must belong to this user, and no running node may use it.
 fn open_directory(named: Option<&Path>) -> Result<Directory, ReplayError> {
     let Some(path) = named else {
         let directory = tempfile::Builder::new().prefix("swiftcache-").tempdir();
@@ -328,7 +330,10 @@ fn open_directory(named: Option<&Path>) -> Result<Directory, ReplayError> {
     if UnixStream::connect(path.join("broker.sock")).is_ok() {
         return Err(at(
             path,
-            io::Error::new(io::ErrorKind::AddrInUse, "another one is running here"),
+            io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another node is running in this directory",
+            ),
         ));
     }
     match fs::symlink_metadata(path) {
@@ -348,7 +353,7 @@ fn open_directory(named: Option<&Path>) -> Result<Directory, ReplayError> {
     Ok(Directory::Named(path.to_owned()))
 }
 
-/// A time of the trace as wall-clock time at that pace.
+/// The wall-clock time that a trace time takes at `pace`, as a flag's value.
 fn shortened(time: Duration, pace: f64) -> String {
     let short = Duration::from_secs_f64(time.as_secs_f64() / pace);
     format!("{}us", short.max(LEAST_PERIOD).as_micros())

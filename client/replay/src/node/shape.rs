@@ -1,4 +1,4 @@
-//! The shape of the node: a topology shrunk to a replay's size, and its file.
+//! The shape of the node: a topology that is scaled down to the replay's size, and the file that describes it.
 
 use std::path::Path;
 
@@ -9,7 +9,8 @@ use swiftcache_proto::{
 
 use super::{NodePlan, ReplayError};
 
-/// The first devices of the named topology and their links, with the GPU's HBM, shrunk.
+/// The first devices of the plan's topology and the links between them. Each device has the HBM of the plan's GPU,
+/// scaled down.
 pub(super) fn shrink(plan: &NodePlan, usage_dir: &Path) -> Result<Topology, ReplayError> {
     let full = Topology::load(&plan.topology)?;
     let wanted = plan.donors + 1;
@@ -17,7 +18,7 @@ pub(super) fn shrink(plan: &NodePlan, usage_dir: &Path) -> Result<Topology, Repl
         return Err(ReplayError::Flag {
             flag: "--donors",
             problem: format!(
-                "is {}; topology {} takes 1 to {}, and one device for the busy model",
+                "is {}; topology {} takes 1 to {}, because the busy model needs one device",
                 plan.donors,
                 full.name,
                 full.devices.len() - 1
@@ -43,7 +44,7 @@ pub(super) fn shrink(plan: &NodePlan, usage_dir: &Path) -> Result<Topology, Repl
     })
 }
 
-/// Writes a topology as its file format.
+/// The topology in its file format.
 pub(super) fn to_toml(topology: &Topology) -> String {
     let quote = |text: &str| toml::Value::String(text.to_owned()).to_string();
     let mut text = format!("name = {}\n", quote(&topology.name));
@@ -58,7 +59,7 @@ pub(super) fn to_toml(topology: &Topology) -> String {
             device.hbm_bytes
         );
     }
-    // A link of the file stands for both directions.
+    // A link in the file stands for both directions.
     for link in topology.links.iter().filter(|link| link.from < link.to) {
         let kind = match link.kind {
             LinkKind::SameDevice => continue,

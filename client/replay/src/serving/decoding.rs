@@ -1,11 +1,11 @@
-//! Sequences that decode while others prefill.
+//! Sequences that decode while other requests prefill.
 
-use super::{PrefixCache, Request, Roofline, Seating};
+use super::{Allocation, PrefixCache, Request, Roofline};
 
-/// Sequences that decode, in lockstep: one token each for every step.
+/// Sequences that decode in lockstep: each step gives one token to each sequence.
 #[derive(Debug, Default)]
 pub(super) struct Decoding {
-    /// Ordered by the step at which they are over.
+    /// Ordered by the step after which a sequence is over.
     pub(super) sequences: Vec<Sequence>,
     pub(super) steps: f64,
     pub(super) now_s: f64,
@@ -14,9 +14,9 @@ pub(super) struct Decoding {
 #[derive(Debug)]
 pub(super) struct Sequence {
     over_at: f64,
-    /// Its context, tokens: prompt and half its answer, the average over its life.
+    /// The average context over the sequence's life, tokens: its prompt and half its answer.
     context: f64,
-    seating: Seating,
+    allocation: Allocation,
 }
 
 impl Decoding {
@@ -24,7 +24,7 @@ impl Decoding {
         self.sequences.iter().map(|sequence| sequence.context).sum()
     }
 
-    pub(super) fn start(&mut self, request: &Request, seating: Seating) {
+    pub(super) fn start(&mut self, request: &Request, allocation: Allocation) {
         let over_at = self.steps + request.output_tokens as f64;
         let at = self
             .sequences
@@ -35,7 +35,7 @@ impl Decoding {
             Sequence {
                 over_at,
                 context,
-                seating,
+                allocation,
             },
         );
     }
@@ -44,9 +44,9 @@ impl Decoding {
         roofline.decode_step_s(self.sequences.len() as u64, self.context())
     }
 
-    /// Those whose answer is out leave their slots.
+    /// Releases the slots of sequences whose answer is complete.
     pub(super) fn finish(&mut self, pool: &mut PrefixCache) {
-        // A token's fraction of rounding must not keep a finished sequence.
+        // The tolerance is for rounding, which must not keep a finished sequence.
         let over = |sequence: &Sequence| sequence.over_at <= self.steps + 1e-6;
         let count = self
             .sequences
@@ -54,11 +54,11 @@ impl Decoding {
             .take_while(|sequence| over(sequence))
             .count();
         for sequence in self.sequences.drain(..count) {
-            pool.rise(&sequence.seating);
+            pool.release(&sequence.allocation);
         }
     }
 
-    /// Decodes until `until_s`, with the GPU to itself.
+    /// Decodes until `until_s`. No prefill runs meanwhile.
     pub(super) fn run_until(&mut self, until_s: f64, roofline: &Roofline, pool: &mut PrefixCache) {
         while let Some(next_s) = self.next_finish_s(roofline)
             && next_s <= until_s
@@ -76,7 +76,7 @@ impl Decoding {
         Some(self.now_s + (first.over_at - self.steps).max(0.0) * self.step_s(roofline))
     }
 
-    /// Decodes until the next sequence is over.
+    /// Decodes until the next sequence is over. No prefill runs meanwhile.
     pub(super) fn run_to_next(&mut self, roofline: &Roofline, pool: &mut PrefixCache) {
         if let Some(next_s) = self.next_finish_s(roofline) {
             self.steps = self.steps.max(self.sequences[0].over_at);

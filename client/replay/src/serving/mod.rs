@@ -1,15 +1,15 @@
 //! The busy model's serving engine as a discrete-event model in trace time.
 //!
 //! * Requests are prefilled one at a time, first come, first served. A request starts when the GPU is free and
-//!   its prompt and answer fit into the local pool; until then it and everything behind it wait.
-//! * Time to first token: from arrival until its prefill is over.
+//!   its prompt and answer fit into the local pool. Until then, this request and all later requests wait.
+//! * The time to first token is the time from a request's arrival until its prefill is over.
 //! * Cached blocks found outside the local pool arrive layer by layer while earlier layers compute
-//!   ([`pipelined_s`]), in every arm alike.
-//! * Decoding goes on meanwhile: a prefill is cut into passes of [`PASS_TOKENS`] new tokens, and each pass
-//!   carries one token of every sequence that decodes when the prefill starts, at most [`MAX_DECODING`]. That
-//!   is the interference, and its bound. Between prefills, decoding has the GPU to itself.
-//! * New blocks are written to donors and to the host tier in the other direction of full-duplex links, after
-//!   the prefill: they delay no load.
+//!   ([`pipelined_s`]). This is the same in every arm.
+//! * Decoding goes on during a prefill. A prefill is cut into passes of [`PASS_TOKENS`] new tokens, and each pass
+//!   also decodes one token of every sequence that is decoding when the prefill starts, at most [`MAX_DECODING`].
+//!   So decoding slows a prefill, by a bounded amount. Between prefills, decoding has the GPU to itself.
+//! * New blocks are written to donors and to the host tier after the prefill, in the other direction of full-duplex
+//!   links. So they delay no load.
 
 mod decoding;
 mod stretch;
@@ -25,7 +25,7 @@ pub use stretch::stretch_for;
 use super::{
     ReplayError,
     pipeline::{LinkLoad, pipelined_s},
-    prefix_cache::{PrefixCache, Seating},
+    prefix_cache::{Allocation, PrefixCache},
     roofline::Roofline,
     trace::{BLOCK_TOKENS, Request},
 };
@@ -34,7 +34,7 @@ use super::{
 pub const PASS_TOKENS: u64 = 2048;
 /// The most sequences that decode at once.
 pub const MAX_DECODING: usize = 128;
-/// What issuing one layer's load costs: a gather launch and its event, seconds.
+/// Time to issue one layer's load, seconds: one gather launch and its event.
 pub const ISSUE_S: f64 = 10e-6;
 
 /// Where a block was found.
@@ -54,7 +54,7 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// The tier of a donor behind such a link. A lease on the busy device itself counts as local.
+    /// The tier of a donor that is reached over `link`. A lease on the busy device itself counts as local.
     pub fn of_donor(link: LinkKind) -> Self {
         match link {
             LinkKind::SameDevice => Self::Local,
@@ -72,7 +72,7 @@ pub struct LinkRates {
     pub nvlink: f64,
     /// Peer copies over PCIe.
     pub pcie: f64,
-    /// Between the GPU and pinned host memory.
+    /// Copies between the GPU and pinned host memory.
     pub host: f64,
 }
 
@@ -82,14 +82,14 @@ impl LinkRates {
             Tier::Local => None,
             Tier::DonorNvlink => Some(self.nvlink),
             Tier::DonorPcie => Some(self.pcie),
-            // Staged: every byte crosses PCIe twice, down from the donor and up again.
+            // Staged through host memory: every byte crosses PCIe twice.
             Tier::DonorHost => Some(self.host / 2.0),
             Tier::Host => Some(self.host),
         }
     }
 }
 
-/// What the engine serves with.
+/// The engine's resources and settings.
 #[derive(Clone, Copy, Debug)]
 pub struct Serving {
     /// The model and its GPU.
@@ -102,22 +102,32 @@ pub struct Serving {
     pub stretch: f64,
 }
 
-/// What differs between the arms: where the blocks are that the local pool does not hold, and whether there
-/// are real bytes behind them.
+/// Blocks that one tier gave to a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetched {
+    /// Where they were.
+    pub tier: Tier,
+    /// How many they are.
+    pub blocks: u64,
+}
+
+/// The part of the engine that differs between the arms: where it finds blocks that the local pool does not hold,
+/// and whether it moves real bytes.
 pub trait Arm {
-    /// Trace time is now `now_s`: neighbours and whoever else lives in it move on.
+    /// Moves everything that follows trace time, for example the neighbours, on to `now_s`.
     fn advance(&mut self, now_s: f64) -> Result<(), ReplayError>;
 
-    /// Brings every block of the prompt into its slot: checks the first `seating.hits`, fetches the longest
-    /// run of what follows, computes and stores the rest. Says how many blocks came from where, in order.
+    /// Brings every block of the prompt into its slot. It checks the first `allocation.hits` blocks, fetches as many
+    /// of the following blocks as it finds without a gap, and computes and stores the rest. Returns what it fetched
+    /// from each tier, in the order of the prompt.
     fn prefill(
         &mut self,
         blocks: &[BlockHash],
-        seating: &Seating,
-    ) -> Result<Vec<(Tier, u64)>, ReplayError>;
+        allocation: &Allocation,
+    ) -> Result<Vec<Fetched>, ReplayError>;
 }
 
-/// The arm without another tier and without bytes: what is not in the local pool is computed again.
+/// The arm without another tier and without bytes: it computes again what is not in the local pool.
 #[derive(Debug, Default)]
 pub struct Recompute;
 
@@ -129,31 +139,31 @@ impl Arm for Recompute {
     fn prefill(
         &mut self,
         _blocks: &[BlockHash],
-        _seating: &Seating,
-    ) -> Result<Vec<(Tier, u64)>, ReplayError> {
+        _allocation: &Allocation,
+    ) -> Result<Vec<Fetched>, ReplayError> {
         Ok(Vec::new())
     }
 }
 
-/// What came of a run.
+/// The results of a run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
     /// Time to first token of every served request, in order of arrival, seconds.
     pub ttft_s: Vec<f64>,
     /// Blocks found, by tier.
     pub hits: BTreeMap<Tier, u64>,
-    /// Blocks asked for by served requests.
+    /// Blocks of all served requests.
     pub blocks: u64,
     /// Requests that can never fit into the local pool.
     pub refused: u64,
-    /// Time that the server was taken: prefilling, or waiting for room in the local pool, seconds.
+    /// Time that the server was busy: prefilling, or waiting for room in the local pool, seconds.
     pub busy_s: f64,
     /// From the first arrival until the last first token, seconds.
     pub span_s: f64,
 }
 
 impl Outcome {
-    /// Share of the span during which the server was taken. Beyond 1 no queue would ever end.
+    /// Share of the span during which the server was busy, 0 to 1.
     pub fn utilisation(&self) -> f64 {
         if self.span_s > 0.0 {
             self.busy_s / self.span_s
@@ -163,10 +173,10 @@ impl Outcome {
     }
 }
 
-/// Serves `requests` in order. `progress` hears how many are done.
+/// Serves `requests` in order. After each, it calls `progress` with the number of requests that are done.
 ///
 /// # Errors
-/// Whatever the arm's data path fails with; a wrong byte above all.
+/// When the arm's data path fails, above all on a wrong byte.
 pub fn serve(
     requests: &[Request],
     serving: &Serving,
@@ -186,37 +196,37 @@ pub fn serve(
             progress(done);
             continue;
         }
-        let taken_s = arrival_s.max(free_s);
-        decoding.run_until(taken_s, roofline, &mut pool);
-        let seating = loop {
+        let busy_from_s = arrival_s.max(free_s);
+        decoding.run_until(busy_from_s, roofline, &mut pool);
+        let allocation = loop {
             if decoding.sequences.len() < MAX_DECODING
-                && let Some(seating) = pool.seat(&request.blocks, answer)
+                && let Some(allocation) = pool.allocate(&request.blocks, answer)
             {
-                break seating;
+                break allocation;
             }
             decoding.run_to_next(roofline, &mut pool);
         };
         let start_s = decoding.now_s;
         arm.advance(start_s)?;
-        let fetched = arm.prefill(&request.blocks, &seating)?;
-        for (slot, block) in seating.slots.iter().zip(&request.blocks) {
+        let fetched = arm.prefill(&request.blocks, &allocation)?;
+        for (slot, block) in allocation.slots.iter().zip(&request.blocks) {
             pool.publish(*slot, *block);
         }
         outcome.blocks += request.blocks.len() as u64;
-        *outcome.hits.entry(Tier::Local).or_default() += seating.hits as u64;
-        for (tier, count) in &fetched {
-            *outcome.hits.entry(*tier).or_default() += count;
+        *outcome.hits.entry(Tier::Local).or_default() += allocation.hits as u64;
+        for part in &fetched {
+            *outcome.hits.entry(part.tier).or_default() += part.blocks;
         }
-        let found = seating.hits as u64 + fetched.iter().map(|(_, count)| count).sum::<u64>();
+        let found = allocation.hits as u64 + fetched.iter().map(|part| part.blocks).sum::<u64>();
         let prefill = prefill(serving, request, found, &fetched, &decoding);
         free_s = start_s + prefill.seconds;
         decoding.steps += prefill.passes;
         decoding.now_s = free_s;
         decoding.finish(&mut pool);
-        decoding.start(request, seating);
+        decoding.start(request, allocation);
         decoding.finish(&mut pool);
         outcome.ttft_s.push(free_s - arrival_s);
-        outcome.busy_s += free_s - taken_s;
+        outcome.busy_s += free_s - busy_from_s;
         progress(done);
     }
     let first_s = requests
@@ -231,12 +241,13 @@ struct Prefill {
     passes: f64,
 }
 
-/// The last token is always computed: somebody must predict the next.
+/// The cost of a prefill. The last token of a prompt is always computed, because it predicts the first token of the
+/// answer.
 fn prefill(
     serving: &Serving,
     request: &Request,
     found: u64,
-    fetched: &[(Tier, u64)],
+    fetched: &[Fetched],
     decoding: &Decoding,
 ) -> Prefill {
     let cached = (found * BLOCK_TOKENS).min(request.input_tokens - 1);
@@ -247,8 +258,8 @@ fn prefill(
     let compute_s = serving.roofline.prefill_s(new, cached)
         + passes * serving.roofline.ride_along_s(riding, decoding.context());
     let mut by_tier: BTreeMap<Tier, u64> = BTreeMap::new();
-    for (tier, count) in fetched {
-        *by_tier.entry(*tier).or_default() += count;
+    for part in fetched {
+        *by_tier.entry(part.tier).or_default() += part.blocks;
     }
     let block_layer_bytes = (BLOCK_TOKENS * model.layer_bytes_per_token()) as f64;
     let loads = by_tier.into_iter().filter_map(|(tier, count)| {

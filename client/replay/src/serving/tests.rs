@@ -1,9 +1,9 @@
-//! The server by hand: small numbers, worked out in the comments.
+//! The server with small numbers, which the comments work out by hand.
 
 use super::*;
 use crate::{models::ModelShape, roofline::Gpu};
 
-/// One FLOP/s per FLOP: a token takes 2 s of prefill, whatever its context; memory costs nothing.
+/// The GPU reaches 1 FLOP/s, so a token takes 2 s of prefill in any context. Reading memory takes no time.
 fn serving(pool_blocks: u32) -> Serving {
     Serving {
         roofline: Roofline {
@@ -62,10 +62,11 @@ fn first_come_first_served_by_hand() {
         request(5.0, 20, 0, &[2]),
         request(90.0, 30, 0, &[3]),
     ];
-    // 0..20; waits from 5, 20..60; idle until 90, 90..150.
+    // The first runs 0..20. The second waits from 5 and runs 20..60. The server is idle until 90; the third runs
+    // 90..150.
     let outcome = run(&requests, &serving(8));
     close(&outcome.ttft_s, &[20.0, 55.0, 60.0]);
-    // Taken 0..60 and 90..150.
+    // Busy 0..60 and 90..150.
     close(&[outcome.busy_s, outcome.span_s], &[120.0, 150.0]);
     assert_eq!(outcome.utilisation(), 0.8);
 }
@@ -88,7 +89,7 @@ fn a_prefix_in_the_pool_is_not_computed_again() {
         request(4000.0, 600, 0, &[1, 2]),
     ];
     let outcome = run(&requests, &serving(8));
-    // 700 - 512 tokens; then both blocks are there and only the last token is computed.
+    // The second computes 700 - 512 tokens. The third finds both blocks and computes only its last token.
     close(&outcome.ttft_s, &[1200.0, 376.0, 2.0]);
     assert_eq!((outcome.hits[&Tier::Local], outcome.blocks), (3, 6));
 }
@@ -96,18 +97,18 @@ fn a_prefix_in_the_pool_is_not_computed_again() {
 #[test]
 fn decoding_rides_along_with_a_prefill() {
     let requests = [request(0.0, 10, 5, &[1]), request(20.0, 10, 0, &[2])];
-    // One pass carries one token of the first: its one decoding token costs 2 s, as any token.
+    // The one pass of the second also decodes one token of the first, which costs 2 s like any token.
     close(&run(&requests, &serving(8)).ttft_s, &[20.0, 22.0]);
 }
 
 #[test]
 fn a_full_pool_makes_the_next_wait_for_an_answer_to_end() {
     let requests = [request(0.0, 10, 5, &[1]), request(0.0, 10, 5, &[2])];
-    // Two slots: prompt and answer of the first. Its five tokens take 2 s each; then the second's 20 s.
+    // Two slots hold prompt and answer of the first. Its five tokens take 2 s each; then the second takes 20 s.
     let outcome = run(&requests, &serving(2));
     close(&outcome.ttft_s, &[20.0, 50.0]);
     close(&[outcome.busy_s], &[50.0]);
-    // Four slots: no waiting, but one token rides along.
+    // With four slots the second need not wait, but one token of the first is decoded in its pass.
     close(&run(&requests, &serving(4)).ttft_s, &[20.0, 42.0]);
 }
 
@@ -130,16 +131,19 @@ impl Arm for Everything {
     fn prefill(
         &mut self,
         blocks: &[BlockHash],
-        seating: &Seating,
-    ) -> Result<Vec<(Tier, u64)>, ReplayError> {
-        Ok(vec![(self.0, (blocks.len() - seating.hits) as u64)])
+        allocation: &Allocation,
+    ) -> Result<Vec<Fetched>, ReplayError> {
+        Ok(vec![Fetched {
+            tier: self.0,
+            blocks: (blocks.len() - allocation.hits) as u64,
+        }])
     }
 }
 
 #[test]
 fn loads_take_the_time_of_their_link() {
-    // Two layers of 512 tokens * 4 bytes: 2048 bytes each, at 256 B/s: 8 s and 10 us each, then one layer
-    // of the last token (1 s).
+    // Two layers of 512 tokens * 4 bytes are 2048 bytes each. At 256 B/s a layer takes 8 s and 10 us. After both,
+    // one layer of the last token computes (1 s).
     let rates = LinkRates {
         host: 256.0,
         pcie: 512.0,

@@ -1,4 +1,4 @@
-//! The broker as a process: how soon it is ready, and what it weighs.
+//! The broker as a process: how soon it is ready, and how much memory it uses.
 
 use std::{
     fs,
@@ -10,11 +10,11 @@ use anyhow::{Context, Result};
 
 use crate::report::{Line, time};
 
-/// How much it may weigh idle, bytes.
+/// The most resident memory of an idle broker, bytes.
 const IDLE_RSS: u64 = 30 << 20;
-/// How soon it must answer.
+/// The longest time from spawn to the first answer.
 const READY: Duration = Duration::from_millis(100);
-/// What one indexed block may weigh, bytes.
+/// The most memory of one indexed block, bytes.
 const BLOCK: f64 = 100.0;
 
 /// Resident memory of the process, bytes.
@@ -29,7 +29,7 @@ pub(crate) fn rss(pid: u32) -> Result<u64> {
     Ok(kib.trim().parse::<u64>()? << 10)
 }
 
-/// A process that only starts and exits, for scale.
+/// Times a process that only starts and exits. This is the baseline for starting a broker.
 pub(crate) fn bare_start(program: &Path) -> Result<Duration> {
     let began = Instant::now();
     let output = std::process::Command::new(program)
@@ -43,7 +43,7 @@ pub(crate) fn bare_start(program: &Path) -> Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// From spawn to the first answer.
+/// The line for the time from spawn to the first answer.
 pub(crate) fn ready_line(ready: Duration, bare: Duration) -> Line {
     Line {
         what: "broker: spawn to first answered RPC, median".to_owned(),
@@ -55,7 +55,7 @@ pub(crate) fn ready_line(ready: Duration, bare: Duration) -> Line {
     }
 }
 
-/// Idle resident memory.
+/// The line for the resident memory of an idle broker.
 pub(crate) fn idle_line(idle: u64, own: u64) -> Line {
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     Line {
@@ -68,7 +68,7 @@ pub(crate) fn idle_line(idle: u64, own: u64) -> Line {
     }
 }
 
-/// Growth of resident memory per block in the index.
+/// The line for the growth of resident memory per block in the index.
 pub(crate) fn block_line(before: u64, after: u64, blocks: u64) -> Line {
     let each = after.saturating_sub(before) as f64 / blocks as f64;
     Line {

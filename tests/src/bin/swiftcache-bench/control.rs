@@ -1,7 +1,8 @@
-//! Control messages: each against a no-op RPC of the same broker over the same socket in the same run.
+//! Control messages. Each is compared with a no-op RPC of the same broker over the same socket in the same run.
 //!
-//! Regions are offered with made-up opaque handles, which the broker relays unread: so a 64 GiB lease can be
-//! timed on a machine without a GPU. Nothing is mapped and no byte moves; that is the point of the budgets.
+//! Regions are offered with made-up handles. The broker passes handles on without reading them, so a 64 GiB lease can
+//! be timed on a machine without a GPU. Nothing is mapped and no byte moves: the budgets are for the control messages
+//! alone.
 
 use std::{
     path::{Path, PathBuf},
@@ -28,20 +29,20 @@ use crate::report::{Latencies, Line, time};
 
 /// A prompt of 128 Ki tokens in 16-token blocks.
 const LOOKUP_HASHES: u32 = 8192;
-/// Blocks published for the lookups to find, in 64 KiB of slab each.
+/// Bytes of a block in its slab.
 const BLOCK_BYTES: u64 = 64 << 10;
 const GIB: u64 = 1 << 30;
 
 type Client = v1::broker_client::BrokerClient<Channel>;
 
-/// A session with its stream, as a donor or borrower has it.
+/// A donor's or a borrower's session with its stream.
 struct Party {
     client: Client,
     id: u64,
     device: String,
     outgoing: mpsc::Sender<v1::SessionRequest>,
     incoming: Streaming<v1::SessionResponse>,
-    /// Regions offered so far: an id that was returned is never offered again.
+    /// How many regions were offered so far. Each offer uses the next number as its id, so no id is used twice.
     offered: u128,
 }
 
@@ -92,7 +93,7 @@ impl Party {
             .context("the session stream ended")
     }
 
-    /// Offers one region, of slabs as large as they may be.
+    /// Offers one region with the largest slabs that the protocol allows. Returns the region's id.
     async fn offer(&mut self, bytes: u64) -> Result<Vec<u8>> {
         self.offered += 1;
         let region = self.offered.to_le_bytes().to_vec();
@@ -147,7 +148,7 @@ async fn send(
     outgoing.send(request).await.context("the stream is closed")
 }
 
-/// Runs every control bench over `channel`, which leads to a fresh broker's socket.
+/// Runs every bench of control messages over `channel`, which leads to a new broker's socket.
 pub(crate) async fn run(channel: Channel, rounds: u32) -> Result<Vec<Line>> {
     let mut donor = Party::join(channel.clone(), "bench donor", 1).await?;
     let mut borrower = Party::join(channel.clone(), "bench borrower", 0).await?;
@@ -162,7 +163,7 @@ pub(crate) async fn run(channel: Channel, rounds: u32) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// The baseline: a health check, which does nothing but travel.
+/// The baseline: a health check, for which the broker does no work.
 async fn no_op(channel: Channel, rounds: u32) -> Result<Latencies> {
     let mut client = HealthClient::new(channel);
     let mut latencies = Latencies::new()?;
@@ -213,7 +214,10 @@ async fn lookup(
     Ok(line(
         "lookup of 8,192 hashes, p50",
         latencies.at(0.5),
-        ("no-op RPC, p50", noop.at(0.5)),
+        Baseline {
+            what: "no-op RPC, p50",
+            took: noop.at(0.5),
+        },
         Duration::from_micros(300),
     ))
 }
@@ -243,12 +247,15 @@ async fn lease(
     Ok(line(
         "lease of one slab, p99",
         latencies.at(0.99),
-        ("no-op RPC, p99", noop.at(0.99)),
+        Baseline {
+            what: "no-op RPC, p99",
+            took: noop.at(0.99),
+        },
         Duration::from_millis(2),
     ))
 }
 
-/// From the donor's demand until its bytes are its own, with a borrower that acknowledges at once.
+/// Measures the time from a donor's demand until the donor owns its bytes again. The borrower acknowledges at once.
 async fn revoke(
     donor: &mut Party,
     borrower: &mut Party,
@@ -268,7 +275,10 @@ async fn revoke(
     Ok(line(
         &format!("revoke until the donor owns {label} again, p99"),
         latencies.at(0.99),
-        ("no-op RPC, p99", noop.at(0.99)),
+        Baseline {
+            what: "no-op RPC, p99",
+            took: noop.at(0.99),
+        },
         Duration::from_millis(5),
     ))
 }
@@ -319,18 +329,23 @@ async fn give_back(
     Ok(())
 }
 
-fn line(what: &str, measured: Duration, baseline: (&str, Duration), budget: Duration) -> Line {
+struct Baseline {
+    what: &'static str,
+    took: Duration,
+}
+
+fn line(what: &str, measured: Duration, baseline: Baseline, budget: Duration) -> Line {
     Line {
         what: what.to_owned(),
         measured: time(measured),
-        baseline: format!("{}: {}", baseline.0, time(baseline.1)),
-        ratio: Some(measured.as_secs_f64() / baseline.1.as_secs_f64()),
+        baseline: format!("{}: {}", baseline.what, time(baseline.took)),
+        ratio: Some(measured.as_secs_f64() / baseline.took.as_secs_f64()),
         budget: format!("≤ {}", time(budget)),
         kept: Some(measured <= budget),
     }
 }
 
-/// Publishes `messages` times `per_message` blocks, and says how many the broker holds then.
+/// Publishes `messages` times `per_message` blocks. Returns how many blocks the broker has indexed afterwards.
 pub(crate) async fn fill_index(channel: Channel, messages: u32, per_message: u32) -> Result<u64> {
     let mut donor = Party::join(channel.clone(), "bench donor", 1).await?;
     let mut borrower = Party::join(channel.clone(), "bench borrower", 0).await?;
@@ -354,14 +369,15 @@ pub(crate) async fn fill_index(channel: Channel, messages: u32, per_message: u32
     Ok(node.indexed_blocks)
 }
 
-/// A hash spread like a real one: the index must not profit from neighbours.
+/// The hash of a block. Hashes of consecutive blocks are far apart, like those of real hash functions, so that the
+/// index cannot profit from their order.
 fn spread(block: u32) -> [u8; 16] {
     u128::from(block + 1)
         .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
         .to_le_bytes()
 }
 
-/// A channel over the broker's Unix socket, as soon as a starting broker listens there.
+/// Waits until a starting broker listens on its Unix socket, and returns a channel to it.
 pub(crate) async fn connect(socket: &Path) -> Result<Channel> {
     let endpoint = Endpoint::from_static("http://localhost")
         .initial_connection_window_size(4 << 20)

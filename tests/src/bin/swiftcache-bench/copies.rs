@@ -1,4 +1,4 @@
-//! Copies on the host backend, each against a plain copy of the same bytes in the same run.
+//! Copies on the host backend. Each is compared with a plain copy of the same bytes in the same run.
 
 use std::{
     hint::black_box,
@@ -12,10 +12,10 @@ use swiftcache_proto::{domain::HandleKind, topology::Topology};
 use crate::report::{Latencies, Line};
 
 const MIB: u64 = 1 << 20;
-/// So many that memory is measured more than caches.
+/// Enough bytes that memory is measured, not caches.
 const BYTES: u64 = 256 * MIB;
 
-/// Two devices on one NVLink: what the copies cross.
+/// Two devices with an NVLink between them, which the copies cross.
 const TOPOLOGY: &str = r#"
 name = "bench"
 [[device]]
@@ -31,7 +31,7 @@ kind = "nvlink"
 gigabytes_per_second = 1.0
 "#;
 
-/// One extent, and the same bytes as scattered blocks, against memcpy.
+/// Measures one extent, and the same bytes as scattered pieces, against memcpy.
 pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
     let topology = Topology::parse(TOPOLOGY, "bench")?;
     let layer = HostLayer::from_topology(&topology, false)?;
@@ -40,13 +40,13 @@ pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
     let pool = layer.allocate(own, BYTES, HandleKind::PosixFd)?;
     let stream = layer.stream(own)?;
 
-    // Every page written: pages never touched are one page of zeros, which a copy reads from cache.
+    // Write every page. Pages that were never touched are all the same page of zeros, which a copy reads from cache.
     let from: Vec<u8> = (0_u8..=250).cycle().take(BYTES as usize).collect();
     let mut to = vec![1_u8; BYTES as usize];
     stream.write(&slab, 0, &from)?;
     stream.zero(&pool, 0, BYTES)?;
     stream.record()?.wait()?;
-    // Alternating the two sides keeps a noisy neighbour from favouring one.
+    // Alternate between the measurements, so that other work on the machine slows all of them alike.
     let mut plain = Latencies::new()?;
     let mut plain_pieces = Latencies::new()?;
     let mut extent = Latencies::new()?;
@@ -93,13 +93,13 @@ pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
     ])
 }
 
-/// The same bytes in pieces of `piece` bytes, in an order that no prefetcher guesses.
+/// The same bytes in pieces of `piece` bytes, in an order that no prefetcher can guess.
 fn scatter(piece: u64) -> Vec<Piece> {
     let pieces = BYTES / piece;
     (0..pieces)
         .map(|index| Piece {
             from: index * piece,
-            // 2,654,435,761 is odd, so this visits each of the 2^n places once.
+            // 2,654,435,761 is odd and the number of pieces is 2^n, so each target is used once.
             to: (index.wrapping_mul(2_654_435_761) % pieces) * piece,
             bytes: piece,
         })

@@ -1,16 +1,16 @@
-//! What the index weighs: blocks published into a fresh broker until its memory says something.
+//! How much memory the index uses: publishes blocks to a new broker until the growth of its memory is significant.
 
 use anyhow::{Context, Result};
 use swiftcache_tests::node::Node;
 
 use crate::{broker, control, report::Line};
 
-/// Blocks in one publication: the protocol's bound.
+/// Blocks in one Publish message: the protocol's bound.
 const PER_MESSAGE: u32 = 65_536;
-/// Publications; 4 Mi blocks make the rest of the process vanish in the noise.
+/// Publish messages. Together they have 4 Mi blocks, beside which the rest of the process does not count.
 const MESSAGES: u32 = 64;
 
-/// Publishes and measures.
+/// Publishes the blocks and measures the growth of the broker's memory.
 pub(crate) async fn run(node: &Node) -> Result<Line> {
     let channel = control::connect(&node.socket()).await?;
     let before = broker::rss(node.broker()?.pid())?;

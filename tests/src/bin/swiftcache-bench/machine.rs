@@ -1,8 +1,8 @@
-//! Which machine the figures are from.
+//! Describes the machine that the figures are from.
 
 use std::fs;
 
-/// One line: processor, cores, memory, kernel, version.
+/// One line with processor, cores, memory, kernel and SwiftCache's version.
 pub(crate) fn describe() -> String {
     let field = |path: &str, key: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! `swiftcache-bench`: DESIGN's budgets that need no GPU, each as a ratio with a baseline measured in the same run.
+//! `swiftcache-bench` measures DESIGN's budgets that need no GPU. Each figure is compared, as a ratio, with a baseline
+//! measured in the same run.
 
 mod broker;
 mod control;
@@ -21,18 +22,18 @@ use swiftcache_tests::{
 
 use crate::report::{Latencies, Line};
 
-/// HBM of each simulated device, bytes: room for everything that is offered. None of it is touched.
+/// HBM of each simulated device, bytes. It has room for every offered region, and nothing touches it.
 const HBM: u64 = 1 << 40;
 
-/// Measures SwiftCache's budgets on this machine, each as a ratio with its baseline from the same run.
-/// Exits 0 when it measured, whatever it measured; 1 when it could not.
+/// Measures SwiftCache's budgets on this machine, and compares each with a baseline from the same run.
+/// Exits with 0 when it could measure, also when a budget is missed, and with 1 when it could not measure.
 #[derive(Parser)]
 #[command(version)]
 struct Flags {
     /// Repetitions of each control message and copy.
     #[arg(long, default_value_t = 1000)]
     rounds: u32,
-    /// Rewrite the marked part of this document.
+    /// Write the table into this document, between its two markers.
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
     /// Print JSON instead of a table.
@@ -60,7 +61,7 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> Result<String> {
-    // Engines call from one thread each; a current-thread runtime has the tails that they see.
+    // An engine calls from one thread. A current-thread runtime has the same tail latencies as an engine.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -81,7 +82,7 @@ fn run(flags: &Flags) -> Result<String> {
     Ok(format!("{machine}\n{}", report::table(&lines)))
 }
 
-/// A fresh broker.
+/// Starts a new broker.
 fn start() -> Result<Node> {
     Node::start_with(Setup {
         hbm_bytes: Some(HBM),
@@ -89,7 +90,7 @@ fn start() -> Result<Node> {
     })
 }
 
-/// Everything measured on a broker process.
+/// All measurements on a broker process.
 fn process(rounds: u32, runtime: &tokio::runtime::Runtime) -> Result<Vec<Line>> {
     let mut ready = Latencies::new()?;
     let mut bare = Latencies::new()?;

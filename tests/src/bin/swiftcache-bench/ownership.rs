@@ -1,6 +1,6 @@
-//! From a donor's demand until its bytes are its own: real `Donor` and `Borrower`, every slab mapped, idle and while
-//! copies out of them never pause. On the host backend, whose memory is sparse: 16 GiB are offered, leased and mapped, and
-//! only the blocks that were stored have pages.
+//! Measures the time from a donor's demand until the donor owns its bytes again. Donor and borrower are real, and every
+//! slab is mapped. It is measured idle, and while two threads copy out of the slabs without a pause. The memory of the
+//! host backend is sparse: 16 GiB are offered, leased and mapped, but only blocks that were stored have pages.
 
 use std::{
     sync::{
@@ -26,14 +26,14 @@ use swiftcache_tests::{
 use crate::report::{Latencies, Line, time};
 
 const MIB: u64 = 1 << 20;
-/// The budget, whatever the bytes.
+/// The budget for any number of bytes.
 const BUDGET: Duration = Duration::from_millis(5);
 /// The longest a round may take before the bench gives up.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Blocks stored in each round, and loaded again and again.
+/// Blocks that each round stores, and that the copy load loads again and again.
 const STORED: u32 = 96;
 
-/// Sizes by name, each with its slabs' size.
+/// Label, bytes in total, bytes of a slab.
 const SIZES: [(&str, u64, u64); 3] = [
     ("64 MiB", 64 * MIB, 64 * MIB),
     ("1 GiB", 1024 * MIB, 256 * MIB),
@@ -85,7 +85,7 @@ fn demand(bytes: u64, slab_bytes: u64, rounds: u32, load: bool) -> Result<Latenc
         engine.store(&sequence)?;
         let began = Instant::now();
         ensure!(donor.shrink(bytes)? == bytes);
-        ensure!(donor.wait_returned(LIMIT), "it never came back");
+        ensure!(donor.wait_returned(LIMIT), "the memory never came back");
         latencies.add(began.elapsed());
         ensure!(donor.status().returned == u64::from(round) * (bytes / slab_bytes));
     }
@@ -93,7 +93,7 @@ fn demand(bytes: u64, slab_bytes: u64, rounds: u32, load: bool) -> Result<Latenc
     Ok(latencies)
 }
 
-/// Engines that load whatever is stored, again and again.
+/// Threads that load the stored blocks again and again.
 struct Copies {
     stop: Arc<AtomicBool>,
     threads: Vec<thread::JoinHandle<()>>,
@@ -124,13 +124,13 @@ impl Drop for Copies {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // One that panicked has said so.
+            // A thread that panicked has already printed its message.
             let _ = thread.join();
         }
     }
 }
 
-/// How much of the requests' hits survive when every slab is revoked, by whether blocks are moved.
+/// The share of the requests' hits that remains when every slab is revoked, with and without moving blocks.
 fn surviving() -> Result<Line> {
     let rate = |move_blocks| -> Result<f64> {
         let found = rescue::found_after_revocation(move_blocks)?;
@@ -154,7 +154,7 @@ fn surviving() -> Result<Line> {
     })
 }
 
-/// For whom a node is needed that is like the others.
+/// A donor and an engine that has leased all of the donor's 64 MiB, on `node`.
 pub(crate) fn reading(node: &Node) -> Result<(Donor, Engine)> {
     let layer = node.layer()?;
     let bytes = 64 * MIB;

@@ -1,5 +1,5 @@
-//! The layer pipeline: compute of layer l overlaps the transfer of the layers after it. Transfers are real
-//! copies on the host backend, paced by its link model; compute is modelled by waiting.
+//! The layer pipeline: the compute of layer l overlaps the transfer of later layers. Transfers are real copies on the
+//! host backend, and its link model sets their pace. Compute is modelled by sleeping.
 
 use std::{
     thread,
@@ -15,8 +15,8 @@ use crate::report::{Latencies, Line, time};
 const LAYERS: u32 = 32;
 const LAYER_BYTES: u64 = 4 << 20;
 
-/// Total time of load-and-compute against max(compute, transfer) + one layer, with transfer the slower and with
-/// compute the slower.
+/// Compares the total time of loading and computing with max(compute, transfer) + one layer. In one case the transfer
+/// is slower, in the other the compute.
 pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
     let rate = 1.0; // GB/s, slow enough that pacing dominates copying
     let text = format!(

@@ -1,4 +1,4 @@
-//! What a bench found, as a table for people, JSON for machines and Markdown for docs/benchmarks.md.
+//! The results of the bench: a table for people, JSON for programs, and Markdown for docs/benchmarks.md.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -6,20 +6,20 @@ use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-/// One measured line: a figure, what it is compared with in the same run, and the budget it has to keep.
+/// One result: a figure, the baseline from the same run, and the budget.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Line {
     /// What was measured.
     pub(crate) what: String,
     /// The figure, with its unit.
     pub(crate) measured: String,
-    /// What it is compared with, measured in the same run, with its unit.
+    /// The baseline, measured in the same run, with its unit.
     pub(crate) baseline: String,
     /// measured / baseline.
     pub(crate) ratio: Option<f64>,
     /// The target in docs/architecture.md or DESIGN section 9.
     pub(crate) budget: String,
-    /// Whether the budget was kept; `None` where there is none.
+    /// Whether the budget was kept. `None`: there is no budget.
     pub(crate) kept: Option<bool>,
 }
 
@@ -27,12 +27,12 @@ pub(crate) struct Line {
 pub(crate) struct Latencies(Histogram<u64>);
 
 impl Latencies {
-    /// Empty, for latencies up to a minute with three digits.
+    /// An empty distribution for latencies up to a minute, with three significant digits.
     pub(crate) fn new() -> Result<Self> {
         Ok(Self(Histogram::new_with_bounds(1, 60_000_000_000, 3)?))
     }
 
-    /// Adds one.
+    /// Adds a latency.
     pub(crate) fn add(&mut self, took: Duration) {
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.0.saturating_record(nanos);
@@ -44,7 +44,7 @@ impl Latencies {
     }
 }
 
-/// A duration as people read it: three significant digits in µs or ms.
+/// A duration for people, in µs or ms.
 pub(crate) fn time(duration: Duration) -> String {
     let micros = duration.as_secs_f64() * 1e6;
     if micros < 1000.0 {
@@ -107,7 +107,7 @@ pub(crate) fn table(lines: &[Line]) -> String {
 const BEGIN: &str = "<!-- make bench: begin -->";
 const END: &str = "<!-- make bench: end -->";
 
-/// Replaces what stands between the two markers of the document at `path`.
+/// Replaces the text between the two markers in the document at `path`.
 pub(crate) fn write_between_markers(path: &Path, text: &str) -> Result<()> {
     let document =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

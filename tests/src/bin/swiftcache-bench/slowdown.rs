@@ -1,5 +1,6 @@
-//! What a donor's own work loses while a neighbour reads its memory. On the host backend both go through the same memory
-//! controllers and cores: this is a share of memory bandwidth, and says nothing of an HBM's or an NVLink's.
+//! Measures how much slower a donor's own work is while a neighbour reads the donor's memory. On the host backend, both
+//! use the same memory controllers and cores. So the result is about sharing memory bandwidth, and says nothing about HBM
+//! or NVLink.
 
 use std::{
     hint::black_box,
@@ -19,7 +20,7 @@ use crate::{
     report::{Latencies, Line},
 };
 
-/// The donor's own buffers: beyond any cache.
+/// Bytes of each of the donor's own buffers: more than any cache holds.
 const BYTES: usize = 64 << 20;
 /// Sequences that the neighbour reads in turn, and blocks of each.
 const SEQUENCES: u32 = 32;
@@ -59,7 +60,7 @@ pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
     let mut alone = Latencies::new()?;
     let mut beside = Latencies::new()?;
     let mut reading_for = Duration::ZERO;
-    // In turn, so that whatever else the machine does meets both alike.
+    // Alternate between the two, so that other work on the machine slows both alike.
     for round in 0..2 * rounds {
         let reading = round % 2 == 1;
         reads.store(reading, Ordering::Relaxed);
