@@ -18,7 +18,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         tests/retry.sh "$home/uv/bin/pip" install --quiet --disable-pip-version-check uv
         uv=$home/uv/bin/uv
     fi
-    [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "${PYTHON:-python3}" "$venv"
+    [ -x "$venv/bin/python" ] || "$uv" venv --quiet --seed --python "${PYTHON:-python3}" "$venv"
     UV_HTTP_TIMEOUT=300 tests/retry.sh "$uv" pip install --quiet --python "$venv/bin/python" \
         --override tests/vllm/overrides.txt --requirement tests/vllm/requirements.txt
     printf '%s\n' "$wanted" >"$stamp"

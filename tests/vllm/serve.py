@@ -6,6 +6,7 @@ other: only the first pays for imports.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -33,6 +34,8 @@ class Spy:
         self._cache = cache
         self._stores: list[Any] = []
         self.lose: list[int] = []
+        self.at_once = False
+        """Stores end before the engine goes on."""
         self.spoiled = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +43,8 @@ class Spy:
 
     def store(self, *arguments: Any) -> Any:
         store = self._cache.store(*arguments)
+        if self.at_once:
+            store.finish()
         self._stores.append(store)
         return store
 
@@ -61,10 +66,16 @@ class Spy:
         return outcome
 
 
+def ours(connector: Any) -> Any:
+    """SwiftCache's connector, which may be one of several."""
+    children = getattr(connector, "sub_connectors", [connector])
+    return next((child for child in children if type(child).__name__ == "SwiftCacheConnector"), None)
+
+
 def _side(_: Any) -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group().worker
+    return ours(get_kv_transfer_group()).worker
 
 
 def install(worker: Any) -> None:
@@ -88,6 +99,10 @@ def lose(worker: Any, positions: list[int]) -> None:
     _side(worker)._cache.lose = positions
 
 
+def at_once(worker: Any, on: bool) -> None:
+    _side(worker)._cache.at_once = on
+
+
 def held(worker: Any) -> dict[str, Any]:
     side = _side(worker)
     return {
@@ -109,6 +124,10 @@ class Engine:
     def _scheduler(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
+    @property
+    def _side(self) -> Any:
+        return ours(self._scheduler.connector).scheduler
+
     def start(self, options: dict[str, Any]) -> dict[str, Any]:
         from vllm import LLM
         from vllm.config import KVEventsConfig, KVTransferConfig
@@ -118,11 +137,20 @@ class Engine:
         metered = options.pop("metered", False)
         connector = options.pop("connector", None)
         if connector is not None:
+            alone = {
+                "kv_connector": "SwiftCacheConnector",
+                "kv_connector_module_path": "swiftcache.vllm",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": connector,
+            }
+            options["kv_transfer_config"] = KVTransferConfig(**alone)
+        if (beside := options.pop("beside", None)) is not None:
+            first = {"kv_connector": "OtherConnector", "kv_connector_module_path": "beside", "kv_role": "kv_both"}
             options["kv_transfer_config"] = KVTransferConfig(
-                kv_connector="SwiftCacheConnector",
-                kv_connector_module_path="swiftcache.vllm",
+                kv_connector="MultiConnector",
                 kv_role="kv_both",
-                kv_connector_extra_config=connector,
+                kv_connector_extra_config={"connectors": [first, alone]},
+                **beside,
             )
         if other := options.pop("other_connector", None):
             options["kv_transfer_config"] = KVTransferConfig(
@@ -203,7 +231,7 @@ class Engine:
         """Until vLLM has let go of all blocks, and what was stored can be found by others."""
         while self._scheduler.has_requests():
             self.llm.llm_engine.step()
-        if not hasattr(self._scheduler.connector, "scheduler"):
+        if ours(self._scheduler.connector) is None:
             return {}
         total: dict[str, int] = {}
         for outcome in self.llm.collective_rpc(flush):
@@ -224,7 +252,7 @@ class Engine:
 
     def leased(self) -> bool:
         """Whether every worker has room, and the scheduler a broker to ask."""
-        connected = self._scheduler.connector.scheduler._connection.is_connected()
+        connected = self._side._connection.is_connected()
         return connected and all(self.llm.collective_rpc(leased))
 
     def stats(self) -> dict[str, float]:
@@ -236,7 +264,7 @@ class Engine:
         return total
 
     def held(self) -> dict[str, Any]:
-        scheduler = self._scheduler.connector.scheduler
+        scheduler = self._side
         return {
             "workers": self.llm.collective_rpc(held),
             "tracked": len(scheduler._tracked),
@@ -246,14 +274,14 @@ class Engine:
 
     def loans(self) -> dict[str, int]:
         """Runs of the engine's own pool that are lent, and blocks that requests can have."""
-        scheduler = self._scheduler.connector.scheduler
+        scheduler = self._side
         loans = scheduler._loans._loans.values()
         returning = sum(loan.asked_back is not None for loan in loans)
         return {"lent": len(loans) - returning, "returning": returning, "free": scheduler._loans._pool.free}
 
     def grab(self) -> None:
         """From now on blocks that are asked back count as back at once, as if nobody had to let go of them first."""
-        loans = self._scheduler.connector.scheduler._loans
+        loans = self._side._loans
         step = loans.step
 
         def impatient(metadata: Any, *arguments: Any) -> None:
@@ -262,6 +290,32 @@ class Engine:
                 loans._ended(loans._loans.pop(number), arguments[-1])
 
         loans.step = impatient
+
+    def order(self, **orders: Any) -> None:
+        """What the connector beside SwiftCache is to do."""
+        import beside
+
+        for name, value in orders.items():
+            setattr(beside.orders, name, value)
+
+    def believe(self, believes: bool) -> None:
+        """Whether SwiftCache takes every load of other connectors for good from now on. What it stores then it stores
+        before the engine computes it again."""
+        side = self._side
+        self.llm.collective_rpc(at_once, args=(believes,))
+        if not believes:
+            del side.metadata, side.allocated
+            return
+        metadata, allocated = side.metadata, side.allocated
+
+        def stepped(output: Any) -> Any:
+            return metadata(dataclasses.replace(output, has_sync_kv_loads=False))
+
+        def given(request: Any, *arguments: Any) -> None:
+            allocated(request, *arguments)
+            side._tracked[request.request_id].waiting = False
+
+        side.metadata, side.allocated = stepped, given
 
     def events(self) -> list[str]:
         """Kinds of the events that vLLM was given to publish."""

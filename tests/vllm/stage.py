@@ -41,9 +41,16 @@ def allocation(blocks: list[int]) -> SimpleNamespace:
     return SimpleNamespace(get_block_ids=lambda: (blocks,))
 
 
-def output(scheduled: dict[str, int], tables: dict[str, list[int]], preempted: tuple[str, ...] = ()) -> SimpleNamespace:
+def output(
+    scheduled: dict[str, int],
+    tables: dict[str, list[int]],
+    preempted: tuple[str, ...] = (),
+    loads: bool = False,
+) -> SimpleNamespace:
+    """`loads`: some connector loads something that this step needs."""
     return SimpleNamespace(
         num_scheduled_tokens=scheduled,
+        has_sync_kv_loads=loads,
         preempted_req_ids=set(preempted),
         kv_connector_block_state=SimpleNamespace(
             get_block_ids=lambda name: (tables[name],) if name in tables else None
@@ -87,6 +94,7 @@ class Text(SimpleNamespace):
 def config(**fields: Any) -> SimpleNamespace:
     made = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
+            kv_connector="SwiftCacheConnector",
             kv_role="kv_both",
             kv_load_failure_policy="fail",
             kv_connector_extra_config={},

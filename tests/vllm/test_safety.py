@@ -12,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, supports_hma
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
 from swiftcache.vllm import SwiftCacheConnector, safety
@@ -68,6 +69,27 @@ def test_failed_loads_are_recomputed() -> None:
 
     with pytest.raises(ValueError, match="recompute"):
         safety.require_recompute(stage.config(kv_transfer_config=Frozen()))
+
+
+def test_inside_another_connector_its_policy_is_the_one_that_counts(monkeypatch) -> None:
+    def whole(policy: str) -> SimpleNamespace:
+        outer = SimpleNamespace(kv_connector="MultiConnector", kv_load_failure_policy=policy)
+        return SimpleNamespace(kv_transfer_config=outer)
+
+    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: whole("recompute"))
+    safety.require_recompute(stage.config())
+    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: whole("fail"))
+    with pytest.raises(ValueError, match=r'"recompute" beside "kv_connector": "MultiConnector"'):
+        safety.require_recompute(stage.config())
+    # Alone, its own policy is vLLM's.
+    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: stage.config())
+    safety.require_recompute(stage.config())
+
+
+def test_inside_another_connector_its_counters_are_found_by_name() -> None:
+    data = {"SwiftCacheConnector": SwiftCacheStats().data | {"counters": {"lookups": 2}}}
+    found = MultiConnector.build_kv_connector_stats(data)
+    assert found.reduce() == {"SwiftCacheConnector": {"lookups": 2}}
 
 
 def test_loads_are_synchronous_only_where_vllm_recovers_from_their_failure() -> None:

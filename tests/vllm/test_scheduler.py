@@ -16,7 +16,9 @@ NAMESPACES = ["m/tp0of2", "m/tp1of2"]
 
 
 class Stand:
-    def __init__(self, native, *, sync: bool = True, workers: int = 1, events: bool = False) -> None:
+    def __init__(
+        self, native, *, sync: bool = True, recovers: bool = True, workers: int = 1, events: bool = False
+    ) -> None:
         self.native, self.now = native, 0.0
         self.side = SchedulerSide(
             Settings(),
@@ -24,6 +26,7 @@ class Stand:
             block_tokens=stage.BLOCK,
             hashes_per_block=1,
             sync=sync,
+            recovers=recovers,
             workers=workers,
             events=Events(events, stage.BLOCK),
             clock=lambda: self.now,
@@ -43,6 +46,12 @@ class Stand:
 
     def step(self, request, tokens: int, table: list[int], **more):
         return self.side.metadata(stage.output({request.request_id: tokens}, {request.request_id: table}, **more))
+
+    def settle(self, step, lost: set[int] = frozenset()) -> None:
+        """The workers' output of a step in doubt, after vLLM has taken note of lost blocks."""
+        assert step.doubt > 0
+        report = WorkerReport(settled=step.doubt)
+        self.side.worker_output(stage.answer(kv_connector_worker_meta=report, invalid_block_ids=set(lost)))
 
 
 @pytest.fixture
@@ -99,11 +108,12 @@ def test_what_is_loaded_is_what_was_promised_and_is_not_stored_again(stand) -> N
     table = [10, 11, 12, 13, 14, 15]
     stand.admit(request, 8, table)
     request.num_computed_tokens = 12
-    step = stand.step(request, 9, table)
+    step = stand.step(request, 9, table, loads=True)
     (load,) = step.loads
     assert (load.first, load.blocks, load.sync) == (1, [11, 12], True)
     assert load.keys == b"".join(key[:16] for key in request.block_hashes[1:3])
     assert step.stores == [], "computed on top of a load that may yet fail"
+    stand.settle(step)
     request.num_computed_tokens = 21
     stage.grow(request, 1)
     (store,) = stand.step(request, 1, table).stores
@@ -206,7 +216,7 @@ def test_what_a_last_step_filled_is_stored_after_the_request(stand) -> None:
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 4, [1, 2, 3, 4, 5])
     request.num_computed_tokens = 4
-    assert stand.step(request, 13, [1, 2, 3, 4, 5]).stores == []
+    assert stand.step(request, 13, [1, 2, 3, 4, 5], loads=True).stores == []
     request.num_computed_tokens = 17
     assert stand.side.request_finished(request, [1, 2, 3, 4, 5])
     step = stand.side.metadata(stage.output({}, {}))
@@ -245,22 +255,234 @@ def test_a_preempted_request_fences_its_stores(stand) -> None:
     assert stand.side.matched_tokens(request, 0) == (4, False), "resumed, it is looked up again"
 
 
+class Manager:
+    """What the scheduler's half sees of vLLM's blocks."""
+
+    def __init__(self, side) -> None:
+        self.tables: dict[str, list[int]] = {}
+        self.evicted: set[int] = set()
+        side.bind(self)
+
+    def get_block_ids(self, name):
+        return (self.tables[name],)
+
+    def evict_blocks(self, blocks) -> None:
+        self.evicted.update(blocks)
+
+    def take_evicted(self) -> set[int]:
+        evicted, self.evicted = self.evicted, set()
+        return evicted
+
+
 def test_what_a_failed_load_left_behind_leaves_vllms_own_cache(stand) -> None:
-    evicted: set[int] = set()
-    tables = {"a": [1, 2, 3], "b": [1, 2, 9], "c": [7, 8]}
-    for name in tables:
+    manager = Manager(stand.side)
+    manager.tables = {"a": [1, 2, 3], "b": [1, 2, 9], "c": [7, 8]}
+    for name in manager.tables:
         stand.side.on_new_request(stage.request(name, 12))
-
-    class Manager:
-        def get_block_ids(self, name):
-            return (tables[name],)
-
-        def evict_blocks(self, blocks):
-            evicted.update(blocks)
-
-    stand.side.bind(Manager())
     stand.side.worker_output(stage.answer(invalid_block_ids={2}))
-    assert evicted == {2, 3, 9}
+    assert manager.take_evicted() == {2, 3, 9}
+
+
+# Another connector's loads. The request has 5 blocks; the other one loads the second and third.
+
+TABLE = [1, 2, 3, 4, 5, 6]
+
+
+def beside(stand, name: str = "a", *, external: int = 8, start: int = 0):
+    """A request of which another connector is to load what follows its first block."""
+    request = stage.request(name, 21, start=start)
+    stand.side.matched_tokens(request, 4)
+    stand.admit(request, 0, TABLE)
+    request.num_computed_tokens = 4 + external
+    return request
+
+
+def test_what_another_connector_loads_is_stored_when_its_step_is_settled(stand) -> None:
+    request = beside(stand)
+    step = stand.step(request, 9, TABLE, loads=True)
+    assert step.stores == [] and step.loads == []
+    stand.settle(step)
+    request.num_computed_tokens = 21
+    assert [job.blocks for job in stand.step(request, 1, TABLE).stores] == [[2, 3, 4, 5]]
+
+
+def test_what_another_connector_lost_is_computed_before_it_is_stored(stand) -> None:
+    manager = Manager(stand.side)
+    request = beside(stand)
+    manager.tables["a"] = TABLE
+    step = stand.step(request, 9, TABLE, loads=True)
+    # vLLM starts again from the lost block.
+    request.num_computed_tokens = 8
+    stand.settle(step, lost={3})
+    assert manager.take_evicted() == {3, 4, 5, 6}
+    again = stand.step(request, 8, TABLE)
+    assert [job.blocks for job in again.stores] == [[2, 3, 4]] and again.doubt == 0
+
+
+def test_without_doubt_garbage_would_be_stored(stand) -> None:
+    """The twin: the step does not say that others load something."""
+    request = beside(stand)
+    assert [job.blocks for job in stand.step(request, 9, TABLE, loads=False).stores] == [[2, 3, 4, 5]]
+
+
+def test_requests_that_run_already_store_what_they_had_before_a_step_in_doubt(stand) -> None:
+    running = stage.request("r", 17, start=50)
+    stand.side.matched_tokens(running, 0)
+    stand.admit(running, 0, [11, 12, 13, 14, 15])
+    running.num_computed_tokens = 8
+    other = beside(stand)
+    tables = {"r": [11, 12, 13, 14, 15], "a": TABLE}
+    step = stand.side.metadata(stage.output({"r": 5, "a": 9}, tables, loads=True))
+    assert [(job.request, job.blocks) for job in step.stores] == [], "it was scheduled for the first time"
+    stand.settle(step)
+    running.num_computed_tokens, other.num_computed_tokens = 13, 21
+    newcomer = beside(stand, "n", start=100)
+    step = stand.side.metadata(stage.output({"r": 4, "n": 9}, {**tables, "n": TABLE}, loads=True))
+    assert [(job.request, job.blocks) for job in step.stores] == [("r", [11, 12, 13])]
+    assert newcomer.request_id == "n"
+
+
+def test_doubt_lasts_until_the_outcome_is_here_however_many_steps_are_in_flight(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    request = beside(stand)
+    first = stand.step(request, 5, TABLE, loads=True)
+    request.num_computed_tokens, request.num_in_flight_tokens = 17, 5
+    second = stand.step(request, 4, TABLE)
+    assert first.stores == second.stores == [] and second.doubt == 0
+    request.num_computed_tokens, request.num_in_flight_tokens = 21, 4
+    stand.settle(first)
+    stage.grow(request, 1)
+    assert [job.blocks for job in stand.step(request, 1, TABLE).stores] == [[2, 3, 4, 5]]
+
+
+def test_where_vllm_does_not_recover_a_request_with_lost_blocks_is_stored_no_more(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    manager = Manager(stand.side)
+    request = beside(stand)
+    manager.tables["a"] = TABLE
+    step = stand.step(request, 9, TABLE, loads=True)
+    request.num_computed_tokens = 8
+    stand.settle(step, lost={3})
+    assert manager.take_evicted() == {3, 4, 5, 6}
+    # What it computes now, from wherever, is registered by vLLM and forgotten again.
+    assert stand.step(request, 13, TABLE).stores == []
+    assert manager.take_evicted() == {3, 4, 5, 6}
+    request.num_computed_tokens = 21
+    assert not stand.side.request_finished(request, TABLE[:5])
+    assert manager.take_evicted() == {3, 4, 5}
+    stand.side.metadata(stage.output({}, {}))
+    assert manager.take_evicted() == set() and not stand.side._spoiled
+
+
+def test_a_request_admitted_on_spoiled_blocks_is_spoiled_too(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    manager = Manager(stand.side)
+    request = beside(stand)
+    manager.tables["a"] = TABLE
+    step = stand.step(request, 9, TABLE, loads=True)
+    request.num_computed_tokens = 8
+    stand.settle(step, lost={3})
+    # In one step the spoiled one computes its blocks, and another finds them in vLLM's cache.
+    late = stage.request("l", 21)
+    stand.side.matched_tokens(late, 16)
+    late_table = [1, 2, 3, 4, 15, 16]
+    stand.admit(late, 0, late_table)
+    late.num_computed_tokens = 16
+    manager.tables["l"] = late_table
+    manager.take_evicted()
+    step = stand.side.metadata(stage.output({"a": 13, "l": 5}, {"a": TABLE, "l": late_table}))
+    assert step.stores == [] and manager.take_evicted() == {3, 4, 5, 6, 15, 16}
+    late.num_computed_tokens = 21
+    assert not stand.side.request_finished(late, late_table[:5])
+
+
+def test_a_request_that_shares_lost_blocks_relies_on_another_and_is_stored_no_more(stand) -> None:
+    manager = Manager(stand.side)
+    first, second = beside(stand), stage.request("b", 21)
+    stand.side.matched_tokens(second, 12)
+    shared = [1, 2, 3, 7, 8, 9]
+    stand.admit(second, 0, shared)
+    second.num_computed_tokens = 12
+    manager.tables = {"a": TABLE, "b": shared}
+    step = stand.side.metadata(stage.output({"a": 9, "b": 9}, manager.tables, loads=True))
+    assert step.stores == []
+    # vLLM has the first compute it again, and the second go on from where it was.
+    first.num_computed_tokens = 8
+    stand.settle(step, lost={3})
+    step = stand.side.metadata(stage.output({"a": 13, "b": 9}, manager.tables))
+    assert [(job.request, job.blocks) for job in step.stores] == [("a", [2, 3, 4, 5])]
+
+
+def test_a_request_that_starts_anew_is_stored_again(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    manager = Manager(stand.side)
+    request = beside(stand)
+    manager.tables["a"] = TABLE
+    step = stand.step(request, 9, TABLE, loads=True)
+    stand.settle(step, lost={3})
+    request.num_computed_tokens = 0
+    stand.side.metadata(stage.output({}, {}, preempted=("a",)))
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, [21, 22, 23, 24, 25, 26])
+    manager.tables["a"] = [21, 22, 23, 24, 25, 26]
+    assert [job.blocks for job in stand.step(request, 21, manager.tables["a"]).stores] == [[21, 22, 23, 24, 25]]
+
+
+def test_an_abort_while_another_connector_loads_stores_nothing_of_it(stand) -> None:
+    request = beside(stand)
+    stand.side.metadata(stage.output({}, {}))
+    assert not stand.side.request_finished(request, TABLE[:3])
+    assert stand.side.metadata(stage.output({}, {})).stores == []
+
+
+def test_an_abort_while_another_connector_loads_lets_the_load_decide_when_blocks_are_free(stand) -> None:
+    """vLLM would free them twice, and end, if they were kept for stores too."""
+    request = stage.request("a", 21)
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, TABLE)
+    (job,) = stand.step(request, 8, TABLE).stores
+    request.num_computed_tokens = 0
+    assert stand.side.metadata(stage.output({}, {}, preempted=("a",))).fence == [job.number]
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, TABLE)
+    request.num_computed_tokens = 12
+    assert not stand.side.request_finished(request, TABLE[:3])
+    step = stand.side.metadata(stage.output({}, {}))
+    assert step.retained == [] and not stand.side.frees_pending() and not stand.side._jobs
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
+
+
+def test_an_asynchronous_load_of_another_connector_is_over_when_the_request_is_scheduled(stand) -> None:
+    request = beside(stand)
+    stand.side.metadata(stage.output({}, {}))
+    stand.admit(request, 0, TABLE)
+    assert [job.blocks for job in stand.step(request, 9, TABLE).stores] == [[2, 3, 4, 5]]
+
+
+def test_an_abort_in_a_step_in_doubt_leaves_nothing_of_it_behind(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    manager = Manager(stand.side)
+    request = beside(stand)
+    manager.tables["a"] = TABLE
+    step = stand.step(request, 9, TABLE, loads=True)
+    request.num_computed_tokens = request.num_in_flight_tokens = 9
+    request.num_computed_tokens = 21
+    assert not stand.side.request_finished(request, TABLE[:5])
+    assert manager.take_evicted() == {2, 3, 4, 5}
+    del manager.tables["a"]
+    stand.settle(step, lost={3})
+    assert stand.side.metadata(stage.output({}, {})).stores == []
+
+
+def test_a_lost_outcome_is_settled_by_the_next(native) -> None:
+    stand = Stand(native, sync=False, recovers=False)
+    request = beside(stand)
+    stand.step(request, 9, TABLE, loads=True)
+    request.num_computed_tokens = 21
+    stage.grow(request, 8)
+    stand.settle(stand.step(request, 1, TABLE, loads=True))
+    request.num_computed_tokens = 22
+    assert [job.blocks for job in stand.step(request, 1, TABLE).stores] == [[2, 3, 4, 5]]
 
 
 def test_a_reset_makes_everything_stored_before_unfindable(stand) -> None:

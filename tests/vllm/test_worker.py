@@ -10,7 +10,7 @@ import torch
 
 from swiftcache.vllm.config import Settings
 from swiftcache.vllm.fingerprint import Ranks
-from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob
+from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.worker import WorkerSide
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
@@ -185,6 +185,14 @@ def test_on_cuda_an_unmarkable_stream_stores_and_loads_nothing(cuda, native, mon
     done = run(cuda, StepMetadata(stores=[store(1, [2])], loads=[load([4])]))
     assert done.invalid == {4}
     assert done.report.lost == {1}
+
+
+def test_the_outcome_of_a_step_in_doubt_is_reported_with_it(worker) -> None:
+    assert run(worker, StepMetadata(doubt=3)).report.settled == 3
+    assert run(worker, StepMetadata()).report is None
+    # All of vLLM's workers report a step in one output.
+    both = WorkerReport(settled=4).aggregate(WorkerReport(settled=4))
+    assert both.settled == 4 and not both.is_empty()
 
 
 def test_capturing_graphs_leaves_nothing_behind(cuda) -> None:

@@ -82,6 +82,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 block_tokens=block_tokens,
                 hashes_per_block=block_tokens // hash_tokens,
                 sync=sync,
+                recovers=not safety.unrecoverable(vllm_config),
                 workers=workers,
                 events=Events(publishes, block_tokens),
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, iter_layer_specs
 
@@ -76,6 +77,16 @@ def require_recompute(config: VllmConfig) -> None:
                 f"and could not set it itself: {reason}"
             ) from reason
         logger.info("SwiftCache: kv_load_failure_policy is set to 'recompute': a block that is lost is recomputed")
+    # Inside a MultiConnector vLLM follows the policy of that one, which only workers can see.
+    whole = get_current_vllm_config_or_none()
+    outer = whole.kv_transfer_config if whole is not None else None
+    if outer is None or outer.kv_connector == transfer.kv_connector:
+        return
+    if outer.kv_load_failure_policy != "recompute":
+        raise ValueError(
+            f'SwiftCache needs "kv_load_failure_policy": "recompute" beside "kv_connector": "{outer.kv_connector}" in '
+            f"--kv-transfer-config: with {outer.kv_load_failure_policy!r} a request fails when a block is lost"
+        )
 
 
 def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:
@@ -86,18 +97,24 @@ def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:
     return longest + int(watermark * kv.num_blocks) + 3
 
 
+def unrecoverable(config: VllmConfig) -> str:
+    """Why this vLLM does not compute the right KV after a synchronous load has failed; empty when it does."""
+    batches = config.max_concurrent_batches
+    if batches > 1:
+        return (
+            f"{batches} batches are in flight at once (pass --no-async-scheduling; pipeline parallelism has several "
+            "always)"
+        )
+    if getattr(config, "use_v2_model_runner", False):
+        return "the V2 model runner is in use (set VLLM_USE_V2_MODEL_RUNNER=0)"
+    return ""
+
+
 def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
     """Whether loads run layer by layer inside the forward that needs them."""
     if settings.load == "async":
         return False
-    batches, second_runner = config.max_concurrent_batches, bool(getattr(config, "use_v2_model_runner", False))
-    obstacle = (
-        f"{batches} batches are in flight at once (pass --no-async-scheduling; pipeline parallelism has several always)"
-        if batches > 1
-        else "the V2 model runner is in use (set VLLM_USE_V2_MODEL_RUNNER=0)"
-        if second_runner
-        else ""
-    )
+    obstacle = unrecoverable(config)
     if settings.load == "sync":
         if obstacle:
             raise ValueError(

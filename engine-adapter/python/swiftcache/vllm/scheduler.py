@@ -1,9 +1,14 @@
 """The scheduler's half: what to look up, load and store. It never touches a byte of KV.
 
 Which blocks may be stored. A block is offered once it is full, its tokens are known (vLLM has hashed them) and it is
-computed after this step at the latest. A step with a synchronous load is the exception: if the load fails, all that
-the step computes is worthless, on every rank and for every request that shares the lost block. What it computes is
-offered with the next step, when vLLM has rolled back what failed.
+computed after this step at the latest. A step in which anything is loaded synchronously is the exception, also when
+another connector loads it (vLLM's MultiConnector). If the load fails, what was loaded and all that the step computes on
+it is worthless, on every rank and for every request that shares the lost block. Such a step is in doubt until the
+workers' output of it is here: it names the lost blocks, and vLLM has rolled back its requests. Until then only what was
+computed before is offered. What other connectors load asynchronously is in doubt until the request is scheduled: vLLM
+schedules it when the load is over.
+
+What is done when blocks were lost. vLLM's requests compute them again, but not always right: see `_spoil`.
 
 Who may overwrite a block that is still being stored. Finished requests keep their blocks until every worker is
 through (`request_finished`). Preempted ones have lost theirs already, to this very step: the workers wait for the
@@ -55,6 +60,13 @@ class Tracked:
     """Store jobs that are not known to be over."""
     loading: bool = False
     """An asynchronous load is under way; vLLM keeps the blocks until it is over."""
+    waiting: bool = False
+    """It has blocks and has not been scheduled since it got them: others may still be loading into them."""
+    doubt: int = 0
+    """The last step in doubt when it was scheduled first. Until that is settled, nobody knows whether the blocks that
+    it started from are there."""
+    spoiled: int | None = None
+    """From this block on its KV is wrong, or not known to be right: see `_spoil`."""
     failed: bool = False
     """A load failed: whatever is promised, this request does not try again."""
     closed: bool = False
@@ -71,15 +83,19 @@ class SchedulerSide:
         block_tokens: int,
         hashes_per_block: int,
         sync: bool,
+        recovers: bool,
         workers: int,
         events: Events,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`sync`: loads run inside the step that needs them. `recovers`: this vLLM computes the right KV after a
+        synchronous load has failed."""
         self._connection = connection
         self._lookup_ms = settings.lookup_ms
         self._block_tokens = block_tokens
         self._hashes_per_block = hashes_per_block
         self._sync = sync
+        self._recovers = recovers
         self._workers = workers
         self._events = events
         self._clock = clock
@@ -91,6 +107,11 @@ class SchedulerSide:
         self._late: list[StoreJob] = []
         self._retained: list[str] = []
         self._kept_back: set[str] = set()
+        self._doubt = 0
+        """The last step in doubt."""
+        self._settled = 0
+        """The last one of which the outcome is known."""
+        self._spoiled: set[str] = set()
         self._reset_key = b""
         self._manager: KVCacheManager | None = None
         self._loans: Loans | None = None
@@ -146,6 +167,9 @@ class SchedulerSide:
         if hit is None:
             # The second call for an asynchronous load: the blocks are known already.
             return
+        # All of it is computed or loaded anew.
+        tracked.waiting, tracked.doubt, tracked.spoiled = True, 0, None
+        self._spoiled.discard(request.request_id)
         first = hit.computed // self._block_tokens
         count = external // self._block_tokens
         tracked.kept = first + count
@@ -172,12 +196,24 @@ class SchedulerSide:
             # Aborted while loading: vLLM keeps the blocks until the load is over, and frees them then.
             tracked.finished = True
             return False
+        if tracked.waiting:
+            # Aborted while another connector loads: nothing of it is known to be there, and vLLM keeps the blocks until
+            # that load is over. Stores from before a preemption were waited for.
+            self._drop(request.request_id)
+            return False
+        if tracked.spoiled is not None:
+            self._forget_locally(set(blocks[tracked.spoiled :]))
         done = request.num_computed_tokens - request.num_in_flight_tokens
+        if tracked.doubt > self._settled and request.num_in_flight_tokens:
+            # Aborted in a step in doubt. When the outcome is here nobody knows these blocks any more. A request without
+            # a step in flight is one of which vLLM has seen the outcome.
+            self._forget_locally(set(blocks[tracked.kept :]))
+            done = 0
         job = self._store(tracked, min(done // self._block_tokens, len(blocks)), blocks)
         if job is not None:
             self._late.append(job)
         if not tracked.stores:
-            del self._tracked[request.request_id]
+            self._drop(request.request_id)
             return False
         tracked.finished = True
         self._retained.append(request.request_id)
@@ -193,14 +229,19 @@ class SchedulerSide:
             if tracked := self._tracked.get(request_id):
                 step.fence.extend(sorted(tracked.stores))
         step.stores = [job for job in step.stores if job.number in self._jobs]
-        doubtful = any(load.sync for load in step.loads)
+        if output.has_sync_kv_loads:
+            self._doubt += 1
+            step.doubt = self._doubt
+        if self._spoiled:
+            self._contain()
         blocks_of = output.kv_connector_block_state
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
-            computed = tracked.request.num_computed_tokens + (0 if doubtful else scheduled)
-            full = computed // self._block_tokens
+            if tracked.waiting:
+                tracked.waiting, tracked.doubt = False, self._doubt
+            full = self._computed(tracked, scheduled) // self._block_tokens
             if full <= tracked.kept or blocks_of is None:
                 continue
             if (tables := blocks_of.get_block_ids(request_id)) is None:
@@ -210,6 +251,15 @@ class SchedulerSide:
         if self._loans is not None:
             self._loans.step(step, lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
         return step
+
+    def _computed(self, tracked: Tracked, scheduled: int) -> int:
+        """Tokens of a request of this step whose KV is known to be right when the step is over."""
+        request = tracked.request
+        if self._settled == self._doubt:
+            return request.num_computed_tokens + scheduled
+        if tracked.doubt > self._settled:
+            return 0
+        return request.num_computed_tokens - request.num_in_flight_tokens
 
     def _wanted(self, output: SchedulerOutput) -> int:
         """Blocks that requests will need soon and do not have: those of their tokens, and the next one."""
@@ -223,7 +273,7 @@ class SchedulerSide:
     def _store(self, tracked: Tracked, full: int, blocks: list[int]) -> StoreJob | None:
         request, first = tracked.request, tracked.kept
         full = min(full, self._hashed(request))
-        if full <= first or tracked.closed:
+        if full <= first or tracked.closed or tracked.spoiled is not None:
             return None
         number, self._next_job = self._next_job, self._next_job + 1
         tracked.kept = full
@@ -241,8 +291,10 @@ class SchedulerSide:
                 self._load_failed(request_id, block)
             if self._loans is not None:
                 self._loans.heard(report, self.stats)
-        if output.invalid_block_ids and self._sync:
-            self._forget_locally(output.invalid_block_ids)
+        if output.invalid_block_ids:
+            self._spoil(output.invalid_block_ids)
+        if isinstance(report, WorkerReport):
+            self._settled = max(self._settled, report.settled)
         for request_id in output.finished_recving or ():
             if tracked := self._tracked.get(request_id):
                 tracked.loading = False
@@ -273,32 +325,67 @@ class SchedulerSide:
             self._events.removed(tracked.request, block, tracked.kept, self._hashes_per_block)
             tracked.kept = min(tracked.kept, block)
 
-    def _forget_locally(self, invalid: set[int]) -> None:
-        """Takes what a failed load left behind out of vLLM's own prefix cache.
+    def _spoil(self, lost: set[int]) -> None:
+        """Keeps what was computed on lost blocks from being found, in vLLM's own prefix cache too.
 
-        vLLM registers blocks when it allocates them and relies on the request to recompute them. If it is aborted
-        first, the next request would be served garbage.
+        vLLM registers blocks when it allocates them and relies on a request to compute what was lost again. If that
+        request is aborted first, the next one would be served garbage: so lost blocks, and what follows them, are
+        forgotten. A request that shares a lost block goes on as if it were there, and is spoiled. Where vLLM does not
+        recover from a failed synchronous load, so is every request that had one. A request whose load was asynchronous
+        has computed nothing on it.
         """
-        if self._manager is None:
-            return
-        stale = set(invalid)
+        stale = set(lost)
         for request_id, tracked in self._tracked.items():
             if tracked.finished:
                 continue
-            try:
-                blocks = self._manager.get_block_ids(request_id)[0]
-            except Exception:  # it has none now
+            table = self._table(request_id)
+            at = _first(table, lost)
+            if at is None:
                 continue
-            for index, block in enumerate(blocks):
-                if block in invalid:
-                    stale.update(blocks[index:])
-                    break
+            stale.update(table[at:])
+            shares = tracked.request.num_computed_tokens > at * self._block_tokens
+            if not tracked.waiting and (shares or not self._recovers):
+                tracked.spoiled = at
+                self._spoiled.add(request_id)
+        self._forget_locally(stale)
+
+    def _contain(self) -> None:
+        """Has vLLM forget what spoiled requests have registered in this step. Requests that were admitted in it, and
+        found it already, are spoiled too."""
+        stale: set[int] = set()
+        for request_id in self._spoiled:
+            stale.update(self._table(request_id)[self._tracked[request_id].spoiled :])
+        for request_id, tracked in self._tracked.items():
+            if not tracked.waiting:
+                continue
+            table = self._table(request_id)
+            at = _first(table, stale)
+            if at is not None:
+                tracked.spoiled = at
+                self._spoiled.add(request_id)
+                stale.update(table[at:])
+        self._forget_locally(stale)
+
+    def _table(self, request_id: str) -> list[int]:
+        """The blocks that a request has now."""
+        if self._manager is None:
+            return []
         try:
-            self._manager.evict_blocks(stale)
+            return self._manager.get_block_ids(request_id)[0]
+        except Exception:  # it has none now
+            return []
+
+    def _forget_locally(self, blocks: set[int]) -> None:
+        """Takes blocks out of vLLM's own prefix cache. Requests that have them keep them."""
+        if self._manager is None or not blocks:
+            return
+        try:
+            self._manager.evict_blocks(blocks)
         except Exception as reason:
             self._quiet.trouble("vLLM would not forget blocks that failed to load", reason)
 
     def _drop(self, request_id: str) -> None:
+        self._spoiled.discard(request_id)
         if tracked := self._tracked.pop(request_id, None):
             for number in tracked.stores:
                 self._jobs.pop(number, None)
@@ -346,3 +433,8 @@ class SchedulerSide:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _first(table: list[int], blocks: set[int]) -> int | None:
+    """Where the first of the blocks is in a request's table."""
+    return next((index for index, block in enumerate(table) if block in blocks), None)

@@ -173,6 +173,7 @@ class WorkerSide:
         self._marks.clear()
         if step is not None:
             self._retained.update(step.retained)
+            self._report.settled = step.doubt
             self._lend(step)
 
     def _lend(self, step: StepMetadata) -> None:
