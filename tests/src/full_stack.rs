@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
+use swiftcache_proto::domain::HandleKind;
 
 use crate::{
     PATIENCE,
@@ -70,6 +71,15 @@ pub fn run(setup: Setup, devices: (usize, usize), handle: &str) -> Result<Outcom
         served: fetched.served,
         gave_back,
     })
+}
+
+/// How `swiftcache donate` calls a kind of handle, if it offers it.
+pub fn handle_name(kind: HandleKind) -> Option<&'static str> {
+    match kind {
+        HandleKind::CudaIpc => Some("cuda-ipc"),
+        HandleKind::PosixFd => Some("posix-fd"),
+        HandleKind::Fabric => None,
+    }
 }
 
 /// Waits until the broker knows all that a donor of [`donate`] offers.

@@ -11,14 +11,14 @@ use swiftcache_tests::{
     stub::{Held, Stub},
 };
 
-/// Runs the full stack over a stub driver with these faults; what was said, and whether it worked.
-fn run_full_stack(faults: &[&str]) -> Result<(bool, String)> {
+/// Runs the check program over a stub driver with these faults; what was said, and whether it worked.
+fn check(what: &str, faults: &[&str]) -> Result<(bool, String)> {
     let stub = Stub::new()?;
     for fault in faults {
         stub.inject(None, fault)?;
     }
     let output = Command::new(program("swiftcache-gpu-check")?)
-        .args(["full-stack", "--topology"])
+        .args([what, "--topology"])
         .arg(stub.topology_file()?)
         .envs(stub.environment()?)
         .output()
@@ -30,7 +30,7 @@ fn run_full_stack(faults: &[&str]) -> Result<(bool, String)> {
 
 #[test]
 fn blocks_cross_devices_through_every_process_by_each_kind_of_handle() -> Result<()> {
-    let (worked, said) = run_full_stack(&[])?;
+    let (worked, said) = check("full-stack", &[])?;
     ensure!(worked, "{said}");
     for handle in ["cuda-ipc", "posix-fd"] {
         let line = format!("ok      full stack, {handle}: 240 blocks stored");
@@ -41,13 +41,29 @@ fn blocks_cross_devices_through_every_process_by_each_kind_of_handle() -> Result
 
 #[test]
 fn a_donor_that_cannot_export_fails_and_is_named() -> Result<()> {
-    let (worked, said) = run_full_stack(&["cuMemExportToShareableHandle=801"])?;
+    let (worked, said) = check("full-stack", &["cuMemExportToShareableHandle=801"])?;
     ensure!(!worked, "{said}");
     ensure!(said.contains("ok      full stack, cuda-ipc"), "{said}");
     ensure!(
         said.contains("Error: full stack, posix-fd: swiftcache donate ended early"),
         "{said}"
     );
+    Ok(())
+}
+
+#[test]
+fn a_graph_is_captured_while_a_borrower_leases_stores_and_gives_back() -> Result<()> {
+    let (worked, said) = check("graph-capture", &[])?;
+    ensure!(worked, "{said}");
+    for handle in ["cuda-ipc", "posix-fd"] {
+        let line = format!("stored, loaded and given back, {handle}");
+        ensure!(said.contains(&line), "no {line:?} in {said}");
+    }
+    // Its twin: where relaxing a thread's mode does not help, the borrower's calls spoil the capture.
+    let (worked, said) = check("graph-capture", &["capture_mode=ignored"])?;
+    ensure!(!worked, "{said}");
+    let line = "the engine's capture was spoiled: cuStreamEndCapture: CUDA error 901";
+    ensure!(said.contains(line), "{said}");
     Ok(())
 }
 

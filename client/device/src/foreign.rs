@@ -54,7 +54,8 @@ pub fn lend_pool(
 /// stream). `None` where engines have no streams: what they have computed is there.
 ///
 /// # Errors
-/// When the device is unknown or the driver refuses.
+/// When the device is unknown or the driver refuses, and while the stream is captured into a CUDA graph: its work does not
+/// run then, so there is no point to mark. The capture goes on.
 pub fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64) -> Result<Option<Ticket>> {
     adopt(layer, device, raw)?
         .map(|stream| stream.record())
@@ -63,6 +64,9 @@ pub fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64) -> Result<Op
 
 /// Makes an engine's stream wait for tickets, on the device. Where that is not possible the caller waits, so that on
 /// return nothing queued later can overtake them. Whether they failed is for whoever owns them to find out.
+///
+/// While the stream is captured into a CUDA graph the caller waits, too, and the capture goes on. That graph's launches
+/// wait for nothing: gate the stream before each.
 pub fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[Ticket]) {
     let stream = adopt(layer, device, raw).unwrap_or_else(|error| {
         tracing::warn!(%error, "waiting for a layer on the engine's own thread");

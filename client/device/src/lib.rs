@@ -134,9 +134,13 @@ pub trait DeviceLayer: Send + Sync {
     /// Wraps a stream that another part of this process created, such as an engine's compute stream: what is
     /// recorded marks its work, and it can be made to wait for tickets. Dropping the wrapper does not destroy it.
     ///
+    /// While the stream is captured into a graph, every use of the wrapper fails, and the capture goes on: what is
+    /// recorded in a capture is a node of the graph and no point in the stream.
+    ///
     /// # Safety
     /// * `raw` is a live `CUstream` of `device`'s primary context (0: the default stream).
     /// * It stays alive until the wrapper and every ticket recorded on it are gone.
+    /// * Its capture into a graph is not begun while copies queued through the wrapper may still run.
     ///
     /// # Errors
     /// When the backend has no foreign streams.

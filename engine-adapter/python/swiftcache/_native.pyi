@@ -139,7 +139,8 @@ class Cache:
         """
 
     def mark(self, stream: int) -> Mark:
-        """Marks the present end of an engine's stream.
+        """Marks the present end of an engine's stream. While the stream is captured into a CUDA graph its work does not
+        run, so there is nothing to mark: nothing is stored from such a mark. The capture goes on.
 
         Args:
             stream: a `CUstream` of the device's primary context, 0: the default stream. It must outlive the cache.
@@ -217,7 +218,8 @@ class Load:
 
     def gate_layer(self, layer: int, stream: int) -> None:
         """Makes an engine's stream wait, on the device, until a layer is in the pool. On the host backend the caller
-        waits. Which positions failed is known from `finish` only.
+        waits. Which positions failed is known from `finish` only. While the stream is captured into a CUDA graph the
+        caller waits, too; launches of that graph wait for nothing.
 
         Args:
             stream: as in `Cache.mark`.

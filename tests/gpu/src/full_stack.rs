@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use swiftcache_client::device::DeviceLayer;
-use swiftcache_proto::domain::HandleKind;
 use swiftcache_tests::{
     full_stack,
     node::{Devices, Setup},
@@ -25,10 +24,8 @@ pub fn run(
     let (first, last) = first.zip(last).context("no device")?;
     let link = layer.link_kind(&first.uuid, &last.uuid);
     for &kind in layer.handle_kinds() {
-        let handle = match kind {
-            HandleKind::CudaIpc => "cuda-ipc",
-            HandleKind::PosixFd => "posix-fd",
-            HandleKind::Fabric => continue, // donors do not offer it
+        let Some(handle) = full_stack::handle_name(kind) else {
+            continue;
         };
         let setup = Setup {
             devices: match &topology {

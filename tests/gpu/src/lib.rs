@@ -3,6 +3,7 @@
 //! can run them on a machine that has no toolchain.
 
 pub mod bench;
+pub mod capture;
 pub mod collision;
 pub mod conformance;
 pub mod engine;

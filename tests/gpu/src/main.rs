@@ -8,7 +8,7 @@ use swiftcache_broker::probe::{self, ProbeChoice};
 use swiftcache_client::device::{self, Choice};
 use swiftcache_gpu_tests::{
     bench::{self, Report, Scale},
-    collision,
+    capture, collision,
     conformance::{CHECKS, Check, PEER_CHECKS},
     full_stack, links,
     operation::{self, Operation},
@@ -63,6 +63,12 @@ enum Command {
     },
     /// Runs a broker, `swiftcache donate` and a borrower, which lie beside this program, and checks every byte.
     FullStack {
+        /// A topology file that names these GPUs, in place of NVML.
+        #[arg(long)]
+        topology: Option<PathBuf>,
+    },
+    /// Captures a CUDA graph while a borrower in this process leases, stores, loads and gives back, and launches it.
+    GraphCapture {
         /// A topology file that names these GPUs, in place of NVML.
         #[arg(long)]
         topology: Option<PathBuf>,
@@ -123,11 +129,11 @@ fn run() -> Result<ExitCode> {
         }
         Command::FullStack { topology } => {
             let subject = Subject::cuda(program)?;
-            let mut said = |line: &str| {
-                // Nobody may be reading; the exit status says it all the same.
-                let _ = say(line);
-            };
-            full_stack::run(&*subject.layer, topology, &mut said).map(|()| ExitCode::SUCCESS)
+            full_stack::run(&*subject.layer, topology, &mut tell_line).map(|()| ExitCode::SUCCESS)
+        }
+        Command::GraphCapture { topology } => {
+            let subject = Subject::cuda(program)?;
+            capture::run(&subject.layer, topology, &mut tell_line).map(|()| ExitCode::SUCCESS)
         }
         Command::BenchHost => {
             let usage_dir = std::env::temp_dir().join("swiftcache-gpu-check");
@@ -202,6 +208,12 @@ fn conformance(subject: &Subject, only: &str) -> Result<ExitCode> {
         };
     }
     Ok(code)
+}
+
+/// A line of the outcome.
+fn tell_line(line: &str) {
+    // Nobody may be reading; the exit status says it all the same.
+    let _ = say(line);
 }
 
 fn say(line: &str) -> Result<ExitCode> {

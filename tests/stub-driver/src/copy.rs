@@ -3,7 +3,7 @@
 use crate::{
     Code, INVALID_VALUE, call,
     context::device_of,
-    stream::{Work, find, queue},
+    stream::{Work, queue},
 };
 
 #[unsafe(no_mangle)]
@@ -92,15 +92,13 @@ impl Batch {
         if odd || !(1..=3).contains(&order) || sizes.contains(&0) {
             return Err(INVALID_VALUE);
         }
-        let stream = find(stream)?;
-        for ((to, from), bytes) in targets.iter().zip(sources).zip(sizes) {
-            stream.push(Work::Copy {
-                to: *to,
-                from: *from,
-                bytes: *bytes,
-            });
-        }
-        Ok(())
+        let copies = targets.iter().zip(sources).zip(sizes);
+        let mut copies = copies.map(|((to, from), bytes)| Work::Copy {
+            to: *to,
+            from: *from,
+            bytes: *bytes,
+        });
+        copies.try_for_each(|copy| queue(stream, copy))
     }
 }
 

@@ -10,7 +10,14 @@ use std::{
 use crate::Code;
 
 /// What a line may be about, apart from entry points and `*`.
-const SETTINGS: [&str; 5] = ["execute", "peers", "devices", "hold", "trace"];
+const SETTINGS: [&str; 6] = [
+    "execute",
+    "peers",
+    "devices",
+    "hold",
+    "trace",
+    "capture_mode",
+];
 
 /// Where allocations and faults lie.
 pub(crate) fn directory() -> Option<PathBuf> {
@@ -187,6 +194,26 @@ pub(crate) fn describe(code: Code) -> Option<(&'static CStr, &'static CStr)> {
             c"an illegal memory access was encountered",
         ),
         719 => (c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"),
+        900 => (
+            c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+            c"operation not permitted when stream is capturing",
+        ),
+        901 => (
+            c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+            c"operation failed due to a previous error during capture",
+        ),
+        905 => (
+            c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+            c"dependency created on uncaptured work in another stream",
+        ),
+        906 => (
+            c"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+            c"operation would make the legacy stream depend on a capturing blocking stream",
+        ),
+        907 => (
+            c"CUDA_ERROR_CAPTURED_EVENT",
+            c"operation not permitted on an event last recorded in a capturing stream",
+        ),
         801 => (c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"),
         _ => return None,
     })

@@ -25,6 +25,7 @@ pub(crate) struct Piece {
 }
 
 /// Where a launch's pieces are.
+#[derive(Clone)]
 pub(crate) enum Pieces {
     /// So many, at an address that the kernel reads when it runs.
     At(u64, usize),

@@ -26,6 +26,7 @@
 //! hold=copies              # ... nor to a copy, ...
 //! hold=all                 # ... nor to anything, until the line is gone
 //! trace=cuMemFree_v2,cuMemUnmap   # calls of these, or of all (*), are written to the file `trace`
+//! capture_mode=ignored     # threads' capture modes do not count: each is as strict as new ones are
 //! peers=none               # no peer access (pcie: peer access without native atomics; nvlink: the default)
 //! devices=1                # how many devices there are (default 2)
 //! ```
@@ -44,6 +45,15 @@
 //!   held go on.
 //! * A line of `trace` is written when a call ends: `SYMBOL PROCESS THREAD RESULT NAME`, where the last is the name of
 //!   the thread. A call that waits writes another one before it waits, with `began` in place of the result.
+//!
+//! # Captures
+//!
+//! A stream that is captured takes what it is asked to do into a graph, which is run when it is launched. The driver's
+//! rules hold: as long as a stream is captured in global mode, no thread may call what might wait, allocate or map, but
+//! those whose own mode is relaxed (`cuThreadExchangeStreamCaptureMode`). Such a call fails and spoils the capture, whose
+//! end then fails too. So does asking a captured stream how far it is, having it wait for what is not captured, and using
+//! the default stream while a stream is captured that it waits for. An event that is recorded in a captured stream never
+//! fires, and a stream that waits for it is captured too.
 
 #![allow(
     unsafe_code,
@@ -99,6 +109,7 @@ pub(crate) struct World {
     pub(crate) peers: HashSet<(i32, i32)>,
     /// The next number of anything.
     pub(crate) next: u64,
+    pub(crate) captures: capture::Captures,
     /// What broke the contexts, for good.
     pub(crate) broken: Option<Code>,
 }
@@ -122,11 +133,12 @@ pub(crate) fn world() -> MutexGuard<'static, World> {
 /// Every entry point: an injected fault in its place, else what it does, if the driver is in a state to do it.
 pub(crate) fn call(symbol: &str, body: impl FnOnce() -> Result<(), Code>) -> Code {
     call_anyway(symbol, || {
-        let world = world();
+        let mut world = world();
         if !world.initialised {
             return Err(NOT_INITIALIZED);
         }
         world.broken.map_or(Ok(()), Err)?;
+        world.captures.permit(symbol)?;
         drop(world);
         body()
     })

@@ -9,6 +9,7 @@ use std::{
 
 use crate::{
     Code, ILLEGAL_ADDRESS, INVALID_HANDLE, INVALID_VALUE, NOT_READY, call,
+    capture::{CAPTURE_ISOLATION, CAPTURE_UNSUPPORTED, CAPTURED_EVENT, Captured},
     context::current,
     faults,
     kernel::{Piece, Pieces},
@@ -16,6 +17,7 @@ use crate::{
 };
 
 /// What a stream does.
+#[derive(Clone)]
 pub(crate) enum Work {
     Copy {
         to: u64,
@@ -55,6 +57,8 @@ const HELD_NAP: Duration = Duration::from_millis(1);
 /// A queue of work, run by a thread of its own.
 pub(crate) struct Stream {
     device: c_int,
+    /// Whether the device's default stream waits for its work.
+    pub(crate) blocks_default: bool,
     queue: Mutex<Queue>,
     queued: Condvar,
 }
@@ -94,13 +98,23 @@ impl Flag {
     }
 }
 
-/// An event: the latest flag recorded, if any.
-struct Event(Mutex<Option<Arc<Flag>>>);
+struct Event(Mutex<Mark>);
+
+/// Where an event was recorded last.
+#[derive(Clone, Default)]
+enum Mark {
+    #[default]
+    Nowhere,
+    At(Arc<Flag>),
+    /// In a stream that was being captured.
+    In(Captured),
+}
 
 impl Stream {
-    fn start(device: c_int) -> Arc<Self> {
+    fn start(device: c_int, blocks_default: bool) -> Arc<Self> {
         let stream = Arc::new(Self {
             device,
+            blocks_default,
             queue: Mutex::default(),
             queued: Condvar::new(),
         });
@@ -229,7 +243,7 @@ pub(crate) fn find(stream: usize) -> Result<Arc<Stream>, Code> {
         let started = world
             .streams
             .entry(default)
-            .or_insert_with(|| Stream::start(device));
+            .or_insert_with(|| Stream::start(device, false));
         return Ok(Arc::clone(started));
     }
     let found = world
@@ -239,11 +253,30 @@ pub(crate) fn find(stream: usize) -> Result<Arc<Stream>, Code> {
     found.map(Arc::clone).ok_or(INVALID_HANDLE)
 }
 
-/// Queues work.
+/// Queues work, or adds it to the graph that the stream is captured into.
 pub(crate) fn queue(stream: usize, work: Work) -> Result<(), Code> {
-    find(stream)?.push(work);
+    let found = find(stream)?;
+    let mut world = world();
+    if stream == 0 {
+        world.permit_default()?;
+    }
+    if let Some(work) = world.captures.take(stream, work)? {
+        found.push(work);
+    }
     Ok(())
 }
+
+/// Fails for a captured stream, and ends its capture: it is asked how far it is, and never gets there.
+fn permit_looking(stream: usize) -> Result<(), Code> {
+    let mut world = world();
+    if stream == 0 {
+        world.permit_default()?;
+    }
+    world.captures.forbid(stream, CAPTURE_UNSUPPORTED)
+}
+
+/// `CU_STREAM_NON_BLOCKING`.
+const NON_BLOCKING: u32 = 1;
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreateWithPriority(
@@ -258,7 +291,9 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
         }
         let mut world = world();
         let number = world.number() as usize + 0x1000;
-        world.streams.insert(number, Stream::start(device));
+        world
+            .streams
+            .insert(number, Stream::start(device, flags & NON_BLOCKING == 0));
         // SAFETY: the caller gives room for one stream.
         unsafe { stream.write(number) };
         Ok(())
@@ -277,6 +312,7 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
     call("cuStreamSynchronize", || {
+        permit_looking(stream)?;
         let flag = Arc::<Flag>::default();
         queue(stream, Work::Record(Arc::clone(&flag)))?;
         trace::began("cuStreamSynchronize");
@@ -288,6 +324,7 @@ pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
     call("cuStreamQuery", || {
+        permit_looking(stream)?;
         let idle = find(stream)?.is_idle();
         // What it noticed last may have broken the context.
         world().broken.map_or(Ok(()), Err)?;
@@ -301,8 +338,17 @@ pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: u
         if flags != 0 {
             return Err(INVALID_VALUE);
         }
-        let flag = flag_of(event)?;
-        flag.map_or(Ok(()), |flag| queue(stream, Work::Wait(flag)))
+        match mark_of(event)? {
+            Mark::Nowhere => Ok(()),
+            Mark::At(flag) => {
+                world().captures.forbid(stream, CAPTURE_ISOLATION)?;
+                queue(stream, Work::Wait(flag))
+            }
+            Mark::In(captured) => {
+                find(stream)?;
+                world().captures.join(stream, captured)
+            }
+        }
     })
 }
 
@@ -317,13 +363,18 @@ fn event_of(event: usize) -> Result<&'static Event, Code> {
     Ok(unsafe { &*(event as *const Event) })
 }
 
+fn mark_of(event: usize) -> Result<Mark, Code> {
+    let mark = event_of(event)?.0.lock();
+    Ok(mark.unwrap_or_else(PoisonError::into_inner).clone())
+}
+
+/// What an event waits for, if anything. One that belongs to a graph never comes.
 fn flag_of(event: usize) -> Result<Option<Arc<Flag>>, Code> {
-    let event = event_of(event)?;
-    Ok(event
-        .0
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone())
+    match mark_of(event)? {
+        Mark::Nowhere => Ok(None),
+        Mark::At(flag) => Ok(Some(flag)),
+        Mark::In(_) => Err(CAPTURED_EVENT),
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -354,10 +405,18 @@ pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
     call("cuEventRecord", || {
-        let flag = Arc::<Flag>::default();
         let event = event_of(event)?;
-        queue(stream, Work::Record(Arc::clone(&flag)))?;
-        *event.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(flag);
+        find(stream)?;
+        let captured = world().captures.mark(stream)?;
+        let mark = match captured {
+            Some(captured) => Mark::In(captured),
+            None => {
+                let flag = Arc::<Flag>::default();
+                queue(stream, Work::Record(Arc::clone(&flag)))?;
+                Mark::At(flag)
+            }
+        };
+        *event.0.lock().unwrap_or_else(PoisonError::into_inner) = mark;
         Ok(())
     })
 }

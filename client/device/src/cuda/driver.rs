@@ -14,7 +14,7 @@ use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_P2PAttribute, CUdevice_attribute, CUdeviceptr, CUevent,
     CUfunction, CUipcMemHandle, CUmemAccessDesc, CUmemAllocationGranularity_flags,
     CUmemAllocationHandleType, CUmemAllocationProp, CUmemGenericAllocationHandle,
-    CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUstream, CUstreamCaptureMode, CUuuid,
+    CUmemcpyAttributes, CUmodule, CUpointer_attribute, CUstream, CUuuid,
 };
 use libloading::{Library, Symbol};
 use swiftcache_proto::domain::DeviceUuid;
@@ -92,7 +92,8 @@ entry_points! {
         pointer_attribute = "cuPointerGetAttribute" (*mut c_void, CUpointer_attribute, CUdeviceptr);
         set_bytes = "cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream);
         copy = "cuMemcpyAsync" (CUdeviceptr, CUdeviceptr, usize, CUstream);
-        thread_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut CUstreamCaptureMode);
+        stream_capturing = "cuStreamIsCapturing" (CUstream, *mut c_uint);
+        thread_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut c_uint);
         stream_create = "cuStreamCreateWithPriority" (*mut CUstream, c_uint, c_int);
         stream_destroy = "cuStreamDestroy_v2" (CUstream);
         stream_synchronize = "cuStreamSynchronize" (CUstream);
@@ -193,10 +194,10 @@ impl std::fmt::Debug for Driver {
 /// An engine may be capturing a graph, on this thread or on another one. In the mode that captures are begun in by
 /// default, as vLLM does, a call of any thread that might wait or allocate is refused *and* makes the capture fail, unless
 /// that thread's own mode is relaxed. So it is relaxed as long as this lives, and what it was before afterwards: the thread
-/// is an engine's. What that does not permit is work on a stream that is itself captured: see `CudaStream::free`.
+/// is an engine's. What that does not permit is work on a stream that is itself captured: see `CudaStream::check_uncaptured`.
 pub(super) struct Calls<'a> {
     driver: &'a Driver,
-    before: CUstreamCaptureMode,
+    before: c_uint,
     /// Neither Send nor Sync: the mode is a property of the thread.
     _thread: PhantomData<*const ()>,
 }
@@ -320,7 +321,7 @@ impl Driver {
     /// # Errors
     /// The driver's code.
     pub(super) fn calls(&self) -> std::result::Result<Calls<'_>, Code> {
-        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as c_uint;
         // SAFETY: one mode is read from and written to one of ours.
         match unsafe { (self.core.thread_capture_mode)(&raw mut mode) } {
             SUCCESS => Ok(Calls {

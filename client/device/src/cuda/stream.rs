@@ -89,6 +89,32 @@ impl CudaStream {
         }
     }
 
+    /// Fails while an engine captures this stream into a graph. What were queued then would become part of the graph: a
+    /// mark would never be reached, a stream that waits for it would be captured too, and waiting for a ticket, which is
+    /// no part of it, would make the engine's capture fail. So nothing is queued, and the stream is as good as before.
+    /// Our own streams are never captured: nobody else has them, and no ticket is part of a graph.
+    fn check_uncaptured(&self, entered: &Entered<'_>) -> Result<()> {
+        const UNCAPTURED: c_uint =
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_uint;
+        if self.own {
+            return Ok(());
+        }
+        let mut status = UNCAPTURED;
+        // SAFETY: the stream is alive; one status is written, to one of ours.
+        let code = unsafe { (entered.core().stream_capturing)(self.raw(), &raw mut status) };
+        entered.check(code, "asking whether a stream is captured")?;
+        match status {
+            UNCAPTURED => Ok(()),
+            _ => Err(DeviceError::Failed {
+                operation: "using an engine's stream",
+                device: self.context.uuid.clone(),
+                problem: "it is being captured into a CUDA graph, whose work runs when the graph is launched: \
+                          mark it and have it wait before or after the launch, and not while it is captured"
+                    .to_owned(),
+            }),
+        }
+    }
+
     fn raw(&self) -> sys::CUstream {
         self.raw as sys::CUstream
     }
@@ -104,6 +130,7 @@ impl CudaStream {
             return Err(error.clone());
         }
         let entered = self.context.enter()?;
+        self.check_uncaptured(&entered)?;
         state.latest += 1;
         for memory in memories {
             self.holds.keep(memory, state.latest);
@@ -182,6 +209,7 @@ impl CudaStream {
             return Err(error.clone());
         }
         let entered = self.context.enter()?;
+        self.check_uncaptured(&entered)?;
         let core = entered.core();
         // SAFETY: the caller checked the device's range, keeps it mapped, and lends the local one; both outlast
         // the wait below.
@@ -267,6 +295,7 @@ impl CopyStream for CudaStream {
             return Err(error.clone());
         }
         let entered = self.context.enter()?;
+        self.check_uncaptured(&entered)?;
         let event = self.context.event(&entered)?;
         // SAFETY: event and stream are alive and of the current context.
         let code = unsafe { (entered.core().event_record)(event.raw(), self.raw()) };

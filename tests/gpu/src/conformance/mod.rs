@@ -2,6 +2,7 @@
 
 mod copies;
 mod engines;
+mod graphs;
 mod memory;
 mod peers;
 mod processes;
@@ -72,6 +73,10 @@ pub const CHECKS: &[Check] = &[
     (
         "a part of an engine's pool is lent in place, zero before and after",
         engines::part_of_a_pool_lent,
+    ),
+    (
+        "an engine's graph capture goes on while others map, copy, poll and let go",
+        graphs::captured_while_others_work,
     ),
     (
         "a lost device fails its streams for good",

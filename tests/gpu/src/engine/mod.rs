@@ -6,6 +6,7 @@
     reason = "an engine calls the CUDA driver directly; this fixture does so in its place"
 )]
 
+mod graph;
 mod peer;
 
 use std::{
@@ -20,6 +21,7 @@ use swiftcache_proto::domain::DeviceUuid;
 
 const PTX: &str = concat!(include_str!("../busy.ptx"), "\0");
 
+pub use graph::Graph;
 pub use peer::Place;
 
 type Call<A> = unsafe extern "C" fn(A) -> u32;
@@ -135,6 +137,18 @@ impl Engine {
         found
             .map(|found| *found)
             .with_context(|| format!("{symbol} is missing"))
+    }
+
+    /// Makes the first device's context current on another thread of the engine.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn enter(&self) -> Result<()> {
+        // SAFETY: the signature is the driver's, and the context stays retained.
+        unsafe {
+            let push: Call<usize> = self.find("cuCtxPushCurrent_v2")?;
+            check(push(self.context), "cuCtxPushCurrent")
+        }
     }
 
     /// Takes HBM. The engine never gives it back.

@@ -59,6 +59,19 @@ fn the_benchmarks_run_on_the_stub() {
     }
 }
 
+/// The twin of the check above: where relaxing a thread's mode does not help, any call of ours spoils the capture.
+#[test]
+fn a_capture_is_spoiled_where_threads_are_not_relaxed() {
+    let run = Run::new("capture_mode=ignored");
+    let output = run.arguments(&["conformance", "--only", "graph capture"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success(), "{said}");
+    assert!(
+        said.contains("the engine's capture was spoiled: cuStreamEndCapture: CUDA error 901"),
+        "{said}"
+    );
+}
+
 const OPERATIONS: [&str; 11] = [
     "allocate-plain",
     "allocate-virtual",

@@ -1,111 +1,6 @@
 //! What the file of faults does to a process that runs.
 
-#![allow(unsafe_code, reason = "calls the driver as an engine does")]
-
-use std::{
-    ffi::c_int,
-    fs, ptr,
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
-};
-
-use swiftcache_stub_driver as _; // linked, not loaded
-use tempfile::TempDir;
-
-unsafe extern "C" {
-    fn cuInit(flags: u32) -> u32;
-    fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> u32;
-    fn cuCtxPushCurrent_v2(context: usize) -> u32;
-    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> u32;
-    fn cuMemAlloc_v2(address: *mut u64, size: usize) -> u32;
-    fn cuMemsetD8Async(address: u64, value: u8, bytes: usize, stream: usize) -> u32;
-    fn cuMemcpyAsync(to: u64, from: u64, bytes: usize, stream: usize) -> u32;
-    fn cuStreamCreateWithPriority(stream: *mut usize, flags: u32, priority: c_int) -> u32;
-    fn cuStreamQuery(stream: usize) -> u32;
-    fn cuStreamSynchronize(stream: usize) -> u32;
-    fn cuEventCreate(event: *mut usize, flags: u32) -> u32;
-    fn cuEventRecord(event: usize, stream: usize) -> u32;
-    fn cuEventQuery(event: usize) -> u32;
-}
-
-const NOT_READY: u32 = 600;
-const SIZE: usize = 2 << 20;
-
-/// This process's driver, which one test at a time uses.
-struct Machine {
-    directory: TempDir,
-    states: u64,
-}
-
-fn machine() -> MutexGuard<'static, Machine> {
-    static MACHINE: OnceLock<Mutex<Machine>> = OnceLock::new();
-    let machine = MACHINE.get_or_init(|| {
-        let directory = tempfile::tempdir().expect("a directory");
-        // SAFETY: tests read the environment behind this only.
-        unsafe { std::env::set_var("SWIFTCACHE_STUB_DIR", directory.path()) };
-        Mutex::new(Machine {
-            directory,
-            states: 0,
-        })
-    });
-    let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
-    machine.faults(&[]);
-    let mut context = 0;
-    // SAFETY: the signatures are the driver's; one context is written, to one of ours.
-    unsafe {
-        assert_eq!(cuInit(0), 0);
-        assert_eq!(cuDevicePrimaryCtxRetain(&raw mut context, 0), 0);
-        assert_eq!(cuCtxPushCurrent_v2(context), 0);
-    }
-    machine
-}
-
-impl Machine {
-    fn faults(&mut self, lines: &[&str]) {
-        self.states += 1;
-        let file = self.directory.path().join("faults");
-        let fresh = file.with_extension("new");
-        // A size of its own tells each state from others.
-        let padding = "\n".repeat(self.states as usize);
-        fs::write(&fresh, lines.join("\n") + &padding).expect("a file of faults");
-        fs::rename(fresh, file).expect("a file of faults");
-    }
-
-    fn trace(&self) -> Vec<String> {
-        let text = fs::read_to_string(self.directory.path().join("trace")).unwrap_or_default();
-        text.lines().map(str::to_owned).collect()
-    }
-}
-
-fn info() -> u32 {
-    let (mut free, mut total) = (0, 0);
-    // SAFETY: two numbers are written, to two of ours.
-    unsafe { cuMemGetInfo_v2(&raw mut free, &raw mut total) }
-}
-
-fn infos<const N: usize>() -> [u32; N] {
-    [(); N].map(|()| info())
-}
-
-fn allocate() -> u64 {
-    let mut address = 0;
-    // SAFETY: one address is written, to one of ours.
-    assert_eq!(unsafe { cuMemAlloc_v2(&raw mut address, SIZE) }, 0);
-    address
-}
-
-fn stream() -> usize {
-    let mut stream = 0;
-    // SAFETY: one stream is written, to one of ours.
-    let code = unsafe { cuStreamCreateWithPriority(&raw mut stream, 1, 0) };
-    assert_eq!(code, 0);
-    stream
-}
-
-/// The first byte of an allocation of the stub driver, which is memory of this process.
-fn first(address: u64) -> u8 {
-    // SAFETY: allocations are never unmapped here.
-    unsafe { ptr::read_volatile(address as *const u8) }
-}
+use crate::machine::*;
 
 #[test]
 fn only_the_calls_that_a_line_names_fail() {
@@ -143,11 +38,10 @@ fn a_line_of_another_process_is_not_ours() {
 fn what_is_held_stays_queued_until_it_is_let_go_of() {
     let mut machine = machine();
     let (from, to, stream, other) = (allocate(), allocate(), stream(), stream());
-    let mut event = 0;
+    let event = event();
     let hold = format!("{}/hold=copies", std::process::id());
     // SAFETY: the signatures are the driver's; the event is ours, and so are both allocations, of `SIZE` bytes.
     unsafe {
-        assert_eq!(cuEventCreate(&raw mut event, 2), 0);
         assert_eq!(cuMemsetD8Async(to, 1, SIZE, stream), 0);
         assert_eq!(cuStreamSynchronize(stream), 0);
         machine.faults(&[&hold]);

@@ -1,0 +1,61 @@
+//! The engine's graphs: work that is captured once and launched often.
+
+use anyhow::Result;
+
+use super::{Call, Engine, EngineStream, check};
+
+/// `CU_STREAM_CAPTURE_MODE_GLOBAL`: how vLLM captures.
+const GLOBAL: u32 = 0;
+
+/// Captured work, to be launched. The engine never destroys it.
+#[derive(Clone, Copy, Debug)]
+pub struct Graph(usize);
+
+impl Engine {
+    /// Begins to capture what this thread queues on `stream`, in the mode in which no other thread may call what might
+    /// wait or allocate.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn begin_capture(&self, stream: EngineStream) -> Result<()> {
+        // SAFETY: the signature is the driver's, and the stream is the engine's.
+        unsafe {
+            let begin: unsafe extern "C" fn(usize, u32) -> u32 =
+                self.find("cuStreamBeginCapture_v2")?;
+            check(begin(stream.0, GLOBAL), "cuStreamBeginCapture")
+        }
+    }
+
+    /// Ends the capture.
+    ///
+    /// # Errors
+    /// When something has spoiled it, and the driver has no graph to give.
+    pub fn end_capture(&self, stream: EngineStream) -> Result<Graph> {
+        let (mut graph, mut executable) = (0, 0);
+        // SAFETY: the signatures are the driver's; a graph and an executable graph are written, each to one of ours.
+        unsafe {
+            let end: unsafe extern "C" fn(usize, *mut usize) -> u32 =
+                self.find("cuStreamEndCapture")?;
+            check(end(stream.0, &raw mut graph), "cuStreamEndCapture")?;
+            let instantiate: unsafe extern "C" fn(*mut usize, usize, u64) -> u32 =
+                self.find("cuGraphInstantiateWithFlags")?;
+            let code = instantiate(&raw mut executable, graph, 0);
+            check(code, "cuGraphInstantiate")?;
+            let destroy: Call<usize> = self.find("cuGraphDestroy")?;
+            check(destroy(graph), "cuGraphDestroy")?;
+        }
+        Ok(Graph(executable))
+    }
+
+    /// Queues the captured work.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn launch(&self, graph: Graph, stream: EngineStream) -> Result<()> {
+        // SAFETY: the signature is the driver's, and graph and stream are the engine's.
+        unsafe {
+            let launch: unsafe extern "C" fn(usize, usize) -> u32 = self.find("cuGraphLaunch")?;
+            check(launch(graph.0, stream.0), "cuGraphLaunch")
+        }
+    }
+}
