@@ -31,8 +31,9 @@ done
 env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
     --manifest-path engine-adapter/Cargo.toml
 export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
-"$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm tests/gpu
-"$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/vllm tests/vllm tests/gpu
+checked=(engine-adapter/python/swiftcache/{engine,vllm} tests/{vllm,gpu})
+"$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml "${checked[@]}"
+"$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml "${checked[@]}"
 if [ "${1-}" = --setup ]; then
     exit
 fi

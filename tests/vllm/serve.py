@@ -284,10 +284,11 @@ class Engine:
         loans = self._side._loans
         step = loans.step
 
-        def impatient(metadata: Any, *arguments: Any) -> None:
-            step(metadata, *arguments)
-            for number in metadata.take_back:
+        def impatient(*arguments: Any) -> Any:
+            orders = step(*arguments)
+            for number in orders.take_back:
                 loans._ended(loans._loans.pop(number), arguments[-1])
+            return orders
 
         loans.step = impatient
 

@@ -1,4 +1,4 @@
-"""When an engine lends and takes back, and the way of a loan between scheduler and workers."""
+"""The way of a loan through vLLM's hooks, between scheduler and workers."""
 
 from __future__ import annotations
 
@@ -10,224 +10,20 @@ from stage import caches
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.block_pool import BlockPool
 
+from swiftcache.engine.fingerprint import Ranks
+from swiftcache.engine.layout import ranges_of
+from swiftcache.engine.loans import LendJob, WorkerLoans
+from swiftcache.engine.quiet import Quiet
 from swiftcache.vllm import SwiftCacheConnector
-from swiftcache.vllm.fingerprint import Ranks
-from swiftcache.vllm.layout import layout_of, ranges_of
-from swiftcache.vllm.lending import LOOK_SECONDS, LOOKS, Decision, Policy, View, terms
-from swiftcache.vllm.loans import MARGIN_SECONDS, PAUSE_SECONDS, Loans, WorkerLoans
-from swiftcache.vllm.metadata import StepMetadata, WorkerReport
-from swiftcache.vllm.metrics import SwiftCacheStats
-from swiftcache.vllm.pool import LentBlocks
-from swiftcache.vllm.quiet import Quiet
-
-BLOCKS = 101
-
-
-def agreed(**changed):
-    """8 runs of 5 blocks; 10 stay free; lent after 2 seconds."""
-    return terms(**({"share": 0.4, "reserve": 0.1, "after": 2.0, "blocks": BLOCKS, "kept": 20} | changed))
-
-
-def view(now: float = 0.0, **changed) -> View:
-    base = {"free": 100, "wanted": 0, "pressed": False, "at_home": range(8), "lent": (), "returning": 0}
-    return View(now=now, **(base | changed))
-
-
-def all_free(run: int) -> bool:
-    return True
-
-
-def test_the_tail_is_cut_into_runs_and_the_longest_request_keeps_its_blocks() -> None:
-    runs = agreed().runs
-    assert [len(run) for run in runs] == [5] * 8 and runs[0] == range(96, 101) and runs[-1] == range(61, 66)
-    assert sum(map(len, agreed(kept=90).runs)) <= 10
-    assert sum(map(len, agreed(kept=97).runs)) == 3
-    with pytest.raises(ValueError, match=r"lend 0\.4 is refused: of the 101 blocks .* 100 must stay for its longest"):
-        agreed(kept=100)
-
-
-def test_it_lends_when_it_has_been_quiet_for_long_enough() -> None:
-    policy = Policy(agreed())
-    assert policy.decide(view(0.0), all_free) == Decision() and policy.due == 2.0
-    assert policy.decide(view(1.9), all_free) == Decision()
-    assert policy.decide(view(2.0), all_free) == Decision(lend=tuple(range(8)))
-    assert policy.due is None
-
-
-def test_needing_blocks_in_between_begins_the_quiet_anew() -> None:
-    policy = Policy(agreed())
-    policy.decide(view(0.0), all_free)
-    policy.decide(view(1.0, wanted=95), all_free)
-    assert policy.due is None
-    assert policy.decide(view(2.0), all_free) == Decision() and policy.due == 4.0
-
-
-def test_it_lends_no_more_than_leaves_a_run_and_the_reserve() -> None:
-    policy = Policy(agreed(after=0.0))
-    # 30 are free, of which 4 are wanted and 10 reserved.
-    assert policy.decide(view(free=30, wanted=4), all_free) == Decision(lend=(0, 1))
-    assert policy.decide(view(free=30, wanted=4, at_home=[3]), all_free) == Decision(lend=(3,))
-    assert policy.decide(view(free=19), all_free) == Decision()
-
-
-def test_runs_in_use_are_looked_at_now_and_then_and_not_for_ever() -> None:
-    policy, looks = Policy(agreed(after=0.0)), []
-
-    def in_use(run: int) -> bool:
-        looks.append(run)
-        return run == 7 and len(looks) > 8 * (LOOKS + 1)
-
-    for step in range(10 * (LOOKS + 1)):
-        now = step / 10 * LOOK_SECONDS
-        assert policy.decide(view(now), in_use) == Decision()
-        assert (policy.due is None) == (step >= 10 * (LOOKS - 1)), "nobody steps for its sake any more"
-    assert len(looks) == 8 * (LOOKS + 1)
-    # A free one among them is lent.
-    assert policy.decide(view(now + LOOK_SECONDS), in_use) == Decision(lend=(7,))
-
-
-def test_an_engine_with_little_left_is_not_looked_at() -> None:
-    policy = Policy(agreed())
-    policy.decide(view(0.0), all_free)
-    assert not policy.needs_no_look(20) and policy.due == 2.0
-    assert policy.needs_no_look(19) and policy.due is None, "and is not quiet"
-
-
-def test_it_asks_back_what_it_lacks_before_requests_wait() -> None:
-    policy = Policy(agreed(after=0.0))
-    lent = (7, 6, 5, 4)
-    assert policy.decide(view(free=30, wanted=20, at_home=(), lent=lent), all_free) == Decision()
-    assert policy.decide(view(free=30, wanted=21, at_home=(), lent=lent), all_free) == Decision(take_back=(7, 6))
-    # What is on its way is not asked for twice.
-    assert policy.decide(view(free=30, wanted=21, at_home=(), lent=(5, 4), returning=10), all_free) == Decision()
-    assert policy.decide(view(pressed=True, at_home=(), lent=lent), all_free) == Decision(take_back=lent)
-
-
-def test_what_was_just_taken_back_is_not_lent_at_once() -> None:
-    """Hysteresis: no need makes it lend and ask back in turns."""
-    for wanted in range(0, 100):
-        policy, lent, free = Policy(agreed(after=0.0)), [], 100
-        changes = 0
-        for _ in range(20):
-            at_home = [run for run in range(8) if run not in lent]
-            seen = view(free=free, wanted=wanted, at_home=at_home, lent=sorted(lent)[::-1])
-            decision = policy.decide(seen, all_free)
-            lent = [run for run in lent if run not in decision.take_back] + list(decision.lend)
-            free = 100 - 5 * len(lent)
-            changes += bool(decision.lend or decision.take_back)
-        assert changes <= 2, f"{changes} changes while {wanted} are wanted"
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Bench:
-    """A scheduler's half over a real block pool."""
-
-    def __init__(self, workers: int = 2, **changed) -> None:
-        self.blocks = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
-        self.clock, self.stats = Clock(), SwiftCacheStats()
-        pool = LentBlocks(self.blocks)
-        self.loans = Loans(agreed(**changed), pool, workers=workers, drain_seconds=0.5, clock=self.clock)
-
-    def step(self, wanted: int = 0, pressed: bool = False) -> StepMetadata:
-        step = StepMetadata()
-        self.loans.step(step, lambda: wanted, pressed, self.stats)
-        return step
-
-    def hear(self, *back: int, refused: str = "") -> None:
-        self.loans.heard(WorkerReport(back=dict.fromkeys(back, 1), lend_refused=refused), self.stats)
-
-    @property
-    def free(self) -> int:
-        return self.blocks.get_num_free_blocks()
-
-
-def test_blocks_are_back_when_every_worker_says_so() -> None:
-    bench = Bench(after=0.0)
-    lend = bench.step().lend
-    assert [(job.first, job.last) for job in lend][:2] == [(96, 101), (91, 96)] and len(lend) == 8
-    assert bench.free == 60
-    asked = bench.step(wanted=55).take_back
-    assert asked and bench.step(wanted=55).take_back == [], "asked once"
-    bench.hear(*asked)
-    assert bench.free == 60, "the other worker's part may be written to"
-    bench.clock.now = 0.25
-    bench.hear(*asked)
-    assert bench.free == 60 + 5 * len(asked)
-    assert bench.stats.data["counters"] == {
-        "lends": 8,
-        "give_backs": len(asked),
-        "give_back_ms": 250.0 * len(asked),
-    }
-    assert bench.stats.gauges()["lent_blocks"] == 40 - 5 * len(asked)
-    assert bench.stats.gauges()["returning_blocks"] == 0
-    # Again, under other numbers: a late word about the old loan is about nothing.
-    again = bench.step().lend
-    assert again and not {job.loan for job in again} & {job.loan for job in lend}
-    free = bench.free
-    bench.hear(*asked)
-    bench.hear(*asked)
-    assert bench.free == free
-
-
-def test_an_idle_engine_is_stepped_until_it_has_lent_and_no_longer() -> None:
-    bench = Bench()
-    assert bench.loans.wants_steps(), "it never was busy"
-    assert bench.step().lend == [] and bench.loans.wants_steps()
-    bench.clock.now = 2.0
-    assert bench.step().lend and not bench.loans.wants_steps()
-
-
-def test_requests_wait_for_blocks_on_their_way_and_not_for_ever() -> None:
-    bench = Bench(after=0.0)
-    bench.step()
-    assert not bench.loans.frees_pending()
-    asked = bench.step(pressed=True).take_back
-    assert len(asked) == 8 and bench.loans.frees_pending() and bench.loans.wants_steps()
-    bench.clock.now = 0.5 + MARGIN_SECONDS
-    assert bench.loans.frees_pending()
-    # A borrower that does not let go: from now on the pool is a smaller one.
-    bench.clock.now += 0.001
-    assert not bench.loans.frees_pending() and not bench.loans.wants_steps()
-    bench.hear(*asked)
-    bench.hear(*asked)
-    assert bench.free == 100 and bench.stats.data["counters"]["late_give_backs"] == 8
-
-
-def test_what_comes_back_unasked_is_not_lent_at_once() -> None:
-    bench = Bench(after=0.0)
-    first = bench.step().lend[0].loan
-    bench.hear(first)
-    assert bench.step().take_back == [first], "one worker's part is no use without the other's"
-    bench.hear(first)
-    bench.hear(first + 1)
-    bench.hear(first + 1)
-    assert bench.free == 70 and bench.step().lend == []
-    assert not bench.loans.wants_steps(), "nobody steps an idle engine for half a minute"
-    bench.clock.now = PAUSE_SECONDS
-    assert len(bench.step().lend) == 2
-
-
-def test_a_refusal_ends_lending_and_blocks_come_back() -> None:
-    bench = Bench(workers=1, after=0.0)
-    loans = [job.loan for job in bench.step().lend]
-    bench.hear(*loans, refused="no such layout")
-    bench.clock.now = PAUSE_SECONDS
-    assert bench.free == 100 and bench.step().lend == [] and not bench.loans.wants_steps()
+from swiftcache.vllm.layout import layout_of
+from swiftcache.vllm.metadata import StepMetadata
 
 
 def test_a_worker_lends_the_bytes_of_blocks_and_says_when_they_are_back(native) -> None:
     cache = native.Cache(native.Connection("", name=""), namespace="n", layer_bytes=[128, 128])
     tensors = caches(layers=2, blocks=8)
     layout = layout_of(tensors, 8)
-    worker, bench = WorkerLoans(Quiet()), Bench(workers=1, after=0.0)
-    jobs = bench.step().lend[:1]
-    jobs[0].first, jobs[0].last = 6, 8
+    worker, jobs = WorkerLoans(Quiet()), [LendJob(3, 6, 8)]
     assert worker.lend(jobs, cache, layout, lambda: None) == ([], "")
     starts = [tensor.data_ptr() for tensor in tensors.values()]
     size = 256
@@ -238,16 +34,16 @@ def test_a_worker_lends_the_bytes_of_blocks_and_says_when_they_are_back(native) 
 
 
 def test_what_a_worker_cannot_lend_is_back_at_once(native) -> None:
-    worker, jobs = WorkerLoans(Quiet()), Bench(after=0.0).step().lend
+    worker, jobs = WorkerLoans(Quiet()), [LendJob(number, 2 * number, 2 * number + 2) for number in range(4)]
     loans = [job.loan for job in jobs]
     assert worker.lend(jobs, None, None, lambda: None) == (loans, "")
-    layout = layout_of({name: tensor[:, :1] for name, tensor in caches(blocks=BLOCKS).items()}, BLOCKS)
+    layout = layout_of({name: tensor[:, :1] for name, tensor in caches(blocks=8).items()}, 8)
     cache = native.Cache(native.Connection("", name=""), namespace="n", layer_bytes=[128, 128])
 
     def unmarkable() -> None:
         raise RuntimeError("no such stream")
 
-    whole = layout_of(caches(blocks=BLOCKS), BLOCKS)
+    whole = layout_of(caches(blocks=8), 8)
     assert worker.lend(jobs, cache, whole, unmarkable) == (loans, "") and cache.lent == {}
     back, refused = worker.lend(jobs, cache, layout, lambda: None)
     assert back == loans and "does not lend from this layout" in refused and cache.lent == {}
@@ -278,7 +74,7 @@ def connector(role: KVConnectorRole, lend: float = 0.5, longest: int = 8 * stage
 @pytest.fixture
 def engine(native, monkeypatch):
     """An engine that lends: both halves of its connector, and its block pool."""
-    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
+    monkeypatch.setattr("swiftcache.vllm.worker.ranks_here", Ranks)
     scheduler, worker = connector(KVConnectorRole.SCHEDULER), connector(KVConnectorRole.WORKER)
     worker.register_kv_caches(caches(blocks=40))
     pool = BlockPool(40, enable_caching=True, hash_block_size=stage.BLOCK)

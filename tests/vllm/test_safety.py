@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +14,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
+from swiftcache.engine.fingerprint import Ranks, namespace
+from swiftcache.engine.metrics import COUNTERS, GAUGES, Meter
+from swiftcache.engine.settings import Settings
 from swiftcache.vllm import SwiftCacheConnector, safety
-from swiftcache.vllm.config import Settings
-from swiftcache.vllm.fingerprint import Ranks, namespace, weight_files
+from swiftcache.vllm.facts import facts
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import StepMetadata
-from swiftcache.vllm.metrics import COUNTERS, GAUGES, Meter, SwiftCachePromMetrics, SwiftCacheStats
-from swiftcache.vllm.quiet import PERIOD_SECONDS, Quiet
+from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
 
 
 def test_full_attention_and_mla_are_served() -> None:
@@ -82,7 +82,7 @@ def test_inside_another_connector_its_policy_is_the_one_that_counts(monkeypatch)
     with pytest.raises(ValueError, match=r'"recompute" beside "kv_connector": "MultiConnector"'):
         safety.require_recompute(stage.config())
     # Alone, its own policy is vLLM's.
-    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: stage.config())
+    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", stage.config)
     safety.require_recompute(stage.config())
 
 
@@ -107,14 +107,17 @@ def test_loads_are_synchronous_only_where_vllm_recovers_from_their_failure() -> 
 
 
 def name_of(settings: Settings | None = None, ranks: Ranks | None = None, blocks: int = 8, **fields) -> str:
-    return namespace(
+    ranks = ranks or Ranks()
+    layout = layout_of(stage.caches(blocks=blocks), blocks)
+    known = facts(
         stage.config(**fields),
         settings or Settings(),
-        layout_of(stage.caches(blocks=blocks), blocks),
+        layout,
         block_tokens=4,
         backends=["CPU_ATTN"],
-        ranks=ranks or Ranks(),
+        ranks=ranks,
     )
+    return namespace(known, ranks)
 
 
 def test_the_namespace_tells_apart_what_changes_bytes_and_nothing_else() -> None:
@@ -138,36 +141,36 @@ def test_the_namespace_tells_apart_what_changes_bytes_and_nothing_else() -> None
     assert len(others) == 12 and base not in others
 
 
-def test_weights_are_told_by_their_files(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"one")
-    first = weight_files(str(tmp_path), None)
-    os.utime(weights, (1, 1))
-    assert weight_files(str(tmp_path), None) != first
-    assert weight_files("no/such-model", None) == []
-    blob = tmp_path / "blobs" / "c0ffee"
-    blob.parent.mkdir()
-    blob.write_bytes(b"one")
-    weights.unlink()
-    weights.symlink_to(blob)
-    assert weight_files(str(tmp_path), None) == [("model.safetensors", "c0ffee")]
+def test_engines_of_one_model_id_share_whatever_their_paths() -> None:
     named = Settings(model_id="mine@1")
     assert name_of(named, model_config__model="a") == name_of(named, model_config__model="b")
 
 
-def test_trouble_is_logged_once_a_period(monkeypatch) -> None:
+def test_its_log_lines_go_where_vllms_go(native, monkeypatch) -> None:
+    monkeypatch.setattr("swiftcache.vllm.worker.ranks_here", Ranks)
     lines: list[str] = []
-    monkeypatch.setattr(
-        "swiftcache.vllm.quiet.logger", SimpleNamespace(warning=lambda text, *of: lines.append(text % of))
-    )
-    now = [0.0]
-    quiet = Quiet(lambda: now[0])
-    for _ in range(5):
-        quiet.trouble("kind", "what")
-    quiet.trouble("other", "what")
-    now[0] = PERIOD_SECONDS + 1
-    quiet.trouble("kind", "what")
-    assert len(lines) == 3 and "4 more" in lines[2]
+    handler = logging.Handler(logging.INFO)
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    theirs = logging.getLogger("vllm")
+    theirs.addHandler(handler)
+    before = theirs.level
+    theirs.setLevel(logging.INFO)
+    try:
+        worker = SwiftCacheConnector(stage.config(), KVConnectorRole.WORKER, stage.kv_config())
+        worker.register_kv_caches(stage.caches())
+        worker.shutdown()
+        theirs.setLevel(logging.ERROR)
+        logging.getLogger("swiftcache").warning("not said")
+    finally:
+        theirs.removeHandler(handler)
+        theirs.setLevel(before)
+    assert any("namespace" in line for line in lines) and "not said" not in lines
+
+
+def read(meter: Meter, totals: dict[str, float]) -> SwiftCacheStats:
+    stats = SwiftCacheStats()
+    meter.read(totals, stats)
+    return stats
 
 
 def test_metrics_reach_prometheus() -> None:
@@ -184,10 +187,10 @@ def test_metrics_reach_prometheus() -> None:
     )
     one, other = Meter("0.0"), Meter("0.1")
     totals = {"stored_blocks": 3.0, "loaded_nvlink_bytes": 10.0, "loaded_host_bytes": 5.0, "leased_bytes": 7.0}
-    stats = one.read(totals).aggregate(other.read(totals))
+    stats = read(one, totals).aggregate(read(other, totals))
     assert stats.reduce()["leased_bytes"] == 14
     metrics.observe(stats.to_dict())
-    metrics.observe(one.read(totals | {"stored_blocks": 4.0}).to_dict())
+    metrics.observe(read(one, totals | {"stored_blocks": 4.0}).to_dict())
     text = generate_latest(registry).decode()
     assert 'vllm:swiftcache_stored_blocks_total{engine="0"} 7.0' in text
     assert 'vllm:swiftcache_loaded_bytes_total{engine="0"} 30.0' in text
@@ -195,11 +198,11 @@ def test_metrics_reach_prometheus() -> None:
     for name in [*COUNTERS, *GAUGES]:
         assert f"vllm:swiftcache_{name}" in text
     assert SwiftCacheStats().is_empty() and not stats.is_empty()
-    assert one.read({"stored_blocks": 1.0}).data["counters"]["stored_blocks"] == 1, "opened anew: counted from 0"
+    assert read(one, {"stored_blocks": 1.0}).data["counters"]["stored_blocks"] == 1, "opened anew: counted from 0"
 
 
 def test_the_facade(native, monkeypatch) -> None:
-    monkeypatch.setattr(Ranks, "here", staticmethod(Ranks))
+    monkeypatch.setattr("swiftcache.vllm.worker.ranks_here", Ranks)
     config = stage.config()
     scheduler = SwiftCacheConnector(config, KVConnectorRole.SCHEDULER, stage.kv_config())
     worker = SwiftCacheConnector(config, KVConnectorRole.WORKER, stage.kv_config())

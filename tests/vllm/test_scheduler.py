@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import stage
 
-from swiftcache.vllm.config import Settings
-from swiftcache.vllm.events import Events
+from swiftcache.engine.events import Events
+from swiftcache.engine.loans import Orders
+from swiftcache.engine.settings import Settings
 from swiftcache.vllm.metadata import WorkerReport
 from swiftcache.vllm.scheduler import ANSWER_SECONDS, SchedulerSide
 
@@ -28,7 +29,7 @@ class Stand:
             sync=sync,
             recovers=recovers,
             workers=workers,
-            events=Events(events, stage.BLOCK),
+            events=Events(events),
             clock=lambda: self.now,
         )
         self.side.namespaces(NAMESPACES)
@@ -517,8 +518,13 @@ def test_events_say_what_is_kept_and_what_is_gone(native) -> None:
 
 def test_requests_want_the_blocks_of_their_tokens_and_the_next_one(native) -> None:
     heard = []
+
+    def recorded(wanted, pressed: bool, stats) -> Orders:
+        heard.append((wanted(), pressed))
+        return Orders()
+
     stand = Stand(native)
-    stand.side.lend(SimpleNamespace(step=lambda step, wanted, pressed, stats: heard.append((wanted(), pressed))))
+    stand.side.lend(SimpleNamespace(step=recorded))
     waiting, running = stage.request("w", 9), stage.request("r", 9)
     stand.side.on_new_request(waiting)
     stand.side.on_new_request(running)

@@ -8,8 +8,8 @@ import pytest
 import stage
 import torch
 
-from swiftcache.vllm.config import Settings
-from swiftcache.vllm.fingerprint import Ranks
+from swiftcache.engine.fingerprint import Ranks
+from swiftcache.engine.settings import Settings
 from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.worker import WorkerSide
 

@@ -2,6 +2,8 @@
 
 `Connection` is a process's session with the node's broker. `Cache` is an engine worker's cache: it stores blocks of
 the engine's KV pool in leased HBM and loads them back, layer by layer. Trouble of any kind is a miss, never an error.
+
+`swiftcache.engine` is what every engine's adapter needs, `swiftcache.vllm` is the adapter for vLLM.
 """
 
 from swiftcache._native import Cache, Connection, Load, Mark, Store, __version__

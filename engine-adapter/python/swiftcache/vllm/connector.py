@@ -21,15 +21,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from swiftcache.engine.events import Events
+from swiftcache.engine.lending import Terms, terms
+from swiftcache.engine.loans import Loans
+from swiftcache.engine.quiet import log_as_part_of, logger
+from swiftcache.engine.settings import Settings
 from swiftcache.vllm import safety
-from swiftcache.vllm.config import Settings
-from swiftcache.vllm.events import Events
-from swiftcache.vllm.lending import Terms, terms
-from swiftcache.vllm.loans import Loans
 from swiftcache.vllm.metadata import Handshake, StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
 from swiftcache.vllm.pool import LentBlocks, Unsupported
-from swiftcache.vllm.quiet import logger
 from swiftcache.vllm.scheduler import SchedulerSide
 from swiftcache.vllm.worker import WorkerSide
 
@@ -46,12 +46,17 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+def read_settings(extra: dict[str, Any] | None) -> Settings:
+    return Settings.read("kv_connector_extra_config", extra)
+
+
 class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     _cache_hit_source = CacheHitSource.P2P
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        settings = Settings.read(self._kv_transfer_config.kv_connector_extra_config)
+        log_as_part_of("vllm")
+        settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         safety.check(vllm_config, kv_cache_config)
         safety.require_recompute(vllm_config)
         sync = safety.loads_synchronously(vllm_config, settings)
@@ -84,7 +89,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 sync=sync,
                 recovers=not safety.unrecoverable(vllm_config),
                 workers=workers,
-                events=Events(publishes, block_tokens),
+                events=Events(publishes),
             )
         else:
             self._worker = WorkerSide(
@@ -101,7 +106,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """A replayed full graph would skip the hooks that a layer-wise load depends on."""
-        return Settings.read(extra_config).load == "sync"
+        return read_settings(extra_config).load == "sync"
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:

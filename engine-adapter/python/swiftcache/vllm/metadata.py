@@ -10,8 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-KEY_BYTES = 16
-"""A block's key: this many bytes of vLLM's block hash."""
+from swiftcache.engine.loans import LendJob
 
 
 @dataclass(slots=True)
@@ -31,14 +30,6 @@ class StoreJob:
     request: str
     keys: bytes
     blocks: list[int]
-
-
-@dataclass(slots=True)
-class LendJob:
-    loan: int
-    first: int
-    last: int
-    """The blocks from `first` up to `last` are out of vLLM's pool until the loan is back."""
 
 
 @dataclass

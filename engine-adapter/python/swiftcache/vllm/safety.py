@@ -16,15 +16,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config_or_none
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, iter_layer_specs
+
+from swiftcache.engine.quiet import logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from swiftcache.vllm.config import Settings
-
-logger = init_logger(__name__)
+    from swiftcache.engine.settings import Settings
 
 HASHES = ("sha256", "sha256_cbor")
 SERVED = (FullAttentionSpec, MLAAttentionSpec)
@@ -93,8 +92,9 @@ def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:
     """Blocks that the engine keeps whatever it lends: its longest request runs even if nothing ever comes back."""
     longest = -(-config.model_config.max_model_len // block_tokens)
     watermark = float(getattr(config.scheduler_config, "watermark", 0.0) or 0.0)
-    # A block for what is computed ahead, one that a request may hold beyond its tokens, and one for rounding.
-    return longest + int(watermark * kv.num_blocks) + 3
+    # A block for what is computed ahead, one that a request may hold beyond its tokens, one for rounding, and vLLM's
+    # placeholder.
+    return longest + int(watermark * kv.num_blocks) + 4
 
 
 def unrecoverable(config: VllmConfig) -> str:

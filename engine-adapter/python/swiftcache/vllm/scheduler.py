@@ -17,17 +17,17 @@ stores first (`fence`). Blocks of a full-attention group are given away in no ot
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from swiftcache.vllm.events import Events
-from swiftcache.vllm.metadata import KEY_BYTES, LoadJob, StepMetadata, StoreJob, WorkerReport
+from swiftcache.engine.events import Events
+from swiftcache.engine.keys import Keys
+from swiftcache.engine.quiet import Quiet
+from swiftcache.vllm import events
+from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
-from swiftcache.vllm.quiet import Quiet
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from swiftcache._native import Connection
-    from swiftcache.vllm.config import Settings
-    from swiftcache.vllm.loans import Loans
+    from swiftcache.engine.loans import Loans
+    from swiftcache.engine.settings import Settings
 
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
@@ -112,7 +112,7 @@ class SchedulerSide:
         self._settled = 0
         """The last one of which the outcome is known."""
         self._spoiled: set[str] = set()
-        self._reset_key = b""
+        self._key = Keys()
         self._manager: KVCacheManager | None = None
         self._loans: Loans | None = None
         self._quiet = Quiet()
@@ -249,7 +249,8 @@ class SchedulerSide:
             if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
                 step.stores.append(job)
         if self._loans is not None:
-            self._loans.step(step, lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
+            orders = self._loans.step(lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
+            step.lend, step.take_back = orders.lend, orders.take_back
         return step
 
     def _computed(self, tracked: Tracked, scheduled: int) -> int:
@@ -279,7 +280,9 @@ class SchedulerSide:
         tracked.kept = full
         tracked.stores.add(number)
         self._jobs[number] = (request.request_id, 0)
-        self._events.offered(number, request, first, full, self._hashes_per_block)
+        self._events.offered(
+            number, lambda: events.stored(request, first, full, self._hashes_per_block, self._block_tokens)
+        )
         return StoreJob(number, request.request_id, self._keys(request, first, full), list(blocks[first:full]))
 
     def worker_output(self, output: KVConnectorOutput) -> None:
@@ -290,7 +293,7 @@ class SchedulerSide:
             for request_id, block in report.failed.items():
                 self._load_failed(request_id, block)
             if self._loans is not None:
-                self._loans.heard(report, self.stats)
+                self._loans.heard(report.back, report.lend_refused, self.stats)
         if output.invalid_block_ids:
             self._spoil(output.invalid_block_ids)
         if isinstance(report, WorkerReport):
@@ -322,8 +325,9 @@ class SchedulerSide:
         self.stats.add("failed_loads", 1)
         if tracked := self._tracked.get(request_id):
             tracked.failed = True
-            self._events.removed(tracked.request, block, tracked.kept, self._hashes_per_block)
-            tracked.kept = min(tracked.kept, block)
+            if block < (kept := tracked.kept):
+                self._events.removed(lambda: events.removed(tracked.request, block, kept, self._hashes_per_block))
+                tracked.kept = block
 
     def _spoil(self, lost: set[int]) -> None:
         """Keeps what was computed on lost blocks from being found, in vLLM's own prefix cache too.
@@ -399,7 +403,7 @@ class SchedulerSide:
 
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""
-        self._reset_key = os.urandom(KEY_BYTES)
+        self._key.reset()
         for tracked in self._tracked.values():
             tracked.closed = True
             tracked.hit = None
@@ -426,10 +430,7 @@ class SchedulerSide:
     def _keys(self, request: Request, first: int, last: int) -> bytes:
         """Hashes are chained, so that of a block's last part names the block and all before it."""
         step = self._hashes_per_block
-        hashes = request.block_hashes[first * step + step - 1 : last * step : step]
-        if self._reset_key:
-            return b"".join(blake2b(h, key=self._reset_key, digest_size=KEY_BYTES).digest() for h in hashes)
-        return b"".join(bytes(h[:KEY_BYTES]) for h in hashes)
+        return self._key.of(request.block_hashes[first * step + step - 1 : last * step : step])
 
     def close(self) -> None:
         self._connection.close()

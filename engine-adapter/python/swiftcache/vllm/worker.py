@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swiftcache.vllm.fingerprint import Ranks, namespace
-from swiftcache.vllm.layout import Layout, layout_of
-from swiftcache.vllm.loans import WorkerLoans
+from swiftcache.engine.fingerprint import Ranks, namespace
+from swiftcache.engine.layout import Layout
+from swiftcache.engine.loans import WorkerLoans
+from swiftcache.engine.metrics import Meter
+from swiftcache.engine.opener import CacheOpener
+from swiftcache.engine.quiet import Quiet, logger
+from swiftcache.vllm.facts import backends, facts, ranks_here
+from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
-from swiftcache.vllm.metrics import Meter, SwiftCacheStats
-from swiftcache.vllm.quiet import Quiet, logger
+from swiftcache.vllm.metrics import SwiftCacheStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from swiftcache._native import Cache, Connection, Load, Mark, Store
-    from swiftcache.vllm.config import Settings
+    from swiftcache._native import Cache, Load, Mark, Store
+    from swiftcache.engine.settings import Settings
 
 STATS_SECONDS = 1.0
 """Reading the client's counters each step would cost more than a step's hooks do."""
@@ -48,11 +52,12 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._sync = sync
         self._publish_outcome = publish_outcome
-        self._ranks = ranks or Ranks.here()
+        self._ranks = ranks or ranks_here()
         self._clock = clock
         self._quiet = Quiet()
+        self._attempt = self._quiet.attempt
         self._loans = WorkerLoans(self._quiet)
-        self._connection: Connection | None = None
+        self._opener = CacheOpener(settings, f"vllm-tp{self._ranks.tp}-pp{self._ranks.pp}")
         self._cache: Cache | None = None
         self._layout: Layout | None = None
         self._caches: Mapping[str, torch.Tensor] = {}
@@ -74,8 +79,6 @@ class WorkerSide:
     # The pool.
 
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
-        from swiftcache import _native
-
         if self._cache is not None:
             self.unregister()
         layout = layout_of(caches, self._kv.num_blocks)
@@ -85,49 +88,18 @@ class WorkerSide:
             raise ValueError(f"SwiftCache serves CUDA and CPU engines, not {device.type}")
         self._cuda = device.type == "cuda"
         self._caches, self._layout = caches, layout
-        settings = self._settings
-        self.namespace = namespace(
+        known = facts(
             self._config,
-            settings,
+            self._settings,
             layout,
             block_tokens=self._block_tokens,
-            backends=_backends(self._config, caches),
+            backends=backends(self._config, caches),
             ranks=self._ranks,
         )
-        backend = settings.backend if settings.backend != "auto" or self._cuda else "host"
-        uuid = settings.device
-        if not uuid and self._cuda:
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        if self._connection is None:
-            self._connection = _native.Connection(
-                settings.socket, name=f"vllm-tp{self._ranks.tp}-pp{self._ranks.pp}", tenant=settings.tenant
-            )
-        self._cache = _native.Cache(
-            self._connection,
-            namespace=self.namespace,
-            layer_bytes=[entry.page for entry in layout.entries],
-            max_leased_bytes=settings.max_leased_bytes,
-            lease_step_bytes=settings.lease_step_bytes,
-            host_tier_bytes=settings.host_tier_bytes,
-            device=uuid,
-            backend=backend,
-            share=settings.share,
-            # The scheduler has promised these blocks: a miss costs more now than it did there.
-            lookup_ms=max(settings.lookup_ms, 250),
-            lend_drain_ms=settings.lend_drain_ms,
-        )
-        self._cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, caches)
-        logger.info(
-            "SwiftCache: %d blocks of %d tokens, %d bytes each in %d layers; up to %d bytes leased; loads are %s; "
-            "namespace %s",
-            layout.blocks,
-            self._block_tokens,
-            sum(entry.page for entry in layout.entries),
-            len(layout.entries),
-            settings.max_leased_bytes,
-            "layer by layer" if self._sync else "asynchronous",
-            self.namespace,
-        )
+        self.namespace = namespace(known, self._ranks)
+        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
+        self._cache = self._opener.open(self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens)
+        logger.info("SwiftCache: loads are %s", "layer by layer" if self._sync else "asynchronous")
 
     def unregister(self) -> None:
         """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
@@ -145,9 +117,7 @@ class WorkerSide:
 
     def close(self) -> None:
         self.unregister()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._opener.close()
 
     def _wait_all(self) -> None:
         for _, load in [*self._loading, *self._receiving.values()]:
@@ -295,7 +265,11 @@ class WorkerSide:
             return None
         self._next_stats = now + STATS_SECONDS
         totals = self._attempt("the client's counters could not be read", self._cache.stats)
-        return None if totals is None else self._meter.read(totals)
+        if totals is None:
+            return None
+        stats = SwiftCacheStats()
+        self._meter.read(totals, stats)
+        return stats
 
     def reset_capture(self) -> None:
         """Capturing graphs runs the hooks of layers; nothing of that may reach a real step."""
@@ -350,25 +324,7 @@ class WorkerSide:
         assert self._cache is not None
         return self._cache.mark(torch.cuda.current_stream().cuda_stream)
 
-    def _attempt(self, kind: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What `call` returns, or None when it raises: nothing of the cache's may stop the engine."""
-        try:
-            return call(*arguments)
-        except Exception as reason:
-            self._quiet.trouble(kind, reason)
-            return None
-
 
 def _done(call: Callable[..., Any], *arguments: Any) -> bool:
     call(*arguments)
     return True
-
-
-def _backends(config: VllmConfig, caches: Mapping[str, Any]) -> list[str]:
-    """The attention backends of the layers: they define what the bytes of a page mean."""
-    layers = config.compilation_config.static_forward_context
-    names = set()
-    for name in caches:
-        backend = getattr(layers.get(name), "get_attn_backend", None)
-        names.add(backend().get_name() if backend else "")
-    return sorted(names)

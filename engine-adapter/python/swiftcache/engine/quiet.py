@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
-from vllm.logger import init_logger
-
-logger = init_logger(__name__)
+logger = logging.getLogger("swiftcache")
 
 PERIOD_SECONDS = 30.0
 
@@ -28,3 +28,17 @@ class Quiet:
         self._seen[kind] = (now, 0)
         more = f" ({swallowed} more since the last such line)" if swallowed else ""
         logger.warning("SwiftCache: %s: %s%s", kind, what, more)
+
+    def attempt(self, kind: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns what `call` returns, or None when it raises: nothing of the cache's may stop the engine."""
+        try:
+            return call(*arguments)
+        except Exception as reason:
+            self.trouble(kind, reason)
+            return None
+
+
+def log_as_part_of(engine: str) -> None:
+    """Gives the log lines of this package the level, format and place of an engine's logger. What operators have set
+    for the logger `swiftcache` itself stays as it is."""
+    logger.parent = logging.getLogger(engine)

@@ -1,6 +1,7 @@
-"""Settings: `kv_connector_extra_config` first, then SWIFTCACHE_* in the environment, then defaults.
+"""Settings: what the engine was told first, then SWIFTCACHE_* in the environment, then defaults.
 
-Every worker and the scheduler read them for themselves, so they must come from what all of them share.
+Every worker and the scheduler read them for themselves, so they must come from what all of them share. Defaults stand
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class Settings:
     model_id: str = ""
     """Says which weights these are, instead of the path, revision and files of the model."""
     load: str = "auto"
-    """sync: layer by layer while the forward runs; async: before the request is scheduled; auto: see `safety`."""
+    """sync: layer by layer while the forward runs; async: before the request is scheduled; auto: what fits the
+    engine."""
     lookup_ms: int = 50
-    """The longest the scheduler waits for one lookup."""
+    """The longest the scheduler waits for one lookup, milliseconds."""
     lend: float = 0.0
     """The share of the engine's own KV pool that it lends at most while it does not need it; 0: nothing."""
     lend_reserve: float = 0.05
@@ -55,21 +57,22 @@ class Settings:
     """How long borrowers may take to move their blocks away when lent ones are asked back."""
 
     @staticmethod
-    def read(extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
-        """Reads and checks settings. Raises ValueError naming the key at fault."""
+    def read(where: str, extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
+        """Reads and checks settings. `where` is what operators call the place of `extra`. Raises ValueError naming the
+        key at fault."""
         environment = os.environ if environment is None else environment
         extra = dict(extra or {})
         known = {field.name for field in fields(Settings)}
         if unknown := sorted(set(extra) - known):
             raise ValueError(
-                f"kv_connector_extra_config: SwiftCache knows no setting {', '.join(map(repr, unknown))}; "
+                f"{where}: SwiftCache knows no setting {', '.join(map(repr, unknown))}; "
                 f"it knows {', '.join(sorted(known))}"
             )
         values: dict[str, Any] = {}
         for name in known:
             variable = f"SWIFTCACHE_{name.upper()}"
             if name in extra:
-                values[name] = _convert(name, f"kv_connector_extra_config: {name}", extra[name])
+                values[name] = _convert(name, f"{where}: {name}", extra[name])
             elif environment.get(variable, "") != "":
                 values[name] = _convert(name, variable, environment[variable])
         return Settings(**values)

@@ -1,30 +1,63 @@
-"""Loans of the engine's own blocks, from the scheduler's taking them out of vLLM's pool to its putting them back.
+"""Loans of the engine's own blocks, from the scheduler's taking them out of the engine's pool to its putting them back.
 
 The scheduler's half decides and keeps the blocks; the workers' halves lend the bytes of them, each its rank's part.
-Blocks go back to vLLM when every worker has said that nobody else can touch its part any more, and not before.
+Blocks go back to the engine when every worker has said that nobody else can touch its part any more, and not before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from swiftcache.vllm.layout import Layout, ranges_of
-from swiftcache.vllm.lending import LOOK_SECONDS, Policy, Terms, View
-from swiftcache.vllm.metadata import LendJob, StepMetadata, WorkerReport
-from swiftcache.vllm.metrics import SwiftCacheStats
-from swiftcache.vllm.quiet import Quiet, logger
+from swiftcache.engine.layout import Layout, ranges_of
+from swiftcache.engine.lending import LOOK_SECONDS, Policy, Terms, View
+from swiftcache.engine.metrics import Tally
+from swiftcache.engine.quiet import Quiet, logger
 
 if TYPE_CHECKING:
     from swiftcache._native import Cache, Mark
-    from swiftcache.vllm.pool import LentBlocks
 
 MARGIN_SECONDS = 1.0
 """What giving back takes beyond the time that borrowers have to move away: copies under way, and a few messages."""
 PAUSE_SECONDS = 30.0
 """What came back unasked is not lent again before that: an operator's drain, or memory that cannot be exported."""
+
+
+class BlockPool(Protocol):
+    """The engine's pool, as far as blocks are taken out of it and put back."""
+
+    @property
+    def free(self) -> int:
+        """Blocks that the engine can give to requests now."""
+
+    def are_free(self, blocks: Iterable[int]) -> bool:
+        """Whether nobody uses or reads any of them."""
+
+    def take(self, blocks: Sequence[int]) -> None:
+        """Takes free blocks."""
+
+    def put_back(self, blocks: Iterable[int]) -> None:
+        """Puts blocks back that were taken."""
+
+
+@dataclass(slots=True)
+class LendJob:
+    """The blocks from `first` up to `last` are out of the engine's pool until the loan is back."""
+
+    loan: int
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class Orders:
+    """What the workers are to do, before the engine's next kernels run."""
+
+    lend: list[LendJob] = field(default_factory=list)
+    take_back: list[int] = field(default_factory=list)
+    """Loans."""
 
 
 @dataclass(slots=True)
@@ -41,7 +74,7 @@ class Loans:
     def __init__(
         self,
         terms: Terms,
-        pool: LentBlocks,
+        pool: BlockPool,
         *,
         workers: int,
         drain_seconds: float,
@@ -58,11 +91,13 @@ class Loans:
         self._refused = False
         self._longest_ms = 0.0
 
-    def step(self, step: StepMetadata, wanted: Callable[[], int], pressed: bool, stats: SwiftCacheStats) -> None:
-        """Has the workers lend and take back what this step calls for. `wanted` says how many blocks requests lack."""
+    def step(self, wanted: Callable[[], int], pressed: bool, stats: Tally) -> Orders:
+        """What the workers are to lend and take back in this step. `wanted` says how many blocks requests lack;
+        `pressed`: a request lost its blocks to another one."""
         self._began = True
+        orders = Orders()
         if not self._loans and (self._refused or self._policy.needs_no_look(self._pool.free)):
-            return
+            return orders
         now = self._clock()
         runs = self._terms.runs
         decision = self._policy.decide(self._view(now, wanted(), pressed), lambda run: self._pool.are_free(runs[run]))
@@ -71,7 +106,7 @@ class Loans:
                 blocks = self._terms.runs[run]
                 self._pool.take(blocks)
                 self._loans[self._next] = Loan(run)
-                step.lend.append(LendJob(self._next, blocks.start, blocks.stop))
+                orders.lend.append(LendJob(self._next, blocks.start, blocks.stop))
                 self._next += 1
             stats.add("lends", len(decision.lend))
             self._show(stats)
@@ -84,8 +119,9 @@ class Loans:
         for number in asked:
             self._loans[number].asked_back = now
         if asked:
-            step.take_back.extend(asked)
+            orders.take_back.extend(asked)
             self._show(stats)
+        return orders
 
     def _view(self, now: float, wanted: int, pressed: bool) -> View:
         runs = self._terms.runs
@@ -96,11 +132,12 @@ class Loans:
         returning = sum(len(runs[loan.run]) for loan in self._loans.values() if loan.asked_back is not None)
         return View(now, self._pool.free, wanted, pressed, at_home, lent, returning)
 
-    def heard(self, report: WorkerReport, stats: SwiftCacheStats) -> None:
-        if report.lend_refused and not self._refused:
+    def heard(self, back: Mapping[int, int], refused: str, stats: Tally) -> None:
+        """Takes note of what workers report: loans that are back in how many of them, and why one can lend nothing."""
+        if refused and not self._refused:
             self._refused = True
-            logger.warning("SwiftCache: this engine lends nothing: %s", report.lend_refused)
-        for number, workers in report.back.items():
+            logger.warning("SwiftCache: this engine lends nothing: %s", refused)
+        for number, workers in back.items():
             loan = self._loans.get(number)
             if loan is None:
                 continue
@@ -111,7 +148,7 @@ class Loans:
             elif loan.asked_back is None:
                 self._incomplete.add(number)
 
-    def _ended(self, loan: Loan, stats: SwiftCacheStats) -> None:
+    def _ended(self, loan: Loan, stats: Tally) -> None:
         now = self._clock()
         self._pool.put_back(self._terms.runs[loan.run])
         stats.add("give_backs", 1)
@@ -124,19 +161,16 @@ class Loans:
             self._longest_ms = max(self._longest_ms, took * 1e3)
         self._show(stats)
 
-    def _show(self, stats: SwiftCacheStats) -> None:
+    def _show(self, stats: Tally) -> None:
         blocks = {True: 0, False: 0}
         for loan in self._loans.values():
             blocks[loan.asked_back is None] += len(self._terms.runs[loan.run])
-        stats.data["gauges"]["scheduler"] = {
-            "lent_blocks": blocks[True],
-            "returning_blocks": blocks[False],
-            "give_back_max_ms": self._longest_ms,
-        }
+        gauges = {"lent_blocks": blocks[True], "returning_blocks": blocks[False]}
+        stats.show("scheduler", gauges | {"give_back_max_ms": self._longest_ms})
 
     def wants_steps(self) -> bool:
-        """Whether the engine should go on stepping without requests: to lend soon, or until blocks are back. vLLM
-        has no timers. This ends, however long blocks stay away."""
+        """Whether an engine without timers should go on stepping without requests: to lend soon, or until blocks are
+        back. This ends, however long blocks stay away."""
         if not self._began:
             return True
         due = self._policy.due

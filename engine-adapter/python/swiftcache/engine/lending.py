@@ -3,7 +3,7 @@
 The pool's last blocks are cut into runs. A run is lent as a whole when all of it is free and the engine has been
 quiet for a while, that is, when what remains free would still be enough for all its requests, and a run and the
 reserve more. Runs are asked back as soon as what is free is not enough for its requests and the reserve: before
-vLLM has to wait or preempt, if it can be foreseen. Between the two lies a run, so that no engine lends and asks
+the engine has to wait or preempt, if it can be foreseen. Between the two lies a run, so that no engine lends and asks
 back in turns.
 
 However long a borrower takes, no request waits for ever: what is never lent holds the longest request that the
@@ -39,15 +39,14 @@ class Terms:
 
 
 def terms(share: float, reserve: float, after: float, *, blocks: int, kept: int) -> Terms:
-    """Cuts up a pool of `blocks` blocks, of which `kept` are never lent. Raises ValueError when nothing is left to
-    lend."""
-    # Block 0 is vLLM's placeholder.
-    most = min(int(share * blocks), blocks - 1 - kept)
+    """Cuts up the tail of a pool of `blocks` blocks, of which `kept` are never lent. Raises ValueError when nothing is
+    left to lend."""
+    most = min(int(share * blocks), blocks - kept)
     if most < 1:
         raise ValueError(
             f"lend {share} is refused: of the {blocks} blocks of this engine's KV pool {kept} must stay for its "
-            "longest request (max_model_len), and nothing is left to lend; give the engine a larger pool or a smaller "
-            "max_model_len"
+            "longest request, and nothing is left to lend; give the engine a larger pool, or have it accept shorter "
+            "requests only"
         )
     size = max(1, most // RUNS)
     count = most // size
@@ -61,7 +60,7 @@ class View:
 
     now: float
     free: int
-    """Blocks that vLLM can still give to requests."""
+    """Blocks that the engine can still give to requests."""
     wanted: int
     """Blocks that its requests will need besides those that they have."""
     pressed: bool

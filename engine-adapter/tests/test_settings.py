@@ -1,12 +1,21 @@
+"""What operators set: read from what the engine was told and from the environment, and refused by name."""
+
 from __future__ import annotations
 
-import pytest
+from collections.abc import Mapping
 
-from swiftcache.vllm.config import Settings
+import pytest
+from swiftcache.engine.settings import Settings
+
+WHERE = "the engine's extra settings"
+
+
+def read(extra: Mapping[str, object] | None, environment: Mapping[str, str]) -> Settings:
+    return Settings.read(WHERE, extra, environment)
 
 
 def test_defaults_need_nothing() -> None:
-    settings = Settings.read(None, {})
+    settings = read(None, {})
     assert settings.socket == "/run/swiftcache/broker.sock"
     assert settings.load == "auto"
     assert settings.max_leased_bytes > 0
@@ -14,7 +23,7 @@ def test_defaults_need_nothing() -> None:
 
 def test_the_flag_wins_over_the_environment() -> None:
     environment = {"SWIFTCACHE_SOCKET": "/a", "SWIFTCACHE_MAX_LEASED_BYTES": "2GiB", "SWIFTCACHE_SHARE": "no"}
-    settings = Settings.read({"socket": "/b", "lease_step_bytes": "64M"}, environment)
+    settings = read({"socket": "/b", "lease_step_bytes": "64M"}, environment)
     assert (settings.socket, settings.max_leased_bytes, settings.share) == ("/b", 2 << 30, False)
     assert settings.lease_step_bytes == 64 << 20
 
@@ -23,7 +32,7 @@ def test_the_flag_wins_over_the_environment() -> None:
     ("value", "share"), [(0, 0.0), ("0.5", 0.5), (0.25, 0.25), (1, 1.0), ("1.0", 1.0), (".5", 0.5)]
 )
 def test_shares(value: object, share: float) -> None:
-    assert Settings.read({"lend": value}, {}).lend == share
+    assert read({"lend": value}, {}).lend == share
 
 
 @pytest.mark.parametrize(
@@ -51,10 +60,10 @@ def test_shares(value: object, share: float) -> None:
     ],
 )
 def test_a_bad_setting_is_named(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=key):
-        Settings.read({key: value}, {})
+    with pytest.raises(ValueError, match=f"{WHERE}: .*{key}"):
+        read({key: value}, {})
 
 
 def test_a_bad_variable_is_named() -> None:
     with pytest.raises(ValueError, match="SWIFTCACHE_LOAD"):
-        Settings.read({}, {"SWIFTCACHE_LOAD": "lazily"})
+        read({}, {"SWIFTCACHE_LOAD": "lazily"})

@@ -1,0 +1,26 @@
+"""Keys of blocks: what of an engine's block hash names a block in the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from hashlib import blake2b
+
+KEY_BYTES = 16
+
+
+class Keys:
+    """Makes keys from block hashes that name a block and all before it. After a reset they are other ones."""
+
+    def __init__(self) -> None:
+        self._reset = b""
+
+    def of(self, hashes: Iterable[bytes]) -> bytes:
+        """One key after the other. Before any reset every engine has the same for the same hash."""
+        if self._reset:
+            return b"".join(blake2b(one, key=self._reset, digest_size=KEY_BYTES).digest() for one in hashes)
+        return b"".join(bytes(one[:KEY_BYTES]) for one in hashes)
+
+    def reset(self) -> None:
+        """What was stored until now is found no more, by this engine. Others find it."""
+        self._reset = os.urandom(KEY_BYTES)

@@ -1,0 +1,61 @@
+"""A worker's way to its cache: one session with the broker, and the caches that are opened through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from swiftcache.engine.quiet import logger
+
+if TYPE_CHECKING:
+    from swiftcache._native import Cache, Connection
+    from swiftcache.engine.layout import Layout
+    from swiftcache.engine.settings import Settings
+
+
+class CacheOpener:
+    """Opens a worker's cache, and again after the engine has taken its pool away for a while."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        """`name`: for people, in status and logs."""
+        self._settings, self._name = settings, name
+        self._connection: Connection | None = None
+
+    def open(self, namespace: str, layout: Layout, *, owner: Any, gpu: str | None, block_tokens: int) -> Cache:
+        """Opens a cache over the pool that `owner` keeps alive. `gpu`: UUID of the GPU that the pool is on, None for
+        host memory. Raises ValueError for settings that cannot work."""
+        from swiftcache import _native
+
+        settings = self._settings
+        if self._connection is None:
+            self._connection = _native.Connection(settings.socket, name=self._name, tenant=settings.tenant)
+        cache = _native.Cache(
+            self._connection,
+            namespace=namespace,
+            layer_bytes=[entry.page for entry in layout.entries],
+            max_leased_bytes=settings.max_leased_bytes,
+            lease_step_bytes=settings.lease_step_bytes,
+            host_tier_bytes=settings.host_tier_bytes,
+            device=settings.device or gpu or "",
+            backend="host" if settings.backend == "auto" and gpu is None else settings.backend,
+            share=settings.share,
+            # The scheduler has promised these blocks: a miss costs more now than it did there.
+            lookup_ms=max(settings.lookup_ms, 250),
+            lend_drain_ms=settings.lend_drain_ms,
+        )
+        cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, owner)
+        logger.info(
+            "SwiftCache: %d blocks of %d tokens, %d bytes each in %d layers; up to %d bytes leased; namespace %s",
+            layout.blocks,
+            block_tokens,
+            sum(entry.page for entry in layout.entries),
+            len(layout.entries),
+            settings.max_leased_bytes,
+            namespace,
+        )
+        return cache
+
+    def close(self) -> None:
+        """Ends the session; the caches must be closed."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
