@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes the bill of materials of the two programs (CycloneDX 1.6, JSON) from Cargo's own view of the lock file:
-what is linked into swiftcache-broker and swiftcache on x86-64 Linux. Tests and build scripts are not shipped and
-not listed. `sbom.py FILE`, or standard output without one."""
+"""Writes the bill of materials of the two programs (CycloneDX 1.6, JSON) from `cargo metadata`: the crates that are
+linked into swiftcache-broker and swiftcache on x86-64 Linux. Crates that only tests or build scripts use are not
+shipped, and not listed. `sbom.py FILE` writes a file; without FILE it writes to standard output."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def package(metadata, identity):
 
 
 def shipped(metadata):
-    """Nodes of the resolved graph that are linked into the programs, by id."""
+    """The nodes of the resolved graph that are linked into the programs, by id."""
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
     waiting = [found["id"] for found in metadata["packages"] if found["name"] in SHIPPED and not found["source"]]
     reached = {}
@@ -80,7 +80,7 @@ def bill(metadata):
         "components": sorted(components, key=lambda component: component["purl"]),
         "dependencies": sorted(dependencies, key=lambda dependency: dependency["ref"]),
     }
-    # Of the content, so that the same lock file always makes the same bill.
+    # The serial number is made from the content, so that the same lock file always gives the same bill.
     serial = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(body, sort_keys=True))
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "serialNumber": f"urn:uuid:{serial}", "version": 1, **body}
 

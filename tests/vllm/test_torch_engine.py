@@ -23,7 +23,7 @@ def run(script: str, *arguments: str) -> str:
 def test_blocks_replicas_and_loans_under_pytorch() -> None:
     said = run("check.py")
     assert "a replica in another process loads the same" in said
-    assert "lent, borrowed from, taken back and empty" in said
+    assert "were lent, borrowed, and taken back empty" in said
 
 
 def test_the_time_to_the_first_token_is_measured_by_where_the_prefix_is(tmp_path: Path) -> None:

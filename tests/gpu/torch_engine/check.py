@@ -1,8 +1,8 @@
 """Checks the Python module under PyTorch: on this machine's GPUs, or in shared memory with `--device cpu`.
 
-What is checked: write-back behind kernels that have not run yet, loads into scattered blocks gated layer by layer on
-the engine's stream, a replica in another process, and parts of a PyTorch pool lent and taken back. Every number of
-KV is compared bit by bit. Exits with 1 at the first that is wrong.
+It checks write-back that is queued behind kernels that have not run yet, loads into scattered blocks that the engine's
+stream waits for layer by layer, a replica in another process, and parts of a PyTorch pool that are lent and taken back.
+It compares every number of the KV bit by bit, and exits with 1 at the first wrong one.
 """
 
 import argparse
@@ -22,14 +22,15 @@ POOL = 3 * (2 * PREFIX + TURN)
 
 
 def delay(engine: Engine) -> None:
-    """Keeps the stream busy for about a second: who does not wait for it is too early."""
+    """Keeps the stream busy for about a second. Work that does not wait for the stream then runs too early."""
     if engine.cuda:
         torch.cuda._sleep(1_500_000_000)
 
 
 def late(engine: Engine, what: str) -> None:
-    """Everything was queued while the stream was still busy: nothing in it has waited for the host."""
-    expect(not engine.cuda or not torch.cuda.current_stream().query(), f"{what} too late to show anything")
+    """Checks that the stream is still busy, so that `what` was queued before the stream's earlier work was over."""
+    busy = not engine.cuda or not torch.cuda.current_stream().query()
+    expect(busy, f"{what} after the stream was idle, so this run shows nothing")
 
 
 def expect(holds: bool, what: str) -> None:
@@ -44,11 +45,14 @@ def checksum(kv: torch.Tensor) -> int:
 
 
 def turns(engine: Engine) -> torch.Tensor:
-    """A prefix is stored while it computes, forgotten, and loaded while the next turn computes. Returns its KV."""
+    """Stores a prefix while it computes, and loads it into other blocks while the next turn computes.
+
+    Returns the prefix's KV.
+    """
     model = engine.model
     own, other = engine.blocks(0, PREFIX + TURN), engine.blocks(PREFIX + TURN, PREFIX)
     home, away = engine.table(own), engine.table(other)
-    # The first time, kernels are loaded and compiled, which takes longer than the delay.
+    # The first call loads and compiles the kernels, which takes longer than the delay.
     engine.prefill_and_store(3, own[:PREFIX]).finish()
     engine.load(3, other).finish()
     store = engine.prefill_and_store(1, own[:PREFIX], lambda: delay(engine))
@@ -60,10 +64,12 @@ def turns(engine: Engine) -> torch.Tensor:
     turn = model.tokens(2, TURN * BLOCK_TOKENS)
     resident = model.prefill(turn, home)
     table = torch.cat([away, home[PREFIX:]])
-    # What is freed at once is there for the copy below: the driver may wait for the stream before it allocates.
+    # Allocate memory and free it at once, so that the copy below finds free memory. Otherwise the driver may wait for
+    # the stream before it allocates.
     model.kv(away)
 
-    # The garbage is queued before the load is, and written after that: a load that does not wait is overwritten.
+    # The garbage is queued before the load, and the delay holds it up. If the load does not wait for the stream, the
+    # garbage overwrites it.
     delay(engine)
     for layer in model.pool:
         layer.index_fill_(1, away, -1)
@@ -80,7 +86,7 @@ def turns(engine: Engine) -> torch.Tensor:
 
 
 def ungated(engine: Engine, right: torch.Tensor) -> None:
-    """The twin: without gates the next turn reads what is not there yet."""
+    """The twin: without gates the next turn reads the blocks before the load has written them."""
     if not engine.cuda:
         return
     blocks = engine.blocks(PREFIX + TURN, PREFIX)
@@ -94,14 +100,14 @@ def ungated(engine: Engine, right: torch.Tensor) -> None:
         load = engine.load(1, blocks)
     seen = engine.model.kv(away)
     torch.cuda.current_stream().synchronize()
-    expect(not torch.equal(seen, right), "a turn without gates reads a prefix that cannot be there")
+    expect(not torch.equal(seen, right), "a turn without gates reads the prefix although it cannot be loaded yet")
     expect(load.finish() == [], "blocks failed to load")
     expect(torch.equal(engine.model.kv(away), right), "what was loaded is not what was stored")
-    print("without gates the same is read too early")
+    print("without gates the prefix is read too early")
 
 
 def replica(arguments: argparse.Namespace) -> None:
-    """Another process: prints the checksum of what it loads."""
+    """Runs in another process: loads the prefix and prints its checksum."""
     connection = Connection(arguments.replica, name="a replica")
     model = Model(SHAPES[arguments.shape], POOL, torch.device(arguments.device))
     engine = Engine(model, connection, arguments.uuid, leased_bytes=0)
@@ -120,11 +126,11 @@ def replicas(arguments: argparse.Namespace, machine: Machine, right: torch.Tenso
 
 
 LENT, POOLED = 2048, 4096
-"""Blocks of a lender's pool that it lends, of so many: the last ones."""
+"""Blocks that a lender lends, which are the last of its pool, and blocks of the whole pool."""
 
 
 def lender(arguments: argparse.Namespace) -> None:
-    """Another process: an engine that lends the tail of its pool, and says on each word what it holds there."""
+    """Runs in another process: an engine that lends the tail of its pool, and checks it after each line of input."""
     connection = Connection(arguments.lender, name="an engine that lends")
     device = torch.device(arguments.on)
     if device.type == "cuda":
@@ -146,7 +152,7 @@ def lender(arguments: argparse.Namespace) -> None:
 
     def out() -> bool:
         expect(engine.cache.lend_problem() == "", engine.cache.lend_problem())
-        # Only whole pages are lent: the tail's ends stay the lender's.
+        # Only whole pages are lent, so the lender keeps the two ends of the tail.
         return engine.cache.stats()["lent_bytes"] >= 0.9 * sum(size for _, size in ranges)
 
     eventually("the pool's tail to be on offer", out)
@@ -155,19 +161,19 @@ def lender(arguments: argparse.Namespace) -> None:
     sys.stdin.readline()
     now = model.kv(tail)
     expect(bool(((now != 0) & (now != before)).any()), "the borrower's blocks are not in the lender's pool")
-    expect(torch.equal(model.kv(head), kept), "what was not lent has changed")
+    expect(torch.equal(model.kv(head), kept), "blocks that were not lent have changed")
     engine.cache.take_back([1])
     eventually("the loan", lambda: engine.cache.returned_loans() == [1])
     now = model.kv(tail)
     expect(bool(((now == 0) | (now == before)).all()), "a borrower's bytes are left in the lender's pool")
-    expect(int((now == 0).sum()) >= lent_bytes // 2, "what came back is not empty")
-    expect(torch.equal(model.kv(head), kept), "what was not lent has changed")
+    expect(int((now == 0).sum()) >= lent_bytes // 2, "the returned blocks are not empty")
+    expect(torch.equal(model.kv(head), kept), "blocks that were not lent have changed")
     print("empty", flush=True)
     sys.stdin.readline()
 
 
 def lending(arguments: argparse.Namespace, machine: Machine) -> None:
-    """The tail of another engine's pool: borrowed from, and gone when that asks for it."""
+    """Borrows the tail of another engine's pool, and loses it when that engine takes it back."""
     command = [sys.executable, __file__, "--device", arguments.device]
     command += ["--lender", machine.socket, "--uuid", machine.devices[-1], "--on", machine.last]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -187,14 +193,14 @@ def lending(arguments: argparse.Namespace, machine: Machine) -> None:
         borrower = Engine(model, connection, machine.devices[0], leased_bytes=lent, namespace="a borrower")
         turns(borrower)
         say("look, and take it back")
-        expect(heard() == "empty", "the lender has it back")
+        expect(heard() == "empty", "the lender does not have its blocks back")
         failed = borrower.load(1, borrower.blocks(0, PREFIX)).finish()
-        expect(len(failed) == PREFIX, "a borrower reads what it gave back")
+        expect(len(failed) == PREFIX, "the borrower can still read blocks that it gave back")
         borrower.cache.close()
         connection.close()
         say("leave")
     expect(process.returncode == 0, f"the lender ended with status {process.returncode}")
-    print(f"{lent >> 20} MiB of a PyTorch pool lent, borrowed from, taken back and empty")
+    print(f"{lent >> 20} MiB of a PyTorch pool were lent, borrowed, and taken back empty")
 
 
 def main() -> None:

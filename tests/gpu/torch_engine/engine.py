@@ -1,4 +1,5 @@
-"""A model and its SwiftCache: the next turn of a conversation from a cached prefix, on the engine's own stream."""
+"""An engine: a model with its SwiftCache. It computes the next turn of a conversation from a cached prefix, on its own
+stream."""
 
 import functools
 import hashlib
@@ -17,7 +18,7 @@ def hashes(conversation: int, blocks: int) -> bytes:
 
 
 class Engine:
-    """Runs on one stream, as engines do."""
+    """Runs everything on one stream, as real engines do."""
 
     def __init__(
         self,
@@ -62,14 +63,14 @@ class Engine:
         return order[first : first + count].tolist()
 
     def table(self, blocks: list[int]) -> torch.Tensor:
-        """As kernels take it. Waits for the stream, as every copy from pageable memory does."""
+        """The block table for the kernels. Like every copy from pageable memory, this waits for the stream."""
         return torch.tensor(blocks, device=self.model.device)
 
     def prefill_and_store(
         self, conversation: int, blocks: list[int], before: Callable[[], None] = lambda: None
     ) -> Store:
-        """Queues a prefix's computation, after what `before` queues, and its write-back, layer by layer behind the
-        kernels; waits for neither."""
+        """Calls `before`, then queues the computation of a prefix and, layer by layer behind its kernels, the
+        write-back. Waits for neither."""
         tokens = self.model.tokens(conversation, len(blocks) * BLOCK_TOKENS)
         table = self.table(blocks)
         before()
@@ -83,12 +84,12 @@ class Engine:
         return self.cache.store(hashes(conversation, len(blocks)), blocks, of_layers)
 
     def load(self, conversation: int, blocks: list[int]) -> Load:
-        """Queues a prefix's copies into blocks of the pool, behind what the stream has been given so far."""
+        """Queues the copies of a prefix into blocks of the pool, behind everything that the stream already has."""
         after = self.cache.mark(self.stream()) if self.cuda else None
         return self.cache.load(hashes(conversation, len(blocks)), blocks, after)
 
     def next_turn(self, tokens: torch.Tensor, table: torch.Tensor, load: Load | None) -> torch.Tensor:
-        """Queues the next turn; each layer waits on the device for its part of the prefix."""
+        """Queues the next turn. On the device, each layer waits for its part of the prefix."""
 
         def gate(layer: int) -> None:
             if load is not None:

@@ -1,4 +1,5 @@
-"""This machine's GPUs, or two simulated ones, with a broker and donors as processes: what the scripts here run on."""
+"""The node that the scripts here run on: this machine's GPUs, or two simulated ones, with a broker and donors as
+processes."""
 
 import argparse
 import contextlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from model import SHAPES
 
-# Behind this folder, which has an `engine` of its own.
+# Appended at the end, because both folders have a module `engine` and the one of this folder must be found first.
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[3] / "engine-adapter" / "tests"))
 
 from node import Node, eventually
@@ -19,7 +20,7 @@ __all__ = ["Machine", "eventually", "options", "started"]
 
 
 class Machine(Node):
-    """A node over the devices that PyTorch sees. Engines compute on the first; the last one's memory is lent."""
+    """A node over the devices that PyTorch sees. Engines compute on the first; memory of the last one is lent."""
 
     def __init__(self, programs: pathlib.Path, directory: pathlib.Path, *, cuda: bool) -> None:
         self.cuda = cuda
@@ -35,12 +36,12 @@ class Machine(Node):
 
     @property
     def last(self) -> str:
-        """The last device, as PyTorch calls it."""
+        """PyTorch's name of the last device."""
         return f"cuda:{len(self.devices) - 1}" if self.cuda else "cpu"
 
     @property
     def way(self) -> str:
-        """Where lent memory is, from the engine."""
+        """Where the lent memory lies, as seen from the engine."""
         if not self.cuda:
             return "shared memory, no GPU"
         if len(self.devices) == 1:
@@ -50,7 +51,7 @@ class Machine(Node):
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A script's options, with those that all have."""
+    """A parser with the options that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=pathlib.Path, default="target/release", help="where the programs are")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -60,7 +61,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def started(arguments: argparse.Namespace) -> Iterator[Machine]:
-    """The machine with its broker, until the end."""
+    """Starts the machine's broker, and closes the machine at the end."""
     with tempfile.TemporaryDirectory() as directory:
         machine = Machine(arguments.programs, pathlib.Path(directory), cuda=arguments.device == "cuda")
         try:

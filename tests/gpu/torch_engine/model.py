@@ -1,4 +1,4 @@
-"""A decoder of real shapes with random weights, and a paged KV pool as vLLM lays it out."""
+"""A decoder with the shapes of real models and random weights, and a paged KV pool with vLLM's layout."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 BLOCK_TOKENS = 16
 CHUNK = 8192
-"""Tokens of a prefix that are computed at a time."""
+"""Tokens of a prefix that are computed in one step."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes as in the model's `config.json`."""
+    """Sizes from the model's `config.json`."""
 
     name: str
     layers: int
@@ -27,7 +27,7 @@ class Shape:
 
     @property
     def piece_bytes(self) -> int:
-        """K or V of one block in one layer, bytes; 2 bytes for each number."""
+        """Bytes of K (or of V) of one block in one layer, with 2 bytes for each number."""
         return BLOCK_TOKENS * self.kv_heads * self.head * 2
 
 
@@ -41,7 +41,7 @@ SHAPES = {
 
 
 class Model:
-    """Computes tokens' hidden states, layer by layer; KV of each token goes into the pool."""
+    """Computes hidden states of tokens, layer by layer, and writes the KV of each token into the pool."""
 
     def __init__(self, shape: Shape, blocks: int, device: torch.device) -> None:
         self.shape, self.device, self.blocks = shape, device, blocks
@@ -69,11 +69,11 @@ class Model:
         return matrix.normal_(std=1 / math.sqrt(rows))
 
     def layer_bytes(self) -> list[int]:
-        """As a cache takes it: K and V of each layer apart."""
+        """The layer sizes for `Cache`. K and V of a layer count as two layers."""
         return [self.shape.piece_bytes] * (2 * self.shape.layers)
 
     def places(self) -> list[tuple[int, int, int, int]]:
-        """As `register_pool` takes them."""
+        """The layers' places for `Cache.register_pool`."""
         piece = self.shape.piece_bytes
         return [
             (layer.data_ptr(), layer.nbytes, half * self.blocks * piece, piece)
@@ -95,11 +95,11 @@ class Model:
         before_layer: Callable[[int], None] = lambda layer: None,
         kv_written: Callable[[int], None] = lambda layer: None,
     ) -> torch.Tensor:
-        """Queues the computation of a sequence's last tokens, whole blocks of them.
+        """Queues the computation of a sequence's last tokens. They must be whole blocks.
 
-        `table` names the pool's blocks of the whole sequence. Those before `tokens` are read when `before_layer` has
-        returned, and `kv_written` is called when the kernels that write a layer's new KV are queued. Returns the last
-        token's hidden state.
+        `table` has the pool's blocks of the whole sequence. A layer reads the blocks before `tokens` only after
+        `before_layer` has returned. `kv_written` is called when the kernels that write the layer's new KV are queued.
+        Returns the hidden state of the last token.
         """
         shape, count = self.shape, len(tokens)
         fresh = table[-(count // BLOCK_TOKENS) :]
@@ -124,7 +124,7 @@ class Model:
     def prefill_in_chunks(
         self, tokens: torch.Tensor, table: torch.Tensor, kv_written: Callable[[int], None] = lambda layer: None
     ) -> torch.Tensor:
-        """As `prefill`, of a whole sequence, chunk by chunk: `kv_written` is called once a layer for each."""
+        """Like `prefill`, for a whole sequence, chunk by chunk. Calls `kv_written` for each layer of each chunk."""
         state = tokens[-1]
         for begin in range(0, len(tokens), CHUNK):
             end = min(begin + CHUNK, len(tokens))
@@ -137,7 +137,7 @@ class Model:
         return paged.reshape(1, -1, self.shape.kv_heads, self.shape.head).transpose(1, 2)
 
     def kv(self, blocks: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """A copy of what blocks hold, as numbers that compare bit by bit: [layers, 2, blocks, ...]."""
+        """A copy of the KV of `blocks`, as integers, so that every bit can be compared: [layers, 2, blocks, ...]."""
         index = torch.as_tensor(blocks, device=self.device)
         return torch.stack([layer.index_select(1, index) for layer in self.pool]).view(torch.int16)
 

@@ -1,9 +1,9 @@
-"""What a neighbour notices while a borrower reads KV out of its GPU's HBM.
+"""Measures how much slower a donor's neighbour is while a borrower reads KV from the HBM of the neighbour's GPU.
 
-The neighbour is a process of its own on the donor's GPU: half of its rounds run alone, half while the borrower loads
-prefixes as fast as they come. Its work is either matrix products (what prefill is bound by) or passes over memory (what
-decode is bound by). With two GPUs that reach each other the borrower computes on the other one; with one GPU it shares
-this one, which is not what a deployment does.
+The neighbour is a separate process on the donor's GPU. Half of its rounds run alone, half while the borrower loads
+prefixes without a pause. Its work is either matrix products, which bound prefill, or passes over memory, which bound
+decode. With two GPUs that reach each other, the borrower computes on the other GPU. With one GPU, the borrower shares
+the neighbour's GPU, which no deployment does.
 """
 
 import argparse
@@ -26,11 +26,11 @@ PREFIX = 1024
 """Blocks of the prefix that is loaded again and again: 16,384 tokens."""
 WORK = ("matrix products", "passes over memory")
 KERNELS = 600
-"""Of one round, at most about a second's."""
+"""Kernels of one round. They take about a second at most."""
 
 
 def neighbour(device: torch.device) -> None:
-    """The other process: does a round of the work that each line names, and says how many milliseconds it took."""
+    """Runs in the other process: for each line of input, runs one round of that work and prints its milliseconds."""
     side = 8192 if device.type == "cuda" else 64
     left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     into = torch.empty_like(left)
@@ -46,8 +46,8 @@ def neighbour(device: torch.device) -> None:
         print((time.perf_counter() - began) * 1e3, flush=True)
 
 
-class Load:
-    """The borrower, loading in a thread while this is open."""
+class CopyLoad:
+    """Makes the borrower load prefixes in a thread, as long as this context is open."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.loaded, self._over = engine, 0, threading.Event()
@@ -60,7 +60,7 @@ class Load:
                 raise RuntimeError("blocks failed to load")
             self.loaded += PREFIX * sum(self.engine.model.layer_bytes())
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "CopyLoad":
         self._thread.start()
         return self
 
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, machine: Machine) -> list[dict[str, o
             alone, beside, rates = [], [], []
             for _ in range(arguments.rounds):
                 alone.append(round_of(work))
-                with Load(engine) as load:
+                with CopyLoad(engine) as load:
                     beside.append(round_of(work))
                 rates.append(load.loaded / beside[-1] / 1e6)
             ratios = [one / other for one, other in zip(beside, alone, strict=True)]
@@ -125,7 +125,7 @@ def main() -> None:
     with started(arguments) as machine:
         rows = measure(arguments, machine)
     print(f"{machine.name}; the neighbour's memory is read from: {machine.way}; medians of {arguments.rounds} rounds")
-    print("| the neighbour's work | it takes, of alone | read from its HBM meanwhile |")
+    print("| the neighbour's work | its time, relative to alone | read from its HBM meanwhile |")
     print("| --- | ---: | ---: |")
     for row in rows:
         low, high = row["slowdown_range"]

@@ -1,14 +1,17 @@
-"""Time to the first token of a conversation's next turn, on this machine's GPUs, by where its prefix is.
+"""Measures the time to the first token of a conversation's next turn on this machine's GPUs, for each place where the
+prefix of the turn can be.
 
-A PyTorch decoder of a real model's shapes with random weights, run eagerly on one GPU; KV in a paged pool. The turn is
-timed from the request to the last token's hidden state, lookup included, after the GPU is idle. Arms:
+The model is a PyTorch decoder with the shapes of a real model and random weights. It runs eagerly on one GPU, with its
+KV in a paged pool. A turn begins when the GPU is idle. It is timed from the request, lookup included, to the hidden
+state of the last token. Arms:
 
   computed     the prefix is computed again, in chunks of 8,192 tokens
   host memory  it is loaded from pinned host memory over PCIe, layer by layer while the turn computes
-  donor        it is loaded from another process's HBM, likewise: on a second GPU where one is reached, else on this one
-  resident     it is in the engine's own pool: what no cache can beat
+  donor        it is loaded in the same way from another process's HBM: on a second GPU if one is in reach, else on this
+               one
+  resident     it is already in the engine's own pool: no cache can be faster
 
-What is loaded is compared with what was computed, bit by bit, in every run.
+In every run, the loaded bytes are compared with the computed ones, bit by bit.
 """
 
 import argparse
@@ -36,12 +39,12 @@ def milliseconds(engine: Engine, turn: Callable[[], object]) -> float:
 
 
 class Arm:
-    """An engine over one place for its prefixes."""
+    """An engine that keeps its prefixes in one place."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.name, self.engine = name, engine
         self.calls: list[float] = []
-        """Milliseconds of the lookup and of queueing a prefix's copies, which the turn's first kernel waits for."""
+        """Milliseconds of the lookup and of queueing the copies. The turn's first kernel is queued after them."""
 
     def keep(self, prefix: int) -> torch.Tensor:
         """Computes a prefix and stores it. Returns its KV."""
@@ -107,7 +110,7 @@ def measure(arguments: argparse.Namespace, machine: Machine) -> list[dict[str, o
         tokens = model.tokens(7, arguments.turn)
         right = [arm.keep(prefix) for arm in arms]
         times: dict[str, list[float]] = {}
-        # The first round warms up. Arms take turns, so that a slow moment is everyone's.
+        # The first round warms up. The arms take turns, so that a slow moment of the machine slows all of them.
         for round_ in range(arguments.rounds + 1):
             took = {arm.name: arm.turn(prefix, tokens, kv) for arm, kv in zip(arms, right, strict=True)}
             took["computed"] = computed(arms[0].engine, prefix, tokens)
@@ -153,7 +156,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for count in (*arguments.tokens, arguments.turn):
         if count <= 0 or count % BLOCK_TOKENS:
-            parser.error(f"{count} tokens are no whole number of blocks of {BLOCK_TOKENS}")
+            parser.error(f"{count} tokens: takes a multiple of the block size, {BLOCK_TOKENS} tokens")
     with started(arguments) as machine:
         rows = measure(arguments, machine)
     print(

@@ -26,7 +26,7 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* The broker's settings file. Numbers arrive as floats: TOML and the broker tell 2000 from 2000.0. */}}
+{{/* The broker's settings file. Helm gives numbers as floats, but the broker needs 2000, not 2000.0. */}}
 {{- define "swiftcache.brokerToml" -}}
 socket = {{ printf "%s/broker.sock" .Values.paths.sockets | toJson }}
 state_dir = {{ .Values.paths.state | toJson }}
@@ -42,7 +42,7 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
 {{- end }}
 {{- end }}
 
-{{/* Shows every GPU without a device plugin's claim. */}}
+{{/* Makes every GPU visible without claiming one from the device plugin. */}}
 {{- define "swiftcache.gpuEnv" -}}
 - name: NVIDIA_VISIBLE_DEVICES
   value: {{ ternary "all" "/var/run/nvidia-container-devices" (eq .Values.gpu.exposure "env") }}
@@ -61,17 +61,17 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command: [swiftcache-broker, --config, /etc/swiftcache/broker.toml]
   {{- if .Values.donor.enabled }}
-  # A sidecar: up before the donor starts, and still there while the donor gives its regions back.
+  # A sidecar: it runs before the donor starts, and still runs while the donor gives its regions back.
   restartPolicy: Always
   {{- end }}
   securityContext:
     {{- include "swiftcache.securityContext" . | nindent 4 }}
   env:
-    # Where `swiftcache` finds the broker: in the probes, and for `kubectl exec`.
+    # The `swiftcache` command finds the broker by this, in the probes and in `kubectl exec`.
     - name: SWIFTCACHE_SOCKET
       value: {{ .Values.paths.sockets }}/broker.sock
     {{- include "swiftcache.gpuEnv" . | nindent 4 }}
-    # NVML only. The broker never opens a CUDA context.
+    # Only NVML is needed, because the broker never opens a CUDA context.
     - name: NVIDIA_DRIVER_CAPABILITIES
       value: utility
     {{- with .Values.broker.env }}
@@ -82,7 +82,8 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
     - name: metrics
       containerPort: {{ .Values.metrics.port }}
   {{- end }}
-  # By exec: beyond loopback the broker speaks gRPC with mutual TLS only, and the kubelet's probe cannot.
+  # Probes run a command, because beyond loopback the broker only speaks gRPC with mutual TLS, and the kubelet's gRPC
+  # probe cannot do that.
   startupProbe:
     exec:
       command: [swiftcache, status]

@@ -1,4 +1,4 @@
-//! Rates of copies.
+//! Measures the rates of copies.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use anyhow::{Result, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece, cuda::Method};
 
-use super::{Bench, Course, Row, Rows};
+use super::{Bench, Course, Row, Rows, course::Times};
 use crate::pattern;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Models by the bytes of one side (K or V) of a 16-token block of one layer, as bf16: 16 tokens x KV heads x 128 x 2.
+/// Models, with the bytes of K (or of V) of a 16-token block in one layer, in bf16: 16 tokens x KV heads x 128 x 2.
 const MODELS: [(&str, u64); 4] = [
     ("qwen3-8b (8 KV heads)", 32 * KIB),
     ("llama-3.1-70b (8 KV heads)", 32 * KIB),
@@ -20,7 +20,8 @@ const MODELS: [(&str, u64); 4] = [
     ("lwm-7b (32 KV heads)", 128 * KIB),
 ];
 
-/// The driver's batches and single copies are slow for small pieces; more than this many says nothing new.
+/// The most pieces that are measured with the driver's batches and single copies. They are slow for small pieces, and
+/// more pieces give the same rate.
 const MOST_SINGLE_COPIES: u64 = 4096;
 
 /// Sizes of scattered pieces, bytes.
@@ -38,7 +39,33 @@ pub(super) const PIECES: [u64; 11] = [
     4 * MIB,
 ];
 
-/// Contiguous copies, as a layer of consecutive blocks is.
+/// Scattered pieces of one size.
+#[derive(Clone, Copy)]
+pub(super) struct Pieces {
+    /// Bytes of each piece.
+    pub(super) bytes: u64,
+    /// How many pieces.
+    pub(super) count: u64,
+}
+
+impl Pieces {
+    /// Bytes of all pieces together.
+    pub(super) fn total(self) -> u64 {
+        self.bytes * self.count
+    }
+}
+
+/// A measured copy of scattered pieces.
+pub(super) struct TimedPieces {
+    /// The stream that copied.
+    pub(super) stream: Arc<dyn CopyStream>,
+    /// One list of pieces that it copied.
+    pub(super) pieces: Vec<Piece>,
+    /// Time of one copy, seconds.
+    pub(super) seconds: f64,
+}
+
+/// Measures contiguous copies. The consecutive blocks of a layer are copied like this.
 pub(super) fn extents(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let bench = course.bench;
     let stream = bench.layer.stream(&bench.device)?;
@@ -62,7 +89,8 @@ pub(super) fn extents(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
             to: 0,
             bytes,
         };
-        let row = course.row("extent", &size(bytes), bytes, (seconds, plain));
+        let times = Times { seconds, plain };
+        let row = course.row("extent", &size(bytes), bytes, times);
         let verified = verify(&stream, course.from, course.to, &[whole]);
         rows.check(&row.case, verified);
         rows.push(row);
@@ -70,7 +98,7 @@ pub(super) fn extents(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Pieces of each size, scattered on both sides, by each method.
+/// Measures pieces of each size, scattered on both sides, by each method.
 pub(super) fn scattered(course: &Course<'_>, sizes: &[u64], rows: &mut Rows<'_>) -> Result<()> {
     for &bytes in sizes {
         for method in [Method::Each, Method::Batch, Method::Kernel] {
@@ -80,66 +108,76 @@ pub(super) fn scattered(course: &Course<'_>, sizes: &[u64], rows: &mut Rows<'_>)
             };
             let count = (course.bench.scale.bytes / bytes).clamp(1, most);
             let case = format!("{count} x {}, {}", size(bytes), name(method));
-            let what = ("scattered", case.as_str());
-            measure(course, what, (bytes, count), method, rows)?;
+            let pieces = Pieces { bytes, count };
+            measure(course, "scattered", &case, pieces, method, rows)?;
         }
     }
     Ok(())
 }
 
-/// What an engine moves per layer: K and V of every block of a prompt, each scattered.
+/// Measures what an engine moves for one layer of a prompt: K and V of every block, all scattered.
 pub(super) fn models(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
     for (model, bytes) in MODELS {
         for blocks in [16, 64, 512, 2048] {
             let count = 2 * blocks;
-            if count * bytes > course.size() / 2 {
+            let pieces = Pieces { bytes, count };
+            if pieces.total() > course.size() / 2 {
                 continue;
             }
             let case = format!("{model}: {} tokens", blocks * 16);
-            let what = ("16-token blocks", case.as_str());
-            measure(course, what, (bytes, count), Method::Pick, rows)?;
+            measure(course, "16-token blocks", &case, pieces, Method::Pick, rows)?;
         }
     }
     Ok(())
 }
 
-/// So many pieces of so many bytes, beside a plain copy of them all.
+/// Measures a copy of scattered pieces, and compares it with a plain copy of the same number of bytes.
 fn measure(
     course: &Course<'_>,
-    (group, case): (&str, &str),
-    (bytes, count): (u64, u64),
+    group: &str,
+    case: &str,
+    pieces: Pieces,
     method: Method,
     rows: &mut Rows<'_>,
 ) -> Result<()> {
-    let plain = course.plain(bytes * count)?;
-    let (stream, pieces, seconds) = time_pieces(course, (bytes, count), method)?;
-    let row = course.row(group, case, bytes * count, (seconds, plain));
-    let verified = verify(&stream, course.from, course.to, &pieces);
+    let plain = course.plain(pieces.total())?;
+    let timed = time_pieces(course, pieces, method)?;
+    let times = Times {
+        seconds: timed.seconds,
+        plain,
+    };
+    let row = course.row(group, case, pieces.total(), times);
+    let verified = verify(&timed.stream, course.from, course.to, &timed.pieces);
     rows.check(&row.case, verified);
     rows.push(row);
     Ok(())
 }
 
-/// Seconds for `count` scattered pieces of `bytes` by one method, and the stream that copied which pieces.
+/// Measures a copy of scattered pieces by one method.
 pub(super) fn time_pieces(
     course: &Course<'_>,
-    (bytes, count): (u64, u64),
+    pieces: Pieces,
     method: Method,
-) -> Result<(Arc<dyn CopyStream>, Vec<Piece>, f64)> {
+) -> Result<TimedPieces> {
     let bench = course.bench;
+    let Pieces { bytes, count } = pieces;
     let stream = bench.layer.stream_by(&bench.device, method)?;
-    let mut layouts = scatter(course.size(), bytes, count);
+    let mut layouts = scatter(course.size(), pieces);
     ensure!(!layouts.is_empty(), "{count} x {bytes} bytes do not fit");
     let seconds = bench.time_stream(&*stream, |number| {
         let pieces = &layouts[number as usize % layouts.len()];
         Ok(stream.copy(course.from, course.to, pieces)?)
     })?;
-    Ok((stream, layouts.swap_remove(0), seconds))
+    Ok(TimedPieces {
+        stream,
+        pieces: layouts.swap_remove(0),
+        seconds,
+    })
 }
 
-/// Several lists of `count` pieces: blocks of the source in random order to random blocks of the target. Together they
-/// cover more than the caches hold.
-fn scatter(memory: u64, bytes: u64, count: u64) -> Vec<Vec<Piece>> {
+/// Several lists of pieces in a memory of `memory` bytes. Each piece goes from a random place of the source to a random
+/// place of the target. Together the lists cover more than the caches hold.
+fn scatter(memory: u64, Pieces { bytes, count }: Pieces) -> Vec<Vec<Piece>> {
     let mut random = StdRng::seed_from_u64(bytes);
     let mut shuffled = || {
         let mut blocks: Vec<u64> = (0..memory / bytes).collect();
@@ -164,7 +202,7 @@ fn scatter(memory: u64, bytes: u64, count: u64) -> Vec<Vec<Piece>> {
         .collect()
 }
 
-/// Copies once more, from fresh bytes, and looks at every one of them.
+/// Writes new bytes, copies them once more, and checks every byte.
 fn verify(
     stream: &Arc<dyn CopyStream>,
     from: &Memory,
@@ -183,7 +221,7 @@ fn verify(
     Ok(())
 }
 
-/// Pinned host memory, both ways: what PCIe offload costs on this machine.
+/// Measures copies from and to pinned host memory. This is what PCIe offload costs on this machine.
 pub(super) fn host(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let bytes = bench.scale.bytes;
     let host = bench.layer.allocate_host(&bench.device, 4 * bytes)?;
@@ -221,7 +259,11 @@ pub(super) fn host(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
                 let piece_bytes = kib * KIB;
                 let count = bytes / piece_bytes;
                 let stream = bench.layer.stream_by(&bench.device, method)?;
-                let layouts = scatter(host.bytes(), piece_bytes, count);
+                let pieces = Pieces {
+                    bytes: piece_bytes,
+                    count,
+                };
+                let layouts = scatter(host.bytes(), pieces);
                 let seconds = bench.time_stream(&*stream, |number| {
                     let pieces = &layouts[number as usize % layouts.len()];
                     Ok(stream.copy(from, to, pieces)?)

@@ -1,4 +1,4 @@
-//! The host backend's copies beside plain memory copies of the same bytes.
+//! Compares copies of the host backend with plain memory copies of the same bytes.
 
 use std::time::{Duration, Instant};
 
@@ -11,10 +11,11 @@ use crate::subject::simulated;
 
 const MIB: usize = 1 << 20;
 
-/// Measures extents from 1 to 256 MiB; the best of `rounds` of each, since other work on the machine only adds.
+/// Measures extents from 1 to 256 MiB. It takes the best of `rounds` rounds of each, because other work on the machine
+/// can only make a copy slower.
 ///
 /// # Errors
-/// When the backend refuses.
+/// When the backend fails or a copy is wrong.
 pub fn run(usage_dir: std::path::PathBuf, rounds: usize) -> Result<Vec<Row>> {
     let layer = simulated(usage_dir)?;
     let device = layer.devices()[0].uuid.clone();

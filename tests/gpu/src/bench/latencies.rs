@@ -1,4 +1,4 @@
-//! What a grant, an opening and a revocation cost a process on its GPU.
+//! Measures how long a process takes on its GPU to export (grant), to import (open) and to give up (revoke) memory.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::{
 
 const MIB: u64 = 1 << 20;
 
-/// How often each is done; the median is told.
+/// How often each step is measured. The row has the median.
 const TIMES: usize = 9;
 
 pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
@@ -37,20 +37,20 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
                     Ok(())
                 };
                 spent[4].push(timed(give_back)?.1);
-                let [open, revoke] = borrow(bench, &mut peer, &bench.device, (kind, bytes))?;
+                let [open, revoke] = borrow(bench, &mut peer, &bench.device, kind, bytes)?;
                 spent[2].push(open);
                 spent[3].push(revoke);
             }
             let steps = ["allocate and zero", "export (grant)", OPEN, REVOKE, "free"];
             for (step, spent) in steps.into_iter().zip(spent) {
-                rows.push(row("latency", step, (kind, bytes), spent));
+                rows.push(row("latency", step, kind, bytes, spent));
             }
         }
     }
     Ok(())
 }
 
-/// The same of a donor on another device: what a borrower waits for.
+/// Measures opening and revoking memory of a donor on another device.
 pub(super) fn across(
     bench: &Bench<'_>,
     owner: &DeviceUuid,
@@ -64,13 +64,13 @@ pub(super) fn across(
         let mut peer = Peer::start(bench.subject)?;
         let mut spent: [Vec<Duration>; 2] = Default::default();
         for _ in 0..TIMES {
-            let [open, revoke] = borrow(bench, &mut peer, owner, (kind, bytes))?;
+            let [open, revoke] = borrow(bench, &mut peer, owner, kind, bytes)?;
             spent[0].push(open);
             spent[1].push(revoke);
         }
         let steps = [OPEN, REVOKE];
         for (step, spent) in steps.into_iter().zip(spent) {
-            rows.push(row("peer latency", step, (kind, bytes), spent));
+            rows.push(row("peer latency", step, kind, bytes, spent));
         }
     }
     Ok(())
@@ -79,16 +79,17 @@ pub(super) fn across(
 const OPEN: &str = "import (open)";
 const REVOKE: &str = "drain a whole copy and unmap (revoke)";
 
-/// Times opening what a donor lends on `owner`, and letting it go.
+/// Borrows memory on `owner` once. Returns the time to open it, and the borrower's time for a revocation.
 fn borrow(
     bench: &Bench<'_>,
     donor: &mut Peer,
     owner: &DeviceUuid,
-    (kind, bytes): (HandleKind, u64),
+    kind: HandleKind,
+    bytes: u64,
 ) -> Result<[Duration; 2]> {
     let (number, export) = donor.donate(owner, bytes, kind, None)?;
     let (theirs, open) = timed(|| Ok(bench.layer.import(&bench.device, owner, export, bytes)?))?;
-    // The borrower's part of a revocation: a copy in flight ends, and the mapping with it.
+    // The borrower's part of a revocation: it waits for a copy in flight, and unmaps the memory.
     let ours = &bench.memories[0];
     let piece = Piece {
         from: 0,
@@ -108,8 +109,8 @@ fn borrow(
     Ok([open, revoke])
 }
 
-/// The median.
-fn row(group: &str, step: &str, (kind, bytes): (HandleKind, u64), mut spent: Vec<Duration>) -> Row {
+/// The row with the median of `spent`.
+fn row(group: &str, step: &str, kind: HandleKind, bytes: u64, mut spent: Vec<Duration>) -> Row {
     spent.sort();
     Row {
         group: group.to_owned(),
@@ -121,7 +122,8 @@ fn row(group: &str, step: &str, (kind, bytes): (HandleKind, u64), mut spent: Vec
     }
 }
 
-/// HBM that a second process costs by being there: its context, beyond the memory it donates.
+/// Measures the first allocation of a second process, and the HBM that the process's CUDA context takes beyond the
+/// memory that it donates.
 fn context(subject: &Subject, bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let before = bench.layer.hbm(&bench.device)?.free;
     let mut peer = Peer::start(subject)?;

@@ -1,7 +1,7 @@
-//! What copies cost on this machine's GPU, each beside a plain copy of the same bytes measured in the same run.
+//! Measures copies on this machine's GPU. Each is compared with a plain copy of the same bytes in the same run.
 //!
-//! With one GPU every HBM copy is a same-device copy: it crosses no link, and says what the copy path itself costs.
-//! With two, another process's memory on the other GPU is measured too, and only that is called a peer's.
+//! With one GPU, every HBM copy stays on one device. It crosses no link, and shows the cost of the copy path itself.
+//! With two GPUs, memory of another process on the other GPU is measured too. Only that memory is called a peer's.
 
 mod copies;
 mod course;
@@ -29,28 +29,28 @@ use crate::{
 use course::Course;
 pub use rows::{Report, Row, Rows, table};
 
-/// How much is measured.
+/// The sizes of the measurements.
 #[derive(Clone, Copy, Debug)]
 pub struct Scale {
-    /// HBM of each of the two sides, bytes.
+    /// Bytes of HBM on each of the two sides of a copy.
     pub memory: u64,
     /// Bytes of one scattered copy.
     pub bytes: u64,
-    /// The least time to measure one thing.
+    /// How long each measurement takes at least.
     pub time: Duration,
-    /// Layers of the pipeline's model.
+    /// Layers of the model in the layer pipeline.
     pub layers: u32,
 }
 
 impl Scale {
-    /// For figures.
+    /// The sizes for real figures.
     pub const FULL: Self = Self {
         memory: 4 << 30,
         bytes: 64 << 20,
         time: Duration::from_millis(120),
         layers: 36,
     };
-    /// For seeing that it runs.
+    /// Small sizes, to test that the benchmarks run.
     pub const SMALL: Self = Self {
         memory: 64 << 20,
         bytes: 4 << 20,
@@ -59,14 +59,14 @@ impl Scale {
     };
 }
 
-/// What every benchmark needs.
+/// The GPU, the engine and the memories that every benchmark uses.
 struct Bench<'a> {
     subject: &'a Subject,
     layer: CudaLayer,
     device: DeviceUuid,
     engine: Engine,
     plain: EngineStream,
-    /// Two of the engine's allocations, as raw addresses and as the layer's memories.
+    /// Two allocations of the engine, as raw addresses and as memories of the device layer.
     addresses: [u64; 2],
     memories: [Memory; 2],
     scale: Scale,
@@ -74,7 +74,7 @@ struct Bench<'a> {
 
 type Part = fn(&Bench<'_>, &mut Rows<'_>) -> Result<()>;
 
-/// What is measured, by name.
+/// The parts of the benchmark, by name.
 const PARTS: [(&str, Part); 7] = [
     ("extents", |bench, rows| {
         copies::extents(&Course::within(bench), rows)
@@ -91,8 +91,8 @@ const PARTS: [(&str, Part); 7] = [
     ("peers", peers::run),
 ];
 
-/// Measures the parts whose names contain `only`, and tells `said` a line about each figure. What fails is in the
-/// report, beside what does not.
+/// Measures the parts whose names contain `only`, and calls `said` with a line for each figure. The report has the
+/// figures and the failures.
 ///
 /// # Errors
 /// When the GPU cannot be used at all.
@@ -106,7 +106,8 @@ pub fn run(
     measure(subject, scale, &parts.collect::<Vec<_>>(), said)
 }
 
-/// Measures how copies from and to a peer are best done: [`Route::kernel_below`] and the kernel's blocks.
+/// Measures which method copies fastest from and to a peer. [`Route::kernel_below`] and the number of the kernel's
+/// blocks are chosen from this.
 ///
 /// # Errors
 /// When the GPU cannot be used at all.
@@ -120,7 +121,10 @@ fn measure(
     parts: &[&(&str, Part)],
     said: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    ensure!(!parts.is_empty(), "no part's name contains that");
+    ensure!(
+        !parts.is_empty(),
+        "no part of the benchmark has a name that contains this word"
+    );
     let bench = Bench::open(subject, scale)?;
     let mut rows = Rows::new(said);
     for (name, part) in parts {
@@ -171,8 +175,8 @@ impl<'a> Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Seconds that one `queue` takes when many follow one another: the median of several runs, each of them long
-    /// enough to time. `queue` gets a number that grows.
+    /// Seconds of one call of `queue` when many follow one another: the median of several runs. Each run is long enough
+    /// to be timed. `queue` gets a number that grows with every call.
     fn time(
         &self,
         mut queue: impl FnMut(u64) -> Result<()>,
@@ -188,7 +192,7 @@ impl Bench<'_> {
             finish()?;
             Ok(start.elapsed())
         };
-        run(2)?; // warms up: loads the kernel, grows the ring
+        run(2)?; // The first run loads the kernel and grows the ring.
         let mut count = 2;
         let mut elapsed = run(count)?;
         while elapsed < self.scale.time / 5 && count < 1 << 16 {
@@ -203,7 +207,7 @@ impl Bench<'_> {
         Ok(samples[2].as_secs_f64() / count as f64)
     }
 
-    /// Seconds for one of many copies on `stream`.
+    /// Seconds of one copy on `stream` when many follow one another.
     fn time_stream(
         &self,
         stream: &dyn CopyStream,

@@ -1,4 +1,4 @@
-//! Another process's memory on another GPU: what a borrower sees of a donor.
+//! Measures memory of another process on another GPU, as a borrower uses a donor's memory.
 
 use anyhow::Result;
 use swiftcache_client::device::{DeviceLayer, Memory};
@@ -19,14 +19,14 @@ const PIECES: [u64; 6] = [
     4096 * KIB,
 ];
 
-/// The neighbour of the first GPU, and the engine's own memory there.
+/// The neighbour of the first GPU, and an allocation of the engine on it.
 pub(super) struct Neighbour {
     owner: DeviceUuid,
     link: LinkKind,
     place: Place,
 }
 
-/// A donor process on the neighbour, and its memory as the first GPU has it mapped.
+/// A donor process on the neighbour, and its memory, mapped for the first GPU.
 pub(super) struct Lent {
     _donor: Peer,
     pub(super) memory: Memory,
@@ -34,7 +34,8 @@ pub(super) struct Lent {
 }
 
 impl Neighbour {
-    /// None on a machine where no GPU reaches another, which is told, and fails where peers are required.
+    /// Finds the neighbour. On a machine where no GPU reaches another it says so and returns none, or fails when peers
+    /// are required.
     pub(super) fn find(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<Option<Self>> {
         let (owner, link) = match bench.subject.neighbour() {
             Ok(found) => found,
@@ -53,7 +54,7 @@ impl Neighbour {
         Ok(Some(Self { owner, link, place }))
     }
 
-    /// Starts a donor there, and maps what it lends.
+    /// Starts a donor on the neighbour, and maps the memory that it lends.
     pub(super) fn lend(&self, bench: &Bench<'_>, kind: HandleKind) -> Result<Lent> {
         let bytes = bench.scale.memory;
         let mut donor = Peer::start(bench.subject)?;
@@ -66,23 +67,24 @@ impl Neighbour {
         })
     }
 
-    /// Both ways: fetching first.
+    /// The courses of both directions: from the peer, then to the peer.
     pub(super) fn courses<'a>(&self, bench: &'a Bench<'a>, lent: &'a Lent) -> [Course<'a>; 2] {
         let ours = &bench.memories[1];
         let near = bench.engine.near(bench.addresses[1]);
         let against = format!("plain peer copy over {}, peer access enabled", self.link);
-        let course = |way: &str, (from, to), plain| Course {
+        let course = |way: &str, from, to, plain_from, plain_to| Course {
             bench,
             prefix: "peer ",
             way: format!("{way} a peer ({}, {:?}), ", self.link, lent.kind),
             from,
             to,
-            plain,
+            plain_from,
+            plain_to,
             against: against.clone(),
         };
         [
-            course("from", (&lent.memory, ours), (near, self.place)),
-            course("to", (ours, &lent.memory), (self.place, near)),
+            course("from", &lent.memory, ours, self.place, near),
+            course("to", ours, &lent.memory, near, self.place),
         ]
     }
 }
@@ -96,7 +98,8 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
         for course in neighbour.courses(bench, &lent) {
             let outcome = copies::extents(&course, rows);
             rows.check("peer extents", outcome);
-            // How an allocation was opened does not matter to small pieces any more than to large ones.
+            // One handle kind is enough here: the kind with which an allocation was opened makes no difference to the
+            // copies, whatever the size of their pieces.
             if index == 0 {
                 let outcome = copies::scattered(&course, &PIECES, rows);
                 rows.check("peer pieces", outcome);

@@ -1,5 +1,5 @@
-//! The layer pipeline: fetching a layer while the one before computes on an engine's stream, and writing one back
-//! while the next computes.
+//! The layer pipeline: a layer is fetched while the layer before it computes on an engine's stream, or it is written
+//! back while the next layer computes.
 
 use std::time::Instant;
 
@@ -10,10 +10,11 @@ use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, Piece, cuda::Me
 use super::{Bench, Course, Row, Rows, copies};
 use crate::{engine::Footprint, pattern};
 
-/// One side of a 16-token block of one layer, bytes; K and V lie apart in the engine's pool.
+/// A model. K and V lie apart in the engine's pool.
 #[derive(Clone, Copy)]
 struct Model {
     name: &'static str,
+    /// Bytes of K (or of V) of a 16-token block in one layer.
     side: u64,
 }
 
@@ -27,7 +28,7 @@ const LWM: Model = Model {
     side: 128 << 10,
 };
 
-/// Which way the KV goes.
+/// The direction of the copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     /// From the slab to the engine's pool.
@@ -36,8 +37,27 @@ pub(super) enum Way {
     WriteBack,
 }
 
-/// What every byte is a function of, beside its place.
+/// The seed of the pattern. Every byte is a function of the seed and the byte's place.
 const SEED: u64 = 7;
+
+/// The KV that is copied, and the compute beside it.
+#[derive(Clone, Copy)]
+struct Workload {
+    model: Model,
+    /// 16-token blocks in each layer.
+    blocks: u64,
+    footprint: Footprint,
+}
+
+impl Workload {
+    fn new(model: Model, blocks: u64, footprint: Footprint) -> Self {
+        Self {
+            model,
+            blocks,
+            footprint,
+        }
+    }
+}
 
 pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let layers = u64::from(bench.scale.layers);
@@ -45,25 +65,21 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     let slab = &bench.memories[0];
     let whole = (slab.bytes() / layers / (2 * QWEN.side)).clamp(1, 2048);
     let (full, light) = (Footprint::Full, Footprint::Light);
-    for (place, other, model, blocks, footprint) in [
-        ("HBM of the same device", slab, QWEN, whole, full),
-        ("HBM of the same device", slab, QWEN, whole, light),
-        ("HBM of the same device", slab, QWEN, whole.min(128), full),
-        (
-            "pinned host memory",
-            &host,
-            QWEN,
-            fitting(bench, QWEN),
-            full,
-        ),
-        ("pinned host memory", &host, LWM, fitting(bench, LWM), full),
+    for workload in [
+        Workload::new(QWEN, whole, full),
+        Workload::new(QWEN, whole, light),
+        Workload::new(QWEN, whole.min(128), full),
     ] {
-        both_ways(bench, (other, place), (model, blocks), footprint, rows)?;
+        both_ways(bench, slab, "HBM of the same device", workload, rows)?;
+    }
+    for model in [QWEN, LWM] {
+        let workload = Workload::new(model, fitting(bench, model), full);
+        both_ways(bench, &host, "pinned host memory", workload, rows)?;
     }
     Ok(())
 }
 
-/// Between the first GPU and memory of a peer.
+/// Measures the pipeline between the first GPU and memory of a peer.
 pub(super) fn across(
     bench: &Bench<'_>,
     theirs: &Memory,
@@ -72,21 +88,23 @@ pub(super) fn across(
 ) -> Result<()> {
     let (full, light) = (Footprint::Full, Footprint::Light);
     let whole = fitting(bench, QWEN);
-    for (model, blocks, footprint) in [
-        (QWEN, whole, full),
-        (QWEN, whole, light),
-        (QWEN, whole.min(128), full),
-        (LWM, fitting(bench, LWM), full),
+    for workload in [
+        Workload::new(QWEN, whole, full),
+        Workload::new(QWEN, whole, light),
+        Workload::new(QWEN, whole.min(128), full),
+        Workload::new(LWM, fitting(bench, LWM), full),
     ] {
-        both_ways(bench, (theirs, place), (model, blocks), footprint, rows)?;
+        both_ways(bench, theirs, place, workload, rows)?;
     }
     Ok(())
 }
 
-/// Each method beside compute that takes as long as a plain copy: what copies cost the engine, and are worth.
+/// Measures the pipeline with each method, beside compute that takes as long as a plain copy. This shows how much the
+/// copies slow the engine, and how much they gain.
 pub(super) fn tune(
     course: &Course<'_>,
-    (theirs, way): (&Memory, Way),
+    theirs: &Memory,
+    way: Way,
     methods: &[Method],
     rows: &mut Rows<'_>,
 ) -> Result<()> {
@@ -97,8 +115,8 @@ pub(super) fn tune(
         let plain = course.plain(blocks * 2 * model.side)? * layers;
         let mut rounds = None;
         for &method in methods {
-            let plan = Plan::new(bench, theirs, (model, blocks), (way, Footprint::Full))?;
-            let plan = plan.copying_by(method)?;
+            let workload = Workload::new(model, blocks, Footprint::Full);
+            let plan = Plan::new(bench, theirs, workload, way)?.copying_by(method)?;
             let rounds = match rounds {
                 Some(rounds) => rounds,
                 None => *rounds.insert(plan.calibrate(plain / layers)?),
@@ -130,21 +148,22 @@ pub(super) fn tune(
     Ok(())
 }
 
-/// Blocks of a model that fit a quarter of the memory, as an engine's step may move.
+/// How many blocks of a model fit into a quarter of the memory. An engine may move this much in one step.
 fn fitting(bench: &Bench<'_>, model: Model) -> u64 {
     let layers = u64::from(bench.scale.layers);
     (bench.scale.memory / 4 / layers / (2 * model.side)).clamp(1, 2048)
 }
 
+/// Measures the pipeline in both directions between the engine's pool and `other`, which lies in `place`.
 fn both_ways(
     bench: &Bench<'_>,
-    (other, place): (&Memory, &str),
-    (model, blocks): (Model, u64),
-    footprint: Footprint,
+    other: &Memory,
+    place: &str,
+    workload: Workload,
     rows: &mut Rows<'_>,
 ) -> Result<()> {
     for way in [Way::Fetch, Way::WriteBack] {
-        let plan = Plan::new(bench, other, (model, blocks), (way, footprint))?;
+        let plan = Plan::new(bench, other, workload, way)?;
         plan.prepare()?;
         plan.measure(place, rows)?;
         rows.check(place, plan.verify());
@@ -155,30 +174,24 @@ fn both_ways(
 struct Plan<'a> {
     bench: &'a Bench<'a>,
     other: &'a Memory,
-    model: Model,
-    blocks: u64,
+    workload: Workload,
     way: Way,
-    footprint: Footprint,
     copies: std::sync::Arc<dyn CopyStream>,
     compute: std::sync::Arc<dyn CopyStream>,
-    /// The pieces of each layer, from the slab to the pool or the other way round.
+    /// The pieces of each layer, from the slab to the pool or from the pool to the slab.
     layers: Vec<Vec<Piece>>,
 }
 
 impl<'a> Plan<'a> {
-    fn new(
-        bench: &'a Bench<'a>,
-        other: &'a Memory,
-        (model, blocks): (Model, u64),
-        (way, footprint): (Way, Footprint),
-    ) -> Result<Self> {
+    fn new(bench: &'a Bench<'a>, other: &'a Memory, workload: Workload, way: Way) -> Result<Self> {
+        let Workload { model, blocks, .. } = workload;
         let layers = u64::from(bench.scale.layers);
         let mut order: Vec<u64> = (0..blocks).collect();
         order.shuffle(&mut StdRng::seed_from_u64(blocks));
         let pieces = |layer: u64| {
             (0..2 * blocks)
                 .map(|index| {
-                    // Layer-major in the slab; in the pool K and V apart, and blocks in an order of their own.
+                    // The slab is layer-major. In the pool K and V lie apart, and the blocks are in random order.
                     let slab = (layer * blocks * 2 + index) * model.side;
                     let block = order[(index / 2) as usize];
                     let pool = (layer * blocks * 2 + (index % 2) * blocks + block) * model.side;
@@ -200,17 +213,15 @@ impl<'a> Plan<'a> {
         Ok(Self {
             bench,
             other,
-            model,
-            blocks,
+            workload,
             way,
-            footprint,
             copies: bench.layer.stream(&bench.device)?,
             compute: lent,
             layers: (0..layers).map(pieces).collect(),
         })
     }
 
-    /// With another method than the one that piece size picks.
+    /// Copies by `method`, not by the method that is picked for the size of the pieces.
     fn copying_by(mut self, method: Method) -> Result<Self> {
         self.copies = self.bench.layer.stream_by(&self.bench.device, method)?;
         Ok(self)
@@ -218,10 +229,10 @@ impl<'a> Plan<'a> {
 
     /// Bytes of all layers.
     fn bytes(&self) -> u64 {
-        self.layers.len() as u64 * self.blocks * 2 * self.model.side
+        self.layers.len() as u64 * self.workload.blocks * 2 * self.workload.model.side
     }
 
-    /// Fresh bytes at the source, and none of them at the target.
+    /// Writes the pattern to the source, and zeros to the target.
     fn prepare(&self) -> Result<()> {
         let pool = &self.bench.memories[1];
         let (from, to) = match self.way {
@@ -233,7 +244,7 @@ impl<'a> Plan<'a> {
         Ok(self.copies.record()?.wait()?)
     }
 
-    /// Looks at every byte that the last pass left.
+    /// Checks every byte that the last pass copied.
     fn verify(&self) -> Result<()> {
         let to = match self.way {
             Way::Fetch => &self.bench.memories[1],
@@ -250,7 +261,7 @@ impl<'a> Plan<'a> {
             let rounds = self.calibrate(share * transfer / layers as f64)?;
             let compute = self.compute_only(rounds)?;
             let whole = self.median(rounds)?;
-            // The first layer's fetch, or the last one's write-back, has nothing to hide behind.
+            // No compute can overlap the fetch of the first layer, or the write-back of the last layer.
             let bound = compute.max(transfer) + compute.min(transfer) / layers as f64;
             rows.push(Row {
                 group: match place.starts_with("a peer") {
@@ -263,13 +274,13 @@ impl<'a> Plan<'a> {
                         Way::Fetch => "from",
                         Way::WriteBack => "to",
                     },
-                    self.model.name,
-                    self.blocks * 16,
-                    match self.footprint {
+                    self.workload.model.name,
+                    self.workload.blocks * 16,
+                    match self.workload.footprint {
                         Footprint::Full => "full",
                         Footprint::Light => "light",
                     },
-                    // As it came out: many short launches take longer than they should.
+                    // The measured ratio, not `share`: many short launches take longer than calibrated.
                     compute / transfer,
                 ),
                 bytes: self.bytes(),
@@ -285,7 +296,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Seconds for all layers, with `rounds` of compute each; 0 is none at all.
+    /// Seconds of one pass over all layers, with `rounds` of compute for each layer. With 0 rounds nothing computes.
     fn once(&self, rounds: u32) -> Result<f64> {
         let pool = &self.bench.memories[1];
         let start = Instant::now();
@@ -295,16 +306,20 @@ impl<'a> Plan<'a> {
                     self.copies.copy(self.other, pool, pieces)?;
                     if rounds > 0 {
                         self.compute.wait_for(&self.copies.record()?)?;
-                        self.bench
-                            .engine
-                            .compute(self.bench.plain, self.footprint, rounds)?;
+                        self.bench.engine.compute(
+                            self.bench.plain,
+                            self.workload.footprint,
+                            rounds,
+                        )?;
                     }
                 }
                 Way::WriteBack => {
                     if rounds > 0 {
-                        self.bench
-                            .engine
-                            .compute(self.bench.plain, self.footprint, rounds)?;
+                        self.bench.engine.compute(
+                            self.bench.plain,
+                            self.workload.footprint,
+                            rounds,
+                        )?;
                         self.copies.wait_for(&self.compute.record()?)?;
                     }
                     self.copies.copy(pool, self.other, pieces)?;
@@ -325,14 +340,14 @@ impl<'a> Plan<'a> {
         Ok(samples[3])
     }
 
-    /// Seconds for the compute of all layers alone.
+    /// Seconds of the compute of all layers, without copies.
     fn compute_only(&self, rounds: u32) -> Result<f64> {
         let once = || -> Result<f64> {
             let start = Instant::now();
             for _ in &self.layers {
                 self.bench
                     .engine
-                    .compute(self.bench.plain, self.footprint, rounds)?;
+                    .compute(self.bench.plain, self.workload.footprint, rounds)?;
             }
             self.bench.engine.synchronize(self.bench.plain)?;
             Ok(start.elapsed().as_secs_f64())
@@ -343,7 +358,7 @@ impl<'a> Plan<'a> {
         Ok(samples[3])
     }
 
-    /// How many rounds take one layer about `seconds`.
+    /// How many rounds of compute take about `seconds` for one layer.
     fn calibrate(&self, seconds: f64) -> Result<u32> {
         const TRIAL: u32 = 1000;
         let layer =

@@ -1,4 +1,4 @@
-//! Measurements, and how people see them.
+//! Measurements, and tables of them for people.
 
 use std::fmt;
 
@@ -9,22 +9,23 @@ use swiftcache_client::device::cuda::Route;
 /// One measurement.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What kind of thing was measured.
+    /// The kind of measurement.
     pub group: String,
-    /// What exactly.
+    /// What was measured.
     pub case: String,
-    /// Bytes moved once.
+    /// Bytes that one operation moves.
     pub bytes: u64,
-    /// Time for them, seconds.
+    /// Time of one operation, seconds.
     pub seconds: f64,
-    /// What it is compared with.
+    /// The baseline.
     pub against: String,
-    /// This one's rate by the other's, or for times this one's bound by its time: 1 is as good, more is better.
+    /// The time of the baseline (or the lower bound of the time) divided by the measured time: 1 is as good as the
+    /// baseline, more is better.
     pub ratio: Option<f64>,
 }
 
 impl Row {
-    /// Whether it is a time rather than a rate.
+    /// Whether the row is about a time, not about a rate.
     fn is_time(&self) -> bool {
         self.group.ends_with("latency")
     }
@@ -52,10 +53,10 @@ impl fmt::Display for Row {
     }
 }
 
-/// Measurements as they come: each is told at once, so that a run that is cut short has said what it found.
+/// Collects measurements. It prints each at once, so that a run that is cut short has printed what it found.
 pub struct Rows<'a> {
     pub(super) rows: Vec<Row>,
-    /// What went wrong meanwhile.
+    /// The failures so far.
     pub(super) failures: Vec<String>,
     said: &'a mut dyn FnMut(&str),
 }
@@ -67,7 +68,7 @@ impl fmt::Debug for Rows<'_> {
 }
 
 impl<'a> Rows<'a> {
-    /// None yet; `said` gets a line for each.
+    /// No measurements yet. `said` is called with a line for each.
     pub(super) fn new(said: &'a mut dyn FnMut(&str)) -> Self {
         Self {
             rows: Vec::new(),
@@ -81,7 +82,8 @@ impl<'a> Rows<'a> {
         self.rows.push(row);
     }
 
-    /// Notes what went wrong, if it did, and lets the rest go on: a machine with two GPUs is not had every day.
+    /// Records a failure, if there is one, and lets the other measurements go on, because machines with two GPUs are
+    /// rare.
     pub(super) fn check(&mut self, what: &str, outcome: Result<()>) {
         if let Err(error) = outcome {
             let failure = format!("{what}: {error:#}");
@@ -90,13 +92,13 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Tells people something that is no measurement.
+    /// Prints a line that is not a measurement.
     pub(super) fn say(&mut self, line: &str) {
         (self.said)(line);
     }
 }
 
-/// Measurements, for people.
+/// A table of measurements for people.
 pub fn table(rows: &[Row]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::ASCII_MARKDOWN);
@@ -107,28 +109,28 @@ pub fn table(rows: &[Row]) -> comfy_table::Table {
     table
 }
 
-/// All measurements, and on what.
+/// All measurements, and the GPU that they are from.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The device's marketing name.
     pub device: String,
-    /// How it reaches its neighbour, or why it has none.
+    /// The link to its neighbour, or why it has no neighbour.
     pub neighbour: String,
-    /// The driver's version as it counts: 12080 is CUDA 12.8.
+    /// The driver's version as CUDA writes it: 12080 is CUDA 12.8.
     pub driver: i32,
-    /// Entry points that this driver lacks.
+    /// Entry points that this driver does not have.
     pub absent: Vec<String>,
-    /// By route: pieces smaller than this on average, bytes, go through the kernel unless told otherwise, where the
-    /// driver has batched copies.
+    /// For each route, the average size of pieces in bytes below which the kernel copies them, when no method was asked
+    /// for and the driver has batched copies.
     pub kernel_below: Vec<(Route, u64)>,
     /// The measurements.
     pub rows: Vec<Row>,
-    /// What could not be measured, and why.
+    /// The measurements that failed, and why.
     pub failures: Vec<String>,
 }
 
 impl Report {
-    /// For people.
+    /// The report for people.
     pub fn table(&self) -> String {
         let table = table(&self.rows);
         let absent = match self.absent.is_empty() {

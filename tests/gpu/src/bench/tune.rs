@@ -1,20 +1,26 @@
-//! How copies between two GPUs are best done: for the constants of `client/src/device/cuda/route.rs`, which says what
-//! was chosen.
+//! Measures which method copies fastest between two GPUs. The constants in `client/device/src/cuda/route.rs` are chosen
+//! from these figures.
 
 use anyhow::Result;
 use swiftcache_client::device::{DeviceLayer, cuda::Method};
 
-use super::{Bench, Course, Rows, copies, peers::Neighbour, pipeline};
+use super::{
+    Bench, Course, Rows,
+    copies::{self, Pieces},
+    course::Times,
+    peers::Neighbour,
+    pipeline,
+};
 
 const KIB: u64 = 1 << 10;
 
-/// Blocks of the gather kernel; an H100 has 132 multiprocessors.
+/// Numbers of blocks of the gather kernel. An H100 has 132 multiprocessors.
 const BLOCKS: [u32; 8] = [8, 16, 24, 32, 48, 64, 96, 132];
 
 /// Sizes of pieces, bytes.
 const PIECES: [u64; 5] = [16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB];
 
-/// The fewest pieces of a copy: with less there is nothing to do side by side.
+/// The fewest pieces of a copy. Fewer pieces cannot show whether they are copied side by side.
 const FEWEST: u64 = 32;
 
 fn methods() -> Vec<Method> {
@@ -37,24 +43,26 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     }
     let ways = [pipeline::Way::Fetch, pipeline::Way::WriteBack];
     for (course, way) in courses.iter().zip(ways) {
-        pipeline::tune(course, (&lent.memory, way), &methods(), rows)?;
+        pipeline::tune(course, &lent.memory, way, &methods(), rows)?;
     }
     Ok(())
 }
 
-/// Scattered pieces on an idle GPU: what saturates the link.
+/// Measures scattered pieces on an idle GPU. This shows which methods saturate the link.
 fn alone(course: &Course<'_>, rows: &mut Rows<'_>) -> Result<()> {
     for bytes in PIECES {
         let count = (course.bench.scale.bytes / bytes).max(FEWEST);
         let count = count.min(course.size() / bytes);
-        let plain = course.plain(bytes * count)?;
+        let pieces = Pieces { bytes, count };
+        let plain = course.plain(pieces.total())?;
         let mut summary = format!("{}{}:", course.way, copies::size(bytes));
         for method in methods() {
-            let (_, _, seconds) = copies::time_pieces(course, (bytes, count), method)?;
+            let seconds = copies::time_pieces(course, pieces, method)?.seconds;
             let name = copies::name(method);
             summary += &format!(" {name} {:.3},", plain / seconds);
             let case = format!("{count} x {}, {name}", copies::size(bytes));
-            rows.push(course.row("tune", &case, bytes * count, (seconds, plain)));
+            let times = Times { seconds, plain };
+            rows.push(course.row("tune", &case, pieces.total(), times));
         }
         rows.say(&summary);
     }
