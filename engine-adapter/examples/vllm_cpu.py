@@ -1,9 +1,10 @@
-"""SwiftCache under vLLM, on a machine without a GPU: a broker, a donor, and an engine whose second answer comes from
-the donor. docs/vllm.md says what to install.
+"""SwiftCache under vLLM on a machine without a GPU: a broker, a donor, and an engine that loads the KV cache for its
+second answer from the donor. docs/vllm.md says what to install.
 
     python engine-adapter/examples/vllm_cpu.py MODEL [PROGRAMS]
 
-MODEL is a directory or a name on Hugging Face; PROGRAMS is where swiftcache-broker and swiftcache are (target/debug).
+MODEL is a directory, or a name on Hugging Face. PROGRAMS is the directory of swiftcache-broker and swiftcache
+(target/debug by default).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ gigabytes_per_second = 380.0
 
 
 def start_node(directory: Path, programs: Path) -> tuple[str, list[subprocess.Popen[bytes]]]:
-    """On a GPU server both run already; see docs/operations.md."""
+    """Starts a broker and a donor. On a GPU server both run already; see docs/operations.md."""
     topology, address = directory / "topology.toml", str(directory / "broker.sock")
     topology.write_text(TOPOLOGY)
     broker = subprocess.Popen(
@@ -80,12 +81,13 @@ def converse(model: str, address: str) -> None:
             kv_role="kv_both",
             kv_connector_extra_config={"socket": address, "max_leased_bytes": "128MiB"},
         ),
-        # Has a request count as stored only when others can find its blocks: this example looks at once.
+        # With KV events, a request counts as stored only when others can find its blocks. This example needs that,
+        # because it looks for the blocks at once.
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    # Only an example is in such a hurry; a server starts with misses.
+    # Wait until the cache has a lease. A server does not need to wait: until then, its requests are misses.
     core = llm.llm_engine.engine_core.engine_core
     core.scheduler.connector.scheduler._connection.wait_connected(60)
     cache = get_kv_transfer_group().worker._cache
@@ -98,9 +100,10 @@ def converse(model: str, address: str) -> None:
     first = llm.generate({"prompt_token_ids": history}, greedy)[0]
     print("first turn: ", len(history), "tokens,", first.num_cached_tokens, "of them cached")
 
-    while core.scheduler.has_requests():  # blocks are kept until they are stored
+    while core.scheduler.has_requests():  # A finished request keeps its blocks until they are stored.
         llm.llm_engine.step()
-    assert llm.reset_prefix_cache(), "vLLM's own cache is forgotten: what is found now is on the donor"
+    # Empties vLLM's own prefix cache, so that the blocks that are found now come from the donor.
+    assert llm.reset_prefix_cache(), "vLLM could not empty its own prefix cache"
 
     history += [*first.outputs[0].token_ids, 1, 2, 3]
     second = llm.generate({"prompt_token_ids": history}, greedy)[0]

@@ -13,7 +13,7 @@ from swiftcache import Cache, Connection  # noqa: E402
 
 @pytest.fixture
 def bare_node(tmp_path: pathlib.Path) -> Iterator[Node]:
-    """A node without a broker as yet."""
+    """A node whose broker is not started yet."""
     node = Node(tmp_path)
     yield node
     node.close()
@@ -35,7 +35,7 @@ def connection(bare_node: Node) -> Iterator[Connection]:
 
 @pytest.fixture
 def cache(connection: Connection) -> Iterator[Callable[..., Cache]]:
-    """Makes caches, closed at the end."""
+    """Makes caches, and closes them at the end of the test."""
     made: list[Cache] = []
 
     def make(namespace: str = "model", slabs: int = 2, **settings: object) -> Cache:
@@ -57,7 +57,7 @@ def cache(connection: Connection) -> Iterator[Callable[..., Cache]]:
 
 @pytest.fixture
 def engine(cache: Callable[..., Cache]) -> Callable[..., Engine]:
-    """Makes engines whose cache is open and has leased a slab; a donor must be there."""
+    """Makes engines whose cache is open and has leased a slab. A donor must be running."""
 
     def make(pool: Pool | None = None, **settings: object) -> Engine:
         one = Engine(cache(**settings), pool)

@@ -1,4 +1,4 @@
-"""An engine whose KV bytes are a function of block and layer, so that every byte it gets back can be checked."""
+"""An engine whose KV bytes are a function of block and layer, so that every byte that it gets back can be checked."""
 
 import ctypes
 import random
@@ -9,9 +9,8 @@ from swiftcache import Cache
 # Bytes of a block in each layer.
 LAYERS = (4096, 2048, 8192, 2048)
 BLOCK_BYTES = sum(LAYERS)
-# 16 blocks.
 SLAB_BYTES = 16 * BLOCK_BYTES
-# Sequences are computed in the pool's lower half and loaded into the upper.
+# Sequences are computed in the lower half of the pool, and loaded into the upper half.
 BLOCKS = 64
 HALF = BLOCKS // 2
 
@@ -25,7 +24,7 @@ def pattern(n: int, layer: int) -> bytes:
 
 
 class Pool:
-    """A pool of one storage for each layer, with gaps, or of one for all with blocks outermost."""
+    """A pool that has one storage for each layer, with gaps, or one storage for all layers, in block-major order."""
 
     def __init__(self, block_major: bool = False) -> None:
         if block_major:
@@ -39,7 +38,7 @@ class Pool:
             self.storages = [(ctypes.c_ubyte * (64 + BLOCKS * stride))() for stride in self.strides]
 
     def layers(self) -> list[tuple[int, int, int, int]]:
-        """As `register_pool` takes them."""
+        """The layers' places for `Cache.register_pool`."""
         placed = zip(self.storages, self.offsets, self.strides, strict=True)
         return [
             (ctypes.addressof(storage), ctypes.sizeof(storage), offset, stride)
@@ -58,7 +57,7 @@ class Pool:
         return ctypes.string_at(at, LAYERS[layer])
 
     def compute(self, n: int, block: int) -> None:
-        """What computing block `n` would write."""
+        """Writes block `n` into the pool, as computing it would."""
         for layer in range(len(LAYERS)):
             self.write(layer, block, pattern(n, layer))
 
@@ -67,7 +66,7 @@ class Pool:
 
 
 class Engine:
-    """A pool and the cache over it."""
+    """A pool and its cache."""
 
     def __init__(self, cache: Cache, pool: Pool | None = None) -> None:
         self.cache = cache
@@ -75,7 +74,7 @@ class Engine:
         cache.register_pool(self.pool.layers(), BLOCKS, self.pool)
 
     def store(self, sequence: Sequence[int]) -> dict[str, int]:
-        """Computes a sequence and stores it."""
+        """Computes a sequence, and stores it."""
         for block, n in enumerate(sequence):
             self.pool.compute(n, block)
         return self.store_computed(sequence)
@@ -85,11 +84,11 @@ class Engine:
         return self.cache.store(hashes(sequence), range(len(sequence)), marks).finish()
 
     def fetch(self, sequence: Sequence[int]) -> list[int]:
-        """Loads a sequence into the upper half, and returns the positions that failed. Every byte of the others is
-        checked, in each layer as it comes and again at the end."""
+        """Loads a sequence into the upper half, and returns the positions that failed. Checks every byte of the other
+        positions: in each layer when the layer has arrived, and again at the end."""
         blocks = [HALF + position for position in range(len(sequence))]
         for block in blocks:
-            # What was there before must not pass for what is loaded.
+            # Old bytes in the block must not look like loaded bytes.
             self.pool.compute(-1, block)
         load = self.cache.load(hashes(sequence), blocks)
         for layer in range(len(LAYERS)):

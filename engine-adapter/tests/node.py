@@ -1,4 +1,4 @@
-"""A node for a test: the real broker and donors, on simulated devices, in a directory of its own."""
+"""A node for a test: the real broker and donors on simulated devices, in a separate directory."""
 
 import json
 import os
@@ -33,24 +33,24 @@ gigabytes_per_second = 380.0
 
 
 def eventually(what: str, holds: Callable[[], Any]) -> Any:
-    """Tries until something holds, and returns it. The limit is for a hang, not for a measure."""
+    """Calls `holds` until its result is true, and returns the result. The time limit is only for a hang."""
     deadline = time.monotonic() + 120
     while True:
         found = holds()
         if found:
             return found
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        # Gives other processes the core; nothing depends on how long it takes.
+        # The sleep only lets other processes run. Nothing depends on its length.
         time.sleep(0.002)
 
 
 class Node:
-    """Processes end with it."""
+    """The processes of a node. `close` ends them."""
 
     def __init__(
         self, directory: pathlib.Path, programs: pathlib.Path = PROGRAMS, probe: tuple[str, ...] = ()
     ) -> None:
-        """`probe`: the broker's options for its devices; two simulated ones without."""
+        """`probe` is the broker's options for its devices. Without it, the broker has two simulated devices."""
         self.directory, self.programs = directory, programs
         self.socket = str(directory / "broker.sock")
         topology = directory / "topology.toml"
@@ -82,14 +82,14 @@ class Node:
         self._broker.wait()
 
     def start_donor(self, device: str, slabs: int, slab_bytes: int) -> subprocess.Popen[bytes]:
-        """A donor that lends that much of a device, once the broker knows it."""
+        """Starts a donor that lends this much of a device, and waits until the broker knows it."""
         options = ["--socket", self.socket, "--device", device, "--leave-within", "60s"]
         amount = ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
         donor: subprocess.Popen[bytes] | None = None
 
         def attached() -> bool:
             nonlocal donor
-            # It gives up when the broker does not answer in seconds, which a busy machine can make it.
+            # A donor exits when the broker does not answer within seconds. On a busy machine this can happen.
             if donor is None or donor.poll() is not None:
                 donor = self._start("swiftcache", "donate", *options, *amount)
             return donor.pid in [known["pid"] for known in self.status()["donors"]]
@@ -99,18 +99,18 @@ class Node:
         return donor
 
     def status(self) -> dict[str, Any]:
-        """What the broker says about the node."""
+        """The node's status from the broker."""
         command = [self.programs / "swiftcache", "status", "--json", "--socket", self.socket]
 
         def answer() -> Any:
-            # It fails when the broker does not answer in seconds.
+            # The command fails when the broker does not answer within seconds.
             asked = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=120)
             return json.loads(asked.stdout) if asked.returncode == 0 else None
 
         return eventually("the broker's status", answer)
 
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
-        """Has a donor ask for everything back; it ends when it has it."""
+        """Makes a donor ask for all of its memory back. The donor exits when it has it."""
         os.kill(donor.pid, signal.SIGTERM)
 
     def close(self) -> None:

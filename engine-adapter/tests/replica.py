@@ -1,4 +1,4 @@
-"""Another process of the same model: loads a sequence that it did not store, checks it, and prints how it went."""
+"""Another process of the same model. It loads a sequence that it did not store, checks it, and prints the result."""
 
 import json
 import sys
@@ -18,11 +18,11 @@ assert cache.wait_open(60), cache.problem()
 def found() -> dict[str, object] | None:
     hits = cache.stats()["hit_shared_blocks"]
     failed = engine.fetch(sequence)
-    # A broker that answers late is a miss of everything.
+    # If the broker answers late, every block is a miss.
     if len(failed) == len(sequence):
         return None
     return {"failed": failed, "hit_shared_blocks": cache.stats()["hit_shared_blocks"] - hits}
 
 
 print(json.dumps(eventually("what was stored", found)))
-# Left open: a process that ends must neither hang nor crash.
+# Neither cache nor connection is closed: the process must neither hang nor crash when it exits.

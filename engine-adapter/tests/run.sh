@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the Python module (debug) and tests it against real processes: a broker and donors, on shared memory.
-# Everything it installs goes into target/. Takes the programs in target/debug, and builds them if they are missing.
+# It installs everything into target/, uses the programs in target/debug, and builds them if they are missing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=$(engine-adapter/tests/venv.sh)

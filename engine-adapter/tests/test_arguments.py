@@ -1,4 +1,4 @@
-"""What cannot work is refused, and the argument named."""
+"""Arguments that cannot work are refused, and the error names the argument."""
 
 import ctypes
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_a_pool_that_does_not_fit_is_named(bare_node: Node, cache: Callable[...,
     refused("blocks", good, 0)
     refused("blocks", good, -1)
     refused("layers", [(-1, *first[1:]), *good[1:]])
-    # Memory that is not there: known at once when open, in `problem` when it opens.
+    # Memory that is not mapped. An open cache refuses it at once; a closed one reports it in `problem` when it opens.
     unmapped = [(4096, *first[1:]), *good[1:]]
     if opened:
         refused(r"layers\[0\]: adopting memory failed on SIM-0: only 0 of its", unmapped)
@@ -122,13 +122,13 @@ def test_sequences_are_checked(node: Node, cache: Callable[..., Cache]) -> None:
             load.wait_layer(layer)
         with pytest.raises(ValueError, match="^layer"):
             load.gate_layer(layer, 0)
-    # A block outside the pool is one that cannot be loaded or stored.
+    # A block outside the pool cannot be loaded or stored.
     assert one.cache.load(hashes([1]), [BLOCKS]).finish() == [0]
     assert one.cache.store(hashes([1]), [BLOCKS]).finish()["unplaced"] == 1
 
 
 def test_the_stubs_name_what_there_is() -> None:
-    """`_native.pyi` is written by hand: every public name of one is in the other."""
+    """`_native.pyi` is written by hand, so this checks that it has the same public names as the module."""
     import ast
     import pathlib
 

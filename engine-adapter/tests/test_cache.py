@@ -1,4 +1,4 @@
-"""What is stored comes back, byte for byte, or not at all."""
+"""Stored blocks come back byte for byte, or not at all."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ def test_what_is_stored_comes_back_byte_for_byte(node: Node, engine: Make, block
     assert one.fetch(sequence) == sequence
     assert one.store(sequence) == {"stored": 10, "known": 0, "unplaced": 0, "lost": 0}
     assert one.fetch(sequence) == []
-    # A prefix, and nothing after a gap.
+    # The prefix is found, and nothing after a gap.
     assert one.fetch([0, 1, 2, 99, 4]) == [3, 4]
     assert one.store(sequence)["known"] == 10
     stats = one.cache.stats()
@@ -35,7 +35,7 @@ def test_what_is_stored_comes_back_byte_for_byte(node: Node, engine: Make, block
 
 
 def test_a_corrupted_byte_is_noticed(node: Node, engine: Make) -> None:
-    """The twin: were a wrong byte stored or served, `fetch` would say so."""
+    """The twin: `fetch` fails if a wrong byte is stored or served."""
     node.start_donor("SIM-1", 4, SLAB_BYTES)
     one = engine()
     one.pool.compute(1, 0)
@@ -88,14 +88,14 @@ def test_without_a_broker_everything_is_a_miss_and_it_opens_when_one_comes(
     opened = []
     waiting = threading.Thread(target=lambda: opened.append(one.cache.wait_open(60)))
     waiting.start()
-    # Were the GIL not given up by `wait_open`, this would be reached only after its minute.
+    # If `wait_open` did not release the GIL, this line would be reached only after a minute.
     bare_node.start_broker()
     bare_node.start_donor("SIM-1", 2, SLAB_BYTES)
     waiting.join()
     assert opened == [True]
     assert connection.wait_connected(60) and one.cache.problem() == connection.problem() == ""
     eventually("a lease", lambda: one.cache.stats()["leases"])
-    # Nobody knows what a mark from before marks: nothing goes by it.
+    # A mark from before the cache was open marks nothing, so a store or load with it does nothing.
     assert one.cache.store(hashes([1]), [0], [early] * len(LAYERS)).finish()["unplaced"] == 1
     assert one.store([1, 2])["stored"] == 2
     assert one.cache.load(hashes([1, 2]), [40, 41], early).finish() == [0, 1]
@@ -110,7 +110,7 @@ def test_a_broker_that_dies_and_comes_back_costs_no_block(node: Node, connection
     node.kill_broker()
     eventually("the loss to be noticed", lambda: not connection.is_connected())
     assert one.cache.is_open()
-    # Own blocks need no broker, neither to be read nor to be written.
+    # A cache can read and write its own blocks without a broker.
     assert one.fetch(sequence) == []
     assert one.store([50, 51])["lost"] == 0
     assert one.fetch([50, 51]) == []
@@ -133,14 +133,14 @@ def test_a_donor_that_leaves_takes_blocks_but_serves_no_wrong_byte(node: Node, e
     assert one.store(sequence)["stored"] == 14
     assert one.fetch(sequence) == []
     node.withdraw(donor)
-    # `fetch` checks every byte of what it says did not fail, before, while and after the lease goes.
+    # `fetch` checks every byte of the blocks that did not fail: before, while and after the lease is revoked.
     eventually("the donor to have its bytes back", lambda: (one.fetch(sequence), donor.poll() is not None)[1])
     assert donor.returncode == 0
     assert one.fetch(sequence) == sequence
     assert one.store(sequence)["unplaced"] == 14
     stats = one.cache.stats()
     assert stats["revocations"] >= 1 and stats["leases"] == 0
-    # Another donor, and all is well again.
+    # With another donor, everything works again.
     node.start_donor("SIM-1", 2, SLAB_BYTES)
     eventually("a lease", lambda: one.cache.stats()["leases"])
     assert one.store(sequence)["stored"] == 14
@@ -153,7 +153,7 @@ def test_a_killed_donor_serves_no_wrong_byte(node: Node, engine: Make) -> None:
     sequence = list(range(14))
     assert one.store(sequence)["stored"] == 14
     donor.kill()
-    # `fetch` checks every byte of what it says did not fail.
+    # `fetch` checks every byte of the blocks that did not fail.
     eventually("the lease to go", lambda: (one.fetch(sequence), one.cache.stats()["leases"] == 0)[1])
     assert one.fetch(sequence) == sequence
 
@@ -177,14 +177,14 @@ def test_the_pools_owner_lives_until_the_cache_is_closed(node: Node, engine: Mak
     assert pool() is not None
     one.cache.close()
     gc.collect()
-    # Closing waited for the copies.
+    # `close` has waited for the copies.
     assert load.is_done() and pool() is None
     assert load.finish() == []
     one.cache.close()
     assert one.cache.problem() == "the cache is closed"
     assert one.cache.load(hashes([1]), [0]).finish() == [0]
     assert one.cache.store(hashes([1]), [0]).finish()["unplaced"] == 1
-    # A closed cache keeps nothing.
+    # A closed cache does not keep a pool alive.
     late = Pool()
     kept = weakref.ref(late)
     one.cache.register_pool(late.layers(), BLOCKS, late)

@@ -1,4 +1,4 @@
-"""A scheduler's lookup: what every rank has."""
+"""The lookup of a scheduler, which counts the blocks that every rank has."""
 
 from collections.abc import Callable
 
@@ -24,14 +24,14 @@ def test_a_block_counts_when_every_rank_has_it(node: Node, engine: Callable[...,
     assert count("rank 0", "rank 1") == count("rank 1", "rank 0") == count("rank 1") == 4
     assert count("rank 0") == 6
     assert count("rank 0", "rank 1", "no such rank") == 0
-    # Not a prefix.
+    # The first hash is unknown, so there is no prefix.
     assert scheduler.count_hits(["rank 0"], hashes([9, 0, 1]), deadline_ms=60_000) == 0
     assert scheduler.count_hits(["rank 0"], b"", deadline_ms=60_000) == 0
-    # Late is 0, and so is closed.
+    # The count is 0 after the deadline, and on a closed connection.
     assert scheduler.count_hits(["rank 0"], hashes(range(8)), deadline_ms=0) == 0
     scheduler.close()
     assert not scheduler.is_connected() and count("rank 0") == 0
-    # Another tenant shares nothing.
+    # Another tenant finds nothing.
     stranger = Connection(node.socket, name="stranger", tenant="other")
     assert stranger.wait_connected(60)
     assert stranger.count_hits(["rank 0"], hashes(range(8)), deadline_ms=60_000) == 0

@@ -1,4 +1,4 @@
-"""Parts of an engine's pool, lent while it does not use them, and its own again when others have let go."""
+"""An engine lends parts of its pool while it does not use them, and gets them back after borrowers have let go."""
 
 import ctypes
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from swiftcache import Cache, Connection
 Make = Callable[..., Cache]
 
 LAYER = 2
-"""Whose storage is lent, all of it."""
+"""The layer whose whole storage is lent."""
 
 
 def storage(lender: Engine) -> tuple[int, int]:
@@ -20,7 +20,7 @@ def storage(lender: Engine) -> tuple[int, int]:
 
 
 def used(lender: Engine) -> int:
-    """Bytes in the middle of the storage that are not zero: its ends may share a page with something else."""
+    """How many bytes in the middle of the storage are not zero. Its ends may share a page with other data."""
     address, size = storage(lender)
     return sum(1 for byte in ctypes.string_at(address + 4096, size - 2 * 4096) if byte)
 
@@ -43,7 +43,7 @@ def test_others_keep_blocks_in_it_and_it_comes_back_empty(lender: Engine, bare_n
 def lend_once(lender: Engine, node: Node, loan: int) -> None:
     lender.cache.lend(loan, [storage(lender)])
     eventually("the offer", lambda: lender.cache.stats()["lent_bytes"])
-    assert used(lender) == 0, "its own KV is nobody's to read"
+    assert used(lender) == 0, "the lender's own KV is still there, and others could read it"
     connection = Connection(node.socket, name="a borrower")
     borrower = Engine(
         Cache(
@@ -58,7 +58,7 @@ def lend_once(lender: Engine, node: Node, loan: int) -> None:
     assert borrower.cache.wait_open(60), borrower.cache.problem()
     eventually("a lease", lambda: borrower.cache.stats()["leases"])
     assert borrower.store([1, 2, 3])["stored"] == 3 and borrower.fetch([1, 2, 3]) == []
-    assert used(lender) > 0, "they are there"
+    assert used(lender) > 0, "the borrower's blocks are not in the lender's pool"
     assert lender.cache.returned_loans() == []
     lender.cache.take_back([loan])
     eventually("the loan", lambda: lender.cache.returned_loans() == [loan])
@@ -81,7 +81,7 @@ def test_without_a_broker_a_loan_waits_and_is_back_when_it_is_asked_back(
     bare_node.start_broker()
     eventually("the offer", lambda: lender.cache.stats()["lent_bytes"])
     lender.cache.close()
-    assert lender.cache.returned_loans() == [2], "closing takes everything back"
+    assert lender.cache.returned_loans() == [2], "closing the cache did not take the loan back"
 
 
 def test_what_cannot_be_lent_is_back_at_once_and_says_why(lender: Engine) -> None:

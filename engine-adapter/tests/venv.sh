@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the Python environment with the pinned build and test tools, if it is not there, and prints where it is.
+# Creates the Python environment with the pinned build and test tools, if it is missing, and prints its path.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=$PWD/target/python-venv

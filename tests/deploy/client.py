@@ -1,10 +1,10 @@
-"""A client of the broker that learns the protocol by reflection, as a stranger's program would."""
+"""A client of the broker that learns the protocol by reflection, as any other program could."""
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-# grpcio's own authority for a Unix socket is the escaped path, which HTTP/2 servers refuse.
+# For a Unix socket, grpcio's default authority is the escaped path, which HTTP/2 servers refuse.
 AUTHORITY = [("grpc.default_authority", "localhost")]
 
 

@@ -1,4 +1,4 @@
-"""Fixtures: the prepared tools and a running broker. At the end: one line for each tool, then the totals."""
+"""Fixtures: the prepared tools and a running broker. The summary has one line for each tool, and the totals."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def tools():
 
 @pytest.fixture
 def tool(request, tools):
-    """Runs the program named by the test's `tool` mark."""
+    """Runs the program that the test's mark `tool` names."""
     name = request.node.get_closest_marker("tool").args[0]
     if "problem" in tools[name]:
         pytest.skip(f"{name} NOT RUN: {tools[name]['problem']}")
@@ -40,7 +40,7 @@ def tool(request, tools):
 
 
 def on_a_free_port(start, log):
-    """Starts a program on a port that is free; on another one when somebody took it in between."""
+    """Starts a program on a free port. Tries another port if somebody takes the first one meanwhile."""
     for attempt in range(3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -97,7 +97,7 @@ class RunningBroker:
 
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory):
-    # Directly under the base: a Unix socket's path is short.
+    # Directly under the base directory, because the path of a Unix socket must be short.
     running = RunningBroker(tmp_path_factory.mktemp("b"))
     yield running
     assert running.stop() == 0, running.log.read_text()
@@ -107,7 +107,7 @@ SLAB = 64 << 20
 
 
 class Lent:
-    """What a donor and a borrower of this process have made known to the broker."""
+    """A donor and a borrower in this process, with what they offered, leased and published."""
 
     def __init__(self, broker):
         self.donor, self.borrower = Client(broker.socket), Client(broker.socket)

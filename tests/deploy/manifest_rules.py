@@ -1,4 +1,4 @@
-"""What SwiftCache's pods may and may not ask of a node."""
+"""Rules for what SwiftCache's pods may ask of a node."""
 
 import yaml
 
@@ -8,7 +8,7 @@ def documents(text):
 
 
 def pod_specs(found):
-    """(name, pod spec) of everything that makes pods."""
+    """(name, pod spec) of every object that creates pods."""
     for document in found:
         name = f"{document['kind']}/{document['metadata']['name']}"
         if document["kind"] == "Pod":
@@ -22,7 +22,7 @@ def containers(spec):
 
 
 def faults(found, host_pid_allowed=False):
-    """Everything the pods ask for that they must not have, one line each."""
+    """Everything that the pods ask for and must not have, one line for each."""
     problems = []
     for name, spec in pod_specs(found):
         for key in ("hostIPC", "hostNetwork"):
@@ -55,7 +55,7 @@ def container_faults(name, container, spec):
     capabilities = security.get("capabilities", {})
     if capabilities.get("drop") != ["ALL"]:
         yield f"{name}: does not drop all capabilities"
-    # The container that prepares the directories is root, and can change owners: nothing else.
+    # The container that prepares the directories is root, but all it can do as root is change owners.
     preparing = container["name"] == "prepare"
     allowed = {"CHOWN", "FOWNER"} if preparing else set()
     if extra := set(capabilities.get("add", [])) - allowed:

@@ -1,5 +1,5 @@
-"""What the Prometheus operator's objects must look like: the parts of its schema that ours use, closed, so that a
-field it does not know is a fault here and not silence there."""
+"""A schema of the Prometheus operator's objects. It has only the fields that our objects use. The operator ignores
+unknown fields silently; this schema refuses them."""
 
 import jsonschema
 
@@ -9,7 +9,7 @@ TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
 def closed(required, optional=()):
-    """An object with these fields and no others."""
+    """The schema of an object with these fields and no others."""
     return {
         "type": "object", "additionalProperties": False,
         "required": list(required), "properties": {**required, **dict(optional)},
@@ -43,10 +43,10 @@ SPECS = {
 
 
 def faults(document):
-    """What is wrong with it, one line a fault."""
+    """The faults of a document, one line for each."""
     kind = document["kind"]
     if kind not in SPECS:
-        return [f"{kind}: no schema of it here"]
+        return [f"{kind}: this test has no schema for it"]
     schema = closed({"apiVersion": {"const": "monitoring.coreos.com/v1"}, "kind": {"const": kind},
                      "metadata": {"type": "object", "required": ["name", "namespace"]}, "spec": SPECS[kind]})
     found = jsonschema.Draft202012Validator(schema).iter_errors(document)

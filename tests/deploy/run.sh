@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks deploy/, the protocol's tools, the supply chain and the commands of docs/operations.md. Everything it
-# installs goes into target/; what cannot be installed is named, with the reason, and counts as skipped.
-# The binaries in target/debug must have been built.
+# Checks deploy/, the protocol's tools, the supply chain and the commands of docs/operations.md. It installs everything
+# into target/. If a tool cannot be installed, the summary says why, and its checks count as skipped. The binaries in
+# target/debug must be built before.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=target/deploy-venv

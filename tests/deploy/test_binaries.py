@@ -1,4 +1,4 @@
-"""What deploy/ tells the programs, told to the programs."""
+"""Gives the settings and commands of deploy/ to the real programs."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_settings_the_broker_does_not_know_are_noticed(tmp_path):
 
 
 def commands():
-    """Every command of ours that deploy/ runs, in words."""
+    """Every command of our programs that deploy/ runs, as a list of words."""
     found = []
     for _, spec in pod_specs(documents(MANIFEST.read_text())):
         for container in containers(spec):
@@ -54,7 +54,7 @@ def commands():
 
 
 def unknown_words(command):
-    """Subcommands and flags that the program's own help does not name."""
+    """The subcommands and flags of a command that the program's own help does not name."""
     program, *words = command
     path = {"swiftcache": CLI, "swiftcache-broker": BROKER}[program]
     subcommand = [word for word in words[:1] if not word.startswith("-")]
@@ -85,7 +85,7 @@ def test_probes_tell_a_broker_that_answers_from_one_that_does_not(broker, tmp_pa
 
 
 def test_the_donor_of_the_chart_starts_and_leaves(broker, lent):
-    """With the chart's own flags: a session for each device, and everything back at SIGTERM."""
+    """With the chart's flags, the donor has a session for each device, and gives everything back at SIGTERM."""
     containers_of = [container for _, spec in pod_specs(documents(MANIFEST.read_text()))
                      for container in containers(spec)]
     [donating] = [found for found in containers_of if found["name"] == "donor"]

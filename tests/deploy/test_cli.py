@@ -1,4 +1,4 @@
-"""The `swiftcache` command as people and scripts run it: the real program, a real broker, a real terminal."""
+"""Runs the `swiftcache` command like people and scripts: the real program, a real broker, a real terminal."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ import pytest
 
 from test_binaries import CLEAN, CLI, run
 
-# Nothing here takes longer; it is a limit, and no measure.
+# The limit for a hang, seconds. It measures nothing.
 PATIENCE = 120
 
 
@@ -27,7 +27,7 @@ def env(broker):
 
 
 def test_status_watch_is_a_document_a_line_until_it_is_interrupted(env, lent):
-    # Unbuffered: a buffer would keep lines from `communicate`.
+    # Unbuffered, because `communicate` would not get lines that are already in a buffer.
     watching = subprocess.Popen([CLI, "status", "--watch=10ms", "--json"], stdin=subprocess.DEVNULL, bufsize=0,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     try:
@@ -94,17 +94,17 @@ def test_completions_are_the_shells_language(shell, tmp_path):
 
 
 def formatted(page, path):
-    """What a terminal shows of a manual page, and what the formatter has to say about it."""
+    """The text of a manual page as a terminal shows it, and the formatter's warnings."""
     path.write_text(page)
     if shutil.which("man"):
         command = ["man", "--warnings", "--local-file", path]
     else:
         command = ["groff", "-man", "-Tascii", "-ww", path]
-    # `man` has a word to say about a locale that is not there.
+    # Without a locale that exists, `man` prints a warning.
     plain = {**CLEAN, "LC_ALL": "C.UTF-8", "MANPAGER": "cat"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=plain)
     assert done.returncode == 0, done.stderr
-    # Without what makes letters bold or underlined.
+    # Remove the codes for bold and underlined letters.
     return re.sub(r".\x08|\x1b\[[\d;]*m", "", done.stdout), done.stderr
 
 
@@ -123,7 +123,7 @@ def test_the_manual_page_is_formatted_without_a_warning(tmp_path):
 
 
 class Terminal:
-    """A program on a terminal of 80 by 24."""
+    """A program that runs on a terminal of 80 columns and 24 rows."""
 
     def __init__(self, *command, env):
         self.master, slave = pty.openpty()
@@ -141,10 +141,10 @@ class Terminal:
             try:
                 chunk = os.read(self.master, 65536)
             except OSError:
-                chunk = b""  # the other end is closed
+                chunk = b""  # The other end is closed.
             if not chunk:
                 break
-            # Where the cursor goes and in which colour is the terminal's business.
+            # Remove the codes for cursor positions and colours.
             self.text += re.sub(r"\x1b\[[?\d;]*[A-Za-z]", " ", chunk.decode(errors="replace"))
         return self.text
 

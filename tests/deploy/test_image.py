@@ -1,4 +1,4 @@
-"""The image's Dockerfile: hadolint, rules of our own over its instructions, and the engine's own check."""
+"""Checks the image's Dockerfile by hadolint, by our own rules for its instructions, and by Docker's own check."""
 
 import re
 import tomllib
@@ -24,7 +24,7 @@ def faults(text, tmp_path):
     problems = []
     stages = [value for name, value in steps if name == "FROM"]
     if len(stages) < 2 or any("cargo" in value for name, value in after_last_stage(steps) if name == "RUN"):
-        problems.append("the image carries its build tools")
+        problems.append("the image contains its build tools")
     users = [value for name, value in after_last_stage(steps) if name == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
         problems.append("the user is not a number other than 0")
@@ -44,7 +44,7 @@ def faults(text, tmp_path):
                 if not (ROOT / source).exists():
                     problems.append(f"COPY of {source}, which is not there")
         if name == "ENV" and "NVIDIA_VISIBLE_DEVICES" in value:
-            problems.append("which GPUs a container sees is the manifest's to say")
+            problems.append("the manifest, not the image, must say which GPUs a container sees")
     for program in ("swiftcache-broker", "swiftcache"):
         if not re.search(rf"--bin {program}(\s|$)", builds):
             problems.append(f"{program} is not in the image")
@@ -69,7 +69,7 @@ def test_rules(tmp_path):
     ("COPY LICENSE", "COPY LICENCE", "LICENCE"),
     ("COPY LICENSE", "ADD LICENSE", "ADD"),
     (" --bin swiftcache \\", " \\", "swiftcache is not"),
-    ("ENTRYPOINT []", "ENV NVIDIA_VISIBLE_DEVICES=all", "manifest's"),
+    ("ENTRYPOINT []", "ENV NVIDIA_VISIBLE_DEVICES=all", "the manifest"),
 ])
 def test_faults_are_noticed(old, new, expected, tmp_path):
     text = DOCKERFILE.read_text()

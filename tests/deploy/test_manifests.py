@@ -1,4 +1,4 @@
-"""The Kubernetes manifests and the chart they are rendered from."""
+"""Checks the Kubernetes manifests and the chart that they are rendered from."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart" / "swiftcache"
 FILES = sorted([*DEPLOY.glob("manifests/*.yaml"), *DEPLOY.glob("examples/*.yaml")])
 PLAIN = [path for path in FILES if path.name != "monitoring.yaml"]
-# The versions in support, newest first: three at any time.
+# The three Kubernetes versions that are supported at a time, oldest first.
 VERSIONS = sorted(
     {utils.major_minor(version) for version in utils.all_versions()},
     key=lambda version: tuple(map(int, version.split("."))),
@@ -105,7 +105,7 @@ def test_pods_that_ask_for_more_are_noticed(change, expected):
 
 
 def test_engines_can_use_the_sockets():
-    """The group that owns the sockets' directory is the one the example engine has, and the paths agree."""
+    """The example engine is in the group that owns the sockets' directory, and the paths agree."""
     [(_, node)] = pod_specs(committed())
     prepare, broker = node["initContainers"]
     [(_, engine)] = pod_specs(documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text()))
@@ -123,7 +123,7 @@ def test_engines_can_use_the_sockets():
 
 
 def test_the_donor_stops_before_the_broker():
-    """A sidecar ends after the pod's containers, so the donor can still give its regions back."""
+    """A sidecar ends after the pod's other containers, so the donor can still give its regions back."""
     spec = daemonset(committed())["spec"]["template"]["spec"]
     broker = spec["initContainers"][1]
     assert (broker["name"], broker["restartPolicy"]) == ("broker", "Always")
@@ -220,7 +220,7 @@ LINKED = {"rules.yaml": DEPLOY / "prometheus" / "rules.yaml", "swiftcache.json":
 
 
 def test_the_charts_files_are_the_originals():
-    """Links, so that there is one copy; a checkout that turned them into files with a path inside would deploy that."""
+    """They are links to the only copy. A checkout without links would deploy files that contain only a path."""
     files = CHART / "files"
     assert {path.name for path in files.iterdir()} == set(LINKED)
     for name, original in LINKED.items():

@@ -1,4 +1,4 @@
-"""Alerts and dashboard: sound by promtool, and about metrics that exist."""
+"""Checks that promtool accepts the alerts, and that alerts and dashboard use metrics that exist."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def dashboard_expressions():
 
 
 def metrics_in(expressions):
-    """Metric names, without the suffixes of a histogram's parts."""
+    """The names of the metrics in expressions, without the suffixes of a histogram's parts."""
     names = {name for text in expressions for name in re.findall(r"\bswiftcache_\w+", text)}
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
 
@@ -54,7 +54,7 @@ def test_alerts_fire_when_they_should(tool):
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in rules() if "alert" in rule])
 @pytest.mark.tool("promtool")
 def test_an_alert_that_never_fires_is_noticed(tool, tmp_path, alert):
-    """Which shows that each alert has a case in which it fires."""
+    """This shows that the rules' tests have, for each alert, a case in which it fires."""
     text = RULES.read_text()
     found = yaml.safe_load(text)
     for rule in found["groups"][0]["rules"]:

@@ -1,4 +1,4 @@
-"""docs/operations.md, taken at its word."""
+"""Runs the commands of docs/operations.md, and checks what it says."""
 
 import os
 import re
@@ -24,14 +24,14 @@ def blocks(language):
 
 
 def grpcurl_commands():
-    """Each command of the document, once for each time that it stands there."""
+    """Every grpcurl command of the document. A command that stands there twice is listed twice."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line.startswith("grpcurl ")]
 
 
 @pytest.fixture
 def shell(tools, broker, lent):
-    """Runs a line of the document as the shell would."""
+    """Runs a line of the document in a shell."""
     if "problem" in tools["grpcurl"]:
         pytest.skip(f"grpcurl NOT RUN: {tools['grpcurl']['problem']}")
     variables = {
@@ -79,7 +79,7 @@ def test_every_admin_method_is_documented():
 
 @pytest.mark.tool("grpcurl")
 def test_answers_carry_no_secrets(shell):
-    """Handles and tokens are bearer secrets: no description of an Admin answer mentions them."""
+    """Handles and tokens are bearer secrets, so no answer of Admin may contain them."""
     for line in grpcurl_commands():
         if "Admin/List" in line or "Admin/GetNode" in line:
             assert not re.search(r"opaque|grantToken|session_?id", shell(line).stdout, re.IGNORECASE), line

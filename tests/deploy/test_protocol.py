@@ -1,4 +1,4 @@
-"""buf's view of the protocol. Compatibility is also tested in Rust, without buf."""
+"""Checks the protocol with buf. Rust tests check compatibility too, without buf."""
 
 import shutil
 
@@ -11,7 +11,7 @@ BASELINE = ROOT / "tests" / "fixtures" / "swiftcache-v1.binpb"
 
 
 def changed(directory, file, old, new):
-    """A copy of the protocol with one thing changed."""
+    """A copy of the protocol with one change."""
     copy = directory / "proto"
     shutil.copytree(PROTO / "proto", copy / "proto")
     shutil.copy(PROTO / "buf.yaml", copy)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real broker; what rules, dashboard and document name is really there."""
+"""A real Prometheus scrapes a real broker. Every metric that the rules, the dashboard and the document name exists."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import yaml
 from conftest import on_a_free_port
 from test_monitoring import OPERATIONS, PROMETHEUS, RULES, dashboard_expressions, metrics_in, rules
 
-# Parts of a scrape's text.
+# Lines in the text of a scrape.
 TYPE = re.compile(r"^# TYPE (\w+) (\w+)$", re.MULTILINE)
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ", re.MULTILINE)
 
@@ -75,7 +75,7 @@ def test_the_accounts_are_in_the_scrape(scrape, lent):
 
 
 class RunningPrometheus:
-    """Scrapes one broker with the committed rules, every 2 s."""
+    """A Prometheus that scrapes one broker every 2 s, with the committed rules."""
 
     def __init__(self, program, directory, target):
         settings = yaml.safe_load(PROMETHEUS.read_text())
@@ -146,12 +146,12 @@ def test_prometheus_evaluates_every_rule(prometheus):
 
 @pytest.mark.tool("prometheus")
 def test_prometheus_answers_every_panel(prometheus):
-    """What Grafana would send, with its variables filled in; counters need two scrapes before rates exist."""
+    """Sends the queries that Grafana would send, with its variables filled in. A rate needs two scrapes."""
     prometheus.until(lambda: prometheus.query("rate(swiftcache_lookups_total[1m]) >= 0"), "a rate")
     for text in dashboard_expressions():
         if text.startswith("label_values"):
             continue
         filled = text.replace("$__rate_interval", "1m").replace("$node", ".*")
-        # Ratios and quantiles of nothing have no sample in a node that is at rest.
+        # On an idle node, ratios and quantiles have no sample.
         idle = re.search(r"swiftcache:|/|changes\(", filled)
         prometheus.until(lambda: prometheus.query(filled) or idle, filled)

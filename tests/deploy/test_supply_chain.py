@@ -1,4 +1,4 @@
-"""What SwiftCache is made of: licences, sources, versions, and the bill of materials."""
+"""Checks SwiftCache's dependencies: licences, sources, versions, and the bill of materials."""
 
 import copy
 import json
@@ -30,8 +30,8 @@ def metadata():
 
 
 def permitted(expression, allowed):
-    """Whether the licences in `allowed` alone satisfy an SPDX expression."""
-    # Crates of old write A/B for A OR B.
+    """Whether the licences in `allowed` are enough to satisfy an SPDX expression."""
+    # Old crates write A/B instead of A OR B.
     parsed = LICENSING.parse(re.sub(r"\s*/\s*", " OR ", expression), validate=True)
 
     def satisfied(node):
@@ -145,7 +145,7 @@ def test_this_compiler_is_not_older_than_stated():
 
 
 def older_toolchain(stated):
-    """The name rustup has for the stated compiler, if it has it."""
+    """rustup's name of the stated compiler, or None if it is not installed."""
     if not shutil.which("rustup"):
         return None
     listed = subprocess.run(["rustup", "toolchain", "list"], capture_output=True, text=True, check=True).stdout
@@ -154,7 +154,7 @@ def older_toolchain(stated):
 
 @pytest.mark.tool("oldest compiler")
 def test_the_stated_compiler_accepts_everything():
-    """Where the installed one is newer: otherwise every build of this run was it."""
+    """Needed only if the installed compiler is newer. Otherwise every build of this run used the stated one."""
     stated = workspace()["package"]["rust-version"]
     told = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=True).stdout
     if told.split()[1].startswith(f"{stated}."):
@@ -162,14 +162,14 @@ def test_the_stated_compiler_accepts_everything():
     toolchain = older_toolchain(stated)
     if not toolchain:
         pytest.skip(f"oldest compiler NOT RUN: the compiler here is {told.split()[1]}, and rustup has no {stated}")
-    # In a directory of its own: the two compilers do not share what they built.
+    # In a separate target directory, because the two compilers cannot share build results.
     done = subprocess.run(["cargo", f"+{toolchain}", "check", "--locked", "--workspace", "--target-dir",
                            ROOT / "target" / "oldest"], capture_output=True, text=True, timeout=1800, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def unlocked(text):
-    """Builds, tests and checks that could change the locked versions behind our back."""
+    """Builds, tests and checks that could change the locked versions without notice."""
     cargo = re.findall(r"(?:\$\(CARGO\)|\bcargo) (?:build|test|clippy|run|install|bench)\b.*", text)
     return [line for line in cargo if "--locked" not in line and "--version" not in line]
 
@@ -181,7 +181,7 @@ def test_every_build_is_locked():
 
 
 def test_shipped_crates_have_no_heavy_features(metadata):
-    """Features that pull in what is never used: each was looked at once, and stays out."""
+    """The unwanted features would add code that is never used."""
     unwanted = {"tokio": {"full", "test-util"}, "hdrhistogram": {"serialization"}}
     seen = set()
     for node in sbom.shipped(metadata).values():

