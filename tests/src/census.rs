@@ -1,4 +1,4 @@
-//! What a process holds of the kernel's: so that what it leaks shows.
+//! Counts what a process holds in the kernel, so that a test can see what the process leaks.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,17 +9,18 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Threads of tokio's pool for blocking calls: they come with load and go when idle, and are no leak.
+/// The name of the threads in tokio's pool for blocking calls. They start under load and end when idle, so they are no
+/// leak.
 const POOL_THREAD: &str = "tokio-rt-worker";
 
 /// Descriptors by kind, mappings of shared memory by inode, threads by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
-    /// "socket", "pidfd", a memfd's name, a file's path, ... and how many.
+    /// How many open descriptors there are of each kind: "socket", "pidfd", a memfd's name, a file's path, ...
     pub descriptors: BTreeMap<String, usize>,
-    /// Inodes of the memfds it has mapped.
+    /// Inodes of the mapped memfds.
     pub mapped: BTreeSet<u64>,
-    /// Names of its threads, and how many of each.
+    /// How many threads there are of each name.
     pub threads: BTreeMap<String, usize>,
 }
 
@@ -27,7 +28,7 @@ impl Census {
     /// Counts a process.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the process is gone.
     pub fn of(pid: u32) -> Result<Self> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let mut census = Self {
@@ -35,7 +36,7 @@ impl Census {
             ..Self::default()
         };
         for entry in fs::read_dir(proc.join("fd")).context("descriptors")? {
-            // One that was closed meanwhile, like this directory's own, is none.
+            // A descriptor that was closed meanwhile does not count. The one of this directory is such a descriptor.
             if let Ok(target) = fs::read_link(entry?.path()) {
                 *census
                     .descriptors
@@ -56,11 +57,11 @@ impl Census {
         Ok(census)
     }
 
-    /// What it holds more of than `idle`, for people.
+    /// What this census has more of than `idle`, for people.
     #[must_use]
     pub fn beyond(&self, idle: &Self) -> Vec<String> {
         let more = |what: &str, now: &BTreeMap<String, usize>, then: &BTreeMap<String, usize>| {
-            // Named by the process, as simulated devices' accounts are: no two processes have the same.
+            // The account files of simulated devices have the process in their name, so no two processes have the same.
             let own = |kind: &str| kind.contains("/usage/");
             let more = now
                 .iter()
@@ -80,7 +81,7 @@ impl Census {
         all
     }
 
-    /// Descriptors of a kind.
+    /// How many descriptors there are of a kind.
     pub fn count(&self, kind: &str) -> usize {
         self.descriptors.get(kind).copied().unwrap_or(0)
     }
@@ -89,7 +90,7 @@ impl Census {
 /// Resident memory of a process, bytes.
 ///
 /// # Errors
-/// When it is gone.
+/// When the process is gone.
 pub fn resident_bytes(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -100,11 +101,11 @@ pub fn resident_bytes(pid: u32) -> Result<u64> {
 /// Inodes of the memfds that a process has mapped.
 ///
 /// # Errors
-/// When it is gone.
+/// When the process is gone.
 pub fn mapped(pid: u32) -> Result<BTreeSet<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("mappings")?;
     let memfds = maps.lines().filter(|line| line.contains("/memfd:"));
-    // address, permissions, offset, device, inode, path
+    // The fields of a line are: address, permissions, offset, device, inode, path.
     let inodes = memfds.filter_map(|line| line.split_ascii_whitespace().nth(4)?.parse().ok());
     Ok(inodes.collect())
 }
@@ -112,12 +113,12 @@ pub fn mapped(pid: u32) -> Result<BTreeSet<u64>> {
 /// The inode of an open file.
 ///
 /// # Errors
-/// When the kernel will not say.
+/// When the kernel does not answer.
 pub fn inode(file: impl AsFd) -> Result<u64> {
     Ok(rustix::fs::fstat(file)?.st_ino)
 }
 
-/// "socket" of "socket:[4711]", "[pidfd]" of "anon_inode:[pidfd]", a path as it is.
+/// The kind of a descriptor: "socket" for "socket:[4711]", "[pidfd]" for "anon_inode:[pidfd]", and a path unchanged.
 fn kind(target: &str) -> String {
     match target.split_once(':') {
         Some(("anon_inode", what)) => what.to_owned(),

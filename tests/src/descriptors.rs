@@ -1,4 +1,4 @@
-//! The fd socket spoken by hand, and the memory that goes over it.
+//! Requests to the fd socket without the client library, and the memory that is passed over it.
 
 use std::{
     fs::File,
@@ -21,10 +21,10 @@ use rustix::{
 };
 use swiftcache_proto::fd_socket::{self, REPLY_BYTES};
 
-/// Sealed shared memory, as the host backend exports it.
+/// Sealed shared memory like that which the host backend exports.
 ///
 /// # Errors
-/// When the operating system has none.
+/// When the operating system gives none.
 pub fn memory(bytes: u64) -> Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memfd = rustix::fs::memfd_create("swiftcache-hbm", flags)?;
@@ -42,7 +42,7 @@ pub fn fetch(socket: &Path, token: &[u8]) -> Result<(fd_socket::Status, Option<O
     exchange(socket, &fd_socket::Request::Fetch { token }, &[])
 }
 
-/// One conversation on the fd socket.
+/// One request and its answer on the fd socket.
 ///
 /// # Errors
 /// When the broker does not answer.

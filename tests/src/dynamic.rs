@@ -1,4 +1,4 @@
-//! Every RPC of the protocol by its descriptor, with bodies that no generated client would send.
+//! Calls any RPC of the protocol by its descriptor, with bodies that no generated client would send.
 
 use prost::bytes::{Buf, BufMut};
 use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor};
@@ -12,7 +12,7 @@ use tonic::{
 
 use crate::wire::Wire;
 
-/// Bodies as they are.
+/// A codec that passes bodies on unchanged.
 #[derive(Clone, Copy, Debug, Default)]
 struct Raw;
 
@@ -55,7 +55,7 @@ impl Decoder for Raw {
 /// Every method of Broker and Admin.
 ///
 /// # Errors
-/// When the descriptors that the protocol was built with cannot be read.
+/// When the protocol's descriptors cannot be read.
 pub fn methods() -> anyhow::Result<Vec<MethodDescriptor>> {
     let pool = DescriptorPool::decode(v1::FILE_DESCRIPTOR_SET)?;
     Ok(pool
@@ -64,25 +64,26 @@ pub fn methods() -> anyhow::Result<Vec<MethodDescriptor>> {
         .collect())
 }
 
-/// A request of the method in protobuf's text format.
+/// Reads a request of the method from protobuf's text format.
 ///
 /// # Errors
-/// When the text is not one.
+/// When the text is not a request of the method.
 pub fn request(method: &MethodDescriptor, text: &str) -> anyhow::Result<DynamicMessage> {
     Ok(DynamicMessage::parse_text_format(method.input(), text)?)
 }
 
-/// "/swiftcache.v1.Broker/Offer".
+/// The method's path, for example "/swiftcache.v1.Broker/Offer".
 fn path(method: &MethodDescriptor) -> Result<PathAndQuery, Status> {
     let service = method.parent_service().full_name().to_owned();
     let path = format!("/{service}/{}", method.name());
     path.parse().map_err(|_| Status::internal(path))
 }
 
-/// Calls a method with this body: of a streaming one, `bodies` are its messages, and the answer is its last one.
+/// Calls a method with the first of `bodies`. For a streaming method, `bodies` are the stream's messages, and the last
+/// answer is returned.
 ///
 /// # Errors
-/// What the broker answers, or the connection.
+/// When the broker answers with an error, or the connection fails.
 pub fn call(
     wire: &Wire,
     method: &MethodDescriptor,

@@ -1,4 +1,4 @@
-//! An engine whose KV bytes are a function of block and layer, so that every byte it gets back can be checked.
+//! An engine whose KV bytes are a function of block and layer, so that every byte that it gets back can be checked.
 
 use std::{
     sync::Arc,
@@ -21,10 +21,10 @@ pub const LAYERS: [u64; 4] = [4096, 2048, 8192, 2048];
 pub const BLOCK_BYTES: u64 = 16 << 10;
 /// Bytes of a slab: 16 blocks.
 pub const SLAB_BYTES: u64 = 16 * BLOCK_BYTES;
-/// Blocks in an engine's pool. Sequences are computed in the lower half and loaded into the upper.
+/// Blocks in an engine's pool. Sequences are computed in the lower half, and loaded into the upper half.
 pub const POOL: u32 = 256;
 
-/// The namespace of engines that are given no other.
+/// The default namespace of engines.
 pub const NAMESPACE: &str = "an engine under test";
 
 /// An engine with its own pool and borrower.
@@ -36,12 +36,12 @@ pub struct Engine {
     pub borrower: Arc<Borrower>,
 }
 
-/// How a fetch went.
+/// The result of a fetch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fetched {
     /// Blocks that the lookup found.
     pub found: u32,
-    /// Of those, blocks whose bytes were served and right.
+    /// How many of them were loaded. All their bytes were right.
     pub served: u32,
 }
 
@@ -52,7 +52,7 @@ pub fn hash(n: u32) -> BlockHash {
     BlockHash(bytes)
 }
 
-/// What block `n` holds in a layer.
+/// The bytes of block `n` in a layer.
 pub fn pattern(n: u32, layer: usize) -> Vec<u8> {
     let mut word = (u64::from(n) << 8 | layer as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut bytes = Vec::with_capacity(LAYERS[layer] as usize);
@@ -63,7 +63,7 @@ pub fn pattern(n: u32, layer: usize) -> Vec<u8> {
     bytes
 }
 
-/// A borrower's settings for this engine: leases up to `slabs`, one at a time.
+/// A borrower's settings for this engine: it leases up to `slabs` slabs, one at a time.
 pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
     let layout = Layout {
         namespace: NAMESPACE.to_owned(),
@@ -77,10 +77,10 @@ pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
 }
 
 impl Engine {
-    /// An engine with a pool on the borrower's device: in its HBM on CUDA, in host memory elsewhere.
+    /// An engine with a pool on the borrower's device. On CUDA the pool is in HBM, otherwise in host memory.
     ///
     /// # Errors
-    /// When the pool or the borrower cannot be had.
+    /// When the pool or the borrower cannot be created.
     pub fn new(
         session: Option<Session>,
         layer: Arc<dyn DeviceLayer>,
@@ -90,10 +90,10 @@ impl Engine {
         Self::over(borrower, layer.as_ref())
     }
 
-    /// Another engine thread with a pool of its own, over a borrower that others use too.
+    /// Another engine thread, with its own pool, that shares a borrower with others.
     ///
     /// # Errors
-    /// When the pool cannot be had.
+    /// When the pool cannot be created.
     pub fn over(borrower: Arc<Borrower>, layer: &dyn DeviceLayer) -> Result<Self> {
         let device = borrower.config().device.clone();
         let real = layer.name() == "cuda";
@@ -102,7 +102,7 @@ impl Engine {
             .map(|layer_bytes| {
                 let bytes = u64::from(POOL) * layer_bytes;
                 Ok(PagedLayer {
-                    // A simulated device's HBM is counted, and tests expect to find donors' there only.
+                    // The HBM of a simulated device is counted, and tests expect that only donors use it.
                     memory: match layer.handle_kinds().first() {
                         Some(kind) if real => layer.allocate(&device, bytes, *kind)?,
                         _ => layer.allocate_host(&device, bytes)?,
@@ -127,17 +127,17 @@ impl Engine {
         &self.kv
     }
 
-    /// Leases `slabs` slabs now, trying until donors have offered that much.
+    /// Leases `slabs` slabs now. Tries until donors have offered that much.
     ///
     /// # Errors
-    /// When they have not after a minute.
+    /// When they have not within [`PATIENCE`].
     pub fn reserve(&self, slabs: u64) -> Result<()> {
         eventually("slabs to lease", || {
             Ok(self.borrower.reserve(slabs * SLAB_BYTES) >= slabs * SLAB_BYTES)
         })
     }
 
-    /// Writes what computing block `n` would, into pool block `block`.
+    /// Writes the bytes of block `n` into pool block `block`, as computing it would.
     ///
     /// # Errors
     /// When the device layer fails.
@@ -149,7 +149,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether pool block `block` holds block `n`'s bytes of a layer.
+    /// Whether pool block `block` holds the bytes of block `n` in a layer.
     ///
     /// # Errors
     /// When the device layer fails.
@@ -185,7 +185,7 @@ impl Engine {
         Ok(self.store_computed(sequence))
     }
 
-    /// Stores a sequence from the pool's first blocks as they are.
+    /// Stores the pool's first blocks, with whatever bytes they hold, as a sequence.
     pub fn store_computed(&self, sequence: &[u32]) -> Stored {
         let blocks: Vec<_> = sequence.iter().map(|n| hash(*n)).zip(0..).collect();
         self.borrower.store(&blocks, &self.kv, &|_| None).finish()
@@ -197,7 +197,7 @@ impl Engine {
         self.borrower.lookup(&hashes)
     }
 
-    /// Looks a sequence up, loads what is found, and checks every byte that is said to hold.
+    /// Looks a sequence up, loads the blocks that are found, and checks every byte of the blocks that did not fail.
     ///
     /// # Errors
     /// When a byte is wrong.
@@ -206,13 +206,13 @@ impl Engine {
         self.load(&hit, sequence)
     }
 
-    /// Loads a hit into the pool's upper half and checks every byte that is said to hold.
+    /// Loads a hit into the pool's upper half, and checks every byte of the blocks that did not fail.
     ///
     /// # Errors
     /// When a byte is wrong.
     pub fn load(&self, hit: &Hit, sequence: &[u32]) -> Result<Fetched> {
         let blocks: Vec<u32> = (POOL / 2..POOL).take(hit.blocks() as usize).collect();
-        // What was there before must not pass for what is loaded.
+        // Old bytes in the blocks must not look like loaded bytes.
         for block in &blocks {
             self.compute(u32::MAX, *block)?;
         }
@@ -239,10 +239,10 @@ impl Engine {
     }
 }
 
-/// Tries until something holds.
+/// Calls `holds` until it returns true.
 ///
 /// # Errors
-/// When it does not within [`PATIENCE`], or trying fails.
+/// When it does not within [`PATIENCE`], or when it fails.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !holds()? {
@@ -250,7 +250,7 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
         in_time
             .then_some(())
             .with_context(|| format!("waited in vain for {what}"))?;
-        // Gives other processes the core; nothing depends on how long it takes.
+        // The pause only lets other processes run. Nothing depends on its length.
         std::thread::park_timeout(Duration::from_millis(2));
     }
     Ok(())

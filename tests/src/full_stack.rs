@@ -1,5 +1,5 @@
-//! A broker, `swiftcache donate` and a borrower, each a process of its own, on CUDA devices: blocks go to a donor's HBM
-//! and come back, every byte is checked, and the donor gets all of it back.
+//! The full stack on CUDA devices: a broker, `swiftcache donate` and a borrower, in three processes. Blocks go to the
+//! donor's HBM and come back, every byte is checked, and the donor gets all of its memory back.
 
 use std::{
     process::Command,
@@ -18,37 +18,45 @@ use crate::{
     programs::{Program, program},
 };
 
-/// Slabs of the donor: room for every block of the job.
+/// Slabs of the donor. They have room for every block of the job.
 pub const SLABS: u64 = 20;
-/// Operations at random, stores and fetches.
+/// Random operations: stores and fetches.
 const MIXED: u64 = 200;
 
-/// What went through a full stack.
+/// The result of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     /// Blocks written to the donor.
     pub stored: u64,
-    /// Blocks read back from it, every byte right.
+    /// Blocks read back from the donor. All their bytes were right.
     pub served: u64,
-    /// From asking the donor to leave until it was gone, everything its own again.
+    /// Time from asking the donor to exit until it had exited with all of its memory.
     pub gave_back: Duration,
 }
 
-/// Runs one: `devices` are the numbers of the donor's and of the borrower's, `handle` is how `swiftcache donate` calls
-/// the kind of handle.
+/// The devices of the two processes, by their numbers in the node.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// The donor's device.
+    pub donor: usize,
+    /// The borrower's device.
+    pub borrower: usize,
+}
+
+/// Runs the full stack once. `handle` is the name of the handle kind in `swiftcache donate --handle`.
 ///
 /// # Errors
-/// When a process does not come up, a block is lost, a byte is wrong, or the donor does not get everything back.
-pub fn run(setup: Setup, devices: (usize, usize), handle: &str) -> Result<Outcome> {
+/// When a process does not start, a block is lost, a byte is wrong, or the donor does not get everything back.
+pub fn run(setup: Setup, places: Places, handle: &str) -> Result<Outcome> {
     let node = Node::start_with(setup)?;
-    let mut donor = donate(&node, devices.0, handle)?;
+    let mut donor = donate(&node, places.donor, handle)?;
     offered(&node, &mut donor)?;
     let job = Job {
         slabs: SLABS,
         host_blocks: 0,
         ..Job::new("borrower", 1)
     };
-    let mut borrower = BorrowerProcess::start(&node, devices.1, &job)?;
+    let mut borrower = BorrowerProcess::start(&node, places.borrower, &job)?;
     borrower.run(&format!("reserve {SLABS}"))?;
     let stored = borrower.run("sweep-store")?.stored;
     let fetched = borrower.run("sweep-fetch")?;
@@ -58,7 +66,7 @@ pub fn run(setup: Setup, devices: (usize, usize), handle: &str) -> Result<Outcom
         "{stored} blocks were stored, {fetched:?}"
     );
     borrower.run(&format!("mix {MIXED}"))?;
-    // The donor leaves while the borrower has everything mapped, and is told when that is over.
+    // The donor is asked to exit while the borrower has all slabs mapped. It exits when the borrower has unmapped them.
     let asked = Instant::now();
     donor.signal(Signal::TERM)?;
     donor.finish().context("the donor")?;
@@ -73,7 +81,7 @@ pub fn run(setup: Setup, devices: (usize, usize), handle: &str) -> Result<Outcom
     })
 }
 
-/// How `swiftcache donate` calls a kind of handle, if it offers it.
+/// The name of a handle kind in `swiftcache donate --handle`, if it has this kind.
 pub fn handle_name(kind: HandleKind) -> Option<&'static str> {
     match kind {
         HandleKind::CudaIpc => Some("cuda-ipc"),
@@ -82,10 +90,10 @@ pub fn handle_name(kind: HandleKind) -> Option<&'static str> {
     }
 }
 
-/// Waits until the broker knows all that a donor of [`donate`] offers.
+/// Waits until the broker knows everything that a donor of [`donate`] offers.
 ///
 /// # Errors
-/// When the donor ends early, or nothing comes.
+/// When the donor ends early, or its offer does not come.
 pub fn offered(node: &Node, donor: &mut Program) -> Result<()> {
     eventually("the donor's offer", || {
         ensure!(!donor.has_ended()?, "swiftcache donate ended early");
@@ -98,7 +106,7 @@ pub fn offered(node: &Node, donor: &mut Program) -> Result<()> {
     })
 }
 
-/// Starts `swiftcache donate` with [`SLABS`] slabs of a device, by the kind of handle that it calls `handle`.
+/// Starts `swiftcache donate` with [`SLABS`] slabs of a device and the handle kind that it calls `handle`.
 ///
 /// # Errors
 /// When it cannot be started.

@@ -1,4 +1,4 @@
-//! A node for a test: a real broker on real sockets in a directory of its own, over simulated devices or real ones.
+//! A node for a test: a real broker on real sockets in a separate directory, with simulated or real devices.
 
 use std::{
     collections::BTreeMap,
@@ -68,42 +68,43 @@ pub struct Node {
     broker: Option<Program>,
 }
 
-/// What a node's devices are.
+/// The devices of a node.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Devices {
-    /// Three simulated ones, two of them on NVLink.
+    /// Three simulated devices. Two of them are on NVLink.
     #[default]
     Simulated,
-    /// Those that a topology file says there are. Borrowers use CUDA when it names GPUs.
+    /// The devices of a topology file. Borrowers use CUDA when the file names GPUs.
     File(PathBuf),
-    /// GPUs, which the broker finds through NVML, and borrowers through CUDA.
+    /// GPUs. The broker finds them through NVML, borrowers through CUDA.
     Gpus(Vec<Device>),
 }
 
-/// How a node's broker is run.
+/// How to run a node's broker.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
-    /// Over which devices.
+    /// The node's devices.
     pub devices: Devices,
-    /// Further options.
+    /// Further options of the broker.
     pub options: Vec<String>,
-    /// What is logged; warnings when empty.
+    /// The log level or filter. Empty: warnings.
     pub log: String,
-    /// Where the log goes, added at its end; to the test's own standard error when not set.
+    /// The file that the log is appended to. None: the test's own standard error.
     pub log_file: Option<PathBuf>,
-    /// Shell commands run first, in the broker's own process: limits, for instance.
+    /// Shell commands that run first, in the broker's own process, for example to set limits.
     pub shell: Option<String>,
-    /// HBM of each device, bytes; 1 GiB when not set.
+    /// HBM of each device, bytes. None: 1 GiB.
     pub hbm_bytes: Option<u64>,
-    /// What every process of the node has in its environment beyond the test's own: which driver to load, for instance.
+    /// What every process of the node has in its environment in addition to the test's own, for example which driver to
+    /// load.
     pub environment: BTreeMap<String, OsString>,
 }
 
 impl Node {
-    /// Starts a broker with further `options`.
+    /// Starts a node whose broker has these further `options`.
     ///
     /// # Errors
-    /// When it is not built or cannot start.
+    /// When the broker is not built or cannot start.
     pub fn start(options: &[&str]) -> Result<Self> {
         Self::start_with(Setup {
             options: options.iter().map(|option| (*option).to_owned()).collect(),
@@ -111,10 +112,10 @@ impl Node {
         })
     }
 
-    /// Starts a broker run in its own way.
+    /// Starts a node with this setup.
     ///
     /// # Errors
-    /// When it is not built or cannot start.
+    /// When the broker is not built or cannot start.
     pub fn start_with(setup: Setup) -> Result<Self> {
         let directory = tempfile::tempdir().context("a directory for the node")?;
         let usage = directory.path().join("usage");
@@ -145,7 +146,7 @@ impl Node {
         Ok(node)
     }
 
-    /// Starts the broker (again), in the same directory, and waits until it listens.
+    /// Starts the broker, for the first time or again, in the node's directory, and waits until it listens.
     ///
     /// # Errors
     /// When it cannot start.
@@ -190,22 +191,22 @@ impl Node {
         }
     }
 
-    /// Tells a program of the node's topology, where a file says what it is.
+    /// Adds the node's topology file to a program's options, unless the devices are GPUs.
     pub fn name_topology(&self, command: &mut Command) {
         if !matches!(self.setup.devices, Devices::Gpus(_)) {
             command.arg("--topology").arg(self.topology_file());
         }
     }
 
-    /// What the node's processes have in their environment beyond the test's own.
+    /// What the node's processes have in their environment in addition to the test's own.
     pub fn environment(&self) -> &BTreeMap<String, OsString> {
         &self.setup.environment
     }
 
-    /// SIGKILLs the broker.
+    /// Sends SIGKILL to the broker.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no broker.
     pub fn kill_broker(&mut self) -> Result<()> {
         self.broker.take().context("no broker")?.kill()
     }
@@ -213,15 +214,15 @@ impl Node {
     /// The broker's process.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no broker.
     pub fn broker(&self) -> Result<&Program> {
         self.broker.as_ref().context("no broker")
     }
 
-    /// The broker's process, to be waited for.
+    /// The broker's process, for a test that waits for its end.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no broker.
     pub fn broker_mut(&mut self) -> Result<&mut Program> {
         self.broker.as_mut().context("no broker")
     }
@@ -234,10 +235,10 @@ impl Node {
         Ok(fs::remove_file(self.directory.path().join("ledger"))?)
     }
 
-    /// Where the broker serves its metrics, as its log says; one of level info, in a file.
+    /// The address of the broker's metrics, from its log. The setup must log level info to a file.
     ///
     /// # Errors
-    /// When it does not say so.
+    /// When the log does not have the address.
     pub fn metrics_address(&self) -> Result<String> {
         let log = self.setup.log_file.as_ref().context("no log file")?;
         let mut address = String::new();
@@ -254,7 +255,7 @@ impl Node {
         Ok(address)
     }
 
-    /// The broker's metrics, status line and headers included.
+    /// The broker's metrics, with the status line and headers of the HTTP answer.
     ///
     /// # Errors
     /// When it does not answer.
@@ -281,7 +282,7 @@ impl Node {
         self.directory.path()
     }
 
-    /// A fresh device layer over the node's devices.
+    /// A new device layer with the node's devices.
     ///
     /// # Errors
     /// When the node's directory is gone.
@@ -294,7 +295,7 @@ impl Node {
         self.topology.devices[number].uuid.clone()
     }
 
-    /// Has a simulated neighbour use this much of a device's HBM.
+    /// Makes a simulated neighbour use this much of a device's HBM.
     ///
     /// # Errors
     /// When the node's directory is gone.
@@ -318,7 +319,7 @@ impl Node {
     }
 }
 
-/// Connects a session, however busy the machine is.
+/// Connects a session. Waits long enough for a busy machine.
 ///
 /// # Errors
 /// When the broker does not answer.

@@ -1,4 +1,4 @@
-//! The node as its operator sees it, and whether its accounts hold.
+//! The node as its operator sees it, with checks of its accounts.
 
 use std::{collections::BTreeMap, error::Error as _};
 
@@ -8,7 +8,7 @@ use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{engine::eventually, node::Node, wire::Wire};
 
-/// Asks the Admin service.
+/// A client of the Admin service.
 #[derive(Clone, Debug)]
 pub struct Operator {
     wire: Wire,
@@ -30,7 +30,7 @@ impl Operator {
         &self.wire
     }
 
-    /// The node in one answer.
+    /// The answer of GetNode.
     ///
     /// # Errors
     /// When the broker does not answer.
@@ -91,7 +91,7 @@ impl Operator {
         Ok(answer.events)
     }
 
-    /// Asks, and once more when the connection was to a broker that is gone since.
+    /// Calls the Admin service. Calls it once more if the connection was to a broker that is gone.
     fn ask<T>(
         &self,
         call: impl AsyncFn(AdminClient<Channel>) -> Result<Response<T>, Status>,
@@ -105,11 +105,10 @@ impl Operator {
         Ok(answer?.into_inner())
     }
 
-    /// The node's account, after checking that its devices' accounts balance and make it up, and that no slab is
-    /// lent twice.
+    /// The node's account. Checks that the devices' accounts balance and add up to it, and that no slab is lent twice.
     ///
     /// # Errors
-    /// When they do not.
+    /// When a check fails.
     pub fn account(&self) -> Result<v1::Account> {
         let node = self.node()?;
         let devices = node.devices.iter().filter_map(|status| status.account);
@@ -122,10 +121,10 @@ impl Operator {
         Ok(total)
     }
 
-    /// As [`Self::account`], when nothing changes any more: then regions and leases make up the node too.
+    /// Like [`Self::account`], after waiting until nothing changes. Then regions and leases must add up to it too.
     ///
     /// # Errors
-    /// When they do not.
+    /// When a check fails.
     pub fn settled(&self) -> Result<v1::Account> {
         let mut seen = Default::default();
         eventually("nothing to change while it is looked at", || {
@@ -149,10 +148,10 @@ impl Operator {
         Ok(total)
     }
 
-    /// Waits until the node's account is as it should be; it balances all the while.
+    /// Waits until `holds` is true for the node's account. Checks all the time that the account balances.
     ///
     /// # Errors
-    /// When it never is.
+    /// When it never becomes true, or a check fails.
     pub fn eventually(&self, what: &str, holds: impl Fn(&v1::Account) -> bool) -> Result<()> {
         let mut last = v1::Account::default();
         eventually(what, || {
@@ -163,10 +162,10 @@ impl Operator {
     }
 }
 
-/// Whether `parts` make up `whole`, and each has all its bytes in one place.
+/// Checks that `parts` add up to `whole`, and that the states of each part add up to its offered bytes.
 ///
 /// # Errors
-/// When not.
+/// When they do not.
 pub fn balanced(whole: &v1::Account, parts: impl IntoIterator<Item = v1::Account>) -> Result<()> {
     let mut sum = v1::Account::default();
     for part in parts {
@@ -193,10 +192,10 @@ pub fn balanced(whole: &v1::Account, parts: impl IntoIterator<Item = v1::Account
     Ok(())
 }
 
-/// Whether no two leases are of one slab.
+/// Checks that no two leases have the same slab.
 ///
 /// # Errors
-/// When they are.
+/// When two leases do.
 pub fn lent_once(leases: &[v1::LeaseStatus]) -> Result<()> {
     let mut slabs = BTreeMap::new();
     for lease in leases {

@@ -1,4 +1,4 @@
-//! Where the real programs are, and how a test runs them: never one longer than the test.
+//! Finds and runs the real programs. No program runs longer than its test.
 
 use std::{
     env,
@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 /// When it has not been built.
 pub fn program(name: &str) -> Result<PathBuf> {
     let test = env::current_exe().context("where is this test?")?;
-    // target/<profile>/deps/<test>, or target/<profile>/<program>.
+    // This test is target/<profile>/deps/<test>; the program is target/<profile>/<program>.
     for folder in test.ancestors().skip(1).take(2) {
         let candidate = folder.join(name);
         if candidate.is_file() {
@@ -29,11 +29,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
     )
 }
 
-/// A running program. Killed when dropped.
+/// A running program. Drop kills it.
 #[derive(Debug)]
 pub struct Program {
     child: Child,
-    /// Closed when the program is dropped, which well-behaved ones take as the end.
+    /// The program's input. A well-behaved program exits when it is closed.
     stdin: Option<ChildStdin>,
 }
 
@@ -51,10 +51,10 @@ impl Program {
         Ok(Self { child, stdin })
     }
 
-    /// Starts a program and waits until it prints a line, which says that it is ready. Returns the line.
+    /// Starts a program, and waits until it prints a line to say that it is ready. Returns the line.
     ///
     /// # Errors
-    /// When it ends without a line.
+    /// When the program ends without a line.
     pub fn start_ready(command: &mut Command) -> Result<(Self, String)> {
         let mut program = Self::start(command.stdout(Stdio::piped()))?;
         let stdout = program.child.stdout.take().context("no standard output")?;
@@ -66,7 +66,7 @@ impl Program {
         Ok((program, line.trim_end().to_owned()))
     }
 
-    /// Starts a program that is spoken to by lines: returns what it prints.
+    /// Starts a program that reads and prints lines. Returns its output too.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -76,19 +76,19 @@ impl Program {
         Ok((program, BufReader::new(stdout)))
     }
 
-    /// Says a line to it.
+    /// Writes a line to the program's input.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the program is gone.
     pub fn say(&mut self, line: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().context("its input is closed")?;
         Ok(writeln!(stdin, "{line}")?)
     }
 
-    /// Closes its input, and waits until it has ended by itself.
+    /// Closes the program's input, and waits until the program has exited.
     ///
     /// # Errors
-    /// When it ends with another status than 0.
+    /// When its exit status is not 0.
     pub fn finish(&mut self) -> Result<()> {
         self.stdin = None;
         let status = self.child.wait()?;
@@ -96,10 +96,10 @@ impl Program {
         Ok(())
     }
 
-    /// Whether it has ended, by itself or not.
+    /// Whether the program has ended, in whatever way.
     ///
     /// # Errors
-    /// When it cannot be asked.
+    /// When the operating system does not say.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_some())
     }
@@ -109,12 +109,12 @@ impl Program {
         self.child.id()
     }
 
-    /// Sends SIGKILL, and waits until the kernel has taken the process apart.
+    /// Sends SIGKILL, and waits until the process is gone.
     ///
     /// # Errors
-    /// When it cannot be waited for.
+    /// When waiting fails.
     pub fn kill(&mut self) -> Result<()> {
-        // One that is gone already is as good as killed.
+        // This only fails when the process is already gone.
         let _ = self.child.kill();
         self.child.wait()?;
         Ok(())

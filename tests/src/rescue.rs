@@ -1,4 +1,5 @@
-//! A borrower whose every slab is revoked, and what it still finds: what moving blocks out of revoked slabs is worth.
+//! Revokes every slab of a borrower, and counts the blocks that it still finds. This shows what moving blocks out of
+//! revoked slabs gains.
 
 use anyhow::{Result, ensure};
 use swiftcache_client::donor::{Donor, DonorConfig};
@@ -9,14 +10,14 @@ use crate::{
     node::Node,
 };
 
-/// Conversations, of one slab each.
+/// Conversations. Each fills one slab.
 pub const CONVERSATIONS: u32 = 8;
-/// Blocks of each.
+/// Blocks of each conversation.
 pub const BLOCKS: u32 = 16;
 /// Conversations that the host tier has room for.
 pub const ROOM: u32 = 2;
 
-/// How often a conversation is asked for: the first two are hot.
+/// How often a conversation is asked for. The first two are hot.
 #[must_use]
 pub fn asked(conversation: u32) -> u32 {
     if conversation < ROOM { 3 } else { 1 }
@@ -26,10 +27,11 @@ fn sequence(conversation: u32) -> Vec<u32> {
     (0..BLOCKS).map(|n| conversation * 1_000 + n).collect()
 }
 
-/// Blocks of each conversation that are found after all slabs were revoked, moving blocks or not.
+/// How many blocks of each conversation are found after all slabs were revoked. `move_blocks` says whether the borrower
+/// moves blocks out of revoked slabs.
 ///
 /// # Errors
-/// When a byte is wrong, or the donor does not get all back.
+/// When a byte is wrong, or the donor does not get everything back.
 pub fn found_after_revocation(move_blocks: bool) -> Result<Vec<u32>> {
     let node = Node::start(&[])?;
     let config = DonorConfig {
@@ -48,7 +50,7 @@ pub fn found_after_revocation(move_blocks: bool) -> Result<Vec<u32>> {
     for conversation in 0..CONVERSATIONS {
         ensure!(engine.store(&sequence(conversation))?.stored == BLOCKS);
     }
-    // Those that are found most often are not those that are found last.
+    // The conversations that are fetched most often are not those that are fetched last.
     for conversation in 0..CONVERSATIONS {
         for _ in 0..asked(conversation) {
             ensure!(engine.fetch(&sequence(conversation))?.served == BLOCKS);

@@ -1,4 +1,4 @@
-//! What makes a random test repeatable, and how long it soaks.
+//! The seed that makes a random test repeatable, and the time that the test runs.
 
 use std::{
     env,
@@ -8,14 +8,14 @@ use std::{
 
 use rand::{SeedableRng, rngs::StdRng};
 
-/// The seed when nobody names one.
+/// The default seed.
 const SEED: u64 = 0x5717_caca;
 
-/// A random test's course: `SWIFTCACHE_FAULT_SEED` names its seed, and with `SWIFTCACHE_FAULT_SECONDS` it goes on for
-/// that long after its usual number of steps.
+/// The course of a random test. `SWIFTCACHE_FAULT_SEED` sets its seed. `SWIFTCACHE_FAULT_SECONDS` makes it go on for at
+/// least that long, also when its usual number of steps is done.
 #[derive(Debug)]
 pub struct Course {
-    /// Draws the same numbers in every run of a seed.
+    /// Draws the same numbers in every run with the same seed.
     pub rng: StdRng,
     /// The seed.
     pub seed: u64,
@@ -24,13 +24,13 @@ pub struct Course {
 }
 
 impl Course {
-    /// A course of `steps` steps. Prints the seed, for whoever has to repeat it.
+    /// A course of `steps` steps. Prints the seed, so that the course can be repeated.
     #[must_use]
     pub fn new(test: &str, steps: u32) -> Self {
         let number = |name| env::var(name).ok()?.parse().ok();
         let seed = number("SWIFTCACHE_FAULT_SEED").unwrap_or(SEED);
         let seconds = number("SWIFTCACHE_FAULT_SECONDS").unwrap_or(0);
-        // A test without its seed on the screen is still a test.
+        // The test can go on also when its seed cannot be printed.
         let _ = writeln!(io::stderr(), "{test}: SWIFTCACHE_FAULT_SEED={seed}");
         Self {
             rng: StdRng::seed_from_u64(seed),
@@ -40,7 +40,7 @@ impl Course {
         }
     }
 
-    /// Whether another step is to be taken.
+    /// Whether the test must take another step.
     pub fn goes_on(&mut self) -> bool {
         let left = self.steps > 0;
         self.steps = self.steps.saturating_sub(1);

@@ -1,7 +1,6 @@
-//! Borrowers against a real broker over real sockets: whatever happens, no wrong byte is served.
+//! Borrowers with a real broker over real sockets. Whatever happens, no wrong byte is served.
 
 use std::{
-    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,9 +17,9 @@ use swiftcache_client::{
 use swiftcache_proto::domain::LinkKind;
 use swiftcache_tests::{
     PATIENCE,
+    crew::donor_process,
     engine::{self, BLOCK_BYTES, Engine, Fetched, POOL, SLAB_BYTES, eventually},
     node::Node,
-    programs::{Program, program},
 };
 
 /// Slots of a slab.
@@ -40,19 +39,6 @@ fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
     let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
     ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
     Ok(donor)
-}
-
-fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> {
-    let mut command = Command::new(program("swiftcache-test-donor")?);
-    command
-        .arg("--socket")
-        .arg(node.socket())
-        .arg("--topology")
-        .arg(node.topology_file())
-        .args(["--device", node.device(device).as_str()])
-        .args(["--slab-bytes", &SLAB_BYTES.to_string()])
-        .args(["--slabs", &slabs.to_string()]);
-    Ok(Program::start_ready(&mut command)?.0)
 }
 
 fn borrower(node: &Node, name: &str, slabs: u64, host_blocks: u64) -> Result<Engine> {
@@ -165,7 +151,7 @@ fn replicas_read_each_others_blocks() -> Result<()> {
     writer.store(&conversation)?;
     ensure!(reader.fetch(&conversation)? == all(20));
     ensure!(reader.lookup(&conversation).runs()[0].tier == Tier::Shared);
-    // A prefix of one's own and the rest of the other's.
+    // The reader's own blocks are the prefix, and the writer's blocks are the rest.
     reader.reserve(2)?;
     let mine = sequence(2, 6);
     reader.store(&mine)?;
@@ -178,7 +164,7 @@ fn replicas_read_each_others_blocks() -> Result<()> {
         "{stats:?}"
     );
     ensure!(stats.hits.donor == 6, "{stats:?}");
-    // What the reader had published first was not kept twice.
+    // The writer did not keep the blocks that the reader had published first.
     ensure!(writer.borrower.stats().duplicate_blocks == 6);
     Ok(())
 }
@@ -192,11 +178,11 @@ fn a_read_that_outlasts_its_pin_is_a_miss() -> Result<()> {
     writer.reserve(1)?;
     let conversation = sequence(1, 8);
     writer.store(&conversation)?;
-    // The first lookup also maps, so that the second one is quick.
+    // The first lookup also maps the slab, so that the second one is quick.
     drop(reader.lookup(&conversation));
     let hit = reader.lookup(&conversation);
     ensure!(hit.blocks() == 8);
-    // Not to synchronise with anything: the pin must be over.
+    // This sleep synchronises with nothing: it makes the pin expire.
     std::thread::sleep(Duration::from_millis(5));
     let fetched = reader.load(&hit, &conversation)?;
     ensure!(
@@ -207,7 +193,7 @@ fn a_read_that_outlasts_its_pin_is_a_miss() -> Result<()> {
             },
         "{fetched:?}"
     );
-    // The lessee needs no pin.
+    // The lessee itself needs no pin.
     let hit = writer.lookup(&conversation);
     std::thread::sleep(Duration::from_millis(5));
     ensure!(writer.load(&hit, &conversation)? == all(8));
@@ -224,7 +210,8 @@ fn hot_blocks_survive_a_revocation_and_the_donor_gets_its_bytes() -> Result<()> 
     engine.store(&sequence(2, 4))?;
     let _second = donor(&node, 2, 1)?;
     engine.reserve(2)?;
-    // Eight of its sixteen slots are taken: half of what is moved finds room there, four more in the host tier.
+    // Eight of the second donor's sixteen slots are used. So half of the sixteen blocks can move there, and four more
+    // to the host tier.
     engine.store(&sequence(3, 8))?;
     ensure!(first.close(PATIENCE), "the slab did not come back");
     let stats = engine.borrower.stats();
@@ -237,10 +224,10 @@ fn hot_blocks_survive_a_revocation_and_the_donor_gets_its_bytes() -> Result<()> 
         stats.dropped_blocks == 4 && stats.acknowledge.count == 1,
         "{stats:?}"
     );
-    // The most recently used conversation whole, the beginning of the other.
+    // The most recently used conversation survived as a whole, and the beginning of the other one.
     ensure!(engine.fetch(&sequence(2, 4))? == all(4));
     ensure!(engine.fetch(&sequence(1, 12))? == all(8));
-    // They are published where they lie now: a replica finds those at the second donor.
+    // The moved blocks are published at their new place: a replica finds those at the second donor.
     let reader = borrower(&node, "reader", 0, 0)?;
     ensure!(reader.fetch(&sequence(2, 4))? == all(4));
     Ok(())
@@ -277,7 +264,7 @@ fn revocations_under_load_serve_no_wrong_byte() -> Result<()> {
             })
             .collect::<Result<_>>()?;
         for round in 0..20 {
-            // Everything is lent, so that something must be taken from somebody.
+            // Everything is leased, so that the next demand must take slabs away from a borrower.
             for engine in &engines {
                 engine.reserve(4)?;
             }
@@ -313,7 +300,7 @@ fn the_broker_is_never_on_the_data_path() -> Result<()> {
     ensure!(engine.fetch(&sequence(2, 8))? == all(8));
     ensure!(engine.fetch(&sequence(3, 8))? == all(0));
     node.start_broker()?;
-    // Everything is published again, what was stored meanwhile too.
+    // Everything is published again, also the blocks that were stored meanwhile.
     let reader = borrower(&node, "reader", 0, 0)?;
     for conversation in [1, 2] {
         eventually("blocks published again", || {
@@ -339,7 +326,7 @@ fn a_lost_ledger_costs_the_leases_and_nothing_else() -> Result<()> {
         Ok(engine.borrower.stats().refused_leases == 2)
     })?;
     ensure!(engine.fetch(&sequence(1, 8))? == all(0));
-    // The donor offers fresh memory, and everything works again.
+    // The donor offers new memory, and everything works again.
     engine.reserve(2)?;
     engine.store(&sequence(1, 8))?;
     ensure!(engine.fetch(&sequence(1, 8))? == all(8));
@@ -377,7 +364,7 @@ fn a_donor_that_dies_takes_no_byte_with_it() -> Result<()> {
     eventually("the revocation", || {
         Ok(engine.borrower.stats().acknowledge.count == 1)
     })?;
-    // Drained to the host tier; the hit follows its blocks there.
+    // The blocks were moved to the host tier, and the hit finds them there.
     ensure!(engine.load(&hit, &blocks)? == all(12));
     ensure!(engine.fetch(&blocks)? == all(12));
     ensure!(engine.borrower.stats().leases == 0);
@@ -392,7 +379,7 @@ fn closing_gives_leases_back() -> Result<()> {
     engine.reserve(2)?;
     engine.store(&sequence(1, 8))?;
     drop(engine);
-    // Nobody is left to ask.
+    // No borrower is left that could hold the slabs.
     ensure!(donor.close(PATIENCE));
     Ok(())
 }

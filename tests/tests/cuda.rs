@@ -1,4 +1,4 @@
-//! The whole of SwiftCache on CUDA: real processes over the stub driver, which plays two GPUs.
+//! The full stack on CUDA: real processes with the stub driver, which simulates two GPUs.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use swiftcache_tests::{
     stub::{Held, Stub},
 };
 
-/// Runs the check program over a stub driver with these faults; what was said, and whether it worked.
+/// Runs the check program with a stub driver that has these faults. Returns whether it worked, and its output.
 fn check(what: &str, faults: &[&str]) -> Result<(bool, String)> {
     let stub = Stub::new()?;
     for fault in faults {
@@ -67,7 +67,8 @@ fn a_graph_is_captured_while_a_borrower_leases_stores_and_gives_back() -> Result
     Ok(())
 }
 
-/// The tests' own tools: one process's copies are held, others go on, and what was held arrives.
+/// Tests the tests' own tools: the copies of one process are held, other processes go on, and the held copies arrive in
+/// the end.
 #[test]
 fn a_borrower_whose_copies_are_held_gets_on_when_they_are_let_go_of() -> Result<()> {
     let stub = Stub::new()?;
@@ -97,7 +98,7 @@ fn a_borrower_whose_copies_are_held_gets_on_when_they_are_let_go_of() -> Result<
     ensure!(held.report()?.operations == 0, "a held store ended");
     stub.lift(&hold)?;
     ensure!(held.run("sweep-fetch")?.served > 0, "what was held is lost");
-    // Its twin: a fault that is the process's own costs it its launches, and the other none.
+    // Its twin: a fault of one process makes its own launches fail, and no launch of the other.
     let fault = stub.inject(Some(held.pid()), "cuLaunchKernel=719")?;
     ensure!(free.run("sweep-fetch")?.served > 0);
     ensure!(held.run("sweep-fetch")?.served == 0);

@@ -1,4 +1,4 @@
-//! Donors against a real broker: what is lent comes back, and only when nobody can touch it.
+//! Donors with a real broker. Lent memory comes back, and only when no process can access it any more.
 
 use std::time::Duration;
 
@@ -93,7 +93,7 @@ fn another_tenants_slab_is_zeroed_first() -> Result<()> {
     let stranger = Engine::new(Some(session), node.layer()?, config)?;
     stranger.reserve(1)?;
     ensure!(donor.status().scrubbed == 1);
-    // The namespace is its own too.
+    // The other tenant's namespace of the same name is a different one.
     ensure!(stranger.fetch(&[1, 2, 3])?.found == 0);
     Ok(())
 }
@@ -102,7 +102,7 @@ fn another_tenants_slab_is_zeroed_first() -> Result<()> {
 fn the_agent_follows_its_neighbours() -> Result<()> {
     let node = Node::start(&[])?;
     let mut policy = PolicyConfig::new(GIB, GIB / 32);
-    // Long enough for more than one look at the neighbour, on a busy machine too.
+    // Long enough for more than one look at the neighbour, also on a busy machine.
     policy.settle = Duration::from_secs(1);
     policy.horizon = Duration::from_secs(1);
     policy.half_life = Duration::from_millis(10);
@@ -122,7 +122,7 @@ fn the_agent_follows_its_neighbours() -> Result<()> {
             period: Duration::from_millis(2),
         },
     )?;
-    // Half is used; a twentieth each is kept in reserve and for growth, and two slabs for hysteresis.
+    // Half of the HBM is used. A twentieth is kept as a reserve, a twentieth for growth, and two slabs for hysteresis.
     let room = (GIB / 2 - GIB / 10) / policy.slab_bytes * policy.slab_bytes - 2 * policy.slab_bytes;
     eventually("the offer to rise", || {
         Ok(agent.status().offered_bytes >= room - policy.slab_bytes)

@@ -1,4 +1,4 @@
-//! Too little of everything: memory, HBM, descriptors. Who has none left refuses or dies, and nobody else notices.
+//! Processes run out of memory, HBM or descriptors. Such a process refuses requests or dies, and no other notices.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use swiftcache_tests::{
     seed::Course,
 };
 
-/// A slab with as many slots as it has bytes.
+/// Bytes of a slab. Blocks have one byte here, so it is also the number of the slab's slots.
 const SLAB: u64 = 64 << 10;
 
 fn pid_of(pid: u32) -> Result<Pid> {
@@ -33,7 +33,7 @@ fn limit(pid: u32, resource: Resource, current: Option<u64>) -> Result<Rlimit> {
         current,
         maximum: None,
     };
-    // Not above what the process may have.
+    // The hard limit stays as it is.
     let before = rustix::process::getrlimit(resource);
     let limit = Rlimit {
         maximum: before.maximum,
@@ -77,7 +77,7 @@ fn a_broker_out_of_memory_refuses_or_dies_and_forgets_no_lease() -> Result<()> {
             .err()
     });
     let refused = refused.context("four million blocks found room in 8 MiB")?;
-    // Dead or alive; the next one has room.
+    // The broker may be dead or alive. The next one has enough memory.
     node.kill_broker()?;
     node.start_broker()?;
     eventually("the next broker", || Ok(operator.node().is_ok()))?;
@@ -106,7 +106,7 @@ fn a_donor_takes_no_more_hbm_than_there_is() -> Result<()> {
     ensure!(donor.grow(BIG).is_err());
     let operator = Operator::of(&node)?;
     ensure!(operator.settled()?.offered_bytes == 3 * BIG);
-    // Nothing is stuck half-way.
+    // The refused growth has left nothing half done.
     ensure!(donor.shrink(BIG)? == BIG);
     eventually("it to be back", || Ok(donor.status().returned == 1))?;
     ensure!(donor.grow(BIG)? == BIG);
@@ -153,7 +153,7 @@ fn a_borrower_out_of_descriptors_works_without_new_slabs() -> Result<()> {
     let operator = Operator::of(&node)?;
     let mut borrower = BorrowerProcess::start(&node, 0, &Job::new("borrower", 2))?;
     borrower.run("mix 10")?;
-    // Not one more than it has: a grant's memory cannot reach it.
+    // It may open no more descriptors than it has, so it cannot receive the memory of a grant.
     let open = fs::read_dir(format!("/proc/{}/fd", borrower.pid()))?.count() as u64;
     let before = limit(borrower.pid(), Resource::Nofile, Some(open))?;
     let donor = donor_process(&node, 1, 4)?;
@@ -197,7 +197,7 @@ fn garbage_to_the_metrics_socket_is_shrugged_off() -> Result<()> {
         let _ = stream.write_all(&bytes);
         let _ = stream.read(&mut [0; 64]);
     }
-    // So many who hung up may still be waiting to be noticed that there is no room yet for one more.
+    // The broker may not have noticed yet that all these connections are closed. Until then it has no room for another.
     let mut answer = Ok(String::new());
     eventually("the metrics", || {
         answer = node.metrics();

@@ -1,4 +1,4 @@
-//! `swiftcache donate --explain`: by the broker's eyes alone, and with what is lent already.
+//! `swiftcache donate --explain` uses only what the broker knows, and takes account of memory that is already lent.
 
 use std::{
     fs,
@@ -41,13 +41,13 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     let node = Node::start(&[])?;
     node.neighbour_uses(1, 512 << 20)?;
     let before = explained(&node, "SIM-1")?;
-    // Of 1 GiB half is used; a twentieth each is kept in reserve and for growth.
+    // Half of 1 GiB is used. A twentieth is kept as a reserve, and a twentieth for growth.
     ensure!(
         before.starts_with("SIM-1: 0.50 GiB of 1.00 GiB free, 0.00 GiB on offer"),
         "{before}"
     );
     ensure!(before.contains("0.40 GiB could be on offer"), "{before}");
-    // 64 MiB of it are lent.
+    // Now 64 MiB are lent.
     let donor = donor_process(&node, 1, (64 << 20) / SLAB_BYTES)?;
     let after = explained(&node, "SIM-1")?;
     ensure!(
@@ -56,7 +56,7 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     );
     ensure!(after.contains("0.40 GiB could be on offer"), "{after}");
     drop(donor);
-    // Every device of the node, and no session or offer for it.
+    // It explains every device of the node, and makes no session or offer for that.
     let all = explained(&node, "all")?;
     ensure!(all.lines().count() == 3, "{all}");
     let operator = Operator::of(&node)?;
@@ -65,7 +65,8 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     })
 }
 
-/// Devices that only CUDA could open, on a machine where there may be none: what looks for itself cannot even start.
+/// The devices are GPUs, which only CUDA could open, on a machine that may have none. A program that opens devices
+/// cannot even start here.
 #[test]
 fn no_device_is_opened() -> Result<()> {
     let directory = tempfile::tempdir()?;
@@ -78,7 +79,7 @@ fn no_device_is_opened() -> Result<()> {
         ..Setup::default()
     })?;
     ensure!(explained(&node, "GPU-1")?.contains("could be on offer"));
-    // The twin: a donor opens it.
+    // The twin: a donor opens its device, and fails.
     let lends = donate(
         &node,
         &[

@@ -1,5 +1,5 @@
-//! Garbage on every socket, and bodies that are almost requests: the broker answers or hangs up, keeps its accounts
-//! and its size, and serves on.
+//! Sends garbage to every socket, and bodies that are almost requests. The broker answers or closes the connection,
+//! keeps its accounts balanced, does not grow, and goes on serving.
 
 use std::{
     fs,
@@ -28,15 +28,15 @@ use tower::ServiceExt;
 
 const SLAB: u64 = 1 << 20;
 const BLOCK: u64 = 64 << 10;
-/// What the broker may grow by under garbage, bytes: buffers of connections, caches of the allocator.
+/// How many bytes the broker may grow under garbage, for buffers of connections and caches of the allocator.
 const GROWTH: u64 = 64 << 20;
 /// The beginning of every HTTP/2 connection.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Uses everything once: a session, an offer, a lease, blocks, and back.
+/// Uses the broker once: registers, offers, leases, publishes and looks up, and gives everything back.
 fn serves(operator: &Operator, round: u8) -> Result<()> {
     let wire = operator.wire();
-    // Whatever garbage put out of service.
+    // The garbage may have drained devices.
     for device in ["SIM-0", "SIM-1", "SIM-2"] {
         let undrain = v1::UndrainRequest {
             target: Some(v1::undrain_request::Target::DeviceUuid(device.to_owned())),
@@ -47,7 +47,7 @@ fn serves(operator: &Operator, round: u8) -> Result<()> {
     let mut stream = donor.attach()?;
     let region = [round; 16];
     donor.offer(region, "SIM-2", 2, SLAB)?;
-    // A tenant of its own, so that no other demand competes.
+    // A separate tenant, so that no other demand competes.
     let lessee = wire.member("lessee", &format!("round-{round}"))?;
     let lease = |lessee: &Member| lessee.lease("serves", "SIM-0", SLAB, BLOCK);
     let leased = lease(&lessee)?;
@@ -68,7 +68,7 @@ fn serves(operator: &Operator, round: u8) -> Result<()> {
     Ok(())
 }
 
-/// A member of a message, of any value: small numbers, the node's own names, extremes, and nonsense.
+/// A message with random fields. Their values are small numbers, the node's own names, extremes, and nonsense.
 fn random_message(descriptor: &MessageDescriptor, ids: &[u64], rng: &mut StdRng) -> DynamicMessage {
     let mut message = DynamicMessage::new(descriptor.clone());
     for field in descriptor.fields() {
@@ -115,7 +115,7 @@ fn random_value(kind: Kind, ids: &[u64], rng: &mut StdRng) -> Value {
     }
 }
 
-/// Breaks a body: bits, bytes, its end.
+/// Damages a body: flips bits, inserts bytes, repeats a part, or cuts it.
 fn mutate(body: &mut Vec<u8>, rng: &mut StdRng) {
     for _ in 0..rng.random_range(0..4) {
         let at = rng.random_range(0..=body.len());
@@ -140,7 +140,7 @@ fn understood(answer: &Result<Vec<u8>, Status>) -> bool {
             | Code::FailedPrecondition
             | Code::ResourceExhausted
             | Code::OutOfRange => true,
-            // What a body that is no message at all is answered.
+            // The answer to a body that is not a message at all.
             Code::Internal => status.message().contains("failed to decode"),
             _ => false,
         },
@@ -160,7 +160,7 @@ fn bodies_of_garbage_are_answered_and_change_nothing() -> Result<()> {
         if !course.goes_on() {
             break;
         }
-        // The garbage speaks as sessions that are real, of things that are.
+        // The garbage names real sessions, regions and leases.
         let wire = Wire::new(&node.socket())?;
         let donor = wire.member("garbage", "")?;
         donor.offer([2; 16], "SIM-1", 4, SLAB)?;
@@ -196,7 +196,7 @@ fn bodies_of_garbage_are_answered_and_change_nothing() -> Result<()> {
         }
         operator.account()?;
         serves(&operator, 100 + round)?;
-        // Sessions are this process's: none of them ends by itself.
+        // The sessions belong to this process, so none of them ends by itself.
         leave_all(&wire, &node)?;
     }
     ensure!(
@@ -208,7 +208,7 @@ fn bodies_of_garbage_are_answered_and_change_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Ends every session of this process, as the ledger has them.
+/// Ends every session that is in the ledger. All of them belong to this process.
 fn leave_all(wire: &Wire, node: &Node) -> Result<()> {
     let ledger = fs::read_to_string(node.directory().join("ledger"))?;
     for line in ledger
@@ -219,11 +219,11 @@ fn leave_all(wire: &Wire, node: &Node) -> Result<()> {
         let session = record["session"]
             .as_u64()
             .context("a session without an id")?;
-        // Most are over already.
         let member = Member {
             wire: wire.clone(),
             session,
         };
+        // This fails for most sessions, because they are over already.
         let _ = member.leave();
     }
     Ok(())
@@ -235,12 +235,12 @@ fn frames_that_lie_about_their_length_are_refused() -> Result<()> {
     let operator = Operator::of(&node)?;
     let wire = operator.wire();
     for frame in [
-        // Says 4096 bytes and brings three; says two and brings ten.
+        // The first claims 4096 bytes and has three. The second claims two and has ten.
         "\0\0\0\u{10}\0abc",
         "\0\0\0\0\u{2}abcdefghij",
-        // Says two gigabytes.
+        // Claims two gigabytes.
         "\0\u{7f}\u{7f}\u{7f}\u{7f}",
-        // Says it is compressed, and says nonsense.
+        // The first claims to be compressed. The second has an invalid compression flag.
         "\u{1}\0\0\0\u{1}a",
         "\u{7}\0\0\0\u{1}a",
         "\0\0",
@@ -256,7 +256,7 @@ fn frames_that_lie_about_their_length_are_refused() -> Result<()> {
             .into_parts()
             .0
             .headers;
-        // In the headers already, since no message follows.
+        // The status is already in the headers, because no message follows.
         let status = headers
             .get("grpc-status")
             .with_context(|| format!("{frame:?}"))?;
@@ -284,7 +284,7 @@ fn frames_that_lie_about_their_length_are_refused() -> Result<()> {
     serves(&operator, 1)
 }
 
-/// A node that serves TCP too, and its address.
+/// A node that serves TCP too, and its TCP address.
 fn node_with_tcp() -> Result<(Node, SocketAddr)> {
     let directory = tempfile::tempdir()?;
     let log = directory.path().join("log");
@@ -309,9 +309,9 @@ fn node_with_tcp() -> Result<(Node, SocketAddr)> {
     Ok((node, address.context("no address")?))
 }
 
-/// Says `bytes` and listens until the broker hangs up, or has had enough time to say something.
+/// Writes `bytes`, and reads until the broker closes the connection, answers, or the read times out.
 fn say(mut stream: impl Read + Write, bytes: &[u8]) {
-    // The broker may hang up in the middle.
+    // This may fail, because the broker may close the connection at any time.
     let _ = stream.write_all(bytes);
     let _ = stream.read(&mut [0; 64]);
 }
@@ -361,7 +361,7 @@ fn connections_that_never_finish_a_word_keep_nobody_out() -> Result<()> {
     serves(&operator, 0)?;
     let mut slow = Vec::new();
     let mut slow_tcp = Vec::new();
-    // More than the fd socket and TCP take at once, and many for gRPC.
+    // More connections than the fd socket and TCP accept at once, and many for gRPC.
     for n in 0..200 {
         for (socket, word) in [
             (node.socket(), &PREFACE[..n % 24]),
@@ -373,18 +373,18 @@ fn connections_that_never_finish_a_word_keep_nobody_out() -> Result<()> {
         }
         slow_tcp.push(TcpStream::connect(tcp)?);
     }
-    // The session's own socket is not theirs to fill.
+    // They do not fill the Unix socket of sessions.
     operator.account()?;
     operator.wire().member("prompt", "")?.leave()?;
-    // The fd socket gives up on them in time, without anyone hanging up.
+    // The fd socket closes them after a time, although no client closes its end.
     eventually("the fd socket to answer", || {
         Ok(fetch(&fd_socket, &[0; 16]).is_ok())
     })?;
-    // The first place is free, the others soon. A round that is turned away half-way leaves its region on offer, whose
-    // id is taken then: each has its own.
+    // One place is free now, the others soon. A round that is refused in the middle leaves its region on offer, and the
+    // region's id is used then. So each round has its own id.
     let mut rounds = 1..=u8::MAX;
     eventually("everything to be served", || {
-        let round = rounds.next().context("turned away every time")?;
+        let round = rounds.next().context("refused every time")?;
         Ok(serves(&operator, round).is_ok())
     })?;
     drop((slow, slow_tcp));

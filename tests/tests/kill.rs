@@ -1,5 +1,5 @@
-//! Every party is killed, in turn and at random, while the others work: no wrong byte, no failed request, no lost
-//! byte of HBM, and nothing left behind.
+//! Every party is killed, in turn and at random, while the others work. There is no wrong byte, no failed request, no
+//! lost byte of HBM, and nothing is left behind.
 
 use std::{
     fs,
@@ -42,7 +42,7 @@ fn parties_are_killed_and_stopped_at_random_and_no_byte_is_wrong() -> Result<()>
         crew.advance(course.rng.random_range(1..40), None)?;
         let party = PARTIES[course.rng.random_range(0..PARTIES.len())];
         let away = course.rng.random_range(0..10);
-        // Stopped in the middle of whatever it is doing; what happens next, it learns late.
+        // A stopped party stops in the middle of its work, and learns late what happened meanwhile.
         let stopped = course.rng.random_bool(0.4);
         if stopped {
             crew.signal(party, Signal::STOP)?;
@@ -57,7 +57,7 @@ fn parties_are_killed_and_stopped_at_random_and_no_byte_is_wrong() -> Result<()>
     crew.finish()
 }
 
-/// The proof that what the tests above leave behind would be found.
+/// The twin: the tests above would find what they leave behind.
 #[test]
 fn what_is_left_behind_is_found() -> Result<()> {
     let mut crew = Crew::start(11)?;
@@ -82,8 +82,8 @@ fn what_is_left_behind_is_found() -> Result<()> {
     })
 }
 
-/// Whether a borrower that is stopped across a restart of the broker ends up with slabs that another one has mapped
-/// too. They share no namespace, so neither ever reads the other's.
+/// Stops a borrower during a restart of the broker. Returns whether another borrower then maps a slab that the stopped
+/// one still has mapped. The two have different tenants, so neither ever reads the other's blocks.
 fn mapped_twice_after_a_restart(strip_the_ledger: bool) -> Result<bool> {
     let mut node = Node::start(&["--pin-ms", "100", "--drain-ms", "200"])?;
     let _donor = donor_process(&node, 1, SLABS)?;
@@ -106,7 +106,7 @@ fn mapped_twice_after_a_restart(strip_the_ledger: bool) -> Result<bool> {
     }
     node.start_broker()?;
     let mut other = Job::new("other", 2);
-    // Its slabs were another tenant's: they are zeroed first, if they can be had at all.
+    // The slabs were another tenant's, so they are zeroed before this one gets them, if it gets them at all.
     other.tenant = "other".to_owned();
     let mut other = BorrowerProcess::start(&node, 0, &other)?;
     other.tell(if strip_the_ledger {
@@ -128,17 +128,17 @@ fn mapped_twice_after_a_restart(strip_the_ledger: bool) -> Result<bool> {
 #[test]
 fn a_stopped_borrowers_slabs_are_mapped_by_nobody_else_after_a_restart() -> Result<()> {
     ensure!(!mapped_twice_after_a_restart(false)?);
-    // Its twin: without what the ledger says of leases.
+    // Its twin: without the leases in the ledger.
     ensure!(mapped_twice_after_a_restart(true)?);
     Ok(())
 }
 
-/// The other proof that the two tests above can fail.
+/// The other twin of the two first tests: a wrong byte would be noticed.
 #[test]
 fn a_bit_flipped_in_a_donors_memory_is_caught() -> Result<()> {
     let mut crew = Crew::start(7)?;
     crew.advance(50, None)?;
-    // Not through the program: as a broken machine would.
+    // Writes from outside the program, like a defect of the machine.
     let donor = crew.donors[0].pid();
     for entry in fs::read_dir(format!("/proc/{donor}/fd"))? {
         let path: PathBuf = entry?.path();
@@ -149,7 +149,7 @@ fn a_bit_flipped_in_a_donors_memory_is_caught() -> Result<()> {
         }
     }
     for borrower in &mut crew.borrowers {
-        // It may have caught it already.
+        // This may fail, because the borrower may already have found a wrong byte and exited.
         let _ = borrower.tell("sweep-fetch");
     }
     eventually("the wrong bytes to be caught", || {
@@ -177,7 +177,7 @@ fn survivors_keep_nothing_of_the_dead() -> Result<()> {
         borrower.kill()?;
         all_free()
     };
-    // The first visit also brings what stays: buffers, the operator's connection.
+    // The first borrower also causes allocations that stay, for example buffers and the operator's connection.
     visit(0)?;
     let census =
         || Ok::<_, anyhow::Error>([Census::of(node.broker()?.pid())?, Census::of(donor.pid())?]);
@@ -213,7 +213,7 @@ fn survivors_keep_nothing_of_the_dead() -> Result<()> {
         operator.eventually("the donor to be gone", |account| account.offered_bytes == 0)?;
         borrower.run("mix 30").map(drop)
     };
-    // The first one also brings the streams to that device, which stay.
+    // The first donor also causes the streams to its device, which stay.
     outlive(&mut borrower)?;
     let before = Census::of(borrower.pid())?;
     ensure!(before.mapped.is_empty(), "{before:?}");
@@ -258,11 +258,11 @@ fn after_a_broker_restart_hits_come_back_without_a_store() -> Result<()> {
         Ok(served >= expected)
     })
     .with_context(|| format!("{served} of {expected}"))?;
-    // A keeper may have asked for more meanwhile.
+    // A keeper may have leased more meanwhile.
     let after = leases(&operator)?;
     let survived = before.iter().all(|lease| after.contains(lease));
     ensure!(survived, "leases did not survive: {before:?} {after:?}");
-    // Its connection is not the crew's.
+    // Close this connection, which the crew does not know of.
     drop(operator);
     crew.finish()
 }

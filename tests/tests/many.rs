@@ -1,4 +1,4 @@
-//! Too many of everything: sessions, descriptors, slabs, messages nobody reads, restarts.
+//! Too many sessions, descriptors, slabs, unread messages and restarts.
 
 use std::{collections::BTreeSet, os::unix::net::UnixStream, process::Command};
 
@@ -16,7 +16,7 @@ use swiftcache_tests::{
 };
 use tonic::Code;
 
-/// The smallest slab there is.
+/// The smallest slab that the broker accepts, bytes.
 const SLAB: u64 = 64 << 10;
 
 #[test]
@@ -46,7 +46,7 @@ fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result
         ensure!(refused.code() == Code::ResourceExhausted, "{refused:?}");
         ensure!(refused.message().contains("sessions"), "{refused:?}");
     }
-    // The last one in is served like the first, and none of them costs a descriptor.
+    // The last session is served like the first, and no session costs a descriptor.
     for member in [&members[0], &members[SESSIONS - 1]] {
         let leased = member.lease("model", "SIM-0", SLAB, 4096)?;
         let grant = leased.grants.first().context("no slab")?;
@@ -58,7 +58,7 @@ fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result
     let attached = operator.sessions()?;
     let attached = attached.iter().filter(|session| session.attached).count();
     ensure!(attached == SESSIONS - 2, "{attached} streams");
-    // The donor is told that its slab is asked back, among ten thousand who are not.
+    // One of ten thousand sessions gets the revocation of the slab that the donor withdraws.
     let lessee = &members[1];
     let grant = lessee.lease("model", "SIM-0", SLAB, 4096)?.grants;
     let grant = grant.first().context("no slab")?.lease_id;
@@ -68,7 +68,7 @@ fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result
     streams[1].acknowledge(revoke.lease_id, revoke.generation)?;
     operator.eventually("the slab to be back", |account| account.offered_bytes == 0)?;
     donor.offer([2; 16], "SIM-1", 1, SLAB)?;
-    // A connection is watched, a session is not watched besides.
+    // The broker watches each connection by a pidfd, and needs no pidfd for a session.
     let watched = Census::of(node.broker()?.pid())?.count("[pidfd]");
     ensure!(
         watched <= before.count("[pidfd]") + SESSIONS / 100,
@@ -89,11 +89,11 @@ fn a_broker_out_of_descriptors_serves_those_it_has() -> Result<()> {
     let wire = operator.wire();
     let donor = wire.member("donor", "")?;
     let mut stream = donor.attach()?;
-    // Each connection, and each upload, takes one.
+    // Each connection and each upload takes a descriptor.
     let crowd = || -> Result<Vec<UnixStream>> {
         let sockets = [node.socket(), wire.fd_socket().to_owned()];
         let all = (0..150).flat_map(|_| sockets.iter().map(UnixStream::connect));
-        // A full queue of those waiting to be accepted is as good as a refusal.
+        // Connecting fails when the queue of connections that wait to be accepted is full. That is fine here.
         Ok(all.filter_map(Result::ok).collect())
     };
     let connections = crowd()?;
@@ -111,7 +111,7 @@ fn a_broker_out_of_descriptors_serves_those_it_has() -> Result<()> {
             .member("fresh", "")
             .is_ok_and(|member| member.leave().is_ok()))
     })?;
-    // What was uploaded and never offered goes with its session; then there is room again.
+    // Uploads that were never offered end with their session. Then there is room again.
     donor.leave()?;
     ensure!(stream.hear().is_err());
     let donor = wire.member("donor", "")?;
@@ -125,7 +125,7 @@ fn a_broker_out_of_descriptors_serves_those_it_has() -> Result<()> {
     Ok(())
 }
 
-/// Leases until nothing is left; how many slabs.
+/// Leases until no slab is left, at most `most` slabs at a time. Returns the grants.
 fn lease_all(lessee: &Member, most: u64) -> Result<Vec<v1::Grant>> {
     let mut grants = Vec::new();
     loop {
@@ -139,7 +139,7 @@ fn lease_all(lessee: &Member, most: u64) -> Result<Vec<v1::Grant>> {
 
 #[test]
 fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
-    // More than a stream may lag behind.
+    // More slabs, and so more revocations, than a stream's queue holds.
     const SLABS: u64 = 16_384;
     let regions = [[1; 16], [2; 16], [3; 16]];
     let slabs = 3 * SLABS;
@@ -157,7 +157,8 @@ fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
     let account = operator.account()?;
     ensure!(account.leased_bytes == slabs * SLAB, "{account:?}");
 
-    // So many are still shown, if it has the time: the program waits some seconds for each answer.
+    // The status of so many leases can be shown. It is tried again, because the program waits only seconds for an
+    // answer.
     let mut said = String::new();
     eventually("the status of them all", || {
         let mut status = Command::new(program("swiftcache")?);
@@ -169,7 +170,7 @@ fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
     .context(said)?;
     let mut unread = slow.attach()?;
     donor.withdraw(&regions, 60_000)?;
-    // It has not read a word; everyone else is served.
+    // The slow session has not read anything, and everyone else is served.
     ensure!(operator.account()?.draining_bytes == slabs * SLAB);
     wire.member("prompt", "")?.leave()?;
     let mut told = 0;
@@ -178,7 +179,7 @@ fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
         told += 1;
     }
     ensure!(told < slabs, "its queue has no end");
-    // Attaching again brings all that is outstanding, whatever was read before.
+    // After attaching again it gets all outstanding revocations, also those that it has read before.
     let mut again = slow.attach()?;
     let mut left: BTreeSet<u64> = grants.iter().map(|grant| grant.lease_id).collect();
     while !left.is_empty() {

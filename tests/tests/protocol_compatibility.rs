@@ -1,7 +1,8 @@
-//! `swiftcache.v1` never changes its meaning: what an old peer sends or reads keeps its name, number and type.
+//! `swiftcache.v1` never changes its meaning: every field that an old peer sends or reads keeps its name, number and
+//! type.
 //!
-//! The baseline is the protocol of the last release, as a descriptor set in `tests/fixtures`. It is written anew
-//! when a release is cut, and then with additions only:
+//! The baseline is the protocol of the last release, as a descriptor set in `tests/fixtures`. It is written again for
+//! each release, and may only get additions:
 //! `SWIFTCACHE_WRITE_BASELINE=1 cargo test -p swiftcache-tests --test protocol_compatibility`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
@@ -15,7 +16,7 @@ use prost_reflect::{
 };
 use prost_types::{FileDescriptorSet, field_descriptor_proto::Type};
 
-/// How deep messages are filled in: deeper than any message of the protocol nests.
+/// How many levels of nested messages are filled. No message of the protocol has more levels.
 const DEPTH: usize = 8;
 
 fn baseline_path() -> PathBuf {
@@ -39,7 +40,7 @@ fn pool(set: FileDescriptorSet) -> DescriptorPool {
     DescriptorPool::from_file_descriptor_set(set).unwrap()
 }
 
-/// Everything in `new` that an `old` peer would misread, one line each.
+/// Everything in `new` that an `old` peer would misread, one line for each.
 fn breaks(old: &DescriptorPool, new: &DescriptorPool) -> Vec<String> {
     let mut found = Vec::new();
     for message in old.all_messages() {
@@ -89,7 +90,7 @@ fn message_breaks(old: &MessageDescriptor, new: &MessageDescriptor, found: &mut 
     }
 }
 
-/// All that an old peer relies on in a field.
+/// Everything in a field that an old peer relies on.
 fn shape(field: &FieldDescriptor) -> String {
     let kind = match field.kind() {
         Kind::Message(message) => message.full_name().to_owned(),
@@ -146,7 +147,7 @@ fn service_breaks(old: &ServiceDescriptor, new: &ServiceDescriptor, found: &mut 
     }
 }
 
-/// Every field set to something that is not its default; of a oneof, the `choice`th member.
+/// A message in which no field has its default value. Of a oneof, member number `choice` is set.
 fn filled(message: &MessageDescriptor, depth: usize, choice: usize) -> DynamicMessage {
     let mut filled = DynamicMessage::new(message.clone());
     for field in message.fields() {
@@ -190,8 +191,8 @@ fn filled_value(field: &FieldDescriptor, depth: usize, choice: usize) -> Value {
     }
 }
 
-/// Sends every message of `from` to a peer that speaks `to`: what the peer reads is what was meant, as far as
-/// both know the field. Returns how many fields were compared.
+/// Sends every message of `from` to a peer that speaks `to`, and checks that the peer reads the same value in every
+/// field that both know. Returns how many fields were compared.
 fn readable(from: &DescriptorPool, to: &DescriptorPool) -> usize {
     let mut compared = 0;
     for message in from.all_messages() {
@@ -257,7 +258,7 @@ fn old_and_new_peers_read_each_others_messages() {
     assert!(backward >= forward, "{backward} of {forward} fields");
 }
 
-/// The same protocol with one thing changed, and what must be said of it.
+/// Makes a change to the protocol, and returns the breaks that are found.
 fn changed(change: impl FnOnce(&mut FileDescriptorSet)) -> Vec<String> {
     let mut set = current_set();
     change(&mut set);

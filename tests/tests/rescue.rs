@@ -1,4 +1,4 @@
-//! A revocation keeps what is hot, of all slabs that are revoked together, whole; and only where blocks are moved.
+//! When many slabs are revoked together, the hottest conversations survive as a whole, and only if blocks are moved.
 
 use anyhow::{Result, ensure};
 use swiftcache_tests::rescue::{BLOCKS, ROOM, found_after_revocation};
@@ -7,8 +7,8 @@ const ATTEMPTS: u32 = 10;
 
 #[test]
 fn the_hottest_survive_a_revocation_whole_and_only_where_blocks_are_moved() -> Result<()> {
-    // The hottest of those that the borrower has heard of: a machine that hands it one revocation at a time decides
-    // otherwise, and is asked again.
+    // The borrower chooses among the revocations that it has received. On a slow machine it may receive them one at a
+    // time and choose otherwise, so this tries again.
     let mut hottest_survived = false;
     let mut moved = Vec::new();
     for _ in 0..ATTEMPTS {
@@ -21,7 +21,7 @@ fn the_hottest_survive_a_revocation_whole_and_only_where_blocks_are_moved() -> R
         }
     }
     ensure!(hottest_survived, "{moved:?}");
-    // Its twin: dropped at once.
+    // Its twin: all blocks are dropped at once.
     let dropped = found_after_revocation(false)?;
     ensure!(dropped.iter().all(|blocks| *blocks == 0), "{dropped:?}");
     Ok(())

@@ -1,19 +1,19 @@
-//! The whole of SwiftCache on GPUs: a broker, `swiftcache donate`, and a borrower that checks every byte.
+//! The full stack on GPUs: a broker, `swiftcache donate`, and a borrower that checks every byte.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use swiftcache_client::device::DeviceLayer;
 use swiftcache_tests::{
-    full_stack,
+    full_stack::{self, Places},
     node::{Devices, Setup},
 };
 
-/// Runs it with each kind of handle, the donor on the last device and the borrower on the first; `said` gets a line
-/// for each. The broker finds the devices through NVML, or in the topology file.
+/// Runs the full stack with each kind of handle. The donor is on the last device, the borrower on the first. Calls
+/// `said` with a line for each kind. The broker finds the devices through NVML, or in the topology file.
 ///
 /// # Errors
-/// When a process does not come up or a byte is wrong.
+/// When a process does not start, or a byte is wrong.
 pub fn run(
     layer: &dyn DeviceLayer,
     topology: Option<PathBuf>,
@@ -34,7 +34,11 @@ pub fn run(
             },
             ..Setup::default()
         };
-        let outcome = full_stack::run(setup, (devices.len() - 1, 0), handle)
+        let places = Places {
+            donor: devices.len() - 1,
+            borrower: 0,
+        };
+        let outcome = full_stack::run(setup, places, handle)
             .with_context(|| format!("full stack, {handle}"))?;
         said(&format!(
             "ok      full stack, {handle}: {} blocks stored on {} and {} read back by {} ({link}), every byte right; \

@@ -1,5 +1,5 @@
-//! A borrower to be stopped and killed: stores and fetches sequences as it is told, line by line, checks every byte
-//! it is served, and reports after each operation. Ends with its input.
+//! A borrower that tests stop and kill. It reads commands, one a line, stores and fetches sequences, checks every byte
+//! that it gets, and prints a report after each operation. It exits at the end of its input.
 
 use std::{
     io::{self, Write},
@@ -30,7 +30,7 @@ const LONGEST: u32 = 20;
 struct Flags {
     #[arg(long)]
     socket: PathBuf,
-    /// Simulated devices; without it, and when it names GPUs, those that CUDA shows.
+    /// A topology of simulated devices. Without it, or when it names GPUs, the borrower uses the devices of CUDA.
     #[arg(long)]
     topology: Option<String>,
     #[arg(long)]
@@ -59,13 +59,13 @@ enum Kind {
 }
 
 enum Command {
-    /// That many operations at random.
+    /// Do this many random operations.
     Random(Kind, u64),
-    /// Every sequence once, whole.
+    /// Store or fetch every sequence once, as a whole.
     Sweep(Kind),
-    /// Lease that many slabs.
+    /// Lease this many slabs.
     Reserve(u64),
-    /// Nothing.
+    /// Do nothing.
     Pause,
 }
 
@@ -84,7 +84,8 @@ fn main() -> ExitCode {
     match run(Flags::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A line that is no report is a complaint. The test may be gone already.
+            // The test takes a line that is not a report as a complaint. An error is ignored, because the test may be
+            // gone.
             let _ = writeln!(io::stdout(), "{error:#}");
             ExitCode::FAILURE
         }
@@ -93,14 +94,14 @@ fn main() -> ExitCode {
 
 fn run(flags: Flags) -> Result<()> {
     let layer = open(flags.topology.as_deref())?;
-    // The broker may be away: then this one begins without.
+    // The session does not wait for a connection, because the broker may be away.
     let session = Session::start(SessionConfig {
         socket: flags.socket,
         name: flags.name,
         tenant: flags.tenant,
     })?;
     let mut config = engine::config(flags.device, flags.slabs);
-    // It goes on when the broker is stopped.
+    // The usual limit, so that the borrower goes on when the broker is stopped.
     config.lookup_limit = BorrowerConfig::LOOKUP_LIMIT;
     config.layout.namespace = flags.namespace;
     config.host_tier_bytes = flags.host_blocks * BLOCK_BYTES;
@@ -159,7 +160,7 @@ impl Command {
 }
 
 impl Borrower {
-    /// Obeys until the command is done or another one comes, which is returned.
+    /// Works on the command until it is done or another one comes. Returns the other one.
     fn obey(
         &mut self,
         command: Command,

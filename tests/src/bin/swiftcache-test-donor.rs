@@ -1,4 +1,5 @@
-//! A donor to be killed: offers slabs, says so in one line, and keeps them until its input ends.
+//! A donor that tests kill. It offers slabs, prints one line when they are offered, and keeps them until its input
+//! ends.
 
 use std::{
     io::{self, Read, Write},

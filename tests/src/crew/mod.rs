@@ -1,4 +1,4 @@
-//! A node and everybody on it, all processes of their own, which a test kills and stops as it likes.
+//! A node with its donors and borrowers. All of them are processes that a test can kill and stop.
 
 mod processes;
 
@@ -19,10 +19,10 @@ use crate::{
 
 /// Slabs that each donor offers.
 pub const SLABS: u64 = 4;
-/// Keeps a borrower busy until it is told otherwise.
+/// The command that keeps a borrower busy until its next command.
 pub const FOREVER: &str = "mix 1000000000";
 
-/// Somebody who can be killed or stopped.
+/// A process that a test can kill or stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Party {
     /// The broker.
@@ -33,7 +33,7 @@ pub enum Party {
     Borrower(usize),
 }
 
-/// Every party, for drawing one.
+/// Every party, so that a test can draw one at random.
 pub const PARTIES: [Party; 5] = [
     Party::Broker,
     Party::Donor(0),
@@ -56,7 +56,7 @@ pub struct Crew {
     idle: Idle,
 }
 
-/// What is there while nobody borrows.
+/// What the processes hold, and which files there are, while nobody borrows.
 #[derive(Debug)]
 struct Idle {
     broker: Census,
@@ -65,17 +65,18 @@ struct Idle {
 }
 
 impl Crew {
-    /// A crew at work.
+    /// Starts a crew whose borrowers are at work.
     ///
     /// # Errors
-    /// When somebody cannot be started.
+    /// When a process cannot be started.
     pub fn start(seed: u64) -> Result<Self> {
         let node = Node::start(&["--pin-ms", "100", "--drain-ms", "200"])?;
         let donors = (0..2)
             .map(|n| donor_process(&node, 1 + n, SLABS))
             .collect::<Result<Vec<_>>>()?;
         let operator = Operator::of(&node)?;
-        // The first visit also brings what stays: buffers, the operator's connection.
+        // The first borrower also causes allocations that stay, for example buffers and the operator's connection. So
+        // it must be gone before the idle state is recorded.
         let mut visitor = BorrowerProcess::start(&node, 0, &Job::new("visitor", seed))?;
         visitor.run("reserve 4")?;
         visitor.run("mix 20")?;
@@ -109,15 +110,16 @@ impl Crew {
         Ok(borrower)
     }
 
-    /// Kills one and starts another in its place; the broker is away for a few operations.
+    /// Kills a party and starts another in its place. A killed broker is away while each borrower does `away`
+    /// operations.
     ///
     /// # Errors
-    /// When a borrower complains, or nobody can be started.
+    /// When a borrower complains, or a process cannot be started.
     pub fn replace(&mut self, party: Party, away: u64) -> Result<()> {
         match party {
             Party::Broker => {
                 self.node.kill_broker()?;
-                // Nobody waits for it.
+                // The borrowers go on without waiting for the broker.
                 self.advance(away, None)?;
                 self.node.start_broker()
             }
@@ -146,10 +148,10 @@ impl Crew {
         }
     }
 
-    /// Waits until every borrower but one that is stopped has got on.
+    /// Waits until every borrower has done this many more operations. It does not wait for the party that is `stopped`.
     ///
     /// # Errors
-    /// When one complains, or does not.
+    /// When a borrower complains, or does not go on.
     pub fn advance(&self, operations: u64, stopped: Option<Party>) -> Result<()> {
         for (n, borrower) in self.borrowers.iter().enumerate() {
             if stopped != Some(Party::Borrower(n)) {
@@ -159,10 +161,11 @@ impl Crew {
         Ok(())
     }
 
-    /// All works as on the first day, everything comes back in the end, and nothing is left behind.
+    /// Checks that everything works as it did at the start, that donors get everything back in the end, and that
+    /// nothing is left behind.
     ///
     /// # Errors
-    /// When that is not so.
+    /// When one of these does not hold.
     pub fn finish(mut self) -> Result<()> {
         for borrower in &mut self.borrowers {
             borrower.run("pause")?;
@@ -198,10 +201,10 @@ impl Crew {
         Ok(())
     }
 
-    /// The idle crew holds no more of the kernel's than it did on the first day, and no file more.
+    /// Waits until the idle crew holds no more in the kernel than at the start, and has no more files.
     ///
     /// # Errors
-    /// When it does.
+    /// When it still does after [`PATIENCE`](crate::PATIENCE).
     pub fn nothing_left_behind(&self) -> Result<()> {
         let mut left = Vec::new();
         let clean = eventually("all to be let go", || {
@@ -211,10 +214,10 @@ impl Crew {
         clean.with_context(|| format!("left behind: {}", left.join(", ")))
     }
 
-    /// What there is beyond the first day's, for people.
+    /// What the crew holds beyond the idle state of the start, for people.
     ///
     /// # Errors
-    /// When somebody is gone.
+    /// When a process is gone.
     pub fn left_behind(&self) -> Result<Vec<String>> {
         let idle = &self.idle;
         let mut left = Census::of(self.node.broker()?.pid())?.beyond(&idle.broker);
@@ -233,7 +236,7 @@ fn all_free(operator: &Operator) -> Result<()> {
     })
 }
 
-/// What lies in the directory of the state and the sockets.
+/// The names of the files in the directory of the state and the sockets.
 fn files(node: &Node) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(node.directory())? {

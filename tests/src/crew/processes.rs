@@ -1,4 +1,4 @@
-//! Borrower and donor processes that a test drives, and may kill.
+//! Borrower and donor processes that a test drives and can kill.
 
 use std::{fs, io::BufRead, path::PathBuf, process::Command, sync::Arc, thread, time::Instant};
 
@@ -12,10 +12,10 @@ use crate::{
     programs::{Program, program},
 };
 
-/// A process that offers `slabs` slabs of a device.
+/// Starts a process that offers `slabs` slabs of a device.
 ///
 /// # Errors
-/// When it cannot be started or its offer is not taken.
+/// When it cannot be started, or the broker does not accept its offer.
 pub fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> {
     let mut command = Command::new(program("swiftcache-test-donor")?);
     command
@@ -30,14 +30,14 @@ pub fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> 
     Ok(Program::start_ready(&mut command)?.0)
 }
 
-/// What a borrower process works on.
+/// The task of a borrower process.
 #[derive(Clone, Debug)]
 pub struct Job {
     /// Its name.
     pub name: String,
     /// Its tenant's label.
     pub tenant: String,
-    /// What its blocks are interchangeable with.
+    /// Its namespace: blocks of one namespace are interchangeable.
     pub namespace: String,
     /// The most slabs it leases.
     pub slabs: u64,
@@ -45,16 +45,16 @@ pub struct Job {
     pub host_blocks: u64,
     /// Sequences it stores and fetches.
     pub conversations: u32,
-    /// Of its random course.
+    /// The seed of its random operations.
     pub seed: u64,
-    /// What it logs.
+    /// Its log filter.
     pub log: String,
-    /// Where to; to the test's own standard error when not set.
+    /// The file that it logs to. None: the test's own standard error.
     pub log_file: Option<PathBuf>,
 }
 
 impl Job {
-    /// A job of a few slabs, more sequences than fit, and a small host tier.
+    /// A job with a few slabs, more sequences than fit into them, and a small host tier.
     #[must_use]
     pub fn new(name: &str, seed: u64) -> Self {
         Self {
@@ -71,7 +71,7 @@ impl Job {
     }
 }
 
-/// What a borrower process has said about itself.
+/// A borrower process's report about its work.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Operations done.
@@ -80,17 +80,17 @@ pub struct Report {
     pub stored: u64,
     /// Blocks that lookups found.
     pub found: u64,
-    /// Of those, blocks served, every byte right.
+    /// How many of them were loaded. All their bytes were right.
     pub served: u64,
     /// Commands done.
     pub done: u64,
 }
 
 impl Report {
-    /// Reads a line of the process.
+    /// Reads a line from the process.
     ///
     /// # Errors
-    /// When it is no report: a complaint.
+    /// When it is not a report. Then the line is a complaint.
     pub fn read(line: &str) -> Result<Self> {
         let numbers: Vec<u64> = (line.strip_prefix("report "))
             .with_context(|| line.to_owned())?
@@ -109,7 +109,7 @@ impl Report {
         })
     }
 
-    /// The line.
+    /// The line of this report.
     #[must_use]
     pub fn line(&self) -> String {
         let Self {
@@ -130,7 +130,7 @@ struct Heard {
     ended: bool,
 }
 
-/// A borrower process: stores and fetches at random, and checks every byte.
+/// A borrower process. It stores and fetches at random, and checks every byte.
 #[derive(Debug)]
 pub struct BorrowerProcess {
     program: Program,
@@ -139,7 +139,7 @@ pub struct BorrowerProcess {
 }
 
 impl BorrowerProcess {
-    /// Starts one on a device of the node.
+    /// Starts a borrower on a device of the node.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -178,11 +178,11 @@ impl BorrowerProcess {
         self.program.pid()
     }
 
-    /// Tells it to do something: `mix N`, `store N`, `fetch N`, `sweep-store`,
-    /// `sweep-fetch`, `reserve SLABS`, `pause`. Ends what it is doing.
+    /// Gives it a command: `mix N`, `store N`, `fetch N`, `sweep-store`, `sweep-fetch`, `reserve SLABS` or `pause`. It
+    /// stops the command that it is working on.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the process is gone.
     pub fn tell(&mut self, command: &str) -> Result<()> {
         self.said += 1;
         let said = self.program.say(command);
@@ -192,12 +192,12 @@ impl BorrowerProcess {
         })
     }
 
-    /// Tells it to do something and waits until that is done; returns what it did meanwhile.
+    /// Gives it a command and waits until it is done. Returns what it did for this command.
     ///
     /// # Errors
-    /// When it complains, ends, or does not get on.
+    /// When it complains, ends, or does not go on.
     pub fn run(&mut self, command: &str) -> Result<Report> {
-        // Whatever it is doing now is not counted.
+        // Its present work must not count.
         self.tell("pause")?;
         let said = self.said;
         let before = self.wait("to pause", |report| report.done >= said)?;
@@ -213,16 +213,16 @@ impl BorrowerProcess {
         })
     }
 
-    /// Waits until it has done `more` operations than now.
+    /// Waits until it has done `more` more operations.
     ///
     /// # Errors
-    /// When it complains, ends, or does not get on.
+    /// When it complains, ends, or does not go on.
     pub fn advance(&self, more: u64) -> Result<Report> {
         let target = self.report()?.operations + more;
         self.wait("operations", |report| report.operations >= target)
     }
 
-    /// What it has said last.
+    /// Its last report.
     ///
     /// # Errors
     /// When it complains or has ended.
@@ -230,7 +230,7 @@ impl BorrowerProcess {
         self.wait("nothing", |_| true)
     }
 
-    /// What it complained about, if it did.
+    /// Its complaint, if it has one.
     pub fn complaint(&self) -> Option<String> {
         let heard = self
             .heard
@@ -270,12 +270,12 @@ impl BorrowerProcess {
     /// Sends a signal.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.program.signal(signal)
     }
 
-    /// SIGKILLs it, after checking that nothing went wrong so far.
+    /// Sends SIGKILL, after checking that nothing went wrong before.
     ///
     /// # Errors
     /// When it complained before.
@@ -285,7 +285,7 @@ impl BorrowerProcess {
         Ok(report)
     }
 
-    /// Closes its input: it leaves in good order.
+    /// Closes its input, so that it exits in good order, and waits for that.
     ///
     /// # Errors
     /// When it complains.

@@ -1,8 +1,8 @@
-//! An old client's session, recorded when `swiftcache.v1` was released, played to today's broker: requests are
-//! encoded and answers decoded with the descriptors of that time, and the answers are what they were.
+//! Plays an old client's session, which was recorded when `swiftcache.v1` was released, to today's broker. Requests are
+//! encoded and answers are decoded with the descriptors of that time, and the answers must be the recorded ones.
 //!
-//! The twin plays it with one answer changed, which must be noticed. `SWIFTCACHE_WRITE_SESSION=1` writes the
-//! answers anew, for a recording that was extended.
+//! The twin plays a recording in which one answer is changed, and the change must be noticed.
+//! `SWIFTCACHE_WRITE_SESSION=1` writes the answers again, for a recording that was extended.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -37,7 +37,7 @@ impl Protocol {
         Self(DescriptorPool::decode(set.as_slice()).unwrap())
     }
 
-    /// Request and answer of an RPC.
+    /// The messages of an RPC: request and answer.
     fn messages(&self, rpc: &str) -> [MessageDescriptor; 2] {
         let broker = self.0.get_service_by_name("swiftcache.v1.Broker").unwrap();
         let method = broker.methods().find(|method| method.name() == rpc);
@@ -46,7 +46,7 @@ impl Protocol {
     }
 }
 
-/// Plays the recording; returns it with the answers of today.
+/// Plays the recording, and returns it with today's answers.
 async fn play(recording: &str) -> String {
     let (protocol, broker) = (
         Protocol::old(),
@@ -116,7 +116,7 @@ fn decode(descriptor: MessageDescriptor, bytes: &[u8]) -> DynamicMessage {
 }
 
 fn written(step: &Step, what: What, message: &DynamicMessage) -> String {
-    // What is unknown to the old client is not in its recording.
+    // The text has only fields that the old client knows, because the message has its descriptor.
     let known = message.to_text_format();
     format!("{}{} {} {known}", step.client, what.sign(), step.rpc)
         .trim_end()
@@ -145,7 +145,7 @@ async fn another_answer_is_noticed() {
     assert_eq!(play(&changed).await, recorded);
 }
 
-/// What a newer client might say: field 90 of the stream's message, which today's broker does not know.
+/// A message of a newer client: field 90 of the stream's message, which today's broker does not know.
 const NEWER: &[u8] = b"\xd2\x05\x03new";
 
 #[tokio::test]
@@ -165,7 +165,7 @@ async fn what_a_newer_client_says_on_its_stream_is_ignored() {
     client.receive("Attached").await;
     client.send(NEWER.to_vec()).await;
     client.send(Vec::new()).await;
-    // The stream is read on: it ends with what the broker does understand, and refuses.
+    // The broker goes on reading the stream. It ends it because of this message, which it understands and refuses.
     let nonsense = message(request, "scrubbed { region_id: 'short' }");
     client.send(nonsense.encode_to_vec()).await;
     let complaint = client.complaint().await;
@@ -174,7 +174,7 @@ async fn what_a_newer_client_says_on_its_stream_is_ignored() {
         "{complaint}"
     );
 
-    // Whose stream it is still comes first.
+    // The first message of a stream must still be Attach.
     let mut client = Client::connect(&broker.socket()).await;
     let status = client.refused(vec![NEWER.to_vec(), attach]).await;
     assert!(status.message().contains("attach: "), "{status}");

@@ -1,4 +1,4 @@
-//! The recording: lines of `<client><what> <rpc> <message in protobuf's text format>`.
+//! Reads the recording. Its lines are `<client><what> <rpc> <message in protobuf's text format>`.
 //!
 //! | what | |
 //! |---|---|
@@ -33,7 +33,7 @@ pub(crate) enum What {
 
 impl What {
     const ALL: [(Self, &'static str); 6] = [
-        // The longer ones first, so that `>>` is not read as `>`.
+        // The longer signs come first, so that `>>` is not read as `>`.
         (Self::Send, ">>"),
         (Self::Receive, "<<"),
         (Self::Call, ">"),
@@ -55,7 +55,7 @@ pub(crate) fn parse(line: &str) -> Option<Step> {
     let (what, sign) = What::ALL
         .into_iter()
         .find(|(_, sign)| who.ends_with(sign))
-        .unwrap_or_else(|| panic!("{line}: no sign of what happens"));
+        .unwrap_or_else(|| panic!("{line}: has none of the signs that say what happens"));
     let (rpc, text) = rest.split_once(' ').unwrap_or((rest, ""));
     Some(Step {
         client: who.trim_end_matches(sign).to_owned(),
@@ -65,14 +65,14 @@ pub(crate) fn parse(line: &str) -> Option<Step> {
     })
 }
 
-/// Numbers that every broker draws anew, and what they were in the recording.
+/// Numbers that every broker draws at random. Maps those of this broker to those of the recording, and back.
 #[derive(Default)]
 pub(crate) struct Names {
     actual: HashMap<(&'static str, u64), u64>,
     recorded: HashMap<(&'static str, u64), u64>,
 }
 
-/// The kind of number a field holds, by the field's name.
+/// The kind of number that a field with this name holds, if the broker draws it.
 fn drawn(field: &str) -> Option<&'static str> {
     match field {
         "session_id" | "resume_session_id" => Some("session"),
@@ -85,11 +85,11 @@ fn drawn(field: &str) -> Option<&'static str> {
     }
 }
 
-/// A path of this run's own directory.
+/// A field with a path in this run's directory.
 const PLACE: &str = "fd_socket";
 
 impl Names {
-    /// What the recording's client would send to this broker.
+    /// The message that the recording's client would send to this broker.
     pub(crate) fn sent_as(&self, message: &DynamicMessage) -> DynamicMessage {
         self.translated(message, &mut |names, kind, number| {
             let known = names.actual.get(&(kind, number)).copied();
@@ -97,8 +97,8 @@ impl Names {
         })
     }
 
-    /// What this broker's answer would be in the recording. Numbers seen for the first time get their names in
-    /// the order in which they appear: as they did when the recording was made.
+    /// The answer of this broker as it would be in the recording. Numbers that appear for the first time are named in
+    /// the order in which they appear, as when the recording was made.
     pub(crate) fn recorded_as(&mut self, message: &DynamicMessage) -> DynamicMessage {
         let mut names = std::mem::take(self);
         let translated = Self::default().translated(message, &mut |_, kind, number| {
@@ -153,7 +153,7 @@ impl Names {
     }
 }
 
-/// A message in the recording's own words.
+/// Reads a message of the recording.
 pub(crate) fn message(descriptor: MessageDescriptor, text: &str) -> DynamicMessage {
     DynamicMessage::parse_text_format(descriptor, text)
         .unwrap_or_else(|error| panic!("{text}: {error}"))
