@@ -211,27 +211,25 @@ impl Lending {
     /// Asks for everything back and waits for it as long as healthy borrowers may take. What has not come then is never
     /// said to be back.
     pub(crate) fn close(&self) {
-        let ground = {
+        {
             let mut state = self.state.lock();
             state.closed = true;
+            state.ground = None;
             for loan in state.loans.values_mut() {
                 if let Stage::Waiting(_) = loan.stage {
                     loan.stage = Stage::Back;
                 }
             }
-            state.ground.take()
-        };
+        }
         self.changed.notify_all();
         if let Some(thread) = self.thread.lock().take() {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
         let lender = self.state.lock().lender.take();
-        let (Some(ground), Some(lender)) = (ground, lender) else {
-            return;
-        };
+        let Some(lender) = lender else { return };
         let began = Instant::now();
-        if !lender.take_all_back(ground.drain + CLOSE_MARGIN) {
+        if !lender.close(CLOSE_MARGIN) {
             let waited_ms = began.elapsed().as_millis();
             warn!(
                 waited_ms,

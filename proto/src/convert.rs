@@ -1,5 +1,7 @@
 //! Between wire and domain. Every function checks its field's bound; a refusal names the field.
 
+use std::time::Duration;
+
 use crate::{
     domain::{
         AllocationId, BlockHash, Device, DeviceUuid, Extent, Generation, Handle, HandleKind,
@@ -20,6 +22,8 @@ pub const MAX_TENANT_BYTES: usize = 64;
 pub const MAX_NAMESPACE_BYTES: usize = 256;
 /// The smallest and largest slab, bytes.
 pub const SLAB_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 << 30;
+/// The drain window of a broker whose operator has not set one, milliseconds.
+pub const DEFAULT_DRAIN_MS: u32 = 5_000;
 /// The longest drain window, milliseconds.
 pub const MAX_DRAIN_MS: u32 = 600_000;
 /// The largest message either side accepts, bytes: [`MAX_BLOCKS`] hashes and as many slots, and some.
@@ -123,7 +127,14 @@ pub fn pack_hashes(hashes: &[BlockHash]) -> Vec<u8> {
     hashes.iter().flat_map(|hash| hash.0).collect()
 }
 
-/// A drain window; 0 means `default_ms`.
+/// A drain window as a request names it, milliseconds: 0 stands for the broker's default, so that a window shorter than
+/// a millisecond is one. At most [`MAX_DRAIN_MS`].
+pub fn drain_request_ms(drain: Duration) -> u32 {
+    let whole = drain.as_nanos().div_ceil(1_000_000);
+    u32::try_from(whole).map_or(MAX_DRAIN_MS, |ms| ms.min(MAX_DRAIN_MS))
+}
+
+/// The drain window that a request names, milliseconds; 0 stands for `default_ms`.
 pub fn drain_ms(field: &'static str, ms: u32, default_ms: u32) -> Checked<u32> {
     match ms {
         0 => Ok(default_ms),

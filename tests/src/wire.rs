@@ -230,6 +230,19 @@ impl Member {
         Ok(found.into_inner().hit_blocks)
     }
 
+    /// Gives a lease back.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn release(&self, lease: u64) -> Result<(), Status> {
+        let release = v1::ReleaseRequest {
+            session_id: self.session,
+            lease_ids: vec![lease],
+        };
+        let released = self.wire.wait(self.wire.broker().release(release));
+        released.map(drop)
+    }
+
     /// Asks for regions back.
     ///
     /// # Errors

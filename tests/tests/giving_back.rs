@@ -7,9 +7,10 @@ use swiftcache_client::donor::{Agent, AgentConfig, Donor, DonorConfig, PolicyCon
 use swiftcache_tests::{
     PATIENCE,
     engine::{SLAB_BYTES, eventually},
-    gate::{Gate, Stage},
+    gate::{Fault, Gate, Stage},
     node::Node,
 };
+use tonic::Code;
 
 const GIB: u64 = 1 << 30;
 
@@ -29,7 +30,7 @@ fn a_withdrawal_that_was_lost_is_asked_again_on_the_same_connection() -> Result<
     let gate = Gate::before(&node)?;
     let donor = Donor::open(gate.session("donor")?, node.layer()?, config(&node))?;
     donor.grow(2 * SLAB_BYTES)?;
-    gate.refuse("Withdraw", 2);
+    gate.fail("Withdraw", Fault::Refuse(Code::Aborted), 2);
     ensure!(donor.close(PATIENCE), "stranded");
     ensure!(gate.count("Withdraw", Stage::Refused) == 2);
     ensure!(

@@ -1,11 +1,12 @@
 //! An engine that lends parts of its pool: they come back when nobody can touch them any more, and not before.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, mpsc},
+    thread,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     device::{CopyStream, DeviceLayer, Memory, foreign},
     donor::Lender,
@@ -16,6 +17,7 @@ use swiftcache_tests::{
     PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
     node::Node,
+    wire::Wire,
 };
 
 const PAGE: u64 = 4096;
@@ -44,6 +46,10 @@ impl Part {
 
 impl Pool {
     fn new(node: &Node, session: Session) -> Result<Self> {
+        Self::with_drain(node, session, PATIENCE)
+    }
+
+    fn with_drain(node: &Node, session: Session, drain: Duration) -> Result<Self> {
         let layer = node.layer()?;
         let device = node.device(1);
         let bytes = 2 * SLAB_BYTES + PAGE;
@@ -53,7 +59,6 @@ impl Pool {
         let memory = foreign::adopt_pool(&*layer, &device, address, bytes, Box::new(tensor))?;
         let stream = layer.stream(&device)?;
         stream.write(&memory, 0, &vec![OWN; bytes as usize])?;
-        let drain = PATIENCE;
         let lender = Lender::open(session, Arc::clone(&layer), device, drain)?;
         Ok(Self {
             layer,
@@ -183,6 +188,48 @@ fn only_a_broker_that_knows_gives_back() -> Result<()> {
     node.start_broker()?;
     eventually("the part", || Ok(part.is_back()))?;
     ensure!(pool.holds_only(0, 0)?);
+    Ok(())
+}
+
+/// A lender that names no drain window gives borrowers the broker's, and waits as long itself when it closes.
+#[test]
+fn closing_waits_as_long_as_borrowers_may_take() -> Result<()> {
+    let window_ms = PATIENCE.as_millis().to_string();
+    let node = Node::start(&["--drain-ms", &window_ms])?;
+    let wire = Wire::new(&node.socket())?;
+    let borrower = wire.member("a slow borrower", "")?;
+    let mut stream = borrower.attach()?;
+    let (device, block) = (node.device(0).to_string(), SLAB_BYTES / 16);
+    for drain in [Duration::ZERO, Duration::from_millis(1)] {
+        let pool = Pool::with_drain(&node, node.session("lender")?, drain)?;
+        let part = pool.lend(0)?;
+        let mut granted = None;
+        eventually("the lease", || {
+            let leased = borrower.lease("model", &device, SLAB_BYTES, block)?;
+            granted = leased.grants.first().cloned();
+            Ok(granted.is_some())
+        })?;
+        let grant = granted.context("granted")?;
+        let (asked, answer) = mpsc::channel();
+        let closing = thread::spawn(move || {
+            asked.send(pool.lender.close(Duration::ZERO))?;
+            anyhow::Ok(pool)
+        });
+        let revoked = stream.revocation()?;
+        // The twin: one that gives no time waits for nobody who takes longer.
+        let in_time = drain.is_zero();
+        if in_time {
+            ensure!(revoked.drain_ms > 1, "{revoked:?}");
+            borrower.release(grant.lease_id)?;
+        }
+        ensure!(answer.recv()? == in_time, "{drain:?}");
+        if !in_time {
+            ensure!(!part.is_back());
+            borrower.release(grant.lease_id)?;
+        }
+        eventually("the part", || Ok(part.is_back()))?;
+        drop(closing.join());
+    }
     Ok(())
 }
 

@@ -15,9 +15,10 @@ use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
     PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
-    gate::Gate,
+    gate::{Fault, Gate, Stage},
     node::Node,
 };
+use tonic::Code;
 
 fn config(socket: std::path::PathBuf) -> SessionConfig {
     SessionConfig {
@@ -113,6 +114,96 @@ fn calls_can_be_awaited_on_any_runtime() -> Result<()> {
             .wait()?;
         anyhow::Ok(())
     })
+}
+
+fn any_demand(node: &Node) -> Demand {
+    Demand {
+        namespace: "model".to_owned(),
+        device: node.device(0),
+        bytes: 1,
+        block_bytes: 1,
+    }
+}
+
+/// What was asked for while there was no connection is not an unanswered call of the next one.
+#[test]
+fn a_call_made_while_disconnected_costs_no_connection() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    node.kill_broker()?;
+    let session = Session::start(config(node.socket()))?;
+    for _ in 0..3 {
+        let failed = session.lease(any_demand(&node)).wait();
+        ensure!(
+            matches!(failed, Err(Error::Disconnected { .. })),
+            "{failed:?}"
+        );
+    }
+    let first = session.epoch();
+    node.start_broker()?;
+    session.wait_connected(PATIENCE)?;
+    // By the time that a call has been made, the connection has been looked after once at least.
+    let called = session.release(Vec::new()).wait();
+    ensure!(called.is_ok(), "{called:?}");
+    ensure!(
+        session.epoch() == first,
+        "the first connection was given up"
+    );
+    Ok(())
+}
+
+/// The twin: a lease that the broker may have granted costs the connection that it was asked on, and no other.
+#[test]
+fn a_lease_that_may_have_been_granted_costs_its_own_connection_only() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let session = gate.session("engine")?;
+    let first = session.epoch();
+    gate.fail("Lease", Fault::Deny(Code::Internal), 1);
+    let failed = session.lease(any_demand(&node)).wait();
+    ensure!(matches!(failed, Err(Error::Answer { .. })), "{failed:?}");
+    eventually("the next connection", || {
+        Ok(session.epoch() == first + 1 && session.is_connected())
+    })?;
+    // One that is lost with its connection says nothing about the next.
+    gate.hold("Lease");
+    let lost = session.lease(any_demand(&node));
+    eventually("the call to be under way", || {
+        Ok(gate.count("Lease", Stage::Arrived) == 2)
+    })?;
+    gate.cut();
+    let lost = lost.wait();
+    ensure!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
+    gate.open();
+    eventually("the connection after that", || {
+        Ok(session.epoch() == first + 2 && session.is_connected())
+    })?;
+    session.wait_connected(PATIENCE)?;
+    session.release(Vec::new()).wait()?;
+    ensure!(session.epoch() == first + 2);
+    // Nor does one that was refused.
+    gate.fail("Lease", Fault::Refuse(Code::ResourceExhausted), 1);
+    let refused = session.lease(any_demand(&node)).wait();
+    ensure!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
+    session.release(Vec::new()).wait()?;
+    ensure!(session.epoch() == first + 2);
+    Ok(())
+}
+
+/// A drain window of zero is the broker's own, whoever counts it.
+#[test]
+fn no_drain_window_means_the_brokers() -> Result<()> {
+    let mut node = Node::start(&["--drain-ms", "7654"])?;
+    let session = node.session("donor")?;
+    let ms = Duration::from_millis;
+    ensure!(session.drain_window(Duration::ZERO) == ms(7654));
+    // What is given is given, in whole milliseconds and within the protocol's bound.
+    ensure!(session.drain_window(ms(20)) == ms(20));
+    ensure!(session.drain_window(Duration::from_nanos(1)) == ms(1));
+    ensure!(session.drain_window(Duration::MAX) == ms(600_000));
+    node.kill_broker()?;
+    eventually("the broker to be missed", || Ok(!session.is_connected()))?;
+    ensure!(session.drain_window(Duration::ZERO) == ms(7654));
+    Ok(())
 }
 
 /// Tries to block the session's own thread.

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use swiftcache_proto::domain::{Device, Link};
+use swiftcache_proto::{
+    convert::DEFAULT_DRAIN_MS,
+    domain::{Device, Link},
+};
 
 /// The node's hardware, as the probe found it.
 #[derive(Clone, Debug, Default)]
@@ -59,7 +62,7 @@ impl Default for CoreConfig {
     fn default() -> Self {
         Self {
             pin_ms: 10_000,
-            default_drain_ms: 5_000,
+            default_drain_ms: DEFAULT_DRAIN_MS,
             wait_ms: 2_000,
             pin_base: 0,
             session_quota_bytes: None,

@@ -184,6 +184,7 @@ impl BrokerService {
                 fd_socket: self.node.fd_socket.clone(),
                 refused_lease_ids: refused.into_iter().map(|lease| lease.0).collect(),
                 region_ids: regions.iter().map(|id| id.0.to_vec().into()).collect(),
+                default_drain_ms: self.node.drain_ms,
             }),
             _ => Err(Refused::OutOfTurn),
         }

@@ -23,6 +23,8 @@ use swiftcache_client::{
     session::{Session, SessionConfig},
 };
 
+/// What leaving takes at most beyond the time that borrowers have to move away: copies under way, and a few messages.
+const LEAVE_MARGIN: Duration = Duration::from_secs(5);
 /// How often to look for a signal.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -62,9 +64,9 @@ pub(super) struct DonateArgs {
     /// backend's best: cuda-ipc on GPUs]
     #[arg(long, value_name = "KIND", value_enum)]
     handle: Option<Opened>,
-    /// How long to wait for everything to come back in the end
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
-    leave_within: Duration,
+    /// How long to wait for everything to come back in the end [default: what borrowers may take, and 5s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    leave_within: Option<Duration>,
     #[command(flatten)]
     elastic_args: ElasticArgs,
     /// On a simulated device: where its use is written, the topology's usage_dir
@@ -144,6 +146,15 @@ impl Running {
             Self::Fixed(donor) => donor.status(),
             Self::Elastic(agent) => agent.status(),
         }
+    }
+
+    /// How long it waits for everything to come back, if nobody says otherwise.
+    fn patience(&self) -> Duration {
+        let window = match self {
+            Self::Fixed(donor) => donor.drain_window(),
+            Self::Elastic(agent) => agent.drain_window(),
+        };
+        window + LEAVE_MARGIN
     }
 
     fn close(self, limit: Duration) -> bool {
@@ -263,29 +274,30 @@ fn start(
 }
 
 /// Asks for everything back, from all devices at once.
-fn leave(running: Vec<(DeviceUuid, Running)>, limit: Duration) -> Result<(), CliError> {
+fn leave(running: Vec<(DeviceUuid, Running)>, limit: Option<Duration>) -> Result<(), CliError> {
     let leaving: Vec<_> = running
         .into_iter()
         .map(|(device, donor)| {
             let held = donor.status().offered_bytes;
             info!(bytes = held, %device, "asking for everything back");
-            (device, thread::spawn(move || donor.close(limit)))
+            let limit = limit.unwrap_or_else(|| donor.patience());
+            (device, limit, thread::spawn(move || donor.close(limit)))
         })
         .collect();
     let late: Vec<String> = leaving
         .into_iter()
-        .filter_map(|(device, donor)| {
+        .filter_map(|(device, limit, donor)| {
             let returned = donor.join().unwrap_or(false);
-            (!returned).then(|| device.to_string())
+            let limit = humantime::format_duration(limit);
+            (!returned).then(|| format!("{device} within {limit}"))
         })
         .collect();
     if late.is_empty() {
         return Ok(());
     }
     Err(CliError::Failed(format!(
-        "not everything on {} came back within {}: borrowers still map it until they let go",
+        "not everything came back on {}: borrowers still map it until they let go",
         late.join(", "),
-        humantime::format_duration(limit)
     )))
 }
 

@@ -10,12 +10,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A client operation that failed. A borrower turns every one of them into a cache miss.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The broker cannot be reached now; the session keeps trying.
+    /// The broker cannot be reached now, so nothing was sent; the session keeps trying.
     #[error("no broker at {socket}: {problem}; is swiftcache-broker running?")]
     Disconnected {
         /// The broker's socket.
         socket: PathBuf,
         /// What the last attempt met.
+        problem: String,
+    },
+    /// The connection was lost before the answer came.
+    #[error("the connection to the broker was lost before it answered {call}: {problem}")]
+    Lost {
+        /// The RPC.
+        call: &'static str,
+        /// How it was lost.
         problem: String,
     },
     /// The broker did not answer in time.
@@ -26,7 +34,7 @@ pub enum Error {
         /// How long it was waited for.
         limit: Duration,
     },
-    /// The broker will not do it.
+    /// The broker will not do it, and has not.
     #[error("the broker refused {call}: {} ({})", status.message(), status.code())]
     Refused {
         /// The RPC.
@@ -78,6 +86,28 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the broker may have done what was asked, or may yet do it. Otherwise it has not, and will not.
+    ///
+    /// Whoever asked must assume the worse of the two: memory that may be on offer is kept, and blocks that may be
+    /// findable are made unfindable before their slots are written.
+    pub fn may_be_done(&self) -> bool {
+        match self {
+            // The call was on its way.
+            Self::Lost { .. }
+            | Self::Deadline { .. }
+            | Self::Answer { .. }
+            | Self::OnSessionThread { .. } => true,
+            // The broker said no, or was not asked.
+            Self::Refused { .. }
+            | Self::Disconnected { .. }
+            | Self::Descriptor { .. }
+            | Self::Closed
+            | Self::Config { .. }
+            | Self::Device(_)
+            | Self::Thread(_) => false,
+        }
+    }
+
     /// A refusal of `setting`, saying what is wrong.
     pub(crate) fn config(setting: &'static str, problem: impl Into<String>) -> Self {
         Self::Config {

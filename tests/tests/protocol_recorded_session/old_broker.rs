@@ -8,6 +8,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use prost::Message;
@@ -197,6 +198,8 @@ async fn todays_client_works_with_an_old_broker() {
     session.observe(&observer);
     let (devices, links) = session.node().unwrap();
     assert_eq!((devices.len(), links.len()), (2, 2));
+    // It does not say what its default is, and never had another.
+    assert_eq!(session.drain_window(Duration::ZERO).as_secs(), 5);
 
     let demand = Demand {
         namespace: "model".to_owned(),

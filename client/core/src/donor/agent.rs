@@ -112,6 +112,11 @@ impl Agent {
         }
     }
 
+    /// How long borrowers may take to move away from what is asked back.
+    pub fn drain_window(&self) -> Duration {
+        self.shared.donor.drain_window()
+    }
+
     /// Stops following, asks for everything back, and waits for it for at most `limit`. True when all of it came.
     pub fn stop(mut self, limit: Duration) -> bool {
         self.halt();

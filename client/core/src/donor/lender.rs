@@ -97,6 +97,13 @@ impl Lender {
         self.core.status()
     }
 
+    /// Asks for everything back and waits for it as long as borrowers may take to move away, and `margin`. True when all
+    /// of it came.
+    pub fn close(&self, margin: Duration) -> bool {
+        let window = self.core.session.drain_window(self.core.drain);
+        self.take_all_back(window + margin)
+    }
+
     /// Asks for everything back and waits for it, for at most `limit`. True when all of it came.
     pub fn take_all_back(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;

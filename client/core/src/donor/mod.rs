@@ -189,6 +189,11 @@ impl Donor {
         &self.config
     }
 
+    /// How long borrowers may take to move away from what is asked back.
+    pub fn drain_window(&self) -> Duration {
+        self.core.session.drain_window(self.config.drain)
+    }
+
     /// Blocks until nothing is on its way back, for at most `limit`. True when that is so.
     pub fn wait_returned(&self, limit: Duration) -> bool {
         self.core.wait_returned(Instant::now() + limit)

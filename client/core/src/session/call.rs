@@ -84,11 +84,18 @@ impl<T> Future for Call<T> {
     type Output = Result<T>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let call = self.name;
         match &mut self.state {
             State::Failed(error) => Poll::Ready(Err(error.take().unwrap_or(Error::Closed))),
-            State::Running(task) => Pin::new(task)
-                .poll(context)
-                .map(|joined| joined.unwrap_or(Err(Error::Closed))),
+            State::Running(task) => Pin::new(task).poll(context).map(|joined| {
+                // It was on its way when the session's thread ended.
+                joined.unwrap_or_else(|_| {
+                    Err(Error::Lost {
+                        call,
+                        problem: "the session was closed".to_owned(),
+                    })
+                })
+            }),
         }
     }
 }

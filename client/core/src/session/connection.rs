@@ -10,6 +10,7 @@ use swiftcache_proto::{
 };
 use tokio::{net::UnixStream, sync::mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Streaming,
     transport::{Channel, Endpoint},
@@ -32,10 +33,14 @@ pub(super) struct Connection {
     pub(super) boot_id: u64,
     pub(super) epoch: u64,
     pub(super) fd_socket: PathBuf,
+    /// The broker's default, milliseconds.
+    pub(super) drain_ms: u32,
     pub(super) devices: Vec<Device>,
     pub(super) links: Vec<Link>,
     /// Observers have been told: what they do about a new connection comes before what others do with it.
     pub(super) announced: AtomicBool,
+    /// Cancelled when the broker must be told anew what is held, which only another connection does.
+    pub(super) given_up: CancellationToken,
     outgoing: mpsc::UnboundedSender<v1::SessionRequest>,
 }
 
@@ -130,6 +135,10 @@ impl Connection {
             boot_id: registered.boot_id,
             epoch,
             fd_socket: registered.fd_socket.into(),
+            drain_ms: match registered.default_drain_ms {
+                0 => convert::DEFAULT_DRAIN_MS,
+                said => said,
+            },
             devices: (registered.devices.iter().map(Device::try_from))
                 .collect::<Result<_, _>>()
                 .map_err(invalid)?,
@@ -137,6 +146,7 @@ impl Connection {
                 .collect::<Result<_, _>>()
                 .map_err(invalid)?,
             announced: AtomicBool::new(false),
+            given_up: CancellationToken::new(),
             outgoing,
         };
         Ok(Opened {

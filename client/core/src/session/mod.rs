@@ -22,7 +22,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -34,7 +34,6 @@ use swiftcache_proto::{
     domain::{Device, Generation, LeaseId, Link, PinId},
     v1,
 };
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 pub use call::Call;
@@ -75,12 +74,12 @@ pub(crate) struct Shared {
     config: SessionConfig,
     /// Counts connections: moves on the moment one is lost, before anything is said to the next.
     epoch: AtomicU64,
+    /// The default drain window of the last broker, milliseconds.
+    drain_ms: AtomicU32,
     link: Mutex<LinkState>,
     changed: Condvar,
     observers: Observers,
     tally: Tally,
-    /// Makes the background thread give the present connection up.
-    kick: Notify,
     runtime: tokio::runtime::Handle,
     thread: Mutex<Option<thread::ThreadId>>,
 }
@@ -140,6 +139,7 @@ impl Session {
         let shared = Arc::new(Shared {
             config,
             epoch: AtomicU64::new(1),
+            drain_ms: AtomicU32::new(convert::DEFAULT_DRAIN_MS),
             link: Mutex::new(LinkState::Down {
                 problem: "still connecting".to_owned(),
                 refused: false,
@@ -147,7 +147,6 @@ impl Session {
             changed: Condvar::new(),
             observers: Observers::default(),
             tally: Tally::default(),
-            kick: Notify::new(),
             runtime: runtime.handle().clone(),
             thread: Mutex::new(None),
         });
@@ -238,6 +237,15 @@ impl Session {
     /// been told are not held.
     pub fn epoch(&self) -> u64 {
         self.shared.epoch.load(Ordering::SeqCst)
+    }
+
+    /// How long borrowers may take to move away when they are given `drain`: zero stands for the broker's default. It is
+    /// the last broker's while there is none.
+    pub fn drain_window(&self, drain: Duration) -> Duration {
+        let asked = convert::drain_request_ms(drain);
+        let default = self.shared.drain_ms.load(Ordering::Relaxed);
+        let window = convert::drain_ms("drain", asked, default).unwrap_or(default);
+        Duration::from_millis(window.into())
     }
 
     /// Adds an observer, for as long as it lives. It is told of connections from the next one on.

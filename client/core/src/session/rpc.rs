@@ -19,13 +19,23 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use super::{
-    Call, Demand, Found, Grant, Leased, LinkState, OfferedRegion, Opening, Session, Shared,
-    Unpublished, WithdrawWhat, Withdrawing, connection::Connection, fd,
+    Call, Demand, Found, Grant, Leased, LinkState, OfferedRegion, Opening, Session, Unpublished,
+    WithdrawWhat, Withdrawing, connection::Connection, fd,
 };
 use crate::{Error, Result, device::Export};
 
 /// The longest a call other than a lookup may take.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
+
+/// What settles a call whose outcome stays unknown (see [`Error::may_be_done`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Settled {
+    /// Its caller, who asks again or assumes the worse; or time, at the broker.
+    ByCaller,
+    /// The next connection, for which this one is given up: resuming tells the broker which leases this process holds,
+    /// and the broker takes the others back.
+    ByResuming,
+}
 
 /// Why a call failed, before it is known which one it was.
 enum Fault {
@@ -33,9 +43,44 @@ enum Fault {
     Answer(String),
 }
 
+impl Fault {
+    /// What a status says about the call: that the broker has not done it, or that nobody here knows.
+    fn error(self, call: &'static str) -> Error {
+        match self {
+            Self::Answer(problem) => Error::Answer { call, problem },
+            Self::Status(status) if is_lost(&status) => Error::Lost {
+                call,
+                problem: status.message().to_owned(),
+            },
+            Self::Status(status) if is_refusal(&status) => Error::Refused { call, status },
+            Self::Status(status) => Error::Answer {
+                call,
+                problem: format!("{} ({})", status.message(), status.code()),
+            },
+        }
+    }
+}
+
 /// Whether it is no broker that says so. A lost connection has many codes, but always a cause below gRPC.
 pub fn is_lost(status: &Status) -> bool {
     status.code() == Code::Unavailable || status.source().is_some()
+}
+
+/// Whether the broker says that it has not done what was asked: one of the codes that it refuses with before it changes
+/// anything (`broker/src/error.rs`). Whatever else comes, from it or from what lies between, proves nothing.
+fn is_refusal(status: &Status) -> bool {
+    let refuses = matches!(
+        status.code(),
+        Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::PermissionDenied
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::Unimplemented
+            | Code::Unauthenticated
+    );
+    refuses && !is_lost(status)
 }
 
 impl From<Status> for Fault {
@@ -50,29 +95,11 @@ impl From<convert::InvalidField> for Fault {
     }
 }
 
-/// Gives the connection up when it is dropped armed.
-struct Unanswered(Option<Arc<Shared>>);
-
-impl Unanswered {
-    fn disarm(&mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Unanswered {
-    fn drop(&mut self) {
-        if let Some(shared) = &self.0 {
-            shared.kick.notify_one();
-        }
-    }
-}
-
 impl Session {
-    /// Leases slabs, best link first. If the outcome stays unknown the session reconnects, which makes the broker
-    /// take back what this process does not hold.
+    /// Leases slabs, best link first.
     pub fn lease(&self, demand: Demand) -> Call<Leased> {
-        let mut unanswered = Unanswered(Some(Arc::clone(&self.shared)));
-        self.call("Lease", CALL_LIMIT, move |connection| async move {
+        let settled = Settled::ByResuming;
+        self.call("Lease", CALL_LIMIT, settled, move |connection| async move {
             let request = v1::LeaseRequest {
                 session_id: connection.session.0,
                 namespace: demand.namespace,
@@ -80,16 +107,10 @@ impl Session {
                 bytes: demand.bytes,
                 block_bytes: demand.block_bytes,
             };
-            let answer = connection.client.clone().lease(request).await;
-            if answer.is_err() {
-                unanswered.disarm();
-            }
-            let leased = answer?.into_inner();
+            let leased = connection.client.clone().lease(request).await?.into_inner();
             let grants = leased.grants.iter().map(Grant::read);
-            let grants = grants.collect::<std::result::Result<_, _>>()?;
-            unanswered.disarm();
             Ok(Leased {
-                grants,
+                grants: grants.collect::<std::result::Result<_, _>>()?,
                 shortfall: leased.shortfall().into(),
                 epoch: connection.epoch,
             })
@@ -98,29 +119,39 @@ impl Session {
 
     /// Gives leases back: nothing of this process touches them any more.
     pub fn release(&self, leases: Vec<LeaseId>) -> Call<()> {
-        self.call("Release", CALL_LIMIT, move |connection| async move {
-            let request = v1::ReleaseRequest {
-                session_id: connection.session.0,
-                lease_ids: leases.iter().map(|lease| lease.0).collect(),
-            };
-            connection.client.clone().release(request).await?;
-            Ok(())
-        })
+        self.call(
+            "Release",
+            CALL_LIMIT,
+            Settled::ByResuming,
+            move |connection| async move {
+                let request = v1::ReleaseRequest {
+                    session_id: connection.session.0,
+                    lease_ids: leases.iter().map(|lease| lease.0).collect(),
+                };
+                connection.client.clone().release(request).await?;
+                Ok(())
+            },
+        )
     }
 
     /// Opens another session's lease for reading. The number is the connection it came by.
     pub(crate) fn share(&self, lease: LeaseId, device: DeviceUuid) -> Call<(Grant, u64)> {
-        self.call("Share", CALL_LIMIT, move |connection| async move {
-            let request = v1::ShareRequest {
-                session_id: connection.session.0,
-                lease_id: lease.0,
-                device_uuid: device.to_string(),
-            };
-            let shared = connection.client.clone().share(request).await?.into_inner();
-            let missing = || Fault::Answer("no grant".to_owned());
-            let grant = Grant::read(shared.grant.as_ref().ok_or_else(missing)?)?;
-            Ok((grant, connection.epoch))
-        })
+        self.call(
+            "Share",
+            CALL_LIMIT,
+            Settled::ByResuming,
+            move |connection| async move {
+                let request = v1::ShareRequest {
+                    session_id: connection.session.0,
+                    lease_id: lease.0,
+                    device_uuid: device.to_string(),
+                };
+                let shared = connection.client.clone().share(request).await?.into_inner();
+                let missing = || Fault::Answer("no grant".to_owned());
+                let grant = Grant::read(shared.grant.as_ref().ok_or_else(missing)?)?;
+                Ok((grant, connection.epoch))
+            },
+        )
     }
 
     /// Makes blocks findable: `hashes[i]` lies in `slots[i]`. Returns the indexes of those that another lease
@@ -133,22 +164,27 @@ impl Session {
         slots: Vec<u32>,
     ) -> Call<Vec<u32>> {
         let hashes = convert::pack_hashes(hashes).into();
-        self.call("Publish", CALL_LIMIT, move |connection| async move {
-            let request = v1::PublishRequest {
-                session_id: connection.session.0,
-                lease_id: lease.0,
-                generation: generation.0,
-                hashes,
-                slots,
-            };
-            let published = connection
-                .client
-                .clone()
-                .publish(request)
-                .await?
-                .into_inner();
-            Ok(published.duplicates)
-        })
+        self.call(
+            "Publish",
+            CALL_LIMIT,
+            Settled::ByCaller,
+            move |connection| async move {
+                let request = v1::PublishRequest {
+                    session_id: connection.session.0,
+                    lease_id: lease.0,
+                    generation: generation.0,
+                    hashes,
+                    slots,
+                };
+                let published = connection
+                    .client
+                    .clone()
+                    .publish(request)
+                    .await?
+                    .into_inner();
+                Ok(published.duplicates)
+            },
+        )
     }
 
     /// Makes blocks unfindable so that their slots can be written again.
@@ -158,24 +194,29 @@ impl Session {
         generation: Generation,
         slots: Vec<u32>,
     ) -> Call<Unpublished> {
-        self.call("Unpublish", CALL_LIMIT, move |connection| async move {
-            let request = v1::UnpublishRequest {
-                session_id: connection.session.0,
-                lease_id: lease.0,
-                generation: generation.0,
-                slots,
-            };
-            let unpublished = connection
-                .client
-                .clone()
-                .unpublish(request)
-                .await?
-                .into_inner();
-            Ok(Unpublished {
-                pinned: unpublished.pinned_slots,
-                retry_after: Duration::from_millis(unpublished.retry_ms.into()),
-            })
-        })
+        self.call(
+            "Unpublish",
+            CALL_LIMIT,
+            Settled::ByCaller,
+            move |connection| async move {
+                let request = v1::UnpublishRequest {
+                    session_id: connection.session.0,
+                    lease_id: lease.0,
+                    generation: generation.0,
+                    slots,
+                };
+                let unpublished = connection
+                    .client
+                    .clone()
+                    .unpublish(request)
+                    .await?
+                    .into_inner();
+                Ok(Unpublished {
+                    pinned: unpublished.pinned_slots,
+                    retry_after: Duration::from_millis(unpublished.retry_ms.into()),
+                })
+            },
+        )
     }
 
     /// Finds the longest prefix run of published blocks: of the first [`convert::MAX_BLOCKS`] hashes. Fails when it
@@ -185,26 +226,31 @@ impl Session {
         let sent = Instant::now();
         let hashes = convert::pack_hashes(&hashes[..hashes.len().min(convert::MAX_BLOCKS)]).into();
         let namespace = namespace.to_owned();
-        self.call("Lookup", limit, move |connection| async move {
-            let request = v1::LookupRequest {
-                session_id: connection.session.0,
-                namespace,
-                hashes,
-            };
-            let found = connection
-                .client
-                .clone()
-                .lookup(request)
-                .await?
-                .into_inner();
-            let pin_for = Duration::from_millis(found.pin_ms.into());
-            Ok(Found {
-                extents: found.extents.iter().map(Extent::from).collect(),
-                pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
-                pinned_until: sent + pin_for,
-                pin_for,
-            })
-        })
+        self.call(
+            "Lookup",
+            limit,
+            Settled::ByCaller,
+            move |connection| async move {
+                let request = v1::LookupRequest {
+                    session_id: connection.session.0,
+                    namespace,
+                    hashes,
+                };
+                let found = connection
+                    .client
+                    .clone()
+                    .lookup(request)
+                    .await?
+                    .into_inner();
+                let pin_for = Duration::from_millis(found.pin_ms.into());
+                Ok(Found {
+                    extents: found.extents.iter().map(Extent::from).collect(),
+                    pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
+                    pinned_until: sent + pin_for,
+                    pin_for,
+                })
+            },
+        )
     }
 
     /// Offers a region. Its descriptor, if it has one, goes over the fd socket first, on the calling thread.
@@ -226,59 +272,68 @@ impl Session {
                 }
             },
         };
-        self.call("Offer", CALL_LIMIT, move |connection| async move {
-            let request = v1::OfferRequest {
-                session_id: connection.session.0,
-                region_id: offer.region.0.to_vec().into(),
-                device_uuid: offer.device.to_string(),
-                allocation_id: offer.allocation.0.to_vec().into(),
-                offset: offer.offset,
-                bytes: offer.bytes,
-                slab_bytes: offer.slab_bytes,
-                handle: Some(v1::Handle {
-                    kind: v1::HandleKind::from(kind).into(),
-                    opaque: opaque.into(),
-                    grant_token: Vec::new().into(),
-                }),
-            };
-            connection.client.clone().offer(request).await?;
-            Ok(())
-        })
+        self.call(
+            "Offer",
+            CALL_LIMIT,
+            Settled::ByCaller,
+            move |connection| async move {
+                let request = v1::OfferRequest {
+                    session_id: connection.session.0,
+                    region_id: offer.region.0.to_vec().into(),
+                    device_uuid: offer.device.to_string(),
+                    allocation_id: offer.allocation.0.to_vec().into(),
+                    offset: offer.offset,
+                    bytes: offer.bytes,
+                    slab_bytes: offer.slab_bytes,
+                    handle: Some(v1::Handle {
+                        kind: v1::HandleKind::from(kind).into(),
+                        opaque: opaque.into(),
+                        grant_token: Vec::new().into(),
+                    }),
+                };
+                connection.client.clone().offer(request).await?;
+                Ok(())
+            },
+        )
     }
 
     /// Asks for bytes back, giving lessees `drain` to move away (zero: the broker's default).
     pub fn withdraw(&self, what: WithdrawWhat, drain: Duration) -> Call<Withdrawing> {
-        self.call("Withdraw", CALL_LIMIT, move |connection| async move {
-            let drain_ms = u32::try_from(drain.as_millis()).unwrap_or(convert::MAX_DRAIN_MS);
-            let mut request = v1::WithdrawRequest {
-                session_id: connection.session.0,
-                drain_ms: drain_ms.min(convert::MAX_DRAIN_MS),
-                ..v1::WithdrawRequest::default()
-            };
-            match what {
-                WithdrawWhat::Regions(regions) => {
-                    request.region_ids = (regions.iter())
-                        .map(|region| region.0.to_vec().into())
-                        .collect();
+        self.call(
+            "Withdraw",
+            CALL_LIMIT,
+            Settled::ByCaller,
+            move |connection| async move {
+                let mut request = v1::WithdrawRequest {
+                    session_id: connection.session.0,
+                    drain_ms: convert::drain_request_ms(drain),
+                    ..v1::WithdrawRequest::default()
+                };
+                match what {
+                    WithdrawWhat::Regions(regions) => {
+                        request.region_ids = (regions.iter())
+                            .map(|region| region.0.to_vec().into())
+                            .collect();
+                    }
+                    WithdrawWhat::Bytes { device, bytes } => {
+                        request.bytes = bytes;
+                        request.device_uuid = device.to_string();
+                    }
                 }
-                WithdrawWhat::Bytes { device, bytes } => {
-                    request.bytes = bytes;
-                    request.device_uuid = device.to_string();
-                }
-            }
-            let withdrawing = connection
-                .client
-                .clone()
-                .withdraw(request)
-                .await?
-                .into_inner();
-            Ok(Withdrawing {
-                regions: (withdrawing.region_ids.iter())
-                    .map(|id| convert::region_id("region_ids", id))
-                    .collect::<std::result::Result<_, _>>()?,
-                bytes: withdrawing.bytes,
-            })
-        })
+                let withdrawing = connection
+                    .client
+                    .clone()
+                    .withdraw(request)
+                    .await?
+                    .into_inner();
+                Ok(Withdrawing {
+                    regions: (withdrawing.region_ids.iter())
+                        .map(|id| convert::region_id("region_ids", id))
+                        .collect::<std::result::Result<_, _>>()?,
+                    bytes: withdrawing.bytes,
+                })
+            },
+        )
     }
 
     /// Turns a grant into what the device layer imports, fetching its descriptor on the calling thread if it has
@@ -316,6 +371,7 @@ impl Session {
         &self,
         name: &'static str,
         limit: Duration,
+        settled: Settled,
         work: impl FnOnce(Arc<Connection>) -> Work,
     ) -> Call<T>
     where
@@ -326,22 +382,16 @@ impl Session {
             Ok(connection) => connection,
             Err(error) => return Call::failed(name, error),
         };
-        let work = work(connection);
-        let shared = Arc::clone(&self.shared);
+        let work = work(Arc::clone(&connection));
         let task = self.shared.runtime.spawn(async move {
-            match timeout(limit, work).await {
-                Ok(Ok(answer)) => Ok(answer),
-                Ok(Err(Fault::Answer(problem))) => Err(Error::Answer {
-                    call: name,
-                    problem,
-                }),
-                Ok(Err(Fault::Status(status))) if is_lost(&status) => Err(Error::Disconnected {
-                    socket: shared.config.socket.clone(),
-                    problem: status.message().to_owned(),
-                }),
-                Ok(Err(Fault::Status(status))) => Err(Error::Refused { call: name, status }),
+            let outcome = match timeout(limit, work).await {
+                Ok(outcome) => outcome.map_err(|fault| fault.error(name)),
                 Err(_) => Err(Error::Deadline { call: name, limit }),
+            };
+            if settled == Settled::ByResuming && outcome.as_ref().is_err_and(Error::may_be_done) {
+                connection.given_up.cancel();
             }
+            outcome
         });
         Call::running(name, task, *self.shared.thread.lock())
     }

@@ -114,6 +114,7 @@ async fn serve(
         "connected to the broker"
     );
     let connection = Arc::new(connection);
+    (shared.drain_ms).store(connection.drain_ms, Ordering::Relaxed);
     *shared.link.lock() = LinkState::Up(Arc::clone(&connection));
     for observer in shared.observers.alive() {
         observer.connected(connected);
@@ -125,6 +126,7 @@ async fn serve(
     }
     shared.changed.notify_all();
     let reporter = Reporter::new(&connection);
+    let given_up = connection.given_up.clone();
     drop(connection);
     let its_shared = Arc::clone(shared);
     let _reports = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -133,7 +135,7 @@ async fn serve(
     let problem = loop {
         tokio::select! {
             () = life.cancelled() => return,
-            () = shared.kick.notified() => break "a call was never answered".to_owned(),
+            () = given_up.cancelled() => break "what became of a call is not known".to_owned(),
             message = incoming.message() => match message {
                 Ok(Some(v1::SessionResponse { message: Some(message) })) => dispatch(shared, message),
                 Ok(Some(_)) => debug!("ignored a message of a newer broker"),
