@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use pyo3::prelude::*;
 use swiftcache_client::{
     borrower::{BorrowerConfig, Layout},
-    device::{Choice, Ticket, foreign},
+    device::{Choice, Ticket},
 };
 use swiftcache_proto::domain::DeviceUuid;
 
@@ -14,7 +14,8 @@ use crate::{
     connection::Connection,
     failure::{Failure, Result},
     load::Load,
-    pool::{Pool, Said},
+    pool::Pool,
+    promised::{EngineMemory, EngineStream, UnusedRange},
     stats,
     store::Store,
     unlocked::{drop_unlocked, unlocked},
@@ -124,11 +125,11 @@ impl Cache {
         blocks: &Bound<'_, PyAny>,
         owner: Py<PyAny>,
     ) -> PyResult<()> {
-        let layers: Vec<Said> = arguments::number("layers", layers)?;
+        let layers = EngineMemory::read(layers, owner)?;
         let blocks = arguments::number("blocks", blocks)?;
         unlocked(py, || {
             let layout = &self.0.settings.config.layout;
-            let pool = Pool::new(&layers, blocks, owner, layout)?;
+            let pool = Pool::new(layers, blocks, layout)?;
             self.0.set_pool(pool)
         })
     }
@@ -174,7 +175,7 @@ impl Cache {
     }
 
     fn mark(&self, py: Python<'_>, stream: &Bound<'_, PyAny>) -> PyResult<Mark> {
-        let stream = arguments::number("stream", stream)?;
+        let stream = EngineStream::read(stream)?;
         unlocked(py, || {
             let point = self.0.with_open(|open| Some(point(open, stream)));
             Ok(Mark(point.unwrap_or(Point::Unknown)))
@@ -219,7 +220,7 @@ impl Cache {
         after: Option<&Bound<'_, Mark>>,
     ) -> PyResult<()> {
         let loan = arguments::number("loan", loan)?;
-        let ranges = arguments::number("ranges", ranges)?;
+        let ranges = UnusedRange::read(ranges)?;
         let after = after.map_or(Point::Over, |mark| mark.get().0.clone());
         unlocked(py, || match after {
             Point::Over => self.0.lend(loan, ranges, None),
@@ -289,8 +290,8 @@ impl Drop for Closing {
     }
 }
 
-fn point(open: &Opened, stream: u64) -> Point {
-    match foreign::mark(&*open.place.layer, &open.place.device, stream) {
+fn point(open: &Opened, stream: EngineStream) -> Point {
+    match stream.mark(&open.place) {
         Ok(Some(ticket)) => Point::At(ticket),
         Ok(None) => Point::Over,
         Err(error) => {

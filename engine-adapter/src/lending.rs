@@ -13,7 +13,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use swiftcache_client::{
     Error,
-    device::{Ticket, foreign},
+    device::Ticket,
     donor::{DonorStatus, Lender},
     session::Session,
 };
@@ -23,14 +23,12 @@ use tracing::warn;
 use crate::{
     failure::{Failure, Result},
     pool::Pool,
+    promised::UnusedRange,
     worker::Place,
 };
 
 /// How long a closing engine waits for what is lent beyond the time that borrowers have to move away.
 const CLOSE_MARGIN: Duration = Duration::from_secs(1);
-
-/// A range of the pool: address and bytes.
-pub(crate) type Range = (u64, u64);
 
 /// What a worker's engine lends.
 #[derive(Debug, Default)]
@@ -61,7 +59,7 @@ struct Ground {
 
 #[derive(Debug)]
 struct Loan {
-    ranges: Vec<Range>,
+    ranges: Vec<UnusedRange>,
     stage: Stage,
 }
 
@@ -99,17 +97,16 @@ impl Loan {
 
 impl State {
     /// Checks that neither the number nor any byte is lent already, or twice in this loan.
-    fn check_new(&self, number: u64, ranges: &[Range]) -> Result<()> {
+    fn check_new(&self, number: u64, ranges: &[UnusedRange]) -> Result<()> {
         if self.loans.contains_key(&number) {
             let problem = format!("is {number}, which is not back yet");
             return Err(Failure::argument("loan", problem));
         }
-        for (at, (address, bytes)) in ranges.iter().enumerate() {
+        for (at, range) in ranges.iter().enumerate() {
             let lent = self.loans.values().flat_map(|loan| &loan.ranges);
             let mut others = lent.chain(&ranges[..at]);
-            if others.any(|(first, size)| address < &(first + size) && first < &(address + bytes)) {
-                let problem =
-                    format!("{bytes} bytes at {address:#x} are lent already, in part or whole");
+            if others.any(|other| other.overlaps(range)) {
+                let problem = format!("{range} are lent already, in part or whole");
                 return Err(Failure::argument(format!("ranges[{at}]"), problem));
             }
         }
@@ -117,7 +114,7 @@ impl State {
     }
 
     /// The first loan that waits, which is starting from now on.
-    fn take_waiting(&mut self) -> Option<(u64, Wanted, Vec<Range>)> {
+    fn take_waiting(&mut self) -> Option<(u64, Wanted, Vec<UnusedRange>)> {
         let waits = |loan: &Loan| matches!(loan.stage, Stage::Waiting(_));
         let (number, loan) = self.loans.iter_mut().find(|(_, loan)| waits(loan))?;
         let starting = Stage::Starting { asked_back: false };
@@ -134,7 +131,7 @@ impl Lending {
         self: &Arc<Self>,
         number: u64,
         pool: Arc<Pool>,
-        ranges: Vec<Range>,
+        ranges: Vec<UnusedRange>,
         after: Option<Ticket>,
     ) -> Result<()> {
         pool.check_ranges(&ranges)?;
@@ -290,20 +287,18 @@ fn start(
     lender: &Lender,
     place: &Place,
     wanted: &Wanted,
-    ranges: &[Range],
+    ranges: &[UnusedRange],
 ) -> (Stage, Option<Error>) {
     let token = Arc::new(());
     let mut regions = Vec::with_capacity(ranges.len());
     let mut lend_all = || -> std::result::Result<(), Error> {
-        if let Some(after) = &wanted.after {
-            after.wait()?;
-        }
-        let (layer, device) = (&*place.layer, &place.device);
         for range in ranges {
-            let pool = wanted.pool.adopt_range(layer, device, *range)?;
             let back = Box::new(Arc::clone(&token));
-            let lent = foreign::lend_pool(layer, &pool, 0, range.1, back)?;
-            regions.push(lender.lend(lent)?);
+            let after = wanted.after.as_ref();
+            // Each is in the pool, since the loan was accepted.
+            if let Some(lent) = range.lend(wanted.pool.memories(), place, after, back)? {
+                regions.push(lender.lend(lent)?);
+            }
         }
         Ok(())
     };

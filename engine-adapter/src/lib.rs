@@ -1,8 +1,8 @@
 //! The Python module `swiftcache._native`: the client, for engines.
 //!
 //! Thin on purpose: arguments in, results out (`arguments`, `failure`), the GIL given up meanwhile (`unlocked`), and
-//! the objects that Python holds. What it knows beyond that is how a cache opens in the background (`worker`) and where
-//! an engine's pool is (`pool`). `python/swiftcache/_native.pyi` says what each method promises.
+//! the objects that Python holds. What it knows beyond that is how a cache opens in the background (`worker`), where
+//! an engine's pool is (`pool`), and what of Python's word has to be believed (`promised`, the only `unsafe`). `python/swiftcache/_native.pyi` says what each method promises.
 
 mod arguments;
 mod cache;
@@ -11,6 +11,7 @@ mod failure;
 mod lending;
 mod load;
 mod pool;
+mod promised;
 mod stats;
 mod store;
 mod unlocked;

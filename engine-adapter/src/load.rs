@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::{borrower, device::foreign};
+use swiftcache_client::borrower;
 
 use crate::{
     arguments,
     failure::{Failure, Result},
+    promised::EngineStream,
     unlocked::{drop_unlocked, unlocked},
     worker::Place,
 };
@@ -95,16 +96,11 @@ impl Load {
         stream: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let layer = arguments::number("layer", layer)?;
-        let stream = arguments::number("stream", stream)?;
+        let stream = EngineStream::read(stream)?;
         unlocked(py, || {
             self.check(layer)?;
             if let State::Running(load, place) = &*self.state.read() {
-                foreign::gate(
-                    &*place.layer,
-                    &place.device,
-                    stream,
-                    load.layer_tickets(layer),
-                );
+                stream.gate(place, load.layer_tickets(layer));
             }
             Ok(())
         })

@@ -19,8 +19,9 @@ use tracing::{info, warn};
 
 use crate::{
     failure::{Failure, Result},
-    lending::{Lending, Range},
+    lending::Lending,
     pool::Pool,
+    promised::UnusedRange,
 };
 
 /// The shortest and the longest pause before opening is tried again.
@@ -178,7 +179,12 @@ impl Worker {
     }
 
     /// Lends ranges of the registered pool, once what the engine does there now is over.
-    pub(crate) fn lend(&self, loan: u64, ranges: Vec<Range>, after: Option<Ticket>) -> Result<()> {
+    pub(crate) fn lend(
+        &self,
+        loan: u64,
+        ranges: Vec<UnusedRange>,
+        after: Option<Ticket>,
+    ) -> Result<()> {
         let pool = self.phase.lock().pool.clone();
         let pool = pool.ok_or_else(|| Failure::argument("ranges", "no pool is registered"))?;
         self.lending.lend(loan, pool, ranges, after)

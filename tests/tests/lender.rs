@@ -1,5 +1,10 @@
 //! An engine that lends parts of its pool: they come back when nobody can touch them any more, and not before.
 
+#![allow(
+    unsafe_code,
+    reason = "an engine vouches for its own pool; this fixture does so in its place"
+)]
+
 use std::{
     sync::{Arc, Weak, mpsc},
     thread,
@@ -56,7 +61,9 @@ impl Pool {
         // Memory of the allocator's, as a CPU engine's tensors are: nothing that could be exported.
         let tensor = vec![0_u8; (bytes + PAGE) as usize];
         let address = (tensor.as_ptr() as u64).next_multiple_of(PAGE);
-        let memory = foreign::adopt_pool(&*layer, &device, address, bytes, Box::new(tensor))?;
+        let owner = Box::new(tensor);
+        // SAFETY: the owner is the tensor itself, whose bytes nothing but copies reaches from now on.
+        let memory = unsafe { foreign::adopt_pool(&*layer, &device, address, bytes, owner) }?;
         let stream = layer.stream(&device)?;
         stream.write(&memory, 0, &vec![OWN; bytes as usize])?;
         let lender = Lender::open(session, Arc::clone(&layer), device, drain)?;
@@ -73,7 +80,9 @@ impl Pool {
         let token = Arc::new(());
         let back = Arc::downgrade(&token);
         let at = number * (SLAB_BYTES + PAGE);
-        let lent = foreign::lend_pool(&*self.layer, &self.memory, at, SLAB_BYTES, Box::new(token))?;
+        let (layer, token) = (&*self.layer, Box::new(token));
+        // SAFETY: the engine only reads what it lends, by copies and to check it.
+        let lent = unsafe { foreign::lend_pool(layer, &self.memory, at, SLAB_BYTES, token) }?;
         let region = self.lender.lend(lent)?;
         Ok(Part { region, back })
     }

@@ -1,6 +1,69 @@
-//! What an engine in the same process owns and the cache uses: its KV pool and its streams. The safe way in.
+//! What an engine in the same process owns and the cache uses: its KV pool and its streams.
 //!
-//! What can be checked is checked. The rest is the engine's word: see the safety comments.
+//! What can be checked is checked. The rest is the engine's word, so each function here is `unsafe` and says what its
+//! caller vouches for. Without `unsafe` nobody can have copies reach memory that may be freed:
+//!
+//! ```compile_fail,E0133
+//! #![forbid(unsafe_code)]
+//! # use swiftcache_device::{DeviceLayer, Memory, Result, foreign};
+//! # use swiftcache_proto::domain::DeviceUuid;
+//! fn adopt(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<Memory> {
+//!     let block = vec![0_u8; 1 << 16];
+//!     let address = block.as_ptr() as u64;
+//!     foreign::adopt_pool(layer, device, address, 1 << 16, Box::new(())) // `block` is freed, and written later
+//! }
+//! ```
+//!
+//! ```compile_fail,E0133
+//! #![forbid(unsafe_code)]
+//! # use swiftcache_device::{Memory, DeviceLayer, Result, foreign};
+//! fn lend(layer: &dyn DeviceLayer, pool: &Memory) -> Result<Memory> {
+//!     foreign::lend_pool(layer, pool, 0, 1 << 16, Box::new(())) // zeroed, whoever uses it
+//! }
+//! ```
+//!
+//! ```compile_fail,E0133
+//! #![forbid(unsafe_code)]
+//! # use swiftcache_device::{DeviceLayer, Result, Ticket, foreign};
+//! # use swiftcache_proto::domain::DeviceUuid;
+//! fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<Option<Ticket>> {
+//!     foreign::mark(layer, device, 0xdead) // no stream
+//! }
+//! ```
+//!
+//! ```compile_fail,E0133
+//! #![forbid(unsafe_code)]
+//! # use swiftcache_device::{DeviceLayer, Ticket, foreign};
+//! # use swiftcache_proto::domain::DeviceUuid;
+//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) {
+//!     foreign::gate(layer, device, 0xdead, tickets) // no stream
+//! }
+//! ```
+//!
+//! With it, and with an owner that holds the block, the same is right:
+//!
+//! ```
+//! # use swiftcache_device::{DeviceLayer, Memory, Result, Ticket, foreign};
+//! # use swiftcache_proto::domain::DeviceUuid;
+//! fn adopt(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<Memory> {
+//!     let block = vec![0_u8; 1 << 16];
+//!     let address = block.as_ptr() as u64;
+//!     // SAFETY: the owner is the block itself, whose bytes nobody else reaches from now on.
+//!     unsafe { foreign::adopt_pool(layer, device, address, 1 << 16, Box::new(block)) }
+//! }
+//! fn lend(layer: &dyn DeviceLayer, pool: &Memory) -> Result<Memory> {
+//!     // SAFETY: only copies reach the pool's bytes, and none of this range is queued or will be.
+//!     unsafe { foreign::lend_pool(layer, pool, 0, 1 << 16, Box::new(())) }
+//! }
+//! fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<Option<Ticket>> {
+//!     // SAFETY: the default stream is always alive.
+//!     unsafe { foreign::mark(layer, device, 0) }
+//! }
+//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) {
+//!     // SAFETY: as above.
+//!     unsafe { foreign::gate(layer, device, 0, tickets) }
+//! }
+//! ```
 
 use std::{any::Any, sync::Arc};
 
@@ -11,20 +74,23 @@ use super::{CopyStream, DeviceLayer, Memory, Result, Ticket};
 /// Wraps part of an engine's KV pool so that copies may reach it. `owner` is kept alive until the last clone of the
 /// [`Memory`] is gone and every copy queued with it is over.
 ///
+/// # Safety
+/// As long as `owner` lives:
+/// * the `bytes` bytes from `address` on (a `CUdeviceptr`, or a host pointer on the host backend) stay allocated;
+/// * nothing holds Rust references into them.
+///
 /// # Errors
 /// When the device is unknown, or the range is not all mapped for reading and writing (on CUDA: not all on that
 /// device, as far as its driver knows).
-pub fn adopt_pool(
+pub unsafe fn adopt_pool(
     layer: &dyn DeviceLayer,
     device: &DeviceUuid,
     address: u64,
     bytes: u64,
     owner: Box<dyn Any + Send + Sync>,
 ) -> Result<Memory> {
-    // SAFETY: the backend refuses a range that is not mapped now. That it stays mapped is the engine's word: `owner`
-    // is what it says holds the range, and streams keep the memory, and with it the owner, until their copies are
-    // over. That no Rust reference points there is the engine's word too: pools are Python tensors and foreign
-    // buffers, whose bytes Rust sees through raw pointers only.
+    // SAFETY: the caller promises it for as long as `owner` lives. Streams keep the memory, and with it the owner, until
+    // their copies are over.
     let memory = unsafe { layer.adopt_memory(device, address, bytes) }?;
     memory.keep(owner);
     Ok(memory)
@@ -34,17 +100,20 @@ pub fn adopt_pool(
 /// What is lent may be a little less: the [`Memory`] says how much. `back` is dropped when the range is the engine's own
 /// again, and zero: after the last clone is gone, and not before.
 ///
+/// # Safety
+/// The range is left alone until `back` is dropped: nothing reads or writes it but copies with the result, and other
+/// processes. What was queued before that touches it is over.
+///
 /// # Errors
 /// When the range cannot be exported, and says why.
-pub fn lend_pool(
+pub unsafe fn lend_pool(
     layer: &dyn DeviceLayer,
     pool: &Memory,
     offset: u64,
     bytes: u64,
     back: Box<dyn Any + Send + Sync>,
 ) -> Result<Memory> {
-    // SAFETY: that it leaves the range alone is the engine's word, until `back` tells it that it need not any more. What
-    // it queued before is over: callers wait for its marks.
+    // SAFETY: the caller promises the same, until `back` says that it need not any more.
     let memory = unsafe { layer.lend(pool, offset, bytes) }?;
     memory.keep(back);
     Ok(memory)
@@ -56,8 +125,16 @@ pub fn lend_pool(
 /// # Errors
 /// When the device is unknown or the driver refuses, and while the stream is captured into a CUDA graph: its work does not
 /// run then, so there is no point to mark. The capture goes on.
-pub fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64) -> Result<Option<Ticket>> {
-    adopt(layer, device, raw)?
+///
+/// # Safety
+/// Where there are streams ([`DeviceLayer::has_foreign_streams`]), `raw` is a live one of `device`'s primary context, or 0.
+pub unsafe fn mark(
+    layer: &dyn DeviceLayer,
+    device: &DeviceUuid,
+    raw: u64,
+) -> Result<Option<Ticket>> {
+    // SAFETY: the caller promises the same.
+    unsafe { adopt(layer, device, raw) }?
         .map(|stream| stream.record())
         .transpose()
 }
@@ -67,8 +144,12 @@ pub fn mark(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64) -> Result<Op
 ///
 /// While the stream is captured into a CUDA graph the caller waits, too, and the capture goes on. That graph's launches
 /// wait for nothing: gate the stream before each.
-pub fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[Ticket]) {
-    let stream = adopt(layer, device, raw).unwrap_or_else(|error| {
+///
+/// # Safety
+/// As for [`mark`].
+pub unsafe fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[Ticket]) {
+    // SAFETY: the caller promises the same.
+    let stream = unsafe { adopt(layer, device, raw) }.unwrap_or_else(|error| {
         tracing::warn!(%error, "waiting for a layer on the engine's own thread");
         None
     });
@@ -84,7 +165,10 @@ pub fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[T
 }
 
 /// A wrapper for one use: a ticket that failed would fail everything later on it.
-fn adopt(
+///
+/// # Safety
+/// As for [`mark`].
+unsafe fn adopt(
     layer: &dyn DeviceLayer,
     device: &DeviceUuid,
     raw: u64,
@@ -92,9 +176,8 @@ fn adopt(
     if !layer.has_foreign_streams() {
         return Ok(None);
     }
-    // SAFETY: that `raw` is a live stream of this device's primary context is the engine's word; the driver has no
-    // way to check a stream. It need only live through the call of this room: the wrapper does not leave it, and a
-    // ticket is an event, which outlives the stream that it was recorded on.
+    // SAFETY: the caller promises that it is alive now. That is long enough: the wrapper does not leave this module,
+    // nothing is copied through it, and a ticket is an event, which outlives the stream that it was recorded on.
     unsafe { layer.adopt_stream(device, raw) }.map(Some)
 }
 
@@ -109,6 +192,29 @@ mod tests {
         Piece,
         host::{HostLayer, HostOptions},
     };
+
+    fn adopt_pool(
+        layer: &HostLayer,
+        device: &DeviceUuid,
+        address: u64,
+        bytes: u64,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<Memory> {
+        // SAFETY: the tests' pools are pages of the layer's own, which outlive what is made of them, and which they
+        // reach through streams only.
+        unsafe { super::adopt_pool(layer, device, address, bytes, owner) }
+    }
+
+    fn lend_pool(
+        layer: &HostLayer,
+        pool: &Memory,
+        offset: u64,
+        bytes: u64,
+        back: Box<dyn Any + Send + Sync>,
+    ) -> Result<Memory> {
+        // SAFETY: the tests read what is lent through streams, and write it nowhere.
+        unsafe { super::lend_pool(layer, pool, offset, bytes, back) }
+    }
 
     fn layer() -> HostLayer {
         let device = Device {
@@ -226,18 +332,22 @@ mod tests {
     fn a_gate_without_streams_is_a_wait() {
         let layer = layer();
         let device = layer.devices()[0].uuid.clone();
-        assert!(mark(&layer, &device, 7).unwrap().is_none());
+        // SAFETY: here and below: there are no streams on this backend.
+        let marked = unsafe { mark(&layer, &device, 7) };
+        assert!(marked.unwrap().is_none());
         let memory = layer.allocate_host(&device, 1 << 16).unwrap();
         let stream = layer.stream(&device).unwrap();
         stream.zero(&memory, 0, 1 << 16).unwrap();
         let ticket = stream.record().unwrap();
-        gate(&layer, &device, 7, std::slice::from_ref(&ticket));
+        // SAFETY: as above.
+        unsafe { gate(&layer, &device, 7, std::slice::from_ref(&ticket)) };
         assert!(ticket.is_done().unwrap());
         // Its twin: a failure does not pass for copies in flight, and does not hang.
         layer.lose(&device, "pulled out").unwrap();
         stream.zero(&memory, 0, 1).unwrap();
         let failed = stream.record().unwrap();
-        gate(&layer, &device, 7, std::slice::from_ref(&failed));
+        // SAFETY: as above.
+        unsafe { gate(&layer, &device, 7, std::slice::from_ref(&failed)) };
         assert!(failed.is_done().is_err());
     }
 }

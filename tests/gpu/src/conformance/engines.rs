@@ -1,5 +1,10 @@
 //! An engine's own memory and streams.
 
+#![allow(
+    unsafe_code,
+    reason = "an engine vouches for its own pool; these checks do so in its place"
+)]
+
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -76,8 +81,11 @@ pub(super) fn foreign_pool_and_stream(subject: &Subject) -> Result<()> {
     let compute = engine.stream()?;
     let address = engine.allocate(SIZE)?;
     let owner = Arc::new(());
-    let adopt =
-        |bytes| foreign::adopt_pool(layer, &device, address, bytes, Box::new(Arc::clone(&owner)));
+    let adopt = |bytes| {
+        let owner = Box::new(Arc::clone(&owner));
+        // SAFETY: the engine never frees what it allocated, and what it did not is refused.
+        unsafe { foreign::adopt_pool(layer, &device, address, bytes, owner) }
+    };
     ensure!(adopt(1 << 60).is_err() && adopt(0).is_err() && Arc::strong_count(&owner) == 1);
     let pool = adopt(SIZE)?;
     let slab = layer.allocate(&device, SIZE, HandleKind::CudaIpc)?;
@@ -87,16 +95,16 @@ pub(super) fn foreign_pool_and_stream(subject: &Subject) -> Result<()> {
             engine.fill(compute, address, 0xff, SIZE)?;
         }
         engine.fill(compute, address, byte, SIZE)?;
-        let computed = foreign::mark(layer, &device, compute.raw())?.context("no mark")?;
+        let computed = engine.mark(layer, &device, compute)?;
         copies.wait_for(&computed)?;
         copies.copy(&pool, &slab, &ALL)?;
-        foreign::gate(layer, &device, compute.raw(), &[copies.record()?]);
+        engine.gate(layer, &device, compute, &[copies.record()?]);
         engine.fill(compute, address, 0xee, SIZE)?;
-        let computed = foreign::mark(layer, &device, compute.raw())?.context("no mark")?;
+        let computed = engine.mark(layer, &device, compute)?;
         copies.wait_for(&computed)?;
         copies.copy(&slab, &pool, &ALL)?;
         let fetched = copies.record()?;
-        foreign::gate(layer, &device, compute.raw(), &[fetched]);
+        engine.gate(layer, &device, compute, &[fetched]);
         engine.synchronize(compute)?;
         let mut found = vec![0; SIZE as usize];
         copies.read(&pool, 0, &mut found)?;
@@ -169,7 +177,11 @@ pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
             (tensor.as_ptr() as u64).next_multiple_of(4096)
         }
     };
-    let pool = foreign::adopt_pool(layer, &device, address, bytes, Box::new(()))?;
+    // SAFETY: the engine never frees what it allocated, and the tensor outlives the pool and the stream.
+    let pool = unsafe { foreign::adopt_pool(layer, &device, address, bytes, Box::new(())) }?;
+    // SAFETY: no kernel runs here, and the copies below are meant to see what others write.
+    let lend =
+        |pool, offset, bytes, back| unsafe { foreign::lend_pool(layer, pool, offset, bytes, back) };
     let stream = layer.stream(&device)?;
     pattern::write(&*stream, &pool, 0, bytes, 1)?;
     let mut own = vec![0; bytes as usize];
@@ -178,7 +190,7 @@ pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
     let part = SIZE as usize..2 * SIZE as usize;
     for seed in 2..4 {
         let back = Arc::new(());
-        let lent = foreign::lend_pool(layer, &pool, SIZE, SIZE, Box::new(Arc::clone(&back)))?;
+        let lent = lend(&pool, SIZE, SIZE, Box::new(Arc::clone(&back)))?;
         ensure!(lent.bytes() == SIZE);
         own[part.clone()].fill(0);
         let mut found = vec![1; bytes as usize];
@@ -204,11 +216,11 @@ pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
         pattern::expect(&found, &own).context("given back with what others left")?;
     }
     for (offset, bytes) in [(0, 0), (bytes, 1), (0, bytes + 1), (u64::MAX, 2)] {
-        let refused = foreign::lend_pool(layer, &pool, offset, bytes, Box::new(()));
+        let refused = lend(&pool, offset, bytes, Box::new(()));
         ensure!(refused.is_err(), "{bytes} bytes at {offset} were lent");
     }
     let elsewhere = layer.allocate_host(&device, SIZE)?;
-    let refused = foreign::lend_pool(layer, &elsewhere, 0, SIZE, Box::new(()));
+    let refused = lend(&elsewhere, 0, SIZE, Box::new(()));
     ensure!(refused.is_err(), "the layer's own memory was lent in place");
     Ok(())
 }

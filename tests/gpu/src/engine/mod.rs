@@ -16,7 +16,9 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use libloading::Library;
-use swiftcache_client::device::{CopyStream, DeviceLayer, Memory, cuda::LIBRARY_VARIABLE};
+use swiftcache_client::device::{
+    CopyStream, DeviceLayer, Memory, Ticket, cuda::LIBRARY_VARIABLE, foreign,
+};
 use swiftcache_proto::domain::DeviceUuid;
 
 const PTX: &str = concat!(include_str!("../busy.ptx"), "\0");
@@ -280,6 +282,33 @@ impl Engine {
     ) -> Result<Memory> {
         // SAFETY: the engine never frees what it allocated, and holds no references into it.
         Ok(unsafe { layer.adopt_memory(device, address, bytes) }?)
+    }
+
+    /// Marks the end of one of the engine's streams, as an engine in another language does.
+    ///
+    /// # Errors
+    /// When the layer refuses.
+    pub fn mark(
+        &self,
+        layer: &dyn DeviceLayer,
+        device: &DeviceUuid,
+        stream: EngineStream,
+    ) -> Result<Ticket> {
+        // SAFETY: the stream is of the first device's primary context, and the engine never destroys it.
+        let marked = unsafe { foreign::mark(layer, device, stream.raw()) }?;
+        marked.context("no mark")
+    }
+
+    /// Has one of the engine's streams wait for tickets, likewise.
+    pub fn gate(
+        &self,
+        layer: &dyn DeviceLayer,
+        device: &DeviceUuid,
+        stream: EngineStream,
+        tickets: &[Ticket],
+    ) {
+        // SAFETY: the stream is of the first device's primary context, and the engine never destroys it.
+        unsafe { foreign::gate(layer, device, stream.raw(), tickets) }
     }
 
     /// Gives SwiftCache one of the engine's streams.

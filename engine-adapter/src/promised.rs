@@ -1,0 +1,160 @@
+//! What an engine promises and Rust cannot check: where its KV pool is, how long that stays so, and that a number is a
+//! stream. The adapter's only `unsafe` is here.
+//!
+//! Addresses reach this process as Python's numbers, so somebody has to take Python's word for them: nobody below this
+//! crate knows what was promised, and nobody above it is Rust. `_native.pyi` says what the promises are. Each becomes a
+//! value here, which is made from a Python object only ([`read`](EngineStream::read)), and which holds what the promise
+//! depends on. The rest of the crate uses the values and no numbers.
+
+#![allow(
+    unsafe_code,
+    reason = "the door by which Python's addresses come in: see the module's documentation"
+)]
+
+use std::{any::Any, fmt, sync::Arc};
+
+use pyo3::prelude::*;
+use swiftcache_client::device::{self, DeviceLayer, Memory, Ticket, foreign};
+use swiftcache_proto::domain::DeviceUuid;
+
+use crate::{arguments, worker::Place};
+
+/// A memory that the engine's KV pool lies in. Its bytes stay allocated as long as this or what was adopted of it lives,
+/// and Rust has no references into them: pools are tensors and buffers of Python's.
+#[derive(Clone, Debug)]
+pub(crate) struct EngineMemory {
+    address: u64,
+    bytes: u64,
+    /// The tensors. Let go of without the GIL: Python's side forgets them when a thread next has it.
+    owner: Arc<Py<PyAny>>,
+}
+
+/// A layer as Python says it: address, bytes, offset of block 0, block stride.
+type Said = (u64, u64, u64, u64);
+
+/// Where a layer's blocks are in a memory: offset of block 0, and bytes from one block to the next.
+pub(crate) type Blocks = (u64, u64);
+
+impl EngineMemory {
+    /// The memories of a pool, from the arguments of `Cache.register_pool`, each with where a layer is in it.
+    pub(crate) fn read(
+        layers: &Bound<'_, PyAny>,
+        owner: Py<PyAny>,
+    ) -> PyResult<Vec<(Self, Blocks)>> {
+        let said: Vec<Said> = arguments::number("layers", layers)?;
+        let owner = Arc::new(owner);
+        let memory = |(address, bytes, offset, block_stride)| {
+            let owner = Arc::clone(&owner);
+            let memory = Self {
+                address,
+                bytes,
+                owner,
+            };
+            (memory, (offset, block_stride))
+        };
+        Ok(said.into_iter().map(memory).collect())
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether all of a range lies in it.
+    pub(crate) fn holds(&self, range: &UnusedRange) -> bool {
+        let at = range.address.checked_sub(self.address);
+        let end = at.and_then(|at| at.checked_add(range.bytes));
+        end.is_some_and(|end| end <= self.bytes) && range.bytes > 0
+    }
+
+    /// Has copies reach it.
+    pub(crate) fn adopt(
+        &self,
+        layer: &dyn DeviceLayer,
+        device: &DeviceUuid,
+    ) -> device::Result<Memory> {
+        let owner = Box::new(Arc::clone(&self.owner));
+        // SAFETY: `Cache.register_pool` promises that the bytes stay allocated as long as the owner lives, which is held
+        // here and by the memory. Rust sees Python's bytes through raw pointers only.
+        unsafe { foreign::adopt_pool(layer, device, self.address, self.bytes, owner) }
+    }
+}
+
+/// A range that the engine has put out of use, but for what it did there before, until it is told that the range is back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UnusedRange {
+    address: u64,
+    bytes: u64,
+}
+
+impl UnusedRange {
+    /// The ranges of a loan, from the arguments of `Cache.lend`.
+    pub(crate) fn read(ranges: &Bound<'_, PyAny>) -> PyResult<Vec<Self>> {
+        let said: Vec<(u64, u64)> = arguments::number("ranges", ranges)?;
+        let range = |(address, bytes)| Self { address, bytes };
+        Ok(said.into_iter().map(range).collect())
+    }
+
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        let ends = |range: &Self| range.address.saturating_add(range.bytes);
+        self.address < ends(other) && other.address < ends(self)
+    }
+
+    /// Makes it memory that other processes can be given, once `after` is over: the engine's last work that touches it.
+    /// `back` is dropped when the range is the engine's own again. Nothing if no memory of the pool holds the range.
+    pub(crate) fn lend<'a>(
+        &self,
+        mut memories: impl Iterator<Item = &'a EngineMemory>,
+        place: &Place,
+        after: Option<&Ticket>,
+        back: Box<dyn Any + Send + Sync>,
+    ) -> device::Result<Option<Memory>> {
+        let Some(memory) = memories.find(|memory| memory.holds(self)) else {
+            return Ok(None);
+        };
+        if let Some(after) = after {
+            after.wait()?;
+        }
+        let part = EngineMemory {
+            address: self.address,
+            bytes: self.bytes,
+            owner: Arc::clone(&memory.owner),
+        };
+        let (layer, device) = (&*place.layer, &place.device);
+        let pool = part.adopt(layer, device)?;
+        // SAFETY: `Cache.lend` promises that the engine leaves the range alone until `returned_loans` names the loan,
+        // which waits for `back`, and that all it did there is over at `after`.
+        unsafe { foreign::lend_pool(layer, &pool, 0, self.bytes, back) }.map(Some)
+    }
+}
+
+impl fmt::Display for UnusedRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes at {:#x}", self.bytes, self.address)
+    }
+}
+
+/// A stream of the engine's, or the default one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EngineStream(u64);
+
+impl EngineStream {
+    pub(crate) fn read(stream: &Bound<'_, PyAny>) -> PyResult<Self> {
+        arguments::number("stream", stream).map(Self)
+    }
+
+    /// Its present end; nothing where engines have no streams.
+    pub(crate) fn mark(self, place: &Place) -> device::Result<Option<Ticket>> {
+        // SAFETY: `Cache.mark` promises that the stream is one of this device's, and alive.
+        unsafe { foreign::mark(&*place.layer, &place.device, self.0) }
+    }
+
+    /// Has it wait for tickets; the caller waits where it cannot.
+    pub(crate) fn gate(self, place: &Place, tickets: &[Ticket]) {
+        // SAFETY: `Load.gate_layer` promises that the stream is one of this device's, and alive.
+        unsafe { foreign::gate(&*place.layer, &place.device, self.0, tickets) }
+    }
+}
