@@ -1,4 +1,5 @@
-//! What cannot work is refused at the start, with the key or file that is to blame; what breaks later is survived.
+//! The broker refuses to start with settings or files that cannot work, and names the setting or file. It survives
+//! faults that happen later.
 
 use std::{
     fs,
@@ -31,7 +32,7 @@ fn swiftcache(arguments: &[&str]) -> Result<Output> {
     Ok(command.args(arguments).output()?)
 }
 
-/// Ends with this status, says all of this, and leaves no socket behind.
+/// Checks that a program exited with this status, and that its errors contain all of `named` and no panic.
 fn expect(output: &Output, status: i32, named: &[&str]) -> Result<()> {
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(
@@ -46,7 +47,7 @@ fn expect(output: &Output, status: i32, named: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A directory, and the broker's arguments for a socket in it.
+/// A directory, and the broker's option for a socket in it.
 fn place() -> Result<(TempDir, String)> {
     let directory = tempfile::tempdir()?;
     let socket = format!(
@@ -179,7 +180,7 @@ fn settings_out_of_bounds_are_refused_by_flag_and_by_file() -> Result<()> {
         let flag = key.replace('_', "-");
         let output = broker(&["--probe=simulated", &socket, &format!("--{flag}={bad}")]);
         let by_flag = output?;
-        // clap names the flag, we the key.
+        // clap names the flag, our own checks name the key.
         let text = String::from_utf8_lossy(&by_flag.stderr);
         let named = if text.contains(&flag) { &flag } else { key };
         expect(&by_flag, 2, &[named]).with_context(|| format!("--{flag}={bad}"))?;
@@ -247,8 +248,9 @@ fn a_state_directory_that_cannot_be_used_is_named() -> Result<()> {
     Ok(())
 }
 
-/// A node whose ledger cannot grow beyond `blocks` of 512 bytes while its mark is there. Its log lies on the same full
-/// disk: once, a line that could not be written ended the request that logged it.
+/// A node whose ledger cannot grow beyond `blocks` blocks of 512 bytes, as on a full disk, while the file `full` is in
+/// the returned directory. Its log cannot grow either, because a log line that could not be written once made the
+/// request fail that logged it.
 fn full_node(blocks: u32) -> Result<(TempDir, Node)> {
     let mark = tempfile::tempdir()?;
     let path = mark.path().join("full");
@@ -278,13 +280,13 @@ fn a_full_disk_stops_lending_and_nothing_else() -> Result<()> {
     let lease = |lessee: &Member| lessee.lease("model", "SIM-0", SLAB, 4096);
     let first = lease(&lessee)?.grants[0].clone();
     lessee.publish(first.lease_id, first.generation, &[[1; 16]])?;
-    // Sessions fill the ledger, compacted or not.
+    // These sessions fill the ledger, also a compacted one.
     let crowd = (0..100).map(|n| wire.member(&format!("{n}-{}", "x".repeat(100)), ""));
     let crowd = crowd.collect::<Result<Vec<_>, _>>()?;
     let refused = lease(&lessee).err().context("lent without a record")?;
     ensure!(refused.code() == Code::ResourceExhausted, "{refused:?}");
     ensure!(refused.message().contains("ledger"), "{refused:?}");
-    // Taken back, not lost; everything else goes on.
+    // The lease was taken back, not lost. Everything else goes on.
     let account = operator.settled()?;
     ensure!(
         account.leased_bytes == SLAB && account.free_bytes == 7 * SLAB,
@@ -292,7 +294,7 @@ fn a_full_disk_stops_lending_and_nothing_else() -> Result<()> {
     );
     ensure!(lessee.hits("model", &[[1; 16]])? == 1);
 
-    // Space comes back, here as a limit that is lifted: it lends by itself again, and remembers all of it.
+    // There is space again: the limit is lifted. The broker lends again by itself, and its ledger is complete.
     let pid = i32::try_from(node.broker()?.pid())
         .ok()
         .and_then(Pid::from_raw);
@@ -319,8 +321,8 @@ fn a_full_disk_stops_lending_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// What the ledger protects from: a lease that is lent though it could not be recorded is unknown after a restart.
-/// The same steps, with the record removed by hand, show that the test above would notice.
+/// The twin: a lease that is not recorded is unknown after a restart. Here its record is removed by hand. So the test
+/// above would notice a lease that was granted without a record.
 #[test]
 fn a_lease_that_is_not_in_the_ledger_is_refused_after_a_restart() -> Result<()> {
     let mut node = Node::start(&[])?;
@@ -370,7 +372,8 @@ fn without_a_broker_commands_say_so_and_borrowers_miss() -> Result<()> {
         )
         .with_context(|| format!("{arguments:?}"))?;
     }
-    // Something that is no broker listens there: it hangs up at once, after a while, or talks of something else.
+    // Another program listens there, not a broker. It closes the connection at once, closes it after reading, or
+    // answers with something else.
     let listener = std::os::unix::net::UnixListener::bind(&socket)?;
     let strangers = std::thread::spawn(move || {
         for (number, stream) in listener.incoming().flatten().enumerate() {

@@ -1,4 +1,4 @@
-//! `swiftcache replay` and `swiftcache demo` as people run them: real processes from start to end.
+//! Runs `swiftcache replay` and `swiftcache demo` like a user: with real processes from start to end.
 
 #![allow(
     clippy::unwrap_used,
@@ -24,7 +24,7 @@ use swiftcache_replay::{
 };
 use tempfile::TempDir;
 
-/// Runs of a replay until one goes as a machine with time for it would have it go.
+/// The most replays until one of them is not disturbed by a busy machine.
 const ATTEMPTS: u32 = 5;
 
 /// A program of this workspace, built by `make test` before the tests run.
@@ -55,7 +55,7 @@ fn run(directory: &Path, args: &[&str]) -> Output {
     swiftcache(directory, args).output().unwrap()
 }
 
-/// A chat of a few hundred requests, which no local pool of the tests' GPU can hold.
+/// A chat of a few hundred requests. It is too large for the local pool of the tests' GPU.
 fn chat(directory: &Path) -> PathBuf {
     let file = directory.join("chat.jsonl");
     let path = file.to_str().unwrap();
@@ -95,8 +95,8 @@ fn every_byte_of_a_replay_comes_back_right_and_the_report_adds_up() {
         assert!(output.stderr.is_empty(), "{}", text(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     };
-    // Paced by the clock: on a machine that stops a process for seconds its donors come too late, or a drain ends
-    // without it. Then it is asked again.
+    // A replay is paced by the clock. If a busy machine stops a process for seconds, donors may come too late, or a
+    // drain window may end without an acknowledgement. Then the replay is repeated.
     let as_planned = |report: &Report| {
         let arm = report.arm("swiftcache").unwrap();
         arm.hit_blocks.contains_key(&Tier::DonorNvlink) && report.donors.zombies == 0
@@ -175,7 +175,7 @@ fn what_is_wrong_with_the_command_line_is_said_with_status_2() {
     assert!(text(&output.stderr).contains("/nowhere.sock"));
 }
 
-/// A demo that runs: its processes are up and its socket is known.
+/// A running demo: its processes have started, and its socket is known.
 struct Demo {
     child: Child,
     processes: Vec<(String, OwnedFd)>,
@@ -205,7 +205,7 @@ impl Demo {
                 break socket.to_owned();
             }
         };
-        // Keeps reading, so that the demo never waits for its reader.
+        // Goes on reading, so that the demo never waits for a reader.
         std::thread::spawn(move || lines.map_while(Result::ok).count());
         Self {
             child,

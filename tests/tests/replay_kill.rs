@@ -1,5 +1,5 @@
-//! `swiftcache replay` on a node whose donors and broker are killed under it, again and again: it goes on to its end,
-//! and every byte it reads is right.
+//! `swiftcache replay` on a node whose donors and broker are killed again and again. It goes on to its end, and every
+//! byte that it reads is right.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -17,12 +17,13 @@ use swiftcache_tests::{
     programs::{Program, program},
 };
 
-/// Memory that each donor lends, as `swiftcache donate` reads it.
+/// Memory that each donor lends, as an option of `swiftcache donate`.
 const LENT: &str = "8MiB";
-/// Kills of a donor and of the broker that a replay must outlive, and the most replays that they may be spread over.
+/// How often a donor and the broker must be killed during replays.
 const KILLS: usize = 5;
+/// The most replays that may be needed for that.
 const REPLAYS: usize = 20;
-/// Lookups of the replay between two kills, about a tenth of all: what donors hold lives long enough to be read again.
+/// Lookups of the replay between two kills, about a tenth of all. They are enough that blocks on donors are read again.
 const LOOKUPS: u64 = 40;
 
 fn donor(node: &Node, number: usize) -> Result<Program> {
@@ -37,7 +38,7 @@ fn donor(node: &Node, number: usize) -> Result<Program> {
     Program::start(&mut command)
 }
 
-/// A chat that no local pool of the replay's GPU holds.
+/// A chat that is too large for the local pool of the replay's GPU.
 fn chat(node: &Node) -> Result<PathBuf> {
     let file = node.directory().join("chat.jsonl");
     let made = Command::new(program("swiftcache")?)
@@ -49,7 +50,7 @@ fn chat(node: &Node) -> Result<PathBuf> {
     Ok(file)
 }
 
-/// `swiftcache replay --json` of one trace, read as it speaks.
+/// A running `swiftcache replay --json` of one trace. Its output is read all the time.
 struct Replay {
     process: Child,
     report: JoinHandle<String>,
@@ -100,7 +101,7 @@ impl Replay {
 #[test]
 fn a_replay_outlives_its_donors_and_its_broker() -> Result<()> {
     let mut node = Node::start_with(Setup {
-        // Nobody here stops for good, so a drain that is not acknowledged is a failure, not an impatience.
+        // A long drain window. No process here stops for ever, so a revocation that is not acknowledged is a failure.
         options: vec!["--drain-ms".to_owned(), "30000".to_owned()],
         ..Setup::default()
     })?;
@@ -109,8 +110,9 @@ fn a_replay_outlives_its_donors_and_its_broker() -> Result<()> {
     let lent = |operator: &Operator| Ok(operator.account()?.offered_bytes == 16 << 20);
     eventually("both donors to lend", || lent(&operator))?;
 
-    // The node is made whole again before the next kill while the replay goes on; so how many kills one replay suffers,
-    // and what they leave it to read, is the machine's choice. Replays follow each other until both were seen.
+    // Before each kill, the killed processes of the last one must be back, while the replay goes on. So the speed of
+    // the machine decides how many kills one replay sees, and how many blocks it reads from donors. Replays follow one
+    // another until there were enough kills and some blocks from donors.
     let trace = chat(&node)?;
     let (mut kills, mut from_donors) = (0, 0);
     for _ in 0..REPLAYS {
@@ -119,7 +121,7 @@ fn a_replay_outlives_its_donors_and_its_broker() -> Result<()> {
         }
         let lookups =
             || -> Result<u64> { Ok(operator.node()?.counters.unwrap_or_default().lookups) };
-        // Of an earlier replay: this one is not on its way before it has made some of its own.
+        // The lookups of earlier replays. This replay must make some of its own before the first kill.
         let mut earlier = lookups()?;
         let replay = Replay::start(&node, &trace)?;
         loop {
@@ -152,7 +154,7 @@ fn a_replay_outlives_its_donors_and_its_broker() -> Result<()> {
     }
     ensure!(
         kills >= KILLS && from_donors > 0,
-        "{kills} kills of each and {from_donors} blocks from donors are no test"
+        "{kills} kills of each and {from_donors} blocks from donors are too few for a test"
     );
 
     operator.eventually("every slab to be free", |account| {

@@ -1,4 +1,4 @@
-//! Donors take back and lend again, many times over, while borrowers store and fetch at full tilt.
+//! Donors take memory back and lend it again, many times, while borrowers store and fetch without a pause.
 
 use anyhow::{Result, ensure};
 use rand::Rng;
@@ -51,7 +51,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
         ensure!(donor.shrink(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
         operator.account()?;
         ensure!(donor.wait_returned(PATIENCE), "not given back");
-        // Acknowledged, and not merely given up on.
+        // The borrowers acknowledged: no slab is a zombie.
         ensure!(operator.account()?.zombie_bytes == 0);
         taken += slabs;
         ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);

@@ -1,4 +1,5 @@
-//! Handles, grant tokens and session ids are for those they were given to; bytes are for the tenant that wrote them.
+//! Only those who got a handle, a grant token or a session id can use it, and only the tenant that wrote bytes can read
+//! them.
 
 use std::{
     env, fs,
@@ -27,7 +28,7 @@ use swiftcache_tests::{
 };
 use tonic::Code;
 
-/// The shapes in which bytes show up in logs and answers.
+/// The forms in which bytes can appear in logs and answers.
 fn shapes(secret: &[u8]) -> Vec<String> {
     let hexadecimal: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
     let list =
@@ -43,7 +44,7 @@ fn shapes(secret: &[u8]) -> Vec<String> {
     ]
 }
 
-/// A session id as number, as bytes of either order, and as the bytes on the wire.
+/// The forms of a session id: as a number, and as bytes in both byte orders.
 fn shapes_of_session(session: u64) -> Vec<String> {
     let mut all = vec![
         session.to_string(),
@@ -55,7 +56,7 @@ fn shapes_of_session(session: u64) -> Vec<String> {
     all
 }
 
-/// The first secret that the text gives away.
+/// The first secret that is in the text.
 fn leak<'a>(text: &str, secrets: &'a [String]) -> Option<&'a String> {
     secrets.iter().find(|secret| text.contains(secret.as_str()))
 }
@@ -85,7 +86,7 @@ fn a_leak_would_be_seen() {
     assert!(leak("session 0123", &shapes_of_session(session)).is_none());
 }
 
-/// Everything that an operator can ask, as text.
+/// All answers that an operator can get, as text.
 fn everything(operator: &Operator, node: &Node) -> Result<String> {
     let mut text = format!(
         "{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n",
@@ -110,7 +111,7 @@ fn everything(operator: &Operator, node: &Node) -> Result<String> {
     Ok(text)
 }
 
-/// A real donor, `swiftcache donate`, with all it has to say in a file.
+/// A real donor, `swiftcache donate`, with its complete log in a file.
 fn donate(node: &Node, log: &Path) -> Result<Program> {
     let mut command = Command::new(program("swiftcache")?);
     command
@@ -151,7 +152,7 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
     borrower.run("reserve 4")?;
     ensure!(borrower.run("mix 100")?.served > 0);
 
-    // Handles and tokens that are known here: some used, some refused, some revoked.
+    // Handles and tokens that this test knows: some are used, some refused, some revoked.
     let wire = Wire::new(&node.socket())?;
     let donor = wire.member("donor", "")?;
     let handle: Vec<u8> = (100..164).collect();
@@ -174,7 +175,7 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
         wire.wait(wire.broker().offer(v1::OfferRequest { bytes: 1, ..offer }))
             .is_err()
     );
-    // Any eight bytes of it are too many.
+    // Eight bytes of the handle are already a leak.
     secrets.extend(handle.chunks(8).flat_map(shapes));
     donor.offer([8; 16], "SIM-2", 4, 1 << 20)?;
     let lessee = wire.member("lessee", "")?;
@@ -196,7 +197,7 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
     donor.withdraw(&[[7; 16]], 1)?;
 
     let mut shown = everything(&operator, &node)?;
-    // Sessions come back after a restart; what is refused is talked about too.
+    // Sessions come back after a restart. Refused requests may be logged too.
     node.kill_broker()?;
     node.start_broker()?;
     eventually("everyone to be back", || {
@@ -227,7 +228,7 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
         sessions += 1;
     }
     ensure!(sessions >= 4, "{ledger}");
-    // The ledger itself holds session ids, for its owner alone, and never a handle.
+    // The ledger has session ids, which only its owner can read, and never a handle.
     let mode = std::os::unix::fs::PermissionsExt::mode(
         &fs::metadata(node.directory().join("ledger"))?.permissions(),
     );
@@ -252,14 +253,14 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
     if let Some(secret) = leak(&shown, &secrets) {
         let line = shown.lines().find(|line| line.contains(secret.as_str()));
         anyhow::bail!(
-            "a secret was told: {secret} in {:.300}",
+            "a secret was leaked: {secret} in {:.300}",
             line.unwrap_or_default()
         );
     }
     Ok(())
 }
 
-/// What Prometheus is told, from the address that the log names.
+/// The broker's metrics, from the address that is in the log.
 fn metrics(log: &Path) -> Result<String> {
     let log = fs::read_to_string(log)?;
     let address = log
@@ -358,7 +359,7 @@ fn another_process_can_use_neither_session_nor_lease_nor_token() -> Result<()> {
         String::from_utf8_lossy(&other.stdout)
     );
     ensure!(String::from_utf8_lossy(&other.stdout).contains("1 passed"));
-    // To its owner all of it is still worth something.
+    // The owner can still use all of it.
     memory.write_all_at(b"mine", 0)?;
     let mut bytes = [0; 4];
     owner.open(&grant)?.read_exact_at(&mut bytes, 0)?;
@@ -367,7 +368,7 @@ fn another_process_can_use_neither_session_nor_lease_nor_token() -> Result<()> {
     Ok(())
 }
 
-/// Whether what one tenant wrote is there for the next lessee of the slab to read.
+/// The bytes that the next lessee of a slab reads, after the tenant "one" has written to the slab.
 fn what_the_next_one_reads(next_tenant: &str) -> Result<Vec<u8>> {
     let node = Node::start(&[])?;
     let operator = Operator::of(&node)?;
@@ -413,7 +414,7 @@ fn a_slab_is_zeroed_before_another_tenant_maps_it() -> Result<()> {
             .iter()
             .all(|byte| *byte == 0)
     );
-    // The same tenant is spared that, which shows that the bytes would have been there to read.
+    // Its twin: for the same tenant the slab is not zeroed, so the bytes are there to read.
     ensure!(
         what_the_next_one_reads("one")?
             .iter()

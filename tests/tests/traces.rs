@@ -1,4 +1,4 @@
-//! Spans of a real broker at a collector of the test's own.
+//! A real broker sends its spans to a collector in the test.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
-/// Keeps everything it is sent.
+/// A collector that keeps everything that it gets.
 #[derive(Clone, Default)]
 struct Collector(Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
 
@@ -38,7 +38,7 @@ impl TraceService for Collector {
 }
 
 impl Collector {
-    /// Serves on a port of the system's choice, as long as the runtime lives.
+    /// Serves on a port that the system chooses, as long as the runtime lives.
     fn start() -> Result<(Self, Runtime, SocketAddr)> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -70,7 +70,7 @@ fn attribute<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
     found?.value.as_ref()?.value.as_ref()
 }
 
-/// SIGTERM, and the exit status that it ends with.
+/// Sends SIGTERM to the broker, and checks its exit status.
 fn stop(mut node: Node) -> Result<()> {
     node.broker()?.signal(Signal::TERM)?;
     node.broker_mut()?.finish()
@@ -124,7 +124,7 @@ fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()
             system == Some(&Value::StringValue("grpc".to_owned())),
             "{span:?}"
         );
-        // A caller's mistake is none of the broker's.
+        // A caller's mistake is not an error of the broker.
         let status = span.status.clone().unwrap_or_default();
         ensure!(status.code() != StatusCode::Error, "{span:?}");
     }
@@ -135,7 +135,7 @@ fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()
         ensure!(name == Some(&Value::StringValue("swiftcache-broker".to_owned())));
     }
 
-    // Nothing of what was said: neither the session's id nor the grant's token, in any form.
+    // The spans have no contents of requests: neither the session's id nor the grant's token, in any form.
     let sent: Vec<u8> = requests.iter().flat_map(Message::encode_to_vec).collect();
     let text = format!("{requests:?}");
     for secret in [member.session.to_le_bytes().as_slice(), token.as_ref()] {
@@ -148,7 +148,7 @@ fn every_rpc_is_a_span_and_the_last_ones_are_sent_on_the_way_down() -> Result<()
 
 #[test]
 fn a_collector_that_is_not_there_costs_nothing_but_its_spans() -> Result<()> {
-    // Taken, so that nobody else gets it, and never answered.
+    // This port is in use, so that no other program gets it, and nobody answers on it.
     let silent = TcpListener::bind("127.0.0.1:0")?;
     let endpoint = format!("http://{}", silent.local_addr()?);
     let node = Node::start(&["--otlp-endpoint", &endpoint, "--shutdown-ms", "100"])?;

@@ -1,5 +1,5 @@
-//! Two models that both want everything, as processes of their own: they share by weight, whoever came first, and then
-//! leave each other in peace.
+//! Two models, each in its own process, want all slabs. They get shares by their weights, whoever came first, and then
+//! no slab moves any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ const SLABS: u64 = 8;
 fn start(node: &Node, namespace: &str) -> Result<BorrowerProcess> {
     let mut job = Job::new(namespace, 1);
     job.namespace = namespace.to_owned();
-    // More than there is.
+    // All slabs that there are.
     job.slabs = SLABS;
     job.conversations = 40;
     let mut borrower = BorrowerProcess::start(node, 0, &job)?;
@@ -24,7 +24,7 @@ fn start(node: &Node, namespace: &str) -> Result<BorrowerProcess> {
     Ok(borrower)
 }
 
-/// Slabs of each namespace.
+/// How many slabs each namespace has.
 fn shares(operator: &Operator) -> Result<BTreeMap<String, u64>> {
     let held = operator.namespaces()?.into_iter();
     Ok(held
@@ -32,7 +32,8 @@ fn shares(operator: &Operator) -> Result<BTreeMap<String, u64>> {
         .collect())
 }
 
-/// Starts one after the other and waits until they hold these shares, and keep them.
+/// Starts the two models, one after the other. Checks that `heavy` gets `heavy` slabs and `light` the others, and that
+/// they keep them.
 fn settles(options: &[&str], order: [&str; 2], heavy: u64) -> Result<()> {
     let node = Node::start(&[&["--wait-ms", "5000"], options].concat())?;
     let operator = Operator::of(&node)?;
@@ -69,7 +70,7 @@ fn two_namespaces_share_by_weight_whoever_came_first() -> Result<()> {
     settles(&weights, ["heavy", "light"], 6)
 }
 
-/// The twin: nobody said so.
+/// The twin: without weights the shares are equal.
 #[test]
 fn without_weights_they_share_alike() -> Result<()> {
     settles(&[], ["light", "heavy"], 4)

@@ -1,5 +1,5 @@
-//! A slab belongs to whoever may still touch it: one that is stopped, deaf, or lies keeps it, across a restart of the
-//! broker too, until the kernel or an acknowledgement says otherwise.
+//! A slab belongs to every process that may still access it. A borrower that is stopped, does not listen or lies keeps
+//! its slab, also across a restart of the broker, until it acknowledges or the kernel says that it is gone.
 
 use std::{fs, os::unix::fs::FileExt, time::Duration};
 
@@ -43,7 +43,7 @@ fn engine(node: &Node, slabs: u64) -> Result<Engine> {
     Engine::new(Some(node.session("engine")?), node.layer()?, config)
 }
 
-/// A lessee that the test speaks for, its leases, and the memory behind them.
+/// A lessee that the test plays and that ignores revocations, with its leases and their memory.
 struct Deaf {
     member: Member,
     grants: Vec<v1::Grant>,
@@ -68,7 +68,7 @@ impl Deaf {
         })
     }
 
-    /// Writes as if it had never been told to let go.
+    /// Writes to all of its slabs, as if they had never been revoked.
     fn scribble(&self) -> Result<()> {
         for (grant, memory) in self.grants.iter().zip(&self.memory) {
             memory.write_all_at(&vec![0xd5; SLAB_BYTES as usize], grant.offset)?;
@@ -92,7 +92,7 @@ fn a_stopped_borrower_keeps_its_slabs_across_a_broker_restart() -> Result<()> {
         let mut stopped = BorrowerProcess::start(&node, 0, &job)?;
         stopped.run("reserve 3")?;
         stopped.tell("mix 1000000000")?;
-        // In the middle of whatever it is doing.
+        // Stop it in the middle of its work.
         stopped.advance(20)?;
         stopped.signal(Signal::STOP)?;
         donor.shrink(2 * SLAB_BYTES)?;
@@ -102,7 +102,8 @@ fn a_stopped_borrower_keeps_its_slabs_across_a_broker_restart() -> Result<()> {
         node.kill_broker()?;
         node.start_broker()?;
         operator.eventually("two zombies after the restart", held)?;
-        // Neither those nor the third, which nobody asked back: the owner of all three cannot be asked.
+        // None of the three slabs can be leased, not even the third, which no donor wants back, because their lessee
+        // cannot answer.
         let other = engine(&node, 3)?;
         eventually("the donor to be back", || {
             Ok(operator
@@ -124,7 +125,7 @@ fn a_stopped_borrower_keeps_its_slabs_across_a_broker_restart() -> Result<()> {
             "{leases:?}"
         );
         ensure!(donor.status().returned == 0);
-        // Other slabs are lent while it stands.
+        // Meanwhile, other slabs are lent.
         ensure!(donor.grow(SLAB_BYTES)? == SLAB_BYTES);
         other.reserve(1)?;
         ensure!(other.store(&sequence(90))?.stored == 16);
@@ -142,7 +143,8 @@ fn a_stopped_borrower_keeps_its_slabs_across_a_broker_restart() -> Result<()> {
     Ok(())
 }
 
-/// What the deaf one writes after the restart reaches another engine's blocks, or not.
+/// A lessee that ignores revocations writes to its slab after a restart of the broker. Returns what another engine then
+/// reads from its own blocks. With `lose_the_lease`, the ledger loses the lease before the restart.
 fn scribble_after_restart(lose_the_lease: bool) -> Result<Result<engine::Fetched>> {
     let mut node = node()?;
     let _donor = donor(&node, 1)?;
@@ -186,7 +188,7 @@ fn scribble_after_restart(lose_the_lease: bool) -> Result<Result<engine::Fetched
 fn the_ledger_keeps_a_writer_out_of_others_blocks() -> Result<()> {
     let fetched = scribble_after_restart(false)??;
     ensure!(fetched.served == 0, "it had no slab: {fetched:?}");
-    // Without the ledger's line the same writer is caught in the act.
+    // Its twin: without the lease in the ledger, the writer damages the other engine's blocks, and that is noticed.
     let error = scribble_after_restart(true)?
         .err()
         .context("nobody noticed")?;
@@ -220,7 +222,7 @@ fn one_who_never_acknowledges_holds_back_its_own_slab_and_no_other() -> Result<(
             .iter()
             .any(|event| event.kind == "zombie")
     );
-    // It goes on writing to what it was never told is somebody else's.
+    // It goes on writing to the slab, as it may, because it has not acknowledged.
     deaf.scribble()?;
     deaf.member.leave()?;
     ensure!(donor.wait_returned(PATIENCE));
@@ -261,7 +263,7 @@ fn only_the_right_word_from_the_right_session_frees_a_slab() -> Result<()> {
         strangers_stream.acknowledge(lease, generation)?;
     }
     strangers_stream.acknowledge(lease, generation)?;
-    // The streams are read in order: what follows a message on them has been heard after it.
+    // The broker reads a stream in order. When it has handled this message, it has handled those before it.
     let pin = v1::session_request::Message::Unpin(v1::Unpin::default());
     stream.say(pin.clone())?;
     let _ = strangers_stream.say(pin);
@@ -276,7 +278,8 @@ fn only_the_right_word_from_the_right_session_frees_a_slab() -> Result<()> {
 
     stream.acknowledge(lease, generation)?;
     ensure!(donor.wait_returned(PATIENCE));
-    // One that says it let go and did not is inside its own uid's trust; the protocol at least is closed to it.
+    // A process that lies about having let go can only harm its own uid. At least it can no longer use the lease by
+    // RPCs.
     deaf.scribble()?;
     let refused = deaf.member.publish(lease, generation, &[[1; 16]]).err();
     ensure!(refused.context("published into a lease it gave up")?.code() == Code::NotFound);
@@ -287,8 +290,8 @@ fn only_the_right_word_from_the_right_session_frees_a_slab() -> Result<()> {
     Ok(())
 }
 
-/// A donor that the test speaks for: it overwrites its memory early or when it is returned. Returns what the borrower
-/// complained about.
+/// The test plays a donor that overwrites its memory: with `early` while it is lent, otherwise when it is returned.
+/// Returns the complaint of the borrower.
 fn overwrite(early: bool) -> Result<Option<String>> {
     let node = Node::start(&["--pin-ms", "100", "--drain-ms", "5000"])?;
     let donor = Wire::new(&node.socket())?.member("donor", "")?;
@@ -331,7 +334,7 @@ fn overwrite(early: bool) -> Result<Option<String>> {
                 .position(|id| id[..] == region[..])
                 .context("whose region?")?;
             let inode = census::inode(&memory[n])?;
-            // The promise itself: nobody can touch it any more, so that its bytes are the donor's own.
+            // This is the promise: no process can access the returned memory, so its bytes are the donor's own.
             ensure!(
                 !census::mapped(borrower.pid())?.contains(&inode),
                 "still mapped"
@@ -364,7 +367,7 @@ fn a_donor_that_dies_leaves_its_borrower_a_sound_mapping() -> Result<()> {
         borrower.tell("mix 1000000000")?;
         borrower.advance(10)?;
         donor.kill()?;
-        // It reads and writes on, until it is told to let go; no signal ends it.
+        // The borrower goes on reading and writing until its leases are revoked. No signal ends it.
         borrower.advance(10)?;
         operator.eventually("nothing to be on offer", |account| {
             account.offered_bytes == 0

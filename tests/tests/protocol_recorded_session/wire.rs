@@ -1,4 +1,4 @@
-//! A real broker, and gRPC to it in raw bytes: what an old client sent is sent as it was.
+//! A real broker, and a gRPC client that sends raw bytes, so that it can send exactly what an old client sent.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-/// A broker over a simulated node, killed when dropped.
+/// A broker with a simulated node. Drop kills it.
 pub(crate) struct Broker {
     child: Child,
     directory: tempfile::TempDir,
@@ -26,7 +26,7 @@ pub(crate) struct Broker {
 impl Broker {
     pub(crate) async fn start(topology: &Path) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        // Beside the test's own program, where `make test` builds it.
+        // `make test` builds it beside the test's own program.
         let test = std::env::current_exe().unwrap();
         let program = test.ancestors().nth(2).unwrap().join("swiftcache-broker");
         let child = Command::new(&program)
@@ -61,10 +61,10 @@ impl Drop for Broker {
     }
 }
 
-/// Its two directions.
+/// The two directions of a session stream.
 type SessionStream = (mpsc::Sender<Vec<u8>>, Streaming<Vec<u8>>);
 
-/// One client: a connection, and its session stream once it is open.
+/// A client: a connection, and its session stream when it is open.
 pub(crate) struct Client {
     grpc: Grpc<Channel>,
     stream: Option<SessionStream>,
@@ -85,7 +85,7 @@ impl Client {
         }
     }
 
-    /// An RPC of the service `Broker`.
+    /// Calls an RPC of the service `Broker`.
     pub(crate) async fn call(&mut self, rpc: &str, request: Vec<u8>) -> Result<Vec<u8>, Status> {
         let path = path(rpc);
         self.grpc.ready().await.unwrap();
@@ -96,7 +96,7 @@ impl Client {
             .map(tonic::Response::into_inner)
     }
 
-    /// Sends on the session stream, opening it first.
+    /// Sends on the session stream. Opens the stream first if it is not open.
     pub(crate) async fn send(&mut self, message: Vec<u8>) {
         if let Some((sender, _)) = &self.stream {
             return sender.send(message).await.unwrap();
@@ -110,7 +110,7 @@ impl Client {
         self.stream = Some((sender, stream.unwrap().into_inner()));
     }
 
-    /// Opens a session stream of these messages, which must be refused.
+    /// Opens a session stream with these messages, and returns the broker's refusal.
     pub(crate) async fn refused(&mut self, messages: Vec<Vec<u8>>) -> Status {
         self.grpc.ready().await.unwrap();
         let outgoing = Request::new(tokio_stream::iter(messages));
@@ -119,14 +119,14 @@ impl Client {
         stream.expect_err("a refusal")
     }
 
-    /// What the stream ends with.
+    /// The error that the stream ends with.
     pub(crate) async fn complaint(&mut self) -> Status {
         let (_, stream) = self.stream.as_mut().expect("the stream is open");
         let message = tokio::time::timeout(PATIENCE, stream.message()).await;
         message.unwrap().expect_err("a complaint")
     }
 
-    /// The stream's next message; `line` asks for it.
+    /// The stream's next message. `line` is the line of the recording, for errors.
     pub(crate) async fn receive(&mut self, line: &str) -> Vec<u8> {
         let (_, stream) = self.stream.as_mut().expect("the stream is open");
         let message = tokio::time::timeout(PATIENCE, stream.message()).await;
@@ -140,7 +140,7 @@ fn path(rpc: &str) -> PathAndQuery {
     format!("/swiftcache.v1.Broker/{rpc}").parse().unwrap()
 }
 
-/// Bytes as they are.
+/// A codec that passes bytes on unchanged.
 #[derive(Clone, Copy)]
 pub(crate) struct Raw;
 
@@ -178,7 +178,7 @@ impl Decoder for Raw {
     }
 }
 
-/// The two calls of the buffer traits that are needed.
+/// The two methods of the buffer traits that the codec needs.
 mod tonic_buf {
     use prost::bytes::{Buf, BufMut};
 
