@@ -1,4 +1,4 @@
-//! Watches processes for their death: the only proof that a process can touch nothing any more.
+//! Watches for the death of processes. Only its death proves that a process can access nothing any more.
 
 use std::{collections::HashMap, io, os::fd::OwnedFd};
 
@@ -13,14 +13,14 @@ use crate::{
     peer::{self, Peer},
 };
 
-/// The processes under watch. Deaths arrive on the channel given at its making.
+/// The watched processes. Their deaths are sent to a channel.
 pub struct DeathWatch {
     watched: HashMap<Process, AbortHandle>,
     gone: mpsc::UnboundedSender<Process>,
 }
 
 impl DeathWatch {
-    /// Reports deaths to `gone`.
+    /// A watch of no processes, which sends deaths to `gone`.
     pub fn new(gone: mpsc::UnboundedSender<Process>) -> Self {
         Self {
             watched: HashMap::new(),
@@ -40,8 +40,8 @@ impl DeathWatch {
         self.watch(peer.process, pidfd)
     }
 
-    /// Starts watching a process named by the ledger. One that is gone is reported as gone; one that cannot be
-    /// seen counts as alive until it comes back.
+    /// Starts watching a process that the ledger names. A process that is gone is reported at once. A process that
+    /// cannot be watched counts as alive until it reconnects.
     pub fn watch_known(&mut self, process: Process) {
         if self.watched.contains_key(&process) {
             return;
@@ -62,27 +62,27 @@ impl DeathWatch {
         }
     }
 
-    /// Stops watching.
+    /// Stops watching a process.
     pub fn unwatch(&mut self, process: Process) {
         if let Some(task) = self.watched.remove(&process) {
             task.abort();
         }
     }
 
-    /// How many are watched.
+    /// How many processes are watched.
     pub fn count(&self) -> usize {
         self.watched.len()
     }
 
     fn report(&self, process: Process) {
-        // Fails only when the broker is on its way out.
+        // This fails only when the broker is shutting down.
         let _ = self.gone.send(process);
     }
 
     fn watch(&mut self, process: Process, pidfd: OwnedFd) -> io::Result<()> {
         #[expect(
             deprecated,
-            reason = "its unsafe successor guards against types that let go of their descriptor; an OwnedFd \
+            reason = "its unsafe successor is needed only for types that can give up their descriptor, and an OwnedFd \
                       cannot"
         )]
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
@@ -119,7 +119,7 @@ mod tests {
 
     use super::*;
 
-    /// A process that lives until it is killed, connected to nothing.
+    /// A process that lives until it is killed and has no connection.
     fn child() -> (Child, Process) {
         let child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();

@@ -1,5 +1,5 @@
-//! Descriptors of donated allocations: uploaded by donors, kept while the allocation is on offer, handed to
-//! lessees against a grant token.
+//! Descriptors of donated allocations. Donors upload them, the broker keeps them while the allocation is on offer, and
+//! lessees fetch them with a grant token.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,20 +13,21 @@ use swiftcache_proto::domain::{AllocationId, SessionId};
 
 use crate::{core::Process, error::Refused};
 
-/// What a lessee presents on the fd socket.
+/// A grant token. With it a lessee fetches a descriptor on the fd socket.
 pub type Token = [u8; 16];
 
-/// How long a grant token is good. A lessee maps right after the grant; a minute outlasts any pause of an
-/// engine that is still going to.
+/// How long a grant token is valid. A lessee maps right after the grant. If an engine pauses for longer than a minute
+/// before that, it will not map any more.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
-/// How long an uploaded descriptor waits for its offer, which follows in the next message.
+/// How long an uploaded descriptor waits for its offer, which is the donor's next message.
 const UPLOAD_LIFE: Duration = Duration::from_secs(60);
-/// Tokens kept at once: as many as one lease request can be granted slabs, and some. The oldest goes first.
+/// The most tokens that are kept: more than the slabs that one lease request can get. The oldest is dropped first.
 const MAX_TOKENS: usize = 1 << 17;
-/// Descriptors one session may have uploaded and not yet offered: bounds what a broken donor can cost others.
+/// The most descriptors that one session may have uploaded but not offered yet, so that a broken donor cannot use up
+/// the descriptors of others.
 const MAX_WAITING_PER_SESSION: usize = 256;
 
-/// Why an upload was not kept.
+/// An upload was refused, because no more descriptors may be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
@@ -46,7 +47,7 @@ struct Grant {
     expires: Instant,
 }
 
-/// All of them. Its lock is taken inside the owner's, never around it.
+/// All descriptors. Lock order: a thread that holds the owner's lock may take this lock, and never the other way round.
 pub struct Descriptors {
     inner: Mutex<Inner>,
     limit: usize,
@@ -57,7 +58,7 @@ struct Inner {
     waiting: HashMap<(SessionId, AllocationId), Upload>,
     kept: HashMap<AllocationId, Kept>,
     tokens: HashMap<Token, Grant>,
-    /// Tokens in the order of their making, the used ones included.
+    /// Tokens in the order in which they were made, with those that are used.
     order: VecDeque<(Instant, Token)>,
 }
 
@@ -70,10 +71,11 @@ impl Descriptors {
         }
     }
 
-    /// A donor sends the descriptor of an allocation it is about to offer. Sending it again replaces it.
+    /// Takes the descriptor of an allocation that a donor will offer next. Another upload for the allocation replaces
+    /// it.
     ///
     /// # Errors
-    /// [`Full`] when as many are kept as may be.
+    /// [`Full`] when no more descriptors may be kept.
     pub fn upload(
         &self,
         session: SessionId,
@@ -97,10 +99,10 @@ impl Descriptors {
         Ok(())
     }
 
-    /// Whether `session` may offer `allocation` as a descriptor.
+    /// Checks that `session` may offer `allocation` with a descriptor.
     ///
     /// # Errors
-    /// When the session uploaded none.
+    /// When the session has uploaded none.
     pub fn check_offer(&self, session: SessionId, allocation: AllocationId) -> Result<(), Refused> {
         let inner = self.inner.lock();
         let kept = inner.kept.get(&allocation);
@@ -109,7 +111,7 @@ impl Descriptors {
         known.then_some(()).ok_or(Refused::NoDescriptor(allocation))
     }
 
-    /// The offer was accepted: the uploaded descriptor is kept until [`Self::discard`].
+    /// The offer was accepted. Keeps the uploaded descriptor until [`Self::discard`].
     pub fn offered(&self, session: SessionId, allocation: AllocationId) {
         let mut inner = self.inner.lock();
         if let Some(upload) = inner.waiting.remove(&(session, allocation)) {
@@ -121,12 +123,12 @@ impl Descriptors {
         }
     }
 
-    /// Nothing of the allocation is on offer any more.
+    /// Drops the descriptor of an allocation of which nothing is on offer any more.
     pub fn discard(&self, allocation: AllocationId) {
         self.inner.lock().kept.remove(&allocation);
     }
 
-    /// The session is over: what it uploaded and did not offer goes.
+    /// Drops what a session that is over has uploaded but not offered.
     pub fn forget(&self, session: SessionId) {
         self.inner
             .lock()
@@ -134,7 +136,7 @@ impl Descriptors {
             .retain(|(of, _), _| *of != session);
     }
 
-    /// A fresh token with which `process`, and nobody else, may fetch the allocation's descriptor once.
+    /// Makes a token with which only `process` can fetch the allocation's descriptor, once.
     pub fn grant(&self, process: Process, allocation: AllocationId, now: Instant) -> Token {
         let mut inner = self.inner.lock();
         while inner.tokens.len() >= MAX_TOKENS
@@ -154,10 +156,11 @@ impl Descriptors {
         token
     }
 
-    /// Spends a token. `None`: unknown, spent, too old, another process's, or nothing is on offer any more.
+    /// Uses a token up, and returns its descriptor. `None`: the token is unknown, used or too old, or belongs to
+    /// another process, or nothing of the allocation is on offer any more.
     pub fn fetch(&self, process: Process, token: Token, now: Instant) -> Option<Arc<OwnedFd>> {
         let mut inner = self.inner.lock();
-        // Another process's attempt must not spend the token.
+        // An attempt by another process must not use the token up.
         let grant = inner.tokens.get(&token)?;
         if grant.process != process {
             return None;
@@ -170,7 +173,7 @@ impl Descriptors {
         Some(Arc::clone(&kept.descriptor))
     }
 
-    /// Drops what is too old.
+    /// Drops tokens and uploads that are too old.
     pub fn expire(&self, now: Instant) {
         let mut inner = self.inner.lock();
         while let Some((expires, token)) = inner.order.front().copied()
@@ -182,7 +185,7 @@ impl Descriptors {
         inner.waiting.retain(|_, upload| upload.expires > now);
     }
 
-    /// Descriptors kept or waiting for their offer.
+    /// How many descriptors are kept or wait for their offer.
     pub fn count(&self) -> usize {
         let inner = self.inner.lock();
         inner.kept.len() + inner.waiting.len()

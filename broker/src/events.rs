@@ -1,4 +1,4 @@
-//! The last events, for people.
+//! A log of the last events, for people.
 
 use std::{
     collections::VecDeque,
@@ -9,14 +9,14 @@ use swiftcache_proto::{convert::InvalidField, domain::Shortfall, v1};
 
 use crate::core::{Note, QuotaTarget};
 
-/// Events kept: a busy node's last minutes.
+/// How many events are kept: those of the last minutes of a busy node.
 const KEPT: usize = 4_096;
-/// The most one answer carries (`ListEventsRequest.limit`).
+/// The most events in one answer (`ListEventsRequest.limit`).
 const MOST: usize = 1_000;
-/// What one answer carries when nobody says.
+/// How many events are in one answer if the request gives no limit.
 const DEFAULT: usize = 100;
 
-/// What kinds of events there are.
+/// All kinds of events.
 const KINDS: [&str; 15] = [
     "register",
     "leave",
@@ -35,21 +35,21 @@ const KINDS: [&str; 15] = [
     "quota",
 ];
 
-/// Which events somebody wants to see.
+/// Which events a client wants to see.
 #[derive(Debug, Default)]
 pub struct Wanted {
-    /// Only those after this sequence number.
+    /// Only events after this sequence number.
     after: u64,
     limit: usize,
-    /// All when empty.
+    /// Only events of these kinds. Empty: of all kinds.
     kinds: Vec<String>,
 }
 
 impl Wanted {
-    /// Checks what a client asks for.
+    /// Checks a client's request.
     ///
     /// # Errors
-    /// Names a kind that does not exist.
+    /// When it has a kind that does not exist. The error names it.
     pub fn new(request: v1::ListEventsRequest) -> Result<Self, InvalidField> {
         let unknown = |kind: &&String| !KINDS.contains(&kind.as_str());
         if let Some(kind) = request.kinds.iter().find(unknown) {
@@ -67,7 +67,7 @@ impl Wanted {
     }
 }
 
-/// The event ring.
+/// The log: a ring of events.
 #[derive(Default)]
 pub struct EventLog {
     ring: VecDeque<v1::EventRecord>,
@@ -75,7 +75,7 @@ pub struct EventLog {
 }
 
 impl EventLog {
-    /// Notes an event.
+    /// Adds an event.
     pub fn push(&mut self, kind: &'static str, text: String, lease_short: Option<v1::LeaseShort>) {
         if self.ring.len() == KEPT {
             self.ring.pop_front();
@@ -90,7 +90,7 @@ impl EventLog {
         });
     }
 
-    /// The newest of the wanted events, oldest first.
+    /// The newest of the wanted events, up to the limit. The oldest of them is first.
     pub fn list(&self, wanted: &Wanted) -> Vec<v1::EventRecord> {
         let newest = self.ring.iter().rev();
         let mut events: Vec<_> = newest
@@ -104,7 +104,7 @@ impl EventLog {
     }
 }
 
-/// Now, milliseconds since 1970.
+/// The time now, milliseconds since 1970.
 pub fn unix_ms() -> u64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -112,7 +112,7 @@ pub fn unix_ms() -> u64 {
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The event's kind and its line. `None`: too frequent for people; the metrics count it.
+/// The kind and the line of an event. `None`: the event is too frequent for people, and only metrics count it.
 pub fn describe(note: &Note) -> Option<(&'static str, String)> {
     Some(match note {
         Note::Registered {
@@ -219,7 +219,7 @@ pub fn describe(note: &Note) -> Option<(&'static str, String)> {
     })
 }
 
-/// What an event says beside its line.
+/// The details of an event in addition to its line.
 pub fn detail(note: &Note) -> Option<v1::LeaseShort> {
     let Note::LeaseShort {
         session,
@@ -246,7 +246,7 @@ pub fn detail(note: &Note) -> Option<v1::LeaseShort> {
     })
 }
 
-/// A shortfall for people.
+/// The reason of a shortfall, for people.
 fn why(shortfall: Shortfall) -> &'static str {
     match shortfall {
         Shortfall::None => "nothing is missing",
@@ -258,7 +258,7 @@ fn why(shortfall: Shortfall) -> &'static str {
     }
 }
 
-/// Bytes for people.
+/// A number of bytes, written for people.
 struct Bytes(u64);
 
 impl std::fmt::Display for Bytes {

@@ -1,5 +1,5 @@
-//! The fd socket: descriptors cannot cross gRPC, so donors upload them here and lessees fetch them here, one
-//! request a connection. Frames are in [`swiftcache_proto::fd_socket`].
+//! The fd socket. gRPC cannot pass descriptors, so donors upload them here and lessees fetch them here. A connection
+//! has one request. The frames are in [`swiftcache_proto::fd_socket`].
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -23,14 +23,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{owner::Owner, peer::Peer};
 
-/// Time one connection may take. A frame and its answer take microseconds; this outlasts a swapped-out peer.
+/// The longest time of one connection. A frame and its answer take microseconds; this is enough for a peer that is
+/// swapped out.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Connections at once; more wait in the listen queue's place: they are closed.
+/// The most connections at a time. Further connections are closed.
 const MAX_CONNECTIONS: usize = 128;
-/// Pause after a failed accept, so that a full descriptor table does not spin.
+/// The pause after a failed accept, so that a full descriptor table does not make the loop spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves until `stop`.
+/// Serves connections until `stop`.
 pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: CancellationToken) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -58,9 +59,9 @@ pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: Cancellation
             match tokio::time::timeout(DEADLINE, converse(&stream, &owner)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    tracing::debug!(%error, "a conversation on the fd socket broke off")
+                    tracing::debug!(%error, "a connection to the fd socket failed")
                 }
-                Err(_) => tracing::debug!("a conversation on the fd socket took too long"),
+                Err(_) => tracing::debug!("a connection to the fd socket took too long"),
             }
             drop(permit);
         });
@@ -111,8 +112,8 @@ fn answer(
     }
 }
 
-/// One whole frame and the descriptor beside it. `None`: the frame ends early, or brings more than one
-/// descriptor; the kernel closes those there is no room for.
+/// Receives a whole frame and the descriptor that came with it. `None`: the frame ends early, or came with more than
+/// one descriptor. The kernel closes the descriptors that have no room.
 async fn receive(
     stream: &UnixStream,
 ) -> io::Result<Option<([u8; REQUEST_BYTES], Option<OwnedFd>)>> {
@@ -134,7 +135,7 @@ async fn receive(
     Ok(Some((frame, descriptor)))
 }
 
-/// Bytes received, and whether no more than one descriptor came with them and before.
+/// Receives a part of a frame. Returns the number of bytes, and whether at most one descriptor has come so far.
 fn receive_some(
     stream: &UnixStream,
     rest: &mut [u8],

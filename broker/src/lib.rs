@@ -1,8 +1,8 @@
-//! The node's broker: tracks idle HBM, leases it out, and indexes the KV blocks kept in it.
+//! The node's broker. It tracks idle HBM, leases it out, and indexes the KV blocks in it.
 //!
-//! [`core`] decides; the rest of the crate carries out. A request's way: [`listen`] tells who connected,
-//! [`service`] checks the message, [`owner`] lets the event happen to the core, writes what must not be forgotten
-//! to the [`ledger`], and only then the answer leaves.
+//! [`core`] decides, and the rest of the crate carries the decisions out. This is the way of a request: [`listen`]
+//! finds out who connected, [`service`] checks the message, and [`owner`] applies the event to the core. Then it writes
+//! what must not be forgotten to the [`ledger`], and only after that it sends the answer.
 
 pub mod config;
 pub mod core;

@@ -1,4 +1,4 @@
-//! Sockets: binding them safely, and telling every connection's services who is at the other end.
+//! Sockets: binds them safely, and tells the services of every connection who is at its other end.
 
 use std::{
     fs, io,
@@ -34,12 +34,12 @@ use crate::{
     peer::Peer,
 };
 
-/// Connections that may wait to be accepted; the kernel's own limit may be lower.
+/// How many connections may wait to be accepted. The kernel's own limit may be lower.
 const BACKLOG: i32 = 4096;
-/// Owner and group may connect, nobody else.
+/// Only owner and group may connect.
 const SOCKET_MODE: u32 = 0o660;
 
-/// A Unix socket that is bound, locked against another broker, and removed when this is dropped.
+/// A Unix socket that is bound and locked against other brokers. Drop removes it.
 pub struct BoundSocket {
     path: PathBuf,
     _lock: Lock,
@@ -53,10 +53,10 @@ impl Drop for BoundSocket {
     }
 }
 
-/// Binds a Unix socket, in place of a stale one.
+/// Binds a Unix socket. Replaces a stale one.
 ///
 /// # Errors
-/// When another process serves it, or it cannot be created.
+/// When another process serves the socket, or it cannot be created.
 pub fn bind_unix(
     path: &Path,
     group: Option<&str>,
@@ -91,7 +91,7 @@ pub fn bind_unix(
         .map_err(BrokerError::file("listen on", path))
 }
 
-/// Binds a socket that nobody may connect to yet: a socket file gets its mode from the socket's own.
+/// Binds a socket that nobody may connect to yet. The mode of the socket itself becomes the mode of its file.
 fn bind_closed(path: &Path) -> rustix::io::Result<StdUnixListener> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -111,7 +111,7 @@ fn clear_stale(path: &Path, what: String, key: &'static str) -> Result<(), Broke
     if !kind.is_socket() {
         return Err(BrokerError::NotASocket(path.to_owned()));
     }
-    // Our lock is free, but a server of another kind may be there.
+    // We have the lock, but another kind of server may use the socket.
     if StdUnixStream::connect(path).is_ok() {
         return Err(BrokerError::Taken {
             what,
@@ -151,15 +151,15 @@ pub async fn bind_tcp(address: SocketAddr, key: &'static str) -> Result<TcpListe
         })
 }
 
-/// A connection that its services can ask who is at the other end.
+/// A connection with information for its services about the other end.
 pub struct Connection<S, I> {
     stream: S,
     info: I,
     _permit: OwnedSemaphorePermit,
 }
 
-/// Connections to the gRPC Unix socket, each with its [`Peer`]; those beyond the limit or without an identity
-/// are closed.
+/// Connections to the gRPC Unix socket, each with its [`Peer`]. Closes connections beyond the limit, and those whose
+/// process cannot be identified.
 pub fn unix_connections(
     listener: UnixListener,
     limit: Arc<Semaphore>,
@@ -173,14 +173,14 @@ pub fn unix_connections(
                 _permit: permit,
             })),
             Err(error) => {
-                tracing::warn!(%error, "a connection was closed: its process cannot be told");
+                tracing::warn!(%error, "a connection was closed, because its process cannot be identified");
                 None
             }
         }
     })
 }
 
-/// Connections to a TCP address; those beyond the limit are closed.
+/// Connections to a TCP address. Closes connections beyond the limit.
 pub fn tcp_connections(
     listener: TcpListener,
     limit: Arc<Semaphore>,
@@ -188,7 +188,7 @@ pub fn tcp_connections(
     TcpListenerStream::new(listener).filter_map(move |accepted| {
         let (stream, permit) = admit(accepted, &limit)?;
         if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
+            tracing::debug!(%error, "TCP_NODELAY cannot be set");
         }
         let info = stream.connect_info();
         Some(Ok(Connection {
@@ -288,7 +288,7 @@ mod tests {
         let refused = bind(&path).err().unwrap().to_string();
         assert!(refused.contains("broker.sock"), "{refused}");
         drop(other);
-        // A child that another test is just starting may hold it for a moment yet.
+        // A child that another test is just starting may still hold the socket for a moment.
         while let Err(error) = bind(&path) {
             assert!(matches!(error, BrokerError::Taken { .. }), "{error}");
             std::thread::yield_now();

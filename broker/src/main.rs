@@ -1,4 +1,4 @@
-//! The broker daemon: parse, build, serve, and a timed drain.
+//! The broker daemon: parses its flags, builds the broker, serves, and drains within a time.
 
 use std::{
     io::{self, Write},
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     match run(&Flags::parse(), started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Logging may not be up.
+            // Logging may not have started yet.
             drop(writeln!(io::stderr(), "swiftcache-broker: {error}"));
             ExitCode::from(error.exit_status())
         }
@@ -39,8 +39,8 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
     if flags.check_config {
         return Ok(());
     }
-    // One thread: requests take microseconds, and handing them between threads costs more than that and makes
-    // the slowest of a hundred ten times slower.
+    // One thread, because requests take microseconds. To hand them between threads costs more than that, and makes the
+    // slowest of a hundred ten times slower.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -48,7 +48,7 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
         .block_on(traced(&config, started))
 }
 
-/// Serves, and sends the last spans when that is over, however it ended.
+/// Serves, and then sends the last spans, also when serving failed.
 async fn traced(config: &Config, started: Instant) -> Result<(), BrokerError> {
     let traces = config.otlp_endpoint.as_deref().map(Traces::open);
     let traces = traces.transpose()?;

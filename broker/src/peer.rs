@@ -1,8 +1,8 @@
-//! Who is at the other end of a Unix socket: the process the kernel names, told apart from every other by its
-//! birth, and a pidfd that reports its death.
+//! Finds out which process is at the other end of a Unix socket. The kernel names the process, its birth distinguishes
+//! it from every other process, and a pidfd reports its death.
 //!
-//! The identity is that of the process that called `connect`. A child that inherits the connection speaks for
-//! its parent, as it does with every other descriptor it inherits.
+//! The process is the one that called `connect`. A child that inherits the connection counts as its parent, as with
+//! every other descriptor that it inherits.
 
 use std::{
     fs, io,
@@ -18,31 +18,31 @@ use rustix::{
 
 use crate::core::Process;
 
-/// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9): there a pidfd's inode names one process for the
-/// whole life of the kernel. Before that all pidfds share one inode.
+/// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9). With pidfs, the inode of a pidfd identifies one process
+/// until the next boot. Before, all pidfds have the same inode.
 const PIDFS_MAGIC: i128 = 0x5049_4446;
 
 /// The process at the other end of a connection.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    /// As the core knows it.
+    /// The process, as the core knows it.
     pub process: Process,
-    /// Readable once the process is gone.
+    /// Becomes readable when the process is gone.
     pub pidfd: Arc<OwnedFd>,
 }
 
 impl Peer {
-    /// Asks the kernel who connected `socket`.
+    /// Asks the kernel which process connected `socket`.
     ///
     /// # Errors
-    /// When the kernel will not say, or the process is already gone.
+    /// When the kernel does not say, or the process is already gone.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
         let pid = u32::try_from(credentials.pid()).unwrap_or(0);
         let pidfd = match getsockopt(&socket, sockopt::PeerPidfd) {
             Ok(pidfd) => pidfd,
-            // Before Linux 6.5. The pid may have been reused between connect and here; the check below that
-            // the process lives narrows the window but cannot close it.
+            // Before Linux 6.5. Another process may have got the pid between connect and now. The check below makes
+            // that less likely, but cannot exclude it.
             Err(nix::Error::ENOPROTOOPT) if pid != 0 => open_pidfd(pid)?,
             Err(error) => return Err(error.into()),
         };
@@ -51,7 +51,7 @@ impl Peer {
         } else {
             stat_birth(pid)?
         };
-        // Alive after its birth was read: so the birth is this process's and not a later one's of that pid.
+        // The process is alive after its birth was read, so the birth is not that of a later process with this pid.
         if is_gone(&pidfd)? {
             return Err(io::Error::new(
                 io::ErrorKind::NotConnected,
@@ -69,15 +69,15 @@ impl Peer {
     }
 }
 
-/// A pidfd of a process known from the ledger; `None` when that process is gone.
+/// Opens a pidfd of a process that the ledger names. `None`: the process is gone.
 ///
 /// # Errors
-/// When the kernel will not say: then the process counts as alive.
+/// When the kernel does not say. Then the process counts as alive.
 pub fn reopen(process: Process) -> io::Result<Option<OwnedFd>> {
     if process.pid == 0 {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "it lives in a PID namespace the broker cannot see into",
+            "it runs in a PID namespace that the broker cannot see into",
         ));
     }
     let gone = |error: &io::Error| {
@@ -103,7 +103,7 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// A pidfd turns readable when its process is gone.
+/// Whether the process of a pidfd is gone: then the pidfd is readable.
 fn is_gone(pidfd: &OwnedFd) -> io::Result<bool> {
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     let now = Timespec {
@@ -124,8 +124,8 @@ fn stat_birth(pid: u32) -> io::Result<u64> {
     })
 }
 
-/// The second field is the command in parentheses and may hold anything, parentheses included; after its end
-/// the start time is the 20th.
+/// Reads the start time from `/proc/<pid>/stat`. The second field is the command in parentheses, which may contain
+/// anything, also parentheses. After it, the start time is the 20th field.
 fn parse_birth(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
@@ -136,8 +136,8 @@ fn inode_birth(pidfd: &OwnedFd) -> io::Result<u64> {
     if i128::from(rustix::fs::fstatfs(pidfd)?.f_type) != PIDFS_MAGIC {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "the peer lives in a PID namespace the broker cannot see into, and before Linux 6.9 such \
-             processes cannot be told apart; run both in one PID namespace (hostPID: true)",
+            "the peer runs in a PID namespace that the broker cannot see into, and before Linux 6.9 such \
+             processes cannot be identified; run both in one PID namespace (hostPID: true)",
         ));
     }
     Ok(rustix::fs::fstat(pidfd)?.st_ino)

@@ -1,4 +1,4 @@
-//! Puts the broker together: ledger before sockets, sockets before readiness, and the way back down.
+//! Starts the broker: binds its sockets, restores the state from the ledger, and only then serves. Shuts it down too.
 
 use std::{
     fs,
@@ -40,27 +40,27 @@ use crate::{
     traces::SpanLayer,
 };
 
-/// How often the core is told the time: drain windows and pins end this late at most.
+/// How often the core gets the time. Drain windows and pins may end this much too late.
 const TICK: Duration = Duration::from_millis(50);
-/// Ticks between foldings of histogram samples.
+/// Ticks between two upkeeps of the metrics, which fold the samples of histograms.
 const UPKEEP_TICKS: u32 = 100;
-/// Time an RPC may take, the arrival of its request included: they take microseconds.
+/// The longest time of an RPC, with the arrival of its request. RPCs take microseconds.
 const RPC_DEADLINE: Duration = Duration::from_secs(10);
-/// RPCs of one connection at once: an engine has a handful.
+/// The most RPCs of one connection at a time. An engine has a few.
 const RPCS_PER_CONNECTION: u32 = 256;
-/// HTTP/2 stream window, bytes: the largest message arrives without waiting for the window to move.
+/// HTTP/2 stream window, bytes. The largest message fits into it, so it need not wait for the window to move.
 const STREAM_WINDOW: u32 = MAX_MESSAGE_BYTES as u32;
 /// HTTP/2 connection window, bytes: two of the largest messages.
 const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
-/// HTTP/2 frame size, bytes: a lookup of 8,192 hashes is one frame instead of nine.
+/// HTTP/2 frame size, bytes. With it, a lookup of 8,192 hashes is one frame instead of nine.
 const FRAME: u32 = 256 << 10;
-/// Header bytes of one request: ours take a few hundred.
+/// The most header bytes of one request. Ours take a few hundred.
 const HEADERS: u32 = 16 << 10;
-/// Connections to the Unix socket at once: one a process, and some for people.
+/// The most connections to the Unix socket at a time: one for each process, and some for people.
 const UNIX_CONNECTIONS: usize = 4_096;
-/// Connections to the TCP address at once: probes and dashboards.
+/// The most connections to the TCP address at a time, for probes and dashboards.
 const TCP_CONNECTIONS: usize = 64;
-/// Descriptors kept for donors at once: a donation of 1 TiB in allocations of 64 MiB.
+/// The most descriptors that are kept for donors at a time: enough for 1 TiB in allocations of 64 MiB.
 const DESCRIPTORS: usize = 16_384;
 
 /// A running broker.
@@ -80,7 +80,7 @@ impl Broker {
     /// Starts everything and serves. Must run inside a tokio runtime.
     ///
     /// # Errors
-    /// When a file, a socket or a setting cannot be used; nothing is left behind then.
+    /// When a file, a socket or a setting cannot be used. Then nothing is left behind.
     pub async fn start(config: &Config, probe: Arc<dyn Probe>) -> Result<Self, BrokerError> {
         let budget = descriptor_budget();
         let state_dir = config.state_dir();
@@ -171,19 +171,19 @@ impl Broker {
         &self.owner
     }
 
-    /// Where TCP is served, if it is; tells the port when the settings said 0.
+    /// The TCP address, if TCP is served. It has the real port, also when the setting has port 0.
     pub fn tcp_address(&self) -> Option<SocketAddr> {
         self.tcp_address
     }
 
-    /// Where metrics are served, if they are.
+    /// The address of the metrics, if they are served.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
     }
 
-    /// Goes down in good order: not serving, no new connection, streams closed, RPCs in flight finished within
-    /// the time the settings give, sockets removed. Sessions and leases stay in the ledger. False: something
-    /// had to be cut off.
+    /// Shuts down in good order: reports not serving, accepts no new connection, closes streams, lets RPCs in flight
+    /// finish within the time in the settings, and removes the sockets. Sessions and leases stay in the ledger. Returns
+    /// false if something had to be cut off.
     pub async fn drain(mut self) -> bool {
         for name in services() {
             let status = tonic_health::ServingStatus::NotServing;
@@ -192,7 +192,7 @@ impl Broker {
         self.stop.cancel();
         self.owner.close();
         for name in services() {
-            // Ends the streams of those who watch; they have been told.
+            // This ends the streams of health watchers, which have already got the new status.
             self.health.clear_service_status(name).await;
         }
         let all = async { while self.servers.join_next().await.is_some() {} };
@@ -218,7 +218,7 @@ impl Broker {
         });
     }
 
-    /// Tells the core the time, and who died.
+    /// Tells the core the time, and which processes have died.
     fn spawn_clock(&mut self, mut deaths: mpsc::UnboundedReceiver<crate::core::Process>) {
         let (owner, stop) = (Arc::clone(&self.owner), self.stop.clone());
         self.servers.spawn(async move {
@@ -243,12 +243,12 @@ impl Broker {
     }
 }
 
-/// Every service whose health is told; "" is the whole broker's.
+/// The services whose health is reported. "" stands for the whole broker.
 fn services() -> [&'static str; 3] {
     ["", "swiftcache.v1.Broker", "swiftcache.v1.Admin"]
 }
 
-/// The state as the ledger has it, and the ledger, compacted.
+/// Restores the state from the ledger, and compacts the ledger.
 fn restore(
     config: &Config,
     state_dir: &Path,
@@ -266,7 +266,7 @@ fn restore(
         pin_base: rand::random::<u64>() >> 1,
         session_quota_bytes: config.session_quota_bytes,
         namespace_quota_bytes: config.namespace_quota_bytes,
-        // Checked when the settings were read.
+        // This cannot fail: the weights were checked when the settings were loaded.
         namespace_weights: config.weights().map_err(BrokerError::Config)?,
         max_sessions: config.max_sessions as usize,
         max_regions: config.max_regions as usize,
@@ -325,7 +325,7 @@ async fn routes(
     Ok((health, routes))
 }
 
-/// Spans begin before anything of a request is looked at.
+/// A server whose outermost layer makes the spans, so that a span begins before the request is read.
 type TracedServer = Server<Stack<SpanLayer, Identity>>;
 
 fn grpc(traced: bool) -> TracedServer {
@@ -340,7 +340,7 @@ fn grpc(traced: bool) -> TracedServer {
         .layer(SpanLayer { on: traced })
 }
 
-/// Mutual TLS, when the settings ask for it.
+/// Adds mutual TLS, if the settings ask for it.
 fn with_tls(server: TracedServer, config: &Config) -> Result<TracedServer, BrokerError> {
     let (Some(cert), Some(key), Some(ca)) =
         (&config.tls_cert, &config.tls_key, &config.tls_client_ca)
@@ -356,7 +356,7 @@ fn with_tls(server: TracedServer, config: &Config) -> Result<TracedServer, Broke
         .map_err(|error| BrokerError::Config(format!("tls_cert, tls_key, tls_client_ca: {error}")))
 }
 
-/// Lets this process have as many descriptors as it may, and says how many that is.
+/// Raises the limit of descriptors as far as this process may, and returns it.
 fn descriptor_budget() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -364,7 +364,7 @@ fn descriptor_budget() -> usize {
         maximum: limit.maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::debug!(%error, "the limit of open files stays as it is");
+        tracing::debug!(%error, "the limit of open files cannot be raised");
     }
     let current = getrlimit(Resource::Nofile).current;
     current.map_or(usize::MAX, |limit| {

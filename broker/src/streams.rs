@@ -1,4 +1,4 @@
-//! The sessions' streams as the owner sees them: one bounded queue a session, never waited for.
+//! The sessions' streams as the owner sees them: a bounded queue for each session. The owner never waits for a queue.
 
 use std::collections::HashMap;
 
@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 
 use crate::core::Outgoing;
 
-/// Messages a stream may lag behind: the revocations of a 1 TiB donation in 64 MiB slabs. A reader slower than
-/// that loses its stream, attaches again, and gets what is outstanding.
+/// The most messages in a queue: the revocations of 1 TiB in slabs of 64 MiB. A reader that is slower loses its stream.
+/// It can attach again and then gets everything that is outstanding.
 const QUEUE: usize = 16_384;
 
 /// One attached stream.
@@ -25,7 +25,8 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
-    /// Opens the session's stream, ending the one it had. The serial tells it from later ones.
+    /// Opens a stream of the session, and ends the stream that it had. The serial number distinguishes it from later
+    /// ones.
     pub(crate) fn open(
         &mut self,
         session: SessionId,
@@ -37,14 +38,14 @@ impl Streams {
         (serial, receiver)
     }
 
-    /// Sends, if the session is attached. False: its stream is full, and was closed.
+    /// Sends a message, if the session is attached. Returns false if the queue was full; then the stream is closed.
     pub(crate) fn send(&mut self, session: SessionId, message: v1::SessionResponse) -> bool {
         let Some(outlet) = self.outlets.get(&session) else {
             return true;
         };
         match outlet.sender.try_send(message) {
             Ok(()) => true,
-            // Its end is already being noticed.
+            // The reader is gone, and its guard is about to detach the session.
             Err(mpsc::error::TrySendError::Closed(_)) => true,
             Err(mpsc::error::TrySendError::Full(_)) => {
                 self.outlets.remove(&session);
@@ -53,29 +54,29 @@ impl Streams {
         }
     }
 
-    /// Closes the session's stream, whichever it is. False: it had none.
+    /// Closes the session's present stream. Returns false if it had none.
     pub(crate) fn close(&mut self, session: SessionId) -> bool {
         self.outlets.remove(&session).is_some()
     }
 
-    /// Closes this very stream. False: it is closed already, or another took its place.
+    /// Closes the stream with this serial number. Returns false if it is already closed or replaced by another.
     pub(crate) fn close_serial(&mut self, session: SessionId, serial: u64) -> bool {
         let current = self.outlets.get(&session).map(|outlet| outlet.serial);
         current == Some(serial) && self.close(session)
     }
 
-    /// Closes all.
+    /// Closes all streams.
     pub(crate) fn close_all(&mut self) {
         self.outlets.clear();
     }
 
-    /// How many are attached.
+    /// How many streams are attached.
     pub(crate) fn count(&self) -> usize {
         self.outlets.len()
     }
 }
 
-/// As it travels.
+/// The message on the wire.
 pub(crate) fn wire(outgoing: Outgoing) -> v1::SessionResponse {
     use v1::session_response::Message;
     let message = match outgoing {

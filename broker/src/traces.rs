@@ -1,5 +1,5 @@
-//! Spans for an OpenTelemetry collector: one for each RPC, named after it. A span says which method was called, how
-//! long it took and how it ended. It holds nothing of the messages, which carry handles, tokens and session ids.
+//! Spans for an OpenTelemetry collector. Each RPC has a span with the RPC's name, its duration and its status. A span
+//! has no contents of messages, because they have handles, tokens and session ids in them.
 
 use std::{
     fmt::Display,
@@ -23,18 +23,18 @@ use tracing_subscriber::{
 
 use crate::error::BrokerError;
 
-/// Marks the spans that go to the collector, and nothing else.
+/// The target of the spans that go to the collector. Nothing else has it.
 const TARGET: &str = "swiftcache_broker::rpc";
 
-/// The way to the collector.
+/// The exporter of spans to the collector.
 pub struct Traces {
     provider: SdkTracerProvider,
 }
 
-/// What is wrong with an endpoint, if anything is.
+/// Checks an endpoint.
 ///
 /// # Errors
-/// Says what it takes.
+/// When it is not valid. The error says what is accepted.
 pub fn check(endpoint: &str) -> Result<(), String> {
     let takes = "takes http://HOST:PORT (a collector on the node, without TLS)";
     let uri: http::Uri = endpoint
@@ -47,8 +47,8 @@ pub fn check(endpoint: &str) -> Result<(), String> {
 }
 
 impl Traces {
-    /// Will connect to the collector when there is something to send, and again whenever it has to: a collector that
-    /// is not there costs spans and nothing else. Must be called inside the runtime that will do so.
+    /// An exporter that connects to the collector when it has spans to send, and again whenever the connection is lost.
+    /// If the collector is not there, only spans are lost. Must be called inside the runtime that will send the spans.
     ///
     /// # Errors
     /// When the exporter cannot be built.
@@ -68,7 +68,7 @@ impl Traces {
         Ok(Self { provider })
     }
 
-    /// Hands RPCs' spans over.
+    /// A layer that gives the spans of RPCs to the exporter.
     pub(crate) fn layer<S>(&self) -> impl Layer<S> + Send + Sync + use<S>
     where
         S: Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
@@ -76,7 +76,7 @@ impl Traces {
         let tracer = self.provider.tracer("swiftcache");
         tracing_opentelemetry::layer()
             .with_tracer(tracer)
-            // Of no use to whoever reads a trace: the source file, the thread, how long nothing happened.
+            // The source file, the thread and the idle time do not help the readers of a trace.
             .with_location(false)
             .with_threads(false)
             .with_tracked_inactivity(false)
@@ -84,7 +84,7 @@ impl Traces {
             .with_filter(filter_fn(is_rpc).with_max_level_hint(LevelFilter::INFO))
     }
 
-    /// Sends what has not been sent, within `patience`. The runtime goes on meanwhile, since it does the sending.
+    /// Sends the remaining spans, within `patience`. The runtime must go on meanwhile, because it sends them.
     pub async fn close(self, patience: Duration) {
         let provider = self.provider;
         let closing = move || provider.shutdown_with_timeout(patience);
@@ -100,14 +100,14 @@ fn is_rpc(metadata: &Metadata<'_>) -> bool {
     metadata.target() == TARGET
 }
 
-/// Everything but the spans that go to the collector.
+/// A filter for everything except the spans that go to the collector.
 pub(crate) fn no_spans() -> FilterFn {
-    // The hint leaves it to the log's own filter which levels are looked at at all: most are then never.
+    // With this hint, only the log's own filter decides which levels are enabled, so most are never evaluated.
     let lines: fn(&Metadata<'_>) -> bool = |metadata| !is_rpc(metadata);
     FilterFn::new(lines).with_max_level_hint(LevelFilter::TRACE)
 }
 
-/// Puts a span around every RPC, when it is on.
+/// A layer that makes a span for every RPC, if it is on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpanLayer {
     pub(crate) on: bool,
@@ -121,7 +121,7 @@ impl<S> tower::Layer<S> for SpanLayer {
     }
 }
 
-/// A service with a span around every RPC.
+/// A service that makes a span for every RPC.
 #[derive(Clone, Debug)]
 pub(crate) struct Spans<S> {
     inner: S,
@@ -157,7 +157,7 @@ where
                 let answer = answering.await;
                 match &answer {
                     Ok(answer) => ended(&its_span, answer.headers()),
-                    Err(error) => tracing::debug!(%error, "an RPC without an answer"),
+                    Err(error) => tracing::debug!(%error, "an RPC ended without an answer"),
                 }
                 answer
             }
@@ -166,7 +166,7 @@ where
     }
 }
 
-/// "/swiftcache.v1.Broker/Offer" is the span "swiftcache.v1.Broker/Offer".
+/// The span of an RPC: for the path "/swiftcache.v1.Broker/Offer" it is "swiftcache.v1.Broker/Offer".
 fn span(path: &str) -> Span {
     let name = path.trim_start_matches('/');
     let (service, method) = name.split_once('/').unwrap_or(("", name));
@@ -183,11 +183,11 @@ fn span(path: &str) -> Span {
     )
 }
 
-/// Of an answer that is not a refusal, the status comes after the last message: then it is OK.
+/// Records the status of an RPC. If the headers have none, it is OK: only a refusal has its status in the headers.
 fn ended(span: &Span, headers: &http::HeaderMap) {
     let code = Status::from_header_map(headers).map_or(Code::Ok, |status| status.code());
     span.record("rpc.grpc.status_code", i64::from(i32::from(code)));
-    // Those that are the server's fault, as OpenTelemetry sees it; the rest are callers' mistakes.
+    // These codes are the server's fault by OpenTelemetry's rules. The others are mistakes of the caller.
     let ours = [
         Code::Unknown,
         Code::DeadlineExceeded,

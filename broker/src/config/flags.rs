@@ -10,9 +10,9 @@ use crate::probe::ProbeChoice;
 
 /// The node's broker: tracks idle HBM, leases it out, and indexes the KV blocks kept in it.
 ///
-/// Every setting can also stand in the file given by --config (its name with underscores) or in the
-/// environment (SWIFTCACHE_ and its name in capitals). Flags win over the environment, the environment over
-/// the file, the file over the defaults. --print-config shows what comes of it.
+/// Every setting can also be in the file given by --config (its name with underscores) or in the environment
+/// (SWIFTCACHE_ and its name in capitals). Flags win over the environment, the environment over the file, the
+/// file over the defaults. --print-config shows the result.
 #[derive(Debug, Parser)]
 #[command(name = "swiftcache-broker", version, max_term_width = 110)]
 pub struct Flags {
@@ -24,7 +24,7 @@ pub struct Flags {
     #[arg(long)]
     pub print_config: bool,
 
-    /// Check the settings and exit: status 0 when they are good, 2 when not
+    /// Check the settings and exit with status 0 if they are good, 2 if not
     #[arg(long, conflicts_with = "print_config")]
     pub check_config: bool,
 
@@ -33,7 +33,7 @@ pub struct Flags {
     pub settings: Settings,
 }
 
-/// One flag for each setting; what is not given is left to the other layers.
+/// One flag for each setting. A setting without its flag comes from the environment, the file or the defaults.
 #[derive(Clone, Debug, Default, Parser, Serialize)]
 pub struct Settings {
     /// Unix socket for gRPC [default: /run/swiftcache/broker.sock]
@@ -56,7 +56,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
 
-    /// Also serve Admin, health and reflection on this TCP address; beyond loopback only with the tls flags
+    /// Also serve Admin, health and reflection on this TCP address; other than loopback only with the tls flags
     #[arg(long, value_name = "ADDR:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen_tcp: Option<SocketAddr>,
@@ -71,7 +71,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_key: Option<PathBuf>,
 
-    /// Certificate authority that TCP clients' certificates must be signed by, PEM
+    /// Certificate authority that must have signed the certificates of TCP clients, PEM
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_client_ca: Option<PathBuf>,
@@ -81,12 +81,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<SocketAddr>,
 
-    /// Send a span of every RPC to this OpenTelemetry collector, OTLP over gRPC, e.g. http://127.0.0.1:4317
+    /// Send a span of every RPC to this OpenTelemetry collector (OTLP over gRPC), for example http://127.0.0.1:4317
     #[arg(long, value_name = "URL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub otlp_endpoint: Option<String>,
 
-    /// Where devices come from [default: auto]
+    /// How the broker finds devices [default: auto]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probe: Option<ProbeChoice>,
@@ -96,67 +96,69 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<String>,
 
-    /// Time lessees have to move hot blocks away when a donor names none, milliseconds [default: 5000]
+    /// Time that borrowers have to move hot blocks away if the donor gives none, milliseconds [default: 5000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain_ms: Option<u32>,
 
-    /// Time a lookup protects other sessions' slots from being overwritten, milliseconds [default: 10000]
+    /// Time that a lookup protects the found slots of other sessions from being overwritten, milliseconds
+    /// [default: 10000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin_ms: Option<u32>,
 
-    /// Time an unmet demand counts against those above their fair share, milliseconds [default: 2000]
+    /// Time that an unmet demand counts against sessions above their fair share, milliseconds [default: 2000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_ms: Option<u32>,
 
-    /// Sessions at once [default: 1024]
+    /// The most sessions at a time [default: 1024]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_sessions: Option<u32>,
 
-    /// Regions at once [default: 65536]
+    /// The most regions at a time [default: 65536]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_regions: Option<u32>,
 
-    /// Leases at once [default: 262144]
+    /// The most leases at a time [default: 262144]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_leases: Option<u32>,
 
-    /// Blocks in the index [default: 16777216]
+    /// The most blocks in the index [default: 16777216]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_blocks: Option<u64>,
 
-    /// Bytes one tenant's namespace may lease [default: unlimited]
+    /// The most bytes that one tenant's namespace may lease [default: unlimited]
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_quota_bytes: Option<u64>,
 
-    /// Bytes one session may lease [default: unlimited]
+    /// The most bytes that one session may lease [default: unlimited]
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session_quota_bytes: Option<u64>,
 
-    /// Shares of namespaces when there is not enough for all, each 1 to 1000 [default: 1 each]
+    /// Weights of namespaces, which decide their shares when there is not enough for all, each 1 to 1000
+    /// [default: 1 each]
     #[arg(long, value_name = "NAME=WEIGHT,...")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_weights: Option<String>,
 
-    /// Time RPCs in flight have to finish on SIGTERM, milliseconds [default: 5000]
+    /// Time that RPCs in flight have to finish after SIGTERM, milliseconds [default: 5000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shutdown_ms: Option<u64>,
 
-    /// What is logged: error, warn, info, debug, trace, or a filter like swiftcache_broker=debug [default: info]
+    /// The log level (error, warn, info, debug, trace) or a filter like swiftcache_broker=debug [default: info]
     #[arg(long, value_name = "FILTER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log: Option<String>,
 
-    /// How log lines look [default: text]
+    /// The format of log lines [default: text]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_format: Option<LogFormat>,

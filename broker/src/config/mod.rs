@@ -1,5 +1,5 @@
-//! The broker's settings: defaults, then the TOML file, then `SWIFTCACHE_*` variables, then flags. One flat
-//! table: the key `drain_ms` is the variable `SWIFTCACHE_DRAIN_MS` and the flag `--drain-ms`.
+//! The broker's settings. They come from the defaults, the TOML file, `SWIFTCACHE_*` variables and flags; the later one
+//! wins. They are one flat table: the key `drain_ms` is the variable `SWIFTCACHE_DRAIN_MS` and the flag `--drain-ms`.
 
 mod flags;
 mod weights;
@@ -21,10 +21,10 @@ pub use flags::{Flags, Settings};
 
 use crate::{core::CoreConfig, error::BrokerError, probe::ProbeChoice, traces};
 
-/// Before every variable's name.
+/// The prefix of all variables.
 const ENV_PREFIX: &str = "SWIFTCACHE_";
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogFormat {
@@ -34,60 +34,61 @@ pub enum LogFormat {
     Json,
 }
 
-/// Every setting, checked.
+/// All settings. [`Config::load`] has checked them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The Unix socket that Broker, Admin, health and reflection are served on.
+    /// The Unix socket for Broker, Admin, health and reflection.
     pub socket: PathBuf,
-    /// The Unix socket that passes descriptors; beside `socket` when not set.
+    /// The Unix socket that passes descriptors. None: beside `socket`.
     pub fd_socket: Option<PathBuf>,
-    /// The group that may connect, by name or number; the broker's own when not set.
+    /// The group whose members may connect, by name or number. None: the broker's own group.
     #[serde(deserialize_with = "text_or_number")]
     pub socket_group: Option<String>,
-    /// Where the ledger lies; the directory of `socket` when not set.
+    /// The directory of the ledger. None: the directory of `socket`.
     pub state_dir: Option<PathBuf>,
-    /// A TCP address for Admin, health and reflection; none when not set.
+    /// The TCP address for Admin, health and reflection. None: they are not served over TCP.
     pub listen_tcp: Option<SocketAddr>,
     /// The server's certificate chain, PEM.
     pub tls_cert: Option<PathBuf>,
     /// The server's key, PEM.
     pub tls_key: Option<PathBuf>,
-    /// Who signs the certificates of clients, PEM.
+    /// The certificate authority that signs the certificates of clients, PEM.
     pub tls_client_ca: Option<PathBuf>,
-    /// A TCP address for Prometheus; none when not set.
+    /// The TCP address for Prometheus. None: metrics are not served.
     pub metrics_listen: Option<SocketAddr>,
-    /// An OpenTelemetry collector that is sent a span of every RPC; none when not set.
+    /// The OpenTelemetry collector that gets a span of every RPC. None: no spans are sent.
     pub otlp_endpoint: Option<String>,
-    /// Where devices come from.
+    /// How the broker finds devices.
     pub probe: ProbeChoice,
-    /// The simulated node: a bundled one by name, or a file.
+    /// The simulated node: the name of a bundled topology, or a file.
     pub topology: Option<String>,
-    /// How long lessees may take to move hot blocks away when a donor names no time, milliseconds.
+    /// How long borrowers may take to move hot blocks away if the donor gives no time, milliseconds.
     pub drain_ms: u32,
-    /// How long a lookup keeps other sessions' slots from being written, milliseconds.
+    /// How long a lookup protects the found slots of other sessions from being overwritten, milliseconds.
     pub pin_ms: u32,
-    /// How long an unmet demand for slabs counts against those above their fair share, milliseconds.
+    /// How long an unmet demand for slabs counts against sessions above their fair share, milliseconds.
     pub wait_ms: u32,
-    /// Sessions at once.
+    /// The most sessions at a time.
     pub max_sessions: u32,
-    /// Regions at once.
+    /// The most regions at a time.
     pub max_regions: u32,
-    /// Leases at once.
+    /// The most leases at a time.
     pub max_leases: u32,
-    /// Blocks in the index.
+    /// The most blocks in the index.
     pub max_blocks: u64,
-    /// Bytes one tenant's namespace may lease; unlimited when not set.
+    /// The most bytes that one tenant's namespace may lease. None: unlimited.
     pub namespace_quota_bytes: Option<u64>,
-    /// Bytes one session may lease; unlimited when not set.
+    /// The most bytes that one session may lease. None: unlimited.
     pub session_quota_bytes: Option<u64>,
-    /// Shares of namespaces when there is not enough for all: "name=weight,..."; 1 where not named.
+    /// Weights of namespaces, which decide their shares when there is not enough for all: "name=weight,...". A
+    /// namespace that is not named has weight 1.
     pub namespace_weights: Option<String>,
-    /// How long RPCs in flight may take to finish on SIGTERM, milliseconds.
+    /// How long RPCs in flight may take to finish after SIGTERM, milliseconds.
     pub shutdown_ms: u64,
-    /// What is logged, in the syntax of tracing's EnvFilter.
+    /// The log filter, in the syntax of tracing's EnvFilter.
     pub log: String,
-    /// How log lines look.
+    /// The format of log lines.
     pub log_format: LogFormat,
 }
 
@@ -125,14 +126,14 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Merges the layers and checks the result. `file` is the TOML file, if any.
+    /// Merges defaults, file, environment and flags, and checks the result. `file` is the TOML file, if there is one.
     ///
     /// # Errors
-    /// [`BrokerError::Config`] naming the key, its source and the problem.
+    /// [`BrokerError::Config`], which names the key, its source and the problem.
     pub fn load(file: Option<&Path>, flags: &Settings) -> Result<Self, BrokerError> {
         let mut figment = Figment::from(Serialized::defaults(Self::default()));
         if let Some(file) = file {
-            // Read here: figment takes a missing file for an empty one.
+            // Read the file here, because figment treats a missing file like an empty one.
             let text = std::fs::read_to_string(file).map_err(|error| {
                 BrokerError::Config(format!("--config {}: {error}", file.display()))
             })?;
@@ -141,7 +142,7 @@ impl Config {
         let keys = keys();
         let known: Vec<&str> = keys.iter().map(String::as_str).collect();
         let config: Self = figment
-            // Only our own keys: Kubernetes sets variables of this prefix for a service of this name.
+            // Take only our own keys, because Kubernetes sets variables with this prefix for a service of this name.
             .merge(Env::prefixed(ENV_PREFIX).only(&known))
             .merge(Serialized::defaults(flags))
             .extract()
@@ -166,7 +167,7 @@ impl Config {
         }
     }
 
-    /// Where descriptors are passed: `broker-fd.sock` beside `broker.sock`.
+    /// The socket that passes descriptors. By default it is `broker-fd.sock` beside `broker.sock`.
     pub fn fd_socket(&self) -> PathBuf {
         self.fd_socket.clone().unwrap_or_else(|| {
             let stem = self.socket.file_stem().unwrap_or_default();
@@ -176,7 +177,7 @@ impl Config {
         })
     }
 
-    /// Where the ledger lies.
+    /// The directory of the ledger.
     pub fn state_dir(&self) -> &Path {
         self.state_dir.as_deref().unwrap_or(self.socket_dir())
     }
@@ -259,7 +260,7 @@ fn within(key: &str, value: u64, least: u64, most: u64) -> Result<(), String> {
     Err(format!("{key}: is {value}; takes {least} to {most}"))
 }
 
-/// Every key there is: those of the flags, which are all of [`Config`]'s.
+/// All keys. There is a flag for each key of [`Config`].
 fn keys() -> Vec<String> {
     <Settings as clap::CommandFactory>::command()
         .get_arguments()
@@ -267,7 +268,7 @@ fn keys() -> Vec<String> {
         .collect()
 }
 
-/// "key: problem (where it comes from)", one a line.
+/// The problems, one on each line: "key: problem (source)".
 fn explain(errors: figment::Error, file: Option<&Path>) -> String {
     let lines = errors.into_iter().map(|error| {
         let key = match (&error.kind, error.path.is_empty()) {

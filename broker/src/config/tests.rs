@@ -10,7 +10,7 @@ fn flags(arguments: &[&str]) -> Settings {
     Flags::try_parse_from(arguments).unwrap().settings
 }
 
-/// Runs a test while no other changes the environment, which is the process's.
+/// Runs a test while no other test changes the environment, which all tests of the process share.
 #[expect(clippy::result_large_err, reason = "figment's Jail dictates the type")]
 fn alone(test: impl FnOnce(&mut Jail)) {
     Jail::expect_with(|jail| {

@@ -1,17 +1,17 @@
-//! `namespace_weights`: how much more than others a namespace gets when there is not enough for all.
+//! The setting `namespace_weights`: how much more a namespace gets than others when there is not enough for all.
 
 use std::collections::BTreeMap;
 
 use super::Config;
 
-/// The largest weight: beyond it the others would round to nothing.
+/// The largest weight. With a larger one, the shares of other namespaces would be rounded to nothing.
 const MOST: u32 = 1_000;
 
 impl Config {
-    /// Weights by namespace.
+    /// The weights by namespace.
     ///
     /// # Errors
-    /// Naming the key, for what is no list of names and weights.
+    /// When the setting is not a list of names and weights. The error names the key.
     pub fn weights(&self) -> Result<BTreeMap<String, u32>, String> {
         let mut weights = BTreeMap::new();
         for part in self.namespace_weights.iter().flat_map(|all| all.split(',')) {
@@ -20,17 +20,17 @@ impl Config {
                     "namespace_weights: {part:?} {problem}; takes NAME=WEIGHT, 1 to {MOST}, separated by commas"
                 )
             };
-            // A name may contain the sign itself.
+            // Split at the last =, because a name may contain =.
             let (name, weight) = part.rsplit_once('=').ok_or_else(|| problem("has no ="))?;
             let weight = weight.trim().parse().ok();
             let weight = weight.filter(|weight| (1..=MOST).contains(weight));
-            let weight = weight.ok_or_else(|| problem("has no such weight"))?;
+            let weight = weight.ok_or_else(|| problem("has no valid weight"))?;
             let name = name.trim();
             if name.is_empty() {
                 return Err(problem("has no name"));
             }
             if weights.insert(name.to_owned(), weight).is_some() {
-                return Err(problem("comes twice"));
+                return Err(problem("names a namespace twice"));
             }
         }
         Ok(weights)

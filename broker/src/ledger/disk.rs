@@ -1,4 +1,4 @@
-//! The ledger on disk: reading it back, appending, replacing it in one step.
+//! The ledger's file: reads it back, appends to it, and replaces it in one step.
 
 use std::{
     collections::HashSet,
@@ -15,11 +15,11 @@ use serde::{Deserialize, Serialize};
 use super::{Ledger, Medium};
 use crate::{core::Record, error::BrokerError};
 
-/// What the header says the file is.
+/// The name of the format in the header.
 const FORMAT: &str = "swiftcache-ledger";
-/// The format's version: a ledger of another one is moved aside.
+/// The version of the format. A ledger of another version is moved aside.
 const VERSION: u32 = 1;
-/// It names sessions and processes: nobody else's business.
+/// Only the owner may read the file, because it names sessions and processes.
 const MODE: u32 = 0o600;
 
 #[derive(Serialize, Deserialize)]
@@ -27,20 +27,20 @@ const MODE: u32 = 0o600;
 struct Header {
     format: String,
     version: u32,
-    /// The kernel's boot id: after a reboot no process of the ledger lives.
+    /// The kernel's boot id. After a reboot, none of the ledger's processes lives any more.
     boot: String,
-    /// The PID namespace that the ledger's pids are of. Its number is used again only when nothing lives in it.
+    /// The PID namespace of the ledger's pids. The kernel uses its number again only when no process is left in it.
     pid_namespace: u64,
 }
 
-/// A lock file held for as long as this lives; the kernel lets go when the process ends.
+/// A locked lock file. Drop unlocks it, and the kernel unlocks it when the process ends.
 #[derive(Debug)]
 pub struct Lock {
     held: File,
 }
 
 impl Drop for Lock {
-    /// Lets go even where a process just forked off still has a copy of the descriptor.
+    /// Unlocks explicitly, because a process that was just forked may still have a copy of the descriptor.
     fn drop(&mut self) {
         if let Err(error) = flock(&self.held, FlockOperation::Unlock) {
             tracing::warn!(%error, "a lock file could not be unlocked");
@@ -49,7 +49,7 @@ impl Drop for Lock {
 }
 
 impl Lock {
-    /// Takes the lock at `path`; `what` and `key` name what it guards.
+    /// Takes the lock at `path`. `what` is the thing that it guards and `key` is its setting, for the error.
     ///
     /// # Errors
     /// [`BrokerError::Taken`] when another process holds it.
@@ -73,7 +73,7 @@ impl Lock {
     }
 }
 
-/// The file.
+/// The open file.
 pub struct Disk {
     path: PathBuf,
     header: Header,
@@ -81,8 +81,8 @@ pub struct Disk {
     bytes: u64,
 }
 
-/// Opens the ledger in `directory`, which exists, and reads back what it records. A ledger of an earlier boot is
-/// void; one that is corrupt, or names processes in a way that means nothing here, is moved aside.
+/// Opens the ledger in `directory`, which must exist, and returns its records. The records of an earlier boot are
+/// dropped. A ledger that is corrupt, or that names processes by pids of another PID namespace, is moved aside.
 ///
 /// # Errors
 /// When the directory or the file cannot be used.
@@ -102,12 +102,12 @@ pub fn open(directory: &Path) -> Result<(Ledger, Vec<Record>), BrokerError> {
     };
     let disk = Disk::create(&path, here).map_err(BrokerError::file("write", &path))?;
     let mut ledger = Ledger::new(&path, Box::new(disk));
-    // Drops a torn last line and a void header before anything is appended behind them.
+    // The rewrite removes a torn last line and an old header, before anything is appended behind them.
     ledger.rewrite(&records);
     Ok((ledger, records))
 }
 
-/// Moves a ledger that cannot be used out of the way, for people to look at.
+/// Renames a ledger that cannot be used, so that people can examine it.
 ///
 /// # Errors
 /// When it cannot be renamed.
@@ -119,13 +119,14 @@ pub fn set_aside(path: &Path, problem: &str) -> Result<(), BrokerError> {
     fs::rename(path, &aside).map_err(BrokerError::file("rename", path))?;
     tracing::error!(
         ledger = %path.display(), aside = %aside.display(), problem,
-        "the ledger cannot be used and was moved aside: sessions of before are answered NOT_FOUND, drop \
-         their leases and register anew"
+        "the ledger cannot be used and was moved aside: earlier sessions get NOT_FOUND, drop their leases and \
+         register again"
     );
     Ok(())
 }
 
-/// Creates a directory and its parents, accessible to everyone who may reach the sockets in it.
+/// Creates a directory and its parents. Everyone may enter it, because the modes of the sockets in it decide who may
+/// connect.
 ///
 /// # Errors
 /// When it cannot be created.
@@ -139,7 +140,7 @@ pub fn create_directory(path: &Path) -> Result<(), BrokerError> {
 
 fn parse(bytes: &[u8], here: &Header) -> Result<Vec<Record>, String> {
     let mut lines = bytes.split(|byte| *byte == b'\n');
-    // What follows the last newline is empty, or a line torn by a crash of the broker.
+    // After the last newline there is nothing, or a line that a crash of the broker has cut.
     let torn = lines.next_back().unwrap_or_default();
     let Some(header) = lines.next() else {
         return Ok(Vec::new());
@@ -153,13 +154,15 @@ fn parse(bytes: &[u8], here: &Header) -> Result<Vec<Record>, String> {
         ));
     }
     if header.boot != here.boot {
-        tracing::info!("the ledger is of an earlier boot of this machine: void");
+        tracing::info!(
+            "the ledger is from before the last boot of this machine, so its records are dropped"
+        );
         return Ok(Vec::new());
     }
     if !torn.is_empty() {
         tracing::warn!(
             bytes = torn.len(),
-            "the ledger's last line is torn: dropped, its reply never left"
+            "the ledger's last line is incomplete and was dropped; its request was never answered"
         );
     }
     let records: Vec<Record> = (2_u64..)
@@ -174,7 +177,8 @@ fn parse(bytes: &[u8], here: &Header) -> Result<Vec<Record>, String> {
     Ok(records)
 }
 
-/// Whether a session in it is told by its pid; those told by their pidfd's inode mean the same everywhere.
+/// Whether a session in the records is identified by its pid. A session that is identified by the inode of its pidfd
+/// means the same in every PID namespace.
 fn names_a_pid(records: &[Record]) -> bool {
     let mut by_pid = HashSet::new();
     for record in records {
@@ -194,7 +198,7 @@ fn names_a_pid(records: &[Record]) -> bool {
 }
 
 impl Header {
-    /// The header of a ledger written here and now.
+    /// The header of a ledger of this boot and this PID namespace.
     fn here() -> Result<Self, BrokerError> {
         let boot = "/proc/sys/kernel/random/boot_id";
         let id = fs::read_to_string(boot).map_err(BrokerError::file("read", boot))?;
@@ -231,7 +235,7 @@ impl Medium for Disk {
         let written = self.file.write_all(bytes);
         match &written {
             Ok(()) => self.bytes += bytes.len() as u64,
-            // Best effort: what stays of it is rewritten before the next grant anyway.
+            // If this fails, the incomplete bytes stay. That is fine: the ledger is rewritten before the next grant.
             Err(_) => drop(self.file.set_len(self.bytes)),
         }
         written
@@ -242,7 +246,7 @@ impl Medium for Disk {
         let mut bytes = serde_json::to_vec(&self.header)?;
         bytes.push(b'\n');
         bytes.extend_from_slice(records);
-        // Never through a file somebody else left there.
+        // Never write to a file or link that somebody else left there.
         match fs::remove_file(&fresh) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

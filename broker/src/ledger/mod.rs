@@ -1,6 +1,6 @@
-//! The ledger file: who may be touching which slab, one JSON line a [`Record`], so that a restarted broker
-//! knows before it listens which bytes are lent to whom. Written through, never synced: it only has to outlive
-//! the broker, since a crash of the machine ends every process it speaks of.
+//! The ledger file records who may be accessing which slab, so that a restarted broker knows which bytes are lent to
+//! whom before it listens. Each [`Record`] is a line of JSON. The file is written at once but never synced: it only has
+//! to survive the broker, because a crash of the machine ends every process that the ledger names.
 
 mod disk;
 
@@ -13,30 +13,31 @@ use crate::core::Record;
 
 pub use disk::{Disk, Lock, create_directory, open, set_aside};
 
-/// The ledger is rewritten when it has grown by this much, bytes, and to more than twice its last size.
+/// The ledger is rewritten when it has grown by more than this many bytes, and to more than twice its size after the
+/// last rewrite.
 const REWRITE_GROWTH_BYTES: u64 = 1 << 20;
 
-/// Where the ledger's bytes go.
+/// The storage of the ledger's bytes.
 pub trait Medium: Send {
     /// Adds bytes at the end: all of them, or none and an error.
     ///
     /// # Errors
-    /// When the medium is full or broken.
+    /// When the storage is full or broken.
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
 
-    /// Puts `records` in place of everything there, behind a fresh header: all of them, or none and an error.
-    /// Returns how many bytes the medium then holds.
+    /// Replaces the whole content by a new header and `records`: all of them, or none and an error. Returns how many
+    /// bytes the storage has then.
     ///
     /// # Errors
-    /// When the medium is full or broken.
+    /// When the storage is full or broken.
     fn replace(&mut self, records: &[u8]) -> io::Result<u64>;
 }
 
 /// The open ledger.
 ///
-/// When an append fails, the ledger is *behind*: it lacks something the core has done. From then on nothing is
-/// appended until a rewrite from the core's state succeeds, because a later line could contradict a missing
-/// one. While it is behind no grant may leave.
+/// When an append fails, the ledger is *behind*: something that the core has done is missing in it. From then on
+/// nothing is appended until a rewrite from the core's state succeeds, because a later line could contradict a missing
+/// line. While the ledger is behind, no grant may be sent.
 pub struct Ledger {
     path: PathBuf,
     medium: Box<dyn Medium>,
@@ -46,7 +47,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A ledger on `medium`; `path` names it in errors.
+    /// A ledger in `medium`. `path` names it in errors.
     pub fn new(path: &Path, medium: Box<dyn Medium>) -> Self {
         Self {
             path: path.to_owned(),
@@ -57,17 +58,17 @@ impl Ledger {
         }
     }
 
-    /// Where it lies.
+    /// The ledger's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Why it lacks something, if it does.
+    /// The error because of which the ledger is behind, if it is.
     pub fn behind(&self) -> Option<&str> {
         self.behind.as_deref()
     }
 
-    /// Appends records, unless the ledger is behind. False: it is behind now.
+    /// Appends records, unless the ledger is behind. Returns false if it is behind afterwards.
     pub fn append(&mut self, records: &[Record]) -> bool {
         if self.behind.is_some() {
             return false;
@@ -80,14 +81,15 @@ impl Ledger {
         self.note(written)
     }
 
-    /// It has grown enough, or lacks something: the owner should call [`Self::rewrite`].
+    /// Whether the owner should call [`Self::rewrite`], because the ledger has grown enough or is behind.
     pub fn wants_rewrite(&self) -> bool {
         self.behind.is_some()
             || (self.bytes > self.bytes_after_rewrite + REWRITE_GROWTH_BYTES
                 && self.bytes > 2 * self.bytes_after_rewrite)
     }
 
-    /// Replaces the ledger by `records`, which rebuild the core's state. False: it is behind now.
+    /// Replaces the ledger by `records`, from which the core's state can be restored. Returns false if the ledger is
+    /// behind afterwards.
     pub fn rewrite(&mut self, records: &[Record]) -> bool {
         let was_behind = self.behind.is_some();
         let written = lines(records).and_then(|lines| {
@@ -95,7 +97,7 @@ impl Ledger {
             self.bytes_after_rewrite = self.bytes;
             Ok(())
         });
-        // A rewrite that fails leaves the old file whole: it is behind only if it was before.
+        // A rewrite that fails leaves the old file complete, so the ledger is behind only if it was before.
         if let (Err(error), false) = (&written, was_behind) {
             tracing::warn!(ledger = %self.path.display(), %error, "the ledger could not be compacted");
             self.bytes_after_rewrite = self.bytes;
@@ -109,10 +111,10 @@ impl Ledger {
         if problem.is_some() != self.behind.is_some() {
             match &problem {
                 Some(problem) => {
-                    tracing::error!(ledger = %self.path.display(), problem, "the ledger cannot be written: no slab is lent until it can");
+                    tracing::error!(ledger = %self.path.display(), problem, "the ledger cannot be written: no slab is lent until it can be written again");
                 }
                 None => {
-                    tracing::info!(ledger = %self.path.display(), "the ledger is whole again");
+                    tracing::info!(ledger = %self.path.display(), "the ledger is complete again");
                 }
             }
         }

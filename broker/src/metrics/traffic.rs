@@ -1,4 +1,4 @@
-//! Counters of what engines report: they move when a report comes, which is every few seconds.
+//! Counters of what engines report. They change when a report comes, which is every few seconds.
 
 use ::metrics::{Counter, Key, Label, Recorder, Unit};
 use metrics_exporter_prometheus::PrometheusRecorder;
@@ -33,17 +33,17 @@ impl TrafficCounters {
             (
                 LINK_BYTES,
                 Unit::Bytes,
-                "Bytes engines moved, by kind of link: load is into their pools, store is out of them.",
+                "Bytes that engines moved, by kind of link: a load copies into an engine's pool, a store copies out of it.",
             ),
             (
                 LOOKUP_BLOCKS,
                 Unit::Count,
-                "Blocks engines looked for, in their own leases as well.",
+                "Blocks that engines looked up, also in their own leases.",
             ),
             (
                 HIT_BLOCKS,
                 Unit::Count,
-                "Blocks engines found, by tier: own leases, replicas' leases, host memory.",
+                "Blocks that engines found, by tier: own leases, replicas' leases, host memory.",
             ),
         ] {
             recorder.describe_counter(name.into(), Some(unit), help.into());

@@ -1,4 +1,4 @@
-//! A session's stream: put up, and taken down when whoever holds it drops it.
+//! Attaches a session's stream, and detaches it when its holder drops it.
 
 use std::sync::Arc;
 
@@ -13,15 +13,15 @@ use crate::{
 
 /// A session's attached stream.
 pub(crate) struct Attachment {
-    /// What was outstanding, in order.
+    /// The outstanding messages, in order.
     pub(crate) outstanding: Vec<v1::SessionResponse>,
-    /// What follows.
+    /// The messages after those.
     pub(crate) receiver: mpsc::Receiver<v1::SessionResponse>,
-    /// Ends the attachment when it goes.
+    /// Ends the attachment when it is dropped.
     pub(crate) guard: Attached,
 }
 
-/// Detaches the session's stream when dropped, unless another took its place.
+/// Detaches the session's stream when dropped, unless another stream has replaced it.
 pub(crate) struct Attached {
     owner: Arc<Owner>,
     session: SessionId,
@@ -38,7 +38,7 @@ impl Drop for Attached {
 }
 
 impl Owner {
-    /// Puts the session's stream up, ending the one it had.
+    /// Attaches a stream to the session, and ends the stream that it had.
     pub(crate) fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
         let mut inner = self.inner.lock();
         if inner.closing {

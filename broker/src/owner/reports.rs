@@ -1,5 +1,5 @@
-//! What sessions report of their copies, for operators. No decision of the broker depends on it, so the core knows
-//! nothing of it and a restart forgets it.
+//! Sessions' reports about their copies, for operators. No decision of the broker depends on them, so the core does not
+//! know them and a restart forgets them.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use crate::{
     error::Refused,
 };
 
-/// What every session reported, and the sum of it all.
+/// The reports of all sessions, and their sum.
 #[derive(Default)]
 pub(crate) struct Reports {
     sessions: HashMap<SessionId, Traffic>,
@@ -19,7 +19,7 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// Takes a session's totals; returns what is new of them.
+    /// Takes a session's totals. Returns by how much they have grown since its last report.
     pub(crate) fn take(&mut self, session: SessionId, told: &Traffic) -> Traffic {
         let known = self.sessions.entry(session).or_default();
         let more = told.since(known);
@@ -28,30 +28,30 @@ impl Reports {
         more
     }
 
-    /// What the session reported, if it ever did.
+    /// The totals that the session reported, if it has reported.
     pub(crate) fn of(&self, session: SessionId) -> Option<&Traffic> {
         self.sessions.get(&session)
     }
 
-    /// Over all sessions, those that ended too.
+    /// The sum over all sessions, also those that have ended.
     pub(crate) fn total(&self) -> &Traffic {
         &self.total
     }
 
-    /// The session is over. What it moved stays in the total.
+    /// Forgets a session that is over. Its traffic stays in the sum.
     pub(crate) fn forget(&mut self, session: SessionId) {
         self.sessions.remove(&session);
     }
 }
 
 impl Owner {
-    /// Looks at the state, and at what sessions reported.
+    /// Reads the state and the sessions' reports.
     pub(crate) fn read_reports<T>(&self, look: impl FnOnce(&State, &Reports) -> T) -> T {
         let inner = self.inner.lock();
         look(&inner.state, &inner.reports)
     }
 
-    /// Takes what a session says it has moved.
+    /// Takes a session's report.
     ///
     /// # Errors
     /// When the session is not the caller's.

@@ -22,7 +22,7 @@ fn peer<T>(request: &Request<T>) -> Result<Peer, Refused> {
     peer.cloned().ok_or(Refused::NotOverTcp)
 }
 
-/// The message's session, spoken for by that process.
+/// A caller: the session that the message names, and the process that sent the message.
 fn caller(peer: &Peer, session: u64) -> Caller {
     Caller {
         session: SessionId(session),

@@ -1,4 +1,4 @@
-//! What sessions are told of the node and of the slabs they are granted.
+//! Messages to sessions about the node, and about the slabs that they are granted.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::{
     probe::Probe,
 };
 
-/// What the service tells every session about the node.
+/// The facts about the node that every session gets.
 pub struct NodeFacts {
     pub(super) devices: Vec<v1::Device>,
     pub(super) links: Vec<v1::Link>,
@@ -20,7 +20,7 @@ pub struct NodeFacts {
 }
 
 impl NodeFacts {
-    /// From the probe and the settings.
+    /// The facts from the probe and the settings.
     pub fn new(probe: &dyn Probe, fd_socket: String, drain_ms: u32, pin_ms: u32) -> Self {
         Self {
             devices: probe.devices().iter().map(v1::Device::from).collect(),
@@ -32,7 +32,7 @@ impl NodeFacts {
     }
 }
 
-/// A grant as it travels; a descriptor's gets a token that only `process` can use.
+/// The message of a grant. If the handle is a descriptor, the message has a token that only `process` can use.
 pub(super) fn grant(owner: &Owner, grant: Grant, process: Process) -> v1::Grant {
     let mut handle = v1::Handle {
         kind: v1::HandleKind::from(grant.handle.kind()).into(),

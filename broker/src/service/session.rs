@@ -1,4 +1,4 @@
-//! The session stream: revocations, returns and scrubs one way, acknowledgements the other.
+//! The session stream. It carries revocations, returns and scrubs to the client, and acknowledgements to the broker.
 
 use std::{
     pin::Pin,
@@ -25,14 +25,14 @@ use crate::{
     peer::Peer,
 };
 
-/// Time a stream has to say whose it is: it is the first thing a client sends.
+/// The longest wait for a stream's first message, which must name its session.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What the session is sent. Dropping it detaches the session.
+/// The messages to the session. Drop detaches the session.
 pub struct OutgoingStream {
     first: vec::IntoIter<v1::SessionResponse>,
     receiver: mpsc::Receiver<v1::SessionResponse>,
-    /// Why the session's requests ended, when it is the session's fault.
+    /// The error that ended the session's requests, if the session made one.
     ended: mpsc::Receiver<Status>,
     reader: AbortHandle,
     _attached: Attached,
@@ -53,7 +53,7 @@ impl Stream for OutgoingStream {
         }
         match self.receiver.poll_recv(context) {
             Poll::Ready(message) => Poll::Ready(message.map(Ok)),
-            // When the reader has ended, with or without something to complain about, so does the stream.
+            // When the reader has ended, with or without an error, the stream ends too.
             Poll::Pending => {
                 let complaint = self.ended.poll_recv(context);
                 complaint.map(|complaint| complaint.map(Err))
@@ -62,7 +62,7 @@ impl Stream for OutgoingStream {
     }
 }
 
-/// Waits for the attach and puts the stream up.
+/// Waits for the attach message, and attaches the stream.
 pub(super) async fn open(
     owner: Arc<Owner>,
     peer: Peer,
@@ -87,7 +87,7 @@ pub(super) async fn open(
     let (complain, ended) = mpsc::channel(1);
     let reader = tokio::spawn(async move {
         if let Err(status) = read(&owner, caller, requests).await {
-            // Fails only when the stream is gone already.
+            // This fails only when the stream is already gone.
             drop(complain.try_send(status));
         }
     });
@@ -100,14 +100,14 @@ pub(super) async fn open(
     })
 }
 
-/// Lets the session's messages happen until it ends them.
+/// Applies the session's messages until the session ends its stream.
 async fn read(
     owner: &Owner,
     caller: Caller,
     mut requests: Streaming<v1::SessionRequest>,
 ) -> Result<(), Status> {
     while let Some(request) = requests.message().await? {
-        // An older broker does not know everything a newer client says. It reads that as an empty message.
+        // A newer client may send a message that this broker does not know, which it reads as an empty message.
         let Some(message) = request.message else {
             tracing::debug!(
                 session = caller.session.label(),

@@ -1,4 +1,4 @@
-//! The device layer that goes with a node.
+//! Opens a session with a node's broker, and the device layer for the node's devices.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -10,13 +10,13 @@ use swiftcache_client::{
     session::{Session, SessionConfig},
 };
 
-/// How long a broker may take to answer the first time.
+/// How long a broker may take for its first answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// A node's devices and links, as its broker says.
+/// A node's devices and links, from its broker.
 pub(super) type NodeShape = (Vec<Device>, Vec<Link>);
 
-/// Opens a session and waits until the broker has said what the node looks like.
+/// Opens a session, and waits for the broker's description of the node.
 pub(super) fn connect(config: SessionConfig) -> Result<(Session, NodeShape), CliError> {
     let socket = config.socket.clone();
     let session = Session::connect(config)?;
@@ -28,8 +28,8 @@ pub(super) fn connect(config: SessionConfig) -> Result<(Session, NodeShape), Cli
     Ok((session, node))
 }
 
-/// CUDA for devices that NVML named (`GPU-...`), shared memory for simulated ones; `usage_dir` is where the
-/// latter say how much of them is used.
+/// Opens CUDA for devices that NVML named (`GPU-...`), and shared memory for simulated devices. `usage_dir` is the
+/// directory with the HBM use of simulated devices.
 pub(super) fn open(
     (devices, links): &NodeShape,
     usage_dir: Option<PathBuf>,

@@ -1,4 +1,4 @@
-//! `--device`: one device of the node, or all.
+//! The flag `--device`: one device of the node, or all.
 
 use std::str::FromStr;
 
@@ -25,7 +25,7 @@ impl FromStr for Chosen {
 }
 
 impl Chosen {
-    /// Those of `known`; never none.
+    /// The chosen devices among `known`: one at least, or an error.
     pub(super) fn among<'a>(&self, known: &'a [Device]) -> Result<Vec<&'a Device>, CliError> {
         let chosen: Vec<&Device> = known
             .iter()

@@ -14,16 +14,16 @@ use swiftcache_replay::{
     trace::{self, Request, TraceReader},
 };
 
-/// The chat service that comes with SwiftCache: `swiftcache generate chat` made it.
+/// The chat service that comes with SwiftCache. `swiftcache generate chat` made it.
 const BUNDLED_CHAT: &[u8] = include_bytes!("../../workloads/chat.jsonl");
-/// Trace seconds per second of wall clock, and donors: the demo takes about a minute.
+/// Trace seconds per second of wall clock. With this pace the demo takes about a minute.
 const PACE: f64 = 30.0;
 const DONORS: usize = 2;
 
-/// Start a small node here, replay a sample chat service on it, and show what came of it
+/// Start a small node here, replay a sample chat service on it, and show the results
 ///
-/// A broker, two donors and a borrower run as processes of their own on simulated devices; no GPU is needed.
-/// While it runs, `swiftcache status` in another terminal shows the node; the command for it is printed.
+/// A broker, two donors and a borrower run as real processes on simulated devices; no GPU is needed. While the
+/// demo runs, `swiftcache status` in another terminal shows the node; the demo prints the command for it.
 #[derive(Args, Debug)]
 pub(super) struct DemoArgs {
     #[command(flatten)]
@@ -67,7 +67,7 @@ fn chat() -> Result<Vec<Request>, trace::TraceError> {
     TraceReader::new(BUNDLED_CHAT, "chat.jsonl").collect()
 }
 
-/// Where another terminal finds the demo's socket.
+/// The directory of the demo's socket, which another terminal must find.
 fn directory() -> PathBuf {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
     let parent = runtime.map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);

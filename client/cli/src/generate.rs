@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::{CliError, output};
 use swiftcache_replay::chat::{Chat, Neighbours, write_chat, write_neighbours};
 
-/// Generate a workload: the same seed gives the same file everywhere
+/// Generate a workload: the same seed gives the same file on every machine
 #[derive(Args, Debug)]
 pub(super) struct GenerateArgs {
     #[command(subcommand)]
@@ -18,8 +18,8 @@ pub(super) struct GenerateArgs {
 enum Kind {
     /// A multi-turn chat service, in the Mooncake trace format
     ///
-    /// Conversations begin as a Poisson process and open with one of six shared system prompts; turns append to what
-    /// was said (6 on average), think times are log-normal, some sessions bring a long document.
+    /// Conversations begin as a Poisson process and open with one of six shared system prompts. Each turn (6 on
+    /// average) appends to the turns before, think times are log-normal, and some conversations have a long document.
     Chat {
         #[command(flatten)]
         common: Common,
@@ -30,9 +30,9 @@ enum Kind {
         #[arg(long, default_value_t = 0.25, value_parser = share)]
         documents: f64,
     },
-    /// The load of a model next door, as CSV: timestamp,input,output
+    /// The load of a donor's own model, as CSV: timestamp,input,output
     ///
-    /// Calm and busy phases take turns (90 s and 60 s on average), with ten times the requests when busy.
+    /// Calm and busy phases alternate (90 s and 60 s on average), with ten times the requests in busy phases.
     Neighbours {
         #[command(flatten)]
         common: Common,
@@ -44,13 +44,13 @@ enum Kind {
 
 #[derive(Args, Debug)]
 struct Common {
-    /// What the random numbers start from
+    /// The seed of the random numbers
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How long it lasts, e.g. 20min
+    /// Length of the workload, for example 20min
     #[arg(long, default_value = "20min", value_parser = humantime::parse_duration)]
     duration: std::time::Duration,
-    /// Write here instead of to standard output
+    /// Write to this file instead of standard output
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }

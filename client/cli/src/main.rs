@@ -1,7 +1,7 @@
 //! The `swiftcache` command.
 //!
-//! Exit status: 0 done; 1 it failed (wrong bytes above all); 2 the command line or a file it names is wrong;
-//! 3 the broker cannot be reached; 130 interrupted.
+//! Exit status: 0 done; 1 failed, above all because of wrong bytes; 2 the command line, or a file that it names, is
+//! wrong; 3 the broker cannot be reached; 130 interrupted.
 
 mod admin;
 mod args;
@@ -34,8 +34,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use swiftcache_replay::ReplayError;
 
-const EXIT_CODES: &str = "Exit status: 0 done; 1 it failed (wrong bytes above all); \
-    2 the command line or a file it names is wrong; 3 the broker cannot be reached; 130 interrupted.";
+const EXIT_CODES: &str = "Exit status: 0 done; 1 failed, above all because of wrong bytes; \
+    2 the command line, or a file that it names, is wrong; 3 the broker cannot be reached; 130 interrupted.";
 
 /// Shares idle HBM between the models of one GPU server.
 #[derive(Debug, Parser)]
@@ -60,19 +60,19 @@ enum Command {
     Tether(tether::TetherArgs),
 }
 
-/// Why the command ends with another status than 0.
+/// Why the command exits with a status other than 0.
 #[derive(Debug, thiserror::Error)]
 enum CliError {
-    /// 1.
+    /// Status 1.
     #[error("{0}")]
     Failed(String),
-    /// 2.
+    /// Status 2.
     #[error("{0}")]
     Usage(String),
-    /// 3.
-    #[error("no broker at {}: {problem}; is swiftcache-broker running? --socket or SWIFTCACHE_SOCKET name another", socket.display())]
+    /// Status 3.
+    #[error("no broker at {}: {problem}; is swiftcache-broker running? Use --socket or SWIFTCACHE_SOCKET for another socket", socket.display())]
     NoBroker { socket: PathBuf, problem: String },
-    /// 130.
+    /// Status 130.
     #[error("interrupted")]
     Interrupted,
 }
@@ -137,20 +137,20 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logs go to standard error; `RUST_LOG` chooses them.
+/// Writes logs to standard error, filtered by `RUST_LOG`.
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        // Complaining about a line that could not be written (its disk is full) would panic where it was logged.
+        // If a line cannot be written, for example because the disk is full, an error message about that would panic.
         .log_internal_errors(false)
         .with_target(false)
         .init();
 }
 
-/// Set by SIGINT and SIGTERM; a second one ends the process at once.
+/// A flag that SIGINT and SIGTERM set. A second signal ends the process at once.
 fn interrupt() -> Result<Arc<AtomicBool>, CliError> {
     let failed = |error: std::io::Error| CliError::Failed(format!("cannot catch signals: {error}"));
     let runtime = tokio::runtime::Builder::new_current_thread()

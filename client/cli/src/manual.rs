@@ -1,5 +1,5 @@
-//! `swiftcache completions` and `swiftcache man`: made from the command line's own definition, so that they cannot
-//! fall behind it.
+//! `swiftcache completions` and `swiftcache man`. Both are made from the definition of the command line, so that they
+//! always match it.
 
 use clap::{Args, Command};
 use clap_complete::Shell;
@@ -8,18 +8,18 @@ use super::{CliError, output};
 
 /// Print completions for a shell
 ///
-/// For instance: swiftcache completions bash > /etc/bash_completion.d/swiftcache
+/// Example: swiftcache completions bash > /etc/bash_completion.d/swiftcache
 #[derive(Args, Debug)]
 pub(super) struct CompletionsArgs {
     shell: Shell,
 }
 
-/// Print the manual page, of the whole or of one command
+/// Print the manual page of swiftcache, or of one of its commands
 ///
-/// For instance: swiftcache man > /usr/share/man/man1/swiftcache.1
+/// Example: swiftcache man > /usr/share/man/man1/swiftcache.1
 #[derive(Args, Debug)]
 pub(super) struct ManArgs {
-    /// A command, e.g. donate
+    /// A command, for example donate
     command: Option<String>,
 }
 

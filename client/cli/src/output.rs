@@ -1,9 +1,9 @@
-//! The one place that prints.
+//! The only module that prints.
 
 use std::io::{self, Write};
 
-/// Writes `text` to standard output, and says whether anybody reads on: a reader who has seen enough
-/// (`| head`) is no failure.
+/// Writes `text` to standard output. Returns false when the reader has closed it, for example `| head`, which is not an
+/// error.
 pub(super) fn print(text: &str) -> Result<bool, super::CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -22,7 +22,7 @@ pub(super) fn print_json(value: &impl serde::Serialize) -> Result<(), super::Cli
     print(&format!("{text}\n")).map(|_| ())
 }
 
-/// Writes a line to standard error, where nobody may be listening.
+/// Writes a line to standard error. An error does not matter: nobody may be reading.
 pub(super) fn complain(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }

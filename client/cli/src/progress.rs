@@ -1,4 +1,4 @@
-//! Progress on standard error, for people who watch.
+//! Shows progress on standard error.
 
 use std::io::IsTerminal;
 
@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::output;
 use swiftcache_replay::compare::Watch;
 
-/// A bar for each arm on a terminal; a line for each arm otherwise; nothing when quiet.
+/// On a terminal, shows a bar for each arm. Otherwise prints a line for each arm. If quiet, shows nothing.
 pub(super) struct Progress {
     bar: Option<ProgressBar>,
     quiet: bool,
@@ -18,7 +18,7 @@ impl Progress {
         Self { bar: None, quiet }
     }
 
-    /// A line of its own.
+    /// Prints a line, unless quiet.
     pub(super) fn say(&self, line: &str) {
         if !self.quiet {
             output::complain(line);

@@ -1,9 +1,11 @@
-//! Sizes as people write them: `64MiB`, `1.5 GB`, `4096`.
+//! Reads sizes as people write them: `64MiB`, `1.5 GB`, `4096`.
 
-/// Reads a size in bytes: a number, and B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of
-/// 1024). Letters count in either case.
+/// Reads a size in bytes: a number with an optional unit, which is B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
+/// TiB (powers of 1024). Upper and lower case are the same.
 pub(super) fn size(text: &str) -> Result<u64, String> {
-    let refuse = || format!("{text:?} is not a size; takes bytes, or a number and kB, MiB, GB ...");
+    let refuse = || {
+        format!("{text:?} is not a size; takes a number of bytes, or a number with kB, MiB, GB ...")
+    };
     let trimmed = text.trim();
     let digits = trimmed
         .find(|c: char| !c.is_ascii_digit() && c != '.')

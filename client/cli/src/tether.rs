@@ -1,5 +1,5 @@
-//! `swiftcache tether`: runs a program that the kernel ends when its parent is gone. For the children of a
-//! replay: neither a crash nor a SIGKILL leaves a broker or a donor behind.
+//! `swiftcache tether`: runs a program that the kernel kills when its parent is gone. A replay starts its children like
+//! this, so that it leaves no broker or donor behind, not even after a crash or a SIGKILL.
 
 use std::{ffi::OsString, os::unix::process::CommandExt, process::Command};
 
@@ -19,14 +19,15 @@ pub(super) struct TetherArgs {
 }
 
 pub(super) fn run(args: &TetherArgs) -> Result<(), CliError> {
-    set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(|error| CliError::Failed(format!("cannot tie this process: {error}")))?;
-    // The parent may have gone before the signal was asked for.
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| {
+        CliError::Failed(format!("cannot tie this process to its parent: {error}"))
+    })?;
+    // The parent may have exited before the signal was set.
     if getppid().map(|pid| pid.as_raw_nonzero().get()) != Some(args.parent) {
-        return Err(CliError::Failed("the parent is gone already".to_owned()));
+        return Err(CliError::Failed("the parent is already gone".to_owned()));
     }
     let (program, rest) = (&args.program[0], &args.program[1..]);
-    // The signal outlives exec, which returns only when it fails.
+    // The setting survives exec. exec returns only when it fails.
     let error = Command::new(program).args(rest).exec();
     Err(CliError::Failed(format!(
         "cannot run {}: {error}",

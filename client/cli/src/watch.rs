@@ -1,4 +1,4 @@
-//! Shows something again and again until the user has seen enough.
+//! Shows something again and again until the user stops it.
 
 use std::{
     io::IsTerminal,
@@ -8,10 +8,10 @@ use std::{
 
 use super::{CliError, output};
 
-/// Clears the screen and puts the cursor home.
+/// Clears the screen and moves the cursor to the top left corner.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
-/// Prints what `text` gives every `every`, over the last one on a terminal, until interrupted.
+/// Prints the result of `text` once in every period `every`, until interrupted. On a terminal it replaces the last one.
 pub(super) fn repeat(
     every: Duration,
     mut text: impl FnMut() -> Result<String, CliError>,
@@ -20,7 +20,7 @@ pub(super) fn repeat(
     let terminal = std::io::stdout().is_terminal();
     loop {
         let shown = match text() {
-            // The node comes and goes; the watcher stays.
+            // The broker may come back, so go on watching.
             Err(error @ CliError::NoBroker { .. }) => format!("{error}\n"),
             other => other?,
         };

@@ -10,12 +10,13 @@ use swiftcache_replay::report::bytes;
 
 /// `statfs` type of the kernel's pidfs ("PIDF").
 const PIDFS_MAGIC: i128 = 0x5049_4446;
-/// What the kernel has allowed to be locked by default since 5.16.
+/// How many bytes a process may lock by default since Linux 5.16.
 const USUAL_MEMLOCK: u64 = 8 << 20;
-/// Below this a process with its sockets and libraries runs out; above it a node's allocations fit.
+/// With fewer descriptors, a process with its sockets and libraries runs out of them.
 const FEW_FILES: u64 = 256;
+/// So many descriptors are enough for the allocations of a node.
 const ENOUGH_FILES: u64 = 4_096;
-/// Container runtimes give 64 MB, engines with several ranks want more.
+/// Bytes of shared memory. Container runtimes give 64 MB, but engines with several ranks need more.
 const ENOUGH_SHM: u64 = 1 << 30;
 
 pub(super) fn examine(report: &mut Report) {
@@ -32,7 +33,7 @@ pub(super) fn examine(report: &mut Report) {
     ));
 }
 
-/// A pidfd's inode names its process: the kernel has pidfs.
+/// Whether the kernel has pidfs. With pidfs, the inode of a pidfd identifies its process.
 fn pidfs() -> bool {
     let pidfd = pidfd_open(getpid(), PidfdFlags::empty());
     let fs = pidfd.and_then(rustix::fs::fstatfs);
@@ -53,7 +54,7 @@ fn kernel(release: &str, pidfs: bool) -> Finding {
         return Finding::fail(
             CHECK,
             format!("Linux {release} has no pidfd"),
-            "the broker cannot see processes die; use Linux 6.9 or later",
+            "the broker cannot notice that a process dies; use Linux 6.9 or later",
         );
     }
     if !pidfs {
@@ -74,36 +75,40 @@ fn locked(soft: Option<u64>) -> Finding {
         Some(soft) => Finding::warn(
             CHECK,
             format!("RLIMIT_MEMLOCK is {}", bytes(soft)),
-            "the CUDA driver pins a host tier outside it, RDMA libraries of an engine do not: ulimit -l unlimited",
+            "this does not limit SwiftCache's host tier, which the CUDA driver pins, but RDMA libraries of an engine: ulimit -l unlimited",
         ),
         None => Finding::warn(
             CHECK,
             "RLIMIT_MEMLOCK cannot be read",
-            "look with ulimit -l",
+            "check it with ulimit -l",
         ),
     }
 }
 
 fn files(soft: Option<u64>) -> Finding {
     const CHECK: &str = "nofile";
-    let advice = "a descriptor for every allocation, process and stream: ulimit -n 65536, or LimitNOFILE= of the unit";
+    let advice = "every allocation, process and stream needs a descriptor: ulimit -n 65536, or LimitNOFILE= in the unit";
     match soft {
         Some(soft) if soft < FEW_FILES => {
             Finding::fail(CHECK, format!("RLIMIT_NOFILE is {soft}"), advice)
         }
-        // What most shells start with does for an engine; a broker raises nothing by itself.
+        // The default of most shells is enough for an engine. A broker does not raise its limit by itself.
         Some(soft) if soft < ENOUGH_FILES => {
             Finding::warn(CHECK, format!("RLIMIT_NOFILE is {soft}"), advice)
         }
         Some(libc::RLIM_INFINITY) => Finding::ok(CHECK, "unlimited"),
         Some(soft) => Finding::ok(CHECK, soft.to_string()),
-        None => Finding::warn(CHECK, "RLIMIT_NOFILE cannot be read", "look with ulimit -n"),
+        None => Finding::warn(
+            CHECK,
+            "RLIMIT_NOFILE cannot be read",
+            "check it with ulimit -n",
+        ),
     }
 }
 
 fn shared(total: Option<u64>) -> Finding {
     const CHECK: &str = "shm";
-    let advice = "SwiftCache does without it, engines of several ranks do not: --shm-size, or an emptyDir of medium Memory";
+    let advice = "SwiftCache does not need more, but engines with several ranks do: --shm-size, or an emptyDir with medium: Memory";
     match total {
         Some(total) if total >= ENOUGH_SHM => {
             Finding::ok(CHECK, format!("/dev/shm holds {}", bytes(total)))
@@ -113,17 +118,17 @@ fn shared(total: Option<u64>) -> Finding {
     }
 }
 
-/// In a user namespace of its own, all of a container's processes may look like one user to the broker.
+/// If containers have their own user namespaces, the broker may see the processes of all of them as one user.
 fn users(uid_map: &str) -> Finding {
     const CHECK: &str = "user-namespace";
     let words: Vec<&str> = uid_map.split_whitespace().collect();
     if words.starts_with(&["0", "0"]) {
-        return Finding::ok(CHECK, "users are the host's");
+        return Finding::ok(CHECK, "this process is in the host's user namespace");
     }
     Finding::warn(
         CHECK,
         "this process is in a user namespace",
-        "the broker may see all engines as one tenant: leave hostUsers at its default, or give each a --tenant label",
+        "the broker may see all engines as one tenant: do not set hostUsers, or give each engine its own tenant label",
     )
 }
 

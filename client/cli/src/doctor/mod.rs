@@ -1,4 +1,4 @@
-//! `swiftcache doctor`: looks at everything that has to be right before memory can be shared here.
+//! `swiftcache doctor`: checks everything that sharing memory on this machine needs.
 
 mod broker;
 mod gpus;
@@ -11,9 +11,9 @@ use clap::Args;
 use super::{CliError, args::SocketArg, output};
 use report::Report;
 
-/// Look at what sharing HBM needs on this machine, and say what to do about what is missing
+/// Check what sharing HBM needs on this machine, and say what to do where something is missing
 ///
-/// Run it where it matters: in an engine's container it judges what that engine sees. Changes nothing, and makes no
+/// In an engine's container it checks what that engine sees, so run it there. It changes nothing and creates no
 /// CUDA context.
 #[derive(Args, Debug)]
 pub(super) struct DoctorArgs {

@@ -1,27 +1,27 @@
-//! What was found, and what to do about it.
+//! The results of the checks, and what to do about them.
 
 use std::fmt::Write as _;
 
 use serde::Serialize;
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Verdict {
     Ok,
-    /// It may do, or matters only to some.
+    /// Sharing may work, or the problem matters only in some cases.
     Warn,
-    /// Sharing cannot work like this.
+    /// Sharing cannot work.
     Fail,
 }
 
-/// One check's end.
+/// A check with its result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Finding {
     pub(super) check: &'static str,
     pub(super) verdict: Verdict,
     pub(super) found: String,
-    /// What to do; nothing when all is well.
+    /// What to do. None: there is nothing to do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) advice: Option<String>,
 }
@@ -60,7 +60,7 @@ impl Finding {
     }
 }
 
-/// Everything that was found. The document of `--json`.
+/// All findings. This is the document of `--json`.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Report {
     findings: Vec<Finding>,

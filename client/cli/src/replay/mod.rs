@@ -19,15 +19,15 @@ use swiftcache_replay::{
 
 /// Replay a trace of a busy model against donors, and compare SwiftCache, PCIe offload and recompute
 ///
-/// Without --socket a private node is started for the replay and torn down after it: a broker and elastic
-/// donors whose own models' load rises and falls. Processes, leases, revocations and bytes are real; time is
-/// modelled, and the report says how. Every byte read back is checked: a wrong one ends the replay with status 1.
+/// Without --socket the replay starts a private node and ends it afterwards: a broker, and elastic donors whose
+/// own models' load rises and falls. Processes, leases, revocations and bytes are real; time is modelled, and the
+/// report says how. Every byte that is read back is checked, and a wrong one ends the replay with status 1.
 #[derive(Args, Debug)]
 pub(super) struct ReplayArgs {
     /// The busy model's requests: JSON lines of timestamp, input_length, output_length, hash_ids (Mooncake)
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
-    /// Only the first so many requests
+    /// Replay only the first N requests
     #[arg(long, value_name = "N")]
     requests: Option<usize>,
     #[command(flatten)]
@@ -38,14 +38,14 @@ pub(super) struct ReplayArgs {
     /// With --socket: the device that the busy model computes on [default: the node's first]
     #[arg(long, value_name = "UUID", requires = "socket")]
     device: Option<DeviceUuid>,
-    /// With --socket on a simulated node: where to play the neighbours' HBM use; the topology's usage_dir
+    /// With --socket on a simulated node: the topology's usage_dir, where the neighbours' HBM use is simulated
     #[arg(long, value_name = "DIR", requires = "socket")]
     usage_dir: Option<PathBuf>,
     #[command(flatten)]
     report: ReportArgs,
 }
 
-/// How a report is shown.
+/// How to show a report.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ReportArgs {
     /// Print the report as JSON
@@ -56,39 +56,39 @@ pub(super) struct ReportArgs {
     pub(super) quiet: bool,
 }
 
-/// What the node and its models are.
+/// The node and its models.
 #[derive(Args, Clone, Debug)]
 pub(super) struct NodeArgs {
     /// The busy model: qwen3-8b, qwen3-14b, qwen3-32b, llama-3.1-8b, llama-3.1-70b, mistral-7b,
     /// mistral-small-24b, llama-2-7b, lwm-7b
     #[arg(long, value_name = "NAME", default_value = "qwen3-8b", value_parser = ModelShape::by_name)]
     model: &'static ModelShape,
-    /// GPUs that the busy model is spread over; one of them is replayed, communication is not modelled
+    /// GPUs that the busy model is spread over; one of them is replayed, and communication is not modelled
     #[arg(long, value_name = "N", default_value_t = 1)]
     tensor_parallel: u32,
     /// The GPU: h100-sxm, h100-nvl, h200, a100-80g, l40s
     #[arg(long, value_name = "NAME", default_value = "h100-sxm", value_parser = Gpu::by_name)]
     gpu: &'static Gpu,
-    /// Where the links come from: hgx-8, pcie-4, or a TOML file
+    /// The topology with the links: hgx-8, pcie-4, or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "hgx-8")]
     topology: String,
-    /// Move one byte for so many of the full-size model; capacities shrink alike
+    /// Divide the model's bytes and all capacities by this number
     #[arg(long, value_name = "DIVISOR", default_value_t = 4096.0)]
     scale: f64,
     /// Multiply arrival times by this; auto: by the factor that keeps the recompute arm's server busy 80 %
     /// of the time
     #[arg(long, value_name = "auto|FACTOR", default_value = "auto")]
     stretch: Stretch,
-    /// Host memory for KV blocks, full size, in the SwiftCache and PCIe arms alike
+    /// Host memory for KV blocks, full size, in the SwiftCache arm and the PCIe arm
     #[arg(long, value_name = "SIZE", default_value = "128GiB", value_parser = size)]
     host_tier: u64,
-    /// Drop what lies in revoked slabs, instead of moving the hottest blocks elsewhere while the window lasts
+    /// Drop the blocks of revoked slabs instead of moving the hottest ones elsewhere during the drain window
     #[arg(long)]
     drop_revoked: bool,
     /// Donor processes, each on its own GPU
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(super) donors: usize,
-    /// The donors' own load: CSV of timestamp,input,output, or Azure's [default: a bundled one]
+    /// The donors' own load: CSV of timestamp,input,output, or an Azure trace [default: a bundled load]
     #[arg(long, value_name = "FILE")]
     donor_load: Option<PathBuf>,
     /// The donors' own model
@@ -97,7 +97,7 @@ pub(super) struct NodeArgs {
     /// HBM that donors keep free for their own model's growth, full size
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = size)]
     donor_headroom: u64,
-    /// Trace seconds per second of wall clock, at most: donors follow in real time
+    /// The most trace seconds per second of wall clock, because donors need real time
     #[arg(long, value_name = "FACTOR", default_value_t = 60.0, value_parser = positive)]
     pub(super) pace: f64,
 }

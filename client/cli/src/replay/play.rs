@@ -1,4 +1,4 @@
-//! A node to replay on: one of the replay's own, or one that runs already.
+//! Replays a trace on a private node, or on a node that is already running.
 
 use std::{
     path::{Path, PathBuf},
@@ -30,14 +30,14 @@ use swiftcache_replay::{
     tiered::{Interrupt, Neighbourhood},
 };
 
-/// The neighbours' load that comes with SwiftCache.
+/// The load of the donors' own models that comes with SwiftCache.
 const BUNDLED_LOAD: &[u8] = include_bytes!("../../../workloads/neighbours.csv");
-/// How long a broker may be away before a replay gives it up.
+/// How long a broker may be away before a replay fails.
 const RESTART: Duration = Duration::from_secs(30);
-/// Decoding sequences of a neighbour, for how long its requests last.
+/// How many sequences a neighbour decodes at a time. The time of its requests depends on this.
 const NEIGHBOUR_BATCH: u64 = 8;
 
-/// A setup with what the node needs beside it.
+/// The setup of a replay, and the plan of its private node.
 pub(crate) struct Play {
     setup: Setup,
     plan: NodePlan,
@@ -46,7 +46,7 @@ pub(crate) struct Play {
 }
 
 impl Play {
-    /// Checks what was asked for.
+    /// Checks the arguments.
     pub(crate) fn new(
         args: &NodeArgs,
         trace: Trace,
@@ -78,7 +78,7 @@ impl Play {
             host_tier_bytes: args.host_tier,
             lease_limit_bytes: args.gpu.hbm_bytes * args.donors as u64,
             move_blocks: !args.drop_revoked,
-            // The node's own links replace these once it is known.
+            // Placeholders: the rates of the node's links replace them when the node is known.
             rates: LinkRates {
                 nvlink: host,
                 pcie: host,
@@ -108,7 +108,7 @@ impl Play {
         })
     }
 
-    /// Starts a node, replays on it, and takes it down. `running` hears when it is up.
+    /// Starts a private node, replays on it, and ends it. Calls `running` when the node runs.
     pub(crate) fn on_private_node(
         mut self,
         progress: &mut Progress,
@@ -148,7 +148,7 @@ impl Play {
         if let Err(error) = &result
             && !matches!(error, ReplayError::Interrupted)
         {
-            // A process that fell over explains more than what its absence broke.
+            // If a process has ended, that explains the failure better than the error itself.
             node.check_alive()?;
         }
         Ok(result?)
@@ -221,8 +221,8 @@ impl Play {
         NeighbourUse::new(usage_dir, donors, curve, base, token, self.setup.scale)
     }
 
-    /// The best link of each kind into the busy device; PCIe peers are as fast as host memory unless a link
-    /// says otherwise.
+    /// The rate of the best link of each kind into the busy device. If no link has a rate, NVLink and PCIe peers are as
+    /// fast as host memory.
     fn rates(&self, (_, links): &NodeShape, busy: &DeviceUuid) -> LinkRates {
         let best = |kind: LinkKind| {
             let into = |link: &&Link| link.to == *busy && link.kind == kind;
@@ -238,7 +238,7 @@ impl Play {
     }
 }
 
-/// A replay that has outlived the broker's restarts is not lost to one more of them.
+/// The broker's count of zombies. If the broker is away, this waits for its restart, so that the replay is not lost.
 fn zombies(admin: &Admin) -> Result<u64, ReplayError> {
     let began = Instant::now();
     loop {
@@ -270,14 +270,14 @@ fn this() -> Result<PathBuf, CliError> {
         .map_err(|error| CliError::Failed(format!("cannot find this program's file: {error}")))
 }
 
-/// A program that was installed with this one.
+/// The path of a program that is installed beside this one.
 fn beside_this(name: &str) -> Result<PathBuf, CliError> {
     let path = this()?.with_file_name(name);
     if path.is_file() {
         return Ok(path);
     }
     Err(CliError::Failed(format!(
-        "{} is missing: a private node needs it beside swiftcache; install it there, or name a running node by --socket",
+        "{} is missing: a private node needs it in the directory of swiftcache; install it there, or use a running node with --socket",
         path.display()
     )))
 }

@@ -1,4 +1,4 @@
-//! A device's HBM as a stacked bar, readable without colour.
+//! A device's HBM as a stacked bar, which can be read without colours.
 
 use ratatui::{
     style::{Color, Style},
@@ -20,7 +20,7 @@ impl Part {
     }
 }
 
-/// In the order they are stacked. What is left of the bar is HBM that nobody uses.
+/// The parts in the order in which they are stacked. The rest of the bar is HBM that nobody uses.
 pub(super) const PARTS: [Part; 6] = [
     part("others", "·", Color::DarkGray),
     part("leased", "█", Color::Green),
@@ -42,7 +42,7 @@ const fn part(name: &'static str, glyph: &'static str, colour: Color) -> Part {
 pub(super) fn bytes(device: &v1::DeviceStatus) -> [u64; 6] {
     let account = device.account.unwrap_or_default();
     [
-        // HBM in use includes what is lent.
+        // The HBM in use includes the offered HBM.
         device.hbm_used_bytes.saturating_sub(account.offered_bytes),
         account.leased_bytes,
         account.draining_bytes,
@@ -52,8 +52,8 @@ pub(super) fn bytes(device: &v1::DeviceStatus) -> [u64; 6] {
     ]
 }
 
-/// How many of `width` cells each part takes: in proportion to `total`, and one at least for whatever is there, so
-/// that a single zombie can be seen.
+/// How many of `width` cells each part takes, in proportion to `total`. A part that is not empty takes at least one
+/// cell, so that a single zombie can be seen.
 pub(super) fn cells(parts: [u64; 6], total: u64, width: usize) -> [usize; 6] {
     let sum: u128 = parts.into_iter().map(u128::from).sum();
     let total = sum.max(total.into()).max(1);

@@ -1,4 +1,4 @@
-//! `swiftcache top`: the node on one screen, kept up to date.
+//! `swiftcache top`: shows the node on one screen and updates it.
 
 mod bars;
 mod rows;
@@ -16,9 +16,9 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use super::{CliError, admin::Admin, args::SocketArg};
 use screen::Screen;
 
-/// How often to look for a key.
+/// Time between two checks for a key.
 const NAP: Duration = Duration::from_millis(100);
-/// The events kept to choose from: more than any screen has lines.
+/// How many events are fetched: more than any screen has lines.
 const EVENTS: u32 = 100;
 
 /// Watch devices, leases, hits and events on a full screen; q quits
@@ -26,18 +26,18 @@ const EVENTS: u32 = 100;
 pub(super) struct TopArgs {
     #[command(flatten)]
     socket: SocketArg,
-    /// How often to ask the broker
+    /// Time between two updates
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
     every: Duration,
 }
 
 pub(super) fn run(args: &TopArgs) -> Result<(), CliError> {
     if !std::io::stdout().is_terminal() {
-        let problem = "top needs a terminal; `swiftcache status --watch` does without";
+        let problem = "top needs a terminal; without one, use `swiftcache status --watch`";
         return Err(CliError::Usage(problem.to_owned()));
     }
     let interrupt = super::interrupt()?;
-    // A broker that is not there now is an error; one that goes later is waited for.
+    // It is an error if there is no broker now. If the broker goes away later, wait for it.
     let mut admin = Some(Admin::connect(&args.socket.socket)?);
     let failed = |error: std::io::Error| CliError::Failed(format!("the terminal: {error}"));
     let mut terminal = ratatui::try_init().map_err(failed)?;
@@ -80,7 +80,7 @@ fn refresh(admin: &mut Option<Admin>, args: &TopArgs, screen: &mut Screen) -> Re
     Ok(())
 }
 
-/// The key pressed within a nap.
+/// The key that is pressed within [`NAP`], if any.
 fn pressed() -> std::io::Result<Option<KeyEvent>> {
     if !event::poll(NAP)? {
         return Ok(None);
@@ -91,7 +91,7 @@ fn pressed() -> std::io::Result<Option<KeyEvent>> {
     })
 }
 
-/// In raw mode the terminal sends no signal for Ctrl-C.
+/// Whether a key quits. Ctrl-C is among them, because in raw mode the terminal sends no signal for it.
 fn quits(key: KeyEvent) -> bool {
     let control = key.modifiers.contains(KeyModifiers::CONTROL);
     match key.code {

@@ -1,4 +1,4 @@
-//! What Admin says, as rows for people.
+//! Turns the answers of Admin into rows for people.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,19 +23,19 @@ impl LeaseRow {
         self.zombies > 0
     }
 
-    /// What of it is on its way back, and who holds that up.
+    /// How many of its leases are draining, or which processes hold up its zombies.
     pub(super) fn state(&self) -> String {
         let pids: Vec<String> = self.waiting.iter().map(u32::to_string).collect();
         match (self.zombies, self.draining) {
             (0, 0) => "active".to_owned(),
             (0, draining) => format!("{draining} draining"),
-            // The pids are what somebody has to act on: they come before any count.
+            // The pids are more important than counts, because somebody must act on these processes.
             _ => format!("zombie: {}", pids.join(" ")),
         }
     }
 }
 
-/// Zombies first, then the largest.
+/// Rows of leases: those with most zombies first, then the largest.
 pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -> Vec<LeaseRow> {
     let mut rows: BTreeMap<(&str, &str, &str), LeaseRow> = BTreeMap::new();
     for lease in leases {
@@ -77,14 +77,14 @@ fn link(kind: v1::LinkKind) -> &'static str {
     }
 }
 
-/// The device's number, which is what fits in a column.
+/// The device's number, because a UUID does not fit into the column.
 fn short_device(uuid: &str, devices: &[v1::DeviceStatus]) -> String {
     let mut devices = devices.iter().filter_map(|status| status.device.as_ref());
     let device = devices.find(|device| device.uuid == uuid);
     device.map_or_else(|| uuid.to_owned(), |device| device.ordinal.to_string())
 }
 
-/// A part of a whole, in percent; nothing of nothing is unknown.
+/// A part of a whole in percent, or "-" if the whole is 0.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
         return "-".to_owned();
@@ -99,22 +99,22 @@ pub(super) fn clock(unix_ms: u64) -> String {
     format!("{hours:02}:{minutes:02}:{:02}", seconds % 60)
 }
 
-/// What happened between two answers of one broker.
+/// Rates between two answers of one broker.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Rates {
-    /// A second.
+    /// Lookups per second.
     pub(super) lookups: f64,
-    /// Blocks a second.
+    /// Blocks found per second.
     pub(super) hits: f64,
-    /// Blocks a second.
+    /// Blocks published per second.
     pub(super) published: f64,
     hit_blocks: u64,
     lookup_blocks: u64,
-    /// Bytes a second, by link.
+    /// Bytes per second over each link.
     pub(super) links: Vec<LinkRate>,
 }
 
-/// Bytes a second over one kind of link.
+/// Bytes per second over one kind of link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct LinkRate {
     pub(super) link: &'static str,
@@ -123,7 +123,7 @@ pub(super) struct LinkRate {
 }
 
 impl Rates {
-    /// `None` when the broker is another, or no time has passed.
+    /// `None` when the answers are from different brokers, or no time has passed between them.
     pub(super) fn between(
         before: &v1::GetNodeResponse,
         after: &v1::GetNodeResponse,
@@ -149,13 +149,13 @@ impl Rates {
         })
     }
 
-    /// Of the blocks looked up meanwhile, those found.
+    /// The share of the looked-up blocks that were found.
     pub(super) fn hit_rate(&self) -> String {
         percent(self.hit_blocks, self.lookup_blocks)
     }
 }
 
-/// Every link that was ever used, so that one that falls silent stays in its place.
+/// The rates of every link that was ever used, so that a link without traffic stays in its place.
 fn link_rates(
     [before, after]: [&[v1::LinkTraffic]; 2],
     rate: impl Fn(u64, u64) -> f64,
