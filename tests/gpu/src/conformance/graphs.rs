@@ -12,7 +12,7 @@ use swiftcache_client::device::{Piece, foreign};
 use swiftcache_proto::domain::HandleKind;
 
 use crate::{
-    engine::Engine,
+    engine::{Engine, THREAD_LOCAL},
     pattern,
     peer::Peer,
     subject::{Backend, Subject},
@@ -34,6 +34,7 @@ pub(super) fn captured_while_others_work(subject: &Subject) -> Result<()> {
     pattern::write(&*reads, &pool, 0, SIZE, 1)?;
     let lent = engine.allocate(SIZE)?;
 
+    let usual = engine.exchange_capture_mode(THREAD_LOCAL)?;
     engine.begin_capture(compute)?;
     engine.fill(compute, address, 2, SIZE)?;
     let elsewhere = thread::scope(|scope| {
@@ -52,6 +53,10 @@ pub(super) fn captured_while_others_work(subject: &Subject) -> Result<()> {
     elsewhere.context("on another thread")?;
     here.context("on the thread that captures")?;
 
+    ensure!(
+        engine.exchange_capture_mode(usual)? == THREAD_LOCAL,
+        "the thread that captures was given another mode"
+    );
     let refused = marked.err().context("a captured stream was marked")?;
     ensure!(refused.to_string().contains("CUDA graph"), "{refused}");
     ensure!(passed?, "nobody waited for the ticket");

@@ -7,6 +7,9 @@ use super::{Call, Engine, EngineStream, check};
 /// `CU_STREAM_CAPTURE_MODE_GLOBAL`: how vLLM captures.
 const GLOBAL: u32 = 0;
 
+/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: a mode that threads have only if they ask for it.
+pub const THREAD_LOCAL: u32 = 1;
+
 /// Captured work, to be launched. The engine never destroys it.
 #[derive(Clone, Copy, Debug)]
 pub struct Graph(usize);
@@ -24,6 +27,21 @@ impl Engine {
                 self.find("cuStreamBeginCapture_v2")?;
             check(begin(stream.0, GLOBAL), "cuStreamBeginCapture")
         }
+    }
+
+    /// Gives this thread another mode of its own; returns the one that it had.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn exchange_capture_mode(&self, mode: u32) -> Result<u32> {
+        let mut mode = mode;
+        // SAFETY: the signature is the driver's; one mode is read from and written to one of ours.
+        unsafe {
+            let exchange: Call<*mut u32> = self.find("cuThreadExchangeStreamCaptureMode")?;
+            let code = exchange(&raw mut mode);
+            check(code, "cuThreadExchangeStreamCaptureMode")?;
+        }
+        Ok(mode)
     }
 
     /// Ends the capture.

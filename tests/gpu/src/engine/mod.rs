@@ -23,7 +23,7 @@ use swiftcache_proto::domain::DeviceUuid;
 
 const PTX: &str = concat!(include_str!("../busy.ptx"), "\0");
 
-pub use graph::Graph;
+pub use graph::{Graph, THREAD_LOCAL};
 pub use peer::Place;
 
 type Call<A> = unsafe extern "C" fn(A) -> u32;

@@ -110,6 +110,16 @@ fn each_refusal_of_the_driver_is_explained() {
         ),
         ("devices=0", "open", "shows no GPU to this process"),
         (
+            "cuThreadExchangeStreamCaptureMode=1",
+            "open",
+            "the driver does not list its GPUs: invalid argument",
+        ),
+        (
+            "cuThreadExchangeStreamCaptureMode=1@5-",
+            "hbm",
+            "relaxing the thread's capture mode failed on GPU-5a5a7374",
+        ),
+        (
             "cuDeviceGetUuid_v2=101",
             "open",
             "GPU 0: invalid device ordinal",
