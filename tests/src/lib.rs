@@ -13,6 +13,7 @@ pub mod node;
 pub mod operator;
 pub mod programs;
 pub mod rescue;
+pub mod scene;
 pub mod seed;
 pub mod stub;
 pub mod wire;

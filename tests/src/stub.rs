@@ -8,6 +8,7 @@ use std::{
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
+    process::Command,
     sync::atomic::{AtomicU64, Ordering},
     time::SystemTime,
 };
@@ -233,6 +234,27 @@ impl Stub {
         written.set_modified(SystemTime::now())?;
         Ok(fs::rename(fresh, file)?)
     }
+}
+
+/// Runs a test's body in a process of its own on a stub driver of its own: a process has one driver, and names it in its
+/// environment. `test` is the test's full name, which the process runs again.
+///
+/// # Errors
+/// When the body fails.
+pub fn alone(test: &str, body: impl FnOnce(&Stub) -> Result<()>) -> Result<()> {
+    if let Some(stub) = Stub::of_environment() {
+        return body(&stub);
+    }
+    let stub = Stub::new()?;
+    let output = Command::new(env::current_exe().context("where is this test?")?)
+        .args([test, "--exact", "--nocapture"])
+        .envs(stub.environment()?)
+        .output()?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    ensure!(output.status.success(), "{said}");
+    ensure!(said.contains("1 passed"), "there is no test {test}: {said}");
+    Ok(())
 }
 
 impl Call {

@@ -29,7 +29,7 @@ use swiftcache_proto::domain::{Device, DeviceUuid, Handle, HandleKind, Link, Lin
 pub use error::DeviceError;
 pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
-pub use stream::{CopyStream, Part, Piece, Ticket};
+pub use stream::{CopyStream, Part, Piece, Ticket, nap};
 
 /// The result of every device operation.
 pub type Result<T> = std::result::Result<T, DeviceError>;
@@ -139,7 +139,8 @@ pub trait DeviceLayer: Send + Sync {
     ///
     /// # Safety
     /// * `raw` is a live `CUstream` of `device`'s primary context (0: the default stream).
-    /// * It stays alive until the wrapper and every ticket recorded on it are gone.
+    /// * It stays alive until the wrapper is gone, and every ticket of its [`end`](CopyStream::end). A mark that was
+    ///   [`record`](CopyStream::record)ed outlives it.
     /// * Its capture into a graph is not begun while copies queued through the wrapper may still run.
     ///
     /// # Errors

@@ -1,6 +1,10 @@
 //! Queues of copies, and tickets to wait on.
 
-use std::fmt::Debug;
+use std::{
+    fmt::Debug,
+    thread,
+    time::{Duration, Instant},
+};
 
 use swiftcache_proto::domain::DeviceUuid;
 
@@ -50,13 +54,19 @@ impl Part {
 
 /// A queue of copies on one device. Copies run in the order they were queued; streams are independent.
 /// Nothing here blocks except where it says so.
+///
+/// # When a call fails
+/// A call that fails may have queued all of what it was asked to queue, some of it, or nothing. The stream itself is as
+/// good as before: a failure is the operation's that met it, and a later call works if the device does. Whoever has
+/// queued anything takes a ticket of [`end`](Self::end), also behind an error, and uses neither memory for anything
+/// else before that ticket is over. The stream keeps both mapped as long.
 pub trait CopyStream: Send + Sync + Debug {
     /// The device whose engines do the copies.
     fn device(&self) -> &DeviceUuid;
 
     /// Queues `pieces` from one memory to another, as few operations as the device allows (one gather/scatter
-    /// launch for many small ones). The stream keeps both memories mapped until the copies are over. All pieces
-    /// are checked against both memories before the first is queued. Pieces must not overlap in `to`.
+    /// launch for many small ones). The stream keeps both memories mapped until the copies are known to be over. All
+    /// pieces are checked against both memories before the first is queued. Pieces must not overlap in `to`.
     fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()>;
 
     /// As [`copy`](Self::copy), for several pairs of memories at once: a layer's blocks lie in many slabs, and the device
@@ -69,17 +79,27 @@ pub trait CopyStream: Send + Sync + Debug {
     /// Queues zeroing of `bytes` at `offset`.
     fn zero(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<()>;
 
-    /// A ticket for everything queued so far.
+    /// Marks the end of everything queued so far: a ticket that other streams can wait for on the device.
+    ///
+    /// # Errors
+    /// When the device does not take the mark now. Nothing else has changed.
     fn record(&self) -> Result<Ticket>;
 
+    /// A ticket for everything queued so far, for whoever must know when it is over whatever happened. It is always there:
+    /// what the device does not mark now is marked, or asked about, when somebody asks the ticket.
+    fn end(&self) -> Ticket;
+
     /// Later copies of this stream start only after `ticket`, which may be another stream's.
+    ///
+    /// # Errors
+    /// When the device does not take it, or when it is known that what the ticket marks has failed.
     fn wait_for(&self, ticket: &Ticket) -> Result<()>;
 
-    /// Copies `bytes` into `memory` at `offset`, and blocks until it is done. Slow: for tests, verification and
-    /// small things.
+    /// Copies `bytes` into `memory` at `offset`, and blocks until it is known to be over. Slow: for tests, verification
+    /// and small things.
     fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies out of `memory` at `offset`, and blocks until it is done. Slow, likewise.
+    /// Copies out of `memory` at `offset`, and blocks until it is known to be over. Slow, likewise.
     fn read(&self, memory: &Memory, offset: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
@@ -88,25 +108,57 @@ pub trait CopyStream: Send + Sync + Debug {
 pub struct Ticket(pub(crate) std::sync::Arc<dyn Completion>);
 
 impl Ticket {
-    /// Whether everything before the point is over. An error means that the copies failed, and with them
-    /// everything later on the stream.
-    pub fn is_done(&self) -> Result<bool> {
-        self.0.is_done()
+    /// How it ended, once everything before the point is *known* to be over: nothing before the point touches any memory
+    /// any more. None until then, and also when the device does not say: not knowing is not over, so ask again later.
+    /// Never blocks.
+    ///
+    /// An error means that the device has failed and with it the copies. That a call which queued copies returned
+    /// an error is for its caller to remember.
+    pub fn outcome(&self) -> Option<Result<()>> {
+        self.0.outcome()
     }
 
-    /// Blocks the calling thread until everything before the point is over. Not for async code: poll
-    /// [`is_done`](Self::is_done) or wait on a blocking thread.
+    /// Whether it is over, well or not. See [`outcome`](Self::outcome).
+    pub fn is_over(&self) -> bool {
+        self.outcome().is_some()
+    }
+
+    /// Blocks the calling thread until it is known to be over: for ever if the device never says so. Not for async code:
+    /// poll [`outcome`](Self::outcome) or wait on a blocking thread.
     pub fn wait(&self) -> Result<()> {
         self.0.wait()
+    }
+
+    /// Like [`wait`](Self::wait), but gives up at `deadline`.
+    pub fn wait_until(&self, deadline: Instant) -> Option<Result<()>> {
+        let began = Instant::now();
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return Some(outcome);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return None;
+            }
+            thread::sleep(nap(now - began).min(deadline - now));
+        }
     }
 }
 
 /// What a backend's tickets do.
 pub(crate) trait Completion: Send + Sync + Debug + std::any::Any {
-    /// See [`Ticket::is_done`].
-    fn is_done(&self) -> Result<bool>;
+    /// See [`Ticket::outcome`].
+    fn outcome(&self) -> Option<Result<()>>;
     /// See [`Ticket::wait`].
     fn wait(&self) -> Result<()>;
+}
+
+/// How long to sleep before asking again, after having waited for `waited`: an eighth of it, since nobody minds to wait
+/// so much longer; at most 200 us as long as copies usually take, and 10 ms for what takes seconds.
+#[must_use]
+pub fn nap(waited: Duration) -> Duration {
+    let usual = (waited / 8).min(Duration::from_micros(200));
+    usual.max(waited / 256).min(Duration::from_millis(10))
 }
 
 /// Checks all pieces against both memories, before the first is queued.

@@ -27,8 +27,8 @@ impl Gate {
 }
 
 impl Completion for Gate {
-    fn is_done(&self) -> Result<bool> {
-        Ok(*self.open.lock())
+    fn outcome(&self) -> Option<Result<()>> {
+        (*self.open.lock()).then_some(Ok(()))
     }
 
     fn wait(&self) -> Result<()> {

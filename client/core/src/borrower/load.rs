@@ -32,6 +32,8 @@ pub struct Load {
     op: Arc<Op>,
     /// How many of the hit's blocks were asked for.
     blocks: usize,
+    /// How many of them could not be planned.
+    missing: usize,
     tickets: LayerTickets,
     bytes: BytesByLink,
     verdict: Mutex<Verdict>,
@@ -99,18 +101,19 @@ impl Core {
             &mut queueing,
             &mut bytes,
         );
+        let tickets = issued.unwrap_or_else(|error| {
+            warn!(%error, "a load could not be queued");
+            op.poison();
+            LayerTickets::default()
+        });
         // The plan keeps its slabs mapped: a revocation that finds the op queued must not find it holding on.
         self.put_back(plan);
         drop(queueing);
-        let tickets = issued.unwrap_or_else(|error| {
-            warn!(%error, "a load could not be queued");
-            verdict.fail_all(blocks.len());
-            LayerTickets::default()
-        });
         Load {
             hit,
             op,
             blocks: blocks.len(),
+            missing: verdict.failed.len(),
             tickets,
             bytes,
             verdict: Mutex::new(verdict),
@@ -166,7 +169,8 @@ impl Load {
         self.tickets.of(layer)
     }
 
-    /// Blocks until layer `layer` is in the engine's pool.
+    /// Blocks until layer `layer` is in the engine's pool. When copies have failed, blocks until none of this load is in
+    /// flight any more: whoever is told computes blocks anew, and nothing may land in them after that.
     ///
     /// # Errors
     /// Names the blocks to recompute; all others of this layer are there.
@@ -174,20 +178,28 @@ impl Load {
         let outcomes: Vec<_> = (self.tickets.of(layer).iter()).map(Ticket::wait).collect();
         // The clock is read after the copies are over.
         let verdict = self.judge(outcomes.iter().any(Result::is_err));
-        if verdict.failed.is_empty() {
-            return Ok(());
+        match verdict.failed.len() {
+            0 => return Ok(()),
+            // Nothing was ever on its way to these.
+            missing if missing == self.missing => {
+                let failed = verdict.failed.clone();
+                return Err(LoadError { failed });
+            }
+            _ => drop(verdict),
         }
+        let failed = self.op.wait().is_err();
         Err(LoadError {
-            failed: verdict.failed.clone(),
+            failed: self.judge(failed).failed.clone(),
         })
     }
 
-    /// Whether every copy is over, well or not.
+    /// Whether it is known that every copy is over, well or not.
     pub fn is_done(&self) -> bool {
         self.op.is_over()
     }
 
-    /// Waits for every layer and says which blocks hold.
+    /// Waits until it is known that every copy is over, also of a load that failed half-way, and says which blocks hold.
+    /// From then on the engine may use its blocks for anything.
     pub fn finish(mut self) -> Loaded {
         let failed = self.op.wait().is_err();
         let verdict = std::mem::take(&mut *self.judge(failed));
@@ -213,7 +225,8 @@ impl Load {
         if self.hit.pins.is_empty() || self.in_time.load(Ordering::Relaxed) {
             return verdict;
         }
-        let all_over = (self.tickets.last().iter()).all(|last| last.is_done().unwrap_or(false));
+        let over_well = |last: &Ticket| matches!(last.outcome(), Some(Ok(())));
+        let all_over = self.tickets.last().iter().all(over_well);
         let now = Instant::now();
         let mut all_in_time = true;
         for (number, pin) in (0..).zip(&self.hit.pins) {

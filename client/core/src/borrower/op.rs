@@ -1,11 +1,14 @@
 //! Copies in flight, as revocations and unmapping see them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::{blocks::BlockId, slab::SlabIndex};
-use crate::device::{Result, Ticket};
+use crate::device::{CopyStream, Result, Ticket};
 
 /// What copies are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,10 +27,12 @@ pub(super) struct Op {
     pub(super) slabs: Vec<SlabIndex>,
     /// Blocks that become ready when the copies are over; taken by whoever settles them.
     pub(super) writes: Mutex<Vec<BlockId>>,
-    /// One for each stream, once all copies are queued.
-    last: Mutex<Option<Vec<Ticket>>>,
+    /// How many of them were kept and lost, once somebody has settled them.
+    pub(super) settled: OnceLock<(u32, u32)>,
+    /// One for each stream that was used, once nothing more is queued.
+    ends: Mutex<Option<Vec<Ticket>>>,
     queued: Condvar,
-    /// A slab it reads was taken away in a way that makes its bytes worth nothing.
+    /// Its bytes are worth nothing: some copies could not be queued, or a slab it reads was taken away.
     poisoned: AtomicBool,
 }
 
@@ -37,42 +42,46 @@ impl Op {
             purpose,
             slabs,
             writes: Mutex::new(writes),
-            last: Mutex::new(None),
+            settled: OnceLock::new(),
+            ends: Mutex::new(None),
             queued: Condvar::new(),
             poisoned: AtomicBool::new(false),
         }
     }
 
-    /// Everything is queued: these tickets, one for each stream, mark its end.
-    pub(super) fn queued(&self, tickets: Vec<Ticket>) {
-        *self.last.lock() = Some(tickets);
-        self.queued.notify_all();
+    /// How it ended, once it is known that no copy is in flight any more, queued or not. An error means that some failed.
+    /// None until then: see [`Ticket::outcome`].
+    pub(super) fn outcome(&self) -> Option<Result<()>> {
+        let mut all = Some(Ok(()));
+        // Each is asked, whatever the others say: that is what lets streams go of memories.
+        for end in self.ends.lock().as_ref()? {
+            match end.outcome() {
+                Some(outcome) => all = all.map(|before| before.and(outcome)),
+                None => all = None,
+            }
+        }
+        all
     }
 
-    /// Blocks until no copy is in flight any more, queued or not. An error means that some failed.
+    /// Whether it is known that no copy is in flight any more. A failed copy is over too.
+    pub(super) fn is_over(&self) -> bool {
+        self.outcome().is_some()
+    }
+
+    /// Blocks until it is known that no copy is in flight any more, queued or not. An error means that some failed.
     pub(super) fn wait(&self) -> Result<()> {
-        let tickets = {
-            let mut last = self.last.lock();
+        let ends = {
+            let mut ends = self.ends.lock();
             loop {
-                match &*last {
-                    Some(tickets) => break tickets.clone(),
-                    None => self.queued.wait(&mut last),
+                match &*ends {
+                    Some(ends) => break ends.clone(),
+                    None => self.queued.wait(&mut ends),
                 }
             }
         };
         // Every stream must be over, whichever fails first.
-        let outcomes: Vec<_> = tickets.iter().map(Ticket::wait).collect();
+        let outcomes: Vec<_> = ends.iter().map(Ticket::wait).collect();
         outcomes.into_iter().collect()
-    }
-
-    /// Whether no copy is in flight any more. A failed copy is over too.
-    pub(super) fn is_over(&self) -> bool {
-        let last = self.last.lock();
-        (last.as_ref()).is_some_and(|tickets| {
-            tickets
-                .iter()
-                .all(|ticket| ticket.is_done().unwrap_or(true))
-        })
     }
 
     pub(super) fn is_write(&self) -> bool {
@@ -88,27 +97,38 @@ impl Op {
     }
 }
 
-/// Makes an [`Op`] count as queued even if queueing it is cut short: a drain must never wait for ever.
+/// An [`Op`] while its copies are queued. Ends with it, however queueing went: every stream in use is asked for its end
+/// then, since a call that fails may have queued some of its copies.
 pub(super) struct Queueing<'a> {
     op: &'a Op,
-    tickets: Vec<Ticket>,
+    streams: Vec<Arc<dyn CopyStream>>,
 }
 
 impl<'a> Queueing<'a> {
     pub(super) fn new(op: &'a Op) -> Self {
         Self {
             op,
-            tickets: Vec::new(),
+            streams: Vec::new(),
         }
     }
 
-    pub(super) fn add(&mut self, ticket: Ticket) {
-        self.tickets.push(ticket);
+    /// Nothing may be queued on a stream before this.
+    pub(super) fn on(&mut self, stream: &Arc<dyn CopyStream>) {
+        if !(self.streams.iter()).any(|other| Arc::ptr_eq(other, stream)) {
+            self.streams.push(Arc::clone(stream));
+        }
+    }
+
+    /// The streams in use.
+    pub(super) fn streams(&self) -> &[Arc<dyn CopyStream>] {
+        &self.streams
     }
 }
 
 impl Drop for Queueing<'_> {
     fn drop(&mut self) {
-        self.op.queued(std::mem::take(&mut self.tickets));
+        let ends = self.streams.iter().map(|stream| stream.end()).collect();
+        *self.op.ends.lock() = Some(ends);
+        self.op.queued.notify_all();
     }
 }

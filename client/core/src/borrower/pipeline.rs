@@ -79,28 +79,23 @@ pub(super) fn issue_load(
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
 ) -> Result<LayerTickets> {
-    let streams = streams(plan, Direction::Load);
+    use_streams(plan, Direction::Load, queueing);
+    let streams = queueing.streams();
     let mut tickets = LayerTickets::default();
     // Layers before the first are over as soon as they are asked for.
     tickets.ends.resize(layers.start, 0);
-    let issue = || -> Result<()> {
-        if let Some(after) = after {
-            for stream in &streams {
-                stream.wait_for(after)?;
-            }
+    if let Some(after) = after {
+        for stream in streams {
+            stream.wait_for(after)?;
         }
-        for layer in layers {
-            issue_layer(plan, &streams, layer, layout, kv, Direction::Load, bytes)?;
-            for stream in &streams {
-                tickets.tickets.push(stream.record()?);
-            }
-            tickets.ends.push(tickets.tickets.len());
+    }
+    for layer in layers {
+        issue_layer(plan, streams, layer, layout, kv, Direction::Load, bytes)?;
+        for stream in streams {
+            tickets.tickets.push(stream.record()?);
         }
-        Ok(())
-    };
-    let outcome = issue();
-    mark_end(&streams, queueing)?;
-    outcome?;
+        tickets.ends.push(tickets.tickets.len());
+    }
     Ok(tickets)
 }
 
@@ -113,21 +108,17 @@ pub(super) fn issue_store(
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
 ) -> Result<()> {
-    let streams = streams(plan, Direction::Store);
-    let mut issue = || -> Result<()> {
-        for layer in 0..layout.layer_bytes.len() {
-            if let Some(ready) = layer_ready(layer) {
-                for stream in &streams {
-                    stream.wait_for(&ready)?;
-                }
+    use_streams(plan, Direction::Store, queueing);
+    let streams = queueing.streams();
+    for layer in 0..layout.layer_bytes.len() {
+        if let Some(ready) = layer_ready(layer) {
+            for stream in streams {
+                stream.wait_for(&ready)?;
             }
-            issue_layer(plan, &streams, layer, layout, kv, Direction::Store, bytes)?;
         }
-        Ok(())
-    };
-    let outcome = issue();
-    mark_end(&streams, queueing)?;
-    outcome
+        issue_layer(plan, streams, layer, layout, kv, Direction::Store, bytes)?;
+    }
+    Ok(())
 }
 
 /// Blocks on their way from one slab to another.
@@ -187,35 +178,23 @@ impl Move {
     }
 }
 
-/// Queues a move of whole blocks, and marks its end.
+/// Queues a move of whole blocks.
 pub(super) fn issue_move(
     step: &Move,
     layer_bytes: &[u64],
     stream: &Arc<dyn CopyStream>,
     queueing: &mut Queueing<'_>,
 ) -> Result<()> {
+    queueing.on(stream);
     let mut pieces = Vec::with_capacity(step.runs.len());
-    let mut issue = || -> Result<()> {
-        for (layer, bytes) in layer_bytes.iter().enumerate() {
-            pieces.clear();
-            pieces.extend(step.runs.iter().map(|run| Piece {
-                from: step.from.layer_offsets[layer] + u64::from(run.from) * bytes,
-                to: step.to.layer_offsets[layer] + u64::from(run.to) * bytes,
-                bytes: u64::from(run.count) * bytes,
-            }));
-            stream.copy(&step.from.memory, &step.to.memory, &pieces)?;
-        }
-        Ok(())
-    };
-    let outcome = issue();
-    queueing.add(stream.record()?);
-    outcome
-}
-
-/// Marks the end of everything queued, even when queueing failed half-way: what was queued is in flight.
-fn mark_end(streams: &[Arc<dyn CopyStream>], queueing: &mut Queueing<'_>) -> Result<()> {
-    for stream in streams {
-        queueing.add(stream.record()?);
+    for (layer, bytes) in layer_bytes.iter().enumerate() {
+        pieces.clear();
+        pieces.extend(step.runs.iter().map(|run| Piece {
+            from: step.from.layer_offsets[layer] + u64::from(run.from) * bytes,
+            to: step.to.layer_offsets[layer] + u64::from(run.to) * bytes,
+            bytes: u64::from(run.count) * bytes,
+        }));
+        stream.copy(&step.from.memory, &step.to.memory, &pieces)?;
     }
     Ok(())
 }
@@ -229,13 +208,8 @@ impl Direction {
     }
 }
 
-fn streams(plan: &Plan, direction: Direction) -> Vec<Arc<dyn CopyStream>> {
-    let mut streams: Vec<Arc<dyn CopyStream>> = Vec::new();
+fn use_streams(plan: &Plan, direction: Direction, queueing: &mut Queueing<'_>) {
     for group in &plan.groups {
-        let its = direction.stream(&group.slab);
-        if !streams.iter().any(|other| Arc::ptr_eq(other, its)) {
-            streams.push(Arc::clone(its));
-        }
+        queueing.on(direction.stream(&group.slab));
     }
-    streams
 }

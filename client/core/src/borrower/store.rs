@@ -209,14 +209,17 @@ impl Core {
         known
     }
 
-    /// Waits for an op's copies, makes what they wrote readable, and publishes it. Whoever comes first does it; for
-    /// others there is nothing left to do. Returns blocks kept and blocks lost.
+    /// Waits until an op's copies are known to be over, makes what they wrote readable, and publishes it. Whoever comes
+    /// first does it, and others are told how that went. Returns blocks kept and blocks lost.
     pub(super) fn settle(self: &Arc<Self>, op: &Arc<Op>) -> (u32, u32) {
         let copied = op.wait().is_ok() && !op.is_poisoned();
         let (mut kept, mut lost) = (0, 0);
         let mut ready = Vec::new();
         {
             let mut state = self.state.lock();
+            if let Some(settled) = op.settled.get() {
+                return *settled;
+            }
             let writes = std::mem::take(&mut *op.writes.lock());
             for id in writes {
                 if copied && state.blocks.get(id).place.is_some() {
@@ -234,6 +237,8 @@ impl Core {
                 state.blocks.unpin(id);
                 lost += 1;
             }
+            // Under the state's lock, so nobody else was here meanwhile.
+            let _ = op.settled.set((kept, lost));
             state.end_op(op);
             if op.purpose == Purpose::Store {
                 state.counts.stored_blocks += u64::from(kept);
@@ -246,7 +251,8 @@ impl Core {
 }
 
 impl Store {
-    /// Waits for the copies to complete and for the blocks to be published.
+    /// Waits until it is known that the copies are over, also of a store that failed half-way, and for the blocks to be
+    /// published.
     pub fn finish(mut self) -> Stored {
         self.ended = true;
         let (kept, lost) = self.core.settle(&self.op);
@@ -256,7 +262,7 @@ impl Store {
         self.stored
     }
 
-    /// Whether the engine's blocks have been read and may change.
+    /// Whether it is known that the engine's blocks have been read, or are not read any more: they may change.
     pub fn is_done(&self) -> bool {
         self.op.is_over()
     }

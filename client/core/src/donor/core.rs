@@ -212,8 +212,10 @@ impl Core {
             Some(stream) => stream,
             None => stream.insert(self.layer.stream(&self.device)?),
         };
-        stream.zero(memory, 0, memory.bytes())?;
-        Ok(stream.record()?.wait()?)
+        let queued = stream.zero(memory, 0, memory.bytes());
+        // What fails may still write, and the slab is another's when it is said to be zero.
+        let done = stream.end().wait();
+        Ok(queued.and(done)?)
     }
 
     fn after_connection(&self, connected: &Connected) {

@@ -11,10 +11,12 @@ use swiftcache_proto::domain::{DeviceUuid, Handle, HandleKind, OpaqueHandle};
 use super::{
     context::{Context, Entered, report},
     driver::{Code, OUT_OF_MEMORY, SUCCESS, sys},
+    lane::Lane,
     route::Route,
+    ticket::Point,
     virtual_range::VirtualRange,
 };
-use crate::{Base, DeviceError, Export, Memory, Result};
+use crate::{Base, DeviceError, Export, Memory, Result, stream::Completion};
 
 /// Plain allocations are multiples of this, so that none shares its pages with a neighbour: a legacy handle opens
 /// whole pages.
@@ -77,7 +79,8 @@ impl Arena {
             allocated(context, code, "cuMemAlloc", bytes)?;
             Self::new(context, address, Kind::Plain, Route::Device)
         };
-        arena.zero(bytes, &entered)?;
+        drop(entered);
+        arena.zero(bytes)?;
         Ok(arena.into_memory(bytes))
     }
 
@@ -210,20 +213,19 @@ impl Arena {
         Memory::new(address, bytes, device, Box::new(self))
     }
 
-    pub(super) fn zero(&self, bytes: u64, entered: &Entered<'_>) -> Result<()> {
+    /// Zeroes the beginning of the range. Nothing writes there any more when it returns, however it went.
+    pub(super) fn zero(&self, bytes: u64) -> Result<()> {
         let context = &self.context;
-        let core = entered.core();
-        let stream = context.create_stream(entered)?;
+        let lane = Lane::create(context)?;
+        let entered = context.enter()?;
         // SAFETY: the range is `bytes` long or more, and nobody else uses it: it was just allocated, or is being lent
-        // or given back.
-        let code = unsafe { (core.set_bytes)(self.address, 0, bytes as usize, stream) };
+        // or given back. It stays until the ticket below is over.
+        let code =
+            unsafe { (entered.core().set_bytes)(self.address, 0, bytes as usize, lane.raw()) };
         let queued = context.check(code, "zeroing memory");
-        // SAFETY: the stream is ours and alive.
-        let code = unsafe { (core.stream_synchronize)(stream) };
-        let done = context.check(code, "zeroing memory");
-        // SAFETY: the stream is ours, and this is its only end.
-        let code = unsafe { (core.stream_destroy)(stream) };
-        report(&context.driver, code, "destroying a stream", &context.uuid);
+        let mark = lane.mark(&entered).ok();
+        drop(entered);
+        let done = Point::new(&lane, 1, mark).wait();
         queued.and(done)
     }
 
@@ -347,7 +349,10 @@ impl Drop for Arena {
                 Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
                 Kind::Virtual(range) => (range.unmap(&self.context, &entered), "cuMemUnmap"),
                 Kind::Adopted => return,
-                Kind::Lent(bytes) => return self.zero_returned(*bytes, &entered),
+                Kind::Lent(bytes) => {
+                    drop(entered);
+                    return self.zero_returned(*bytes);
+                }
             }
         };
         report(&self.context.driver, code, operation, &self.context.uuid);

@@ -5,17 +5,26 @@ use std::{
     ffi::{c_int, c_uint},
     ops::Deref,
     sync::{Arc, OnceLock},
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use swiftcache_proto::domain::DeviceUuid;
 
 use super::{
-    driver::{Calls, Code, Driver, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
-    gather::GatherKernel,
+    driver::{Calls, Code, Driver, FATAL, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
+    gather::{GatherKernel, Ring},
     route::Route,
 };
-use crate::Result;
+use crate::{DeviceError, Result, Ticket};
+
+/// How long after a context is known to be dead nothing that was queued in it counts as over. CUDA says that later work
+/// fails. It does not say that copies which another engine of the GPU had begun have stopped by then.
+const LAST_COPIES: Duration = Duration::from_secs(1);
+
+/// When to try the gather kernel again that the driver would not take: twice as late each time.
+const FIRST_KERNEL_PAUSE: Duration = Duration::from_secs(1);
+const LAST_KERNEL_PAUSE: Duration = Duration::from_secs(600);
 
 /// A GPU's primary context, retained until this is dropped.
 pub(super) struct Context {
@@ -29,7 +38,13 @@ pub(super) struct Context {
     events: Mutex<Vec<usize>>,
     /// GPUs whose memory kernels of this context may touch.
     peers: Mutex<Vec<(sys::CUdevice, Route)>>,
-    kernel: OnceLock<Option<GatherKernel>>,
+    kernel: OnceLock<GatherKernel>,
+    /// When to try the kernel again that the driver would not take, and how long that pause is.
+    kernel_after: Mutex<Option<(Instant, Duration)>>,
+    /// Why no work is done in it any more, and since when that is known.
+    dead: OnceLock<(DeviceError, Instant)>,
+    /// Streams that were dropped before their copies were known to be over.
+    left: Mutex<Vec<Left>>,
 }
 
 impl std::fmt::Debug for Context {
@@ -60,23 +75,79 @@ impl Context {
             events: Mutex::default(),
             peers: Mutex::default(),
             kernel: OnceLock::new(),
+            kernel_after: Mutex::default(),
+            dead: OnceLock::new(),
+            left: Mutex::default(),
         }))
     }
 
     /// Makes the context current on this thread until the guard is dropped, and then what was current before: the
     /// thread is an engine's, which must not notice.
     pub(super) fn enter(&self) -> Result<Entered<'_>> {
+        self.try_enter()
+            .map_err(|(code, operation)| self.driver.error(code, operation, &self.uuid))
+    }
+
+    /// As [`enter`](Self::enter), with the driver's code and what it was the answer to.
+    pub(super) fn try_enter(&self) -> std::result::Result<Entered<'_>, (Code, &'static str)> {
         let relaxed = self.driver.calls();
-        let calls = relaxed.map_err(|code| {
-            (self.driver).error(code, "relaxing the thread's capture mode", &self.uuid)
-        })?;
+        let calls = relaxed.map_err(|code| (code, "relaxing the thread's capture mode"))?;
         // SAFETY: the context is retained as long as `self` lives.
-        let code = unsafe { (calls.core().context_push)(self.raw as sys::CUcontext) };
-        self.check(code, "making the context current")?;
-        Ok(Entered {
-            context: self,
-            calls,
-        })
+        match unsafe { (calls.core().context_push)(self.raw as sys::CUcontext) } {
+            SUCCESS => Ok(Entered {
+                context: self,
+                calls,
+            }),
+            code => Err((code, "making the context current")),
+        }
+    }
+
+    /// Why nothing that was queued in it is done any more, once that is known.
+    pub(super) fn death(&self) -> Option<DeviceError> {
+        let (error, since) = self.dead.get()?;
+        (since.elapsed() >= LAST_COPIES).then(|| error.clone())
+    }
+
+    /// A call was answered with `code`. If that is what dead contexts answer, and another call is answered like that too,
+    /// then it is dead: one call alone may have failed for itself.
+    pub(super) fn suspect(&self, code: Code) {
+        if self.dead.get().is_some() || !FATAL.contains(&code) || !FATAL.contains(&self.probe()) {
+            return;
+        }
+        let problem = self.driver.describe(code);
+        tracing::error!(device = %self.uuid, problem, "the CUDA context of this process is lost: restart the process");
+        let error = DeviceError::Failed {
+            operation: "copying",
+            device: self.uuid.clone(),
+            problem: format!("{problem}; the process has lost its CUDA context: restart it"),
+        };
+        // Another thread may have found out as well.
+        let _ = self.dead.set((error, Instant::now()));
+    }
+
+    /// What a call that cannot fail for itself is answered.
+    fn probe(&self) -> Code {
+        let entered = match self.try_enter() {
+            Ok(entered) => entered,
+            Err((code, _)) => return code,
+        };
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is current; two numbers are written, to two of ours.
+        unsafe { (entered.core().memory_info)(&raw mut free, &raw mut total) }
+    }
+
+    /// Keeps what a stream's copies need, until they are known to be over.
+    pub(super) fn leave(&self, left: Left) {
+        self.left.lock().push(left);
+    }
+
+    /// Lets go of what was left and is over by now.
+    pub(super) fn look_after_left(&self) {
+        let over: Vec<Left> = (self.left.lock())
+            .extract_if(.., |left| left.end.is_over())
+            .collect();
+        // Freeing takes its time, and may bring further streams here.
+        drop(over);
     }
 
     /// Fails unless `code` is success.
@@ -84,16 +155,29 @@ impl Context {
         self.driver.check(code, operation, &self.uuid)
     }
 
-    /// The gather kernel, compiled on first use; none where the driver will not have it.
+    /// The gather kernel, compiled on first use. None while the driver will not have it, which may be for a moment only.
     pub(super) fn kernel(&self, entered: &Entered<'_>) -> Option<&GatherKernel> {
-        let load = || match GatherKernel::load(self, entered) {
-            Ok(kernel) => Some(kernel),
+        if let Some(kernel) = self.kernel.get() {
+            return Some(kernel);
+        }
+        let mut after = self.kernel_after.lock();
+        if after.is_some_and(|(after, _)| Instant::now() < after) {
+            return None;
+        }
+        match GatherKernel::load(self, entered) {
+            Ok(kernel) => Some(self.kernel.get_or_init(|| kernel)),
             Err(error) => {
-                tracing::warn!(device = %self.uuid, %error, "no gather kernel: small pieces are copied one by one");
+                let pause = after.map_or(FIRST_KERNEL_PAUSE, |(_, pause)| {
+                    LAST_KERNEL_PAUSE.min(2 * pause)
+                });
+                tracing::warn!(
+                    device = %self.uuid, %error, ?pause,
+                    "no gather kernel: small pieces are copied one by one until it is tried again"
+                );
+                *after = Some((Instant::now() + pause, pause));
                 None
             }
-        };
-        self.kernel.get_or_init(load).as_ref()
+        }
     }
 
     /// Lets kernels of this context touch memory of `peer`, and says how far it is. None where there is no peer access.
@@ -149,8 +233,25 @@ impl Context {
         Ok(raw)
     }
 
-    /// An event for one ticket.
-    pub(super) fn event(self: &Arc<Self>, entered: &Entered<'_>) -> Result<Event> {
+    /// Marks the end of what was queued on a stream so far.
+    pub(super) fn mark(
+        self: &Arc<Self>,
+        stream: sys::CUstream,
+        entered: &Entered<'_>,
+    ) -> Result<Event> {
+        let event = self.event(entered)?;
+        // SAFETY: event and stream are alive and of the current context.
+        let code = unsafe { (entered.core().event_record)(event.raw(), stream) };
+        match self.check(code, "recording a ticket") {
+            Ok(()) => Ok(event),
+            Err(error) => {
+                event.destroy(entered);
+                Err(error)
+            }
+        }
+    }
+
+    fn event(self: &Arc<Self>, entered: &Entered<'_>) -> Result<Event> {
         let pooled = self.events.lock().pop();
         let raw = match pooled {
             Some(raw) => raw,
@@ -240,6 +341,14 @@ impl Drop for Entered<'_> {
     }
 }
 
+/// What a stream left behind when it was dropped.
+pub(super) struct Left {
+    /// Keeps the driver's stream, and what is mapped for its copies.
+    pub(super) end: Ticket,
+    /// The descriptors that its launches read.
+    pub(super) _ring: Ring,
+}
+
 /// An event of the pool. Going back is safe at any time: waits capture an event's state when they are queued.
 pub(super) struct Event {
     pub(super) context: Arc<Context>,
@@ -251,11 +360,26 @@ impl Event {
     pub(super) fn raw(&self) -> sys::CUevent {
         self.raw as sys::CUevent
     }
+
+    /// Ends it, for one that the driver had trouble with: the next ticket shall have another.
+    pub(super) fn destroy(mut self, entered: &Entered<'_>) {
+        let raw = std::mem::take(&mut self.raw) as sys::CUevent;
+        // SAFETY: created in this context and destroyed once; waits have captured its state.
+        let code = unsafe { (entered.core().event_destroy)(raw) };
+        report(
+            &self.context.driver,
+            code,
+            "destroying an event",
+            &self.context.uuid,
+        );
+    }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        self.context.events.lock().push(self.raw);
+        if self.raw != 0 {
+            self.context.events.lock().push(self.raw);
+        }
     }
 }
 

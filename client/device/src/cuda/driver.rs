@@ -36,6 +36,27 @@ pub(super) const NOT_READY: Code = sys::CUresult::CUDA_ERROR_NOT_READY as Code;
 pub(super) const PEER_ACCESS_ALREADY_ENABLED: Code =
     sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED as Code;
 
+/// Codes that end a context, as far as CUDA's documentation of `CUresult` says so. Of most it says: "This leaves the
+/// process in an inconsistent state and any further CUDA work will return the same error. To continue using CUDA, the
+/// process must be terminated and relaunched." Of a failed assertion: "The context cannot be used anymore". Of the first
+/// two it says that hardware has lost bytes; drivers end the context then. None is believed before a second call has
+/// answered with one of them too: see `Context::suspect`.
+pub(super) const FATAL: [Code; 13] = [
+    sys::CUresult::CUDA_ERROR_ECC_UNCORRECTABLE as Code,
+    sys::CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE as Code,
+    sys::CUresult::CUDA_ERROR_CONTAINED as Code,
+    sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS as Code,
+    sys::CUresult::CUDA_ERROR_LAUNCH_TIMEOUT as Code,
+    sys::CUresult::CUDA_ERROR_ASSERT as Code,
+    sys::CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR as Code,
+    sys::CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION as Code,
+    sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS as Code,
+    sys::CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE as Code,
+    sys::CUresult::CUDA_ERROR_INVALID_PC as Code,
+    sys::CUresult::CUDA_ERROR_LAUNCH_FAILED as Code,
+    sys::CUresult::CUDA_ERROR_TENSOR_MEMORY_LEAK as Code,
+];
+
 /// Declares a table of entry points and how to look it up.
 macro_rules! entry_points {
     ($(#[$doc:meta])* $table:ident { $($(#[$note:meta])* $name:ident = $symbol:literal ($($argument:ty),*);)* }) => {
@@ -96,8 +117,6 @@ entry_points! {
         thread_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut c_uint);
         stream_create = "cuStreamCreateWithPriority" (*mut CUstream, c_uint, c_int);
         stream_destroy = "cuStreamDestroy_v2" (CUstream);
-        stream_synchronize = "cuStreamSynchronize" (CUstream);
-        #[expect(dead_code, reason = "asked of a stream that had an error, which comes next")]
         stream_query = "cuStreamQuery" (CUstream);
         stream_wait = "cuStreamWaitEvent" (CUstream, CUevent, c_uint);
         event_create = "cuEventCreate" (*mut CUevent, c_uint);
@@ -194,7 +213,7 @@ impl std::fmt::Debug for Driver {
 /// An engine may be capturing a graph, on this thread or on another one. In the mode that captures are begun in by
 /// default, as vLLM does, a call of any thread that might wait or allocate is refused *and* makes the capture fail, unless
 /// that thread's own mode is relaxed. So it is relaxed as long as this lives, and what it was before afterwards: the thread
-/// is an engine's. What that does not permit is work on a stream that is itself captured: see `CudaStream::check_uncaptured`.
+/// is an engine's. What that does not permit is work on a stream that is itself captured: see `Lane::check_uncaptured`.
 pub(super) struct Calls<'a> {
     driver: &'a Driver,
     before: c_uint,

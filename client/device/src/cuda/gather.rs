@@ -327,11 +327,13 @@ impl Ring {
             return Ok(segment.used);
         }
         if let Some(full) = self.current.take() {
-            let event = self.context.event(entered)?;
-            // SAFETY: event and stream are alive and of this context.
-            let code = unsafe { (entered.core().event_record)(event.raw(), stream) };
-            self.context.check(code, "marking the ring's position")?;
-            self.busy.push_back((event, full));
+            match self.context.mark(stream, entered) {
+                Ok(event) => self.busy.push_back((event, full)),
+                Err(error) => {
+                    self.current = Some(full);
+                    return Err(error);
+                }
+            }
         }
         let segment = match self.reusable(entered)? {
             Some(segment) => segment,
@@ -378,7 +380,7 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// The stream's drop waited for its launches.
+    /// Its launches are known to be over: whoever drops a stream sees to that.
     fn drop(&mut self) {
         let Ok(entered) = self.context.enter() else {
             return;

@@ -1,11 +1,16 @@
 //! Parts of an engine's pool that other processes are given.
 
+use std::time::Duration;
+
 use super::{
     arena::{Arena, Kind},
-    context::Entered,
     route::Route,
 };
 use crate::{DeviceError, Memory, Result};
+
+/// How long to wait before memory that comes back is zeroed again, and the longest such pause: twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(512);
 
 impl Arena {
     /// Lends a range of adopted memory. Its export opens the whole allocation that it lies in, and `base` says where.
@@ -29,16 +34,23 @@ impl Arena {
         // Asked of the driver before any byte is given up: it refuses some kinds of memory.
         pool.export()?;
         let lent = Self::new(&pool.context, address, Kind::Lent(bytes), Route::Device);
-        lent.zero(bytes, &pool.context.enter()?)?;
+        lent.zero(bytes)?;
         let lent = lent.into_memory(bytes);
         lent.keep(Box::new(memory.clone()));
         Ok(lent)
     }
 
-    /// The engine's kernels multiply what they mask, so what a borrower left there must not be a NaN.
-    pub(super) fn zero_returned(&self, bytes: u64, entered: &Entered<'_>) {
-        if let Err(error) = self.zero(bytes, entered) {
-            tracing::error!(%error, "lent memory comes back with what borrowers left in it");
+    /// The engine's kernels multiply what they mask, so what a borrower left there must not be a NaN. A driver that fails
+    /// for a moment is asked again.
+    pub(super) fn zero_returned(&self, bytes: u64) {
+        let mut pause = FIRST_PAUSE;
+        while let Err(error) = self.zero(bytes) {
+            if pause > LAST_PAUSE || self.context.death().is_some() {
+                tracing::error!(%error, "lent memory comes back with what borrowers left in it");
+                return;
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
         }
     }
 }

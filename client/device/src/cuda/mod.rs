@@ -9,6 +9,7 @@ mod batch;
 mod context;
 mod driver;
 mod gather;
+mod lane;
 mod lent;
 mod route;
 mod stream;

@@ -1,6 +1,12 @@
 //! Streams of the driver, our own and an engine's: copies, tickets, and what they keep mapped.
 
-use std::{any::Any, ffi::c_uint, sync::Arc};
+use std::{
+    any::Any,
+    ffi::c_uint,
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use swiftcache_proto::domain::DeviceUuid;
@@ -8,11 +14,12 @@ use swiftcache_proto::domain::DeviceUuid;
 use super::{
     arena::Arena,
     batch::BatchLists,
-    context::{Context, Entered, report},
+    context::{Context, Entered, Left},
     driver::sys,
     gather::{GatherKernel, Ring},
+    lane::Lane,
     route::Route,
-    ticket::{Holds, Point},
+    ticket::Point,
 };
 use crate::{CopyStream, DeviceError, Memory, Part, Piece, Result, Ticket, stream::check_pieces};
 
@@ -31,16 +38,15 @@ pub enum Method {
     KernelOn(u32),
 }
 
-/// A stream of the driver. Dropping it waits for its copies.
+/// How long dropping a stream waits for its copies.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A stream of the driver. Dropping it waits for its copies, for a moment. What they need stays mapped after that until they
+/// are known to be over, which is looked at when another stream of the device is made or dropped.
 pub(super) struct CudaStream {
-    context: Arc<Context>,
-    /// A `CUstream`.
-    raw: usize,
-    /// Whether we created it.
-    own: bool,
+    lane: Arc<Lane>,
     method: Method,
     state: Mutex<State>,
-    holds: Arc<Holds>,
 }
 
 struct State {
@@ -48,106 +54,78 @@ struct State {
     latest: u64,
     ring: Ring,
     lists: BatchLists,
-    /// The first failure: everything later fails with it.
-    failed: Option<DeviceError>,
 }
 
 impl std::fmt::Debug for CudaStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CudaStream({}, own: {})", self.context.uuid, self.own)
+        write!(f, "CudaStream({:?})", self.lane)
     }
 }
 
 impl CudaStream {
     /// Creates a stream.
     pub(super) fn create(context: &Arc<Context>, method: Method) -> Result<Self> {
-        let entered = context.enter()?;
-        let raw = context.create_stream(&entered)?;
-        drop(entered);
-        Ok(Self::wrap(context, raw as usize, true, method))
+        context.look_after_left();
+        Ok(Self::over(Lane::create(context)?, method))
     }
 
     /// Wraps an engine's stream.
     pub(super) fn adopt(context: &Arc<Context>, raw: usize) -> Self {
-        Self::wrap(context, raw, false, Method::Pick)
+        Self::over(Lane::adopt(context, raw), Method::Pick)
     }
 
-    fn wrap(context: &Arc<Context>, raw: usize, own: bool, method: Method) -> Self {
+    fn over(lane: Arc<Lane>, method: Method) -> Self {
         let state = State {
             latest: 0,
-            ring: Ring::new(Arc::clone(context)),
+            ring: Ring::new(Arc::clone(&lane.context)),
             lists: BatchLists::default(),
-            failed: None,
         };
         Self {
-            context: Arc::clone(context),
-            raw,
-            own,
+            lane,
             method,
             state: Mutex::new(state),
-            holds: Arc::default(),
         }
     }
 
-    /// Fails while an engine captures this stream into a graph. What were queued then would become part of the graph: a
-    /// mark would never be reached, a stream that waits for it would be captured too, and waiting for a ticket, which is
-    /// no part of it, would make the engine's capture fail. So nothing is queued, and the stream is as good as before.
-    /// Our own streams are never captured: nobody else has them, and no ticket is part of a graph.
-    fn check_uncaptured(&self, entered: &Entered<'_>) -> Result<()> {
-        const UNCAPTURED: c_uint =
-            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_uint;
-        if self.own {
-            return Ok(());
-        }
-        let mut status = UNCAPTURED;
-        // SAFETY: the stream is alive; one status is written, to one of ours.
-        let code = unsafe { (entered.core().stream_capturing)(self.raw(), &raw mut status) };
-        entered.check(code, "asking whether a stream is captured")?;
-        match status {
-            UNCAPTURED => Ok(()),
-            _ => Err(DeviceError::Failed {
-                operation: "using an engine's stream",
-                device: self.context.uuid.clone(),
-                problem: "it is being captured into a CUDA graph, whose work runs when the graph is launched: \
-                          mark it and have it wait before or after the launch, and not while it is captured"
-                    .to_owned(),
-            }),
-        }
+    fn context(&self) -> &Context {
+        &self.lane.context
     }
 
     fn raw(&self) -> sys::CUstream {
-        self.raw as sys::CUstream
+        self.lane.raw()
     }
 
-    /// Queues work that needs `memories`; a failure is remembered.
+    /// Queues work that needs `memories`. A driver that refuses may have queued some of it: it counts as queued.
     fn queue<'a>(
         &self,
         memories: impl IntoIterator<Item = &'a Memory>,
         work: impl FnOnce(&mut State, &Entered<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut state = self.state.lock();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
-        }
-        let entered = self.context.enter()?;
-        self.check_uncaptured(&entered)?;
+        let entered = self.context().enter()?;
+        self.lane.check_uncaptured(&entered)?;
         state.latest += 1;
         for memory in memories {
-            self.holds.keep(memory, state.latest);
+            self.lane.keep(memory, state.latest);
         }
-        let result = work(&mut state, &entered);
-        if let Err(error) = &result {
-            state.failed = Some(error.clone());
-        }
-        result
+        work(&mut state, &entered)
+    }
+
+    /// A ticket for everything queued so far, whose mark may be missing.
+    fn end_of(&self, state: &State) -> Ticket {
+        let mark = self
+            .context()
+            .enter()
+            .and_then(|entered| self.lane.mark(&entered));
+        Ticket(Arc::new(Point::new(&self.lane, state.latest, mark.ok())))
     }
 
     /// The slowest way to these, if kernels of this stream may touch them all.
     fn reaches<'a>(&self, memories: impl IntoIterator<Item = &'a Memory>) -> Result<Option<Route>> {
-        let entered = self.context.enter()?;
+        let entered = self.context().enter()?;
         let mut slowest = Some(Route::Device);
         for memory in memories {
-            let route = Arena::of(memory)?.reachable_from(&self.context, &entered)?;
+            let route = Arena::of(memory)?.reachable_from(self.context(), &entered)?;
             slowest = slowest.zip(route).map(|(one, other)| one.max(other));
         }
         Ok(slowest)
@@ -155,7 +133,7 @@ impl CudaStream {
 
     /// Whether many pieces are one call. The default stream, an engine's, takes no batches.
     fn takes_batches(&self) -> bool {
-        self.raw != 0 && self.context.driver.has_batches()
+        !self.lane.is_default() && self.context().driver.has_batches()
     }
 
     /// The kernel, if these pieces should go through it.
@@ -174,7 +152,7 @@ impl CudaStream {
                 pieces.len() > 1 && bytes / (pieces.len() as u64) < below
             }
         };
-        wanted.then(|| self.context.kernel(entered)).flatten()
+        wanted.then(|| self.context().kernel(entered)).flatten()
     }
 
     fn copy_each(
@@ -193,7 +171,7 @@ impl CudaStream {
                 let copy = entered.core().copy;
                 copy(target, source, piece.bytes as usize, self.raw())
             };
-            self.context.check(code, "copying")?;
+            self.context().check(code, "copying")?;
         }
         Ok(())
     }
@@ -205,31 +183,25 @@ impl CudaStream {
             (address, local)
         };
         let mut state = self.state.lock();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
-        }
-        let entered = self.context.enter()?;
-        self.check_uncaptured(&entered)?;
-        let core = entered.core();
+        let entered = self.context().enter()?;
+        self.lane.check_uncaptured(&entered)?;
+        state.latest += 1;
         // SAFETY: the caller checked the device's range, keeps it mapped, and lends the local one; both outlast
-        // the wait below.
-        let code = unsafe { (core.copy)(target, source, bytes, self.raw()) };
-        let queued = self.context.check(code, "copying");
-        // SAFETY: the stream is alive.
-        let code = unsafe { (core.stream_synchronize)(self.raw()) };
-        let result = queued.and(self.context.check(code, "copying"));
-        if let Err(error) = &result {
-            state.failed = Some(error.clone());
-        } else {
-            self.holds.release(state.latest);
-        }
-        result
+        // the wait below, which ends when nothing queued here can touch them any more.
+        let code = unsafe { (entered.core().copy)(target, source, bytes, self.raw()) };
+        let queued = self.context().check(code, "copying");
+        drop(entered);
+        let end = self.end_of(&state);
+        // Others need not wait for that.
+        drop(state);
+        let done = end.wait();
+        queued.and(done)
     }
 }
 
 impl CopyStream for CudaStream {
     fn device(&self) -> &DeviceUuid {
-        &self.context.uuid
+        &self.context().uuid
     }
 
     fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()> {
@@ -271,7 +243,7 @@ impl CopyStream for CudaStream {
             }
             let batching = entered.batching();
             let code = state.lists.queue(batching, self.raw(), parts, pieces)?;
-            self.context.check(code, "copying a batch")
+            self.context().check(code, "copying a batch")
         })
     }
 
@@ -285,26 +257,19 @@ impl CopyStream for CudaStream {
             let set_bytes = entered.core().set_bytes;
             // SAFETY: the range was just checked, and the holds keep it mapped until an event behind this is over.
             let code = unsafe { set_bytes(address, 0, bytes as usize, self.raw()) };
-            self.context.check(code, "zeroing")
+            self.context().check(code, "zeroing")
         })
     }
 
     fn record(&self) -> Result<Ticket> {
-        let mut state = self.state.lock();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
-        }
-        let entered = self.context.enter()?;
-        self.check_uncaptured(&entered)?;
-        let event = self.context.event(&entered)?;
-        // SAFETY: event and stream are alive and of the current context.
-        let code = unsafe { (entered.core().event_record)(event.raw(), self.raw()) };
-        if let Err(error) = self.context.check(code, "recording a ticket") {
-            state.failed = Some(error.clone());
-            return Err(error);
-        }
-        let point = Point::new(event, Arc::clone(&self.holds), state.latest);
+        let state = self.state.lock();
+        let mark = self.lane.mark(&self.context().enter()?)?;
+        let point = Point::new(&self.lane, state.latest, Some(mark));
         Ok(Ticket(Arc::new(point)))
+    }
+
+    fn end(&self) -> Ticket {
+        self.end_of(&self.state.lock())
     }
 
     fn wait_for(&self, ticket: &Ticket) -> Result<()> {
@@ -313,18 +278,20 @@ impl CopyStream for CudaStream {
             .downcast_ref::<Point>()
             .ok_or_else(|| DeviceError::Failed {
                 operation: "waiting for a ticket",
-                device: self.context.uuid.clone(),
+                device: self.context().uuid.clone(),
                 problem: "it belongs to another backend; open one layer per process".to_owned(),
             })?;
         self.queue([], |_, entered| {
-            if let Some(outcome) = point.outcome() {
+            if let Some(outcome) = point.noticed() {
                 return outcome;
             }
             let flags: c_uint = 0;
             let wait = entered.core().stream_wait;
-            // SAFETY: stream and event are alive, and the driver captures the event's state before it returns.
-            let code = unsafe { wait(self.raw(), point.event(), flags) };
-            self.context.check(code, "waiting for a ticket")
+            point.with_mark(entered, |mark| {
+                // SAFETY: stream and event are alive, and the driver captures the event's state before it returns.
+                let code = unsafe { wait(self.raw(), mark, flags) };
+                self.context().check(code, "waiting for a ticket")
+            })
         })
     }
 
@@ -343,32 +310,28 @@ impl CopyStream for CudaStream {
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        let idle = self.holds.is_empty();
-        let Ok(entered) = self.context.enter() else {
+        if self.lane.is_over() {
             return;
-        };
-        let core = entered.core();
-        if !idle {
-            // Copies in flight end before anything is unmapped.
-            // SAFETY: the stream is alive.
-            let code = unsafe { (core.stream_synchronize)(self.raw as sys::CUstream) };
-            report(
-                &self.context.driver,
-                code,
-                "draining a stream",
-                &self.context.uuid,
-            );
-            self.holds.release(u64::MAX);
         }
-        if self.own {
-            // SAFETY: our own stream, ended once.
-            let code = unsafe { (core.stream_destroy)(self.raw as sys::CUstream) };
-            report(
-                &self.context.driver,
-                code,
-                "destroying a stream",
-                &self.context.uuid,
+        let end = self.end();
+        if end.wait_until(Instant::now() + LINGER).is_none() {
+            tracing::warn!(
+                device = %self.context().uuid,
+                "a stream is dropped while it copies: what it copies stays mapped until that is known to be over"
             );
+            let context = Arc::clone(&self.lane.context);
+            let ring = mem::replace(
+                &mut self.state.get_mut().ring,
+                Ring::new(Arc::clone(&context)),
+            );
+            let left = Left { end, _ring: ring };
+            if self.lane.is_own() {
+                context.leave(left);
+            } else {
+                // The engine's stream goes its own way: nobody can ask it later.
+                mem::forget(left);
+            }
         }
+        self.context().look_after_left();
     }
 }

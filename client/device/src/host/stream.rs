@@ -22,7 +22,8 @@ use crate::{
     stream::{Completion, check_pieces},
 };
 
-/// A stream of the host backend. When the last handle to it goes, its thread finishes what is queued and ends.
+/// A stream of the host backend. When the last handle to it goes, its thread finishes what is queued and ends. Nothing is
+/// queued by a call that fails. Copies fail only when the device is lost, which is for good.
 #[derive(Debug)]
 pub(super) struct HostStream {
     device: DeviceUuid,
@@ -110,11 +111,9 @@ struct Point {
 }
 
 impl Completion for Point {
-    fn is_done(&self) -> Result<bool> {
-        if self.progress.done.load(Ordering::Acquire) < self.number {
-            return Ok(false);
-        }
-        self.progress.outcome(self.number).map(|()| true)
+    fn outcome(&self) -> Option<Result<()>> {
+        let over = self.progress.done.load(Ordering::Acquire) >= self.number;
+        over.then(|| self.progress.outcome(self.number))
     }
 
     fn wait(&self) -> Result<()> {
@@ -202,22 +201,31 @@ impl CopyStream for HostStream {
     }
 
     fn record(&self) -> Result<Ticket> {
+        Ok(self.end())
+    }
+
+    fn end(&self) -> Ticket {
         let number = self.queue.backlog.lock().latest;
-        Ok(Ticket(Arc::new(Point {
+        Ticket(Arc::new(Point {
             progress: Arc::clone(&self.progress),
             number,
-        })))
+        }))
     }
 
     fn wait_for(&self, ticket: &Ticket) -> Result<()> {
-        self.push(Work::Wait(ticket.clone()), &[]);
-        Ok(())
+        match ticket.outcome() {
+            Some(outcome) => outcome,
+            None => {
+                self.push(Work::Wait(ticket.clone()), &[]);
+                Ok(())
+            }
+        }
     }
 
     fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<()> {
         Arena::of(memory)?;
         let address = memory.at(offset, bytes.len() as u64)?;
-        self.record()?.wait()?;
+        self.end().wait()?;
         // SAFETY: `at` checked the range, `memory` keeps it mapped during the call, and `bytes` is an ordinary
         // slice, so the two do not overlap.
         unsafe {
@@ -229,7 +237,7 @@ impl CopyStream for HostStream {
     fn read(&self, memory: &Memory, offset: u64, bytes: &mut [u8]) -> Result<()> {
         Arena::of(memory)?;
         let address = memory.at(offset, bytes.len() as u64)?;
-        self.record()?.wait()?;
+        self.end().wait()?;
         // SAFETY: as in `write`. Another process may write these bytes meanwhile; they are plain bytes, and
         // whoever reads them waits for the writer's ticket or throws the result away.
         unsafe {
@@ -321,7 +329,7 @@ impl Worker {
                 unsafe { std::ptr::write_bytes(address as *mut u8, 0, *bytes as usize) };
             }
             Work::Wait(ticket) => {
-                let already = ticket.is_done()?;
+                let already = ticket.is_over();
                 ticket.wait()?;
                 if !already && self.pace.is_some() {
                     self.ready = Some(Instant::now());

@@ -57,7 +57,9 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
         compute_stream.wait_for(&fetched)?;
         let all = compute_stream.record()?;
         all.wait()?;
-        ensure!(computed.is_done()? && written_back.is_done()? && fetched.is_done()?);
+        for ticket in [&computed, &written_back, &fetched] {
+            ensure!(matches!(ticket.outcome(), Some(Ok(()))));
+        }
         let mut found = vec![0; SIZE as usize];
         compute_stream.read(&pool, 0, &mut found)?;
         pattern::expect(&found, &vec![byte; SIZE as usize])?;
