@@ -8,8 +8,8 @@ mod arguments;
 mod cache;
 mod connection;
 mod failure;
-mod lending;
 mod load;
+mod loans;
 mod pool;
 mod promised;
 mod stats;
@@ -29,6 +29,7 @@ mod _native {
         cache::{Cache, Mark},
         connection::Connection,
         load::Load,
+        loans::Loans,
         store::Store,
     };
 

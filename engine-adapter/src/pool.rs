@@ -10,7 +10,7 @@ use swiftcache_proto::domain::DeviceUuid;
 
 use crate::{
     failure::{Failure, Result},
-    promised::{Blocks, EngineMemory, UnusedRange},
+    promised::{Blocks, EngineMemory, Lendable, UnusedRange},
 };
 
 /// A pool as the engine described it: the memory of each layer, and where its blocks are there.
@@ -49,20 +49,16 @@ impl Pool {
         Ok(Self { layers, blocks })
     }
 
-    /// Checks that ranges lie in its memories.
-    pub(crate) fn check_ranges(&self, ranges: &[UnusedRange]) -> Result<()> {
-        for (number, range) in ranges.iter().enumerate() {
-            if !self.memories().any(|memory| memory.holds(range)) {
+    /// Ranges of it that are to be lent, if all of them lie in its memories.
+    pub(crate) fn lendable(&self, ranges: &[UnusedRange]) -> Result<Vec<Lendable>> {
+        let lendable = |(number, range): (usize, &UnusedRange)| {
+            let mut found = (self.layers.iter()).filter_map(|(memory, _)| memory.part(*range));
+            found.next().ok_or_else(|| {
                 let problem = format!("{range} are no part of the pool");
-                return Err(Failure::argument(format!("ranges[{number}]"), problem));
-            }
-        }
-        Ok(())
-    }
-
-    /// The memory of each layer.
-    pub(crate) fn memories(&self) -> impl Iterator<Item = &EngineMemory> {
-        self.layers.iter().map(|(memory, _)| memory)
+                Failure::argument(format!("ranges[{number}]"), problem)
+            })
+        };
+        ranges.iter().enumerate().map(lendable).collect()
     }
 
     /// Adopts its memories; layers in one memory share it.

@@ -14,7 +14,10 @@
 use std::{any::Any, fmt, sync::Arc};
 
 use pyo3::prelude::*;
-use swiftcache_client::device::{self, DeviceLayer, Memory, Ticket, foreign};
+use swiftcache_client::{
+    device::{self, DeviceLayer, Memory, Ticket, foreign},
+    donor::PoolRange,
+};
 use swiftcache_proto::domain::DeviceUuid;
 
 use crate::{arguments, worker::Place};
@@ -63,11 +66,17 @@ impl EngineMemory {
         self.bytes
     }
 
-    /// Whether all of a range lies in it.
-    pub(crate) fn holds(&self, range: &UnusedRange) -> bool {
-        let at = range.address.checked_sub(self.address);
-        let end = at.and_then(|at| at.checked_add(range.bytes));
-        end.is_some_and(|end| end <= self.bytes) && range.bytes > 0
+    /// A range of it, if all of that lies in it.
+    pub(crate) fn part(&self, range: UnusedRange) -> Option<Lendable> {
+        let at = range.address.checked_sub(self.address)?;
+        let end = at.checked_add(range.bytes)?;
+        (end <= self.bytes && range.bytes > 0).then(|| {
+            Lendable(Self {
+                address: range.address,
+                bytes: range.bytes,
+                owner: Arc::clone(&self.owner),
+            })
+        })
     }
 
     /// Has copies reach it.
@@ -97,43 +106,44 @@ impl UnusedRange {
         let range = |(address, bytes)| Self { address, bytes };
         Ok(said.into_iter().map(range).collect())
     }
-
-    pub(crate) fn overlaps(&self, other: &Self) -> bool {
-        let ends = |range: &Self| range.address.saturating_add(range.bytes);
-        self.address < ends(other) && other.address < ends(self)
-    }
-
-    /// Makes it memory that other processes can be given, once `after` is over: the engine's last work that touches it.
-    /// `back` is dropped when the range is the engine's own again. Nothing if no memory of the pool holds the range.
-    pub(crate) fn lend<'a>(
-        &self,
-        mut memories: impl Iterator<Item = &'a EngineMemory>,
-        place: &Place,
-        after: Option<&Ticket>,
-        back: Box<dyn Any + Send + Sync>,
-    ) -> device::Result<Option<Memory>> {
-        let Some(memory) = memories.find(|memory| memory.holds(self)) else {
-            return Ok(None);
-        };
-        if let Some(after) = after {
-            after.wait()?;
-        }
-        let part = EngineMemory {
-            address: self.address,
-            bytes: self.bytes,
-            owner: Arc::clone(&memory.owner),
-        };
-        let (layer, device) = (&*place.layer, &place.device);
-        let pool = part.adopt(layer, device)?;
-        // SAFETY: `Cache.lend` promises that the engine leaves the range alone until `returned_loans` names the loan,
-        // which waits for `back`, and that all it did there is over at `after`.
-        unsafe { foreign::lend_pool(layer, &pool, 0, self.bytes, back) }.map(Some)
-    }
 }
 
 impl fmt::Display for UnusedRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes at {:#x}", self.bytes, self.address)
+    }
+}
+
+/// Such a range of the engine's pool.
+#[derive(Clone, Debug)]
+pub(crate) struct Lendable(EngineMemory);
+
+impl PoolRange for Lendable {
+    fn overlaps(&self, other: &Self) -> bool {
+        let ends = |range: &EngineMemory| range.address.saturating_add(range.bytes);
+        self.0.address < ends(&other.0) && other.0.address < ends(&self.0)
+    }
+
+    fn lend(
+        &self,
+        layer: &dyn DeviceLayer,
+        device: &DeviceUuid,
+        after: Option<&Ticket>,
+        back: Box<dyn Any + Send + Sync>,
+    ) -> swiftcache_client::Result<Memory> {
+        if let Some(after) = after {
+            after.wait()?;
+        }
+        let pool = self.0.adopt(layer, device)?;
+        // SAFETY: `Cache.lend` promises that the engine leaves the range alone until `returned_loans` names the loan,
+        // which waits for `back`, and that all it did there is over at `after`.
+        Ok(unsafe { foreign::lend_pool(layer, &pool, 0, self.0.bytes, back) }?)
+    }
+}
+
+impl fmt::Display for Lendable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes at {:#x}", self.0.bytes, self.0.address)
     }
 }
 

@@ -12,6 +12,7 @@ use swiftcache_client::{
     Error,
     borrower::{Borrower, BorrowerConfig, PagedKv},
     device::{Choice, DeviceLayer, Ticket, open_node},
+    donor::{NotLent, PoolLender},
     session::{Connected, Observer, Session},
 };
 use swiftcache_proto::domain::DeviceUuid;
@@ -19,9 +20,8 @@ use tracing::{info, warn};
 
 use crate::{
     failure::{Failure, Result},
-    lending::Lending,
     pool::Pool,
-    promised::UnusedRange,
+    promised::{Lendable, UnusedRange},
 };
 
 /// The shortest and the longest pause before opening is tried again.
@@ -50,7 +50,7 @@ pub(crate) struct Worker {
     opened: RwLock<Option<Opened>>,
     /// Held while a pool is adopted, so that the last one registered is the one in use.
     adopting: Mutex<()>,
-    pub(crate) lending: Arc<Lending>,
+    pub(crate) lending: Arc<PoolLender<Lendable>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -187,7 +187,12 @@ impl Worker {
     ) -> Result<()> {
         let pool = self.phase.lock().pool.clone();
         let pool = pool.ok_or_else(|| Failure::argument("ranges", "no pool is registered"))?;
-        self.lending.lend(loan, pool, ranges, after)
+        let ranges = pool.lendable(&ranges)?;
+        (self.lending.lend(loan, ranges, after)).map_err(|not_lent| match not_lent {
+            NotLent::Number(_) => Failure::argument("loan", not_lent),
+            NotLent::Lent { index, .. } => Failure::argument(format!("ranges[{index}]"), not_lent),
+            NotLent::Thread(error) => Error::Thread(error).into(),
+        })
     }
 
     /// Stops opening, takes back what is lent, waits for copies, gives leases back and lets go of the pool. Every call
@@ -229,8 +234,9 @@ impl Worker {
                 .and_then(|layer| self.open(session, layer));
             match opened {
                 Ok(opened) => {
-                    let (place, drain) = (Arc::clone(&opened.place), self.settings.lend_drain);
-                    self.lending.open(session.clone(), place, drain);
+                    let (layer, device) = (&opened.place.layer, &opened.place.device);
+                    let drain = self.settings.lend_drain;
+                    (self.lending).open(session.clone(), Arc::clone(layer), device.clone(), drain);
                     return self.install(opened);
                 }
                 Err(error) => {

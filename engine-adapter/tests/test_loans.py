@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import pytest
+import swiftcache
 from swiftcache.engine.lending import LOOK_SECONDS, LOOKS, Decision, Policy, View, terms
-from swiftcache.engine.loans import MARGIN_SECONDS, PAUSE_SECONDS, Loans, Orders
+from swiftcache.engine.loans import PAUSE_SECONDS, Loans, Orders
 from swiftcache.engine.metrics import Tally
 
 BLOCKS = 101
+PATIENCE = 1.5
+"""Borrowers have half a second, and the margin is one."""
 
 
 def agreed(**changed):
@@ -141,7 +144,7 @@ class Bench:
 
     def __init__(self, workers: int = 2, **changed) -> None:
         self.pool, self.clock, self.stats = Pool(), Clock(), Tally()
-        self.loans = Loans(agreed(**changed), self.pool, workers=workers, drain_seconds=0.5, clock=self.clock)
+        self.loans = Loans(agreed(**changed), self.pool, workers=workers, drain_ms=500, clock=self.clock)
 
     def step(self, wanted: int = 0, pressed: bool = False) -> Orders:
         return self.loans.step(lambda: wanted, pressed, self.stats)
@@ -196,7 +199,7 @@ def test_requests_wait_for_blocks_on_their_way_and_not_for_ever() -> None:
     assert not bench.loans.frees_pending()
     asked = bench.step(pressed=True).take_back
     assert len(asked) == 8 and bench.loans.frees_pending() and bench.loans.wants_steps()
-    bench.clock.now = 0.5 + MARGIN_SECONDS
+    bench.clock.now = PATIENCE
     assert bench.loans.frees_pending()
     # A borrower that does not let go: from now on the pool is a smaller one.
     bench.clock.now += 0.001
@@ -226,3 +229,15 @@ def test_a_refusal_ends_lending_and_blocks_come_back() -> None:
     bench.hear(*loans, refused="no such layout")
     bench.clock.now = PAUSE_SECONDS
     assert bench.free == 100 and bench.step().lend == [] and not bench.loans.wants_steps()
+
+
+def test_what_loans_are_told_is_checked() -> None:
+    for wrong in ({"workers": 0, "drain_ms": 1}, {"workers": 2, "drain_ms": -1}):
+        with pytest.raises(ValueError, match="workers|drain_ms"):
+            swiftcache.Loans(**wrong)
+    loans = swiftcache.Loans(workers=2, drain_ms=500)
+    assert loans.patience == PATIENCE
+    with pytest.raises(ValueError, match="now"):
+        loans.ask_back([], -1.0)
+    assert loans.ask_back([7], 0.0) == [] and loans.came_back({7: 2}, 0.0) == [], "there is none"
+    assert loans.out() == ([], [])

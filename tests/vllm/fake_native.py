@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from swiftcache._native import Loans  # noqa: F401  (pure bookkeeping: the real one)
+
 KEY = 16
 published: dict[str, dict[bytes, list[bytes]]] = {}
 calls: list[tuple] = []

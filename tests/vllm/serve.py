@@ -274,10 +274,9 @@ class Engine:
 
     def loans(self) -> dict[str, int]:
         """Runs of the engine's own pool that are lent, and blocks that requests can have."""
-        scheduler = self._side
-        loans = scheduler._loans._loans.values()
-        returning = sum(loan.asked_back is not None for loan in loans)
-        return {"lent": len(loans) - returning, "returning": returning, "free": scheduler._loans._pool.free}
+        loans = self._side._loans
+        lent, returning = loans.out()
+        return {"lent": len(lent), "returning": len(returning), "free": loans.free}
 
     def grab(self) -> None:
         """From now on blocks that are asked back count as back at once, as if nobody had to let go of them first."""
@@ -286,8 +285,7 @@ class Engine:
 
         def impatient(*arguments: Any) -> Any:
             orders = step(*arguments)
-            for number in orders.take_back:
-                loans._ended(loans._loans.pop(number), arguments[-1])
+            loans.heard(dict.fromkeys(orders.take_back, 1), "", arguments[-1])
             return orders
 
         loans.step = impatient

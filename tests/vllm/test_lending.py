@@ -147,4 +147,4 @@ def test_a_pool_that_goes_to_sleep_says_what_is_back(engine, monkeypatch) -> Non
     assert pool.get_num_free_blocks() == 39 - 2, "one run is still out"
     worker.restore_kv_caches()
     hand(scheduler, worker, nothing())
-    assert stuck in worker.worker._loans._out
+    assert scheduler.scheduler._loans.out()[0][0] == stuck

@@ -2,10 +2,11 @@
 
 `Connection` is a process's session with the node's broker. `Cache` is an engine worker's cache: it stores blocks of
 the engine's KV pool in leased HBM and loads them back, layer by layer. Trouble of any kind is a miss, never an error.
+`Loans` keeps what an engine lends of its own pool.
 
 `swiftcache.engine` is what every engine's adapter needs, `swiftcache.vllm` is the adapter for vLLM.
 """
 
-from swiftcache._native import Cache, Connection, Load, Mark, Store, __version__
+from swiftcache._native import Cache, Connection, Load, Loans, Mark, Store, __version__
 
-__all__ = ["Cache", "Connection", "Load", "Mark", "Store", "__version__"]
+__all__ = ["Cache", "Connection", "Load", "Loans", "Mark", "Store", "__version__"]

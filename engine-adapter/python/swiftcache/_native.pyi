@@ -233,6 +233,42 @@ class Load:
         read from them since. The last word; the same at every call."""
 
 @final
+class Loans:
+    """What an engine lends of its own pool, as its scheduler keeps it: a loan is back when it is on every worker.
+
+    The engine gives `Cache.lend` the numbers of these loans on each worker, and `came_back` what `Cache.returned_loans`
+    says there. It has no clock: `now` is the time in seconds since whatever beginning the caller chose.
+    """
+
+    def __init__(self, *, workers: int, drain_ms: int) -> None:
+        """
+        Args:
+            workers: how many have a part of each loan.
+            drain_ms: how long borrowers may take to move away from what is asked back.
+        """
+
+    @property
+    def patience(self) -> float:
+        """How long giving back may take, seconds: `drain_ms`, and a margin for copies under way."""
+
+    def lend(self) -> int:
+        """A new loan. Returns its number, which no other has had."""
+
+    def ask_back(self, loans: Sequence[int], now: float) -> list[int]:
+        """Asks for loans back, and for those of which a part came back unasked. Returns those that the workers are to ask
+        back: each once."""
+
+    def came_back(self, parts: dict[int, int], now: float) -> list[tuple[int, float | None]]:
+        """So many more workers have their part of a loan back. Returns the loans that are over with that, and how long
+        each took since it was asked back, seconds; None for one that came back unasked."""
+
+    def out(self) -> tuple[list[int], list[int]]:
+        """Loans that have not been asked back, and those that have and are not over."""
+
+    def is_awaited(self, now: float) -> bool:
+        """Whether anything is on its way back, and has been for no longer than `patience`."""
+
+@final
 class Mark:
     """A point on an engine's stream.
 

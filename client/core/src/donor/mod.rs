@@ -2,14 +2,17 @@
 //!
 //! * [`Donor`] owns the allocations: one slab, one allocation, one region each, so that giving back is freeing;
 //! * [`Lender`] offers parts of an engine's pool instead, which go on being the engine's;
+//! * [`PoolLender`] keeps a worker's loans of them, [`Loans`] an engine's, which are back when all of its workers' are;
 //! * [`Policy`] decides how much to offer; [`Agent`] follows it.
 
 mod agent;
 mod core;
 mod lender;
+mod loans;
 mod policy;
 #[cfg(test)]
 mod policy_tests;
+mod pool;
 mod region;
 mod withdrawal;
 
@@ -27,7 +30,9 @@ use swiftcache_proto::{
 
 pub use agent::{Agent, AgentConfig, explain};
 pub use lender::Lender;
+pub use loans::{Ended, GIVE_BACK_MARGIN, Loans, Moment};
 pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
+pub use pool::{NotLent, PoolLender, PoolRange};
 
 use self::core::{Core, Source, Task};
 use crate::{

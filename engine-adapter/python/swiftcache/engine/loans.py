@@ -1,7 +1,9 @@
 """Loans of the engine's own blocks, from the scheduler's taking them out of the engine's pool to its putting them back.
 
-The scheduler's half decides and keeps the blocks; the workers' halves lend the bytes of them, each its rank's part.
-Blocks go back to the engine when every worker has said that nobody else can touch its part any more, and not before.
+What state a loan is in is the client's knowledge (`swiftcache._native.Loans` in the scheduler, the cache in a worker).
+Here is which blocks it is of: the scheduler's half takes them out and puts them back, the workers' halves lend the
+bytes of them, each its rank's part. Blocks go back to the engine when every worker has said that nobody else can touch
+its part any more, and not before.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ from swiftcache.engine.quiet import Quiet, logger
 if TYPE_CHECKING:
     from swiftcache._native import Cache, Mark
 
-MARGIN_SECONDS = 1.0
-"""What giving back takes beyond the time that borrowers have to move away: copies under way, and a few messages."""
 PAUSE_SECONDS = 30.0
 """What came back unasked is not lent again before that: an operator's drain, or memory that cannot be exported."""
 
@@ -60,14 +60,6 @@ class Orders:
     """Loans."""
 
 
-@dataclass(slots=True)
-class Loan:
-    run: int
-    asked_back: float | None = None
-    back: int = 0
-    """Workers that have their part back."""
-
-
 class Loans:
     """The scheduler's half."""
 
@@ -77,95 +69,92 @@ class Loans:
         pool: BlockPool,
         *,
         workers: int,
-        drain_seconds: float,
+        drain_ms: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.bound = drain_seconds + MARGIN_SECONDS
-        self._terms, self._pool, self._workers, self._clock = terms, pool, workers, clock
+        """`drain_ms`: how long borrowers may take to move away from what is asked back."""
+        from swiftcache import _native
+
+        self._terms, self._pool, self._clock = terms, pool, clock
         self._policy = Policy(terms)
-        self._loans: dict[int, Loan] = {}
-        self._next = 0
-        self._incomplete: set[int] = set()
-        """Loans of which some worker's part came back unasked: the others' is no use without it."""
+        self._loans = _native.Loans(workers=workers, drain_ms=drain_ms)
+        self._runs: dict[int, int] = {}
+        """The run of blocks that each loan is of."""
         self._began = False
         self._refused = False
         self._longest_ms = 0.0
+
+    @property
+    def free(self) -> int:
+        """Blocks that the engine can give to requests now."""
+        return self._pool.free
+
+    def out(self) -> tuple[list[int], list[int]]:
+        """Loans that are out and not asked back, and those that are on their way back."""
+        return self._loans.out()
 
     def step(self, wanted: Callable[[], int], pressed: bool, stats: Tally) -> Orders:
         """What the workers are to lend and take back in this step. `wanted` says how many blocks requests lack;
         `pressed`: a request lost its blocks to another one."""
         self._began = True
         orders = Orders()
-        if not self._loans and (self._refused or self._policy.needs_no_look(self._pool.free)):
+        if not self._runs and (self._refused or self._policy.needs_no_look(self._pool.free)):
             return orders
         now = self._clock()
         runs = self._terms.runs
-        decision = self._policy.decide(self._view(now, wanted(), pressed), lambda run: self._pool.are_free(runs[run]))
-        if decision.lend:
-            for run in decision.lend:
-                blocks = self._terms.runs[run]
-                self._pool.take(blocks)
-                self._loans[self._next] = Loan(run)
-                orders.lend.append(LendJob(self._next, blocks.start, blocks.stop))
-                self._next += 1
-            stats.add("lends", len(decision.lend))
-            self._show(stats)
-        asked = [
-            number
-            for number, loan in self._loans.items()
-            if loan.asked_back is None and (loan.run in decision.take_back or number in self._incomplete)
-        ]
-        self._incomplete.clear()
-        for number in asked:
-            self._loans[number].asked_back = now
-        if asked:
-            orders.take_back.extend(asked)
+        lent, returning = self._loans.out()
+        decision = self._policy.decide(
+            self._view(now, wanted(), pressed, lent, returning), lambda run: self._pool.are_free(runs[run])
+        )
+        for run in decision.lend:
+            blocks = runs[run]
+            self._pool.take(blocks)
+            number = self._loans.lend()
+            self._runs[number] = run
+            orders.lend.append(LendJob(number, blocks.start, blocks.stop))
+        stats.add("lends", len(decision.lend))
+        chosen = [number for number in lent if self._runs[number] in decision.take_back]
+        orders.take_back = self._loans.ask_back(chosen, now)
+        if orders.lend or orders.take_back:
             self._show(stats)
         return orders
 
-    def _view(self, now: float, wanted: int, pressed: bool) -> View:
+    def _view(self, now: float, wanted: int, pressed: bool, lent: list[int], returning: list[int]) -> View:
         runs = self._terms.runs
-        out = {loan.run for loan in self._loans.values()}
+        out = set(self._runs.values())
         at_home = [] if self._refused else [run for run in range(len(runs)) if run not in out]
         # Those next to the engine's own blocks first: what is lent stays the tail.
-        lent = sorted((loan.run for loan in self._loans.values() if loan.asked_back is None), reverse=True)
-        returning = sum(len(runs[loan.run]) for loan in self._loans.values() if loan.asked_back is not None)
-        return View(now, self._pool.free, wanted, pressed, at_home, lent, returning)
+        first = sorted((self._runs[number] for number in lent), reverse=True)
+        return View(now, self._pool.free, wanted, pressed, at_home, first, self._blocks(returning))
+
+    def _blocks(self, loans: Iterable[int]) -> int:
+        return sum(len(self._terms.runs[self._runs[number]]) for number in loans)
 
     def heard(self, back: Mapping[int, int], refused: str, stats: Tally) -> None:
         """Takes note of what workers report: loans that are back in how many of them, and why one can lend nothing."""
         if refused and not self._refused:
             self._refused = True
             logger.warning("SwiftCache: this engine lends nothing: %s", refused)
-        for number, workers in back.items():
-            loan = self._loans.get(number)
-            if loan is None:
-                continue
-            loan.back += workers
-            if loan.back >= self._workers:
-                del self._loans[number]
-                self._ended(loan, stats)
-            elif loan.asked_back is None:
-                self._incomplete.add(number)
-
-    def _ended(self, loan: Loan, stats: Tally) -> None:
+        if not back:
+            return
         now = self._clock()
-        self._pool.put_back(self._terms.runs[loan.run])
+        for number, took in self._loans.came_back(back, now):
+            self._ended(number, took, now, stats)
+
+    def _ended(self, number: int, took: float | None, now: float, stats: Tally) -> None:
+        self._pool.put_back(self._terms.runs[self._runs.pop(number)])
         stats.add("give_backs", 1)
-        if loan.asked_back is None:
+        if took is None:
             self._policy.pause(now + PAUSE_SECONDS)
         else:
-            took = now - loan.asked_back
             stats.add("give_back_ms", took * 1e3)
-            stats.add("late_give_backs", took > self.bound)
+            stats.add("late_give_backs", took > self._loans.patience)
             self._longest_ms = max(self._longest_ms, took * 1e3)
         self._show(stats)
 
     def _show(self, stats: Tally) -> None:
-        blocks = {True: 0, False: 0}
-        for loan in self._loans.values():
-            blocks[loan.asked_back is None] += len(self._terms.runs[loan.run])
-        gauges = {"lent_blocks": blocks[True], "returning_blocks": blocks[False]}
+        lent, returning = map(self._blocks, self._loans.out())
+        gauges = {"lent_blocks": lent, "returning_blocks": returning}
         stats.show("scheduler", gauges | {"give_back_max_ms": self._longest_ms})
 
     def wants_steps(self) -> bool:
@@ -179,9 +168,7 @@ class Loans:
 
     def frees_pending(self) -> bool:
         """Whether a request should wait for blocks on their way back rather than take another one's."""
-        now = self._clock()
-        asked = (loan.asked_back for loan in self._loans.values())
-        return any(at is not None and now - at <= self.bound for at in asked)
+        return bool(self._runs) and self._loans.is_awaited(self._clock())
 
 
 class WorkerLoans:
@@ -189,18 +176,19 @@ class WorkerLoans:
 
     def __init__(self, quiet: Quiet) -> None:
         self._quiet = quiet
-        self._out: set[int] = set()
+        self._lends = False
+        """Most engines never do, and need not ask each step."""
 
     def lend(
         self, jobs: list[LendJob], cache: Cache | None, layout: Layout | None, mark: Callable[[], Mark | None]
     ) -> tuple[list[int], str]:
         """Returns the loans that are back already, since they cannot be lent, and why if it is for good."""
         back, refused = [], ""
+        self._lends = True
         for job in jobs:
             try:
                 assert cache is not None and layout is not None, "the pool is not registered"
                 cache.lend(job.loan, ranges_of(layout, job.first, job.last), mark())
-                self._out.add(job.loan)
             except Exception as reason:
                 back.append(job.loan)
                 if isinstance(reason, NotImplementedError):
@@ -215,10 +203,9 @@ class WorkerLoans:
 
     def returned(self, cache: Cache | None) -> list[int]:
         """Loans that are back since this was last asked."""
-        if not self._out or cache is None:
+        if not self._lends or cache is None:
             return []
         returned = cache.returned_loans()
-        self._out.difference_update(returned)
         if returned and (problem := cache.lend_problem()):
             self._quiet.trouble("blocks could not be lent", problem)
         return returned

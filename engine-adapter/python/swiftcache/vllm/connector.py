@@ -198,7 +198,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         except Unsupported as reason:
             logger.error("SwiftCache: this engine lends nothing: %s", reason)
             return
-        self.scheduler.lend(Loans(agreed, pool, workers=workers, drain_seconds=settings.lend_drain_ms / 1e3))
+        self.scheduler.lend(Loans(agreed, pool, workers=workers, drain_ms=settings.lend_drain_ms))
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self._namespaces(metadata.values())
