@@ -1,4 +1,4 @@
-"""`swiftcache.engine`: what every engine's adapter uses, and no engine."""
+"""`swiftcache.engine` has what the adapters of all engines use, and imports no engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_module_of_it_imports_an_engine() -> None:
     assert len(MODULES) >= 9
     run = imported(*MODULES)
     assert run.returncode == 0, run.stderr
-    # The twin: an adapter does, and is told apart.
+    # The twin: an adapter imports an engine, and this check notices it.
     assert "imports swiftcache.vllm" in imported("swiftcache.vllm").stderr
 
 

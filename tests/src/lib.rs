@@ -1,4 +1,4 @@
-//! What the multi-process tests and benches share: the real programs, and engines whose bytes can be checked.
+//! The harness of the multi-process tests and benches: the real programs, and engines whose bytes can be checked.
 
 use std::time::Duration;
 
@@ -18,6 +18,6 @@ pub mod seed;
 pub mod stub;
 pub mod wire;
 
-/// The longest a test waits for what must come, and the drain window of whom nothing must keep from using it. Long, so
-/// that a busy machine decides nothing.
+/// The longest time that a test waits for something that must happen. It is also the drain window of donors whose
+/// borrowers must have time enough. It is long, so that no result depends on how busy the machine is.
 pub const PATIENCE: Duration = Duration::from_secs(180);

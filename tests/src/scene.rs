@@ -1,5 +1,5 @@
-//! A node on a stub driver for one test: a donor's process on the second device, engines of this process on the first, and
-//! what the driver is asked meanwhile.
+//! A node on a stub driver for one test. A donor's process is on the second device, and engines of the test's own
+//! process are on the first. The test can hold copies, inject faults, and see the calls of the driver.
 
 use std::{fmt, process::Command, sync::Arc};
 
@@ -21,15 +21,15 @@ use crate::{
     stub::{Call, Fault, Held, Stub},
 };
 
-/// The stage of a test that [`alone`](crate::stub::alone) runs.
+/// The node of a test that [`alone`](crate::stub::alone) runs.
 pub struct Scene<'a> {
-    /// The machine.
+    /// The stub driver's machine.
     pub stub: &'a Stub,
     /// The broker.
     pub node: Node,
     /// This process's devices.
     pub layer: Arc<dyn DeviceLayer>,
-    /// What the broker says.
+    /// A client of the broker's Admin service.
     pub operator: Operator,
     donors: Vec<Program>,
 }
@@ -40,7 +40,7 @@ impl fmt::Debug for Scene<'_> {
     }
 }
 
-/// Copies that are held; let go of when this is dropped.
+/// Copies that are held. Drop releases them.
 #[derive(Debug)]
 pub struct Hold<'a> {
     stub: &'a Stub,
@@ -48,7 +48,7 @@ pub struct Hold<'a> {
 }
 
 impl Hold<'_> {
-    /// Lets the copies go.
+    /// Releases the copies.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -61,21 +61,21 @@ impl Hold<'_> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        // A test that failed must not wait for them.
+        // A test that has failed must not wait for the held copies.
         if let Some(fault) = self.fault.take() {
             let _ = self.stub.lift(&fault);
         }
     }
 }
 
-/// What the driver is asked when somebody wants to know whether copies are over.
+/// The calls that ask the driver whether copies are over.
 const QUESTIONS: [&str; 2] = ["cuEventQuery", "cuStreamQuery"];
 
 impl<'a> Scene<'a> {
     /// A node with a donor that offers `slabs` slabs.
     ///
     /// # Errors
-    /// When somebody does not come up.
+    /// When a process does not start.
     pub fn new(stub: &'a Stub, slabs: u64) -> Result<Self> {
         let node = Node::start_with(Setup {
             devices: Devices::File(stub.topology_file()?),
@@ -93,10 +93,10 @@ impl<'a> Scene<'a> {
         Ok(scene)
     }
 
-    /// Another donor's process, which offers slabs of a device. Gives its number.
+    /// Starts another donor's process, which offers slabs of a device. Returns the donor's number.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When it does not start.
     pub fn donate(&mut self, device: usize, slabs: u64) -> Result<usize> {
         let before = self.offered()?;
         let mut command = Command::new(program("swiftcache")?);
@@ -145,10 +145,10 @@ impl<'a> Scene<'a> {
         Ok(session)
     }
 
-    /// An engine of this process with settings of its own, whose slabs are leased.
+    /// An engine of this process with these settings. It has leased all slabs that the settings allow.
     ///
     /// # Errors
-    /// When there is not as much to lease.
+    /// When there are not enough slabs to lease.
     pub fn engine_with(&self, config: BorrowerConfig) -> Result<Engine> {
         let slabs = config.max_leased_bytes / SLAB_BYTES;
         let session = self.session("engine")?;
@@ -157,17 +157,17 @@ impl<'a> Scene<'a> {
         Ok(engine)
     }
 
-    /// An engine of this process that has leased `slabs` slabs, and has a host tier of `host_blocks`.
+    /// An engine of this process that has leased `slabs` slabs, and has a host tier of `host_blocks` blocks.
     ///
     /// # Errors
-    /// When there is not as much to lease.
+    /// When there are not enough slabs to lease.
     pub fn engine(&self, slabs: u64, host_blocks: u64) -> Result<Engine> {
         let mut config = engine::config(self.device(), slabs);
         config.host_tier_bytes = host_blocks * BLOCK_BYTES;
         self.engine_with(config)
     }
 
-    /// A process of another tenant, which wants one slab from now on.
+    /// Starts a process of another tenant that wants one slab.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -184,7 +184,7 @@ impl<'a> Scene<'a> {
         Ok(rival)
     }
 
-    /// Holds copies of this process that have not begun.
+    /// Holds the copies of this process that have not begun.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -204,7 +204,7 @@ impl<'a> Scene<'a> {
         self.stub.inject(Some(std::process::id()), line)
     }
 
-    /// Has questions written down from now on: for [`asked`](Self::asked).
+    /// Makes the stub driver record, from now on, the calls that [`asked`](Self::asked) looks for.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -212,11 +212,11 @@ impl<'a> Scene<'a> {
         self.stub.trace(&QUESTIONS).map(|_| ())
     }
 
-    /// Waits until threads whose names begin with `thread` have asked the driver a few times more whether copies are over,
-    /// while something `holds`.
+    /// Waits until threads whose names begin with `thread` have asked the driver a few more times whether copies are
+    /// over. Checks all the time that `holds` succeeds.
     ///
     /// # Errors
-    /// When they do not ask, or it holds no more.
+    /// When they do not ask, or `holds` fails.
     pub fn asked(&self, thread: &str, holds: impl Fn() -> Result<()>) -> Result<()> {
         const A_FEW: usize = 5;
         let questions = |calls: &[Call]| {
@@ -234,13 +234,14 @@ impl<'a> Scene<'a> {
     }
 }
 
-/// Where block `n` is computed: no two lie side by side, so that each layer is a launch of the gather kernel.
+/// The pool block in which block `n` is computed. No two blocks lie side by side, so that each layer needs a launch of
+/// the gather kernel.
 #[must_use]
 pub fn scattered(n: u32) -> u32 {
     2 * n % POOL
 }
 
-/// Computes the blocks of a sequence, scattered.
+/// Computes the blocks of a sequence at [`scattered`] places.
 ///
 /// # Errors
 /// When the device layer fails.
@@ -251,7 +252,7 @@ pub fn compute(engine: &Engine, sequence: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Begins to store a sequence that was computed scattered.
+/// Begins to store a sequence that [`compute`] computed.
 pub fn begin_store(engine: &Engine, sequence: &[u32]) -> Store {
     let blocks: Vec<_> = (sequence.iter())
         .map(|n| (hash(*n), scattered(*n)))
@@ -259,10 +260,10 @@ pub fn begin_store(engine: &Engine, sequence: &[u32]) -> Store {
     engine.borrower.store(&blocks, engine.kv(), &|_| None)
 }
 
-/// Begins to load a sequence to where it was computed.
+/// Begins to load a sequence to the places where it was computed.
 ///
 /// # Errors
-/// When it is not found whole.
+/// When not all of it is found.
 pub fn begin_load(engine: &Engine, sequence: &[u32]) -> Result<Load> {
     let hit = engine.lookup(sequence);
     ensure!(hit.blocks() as usize == sequence.len(), "{hit:?}");
@@ -270,7 +271,7 @@ pub fn begin_load(engine: &Engine, sequence: &[u32]) -> Result<Load> {
     Ok(engine.borrower.load(&hit, &blocks, engine.kv()))
 }
 
-/// Whether block `n` lies where it was computed, byte for byte, in every layer.
+/// Whether pool block `block` holds block `n` in every layer, byte for byte.
 ///
 /// # Errors
 /// When the device layer fails.

@@ -1,6 +1,6 @@
-//! Copies that are not known to be over count as running: whatever the driver answers, nobody is told that a slab or a
-//! block of the engine's may be used for something else. Each test has a twin in the same course without the fault, or
-//! with somebody who does not wait.
+//! Copies that are not known to be over count as running. Whatever the driver answers, a slab or a block of the engine
+//! is not released for another use before. Each test has a twin: the same steps without the fault, or with a party that
+//! does not wait.
 
 use std::{sync::mpsc, thread};
 
@@ -14,11 +14,12 @@ use swiftcache_tests::{
     stub::{Held, Stub, alone},
 };
 
-/// The client's draining thread, as far as the kernel knows its name.
+/// The name of the client's draining thread, cut to the 15 bytes that the kernel keeps.
 const DRAIN: &str = "swiftcache-drai";
 
-/// Ways for a driver to fail while copies are queued or waited for. A store is of four layers, each a launch on one
-/// stream, whose end is marked once. A code of dead contexts (719) says nothing as long as only one call answers it.
+/// Ways in which the driver fails while copies are queued or waited for. A store has four layers. Each is a launch on
+/// one stream, and the end of the stream is marked once. The code of a dead context (719) proves nothing if only one
+/// call returns it.
 const FAULTS: [&str; 8] = [
     "cuLaunchKernel=701@3",
     "cuLaunchKernel=719@3",
@@ -30,7 +31,7 @@ const FAULTS: [&str; 8] = [
     "cuCtxPushCurrent_v2=999@9-12",
 ];
 
-/// No fault, for twins.
+/// A fault that nothing meets, for twins.
 const NONE: &str = "cuGetErrorName=999@1";
 
 fn sequence(blocks: u32) -> Vec<u32> {
@@ -47,7 +48,7 @@ fn acknowledged(engine: &Engine) -> u64 {
     engine.borrower.stats().acknowledge.count
 }
 
-/// Another tenant has a slab, stores there, and reads what it stored.
+/// Checks that the other tenant has a slab, stores blocks there, and reads them back.
 fn thrives(mut rival: BorrowerProcess) -> Result<()> {
     let stored = rival.run("sweep-store")?.stored;
     ensure!(stored > 0, "the rival stored nothing");
@@ -57,7 +58,7 @@ fn thrives(mut rival: BorrowerProcess) -> Result<()> {
     rival.finish().map(|_| ())
 }
 
-/// A store to two slabs is in flight, something fails, and another tenant is to have one of the slabs.
+/// While a store to two slabs is in flight, the driver fails, and another tenant wants one of the slabs.
 fn store_and_revoke(stub: &Stub, fault: &str) -> Result<()> {
     let scene = Scene::new(stub, 2)?;
     let engine = scene.engine(2, 0)?;
@@ -93,7 +94,7 @@ fn a_slab_is_not_let_go_of_under_a_store() -> Result<()> {
     })
 }
 
-/// The twin: it is the held copies that are waited for, and nothing else.
+/// The twin: if no copies are held, a failed store does not keep the slab.
 #[test]
 fn a_slab_is_let_go_of_after_a_failed_store_that_nothing_holds() -> Result<()> {
     alone(
@@ -116,7 +117,7 @@ fn a_slab_is_let_go_of_after_a_failed_store_that_nothing_holds() -> Result<()> {
     )
 }
 
-/// Waits for a load on a thread of its own.
+/// Waits for a load in another thread.
 struct Finish {
     outcome: mpsc::Receiver<Loaded>,
 }
@@ -140,7 +141,7 @@ impl Finish {
     }
 }
 
-/// An engine whose load is in flight, with a fault. Its blocks hold others' bytes.
+/// Begins a load that meets a fault, into blocks that hold other bytes. Returns the load, and the hold on its copies.
 fn begin_failing_load<'a>(
     scene: &Scene<'a>,
     engine: &Engine,
@@ -158,12 +159,12 @@ fn begin_failing_load<'a>(
     Ok((load, hold))
 }
 
-/// The engine computes what a load could not bring, and nothing lands in its blocks after that.
+/// The engine computes the blocks that a load could not deliver, and after that no copy of the load overwrites them.
 #[test]
 fn an_engine_gets_its_blocks_back_after_the_last_copy_of_a_failed_load() -> Result<()> {
     let test = "an_engine_gets_its_blocks_back_after_the_last_copy_of_a_failed_load";
     alone(test, |stub| {
-        // Layers are marked one by one.
+        // A load marks each layer.
         for fault in [
             "cuLaunchKernel=701@3",
             "cuLaunchKernel=719@3",
@@ -184,7 +185,7 @@ fn an_engine_gets_its_blocks_back_after_the_last_copy_of_a_failed_load() -> Resu
             for n in sequence(8) {
                 engine.compute(n + 50, scattered(n))?;
             }
-            // Whatever is left on the way arrives before this.
+            // Any copy that is still in flight arrives before this store is done.
             ensure!(begin_store(&engine, &[200]).finish().lost == 0);
             for n in sequence(8) {
                 ensure!(
@@ -197,7 +198,7 @@ fn an_engine_gets_its_blocks_back_after_the_last_copy_of_a_failed_load() -> Resu
     })
 }
 
-/// The twin: an engine that does not wait loses what it computes.
+/// The twin: copies overwrite the blocks of an engine that does not wait.
 #[test]
 fn an_engine_that_does_not_wait_for_a_failed_load_is_overwritten() -> Result<()> {
     alone(
@@ -206,7 +207,7 @@ fn an_engine_that_does_not_wait_for_a_failed_load_is_overwritten() -> Result<()>
             let scene = Scene::new(stub, 1)?;
             let engine = scene.engine(1, 0)?;
             let (load, hold) = begin_failing_load(&scene, &engine, "cuLaunchKernel=701@3")?;
-            // Plain copies are not held.
+            // The hold does not affect plain copies, by which the engine computes.
             for n in sequence(8) {
                 engine.compute(n + 50, scattered(n))?;
                 ensure!(holds(&engine, n + 50, scattered(n))?);
@@ -226,7 +227,7 @@ fn an_engine_that_does_not_wait_for_a_failed_load_is_overwritten() -> Result<()>
     )
 }
 
-/// A question that fails is asked again.
+/// A query that fails is repeated.
 #[test]
 fn a_load_is_over_when_its_copies_are_and_not_when_a_question_fails() -> Result<()> {
     alone(
@@ -263,7 +264,7 @@ fn a_load_is_over_when_its_copies_are_and_not_when_a_question_fails() -> Result<
     )
 }
 
-/// Blocks on their way out of a revoked slab, to the host tier.
+/// Blocks are being moved out of a revoked slab to the host tier.
 #[test]
 fn a_slab_is_not_let_go_of_while_its_blocks_are_moved() -> Result<()> {
     alone(
@@ -294,7 +295,7 @@ fn a_slab_is_not_let_go_of_while_its_blocks_are_moved() -> Result<()> {
                 eventually("the acknowledgement", || Ok(acknowledged(&engine) == 1))?;
                 stub.lift(&fault)?;
                 thrives(rival)?;
-                // What was moved is right, and what was not is not found.
+                // Blocks that were moved are right, and the others are not found.
                 let fetched = engine.fetch(&sequence(32))?;
                 ensure!(fetched.served == fetched.found, "{fetched:?}");
             }

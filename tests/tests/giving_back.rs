@@ -1,4 +1,4 @@
-//! What a donor asks back comes back, whatever becomes of the asking, and asking waits for nothing.
+//! A donor gets back what it asks for, whatever happens to its requests, and it never waits before it asks.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ fn config(node: &Node) -> DonorConfig {
     }
 }
 
-/// The broker never hears of the first withdrawals, and the connection lasts.
+/// The first withdrawals do not reach the broker, and the connection stays.
 #[test]
 fn a_withdrawal_that_was_lost_is_asked_again_on_the_same_connection() -> Result<()> {
     let node = Node::start(&[])?;
@@ -40,14 +40,14 @@ fn a_withdrawal_that_was_lost_is_asked_again_on_the_same_connection() -> Result<
     Ok(())
 }
 
-/// Neither the offer nor the withdrawal is known to have happened: a withdrawal that finds no region must not free
-/// memory which the offer may yet put on offer.
+/// It is unknown whether the offer has happened. A withdrawal that finds no region must not free the memory, because
+/// the offer may still arrive later.
 #[test]
 fn what_may_have_been_offered_is_offered_before_it_is_withdrawn() -> Result<()> {
     let node = Node::start(&[])?;
     let gate = Gate::before(&node)?;
     let donor = Donor::open(gate.session("donor")?, node.layer()?, config(&node))?;
-    // Held until the caller gives up, which proves nothing to it.
+    // The offer is held until the donor gives up. Then the donor does not know whether it has happened.
     gate.hold("Offer");
     donor.grow(SLAB_BYTES)?;
     ensure!(gate.count("Offer", Stage::Arrived) >= 1);
@@ -64,7 +64,7 @@ fn what_may_have_been_offered_is_offered_before_it_is_withdrawn() -> Result<()> 
     Ok(())
 }
 
-/// An offer that hangs must not be in the way of a neighbour that needs its HBM now.
+/// An offer that hangs must not delay a withdrawal for a neighbour that needs its HBM now.
 #[test]
 fn a_neighbours_demand_does_not_wait_for_an_offer() -> Result<()> {
     let node = Node::start(&[])?;
@@ -87,11 +87,11 @@ fn a_neighbours_demand_does_not_wait_for_an_offer() -> Result<()> {
             period: Duration::from_millis(5),
         },
     )?;
-    // Of eight slabs idle: reserve, headroom and hysteresis leave two.
+    // Eight slabs are idle. After reserve, headroom and hysteresis, two are left.
     eventually("two on offer", || {
         Ok(gate.count("Offer", Stage::Answered) >= 2)
     })?;
-    // The next offer never ends by itself.
+    // The next offer hangs until the gate is opened.
     gate.hold("Offer");
     node.neighbour_uses(1, 0)?;
     eventually("an offer to hang", || {

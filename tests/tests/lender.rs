@@ -1,4 +1,4 @@
-//! An engine that lends parts of its pool: they come back when nobody can touch them any more, and not before.
+//! An engine lends parts of its pool. They come back when no other process can access them any more, and not before.
 
 #![allow(
     unsafe_code,
@@ -26,10 +26,10 @@ use swiftcache_tests::{
 };
 
 const PAGE: u64 = 4096;
-/// What the engine's own KV looks like.
+/// The byte that fills the engine's own KV.
 const OWN: u8 = 0xe7;
 
-/// An engine's pool of two slabs and a page between, all in use, and a lender over it.
+/// The pool of an engine: two slabs with a page between them, all in use. It has a lender.
 struct Pool {
     layer: Arc<dyn DeviceLayer>,
     stream: Arc<dyn CopyStream>,
@@ -37,7 +37,7 @@ struct Pool {
     lender: Lender,
 }
 
-/// A part that is lent; back when nobody has it any more.
+/// A lent part of the pool. It is back when nobody holds it any more.
 struct Part {
     region: RegionId,
     back: Weak<()>,
@@ -58,7 +58,7 @@ impl Pool {
         let layer = node.layer()?;
         let device = node.device(1);
         let bytes = 2 * SLAB_BYTES + PAGE;
-        // Memory of the allocator's, as a CPU engine's tensors are: nothing that could be exported.
+        // Memory of the allocator, like the tensors of a CPU engine. It cannot be exported as it is.
         let tensor = vec![0_u8; (bytes + PAGE) as usize];
         let address = (tensor.as_ptr() as u64).next_multiple_of(PAGE);
         let owner = Box::new(tensor);
@@ -110,7 +110,7 @@ fn what_is_lent_holds_others_blocks_and_comes_back_empty() -> Result<()> {
     let pool = Pool::new(&node, node.session("lender")?)?;
     let borrower = borrower(&node, 2)?;
     let blocks = [1, 2, 3];
-    // Twice: what came back can be lent again.
+    // Two rounds, because a part that came back can be lent again.
     for round in 1..=2 {
         let part = pool.lend(1)?;
         ensure!(pool.holds_only(1, 0)?, "the engine's own KV is on offer");
@@ -126,7 +126,7 @@ fn what_is_lent_holds_others_blocks_and_comes_back_empty() -> Result<()> {
         eventually("the part", || Ok(part.is_back()))?;
         ensure!(pool.holds_only(1, 0)?, "a borrower's bytes are left in it");
         ensure!(borrower.fetch(&blocks)?.served == 0, "nothing is there");
-        // Counted when all of it is over, a moment after the memory is back.
+        // The lender counts it when everything is over, a moment after the memory is back.
         eventually("it to be counted", || {
             Ok(pool.lender.status().returned == round)
         })?;
@@ -151,7 +151,7 @@ fn parts_are_lent_to_several_and_given_back_one_by_one() -> Result<()> {
     pool.lender.take_back(&[parts[0].region]);
     eventually("the first part", || Ok(parts[0].is_back()))?;
     ensure!(!parts[1].is_back());
-    // Whoever had the other still has it.
+    // The borrower of the other part still has it.
     let left = one.fetch(&[100, 101])?.served + other.fetch(&[200, 201])?.served;
     ensure!(left >= 2, "{left}");
     ensure!(pool.lender.take_all_back(PATIENCE));
@@ -172,7 +172,7 @@ fn without_a_broker_nothing_is_lent_for_good() -> Result<()> {
     let part = pool.lend(0)?;
     pool.lender.take_back(&[part.region]);
     ensure!(part.is_back(), "nobody can have heard of it");
-    // What waits for a broker is lent when it comes.
+    // A part that waits for a broker is lent when the broker comes.
     let part = pool.lend(0)?;
     node.start_broker()?;
     let borrower = borrower(&node, 1)?;
@@ -191,7 +191,7 @@ fn only_a_broker_that_knows_gives_back() -> Result<()> {
     borrower.store(&[1])?;
     node.kill_broker()?;
     pool.lender.take_back(&[part.region]);
-    // The borrower writes on, which it may.
+    // The borrower goes on writing, as it may.
     borrower.store(&[1, 2])?;
     ensure!(!part.is_back(), "it is still mapped");
     node.start_broker()?;
@@ -200,7 +200,8 @@ fn only_a_broker_that_knows_gives_back() -> Result<()> {
     Ok(())
 }
 
-/// A lender that names no drain window gives borrowers the broker's, and waits as long itself when it closes.
+/// A lender without its own drain window uses the broker's window for borrowers, and waits as long itself when it
+/// closes.
 #[test]
 fn closing_waits_as_long_as_borrowers_may_take() -> Result<()> {
     let window_ms = PATIENCE.as_millis().to_string();
@@ -225,7 +226,7 @@ fn closing_waits_as_long_as_borrowers_may_take() -> Result<()> {
             anyhow::Ok(pool)
         });
         let revoked = stream.revocation()?;
-        // The twin: one that gives no time waits for nobody who takes longer.
+        // The twin: a lender with a short drain window does not wait for a borrower that takes longer.
         let in_time = drain.is_zero();
         if in_time {
             ensure!(revoked.drain_ms > 1, "{revoked:?}");
@@ -255,7 +256,7 @@ fn what_a_broker_forgot_is_never_used_again() -> Result<()> {
         Ok(pool.lender.status().stranded_bytes == SLAB_BYTES)
     })?;
     pool.lender.take_back(&[part.region]);
-    // The rest of the pool goes on being lent.
+    // The rest of the pool can still be lent.
     let other = pool.lend(1)?;
     let borrower = borrower(&node, 2)?;
     borrower.reserve(1)?;

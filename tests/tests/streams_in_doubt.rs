@@ -1,5 +1,6 @@
-//! What a stream of the CUDA backend promises when the driver fails: its end is known or not known, and never guessed; what
-//! its copies need stays mapped as long; and a failure costs the operation that met it.
+//! The promises of a stream of the CUDA backend when the driver fails. Whether its copies are over is known or unknown,
+//! and never guessed. Until it is known, the memories of the copies stay mapped. A failure affects only the operation
+//! that met it.
 
 use std::{sync::Arc, time::Instant};
 
@@ -27,7 +28,7 @@ fn pieces() -> Vec<Piece> {
     (0..SIZE as u64 / bytes).map(piece).collect()
 }
 
-/// Two memories, and a stream between them.
+/// Two memories, and a stream that copies from one to the other.
 struct Copies<'a> {
     stub: &'a Stub,
     layer: CudaLayer,
@@ -63,7 +64,7 @@ impl<'a> Copies<'a> {
         self.stream.copy(&self.from, &self.to, &pieces())
     }
 
-    /// Whether it arrived, as another stream sees it.
+    /// Whether the copy has arrived, read by another stream.
     fn has_arrived(&self) -> Result<bool> {
         let mut bytes = [0; SIZE];
         self.layer
@@ -73,7 +74,7 @@ impl<'a> Copies<'a> {
     }
 }
 
-/// Asks a few times.
+/// Asks a ticket a few times whether it is over. It must not be.
 fn stays_open(ticket: &Ticket) -> Result<()> {
     for _ in 0..5 {
         ensure!(ticket.outcome().is_none(), "it counts as over");
@@ -86,7 +87,7 @@ fn ends_well(ticket: &Ticket) -> Result<()> {
     Ok(ticket.wait_until(deadline).context("never over")??)
 }
 
-/// What can fail between a copy and the knowledge that it is over.
+/// Calls that can fail between a copy and the knowledge that it is over.
 const FAULTS: [&str; 9] = [
     "cuLaunchKernel=701@2",
     "cuEventCreate=2@1",
@@ -107,7 +108,7 @@ fn the_end_of_a_stream_is_known_and_never_guessed() -> Result<()> {
             let hold = stub.hold(None, Held::Kernels)?;
             let in_force = copies.fault(fault)?;
             copies.copy()?;
-            // Whatever became of this one, the first is on its way.
+            // This copy may fail. The first one is in flight in any case.
             let _ = copies.copy();
             let end = copies.stream.end();
             stays_open(&end).context(fault)?;
@@ -121,7 +122,7 @@ fn the_end_of_a_stream_is_known_and_never_guessed() -> Result<()> {
     })
 }
 
-/// The twin: what is queued and not waited for arrives after somebody else has written there.
+/// The twin: a copy that nobody waits for arrives after another write to its target.
 #[test]
 fn a_held_copy_overwrites_whoever_does_not_wait_for_it() -> Result<()> {
     alone(
@@ -164,7 +165,7 @@ fn a_failure_costs_the_operation_that_met_it() -> Result<()> {
         copies.copy()?;
         ensure!(copies.stream.record().is_err());
         ends_well(&copies.stream.record()?)?;
-        // The engine's stream likewise: here the device's default one.
+        // The same holds for an engine's stream. Here it is the device's default stream.
         copies.fault("cuEventRecord=999@1")?;
         let mark = || mark_default(&copies.layer, &copies.device);
         ensure!(mark().is_err());
@@ -182,7 +183,7 @@ fn a_failure_costs_the_operation_that_met_it() -> Result<()> {
     })
 }
 
-/// Marks the device's default stream, as if it were an engine's.
+/// Marks the device's default stream, as if it were the stream of an engine.
 #[allow(unsafe_code, reason = "a raw stream is the caller's word")]
 fn mark_default(
     layer: &CudaLayer,
@@ -237,7 +238,8 @@ fn what_a_dropped_stream_copies_stays_mapped_until_that_is_over() -> Result<()> 
                     ensure!(freed(stub)? == before, "freed under a copy");
                     stub.lift(&hold)?;
                 }
-                // The twin is freed at once. What was left is looked at whenever a stream is made.
+                // Without a hold, which is the twin, the memory is freed at once. Otherwise each new stream checks
+                // whether the copies of dropped streams are over.
                 eventually("the memory to be freed", || {
                     if held {
                         layer.stream(&device)?;
@@ -256,7 +258,7 @@ fn copies_of_a_dead_context_are_over_and_have_failed() -> Result<()> {
         "copies_of_a_dead_context_are_over_and_have_failed",
         |stub| {
             let copies = Copies::new(stub)?;
-            // The twin comes first: as long as other calls work, a dead context's code is one call's own failure.
+            // The twin comes first: while other calls work, the code of a dead context is only the failure of one call.
             for call in [
                 "cuLaunchKernel",
                 "cuEventRecord",

@@ -1,4 +1,4 @@
-//! A graph that an engine captures while a borrower in its process leases, stores, loads and gives back.
+//! An engine captures a graph while a borrower in its process leases, stores, loads and gives back.
 
 use std::{path::PathBuf, sync::Arc, thread};
 
@@ -14,16 +14,16 @@ use swiftcache_tests::{
 
 use crate::{engine::Engine, pattern};
 
-/// What the graph fills.
+/// Bytes that the graph fills.
 const SIZE: u64 = 1 << 20;
-/// Blocks stored and loaded while it is captured.
+/// Blocks that are stored and loaded during the capture.
 const BLOCKS: u32 = 100;
 
-/// Runs it with each kind of handle, the donor on the last device, engine and borrower on the first; `said` gets a line
-/// for each. The broker finds the devices through NVML, or in the topology file.
+/// Runs this with each kind of handle. The donor is on the last device, engine and borrower are on the first. Calls
+/// `said` with a line for each kind. The broker finds the devices through NVML, or in the topology file.
 ///
 /// # Errors
-/// When the capture is spoiled, or the borrower does not do its work meanwhile.
+/// When the capture is spoiled, or the borrower cannot do its work.
 pub fn run(
     layer: &Arc<dyn DeviceLayer>,
     topology: Option<PathBuf>,
@@ -76,7 +76,7 @@ fn capture_beside(layer: &Arc<dyn DeviceLayer>, session: Session, donor: Program
     pattern::expect(&found, &vec![2; SIZE as usize]).context("what the graph computed")
 }
 
-/// A whole borrower's life, from opening it to the last slab's return.
+/// The whole life of a borrower: it opens, stores, loads, and gives back its last slab.
 fn borrow(layer: &Arc<dyn DeviceLayer>, session: Session, mut donor: Program) -> Result<()> {
     let device = layer.devices().first().context("no device")?.uuid.clone();
     let config = engine::config(device, SLABS);

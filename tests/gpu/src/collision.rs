@@ -1,4 +1,4 @@
-//! Sharing between PID namespaces in which both processes have the same PID value.
+//! Shares memory between two processes that have the same PID in different PID namespaces.
 
 use std::{path::PathBuf, process::Command};
 
@@ -13,12 +13,12 @@ use crate::{
 
 const SIZE: u64 = 8 << 20;
 
-/// Imports from a peer that is PID 1 of its own namespace, as this process is of its; says how each kind went. That a
-/// kind does not work is an outcome, and so is a driver that does not start in such a namespace; that an import fails
-/// without an explanation is an error.
+/// Imports from a peer that is PID 1 of its namespace, like this process in its own. Returns a line with the result of
+/// each handle kind. It is a valid result that a kind does not work, or that the driver does not start in such a
+/// namespace. It is an error if an import fails without an explanation.
 ///
 /// # Errors
-/// When this process is not PID 1, or bytes arrive wrong, or a refusal does not mention PIDs.
+/// When this process is not PID 1, bytes arrive wrong, or a refusal does not mention PIDs.
 pub fn run(program: PathBuf) -> Result<String> {
     ensure!(
         std::process::id() == 1,
@@ -42,7 +42,7 @@ fn check(subject: &Subject) -> Result<String> {
     let mut outcomes = Vec::new();
     for &kind in layer.handle_kinds() {
         let mut command = Command::new("unshare");
-        // The driver reads /proc about itself, and does not start where that is another namespace's.
+        // The driver reads about itself in /proc, and does not start if /proc belongs to another namespace.
         command.args(["--pid", "--fork", "--mount-proc", "--kill-child"]);
         command.arg(&subject.peer_program);
         let mut peer = Peer::start_as(command, subject)?;

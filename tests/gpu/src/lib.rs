@@ -1,6 +1,6 @@
-//! The conformance suite of the device layer: the same checks for the host backend, the CUDA backend over a stub
-//! driver, and the CUDA backend on real GPUs. Checks return errors instead of panicking, so that a plain program
-//! can run them on a machine that has no toolchain.
+//! The conformance suite of the device layer. The same checks run for the host backend, for the CUDA backend with a
+//! stub driver, and for the CUDA backend on real GPUs. Checks return errors and do not panic, so that a plain program
+//! can run them on a machine without a toolchain.
 
 pub mod bench;
 pub mod capture;

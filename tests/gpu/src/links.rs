@@ -1,4 +1,4 @@
-//! Whether CUDA and NVML say the same of the links between GPUs: borrowers go by the one, the broker by the other.
+//! Compares what CUDA and NVML say about the links between GPUs. Borrowers rely on CUDA, and the broker relies on NVML.
 
 use std::collections::BTreeSet;
 
@@ -7,17 +7,17 @@ use swiftcache_broker::probe::Probe;
 use swiftcache_client::device::DeviceLayer;
 use swiftcache_proto::domain::{DeviceUuid, LinkKind};
 
-/// What both say of every link, by UUID, and whether they agree.
+/// What both say about every link, by UUID, and whether they agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Comparison {
-    /// For people: a line for each device and each pair.
+    /// A line for each device and each pair, for people.
     pub lines: Vec<String>,
-    /// Devices or pairs of which they say different things.
+    /// How many devices or pairs they disagree about.
     pub disagreements: usize,
 }
 
-/// Compares the links between the devices that CUDA shows to this process with a probe's. Devices that only the probe
-/// sees are hidden from this process, which is no disagreement.
+/// Compares the links that CUDA shows to this process with those of a probe. A device that only the probe sees is
+/// hidden from this process, which is not a disagreement.
 ///
 /// # Errors
 /// When CUDA shows no device.

@@ -1,4 +1,4 @@
-//! Runs the conformance suite as a plain program, and plays the second process of its checks.
+//! A plain program that runs the conformance suite, and that is also the second process of the suite's checks.
 
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
@@ -27,19 +27,19 @@ struct Arguments {
 enum Command {
     /// Runs the conformance suite on the GPUs of this machine.
     Conformance {
-        /// Only the checks whose name contains this.
+        /// Run only the checks whose names contain this.
         #[arg(long, default_value = "")]
         only: String,
     },
-    /// Measures copies, openings and the layer pipeline, beside plain copies on the same GPU.
+    /// Measures copies, importing memory and the layer pipeline, and compares them with plain copies on the same GPU.
     Bench {
         /// Also writes the figures to this file, as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
-        /// Moves a few bytes only, to see that everything runs: the figures mean nothing.
+        /// Moves only a few bytes, to test that everything runs. The figures then mean nothing.
         #[arg(long)]
         small: bool,
-        /// Only the parts whose name contains this: peers, for instance.
+        /// Run only the parts whose names contain this, for example peers.
         #[arg(long, default_value = "")]
         only: String,
     },
@@ -48,11 +48,11 @@ enum Command {
         /// Also writes the figures to this file, as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
-        /// Moves a few bytes only.
+        /// Moves only a few bytes.
         #[arg(long)]
         small: bool,
     },
-    /// Compares the links that CUDA reports with the broker's: fails when they differ.
+    /// Compares the links that CUDA reports with those of the broker. Fails when they differ.
     Links {
         /// nvml, or simulated with a topology.
         #[arg(long, default_value = "nvml")]
@@ -61,7 +61,7 @@ enum Command {
         #[arg(long)]
         topology: Option<String>,
     },
-    /// Runs a broker, `swiftcache donate` and a borrower, which lie beside this program, and checks every byte.
+    /// Runs a broker, `swiftcache donate` and a borrower, which must lie beside this program, and checks every byte.
     FullStack {
         /// A topology file that names these GPUs, in place of NVML.
         #[arg(long)]
@@ -73,21 +73,21 @@ enum Command {
         #[arg(long)]
         topology: Option<PathBuf>,
     },
-    /// Measures the host backend's copies beside memcpy.
+    /// Compares copies of the host backend with memcpy.
     BenchHost,
-    /// Shares memory with a process of the same PID value: run it as PID 1 of a PID namespace.
+    /// Shares memory with a process that has the same PID. Run it as PID 1 of a PID namespace.
     PidCollision,
-    /// Opens a backend, and says which one it was.
+    /// Opens a backend, and prints its name.
     Open {
         /// auto, host or cuda.
         choice: Choice,
     },
-    /// Does one thing on a GPU, and prints what went wrong with it.
+    /// Does one operation on a GPU, and prints its error, if it fails.
     Do {
-        /// What to do.
+        /// The operation.
         operation: Operation,
     },
-    /// Plays the second process of a check: serves requests from a socket on standard input.
+    /// Is the second process of a check: serves requests from a socket on standard input.
     Peer {
         /// The backend to open, as JSON.
         #[arg(value_parser = |text: &str| serde_json::from_str::<Backend>(text))]
@@ -95,10 +95,10 @@ enum Command {
     },
 }
 
-/// Says what went wrong, and no stack: a refusal of the driver is news about the machine, not about this program.
+/// Prints an error without a backtrace, because a refusal of the driver is about the machine, not about this program.
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
-        // Nobody may be reading; the exit status says it all the same.
+        // If nobody reads this, the exit status still tells of the failure.
         let _ = writeln!(std::io::stderr(), "Error: {error:#}");
         ExitCode::FAILURE
     })
@@ -157,9 +157,9 @@ fn scale(small: bool) -> Scale {
     if small { Scale::SMALL } else { Scale::FULL }
 }
 
-/// A line of progress.
+/// Prints a line of progress.
 fn note(line: &str) {
-    // Nobody may be reading; the figures go to standard output all the same.
+    // If nobody reads this, the figures still go to standard output.
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
@@ -182,12 +182,12 @@ fn conformance(subject: &Subject, only: &str) -> Result<ExitCode> {
     let (mut checks, peers) = (chosen(CHECKS), chosen(PEER_CHECKS));
     ensure!(
         !checks.is_empty() || !peers.is_empty(),
-        "no check's name contains {only:?}"
+        "no check has a name that contains {only:?}"
     );
     let mut code = ExitCode::SUCCESS;
     if !peers.is_empty() {
         match subject.neighbour() {
-            // Before those that break a device.
+            // These run before the checks that break a device.
             Ok(_) => drop(checks.splice(0..0, peers)),
             Err(problem) => match problem.excused() {
                 Ok(excuse) => drop(say(&format!("none    {excuse}"))?),
@@ -210,9 +210,9 @@ fn conformance(subject: &Subject, only: &str) -> Result<ExitCode> {
     Ok(code)
 }
 
-/// A line of the outcome.
+/// Prints a line of the results.
 fn tell_line(line: &str) {
-    // Nobody may be reading; the exit status says it all the same.
+    // If nobody reads this, the exit status still tells of a failure.
     let _ = say(line);
 }
 

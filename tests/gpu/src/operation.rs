@@ -1,5 +1,5 @@
-//! Single operations on the CUDA backend, each in a process of its own, for tests that inject a fault into one of the
-//! driver's entry points and read what people would be told.
+//! Single operations on the CUDA backend, each in its own process. Tests inject a fault into one of the driver's entry
+//! points, and check the error message that a user would see.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use swiftcache_proto::domain::HandleKind;
 
 use crate::{pattern, peer::Peer, subject::Subject};
 
-/// What to do, from opening the driver on.
+/// The operations. All of them open the driver first.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Operation {
     /// List the devices.
@@ -30,7 +30,7 @@ pub enum Operation {
     Stream,
     /// Export a plain allocation.
     ExportPlain,
-    /// Export a virtual one.
+    /// Export a virtual allocation.
     ExportVirtual,
     /// Export a plain allocation, and open it in the same process.
     ImportOwn,
@@ -40,11 +40,11 @@ pub enum Operation {
     ImportVirtual,
     /// Open another process's plain allocation after its death.
     ImportFromTheDead,
-    /// Copy an extent, and verify it.
+    /// Copy pieces one by one, and verify them.
     Copy,
-    /// Copy in batches, and verify it.
+    /// Copy pieces in batches, and verify them.
     Batch,
-    /// Copy scattered pieces, and verify them.
+    /// Copy pieces by the gather kernel, and verify them.
     Gather,
     /// Zero a range.
     Zero,
@@ -52,10 +52,10 @@ pub enum Operation {
 
 const SIZE: u64 = 4 << 20;
 
-/// Does it.
+/// Does the operation.
 ///
 /// # Errors
-/// The fault, as people would be told.
+/// When it fails. The error is what a user would see.
 pub fn run(operation: Operation, program: PathBuf) -> Result<()> {
     let layer = CudaLayer::open()?;
     let first = layer.devices().first().context("no device")?.uuid.clone();
@@ -112,7 +112,7 @@ pub fn run(operation: Operation, program: PathBuf) -> Result<()> {
     }
 }
 
-/// Copies the pieces of `from` to `to` in the opposite order, and verifies every one.
+/// Copies the pieces of `from` to `to` in the opposite order, and verifies every piece.
 fn mirror(stream: &dyn CopyStream, from: &Memory, to: &Memory) -> Result<()> {
     let bytes = SIZE / 64;
     let pieces: Vec<Piece> = (0..64)

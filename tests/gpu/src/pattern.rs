@@ -1,14 +1,14 @@
-//! Bytes that are a function of a seed and their position, so that any of them can be checked anywhere.
+//! A pattern of bytes. A byte is a function of a seed and its position, so that every byte can be checked anywhere.
 
 use anyhow::{Result, ensure};
 use swiftcache_client::device::{CopyStream, Memory, Piece};
 
-/// How much is moved at a time, bytes.
+/// How many bytes are written or read at a time.
 const CHUNK: usize = 4 << 20;
 
-/// The byte at `position` of the pattern of `seed`.
+/// The 8 bytes with number `index` of the pattern of `seed`.
 fn word(seed: u64, index: u64) -> [u8; 8] {
-    // SplitMix64: every position of every seed differs in all its bits.
+    // SplitMix64: a change of the seed or the index affects every bit.
     let mut word = seed.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -29,7 +29,7 @@ fn fill_from(seed: u64, position: u64, bytes: &mut [u8]) {
     }
 }
 
-/// Writes the pattern of `seed` to a memory's range.
+/// Writes the pattern of `seed` to a range of a memory.
 ///
 /// # Errors
 /// When the device refuses.
@@ -52,7 +52,7 @@ pub fn write(
 /// Checks every byte of a range against the pattern of `seed`.
 ///
 /// # Errors
-/// When a byte differs, naming the first one, or when the device refuses.
+/// When a byte differs (the error names the first one), or when the device refuses.
 pub fn verify(
     stream: &dyn CopyStream,
     memory: &Memory,
@@ -71,11 +71,11 @@ pub fn verify(
     Ok(())
 }
 
-/// Checks every byte that `pieces` moved: their targets hold the pattern of `seed` as it lies at their sources, which
-/// start at multiples of 8.
+/// Checks every byte that `pieces` moved out of the pattern of `seed`. The sources of the pieces start at multiples of
+/// 8.
 ///
 /// # Errors
-/// When a byte differs, naming its piece, or when the device refuses.
+/// When a byte differs (the error names its piece), or when the device refuses.
 pub fn verify_pieces(
     stream: &dyn CopyStream,
     to: &Memory,
@@ -87,7 +87,7 @@ pub fn verify_pieces(
     let (mut found, mut wanted) = (Vec::new(), Vec::new());
     let mut left = &sorted[..];
     while let Some(first) = left.first() {
-        // Pieces that lie side by side are read together: one by one, a layer's would take seconds.
+        // Pieces that lie side by side are read together. To read the pieces of a layer one by one would take seconds.
         let mut end = first.to;
         let together = left.iter().take_while(|piece| {
             let joins = piece.to == end && (end == first.to || end - first.to < CHUNK as u64);
@@ -109,10 +109,10 @@ pub fn verify_pieces(
     Ok(())
 }
 
-/// Checks that `found` is `wanted`, and says where it is not.
+/// Checks that `found` is equal to `wanted`.
 ///
 /// # Errors
-/// When they differ.
+/// When they differ. The error says where.
 pub fn expect(found: &[u8], wanted: &[u8]) -> Result<()> {
     ensure!(
         found.len() == wanted.len(),

@@ -1,4 +1,5 @@
-//! A second process with the same backend, which does what it is told: a donor or a borrower to kill.
+//! A second process with the same backend, which does what it is asked. It is a donor or a borrower that a check can
+//! kill.
 
 use std::{
     collections::HashMap,
@@ -26,53 +27,53 @@ use crate::{
     subject::{Backend, Subject},
 };
 
-/// What a peer can be asked.
+/// The requests to a peer.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Take HBM, write a pattern and export it.
     Donate {
-        /// On which device.
+        /// The device.
         device: DeviceUuid,
-        /// How much.
+        /// Bytes to allocate.
         bytes: u64,
-        /// Exported how.
+        /// The kind of handle to export.
         kind: HandleKind,
-        /// The pattern written, if any.
+        /// The seed of the pattern to write, if any.
         seed: Option<u64>,
     },
-    /// Map an export, which comes along.
+    /// Map the export that comes with the request.
     Import {
-        /// For use by which device.
+        /// The device that will use the memory.
         device: DeviceUuid,
-        /// Where the bytes are.
+        /// The device on which the memory is.
         owner: DeviceUuid,
-        /// How many.
+        /// Bytes of the export.
         bytes: u64,
     },
     /// Check a pattern in memory number `memory`.
     Verify {
-        /// The number that `Donate` or `Import` replied.
+        /// The number that `Donate` or `Import` returned.
         memory: u64,
-        /// The pattern.
+        /// The seed of the pattern.
         seed: u64,
     },
     /// Overwrite memory number `memory` with a pattern.
     Fill {
-        /// The number that `Donate` or `Import` replied.
+        /// The number that `Donate` or `Import` returned.
         memory: u64,
-        /// The pattern.
+        /// The seed of the pattern.
         seed: u64,
     },
-    /// Say how much HBM of a device is free.
+    /// Return how much HBM of a device is free.
     Hbm {
-        /// Which device.
+        /// The device.
         device: DeviceUuid,
     },
-    /// Say which PID it has, as it sees itself.
+    /// Return the PID that the process itself sees.
     Pid,
-    /// Let go of memory number `memory`.
+    /// Drop memory number `memory`.
     Drop {
-        /// The number that `Donate` or `Import` replied.
+        /// The number that `Donate` or `Import` returned.
         memory: u64,
     },
 }
@@ -87,14 +88,14 @@ enum Reply {
     Unavailable(String),
 }
 
-/// A message, and the export that comes along.
+/// A message, and the export that comes with it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Envelope<T> {
     message: T,
     opaque: Option<(HandleKind, Vec<u8>)>,
 }
 
-/// A peer could not even open its backend.
+/// A peer could not open its backend.
 #[derive(Debug, Error)]
 #[error("{0}")]
 pub struct BackendUnavailable(String);
@@ -107,7 +108,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Starts one that opens the subject's backend.
+    /// Starts a peer that opens the subject's backend.
     ///
     /// # Errors
     /// When the program cannot be started.
@@ -115,7 +116,7 @@ impl Peer {
         Self::start_as(Command::new(&subject.peer_program), subject)
     }
 
-    /// Starts one by a command that runs the peer's program with the arguments added to it.
+    /// Starts a peer by a command to which the arguments of the peer's program are added.
     ///
     /// # Errors
     /// When the command cannot be run.
@@ -130,10 +131,10 @@ impl Peer {
         Ok(Self { child, socket })
     }
 
-    /// Asks for memory; gives its number and its export.
+    /// Asks for memory. Returns its number and its export.
     ///
     /// # Errors
-    /// When the peer could not, or is gone.
+    /// When the peer fails or is gone.
     pub fn donate(
         &mut self,
         device: &DeviceUuid,
@@ -153,10 +154,10 @@ impl Peer {
         }
     }
 
-    /// Has the peer map an export; gives its number.
+    /// Makes the peer map an export. Returns the memory's number.
     ///
     /// # Errors
-    /// When the peer could not, or is gone.
+    /// When the peer fails or is gone.
     pub fn import(
         &mut self,
         device: &DeviceUuid,
@@ -175,10 +176,10 @@ impl Peer {
         }
     }
 
-    /// Asks for something without an answer of its own.
+    /// Makes a request whose answer has no content.
     ///
     /// # Errors
-    /// When the peer could not, or is gone.
+    /// When the peer fails or is gone.
     pub fn ask(&mut self, request: Request) -> Result<()> {
         self.exchange(request, None).map(|_| ())
     }
@@ -197,10 +198,10 @@ impl Peer {
         }
     }
 
-    /// The PID that the peer sees itself have: another one than ours of it, where it has a namespace of its own.
+    /// The PID of the peer as the peer sees it. In its own PID namespace, it is not the PID that this process sees.
     ///
     /// # Errors
-    /// When its backend did not open, or it is gone.
+    /// When the peer's backend did not open, or the peer is gone.
     pub fn own_pid(&mut self) -> Result<u32> {
         match self.exchange(Request::Pid, None)? {
             (Reply::Pid(pid), _) => Ok(pid),
@@ -208,10 +209,11 @@ impl Peer {
         }
     }
 
-    /// Free HBM of a device, bytes, as the peer sees it: asking makes its context there, if it has none yet.
+    /// Free HBM of a device in bytes, as the peer sees it. If the peer has no context on the device yet, this creates
+    /// one.
     ///
     /// # Errors
-    /// When the peer could not, or is gone.
+    /// When the peer fails or is gone.
     pub fn free_hbm(&mut self, device: &DeviceUuid) -> Result<u64> {
         let device = device.clone();
         match self.exchange(Request::Hbm { device }, None)? {
@@ -220,7 +222,7 @@ impl Peer {
         }
     }
 
-    /// The process's number.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -238,16 +240,16 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // A check that failed half way leaves its peer running; nothing is left to tell about it.
+        // After a check that failed, the peer may still run. Errors here do not matter.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The second process's whole life: serves requests from standard input, a socket, until it closes.
+/// Runs the second process: serves requests from standard input, which is a socket, until it is closed.
 ///
 /// # Errors
-/// When the socket breaks. A backend that does not open is the answer to the first request.
+/// When the socket fails. If the backend does not open, the answer to the first request says so.
 pub fn serve(backend: &Backend) -> Result<()> {
     let mut socket = UnixStream::from(rustix::stdio::stdin().try_clone_to_owned()?);
     let layer = match backend.open() {
@@ -315,7 +317,7 @@ pub fn serve(backend: &Backend) -> Result<()> {
     Ok(())
 }
 
-/// Sends a frame: its length as four bytes, with the descriptor if there is one, then JSON.
+/// Sends a frame: its length in four bytes, with the descriptor if there is one, and then JSON.
 fn send<T: Serialize>(socket: &mut UnixStream, message: T, export: Option<Export>) -> Result<()> {
     let (opaque, descriptor) = match export {
         None => (None, None),
@@ -346,7 +348,7 @@ fn send<T: Serialize>(socket: &mut UnixStream, message: T, export: Option<Export
     Ok(())
 }
 
-/// Receives a frame; none at the end of the stream.
+/// Receives a frame. Returns none at the end of the stream.
 fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> Result<Option<(T, Option<Export>)>> {
     let mut length = [0; 4];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

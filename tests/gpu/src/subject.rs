@@ -1,4 +1,4 @@
-//! What is being tested: a backend, and how a second process opens the same one.
+//! The subject of the checks: a backend, and how a second process opens the same backend.
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
@@ -18,10 +18,10 @@ use thiserror::Error;
 pub enum Backend {
     /// Two simulated devices on one simulated NVLink.
     Host {
-        /// Where the processes account their HBM.
+        /// The directory where the processes account for their HBM.
         usage_dir: PathBuf,
     },
-    /// The GPUs of the driver that the environment names, or of the system's.
+    /// The GPUs of the driver that the environment names, or else of the system's driver.
     Cuda,
 }
 
@@ -32,7 +32,7 @@ impl Backend {
     /// Opens the backend.
     ///
     /// # Errors
-    /// When it cannot work here.
+    /// When the backend cannot work here.
     pub fn open(&self) -> Result<Arc<dyn DeviceLayer>> {
         match self {
             Self::Host { usage_dir } => Ok(Arc::new(simulated(usage_dir.clone())?)),
@@ -80,9 +80,9 @@ pub struct Subject {
     pub layer: Arc<dyn DeviceLayer>,
     /// How a second process opens it.
     pub backend: Backend,
-    /// The program that is the second process: `swiftcache-gpu-check`.
+    /// The program of the second process: `swiftcache-gpu-check`.
     pub peer_program: PathBuf,
-    /// Makes a device fail for good, where that can be done.
+    /// Makes a device fail for good, if that is possible.
     pub lose: Option<LoseDevice>,
 }
 
@@ -95,7 +95,7 @@ impl fmt::Debug for Subject {
     }
 }
 
-/// When this is `1`, a machine on which no GPU reaches another's memory is a failure.
+/// When this is `1`, it is a failure if no GPU of the machine reaches the memory of another.
 pub const REQUIRE_PEERS_VARIABLE: &str = "SWIFTCACHE_REQUIRE_PEERS";
 
 /// Why nothing can be copied between two devices here.
@@ -104,10 +104,10 @@ pub const REQUIRE_PEERS_VARIABLE: &str = "SWIFTCACHE_REQUIRE_PEERS";
 pub struct NoPeers(String);
 
 impl NoPeers {
-    /// What to tell people, where that is no failure.
+    /// The text for users, if it is not a failure that there are no peers.
     ///
     /// # Errors
-    /// Where peers are required: [`REQUIRE_PEERS_VARIABLE`].
+    /// When peers are required by [`REQUIRE_PEERS_VARIABLE`].
     pub fn excused(self) -> Result<String> {
         if std::env::var_os(REQUIRE_PEERS_VARIABLE).is_some_and(|value| value == "1") {
             bail!("{self}, and {REQUIRE_PEERS_VARIABLE}=1 demands them");
@@ -117,7 +117,7 @@ impl NoPeers {
 }
 
 impl Subject {
-    /// The GPUs, in this process and in peers that run `peer_program`. The stub driver's can be lost.
+    /// The GPUs, for this process and for peers that run `peer_program`. A GPU of the stub driver can be lost.
     ///
     /// # Errors
     /// When there is no driver or no GPU.
@@ -141,7 +141,7 @@ impl Subject {
         Ok(device.uuid.clone())
     }
 
-    /// The last device: another one, where there are several.
+    /// The last device. If there are several, it is not the first one.
     ///
     /// # Errors
     /// When there is none.
@@ -150,10 +150,10 @@ impl Subject {
         Ok(device.uuid.clone())
     }
 
-    /// The other device whose memory the first one reaches, and by what link; why there is none, in words.
+    /// The other device whose memory the first one reaches, and the link to it.
     ///
     /// # Errors
-    /// When there is no such device.
+    /// When there is no such device. The error says why.
     pub fn neighbour(&self) -> Result<(DeviceUuid, LinkKind), NoPeers> {
         let [first, .., last] = self.layer.devices() else {
             return Err(NoPeers("one GPU: no peer copies".to_owned()));

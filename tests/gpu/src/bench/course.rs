@@ -69,12 +69,12 @@ impl<'a> Course<'a> {
     /// Seconds of one plain copy of `bytes`, when many follow one another.
     pub(super) fn plain(&self, bytes: u64) -> Result<f64> {
         let bench = self.bench;
-        let target_and_source = (self.plain_to, self.plain_from);
+        let (to, from) = (self.plain_to, self.plain_from);
         let places = (bench.scale.memory / bytes).max(1);
         bench.time(
             |number| {
                 let offset = (number % places) * bytes;
-                (bench.engine).copy_across(bench.plain, target_and_source, offset, bytes)
+                (bench.engine).copy_across(bench.plain, to, from, offset, bytes)
             },
             || bench.engine.synchronize(bench.plain),
         )

@@ -1,4 +1,4 @@
-//! Copies, byte for byte.
+//! Copies arrive byte for byte.
 
 use anyhow::{Context, Result, ensure};
 use proptest::{
@@ -76,7 +76,7 @@ pub(super) fn bounds(subject: &Subject) -> Result<()> {
     }
     stream.record()?.wait()?;
     pattern::verify(&*stream, &to, 0, MIB, 2).context("a refused copy left bytes behind")?;
-    // The same pieces without the stray one are fine, and so are none at all.
+    // Without the piece outside, the same call works. An empty list works too.
     stream.copy(&from, &to, &[])?;
     stream.copy(&from, &to, &[inside])?;
     pattern::verify(&*stream, &to, 0, 4096, 1)
@@ -88,7 +88,7 @@ pub(super) fn extents(subject: &Subject) -> Result<()> {
     let stream = subject.stream()?;
     pattern::write(&*stream, &from, 0, size, 3)?;
     let half = size / 2;
-    // The two halves change places.
+    // The two halves are exchanged.
     let pieces = [(0, half), (half, 0)].map(|(from, to)| Piece {
         from,
         to,
@@ -103,8 +103,8 @@ pub(super) fn extents(subject: &Subject) -> Result<()> {
 }
 
 pub(super) fn scattered(subject: &Subject) -> Result<()> {
-    // Blocks of one layer go to the mirrored position, in one call, for sizes around every vector width, and for more
-    // of them than one launch takes.
+    // One call copies the blocks of a layer to mirrored positions. The sizes are around every vector width, and there
+    // are more blocks than one launch takes.
     let sizes = [1, 2, 3, 8, 15, 16, 17, 100, 4096, 65_536].map(|bytes| (bytes, 513));
     for (bytes, count) in sizes.into_iter().chain([(16, 40_001), (20_000, 1500)]) {
         let size = bytes * count;
@@ -135,7 +135,8 @@ pub(super) fn scattered(subject: &Subject) -> Result<()> {
 }
 
 pub(super) fn parts(subject: &Subject) -> Result<()> {
-    // Three slabs and an engine's pool, as a layer's blocks lie: small pieces, large ones, and a slab without any.
+    // The blocks of a layer lie in slabs and go to an engine's pool. There are small pieces, large pieces, and a slab
+    // without pieces.
     let counts = [5_u64, 0, 700, 3];
     for bytes in [48_u64, 4096, 3 * MIB] {
         let total: u64 = counts.iter().sum();
@@ -147,7 +148,7 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
             let count = count.min(total - pieces.len() as u64);
             let (from, _) = two_memories(subject, bytes * count.max(1))?;
             pattern::write(&*stream, &from, 0, bytes * count, slab)?;
-            // The slab's blocks backwards, into the pool's next ones.
+            // The blocks of the slab go to the next blocks of the pool, in the opposite order.
             let first = pieces.len() as u64;
             pieces.extend((0..count).map(|block| Piece {
                 from: (count - 1 - block) * bytes,
@@ -163,7 +164,7 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
             });
         }
         stream.copy_parts(&parts, &pieces)?;
-        // The stream keeps what it needs.
+        // The stream itself keeps the memories that it needs.
         parts.clear();
         let mut found = vec![0; wanted.len()];
         stream.read(&pool, 0, &mut found)?;
@@ -186,7 +187,7 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
         from: MIB,
         ..inside
     };
-    // What is no part's is not looked at, and parts may promise more than there is.
+    // Pieces beyond those of the parts are ignored, and a part may name more pieces than there are.
     let many = Part {
         pieces: usize::MAX,
         ..part()
@@ -194,7 +195,7 @@ pub(super) fn parts(subject: &Subject) -> Result<()> {
     stream.copy_parts(&[part()], &[inside, stray])?;
     stream.copy_parts(&[part(), many], &[inside])?;
     pattern::verify(&*stream, &to, 0, 4096, 9)?;
-    // A stray piece of any part is refused.
+    // A piece outside is refused in every part.
     let refused = stream.copy_parts(&[part(), part()], &[inside, stray]);
     let error = refused.err().context("a range outside was accepted")?;
     ensure!(matches!(error, DeviceError::OutOfRange { .. }), "{error}");
@@ -240,7 +241,7 @@ pub(super) fn zeroing(subject: &Subject) -> Result<()> {
     pattern::expect(&found, &wanted)
 }
 
-/// A size, where each piece starts in the source, and how long it and the gap behind it in the target are.
+/// For each piece: its start in the source, its length, and the length of the gap behind it in the target.
 type Layout = Vec<(u64, u64, u64)>;
 
 const RANDOM_SIZE: u64 = 512 << 10;

@@ -28,7 +28,7 @@ const ALL: [Piece; 1] = [Piece {
 pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
     let (layer, device) = (&*subject.layer, subject.device()?);
     if !matches!(subject.backend, Backend::Cuda) {
-        return Ok(()); // engines with streams of their own are CUDA's
+        return Ok(()); // Only on CUDA do engines have their own streams.
     }
     let engine = Engine::start()?;
     let compute = engine.stream()?;
@@ -38,7 +38,8 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
     let slab = layer.allocate(&device, SIZE, HandleKind::CudaIpc)?;
     let copies = layer.stream(&device)?;
     for round in 0..8 {
-        // Compute writes a layer; its write-back waits; the next compute on the pool waits for that.
+        // Compute writes a layer, its write-back waits for that, and the next compute on the pool waits for the
+        // write-back.
         let byte = round + 1;
         for _ in 0..4 {
             engine.fill(compute, address, 0xff, SIZE)?;
@@ -50,7 +51,7 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
         let written_back = copies.record()?;
         compute_stream.wait_for(&written_back)?;
         engine.fill(compute, address, 0xee, SIZE)?;
-        // The fetch of the same layer waits for compute, too, and compute for it.
+        // The fetch of the same layer waits for compute too, and compute waits for the fetch.
         copies.wait_for(&compute_stream.record()?)?;
         copies.copy(&slab, &pool, &ALL)?;
         let fetched = copies.record()?;
@@ -64,7 +65,7 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
         compute_stream.read(&pool, 0, &mut found)?;
         pattern::expect(&found, &vec![byte; SIZE as usize])?;
     }
-    // The wrapper's end is not the stream's: it still computes.
+    // Dropping the wrapper does not end the engine's stream, which still computes.
     drop(compute_stream);
     engine.fill(compute, address, 0x77, SIZE)?;
     engine.synchronize(compute)?;
@@ -73,7 +74,7 @@ pub(super) fn streams_and_memory(subject: &Subject) -> Result<()> {
     pattern::expect(&found, &vec![0x77; SIZE as usize])
 }
 
-/// The same by the safe way in, which is an engine's in another language.
+/// The same through `foreign`, which engines in other languages use.
 pub(super) fn foreign_pool_and_stream(subject: &Subject) -> Result<()> {
     let (layer, device) = (&*subject.layer, subject.device()?);
     if !matches!(subject.backend, Backend::Cuda) {
@@ -129,7 +130,7 @@ pub(super) fn pool_on_offer(subject: &Subject) -> Result<()> {
         return Ok(());
     }
     let engine = Engine::start()?;
-    // A region inside a larger allocation: what is exported is the allocation, and where the region lies in it.
+    // A region inside a larger allocation. The whole allocation is exported, with the place of the region in it.
     let address = engine.allocate(4 * SIZE)?;
     let part = engine.lend_memory(layer, &device, address + SIZE, SIZE)?;
     let whole = engine.lend_memory(layer, &device, address, 4 * SIZE)?;
@@ -163,11 +164,11 @@ pub(super) fn pool_on_offer(subject: &Subject) -> Result<()> {
     Ok(())
 }
 
-/// A part of an engine's pool on loan: others use it in place, and it is zero before and after.
+/// A part of an engine's pool is lent. Others use it in place, and it is zero before and after.
 pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
     let (layer, device) = (&*subject.layer, subject.device()?);
     let bytes = 4 * SIZE;
-    // An engine's own memory: on CUDA one allocation of its own, elsewhere the allocator's.
+    // The engine's own memory: on CUDA an allocation of the driver, otherwise memory of the allocator.
     let (engine, tensor);
     let address = match subject.backend {
         Backend::Cuda => {
@@ -208,7 +209,7 @@ pub(super) fn part_of_a_pool_lent(subject: &Subject) -> Result<()> {
         stream.read(&pool, SIZE, &mut found)?;
         pattern::expect(&found, &theirs[at..at + SIZE as usize]).context("not in place")?;
         drop(peer);
-        // On CUDA a handle opens the whole allocation, and this peer wrote all of it.
+        // On CUDA a handle opens the whole allocation, and this peer has written all of it.
         stream.read(&pool, 0, &mut own)?;
         drop(lent);
         ensure!(Arc::strong_count(&back) == 1);

@@ -1,4 +1,4 @@
-//! An engine that captures a graph, which calls of ours must not spoil.
+//! An engine captures a graph, and SwiftCache's calls must not spoil the capture.
 
 #![allow(
     unsafe_code,
@@ -20,10 +20,10 @@ use crate::{
 
 const SIZE: u64 = 8 << 20;
 
-/// A thread captures in global mode, and it and another one do all that a cache does meanwhile.
+/// A thread captures in global mode. Meanwhile, this thread and another one do everything that a cache does.
 pub(super) fn captured_while_others_work(subject: &Subject) -> Result<()> {
     if !matches!(subject.backend, Backend::Cuda) {
-        return Ok(()); // only CUDA has graphs
+        return Ok(()); // Only CUDA has graphs.
     }
     let (layer, device) = (&*subject.layer, subject.device()?);
     let engine = Engine::start()?;
@@ -80,7 +80,7 @@ pub(super) fn captured_while_others_work(subject: &Subject) -> Result<()> {
     a_call_in_the_common_mode_spoils_it(&engine)
 }
 
-/// The check's own twin: the driver does forbid such calls, to threads that do not ask to be left out.
+/// The twin of this check: the driver does forbid such calls to threads that are not relaxed.
 fn a_call_in_the_common_mode_spoils_it(engine: &Engine) -> Result<()> {
     let compute = engine.stream()?;
     engine.begin_capture(compute)?;
@@ -99,7 +99,7 @@ fn a_call_in_the_common_mode_spoils_it(engine: &Engine) -> Result<()> {
     engine.synchronize(compute)
 }
 
-/// What a cache does: maps what others export, copies, polls, waits, lends, and lets go of everything.
+/// Does what a cache does: maps exported memory, copies, polls, waits, lends, and drops everything.
 fn work(subject: &Subject, lent: u64) -> Result<()> {
     let (layer, device) = (&*subject.layer, subject.device()?);
     let owner = subject.other_device()?;

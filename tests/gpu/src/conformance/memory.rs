@@ -52,7 +52,7 @@ pub(super) fn zeroed_and_counted(subject: &Subject) -> Result<()> {
             found.iter().all(|byte| *byte == 0),
             "{kind:?} memory is not zeroed"
         );
-        // Freed memory comes back zeroed too, whatever was in it.
+        // Memory that was freed is zeroed when it is allocated again.
         pattern::write(&*stream, &memory, 0, bytes, 1)?;
         drop(memory);
         let memory = layer.allocate(&device, bytes, kind)?;

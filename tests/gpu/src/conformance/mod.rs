@@ -1,4 +1,4 @@
-//! What every backend promises.
+//! The promises that every backend must keep.
 
 mod copies;
 mod engines;
@@ -12,10 +12,10 @@ use anyhow::Result;
 
 use crate::subject::Subject;
 
-/// One promise: its name, and the check that a backend keeps it.
+/// A promise: its name, and the check that a backend keeps it.
 pub type Check = (&'static str, fn(&Subject) -> Result<()>);
 
-/// Every check, in order. Those that break a device come last.
+/// All checks, in order. Those that break a device come last.
 pub const CHECKS: &[Check] = &[
     (
         "devices are named and unknown ones refused",
@@ -104,7 +104,7 @@ pub const PEER_CHECKS: &[Check] = &[
     ),
 ];
 
-/// Runs the check of that name.
+/// Runs the check with this name.
 ///
 /// # Errors
 /// When the backend breaks the promise, or there is no such check.

@@ -1,4 +1,4 @@
-//! Memory of another process on another device, over the link between the two.
+//! Memory of another process on another device, which is reached over the link between the two.
 
 use std::sync::Arc;
 
@@ -19,17 +19,17 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
 
-/// A context takes more HBM than this, bytes; a mapping of another device's memory takes none there.
+/// A context takes more HBM than this many bytes. A mapping takes no HBM on the device whose memory it maps.
 const CONTEXT_BYTES: u64 = 32 * MIB;
 
-/// Pieces of one size, and a stream that copies them in one way.
+/// A way to copy: the size of the pieces, and a stream that copies them by one method.
 struct Way {
     name: &'static str,
     piece: u64,
     stream: Arc<dyn CopyStream>,
 }
 
-/// Every way to copy, on the first device; and the layer that goes with their streams.
+/// All ways to copy on the first device, and the device layer that their streams belong to.
 fn ways(subject: &Subject) -> Result<(Arc<dyn DeviceLayer>, Vec<Way>)> {
     let device = subject.device()?;
     let way = |name, piece, stream| Way {
@@ -57,7 +57,7 @@ fn ways(subject: &Subject) -> Result<(Arc<dyn DeviceLayer>, Vec<Way>)> {
     Ok((Arc::new(layer), ways))
 }
 
-/// Pieces of one size, the first of the source to the last place of the target.
+/// Pieces of one size in the opposite order: the first piece of the source goes to the last place of the target.
 fn mirrored(bytes: u64) -> Vec<Piece> {
     let count = SIZE / bytes;
     (0..count)
@@ -91,7 +91,7 @@ pub(super) fn copies(subject: &Subject) -> Result<()> {
                 memory: number,
                 seed,
             };
-            // The donor looks at its own memory with its own device.
+            // The donor checks its own memory with its own device.
             peer.ask(verify).context(what)?;
         }
     }
@@ -105,7 +105,7 @@ fn fetch(way: &Way, theirs: &Memory, ours: &Memory, seed: u64) -> Result<()> {
     pattern::verify_pieces(&*way.stream, ours, &pieces, seed).context("fetching")
 }
 
-/// Leaves the pattern of `seed` in `theirs`, out of bytes that lie in `ours` the other way round.
+/// Copies the pattern of `seed` to `theirs`. In `ours` its pieces are in the opposite order.
 fn write_back(way: &Way, ours: &Memory, theirs: &Memory, seed: u64) -> Result<()> {
     let pieces = mirrored(way.piece);
     let wanted = pattern::bytes(seed, SIZE as usize);
@@ -163,7 +163,7 @@ pub(super) fn donor_killed(subject: &Subject) -> Result<()> {
 
 pub(super) fn no_context(subject: &Subject) -> Result<()> {
     if let Backend::Host { .. } = subject.backend {
-        return Ok(()); // contexts are CUDA's
+        return Ok(()); // Only CUDA has contexts.
     }
     let (device, owner) = (subject.device()?, neighbour(subject)?);
     for &kind in subject.layer.handle_kinds() {
@@ -182,7 +182,7 @@ pub(super) fn no_context(subject: &Subject) -> Result<()> {
             before.saturating_sub(after) < CONTEXT_BYTES,
             "{kind:?}: the importer took HBM of the donor's device: {before} bytes free before, {after} after"
         );
-        // A context would have been seen: here is one.
+        // The twin: a context is noticed when there is one.
         borrower.free_hbm(&owner)?;
         let with_context = donor.free_hbm(&owner)?;
         ensure!(

@@ -1,4 +1,4 @@
-//! Sharing with a second process, and its death.
+//! Sharing memory with a second process, and the death of that process.
 
 use std::os::fd::OwnedFd;
 
@@ -37,7 +37,7 @@ pub(super) fn shared(subject: &Subject) -> Result<()> {
         })?;
         pattern::verify(&*stream, &ours, 0, SIZE, 2)?;
         peer.ask(Request::Drop { memory: number })?;
-        // The same allocation can be opened again, and from another device where there is one.
+        // The same allocation can be opened again, and from another device if there is one.
         let other = subject.other_device()?;
         let number = peer.import(&other, &device, layer.export(&ours)?, SIZE)?;
         peer.ask(Request::Verify {
@@ -148,7 +148,7 @@ pub(super) fn borrower_killed(subject: &Subject) -> Result<()> {
         peer.ask(Request::Fill { memory, seed: 4 })?;
         peer.kill()?;
         pattern::verify(&*stream, &ours, 0, SIZE, 4)?;
-        // And the next borrower maps it as if nothing had happened.
+        // The next borrower can map it as usual.
         let mut peer = Peer::start(subject)?;
         let memory = peer.import(&device, &device, layer.export(&ours)?, SIZE)?;
         peer.ask(Request::Verify { memory, seed: 4 })?;

@@ -1,4 +1,4 @@
-//! Order, independence and lifetimes.
+//! Streams: their order, their independence, and the lifetimes of memories.
 
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ pub(super) fn waits(subject: &Subject) -> Result<()> {
     pattern::write(&*first, a, 0, SIZE, 1)?;
     pattern::write(&*first, b, 0, SIZE, 2)?;
     for round in 0..8 {
-        // The first stream has plenty to do before it writes what the second one reads.
+        // The first stream has much work to do before it writes the bytes that the second one reads.
         for _ in 0..8 {
             first.copy(b, c, &ALL)?;
             first.copy(c, b, &ALL)?;
@@ -97,7 +97,7 @@ pub(super) fn lifetime(subject: &Subject) -> Result<()> {
     }
     stream.copy(&memories[2], &last, &ALL)?;
     let ticket = stream.record()?;
-    // Nobody but the stream holds the first three now, and then nobody holds the stream.
+    // After this only the stream holds the first three memories, and then nobody holds the stream.
     drop(memories);
     drop(stream);
     ticket.wait()?;
@@ -106,7 +106,7 @@ pub(super) fn lifetime(subject: &Subject) -> Result<()> {
 
 pub(super) fn lost_device(subject: &Subject) -> Result<()> {
     let Some(lose) = &subject.lose else {
-        return Ok(()); // a real device is not broken on purpose
+        return Ok(()); // A real device is not broken on purpose.
     };
     let device = subject.device()?;
     let memories = memories(subject, 2)?;
@@ -115,7 +115,7 @@ pub(super) fn lost_device(subject: &Subject) -> Result<()> {
     let before = stream.record()?;
     before.wait()?;
     lose(&device)?;
-    // Backends differ in whether queueing or completion reports it; one of them must, and for good.
+    // Some backends report the loss when work is queued, others when it completes. One of the two must fail, for good.
     let after = |stream: &dyn CopyStream| {
         stream.copy(&memories[0], &memories[1], &ALL)?;
         stream.record()

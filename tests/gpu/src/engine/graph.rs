@@ -1,22 +1,22 @@
-//! The engine's graphs: work that is captured once and launched often.
+//! CUDA graphs of the engine: work that is captured once and launched many times.
 
 use anyhow::Result;
 
 use super::{Call, Engine, EngineStream, check};
 
-/// `CU_STREAM_CAPTURE_MODE_GLOBAL`: how vLLM captures.
+/// `CU_STREAM_CAPTURE_MODE_GLOBAL`: the mode in which vLLM captures.
 const GLOBAL: u32 = 0;
 
-/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: a mode that threads have only if they ask for it.
+/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: a mode that a thread has only if it asks for it.
 pub const THREAD_LOCAL: u32 = 1;
 
-/// Captured work, to be launched. The engine never destroys it.
+/// Captured work that can be launched. The engine never destroys it.
 #[derive(Clone, Copy, Debug)]
 pub struct Graph(usize);
 
 impl Engine {
-    /// Begins to capture what this thread queues on `stream`, in the mode in which no other thread may call what might
-    /// wait or allocate.
+    /// Begins to capture the work that this thread queues on `stream`. In this mode, no other thread may make a call
+    /// that might wait or allocate.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -29,7 +29,7 @@ impl Engine {
         }
     }
 
-    /// Gives this thread another mode of its own; returns the one that it had.
+    /// Changes the capture mode of this thread. Returns the mode that it had.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -47,7 +47,7 @@ impl Engine {
     /// Ends the capture.
     ///
     /// # Errors
-    /// When something has spoiled it, and the driver has no graph to give.
+    /// When a call has spoiled the capture, so that there is no graph.
     pub fn end_capture(&self, stream: EngineStream) -> Result<Graph> {
         let (mut graph, mut executable) = (0, 0);
         // SAFETY: the signatures are the driver's; a graph and an executable graph are written, each to one of ours.

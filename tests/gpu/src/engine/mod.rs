@@ -1,5 +1,5 @@
-//! Plays an inference engine: a part of the process that calls the driver itself, with its own memory, streams and
-//! kernels, and knows nothing of SwiftCache. Also the plain copies that SwiftCache's are measured against.
+//! Plays an inference engine: a part of the process that calls the driver itself, has its own memory, streams and
+//! kernels, and knows nothing of SwiftCache. It also makes the plain copies that SwiftCache's copies are compared with.
 
 #![allow(
     unsafe_code,
@@ -36,22 +36,22 @@ pub struct Engine {
     context: usize,
     /// One kernel for each footprint.
     busy: [usize; 2],
-    /// Where the busy kernel would write, if it ever did.
+    /// The address where the busy kernel would write. It never writes.
     unused: u64,
     processors: u32,
 }
 
-/// What compute leaves of a multiprocessor to others.
+/// How much of a multiprocessor compute takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Footprint {
-    /// No registers, as a matrix product does: whoever runs beside it takes multiprocessors from it.
+    /// All registers, like a matrix product. A kernel that runs beside it takes multiprocessors away from it.
     Full,
-    /// Room for other blocks, but every multiplier is as busy.
+    /// It leaves room for other blocks, but keeps every multiplier just as busy.
     Light,
 }
 
 impl Footprint {
-    /// Blocks that a multiprocessor holds at a time.
+    /// How many blocks a multiprocessor holds at a time.
     fn blocks(self) -> u32 {
         match self {
             Self::Full => 2,
@@ -60,8 +60,8 @@ impl Footprint {
     }
 }
 
-/// Waves of blocks in one layer's compute, as kernels of real engines are many short blocks rather than one long one
-/// for each multiprocessor.
+/// Waves of blocks in the compute of one layer. Kernels of real engines also have many short blocks, and not one long
+/// block for each multiprocessor.
 pub const WAVES: u32 = 16;
 
 /// A stream of the engine.
@@ -81,7 +81,7 @@ fn check(code: u32, operation: &str) -> Result<()> {
 }
 
 impl Engine {
-    /// Opens the driver and makes the first device's primary context current on this thread, as engines do.
+    /// Opens the driver, and makes the primary context of the first device current on this thread, as engines do.
     ///
     /// # Errors
     /// When there is no driver.
@@ -153,10 +153,10 @@ impl Engine {
         }
     }
 
-    /// Takes HBM. The engine never gives it back.
+    /// Allocates HBM. The engine never frees it.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is not enough.
     pub fn allocate(&self, bytes: u64) -> Result<u64> {
         let mut address = 0;
         // SAFETY: the signature is the driver's; one address is written, to one of ours.
@@ -186,7 +186,7 @@ impl Engine {
         Ok(EngineStream(stream))
     }
 
-    /// Queues compute that fills the device: [`WAVES`] waves of blocks, of `rounds` each.
+    /// Queues compute that fills the device: [`WAVES`] waves of blocks, with `rounds` rounds in each block.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -225,7 +225,7 @@ impl Engine {
         }
     }
 
-    /// Queues a fill, which stands for compute that writes KV.
+    /// Queues a fill, which plays compute that writes KV.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -284,7 +284,7 @@ impl Engine {
         Ok(unsafe { layer.adopt_memory(device, address, bytes) }?)
     }
 
-    /// Marks the end of one of the engine's streams, as an engine in another language does.
+    /// Marks one of the engine's streams, as an engine in another language does.
     ///
     /// # Errors
     /// When the layer refuses.
@@ -299,7 +299,7 @@ impl Engine {
         marked.context("no mark")
     }
 
-    /// Has one of the engine's streams wait for tickets, likewise.
+    /// Makes one of the engine's streams wait for tickets, as an engine in another language does.
     pub fn gate(
         &self,
         layer: &dyn DeviceLayer,

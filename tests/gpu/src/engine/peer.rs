@@ -1,4 +1,4 @@
-//! The engine on two GPUs: the plain copies between them that SwiftCache's are measured against.
+//! The engine on two GPUs: the plain copies between them that SwiftCache's copies are compared with.
 
 use std::ffi::c_int;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{Call, Engine, EngineStream, check};
 
-/// What the driver answers when peer access was enabled before.
+/// The driver's code for peer access that is already enabled.
 const ALREADY_ENABLED: u32 = 704;
 
 /// Memory of the engine, on one of its GPUs.
@@ -25,8 +25,8 @@ impl Engine {
         }
     }
 
-    /// Takes HBM of the device of that ordinal, and enables peer access between it and the first, both ways, so that
-    /// plain copies between the two are not staged. The engine never gives it back.
+    /// Allocates HBM of the device with this ordinal. Enables peer access between it and the first device in both
+    /// directions, so that plain copies between the two are not staged. The engine never frees the memory.
     ///
     /// # Errors
     /// When the driver refuses.
@@ -67,14 +67,15 @@ impl Engine {
         outcome.map(|address| Place { context, address })
     }
 
-    /// Queues a plain copy between places on a stream of the first device.
+    /// Queues a plain copy between two places on a stream of the first device.
     ///
     /// # Errors
     /// When the driver refuses.
     pub fn copy_across(
         &self,
         stream: EngineStream,
-        (to, from): (Place, Place),
+        to: Place,
+        from: Place,
         offset: u64,
         bytes: u64,
     ) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The real CUDA path over the stub driver: every promise, and every failure a driver can answer with.
+//! The real CUDA path with the stub driver: every promise, and every error that a driver can return.
 
 mod peers;
 mod run;
@@ -72,7 +72,8 @@ fn a_capture_is_spoiled_where_threads_are_not_relaxed() {
     );
 }
 
-/// The fault hits the zeroing of what comes back first: an engine must not get it with what a borrower left there.
+/// The fault makes the zeroing of returned memory fail. The engine must not get the memory with a borrower's bytes in
+/// it.
 #[test]
 fn lent_memory_comes_back_zero_though_the_driver_fails_for_a_moment() {
     const CHECK: &str = "a part of an engine's pool is lent in place, zero before and after";
@@ -85,7 +86,7 @@ fn lent_memory_comes_back_zero_though_the_driver_fails_for_a_moment() {
         let (kept, told) = returned(fault);
         assert!(kept, "{fault}: {told}");
     }
-    // The twin: a driver that never zeroes it.
+    // The twin: with a driver that never zeroes it, the check fails.
     let (kept, told) = returned("cuMemsetD8Async=999@2-");
     assert!(
         !kept && told.contains("given back with what others left"),

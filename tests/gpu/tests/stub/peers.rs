@@ -1,4 +1,4 @@
-//! What two devices add: a donor's memory on the other one.
+//! Checks and measurements that need two devices: a donor's memory is on the other one.
 
 use std::path::Path;
 
@@ -112,7 +112,7 @@ fn a_copy_that_fails_is_told_beside_what_was_measured() {
         let named = told.starts_with("peer ") && told.contains("cuMemcpyPeerAsync: CUDA error 719");
         assert!(named, "{told}");
     }
-    // What comes after it, and does without, is there as well.
+    // The measurements after it that do not need this call are in the report too.
     assert!(!cases(&report, "peer layer pipeline").is_empty());
 }
 
@@ -169,7 +169,7 @@ fn links_are_compared_with_the_brokers() {
             .count();
         assert_eq!(marked, if agrees { 0 } else { 2 }, "{told}");
     }
-    // A node that knows none of these GPUs is another one.
+    // A topology that names none of these GPUs describes another node.
     let output = run.arguments(&["links", "--probe", "simulated", "--topology", "hgx-8"]);
     assert!(text(&output.stdout).contains("does not show it"));
     assert!(!output.status.success());

@@ -1,4 +1,4 @@
-//! The check program over the stub driver.
+//! Runs the check program with the stub driver.
 
 use std::{
     path::PathBuf,
@@ -45,7 +45,7 @@ impl Run {
         command
     }
 
-    /// What people are told when `operation` fails; panics if it does not, or not by an error.
+    /// The error message of an `operation` that fails. Panics if it succeeds, or fails in another way.
     pub(crate) fn failure(&self, operation: &str) -> String {
         let output = self.arguments(&["do", operation]);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
