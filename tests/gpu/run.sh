@@ -1,16 +1,16 @@
 #!/bin/sh
-# Checks and measures the CUDA backend on this machine's GPUs. Builds nothing: it runs swiftcache-gpu-check, which was
-# built elsewhere by `cargo build --release -p swiftcache-gpu-tests`. With swiftcache-broker, swiftcache and
-# swiftcache-test-borrower beside it, the full stack runs too.
+# Checks and measures the CUDA backend on this machine's GPUs. It builds nothing: it runs swiftcache-gpu-check, which
+# `cargo build --release -p swiftcache-gpu-tests` builds elsewhere. If swiftcache-broker, swiftcache and
+# swiftcache-test-borrower are beside it, the full stack runs too.
 #
 #     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
-# Where python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under it; that takes
-# tests/gpu/torch_engine and engine-adapter/tests too.
+# If python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under PyTorch. This
+# needs tests/gpu/torch_engine and engine-adapter/tests too.
 #
-# --only peers: what two GPUs add, and no more, in about six minutes.
-# With SWIFTCACHE_REQUIRE_GPU=1 a machine without a GPU is a failure; otherwise it is skipped, and says so. With
-# SWIFTCACHE_REQUIRE_PEERS=1 the same goes for a machine on which no GPU reaches another's memory.
+# --only peers: runs only what needs two GPUs, in about six minutes.
+# Without a GPU, everything is skipped with a message; with SWIFTCACHE_REQUIRE_GPU=1 this is a failure. If no GPU reaches
+# the memory of another, the peers are skipped; with SWIFTCACHE_REQUIRE_PEERS=1 this is a failure.
 set -u
 only=
 if [ "${1:-}" = --only ]; then
@@ -30,7 +30,7 @@ fi
 
 status=0
 
-# step SECONDS NAME ARGUMENTS: one that hangs must not take the others' time.
+# step SECONDS NAME ARGUMENTS: runs a step with a time limit, so that a step that hangs does not take the others' time.
 step() {
     limit=$1
     echo "== $2"

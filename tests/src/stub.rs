@@ -1,5 +1,5 @@
-//! The stub driver of a test's processes: the faults they meet, copies that are held on their way, and what they have
-//! called. What its lines mean: see the crate `swiftcache_stub_driver`.
+//! The stub driver of a test's processes: it injects faults, holds copies, and records calls. The crate
+//! `swiftcache_stub_driver` describes the lines of its files.
 
 use std::{
     collections::BTreeMap,
@@ -18,10 +18,10 @@ use swiftcache_client::device::cuda::LIBRARY_VARIABLE;
 
 use crate::engine::eventually;
 
-/// Names the stub driver's directory.
+/// The environment variable with the stub driver's directory.
 const DIRECTORY_VARIABLE: &str = "SWIFTCACHE_STUB_DIR";
 
-/// The stub driver's two devices and the link between them, as a topology file says it.
+/// The stub driver's two devices and the link between them, as a topology file.
 pub const TOPOLOGY: &str = r#"
 name = "two stub GPUs"
 
@@ -40,11 +40,11 @@ kind = "nvlink"
 gigabytes_per_second = 380.0
 "#;
 
-/// A directory of the stub driver. All processes that share it play one machine.
+/// A directory of the stub driver. All processes that share it are on one simulated machine.
 #[derive(Debug)]
 pub struct Stub {
     directory: PathBuf,
-    /// Removed with the last of it; nothing in a process that was given the directory.
+    /// Removes the directory when dropped. None in a process that was given the directory.
     _own: Option<tempfile::TempDir>,
 }
 
@@ -55,11 +55,11 @@ pub enum Held {
     Kernels,
     /// Gather launches and copies. Fills, which zero new memory, go on.
     Copies,
-    /// Everything.
+    /// All work.
     All,
 }
 
-/// A line in the file of faults. It stays there until it is lifted.
+/// A line in the file of faults. It stays there until [`Stub::lift`] removes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault(String);
 
@@ -72,20 +72,20 @@ pub struct Call {
     pub process: u32,
     /// The thread's number.
     pub thread: u32,
-    /// What it returned; nothing while it has only begun, which calls that wait tell.
+    /// The code that it returned. None: it has begun, and only calls that wait record this.
     pub result: Option<u32>,
-    /// The thread's name, as far as the kernel knows it: its first 15 bytes.
+    /// The thread's name, cut to the 15 bytes that the kernel keeps.
     pub thread_name: String,
 }
 
-/// Tells lines apart that would read the same, whoever wrote them.
+/// The number of the next line, which distinguishes lines that would be equal otherwise.
 static LINES: AtomicU64 = AtomicU64::new(1);
 
 impl Stub {
-    /// A machine of its own.
+    /// A new simulated machine.
     ///
     /// # Errors
-    /// When there is no room for a directory.
+    /// When the directory cannot be created.
     pub fn new() -> Result<Self> {
         let own = tempfile::tempdir().context("a directory for the stub driver")?;
         Ok(Self {
@@ -94,7 +94,7 @@ impl Stub {
         })
     }
 
-    /// The machine that this process plays on, where the environment says that it does.
+    /// The machine that this process is on, if the environment names one.
     pub fn of_environment() -> Option<Self> {
         let directory = env::var_os(DIRECTORY_VARIABLE)?.into();
         Some(Self {
@@ -103,15 +103,15 @@ impl Stub {
         })
     }
 
-    /// Where allocations and faults lie.
+    /// The directory with allocations and faults.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// What a process needs in its environment to play on this machine.
+    /// The environment variables of a process on this machine.
     ///
     /// # Errors
-    /// When the stub driver is not built beside this test, as it is for every package that depends on it.
+    /// When the stub driver is not built beside this test. It is built for every package that depends on it.
     pub fn environment(&self) -> Result<BTreeMap<String, OsString>> {
         let library = "libswiftcache_stub_driver.so";
         let test = env::current_exe().context("where is this test?")?;
@@ -140,8 +140,8 @@ impl Stub {
         Ok(file)
     }
 
-    /// Adds a line to the faults: it counts calls that begin from now on, also where the same line was there before.
-    /// `process` limits it to one.
+    /// Adds a line to the faults. Its count of calls begins now, even if the same line was there before. `process`
+    /// limits it to one process.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -153,7 +153,7 @@ impl Stub {
         Ok(Fault(fault))
     }
 
-    /// Takes a line away.
+    /// Removes a line.
     ///
     /// # Errors
     /// When it is not there.
@@ -168,8 +168,8 @@ impl Stub {
         Ok(())
     }
 
-    /// Holds the streams of a process, or of all: what they have not begun when the process next looks stays queued
-    /// until the hold is lifted.
+    /// Holds the streams of a process, or of all processes. Work that they have not begun when the process next reads
+    /// the faults stays queued until the hold is lifted.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -182,7 +182,7 @@ impl Stub {
         self.inject(process, &format!("hold={kind}"))
     }
 
-    /// Has calls of these entry points written down from now on.
+    /// Records the calls of these entry points from now on.
     ///
     /// # Errors
     /// When the directory is gone.
@@ -190,10 +190,10 @@ impl Stub {
         self.inject(None, &format!("trace={}", symbols.join(",")))
     }
 
-    /// The calls that were written down, in the order of their ends.
+    /// The recorded calls, in the order in which they ended.
     ///
     /// # Errors
-    /// When a line is none of the stub driver's.
+    /// When a line is not one of the stub driver.
     pub fn calls(&self) -> Result<Vec<Call>> {
         let text = match fs::read_to_string(self.directory.join("trace")) {
             Ok(text) => text,
@@ -203,10 +203,10 @@ impl Stub {
         text.lines().map(Call::read).collect()
     }
 
-    /// Waits until calls were written down that `hold`; gives all that were.
+    /// Waits until `holds` is true for the recorded calls, and returns them.
     ///
     /// # Errors
-    /// When they do not come.
+    /// When it does not become true.
     pub fn wait_for(&self, what: &str, holds: impl Fn(&[Call]) -> bool) -> Result<Vec<Call>> {
         let mut calls = Vec::new();
         eventually(what, || {
@@ -216,7 +216,8 @@ impl Stub {
         Ok(calls)
     }
 
-    /// Replaces the file in one step, and by another time each time: processes tell its states apart by that.
+    /// Replaces the file of faults in one step. Each version has another modification time, by which processes notice a
+    /// change.
     fn change(&self, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
         let lock = File::create(self.directory.join("faults.lock"))?;
         lock.lock()?;
@@ -236,8 +237,8 @@ impl Stub {
     }
 }
 
-/// Runs a test's body in a process of its own on a stub driver of its own: a process has one driver, and names it in its
-/// environment. `test` is the test's full name, which the process runs again.
+/// Runs a test's body in a separate process on a new stub machine, because a process has only one driver, which its
+/// environment names. `test` is the full name of the test. The process runs this test again.
 ///
 /// # Errors
 /// When the body fails.
@@ -273,7 +274,7 @@ impl Call {
         })
     }
 
-    /// Whether it is one of this entry point by this process, over or not.
+    /// Whether this is a call of this entry point by this process, ended or not.
     pub fn is(&self, process: u32, symbol: &str) -> bool {
         self.process == process && self.symbol == symbol
     }
