@@ -6,7 +6,7 @@ use std::{io, net::SocketAddr, path::PathBuf};
 use swiftcache_proto::{convert::InvalidField, domain::AllocationId, topology::TopologyError};
 use tonic::Status;
 
-use crate::core::Refusal;
+use crate::{core::Refusal, probe::Unusable};
 
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -50,12 +50,12 @@ pub enum BrokerError {
     /// The simulated node is not described well.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// NVML was demanded and cannot be used.
+    /// NVML cannot be used, and is demanded or there.
     #[error(
-        "NVML cannot be used: {0}. Install the NVIDIA driver, or let the broker simulate a node with \
+        "NVML cannot be used: {0}. Install or mend the NVIDIA driver, or let the broker simulate a node with \
          --probe simulated"
     )]
-    Nvml(String),
+    Nvml(#[from] Unusable),
     /// The gRPC server could not be put together.
     #[error("gRPC server: {0}")]
     Grpc(String),

@@ -83,11 +83,14 @@ fn render(owner: &Owner) -> String {
     owner.read(|state| {
         for view in state.devices() {
             let device = || Label::new("device", view.device.uuid.to_string());
-            metrics.set(
-                "swiftcache_hbm_bytes",
-                vec![device()],
-                view.device.hbm_bytes,
-            );
+            // 0: unknown.
+            if view.device.hbm_bytes > 0 {
+                metrics.set(
+                    "swiftcache_hbm_bytes",
+                    vec![device()],
+                    view.device.hbm_bytes,
+                );
+            }
             for (place, bytes) in places(view.account) {
                 let labels = vec![device(), Label::new("state", place)];
                 metrics.set("swiftcache_offered_bytes", labels, bytes);

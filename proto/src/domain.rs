@@ -294,7 +294,7 @@ pub struct Device {
     pub uuid: DeviceUuid,
     /// Marketing name.
     pub name: String,
-    /// Total HBM, bytes.
+    /// Total HBM, bytes; 0 when the driver does not say.
     pub hbm_bytes: u64,
     /// The broker's ordinal, for people only.
     pub ordinal: u32,

@@ -4,12 +4,14 @@
 //! * [`domain`] is what the two sides think in: validated identifiers, hashes and enums.
 //! * [`topology`] describes a simulated node.
 //! * [`fd_socket`] frames what travels beside gRPC.
+//! * [`nvml`] says where NVML's library is: the broker's probe and `swiftcache doctor` load the same one.
 //! * [`traffic`] adds up what engines report of their copies.
 //! * [`convert`] turns one into the other; every refusal names the field that broke its bound.
 
 pub mod convert;
 pub mod domain;
 pub mod fd_socket;
+pub mod nvml;
 pub mod topology;
 pub mod traffic;
 

@@ -244,7 +244,8 @@ impl State {
             return invalid("bytes", problem);
         }
         let hbm_bytes = self.devices.list[offer.device].device.hbm_bytes;
-        if offer.bytes > hbm_bytes {
+        // 0: unknown.
+        if hbm_bytes > 0 && offer.bytes > hbm_bytes {
             let problem = format!("is {}; the device has {hbm_bytes}", offer.bytes);
             return invalid("bytes", problem);
         }

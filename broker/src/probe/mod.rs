@@ -4,12 +4,12 @@
 mod nvml;
 mod simulated;
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{Device, DeviceUuid, Link};
 
-pub use nvml::Nvml;
+pub use nvml::{Nvml, Unusable};
 pub use simulated::Simulated;
 
 use crate::error::BrokerError;
@@ -28,16 +28,51 @@ pub trait Probe: Send + Sync {
     /// The links between them, both directions; pairs not listed have no peer access.
     fn links(&self) -> &[Link];
 
+    /// GPUs that the driver lists and the broker does not use.
+    fn left_out(&self) -> &[LeftOut] {
+        &[]
+    }
+
+    /// What could not be learnt of a device at start, for people.
+    fn doubts(&self, _device: &DeviceUuid) -> &[String] {
+        &[]
+    }
+
     /// HBM in use on a device now, bytes, donated regions included. `donated` of them are known to the broker;
-    /// a probe that sees the hardware counts them itself. May block for milliseconds. `None`: it cannot tell.
-    fn used_bytes(&self, device: &DeviceUuid, donated: u64) -> Option<u64>;
+    /// a probe that sees the hardware counts them itself. May block for milliseconds.
+    ///
+    /// # Errors
+    /// When it cannot tell: why, for people.
+    fn used_bytes(&self, device: &DeviceUuid, donated: u64) -> Result<u64, String>;
+}
+
+/// A GPU that the driver lists and the broker does not use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// The driver's ordinal.
+    pub ordinal: u32,
+    /// What it is called, where the driver said so.
+    pub uuid: Option<DeviceUuid>,
+    /// Why, for people.
+    pub reason: String,
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GPU {}", self.ordinal)?;
+        if let Some(uuid) = &self.uuid {
+            write!(f, " ({uuid})")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
 }
 
 /// Which probe to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProbeChoice {
-    /// A simulated node when a topology is named; otherwise NVML, or a simulated node when there is none.
+    /// A simulated node when a topology is named. Otherwise NVML; a simulated node only where NVML's library is absent
+    /// or lists no GPU.
     Auto,
     /// NVML or nothing.
     Nvml,
@@ -48,20 +83,22 @@ pub enum ProbeChoice {
 /// Opens the probe that the settings ask for.
 ///
 /// # Errors
-/// When NVML was demanded and cannot be used, or the topology is refused.
+/// When NVML was demanded and cannot be used, when it is there and does not work, or when the topology is refused.
 pub fn open(choice: ProbeChoice, topology: Option<&str>) -> Result<Arc<dyn Probe>, BrokerError> {
     let simulate = || Simulated::load(topology.unwrap_or(DEFAULT_TOPOLOGY));
     match choice {
-        ProbeChoice::Nvml => Ok(Arc::new(Nvml::open().map_err(BrokerError::Nvml)?)),
+        ProbeChoice::Nvml => Ok(Arc::new(Nvml::open()?)),
         ProbeChoice::Simulated => Ok(Arc::new(simulate()?)),
         ProbeChoice::Auto if topology.is_some() => Ok(Arc::new(simulate()?)),
         ProbeChoice::Auto => match Nvml::open() {
             Ok(nvml) => Ok(Arc::new(nvml)),
+            // A GPU node whose driver does not work is no machine without GPUs.
+            Err(problem @ Unusable::Failed(_)) => Err(problem.into()),
             Err(problem) => {
                 tracing::warn!(
-                    problem,
+                    %problem,
                     topology = DEFAULT_TOPOLOGY,
-                    "NVML cannot be used: this broker SIMULATES its devices. --probe nvml demands real ones"
+                    "there is no GPU: this broker SIMULATES its devices. --probe nvml demands real ones"
                 );
                 Ok(Arc::new(simulate()?))
             }
@@ -86,7 +123,9 @@ mod tests {
     fn a_library_that_is_missing_or_none_is_a_reason_and_not_a_panic() {
         for path in ["/nowhere/libnvidia-ml.so.1", "/proc/self/maps"] {
             let problem = Nvml::open_at(path.as_ref()).err().unwrap();
-            assert!(problem.contains(path), "{problem:?} lacks {path}");
+            assert!(matches!(problem, Unusable::Absent(_)), "{problem:?}");
+            let text = problem.to_string();
+            assert!(text.contains(path), "{text:?} lacks {path}");
         }
     }
 }

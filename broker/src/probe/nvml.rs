@@ -1,7 +1,10 @@
 //! Devices as the NVIDIA driver reports them through NVML. The library is opened at run time; what it lacks is
 //! a reason in words, never a panic.
+//!
+//! NVML answers for each GPU by itself. An answer that is missing costs that figure: it is unknown then. A GPU that is
+//! lost, or that NVML cannot name, costs that GPU: it is left out, and the others are there.
 
-use std::ffi::OsStr;
+use std::{collections::HashSet, ffi::OsStr};
 
 use nvml_wrapper::{
     enum_wrappers::device::{P2pCapabilitiesIndex, P2pStatus},
@@ -9,23 +12,41 @@ use nvml_wrapper::{
     error::NvmlError,
     structs::device::FieldId,
 };
+use parking_lot::Mutex;
 use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
 
-use super::Probe;
+use super::{LeftOut, Probe};
 
-/// The library's name; its major version has been 1 since there is NVML.
-const LIBRARY: &str = "libnvidia-ml.so.1";
 /// The most NVLinks a GPU has (`NVML_NVLINK_MAX_LINKS`).
 const MAX_NVLINKS: u32 = 18;
 /// The speed of each active NVLink, MB/s in one direction: `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`, and
 /// `NVML_FI_DEV_NVLINK_GET_SPEED` (of link 0), of which a GPU may support neither.
 const NVLINK_SPEEDS: [FieldId; 2] = [FieldId(90), FieldId(164)];
 
+/// Why NVML is of no use here. Its text is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// There is no NVML here: the library cannot be loaded.
+    #[error("{0}")]
+    Absent(String),
+    /// It works, and lists no GPU.
+    #[error("{0}")]
+    NoDevice(String),
+    /// It is there and does not work, or none of the GPUs that it lists can be used.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// The node as NVML sees it. Link speeds are the driver's nominal ones.
 pub struct Nvml {
     library: nvml_wrapper::Nvml,
     devices: Vec<Device>,
+    /// What could not be learnt of each device at start, for people; in the order of `devices`.
+    doubts: Vec<Vec<String>>,
+    left_out: Vec<LeftOut>,
     links: Vec<Link>,
+    /// Devices whose use could not be read the last time: the log names each once.
+    unread: Mutex<HashSet<DeviceUuid>>,
 }
 
 type Gpu<'nvml> = nvml_wrapper::Device<'nvml>;
@@ -34,33 +55,61 @@ impl Nvml {
     /// Opens the driver's library and looks at its devices and links.
     ///
     /// # Errors
-    /// Why it cannot be used, for people.
-    pub fn open() -> Result<Self, String> {
-        Self::open_at(LIBRARY.as_ref())
+    /// Why it cannot be used.
+    pub fn open() -> Result<Self, Unusable> {
+        Self::open_at(&swiftcache_proto::nvml::library())
     }
 
     /// Opens the library at `path`.
     ///
     /// # Errors
-    /// Why it cannot be used, for people.
-    pub fn open_at(path: &OsStr) -> Result<Self, String> {
+    /// Why it cannot be used.
+    pub fn open_at(path: &OsStr) -> Result<Self, Unusable> {
         let name = path.to_string_lossy();
+        let failed = |error: NvmlError| Unusable::Failed(format!("{name}: {error}"));
         let library = nvml_wrapper::Nvml::builder()
             .lib_path(path)
             .init()
             .map_err(|error| match error {
-                NvmlError::LibloadingError(error) => format!("{name} cannot be loaded: {error}"),
-                error => format!("{name}: {error}"),
+                NvmlError::LibloadingError(error) => {
+                    Unusable::Absent(format!("{name} cannot be loaded: {error}"))
+                }
+                error => failed(error),
             })?;
-        let (devices, links) = look(&library).map_err(|error| format!("{name}: {error}"))?;
-        if devices.is_empty() {
-            return Err(format!("{name} reports no usable GPU"));
+        let count = library.device_count().map_err(failed)?;
+        if count == 0 {
+            return Err(Unusable::NoDevice(format!("{name} lists no GPU")));
         }
+        let (gpus, left_out) = look(&library, count);
+        if gpus.is_empty() {
+            let reasons: Vec<String> = left_out.iter().map(LeftOut::to_string).collect();
+            return Err(Unusable::Failed(format!(
+                "{name} lists {count} GPUs, and none can be used: {}",
+                reasons.join("; ")
+            )));
+        }
+        let mut doubts: Vec<Vec<String>> = gpus.iter().map(|seen| seen.doubts.clone()).collect();
+        let links = links(&gpus, &mut doubts);
+        let devices = gpus.into_iter().map(|seen| seen.device).collect();
         Ok(Self {
-            library,
             devices,
+            doubts,
+            left_out,
             links,
+            unread: Mutex::default(),
+            library,
         })
+    }
+
+    /// By its ordinal: by UUID, NVML finds no GPU at all while any one of them is lost.
+    fn read_use(&self, device: &Device) -> Result<u64, NvmlError> {
+        let gpu = self.library.device_by_index(device.ordinal)?;
+        if gpu.uuid()? != device.uuid.as_str() {
+            return Err(NvmlError::NotFound);
+        }
+        let memory = gpu.memory_info()?;
+        // What the driver keeps for itself is in use too.
+        Ok(memory.total.saturating_sub(memory.free))
     }
 }
 
@@ -77,87 +126,196 @@ impl Probe for Nvml {
         &self.links
     }
 
-    fn used_bytes(&self, device: &DeviceUuid, _donated: u64) -> Option<u64> {
-        let memory = self
-            .library
-            .device_by_uuid(device.as_str())
-            .and_then(|gpu| gpu.memory_info());
-        memory
-            .inspect_err(|error| tracing::warn!(%device, %error, "HBM use cannot be read"))
-            .ok()
-            .map(|memory| memory.used)
+    fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
+    }
+
+    fn doubts(&self, device: &DeviceUuid) -> &[String] {
+        let number = self.devices.iter().position(|known| known.uuid == *device);
+        number.map_or(&[], |number| &self.doubts[number])
+    }
+
+    fn used_bytes(&self, device: &DeviceUuid, _donated: u64) -> Result<u64, String> {
+        let known = self.devices.iter().find(|known| known.uuid == *device);
+        let used = match known {
+            Some(known) => self.read_use(known),
+            None => Err(NvmlError::NotFound),
+        };
+        let mut unread = self.unread.lock();
+        match used {
+            Ok(bytes) => {
+                if unread.remove(device) {
+                    tracing::info!(%device, "HBM use can be read again");
+                }
+                Ok(bytes)
+            }
+            Err(error) => {
+                if unread.insert(device.clone()) {
+                    tracing::warn!(%device, %error, "HBM use cannot be read");
+                }
+                Err(format!("HBM use cannot be read: {error}"))
+            }
+        }
     }
 }
 
-fn look(library: &nvml_wrapper::Nvml) -> Result<(Vec<Device>, Vec<Link>), NvmlError> {
+/// A GPU as it is found at start.
+struct Seen<'nvml> {
+    gpu: Gpu<'nvml>,
+    device: Device,
+    /// Its place on the PCI bus, where it can be read.
+    bus_id: Option<String>,
+    /// What could not be learnt, for people.
+    doubts: Vec<String>,
+}
+
+/// The GPUs that can be used, and those that cannot, each with the reason in the log.
+fn look(library: &nvml_wrapper::Nvml, count: u32) -> (Vec<Seen<'_>>, Vec<LeftOut>) {
     let mut gpus = Vec::new();
-    for ordinal in 0..library.device_count()? {
-        let gpu = library.device_by_index(ordinal)?;
-        let uuid = gpu.uuid()?;
-        let Ok(uuid) = uuid.parse::<DeviceUuid>() else {
-            tracing::warn!(ordinal, uuid, "left out: its UUID is no device UUID");
-            continue;
-        };
-        if gpu.mig_mode().is_ok_and(|mode| mode.current != 0) {
-            tracing::warn!(%uuid, "left out: MIG is on, and MIG devices cannot share memory between processes");
-            continue;
+    let mut left_out = Vec::new();
+    for ordinal in 0..count {
+        match inspect(library, ordinal) {
+            Ok(seen) => {
+                for doubt in &seen.doubts {
+                    tracing::warn!(ordinal, device = %seen.device.uuid, "{doubt}");
+                }
+                gpus.push(seen);
+            }
+            Err(gpu) => {
+                tracing::warn!("{gpu}; the broker does not use it");
+                left_out.push(gpu);
+            }
         }
-        let device = Device {
-            uuid,
-            name: gpu.name()?,
-            hbm_bytes: gpu.memory_info()?.total,
-            ordinal,
-        };
-        gpus.push((device, gpu));
     }
+    (gpus, left_out)
+}
+
+fn inspect(library: &nvml_wrapper::Nvml, ordinal: u32) -> Result<Seen<'_>, LeftOut> {
+    let refuse = |uuid: Option<&DeviceUuid>, reason: String| LeftOut {
+        ordinal,
+        uuid: uuid.cloned(),
+        reason,
+    };
+    let gpu = library
+        .device_by_index(ordinal)
+        .map_err(|error| refuse(None, format!("it cannot be opened: {error}")))?;
+    let uuid = gpu
+        .uuid()
+        .map_err(|error| refuse(None, format!("its UUID cannot be read: {error}")))?;
+    let uuid: DeviceUuid = uuid.parse().map_err(|problem| refuse(None, problem))?;
+    let mut doubts = Vec::new();
+    let mut figures = || -> Result<_, NvmlError> {
+        // Most kinds of GPU have no such mode, and say so.
+        let mig = match gpu.mig_mode() {
+            Err(NvmlError::NotSupported) => None,
+            answer => known("its MIG mode", answer, &mut doubts)?,
+        };
+        let name = known("its name", gpu.name(), &mut doubts)?;
+        let memory = known("its memory", gpu.memory_info(), &mut doubts)?;
+        let pci = known("its place on the PCI bus", gpu.pci_info(), &mut doubts)?;
+        Ok((mig, name, memory, pci))
+    };
+    let (mig, name, memory, pci) =
+        figures().map_err(|error| refuse(Some(&uuid), error.to_string()))?;
+    if mig.is_some_and(|mode| mode.current != 0) {
+        let reason = "MIG is on, and MIG devices cannot share memory between processes";
+        return Err(refuse(Some(&uuid), reason.to_owned()));
+    }
+    Ok(Seen {
+        gpu,
+        device: Device {
+            uuid,
+            name: name.unwrap_or_else(|| "unknown".to_owned()),
+            hbm_bytes: memory.map_or(0, |memory| memory.total),
+            ordinal,
+        },
+        bus_id: pci.map(|pci| pci.bus_id),
+        doubts,
+    })
+}
+
+/// What NVML answered, if it did. Fails only when the GPU is lost: nothing it says can be relied on then.
+fn known<T>(
+    what: &str,
+    answer: Result<T, NvmlError>,
+    doubts: &mut Vec<String>,
+) -> Result<Option<T>, NvmlError> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(NvmlError::GpuLost) => Err(NvmlError::GpuLost),
+        Err(error) => {
+            doubts.push(format!("{what} cannot be read: {error}"));
+            Ok(None)
+        }
+    }
+}
+
+/// The links between all pairs. What NVML does not say of one becomes a doubt about the device that it starts from.
+fn links(gpus: &[Seen<'_>], doubts: &mut [Vec<String>]) -> Vec<Link> {
     let mut links = Vec::new();
-    for (from, gpu) in &gpus {
-        for (to, other) in gpus.iter().filter(|(to, _)| to.uuid != from.uuid) {
-            let (kind, bytes_per_second) = link(gpu, other, &gpus);
-            tracing::debug!(from = %from.uuid, to = %to.uuid, %kind, bytes_per_second, "link");
+    for (from, doubts) in gpus.iter().zip(doubts) {
+        let others = (gpus.iter()).filter(|to| to.device.uuid != from.device.uuid);
+        for to in others {
+            let (kind, bytes_per_second) = match link(from, to, gpus) {
+                Ok(found) => found,
+                Err(error) => {
+                    let doubt = format!(
+                        "peer access to {} cannot be asked for, and is taken for absent: {error}",
+                        to.device.uuid
+                    );
+                    tracing::warn!(device = %from.device.uuid, "{doubt}");
+                    doubts.push(doubt);
+                    (LinkKind::Host, 0)
+                }
+            };
+            let (from, to) = (&from.device.uuid, &to.device.uuid);
+            tracing::debug!(%from, %to, %kind, bytes_per_second, "link");
             links.push(Link {
-                from: from.uuid.clone(),
-                to: to.uuid.clone(),
+                from: from.clone(),
+                to: to.clone(),
                 kind,
                 bytes_per_second,
             });
         }
     }
-    let devices = gpus.into_iter().map(|(device, _)| device).collect();
-    Ok((devices, links))
+    links
 }
 
 /// The link from one GPU to another and its nominal speed, bytes per second in one direction; 0 when unknown.
-fn link(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> (LinkKind, u64) {
-    let can = |capability| matches!(from.p2p_status(to, capability), Ok(P2pStatus::Ok));
-    if !(can(P2pCapabilitiesIndex::Read) && can(P2pCapabilitiesIndex::Write)) {
-        return (LinkKind::Host, 0);
+fn link(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Result<(LinkKind, u64), NvmlError> {
+    let can = |capability| match from.gpu.p2p_status(&to.gpu, capability) {
+        Ok(status) => Ok(status == P2pStatus::Ok),
+        Err(NvmlError::NotSupported) => Ok(false),
+        Err(error) => Err(error),
+    };
+    if !(can(P2pCapabilitiesIndex::Read)? && can(P2pCapabilitiesIndex::Write)?) {
+        return Ok((LinkKind::Host, 0));
     }
-    if can(P2pCapabilitiesIndex::NvLink) {
-        return (LinkKind::Nvlink, nvlink_speed(from, to, all).unwrap_or(0));
+    if can(P2pCapabilitiesIndex::NvLink)? {
+        return Ok((LinkKind::Nvlink, nvlink_speed(from, to, all).unwrap_or(0)));
     }
-    let speed = |gpu| pcie_speed(gpu).unwrap_or(0);
-    (LinkKind::Pcie, speed(from).min(speed(to)))
+    let speed = |seen: &Seen<'_>| pcie_speed(&seen.gpu).unwrap_or(0);
+    Ok((LinkKind::Pcie, speed(from).min(speed(to))))
 }
 
 /// Direct links to the peer count; when there are none, the links to the switch do.
-fn nvlink_speed(from: &Gpu<'_>, to: &Gpu<'_>, all: &[(Device, Gpu<'_>)]) -> Option<u64> {
-    let peer = to.pci_info().ok()?.bus_id;
+fn nvlink_speed(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Option<u64> {
+    let peer = to.bus_id.as_ref()?;
     let (mut direct, mut switched, mut version) = (0, 0, None);
-    for link in (0..MAX_NVLINKS).map(|link| from.link_wrapper_for(link)) {
+    for link in (0..MAX_NVLINKS).map(|link| from.gpu.link_wrapper_for(link)) {
         if !link.is_active().unwrap_or(false) {
             continue;
         }
         version = version.or_else(|| link.version().ok());
         match link.remote_pci_info() {
-            Ok(remote) if remote.bus_id == peer => direct += 1,
+            Ok(remote) if remote.bus_id == *peer => direct += 1,
             Ok(remote) if is_gpu(&remote.bus_id, all) => {}
             // A switch; in a virtual machine it cannot be named.
             _ => switched += 1,
         }
     }
     let links = if direct > 0 { direct } else { switched };
-    let speed = reported_nvlink_speed(from).or_else(|| nvlink_speed_of(version?));
+    let speed = reported_nvlink_speed(&from.gpu).or_else(|| nvlink_speed_of(version?));
     Some(links * speed?)
 }
 
@@ -187,9 +345,9 @@ fn nvlink_speed_of(version: u32) -> Option<u64> {
     }
 }
 
-fn is_gpu(bus_id: &str, all: &[(Device, Gpu<'_>)]) -> bool {
+fn is_gpu(bus_id: &str, all: &[Seen<'_>]) -> bool {
     all.iter()
-        .any(|(_, gpu)| gpu.pci_info().is_ok_and(|pci| pci.bus_id == bus_id))
+        .any(|seen| seen.bus_id.as_deref() == Some(bus_id))
 }
 
 fn pcie_speed(gpu: &Gpu<'_>) -> Option<u64> {

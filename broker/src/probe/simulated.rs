@@ -38,9 +38,9 @@ impl Probe for Simulated {
         &self.topology.links
     }
 
-    fn used_bytes(&self, device: &DeviceUuid, donated: u64) -> Option<u64> {
+    fn used_bytes(&self, device: &DeviceUuid, donated: u64) -> Result<u64, String> {
         let Some(directory) = &self.topology.usage_dir else {
-            return Some(donated);
+            return Ok(donated);
         };
         let path = directory.join(device.as_str());
         let neighbours = match fs::read_to_string(&path) {
@@ -52,10 +52,13 @@ impl Probe for Simulated {
             Err(error) => Err(error.to_string()),
         };
         match neighbours {
-            Ok(bytes) => Some(bytes.saturating_add(donated)),
+            Ok(bytes) => Ok(bytes.saturating_add(donated)),
             Err(error) => {
                 tracing::warn!(path = %path.display(), error, "takes HBM bytes in use, in decimal");
-                None
+                Err(format!(
+                    "{}: {error}; takes HBM bytes in use, in decimal",
+                    path.display()
+                ))
             }
         }
     }
@@ -76,10 +79,11 @@ mod tests {
         fs::write(&file, text).unwrap();
         let node = Simulated::load(file.to_str().unwrap()).unwrap();
         let device = node.devices()[0].uuid.clone();
-        assert_eq!(node.used_bytes(&device, 5), Some(5));
+        assert_eq!(node.used_bytes(&device, 5), Ok(5));
         fs::write(directory.path().join("SIM-0"), "100\n").unwrap();
-        assert_eq!(node.used_bytes(&device, 5), Some(105));
+        assert_eq!(node.used_bytes(&device, 5), Ok(105));
         fs::write(directory.path().join("SIM-0"), "lots").unwrap();
-        assert_eq!(node.used_bytes(&device, 5), None);
+        let problem = node.used_bytes(&device, 5).unwrap_err();
+        assert!(problem.contains("SIM-0"), "{problem}");
     }
 }

@@ -61,14 +61,26 @@ impl AdminService {
                     .map_or(0, |account| account.offered_bytes)
             })
             .collect();
-        let used = tokio::task::spawn_blocking(move || -> Vec<u64> {
+        let used = tokio::task::spawn_blocking(move || -> Vec<Result<u64, String>> {
             let devices = probe.devices().iter().zip(donated);
             let used = devices.map(|(device, donated)| probe.used_bytes(&device.uuid, donated));
-            used.map(Option::unwrap_or_default).collect()
+            used.collect()
         });
-        for (status, used) in node.devices.iter_mut().zip(used.await.unwrap_or_default()) {
-            status.hbm_used_bytes = used;
+        let used = used.await.unwrap_or_default();
+        for ((status, device), used) in
+            (node.devices.iter_mut().zip(self.probe.devices())).zip(used)
+        {
+            let mut problems = self.probe.doubts(&device.uuid).to_vec();
+            match used {
+                Ok(bytes) => status.hbm_used_bytes = bytes,
+                Err(problem) => {
+                    status.hbm_used_unknown = true;
+                    problems.push(problem);
+                }
+            }
+            status.problem = problems.join("; ");
         }
+        node.left_out = self.probe.left_out().iter().map(view::left_out).collect();
         node
     }
 

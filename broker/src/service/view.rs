@@ -8,6 +8,7 @@ use swiftcache_proto::{
 use crate::{
     core::{Account, LeasePhase, LeaseView, QuotaTarget, RegionView, State, WithdrawPreview},
     owner::Reports,
+    probe::LeftOut,
 };
 
 /// All of the node that the state knows; the caller adds what the broker knows of itself.
@@ -16,8 +17,9 @@ pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
     let devices = state.devices().map(|view| v1::DeviceStatus {
         device: Some(view.device.into()),
         account: Some(account(view.account)),
-        hbm_used_bytes: 0,
         drained: view.drained,
+        // The caller asks the probe for the rest.
+        ..Default::default()
     });
     v1::GetNodeResponse {
         devices: devices.collect(),
@@ -38,6 +40,14 @@ pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
         }),
         traffic: Some(reports.total().into()),
         ..Default::default()
+    }
+}
+
+pub(super) fn left_out(gpu: &LeftOut) -> v1::LeftOutDevice {
+    v1::LeftOutDevice {
+        ordinal: gpu.ordinal,
+        uuid: (gpu.uuid.as_ref()).map_or_else(String::new, |uuid| uuid.to_string()),
+        reason: gpu.reason.clone(),
     }
 }
 

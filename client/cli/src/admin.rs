@@ -34,6 +34,29 @@ pub(super) struct Snapshot {
     pub(super) namespaces: Vec<v1::NamespaceStatus>,
 }
 
+/// The topology of a node that the broker simulates; nothing for a node of real GPUs.
+pub(super) fn simulated(node: &v1::GetNodeResponse) -> Option<&str> {
+    let topology = node.probe.strip_prefix("simulated")?;
+    Some(topology.trim_matches([' ', '(', ')']))
+}
+
+/// Where the devices come from. Nobody should take a simulated GPU for a real one.
+pub(super) fn source(node: &v1::GetNodeResponse) -> String {
+    match simulated(node) {
+        Some(topology) => format!("SIMULATED ({topology})"),
+        None => node.probe.clone(),
+    }
+}
+
+/// A GPU that the broker does not use, and why.
+pub(super) fn left_out(gpu: &v1::LeftOutDevice) -> String {
+    let uuid = match gpu.uuid.as_str() {
+        "" => String::new(),
+        uuid => format!(" ({uuid})"),
+    };
+    format!("GPU {}{uuid} is left out: {}", gpu.ordinal, gpu.reason)
+}
+
 impl Admin {
     pub(super) fn connect(socket: &Path) -> Result<Self, CliError> {
         let absent = |problem: String| CliError::NoBroker {

@@ -218,10 +218,16 @@ fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
     let known: Vec<Device> = seen.iter().map(read).collect::<Result<_, _>>()?;
     for device in args.device.among(&known)? {
         let seen = (known.iter().zip(&seen)).find(|(known, _)| known.uuid == device.uuid);
-        let (used, offered) = seen.map_or((0, 0), |(_, seen)| {
-            let account = seen.account.unwrap_or_default();
-            (seen.hbm_used_bytes, account.offered_bytes)
-        });
+        let Some((_, seen)) = seen else { continue };
+        if seen.hbm_used_unknown || device.hbm_bytes == 0 {
+            let text = format!("{}: nobody can tell: {}\n", device.uuid, seen.problem);
+            output::print(&text)?;
+            continue;
+        }
+        let (used, offered) = (
+            seen.hbm_used_bytes,
+            seen.account.unwrap_or_default().offered_bytes,
+        );
         let observation = Observation {
             now: Duration::ZERO,
             free: device.hbm_bytes.saturating_sub(used),
@@ -250,8 +256,17 @@ fn start(
         handle: args.handle.map(HandleKind::from),
     };
     let Some(bytes) = args.bytes else {
+        let total = match device.hbm_bytes {
+            // The broker's driver did not say.
+            0 => {
+                (layer.hbm(&device.uuid))
+                    .map_err(swiftcache_client::Error::from)?
+                    .total
+            }
+            total => total,
+        };
         let agent = AgentConfig {
-            policy: args.elastic_args.policy(device.hbm_bytes, args.slab),
+            policy: args.elastic_args.policy(total, args.slab),
             period: args
                 .elastic_args
                 .period

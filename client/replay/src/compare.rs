@@ -146,7 +146,8 @@ pub fn compare(
 ) -> Result<Report, ReplayError> {
     let serving = setup.serving()?;
     let total = setup.requests.len() as u64;
-    let basis = setup.basis(stage.place.layer.name());
+    let backend = stage.place.layer.name();
+    let basis = setup.basis(backend);
 
     watch.arm("recompute", total);
     let outcome = serve(&setup.requests, &serving, &mut Recompute, &mut |done| {
@@ -174,6 +175,7 @@ pub fn compare(
     let (hits, blocks) = unbounded_hits(&setup.requests);
     Ok(Report {
         schema: SCHEMA,
+        simulated: backend == "host",
         basis,
         compute: Compute {
             model: setup.model.name.to_owned(),

@@ -13,7 +13,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use swiftcache_proto::v1::GetNodeResponse;
 
 use super::{
-    super::admin::Admin,
+    super::admin::{self, Admin},
     report::{Finding, Report},
 };
 
@@ -25,6 +25,7 @@ pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeRespo
     match Admin::connect(socket).and_then(|admin| admin.node()) {
         Ok(node) => {
             report.add(speaks(&node));
+            report.add(devices(&node));
             Some(node)
         }
         Err(error) => {
@@ -41,14 +42,7 @@ pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeRespo
 fn speaks(node: &GetNodeResponse) -> Finding {
     const CHECK: &str = "broker";
     let ours = env!("CARGO_PKG_VERSION");
-    let found = format!("version {}, probe {}", node.version, node.probe);
-    if node.devices.is_empty() {
-        return Finding::fail(
-            CHECK,
-            format!("{found}, and no devices"),
-            "its log says why the probe found none",
-        );
-    }
+    let found = format!("version {}", node.version);
     if node.version == ours {
         Finding::ok(CHECK, found)
     } else {
@@ -57,6 +51,34 @@ fn speaks(node: &GetNodeResponse) -> Finding {
             format!("{found}; this is {ours}, and both speak swiftcache.v1"),
         )
     }
+}
+
+/// What the broker lends from.
+fn devices(node: &GetNodeResponse) -> Finding {
+    const CHECK: &str = "broker-devices";
+    let found = format!("{}: {} devices", admin::source(node), node.devices.len());
+    if node.devices.is_empty() {
+        return Finding::fail(CHECK, found, "its log says why the probe found none");
+    }
+    if admin::simulated(node).is_some() {
+        let advice = "good for a trial, and no GPU is lent; where there are GPUs, start it with --probe nvml";
+        return Finding::warn(CHECK, found, advice);
+    }
+    let unknown = node.devices.iter().filter_map(|status| {
+        let uuid = &status.device.as_ref()?.uuid;
+        (!status.problem.is_empty()).then(|| format!("{uuid}: {}", status.problem))
+    });
+    let left_out = node.left_out.iter().map(admin::left_out);
+    let missing: Vec<String> = left_out.chain(unknown).collect();
+    if missing.is_empty() {
+        return Finding::ok(CHECK, found);
+    }
+    Finding::warn(
+        CHECK,
+        format!("{found}; {}", missing.join("; ")),
+        "the others are lent as usual. A GPU that is lost needs a reset or a reboot: nvidia-smi and the kernel's log \
+         (Xid) say more; restart the broker afterwards",
+    )
 }
 
 /// Whether it is worth going on.
@@ -225,12 +247,41 @@ mod tests {
             probe: "nvml".to_owned(),
             ..GetNodeResponse::default()
         };
-        assert_eq!(speaks(&node).verdict, Verdict::Fail);
+        assert_eq!(devices(&node).verdict, Verdict::Fail);
         node.devices
             .push(swiftcache_proto::v1::DeviceStatus::default());
+        assert_eq!(devices(&node).verdict, Verdict::Ok);
         assert_eq!(speaks(&node).verdict, Verdict::Ok);
         node.version = "0.0.1".to_owned();
         assert!(speaks(&node).found.contains("swiftcache.v1"));
+    }
+
+    #[test]
+    fn devices_that_are_not_real_or_not_all_are_warned_of() {
+        let mut node = GetNodeResponse {
+            probe: "nvml".to_owned(),
+            devices: vec![swiftcache_proto::v1::DeviceStatus::default()],
+            ..GetNodeResponse::default()
+        };
+        node.left_out.push(swiftcache_proto::v1::LeftOutDevice {
+            ordinal: 4,
+            uuid: "GPU-4".to_owned(),
+            reason: "MIG is on".to_owned(),
+        });
+        let partly = devices(&node);
+        assert_eq!(partly.verdict, Verdict::Warn);
+        assert!(
+            partly
+                .found
+                .contains("GPU 4 (GPU-4) is left out: MIG is on")
+        );
+        node.probe = "simulated (hgx-8)".to_owned();
+        let simulated = devices(&node);
+        assert_eq!(simulated.verdict, Verdict::Warn);
+        assert!(
+            simulated.found.starts_with("SIMULATED (hgx-8)"),
+            "{simulated:?}"
+        );
     }
 
     #[test]

@@ -6,18 +6,18 @@ use swiftcache_proto::{
     v1::GetNodeResponse,
 };
 
-use super::report::{Finding, Report};
+use super::{
+    super::admin,
+    report::{Finding, Report},
+};
 use swiftcache_client::device::{DeviceLayer, cuda::CudaLayer};
-
-/// NVML's library.
-const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// The devices that CUDA shows this process, if there is CUDA. `node` is what the broker says.
 pub(super) fn examine(
     node: Option<&GetNodeResponse>,
     report: &mut Report,
 ) -> Option<Vec<DeviceUuid>> {
-    let simulated = node.is_some_and(|node| node.probe.starts_with("simulated"));
+    let simulated = node.is_some_and(|node| admin::simulated(node).is_some());
     nvml(simulated, report);
     let layer = match CudaLayer::open() {
         Ok(layer) => layer,
@@ -125,9 +125,13 @@ fn links(
 
 fn nvml(simulated: bool, report: &mut Report) {
     const CHECK: &str = "nvml";
-    let library = Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init();
-    let library = match library {
-        Ok(library) => library,
+    let path = swiftcache_proto::nvml::library();
+    let looked = Nvml::builder().lib_path(&path).init().and_then(|library| {
+        let gpus = (0..library.device_count()?).map(|number| modes(&library, number));
+        Ok((library.sys_driver_version(), gpus.collect::<Vec<_>>()))
+    });
+    let (version, gpus) = match looked {
+        Ok(looked) => looked,
         Err(error) => {
             let problem = match error {
                 NvmlError::LibloadingError(error) => error.to_string(),
@@ -137,19 +141,35 @@ fn nvml(simulated: bool, report: &mut Report) {
             return;
         }
     };
-    let modes = modes(&library);
-    match (library.sys_driver_version(), modes) {
-        (Ok(version), Ok(modes)) => {
-            report.add(Finding::ok(
-                CHECK,
-                format!("driver {version}, {} GPUs", modes.len()),
-            ));
-            report.add(shareable(&modes));
-        }
-        (Err(error), _) | (_, Err(error)) => {
-            report.add(absent(CHECK, &error.to_string(), simulated));
-        }
+    let version = version.unwrap_or_else(|error| format!("of unknown version ({error})"));
+    report.add(answers(&version, &gpus, simulated));
+    report.add(shareable(&gpus));
+}
+
+/// Whether NVML answers for every GPU.
+fn answers(version: &str, gpus: &[Result<Modes, NvmlError>], simulated: bool) -> Finding {
+    const CHECK: &str = "nvml";
+    let found = format!("driver {version}, {} GPUs", gpus.len());
+    let silent = (0..).zip(gpus).filter_map(|(number, gpu): (u32, _)| {
+        let error = gpu.as_ref().err()?;
+        Some(format!("GPU {number}: {error}"))
+    });
+    let silent: Vec<String> = silent.collect();
+    if !silent.is_empty() {
+        return Finding::warn(
+            CHECK,
+            format!("{found}; {}", silent.join("; ")),
+            "the others are lent as usual; nvidia-smi and the kernel's log (Xid) say more",
+        );
     }
+    if simulated && !gpus.is_empty() {
+        return Finding::warn(
+            CHECK,
+            found,
+            "the broker SIMULATES its devices although there are GPUs here: start it with --probe nvml",
+        );
+    }
+    Finding::ok(CHECK, found)
 }
 
 /// What keeps a GPU's memory from being shared.
@@ -160,23 +180,24 @@ struct Modes {
     exclusive: bool,
 }
 
-fn modes(library: &Nvml) -> Result<Vec<Modes>, NvmlError> {
-    let gpus = (0..library.device_count()?).map(|number| {
-        let gpu = library.device_by_index(number)?;
-        let mode = gpu.compute_mode();
-        Ok(Modes {
-            mig: gpu.mig_mode().is_ok_and(|mode| mode.current != 0),
-            confidential: gpu.is_cc_enabled().unwrap_or(false),
-            exclusive: mode.is_ok_and(|mode| mode != ComputeMode::Default),
-        })
-    });
-    gpus.collect()
+/// What NVML does not tell of a GPU counts as its usual mode; one that it cannot name is in none.
+fn modes(library: &Nvml, number: u32) -> Result<Modes, NvmlError> {
+    let gpu = library.device_by_index(number)?;
+    gpu.uuid()?;
+    let mode = gpu.compute_mode();
+    Ok(Modes {
+        mig: gpu.mig_mode().is_ok_and(|mode| mode.current != 0),
+        confidential: gpu.is_cc_enabled().unwrap_or(false),
+        exclusive: mode.is_ok_and(|mode| mode != ComputeMode::Default),
+    })
 }
 
-fn shareable(gpus: &[Modes]) -> Finding {
+fn shareable(gpus: &[Result<Modes, NvmlError>]) -> Finding {
     const CHECK: &str = "gpu-modes";
     let named = |is: fn(&Modes) -> bool| {
-        let gpus = (0..).zip(gpus).filter(|(_, modes)| is(modes));
+        let gpus = (0..)
+            .zip(gpus)
+            .filter(|(_, gpu)| gpu.as_ref().is_ok_and(is));
         let numbers: Vec<String> = gpus
             .map(|(number, _): (u32, _)| number.to_string())
             .collect();
@@ -274,13 +295,31 @@ mod tests {
             exclusive: true,
             ..usual
         };
-        assert_eq!(shareable(&[usual, usual]).verdict, Verdict::Ok);
-        assert_eq!(shareable(&[usual, exclusive]).verdict, Verdict::Warn);
+        assert_eq!(shareable(&[Ok(usual), Ok(usual)]).verdict, Verdict::Ok);
+        assert_eq!(
+            shareable(&[Ok(usual), Ok(exclusive)]).verdict,
+            Verdict::Warn
+        );
         for forbidding in [mig, confidential] {
-            let finding = shareable(&[usual, exclusive, forbidding]);
+            let lost = Err(NvmlError::GpuLost);
+            let finding = shareable(&[lost, Ok(exclusive), Ok(forbidding)]);
             assert_eq!(finding.verdict, Verdict::Fail);
             assert!(finding.found.ends_with("GPU 2"), "{}", finding.found);
         }
+    }
+
+    #[test]
+    fn a_gpu_that_does_not_answer_is_named_and_one_that_is_not_used_is_noticed() {
+        let usual = || Ok(Modes::default());
+        assert_eq!(
+            answers("1", &[usual(), usual()], false).verdict,
+            Verdict::Ok
+        );
+        let lost = answers("1", &[usual(), Err(NvmlError::GpuLost)], false);
+        assert_eq!(lost.verdict, Verdict::Warn);
+        assert!(lost.found.contains("2 GPUs; GPU 1: "), "{}", lost.found);
+        let idle = answers("1", &[usual()], true);
+        assert!(idle.advice.unwrap().contains("SIMULATES"));
     }
 
     #[test]

@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use swiftcache_proto::{domain::DeviceUuid, v1::GetNodeResponse};
 
-use super::report::{Finding, Report};
+use super::{
+    super::admin,
+    report::{Finding, Report},
+};
 
 const CHECK: &str = "visible-gpus";
 
@@ -17,7 +20,7 @@ pub(super) fn examine(
     let (Some(node), Some(seen)) = (node, seen) else {
         return;
     };
-    if node.probe.starts_with("simulated") {
+    if admin::simulated(node).is_some() {
         return;
     }
     let lent = node

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use swiftcache_proto::v1;
 
-use crate::admin::Snapshot;
+use crate::admin::{self, Snapshot, simulated};
 
 /// The document of `--json`. Sizes are bytes.
 #[derive(Debug, Serialize)]
@@ -14,12 +14,19 @@ pub(super) struct Status {
     pub(super) boot_id: String,
     pub(super) uptime_ms: u64,
     pub(super) probe: String,
+    /// For people: where the devices come from.
+    #[serde(skip)]
+    pub(super) source: String,
+    /// The devices are not real.
+    pub(super) simulated: bool,
     pub(super) sessions: u32,
     pub(super) indexed_blocks: u64,
     pub(super) total: Account,
     pub(super) counters: Counters,
     pub(super) traffic: Traffic,
     pub(super) devices: Vec<DeviceRow>,
+    /// GPUs that the driver lists and the broker does not use.
+    pub(super) left_out: Vec<LeftOutRow>,
     pub(super) donors: Vec<DonorRow>,
     pub(super) leases: Vec<LeaseRow>,
     pub(super) namespaces: Vec<NamespaceRow>,
@@ -82,10 +89,25 @@ pub(super) struct LinkRow {
 pub(super) struct DeviceRow {
     pub(super) uuid: String,
     pub(super) name: String,
-    pub(super) hbm: u64,
-    pub(super) hbm_used: u64,
+    /// Null when it is unknown.
+    pub(super) hbm: Option<u64>,
+    /// Null when it is unknown.
+    pub(super) hbm_used: Option<u64>,
     pub(super) drained: bool,
     pub(super) account: Account,
+    /// What the broker cannot tell of the device, and why.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) problem: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct LeftOutRow {
+    pub(super) ordinal: u32,
+    /// Null when the driver did not say.
+    pub(super) uuid: Option<String>,
+    pub(super) reason: String,
+    #[serde(skip)]
+    pub(super) line: String,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -146,6 +168,9 @@ impl Status {
                 published_blocks: c.published_blocks,
             });
         Self {
+            simulated: simulated(&node).is_some(),
+            source: admin::source(&node),
+            left_out: node.left_out.iter().map(left_out).collect(),
             total: Account::new(node.total.as_ref()),
             counters,
             traffic: traffic(node.traffic.as_ref()),
@@ -168,10 +193,20 @@ fn device(status: &v1::DeviceStatus) -> DeviceRow {
     DeviceRow {
         uuid: device.uuid,
         name: device.name,
-        hbm: device.hbm_bytes,
-        hbm_used: status.hbm_used_bytes,
+        hbm: (device.hbm_bytes > 0).then_some(device.hbm_bytes),
+        hbm_used: (!status.hbm_used_unknown).then_some(status.hbm_used_bytes),
         drained: status.drained,
         account: Account::new(status.account.as_ref()),
+        problem: status.problem.clone(),
+    }
+}
+
+fn left_out(gpu: &v1::LeftOutDevice) -> LeftOutRow {
+    LeftOutRow {
+        ordinal: gpu.ordinal,
+        uuid: (!gpu.uuid.is_empty()).then(|| gpu.uuid.clone()),
+        reason: gpu.reason.clone(),
+        line: admin::left_out(gpu),
     }
 }
 

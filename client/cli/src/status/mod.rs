@@ -61,6 +61,17 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), CliError> {
 impl Status {
     fn text(&self) -> String {
         let mut text = String::new();
+        // In every table: nobody should take a simulated node's for a real one's, wherever it is copied to.
+        let heading = |what: &str| match self.simulated {
+            true => format!("{what} (SIMULATED)"),
+            false => what.to_owned(),
+        };
+        let [
+            device_heading,
+            donor_heading,
+            borrower_heading,
+            namespace_heading,
+        ] = ["device", "donor", "borrower", "namespace"].map(heading);
         let uptime = Duration::from_secs(self.uptime_ms / 1000);
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -68,19 +79,20 @@ impl Status {
             "swiftcache-broker {}, up {}, devices: {}, {} sessions, {} blocks indexed\n",
             self.version,
             humantime::format_duration(uptime),
-            self.probe,
+            self.source,
             self.sessions,
             self.indexed_blocks
         );
         let devices = self.devices.iter().map(|device| {
             let name = format!("{} ({})", device.uuid, device.name);
             let drained = if device.drained { ", drained" } else { "" };
-            let used = format!("{} of {}", bytes(device.hbm_used), bytes(device.hbm));
+            let known = |figure: Option<u64>| figure.map_or_else(|| "unknown".to_owned(), bytes);
+            let used = format!("{} of {}", known(device.hbm_used), known(device.hbm));
             row([name + drained, used], device.account)
         });
         let all = row(["all".to_owned(), String::new()], self.total);
         let header = [
-            "device",
+            &device_heading,
             "HBM used",
             "offered",
             "free",
@@ -89,6 +101,13 @@ impl Status {
             "zombie",
         ];
         let _ = writeln!(text, "{}\n", table(header, devices.chain([all])));
+        let unknown = self.devices.iter().filter(|row| !row.problem.is_empty());
+        let unknown = unknown.map(|row| format!("{}: {}", row.uuid, row.problem));
+        let left_out = self.left_out.iter().map(|row| row.line.clone());
+        let missing: Vec<String> = left_out.chain(unknown).collect();
+        if !missing.is_empty() {
+            let _ = writeln!(text, "{}\n", missing.join("\n"));
+        }
         let donors = self.donors.iter().map(|donor| {
             [
                 format!("{} [{}]", donor.name, donor.label),
@@ -99,7 +118,14 @@ impl Status {
                 bytes(donor.leased),
             ]
         });
-        let header = ["donor", "pid", "device", "regions", "offered", "leased"];
+        let header = [
+            &donor_heading,
+            "pid",
+            "device",
+            "regions",
+            "offered",
+            "leased",
+        ];
         let _ = writeln!(text, "{}\n", table(header, donors));
         let leases = self.leases.iter().map(|lease| {
             [
@@ -114,7 +140,7 @@ impl Status {
             ]
         });
         let header = [
-            "borrower",
+            &borrower_heading,
             "pid",
             "leases on",
             "over",
@@ -133,7 +159,13 @@ impl Status {
                 format!("{} of {}", space.hit_blocks, space.lookup_blocks),
             ]
         });
-        let header = ["namespace", "tenant", "blocks", "leased", "blocks found"];
+        let header = [
+            &namespace_heading,
+            "tenant",
+            "blocks",
+            "leased",
+            "blocks found",
+        ];
         let _ = writeln!(text, "{}\n", table(header, namespaces));
         let counters = &self.counters;
         let _ = writeln!(
@@ -309,7 +341,9 @@ mod tests {
     fn people_see_the_accounts() {
         let text = Status::new(snapshot()).text();
         for part in [
-            "simulated (two)",
+            "devices: SIMULATED (two)",
+            "device (SIMULATED)",
+            "borrower (SIMULATED)",
             "donor-1 [ab12]",
             "replay [cd34]",
             "NVLink",
@@ -319,5 +353,33 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+    #[test]
+    fn what_is_unknown_is_not_0_and_what_is_left_out_is_named() {
+        let mut snapshot = snapshot();
+        snapshot.node.probe = "nvml".to_owned();
+        let device = &mut snapshot.node.devices[0];
+        device.hbm_used_unknown = true;
+        device.problem = "HBM use cannot be read: it is lost".to_owned();
+        snapshot.node.left_out.push(v1::LeftOutDevice {
+            ordinal: 2,
+            reason: "it cannot be opened".to_owned(),
+            ..v1::LeftOutDevice::default()
+        });
+        let status = Status::new(snapshot);
+        let text = status.text();
+        for part in [
+            "unknown of unknown",
+            "SIM-1: HBM use cannot be read: it is lost",
+            "GPU 2 is left out: it cannot be opened",
+            "devices: nvml",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        assert!(!text.contains("SIMULATED"), "{text}");
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["devices"][0]["hbm_used"], serde_json::Value::Null);
+        assert_eq!(json["left_out"][0]["ordinal"], 2);
+        assert_eq!(json["simulated"], false);
     }
 }

@@ -10,7 +10,7 @@ use ratatui::{
 use swiftcache_proto::v1;
 
 use super::{
-    super::admin::Snapshot,
+    super::admin::{Snapshot, simulated},
     bars::{self, PARTS},
     rows::{self, Rates},
 };
@@ -75,14 +75,22 @@ impl Screen {
             return Line::styled(problem.clone(), Style::new().fg(Color::Red));
         }
         let uptime = std::time::Duration::from_secs(node.uptime_ms / 1_000);
+        // What may be cut off comes last. That nothing here is real may not.
+        let (first, last) = match simulated(node) {
+            Some(topology) => ("SIMULATED  ", topology),
+            None => ("", node.probe.as_str()),
+        };
+        let left_out = match node.left_out.len() {
+            0 => String::new(),
+            1 => "1 GPU left out  ".to_owned(),
+            gpus => format!("{gpus} GPUs left out  "),
+        };
         let text = format!(
-            // What may be cut off comes last.
-            "swiftcache {}  up {}  {} sessions  {} blocks  q quits  {}",
+            "{first}swiftcache {}  up {}  {left_out}{} sessions  {} blocks  q quits  {last}",
             node.version,
             humantime::format_duration(uptime),
             node.sessions,
             node.indexed_blocks,
-            node.probe
         );
         Line::styled(text, Style::new().add_modifier(Modifier::BOLD))
     }
@@ -200,9 +208,11 @@ fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
     let lent = account.offered_bytes - account.free_bytes.min(account.offered_bytes);
     let figures = format!("{} of {}", bytes(lent), bytes(account.offered_bytes));
     let drained = if status.drained { " drain" } else { "" };
+    // Free, or in use by others: nobody knows.
+    let unused = if status.hbm_used_unknown { "?" } else { " " };
     spans.push(Span::raw(format!(
         "{}] {figures}{drained}",
-        " ".repeat(rest)
+        unused.repeat(rest)
     )));
     Line::from(spans)
 }

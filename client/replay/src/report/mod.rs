@@ -22,6 +22,9 @@ pub const SCHEMA: u32 = 1;
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: u32,
+    /// The node's devices are not real: their bytes moved in this machine's memory.
+    #[serde(default)]
+    pub simulated: bool,
     /// What is modelled and what is real, in one sentence. Belongs beside every figure taken from here.
     pub basis: String,
     /// The model and its GPU.
@@ -272,6 +275,7 @@ mod tests {
         recompute.ttft.p99_ms *= 4.0;
         Report {
             schema: SCHEMA,
+            simulated: true,
             basis: "Modelled: everything.".to_owned(),
             compute: Compute {
                 model: "qwen3-8b".to_owned(),
@@ -347,6 +351,7 @@ mod tests {
             "/donors/acknowledge_wall/p99_us",
             "/donors/zombies",
             "/basis",
+            "/simulated",
         ] {
             assert!(json.pointer(pointer).is_some(), "{pointer}");
         }
@@ -354,7 +359,15 @@ mod tests {
 
     #[test]
     fn people_see_the_ratio_the_tiers_and_that_it_is_modelled() {
-        let text = report().text();
+        let mut report = report();
+        let text = report.text();
+        assert_eq!(
+            text.matches("SIMULATED").count(),
+            3,
+            "in every table\n{text}"
+        );
+        report.simulated = false;
+        assert!(!report.text().contains("SIMULATED"));
         for part in [
             "-75 %",
             "25.0 %",

@@ -69,6 +69,15 @@ pub fn table<const N: usize>(
 }
 
 impl Report {
+    /// A table's first heading. Nobody should take a simulated node's table for a real one's, wherever it is copied to.
+    fn heading(&self, what: &str) -> String {
+        if self.simulated {
+            format!("{what} (SIMULATED)")
+        } else {
+            what.to_owned()
+        }
+    }
+
     /// The report for people.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -136,8 +145,9 @@ impl Report {
                 "-".to_owned()
             }
         };
+        let heading = self.heading("time to first token");
         let header = [
-            "time to first token",
+            heading.as_str(),
             "p50",
             "p95",
             "p99",
@@ -175,8 +185,9 @@ impl Report {
                 arm.unplaced_blocks.to_string(),
             ]
         });
+        let heading = self.heading("blocks found");
         let header = [
-            "blocks found",
+            heading.as_str(),
             "all",
             "local",
             "donors",
@@ -204,8 +215,9 @@ impl Report {
                 format!("{:.1} s", arm.wall_s),
             ]
         });
+        let heading = self.heading("full-size bytes");
         let header = [
-            "full-size bytes",
+            heading.as_str(),
             "from NVLink",
             "from PCIe peers",
             "from host",

@@ -59,6 +59,7 @@ fn device(
         }),
         hbm_used_bytes: (others + offered) * GB,
         drained: ordinal == 6,
+        ..v1::DeviceStatus::default()
     }
 }
 
@@ -177,6 +178,29 @@ fn it_works_on_the_smallest_usual_terminal() {
 #[test]
 fn it_uses_the_room_of_a_larger_one() {
     looks_like("top-120x40.txt", &drawn(&screen(), 120, 40));
+}
+
+#[test]
+fn a_simulated_node_says_so_first_and_unknown_use_is_no_idle_hbm() {
+    let shown = |change: &dyn Fn(&mut v1::GetNodeResponse)| {
+        let mut screen = Screen::default();
+        let mut seen = snapshot(3_600_000);
+        change(&mut seen.node);
+        screen.update(seen, Vec::new());
+        drawn(&screen, 80, 24)
+    };
+    let real = shown(&|_| ());
+    assert!(!real.contains("SIMULATED") && !real.contains('?'), "{real}");
+    let simulated = shown(&|node| node.probe = "simulated (hgx-8)".to_owned());
+    assert!(simulated.starts_with("SIMULATED"), "{simulated}");
+    let partly = shown(&|node| {
+        node.devices[7].hbm_used_unknown = true;
+        node.devices[7].hbm_used_bytes = 0;
+        node.left_out.push(v1::LeftOutDevice::default());
+    });
+    let line = partly.lines().find(|line| line.starts_with("7 ")).unwrap();
+    assert!(line.contains("[???"), "{partly}");
+    assert!(partly.contains("1 GPU left out"), "{partly}");
 }
 
 #[test]

@@ -1,0 +1,396 @@
+//! A GPU node whose driver does not answer for one of its GPUs: that GPU, or that figure, is missing, and nothing else.
+//! Real brokers and the real command, over a stub of NVML that answers what the test says.
+
+use std::{
+    env, fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use anyhow::{Context, Result, ensure};
+use nvml_wrapper::{Nvml, error::NvmlError};
+use serde_json::Value;
+use swiftcache_proto::v1;
+use swiftcache_stub_nvml::{HBM_BYTES, RESERVED_BYTES, USED_BYTES, uuid};
+use swiftcache_tests::{
+    engine::eventually,
+    programs::{Program, program},
+    wire::Wire,
+};
+
+const LOST: u32 = 15;
+const NOT_SUPPORTED: u32 = 3;
+const UNKNOWN: u32 = 999;
+/// What NVML says of a GPU that it cannot speak of.
+const CODES: [u32; 3] = [LOST, NOT_SUPPORTED, UNKNOWN];
+
+/// Cargo builds it beside this test.
+fn stub() -> Result<PathBuf> {
+    let library = env::current_exe()?.with_file_name("libswiftcache_stub_nvml.so");
+    ensure!(library.is_file(), "{} is missing", library.display());
+    Ok(library)
+}
+
+/// A machine with three GPUs, and a broker that finds them by itself.
+struct Machine {
+    directory: tempfile::TempDir,
+    library: PathBuf,
+    broker: Option<Program>,
+}
+
+impl Machine {
+    /// One whose NVML is `library` and answers as the file says.
+    fn with(library: PathBuf, answers: &str) -> Result<Self> {
+        let machine = Self {
+            directory: tempfile::tempdir()?,
+            library,
+            broker: None,
+        };
+        machine.answers(answers)?;
+        Ok(machine)
+    }
+
+    fn started(answers: &str) -> Result<Self> {
+        Self::with(stub()?, answers)?.start()
+    }
+
+    fn start(mut self) -> Result<Self> {
+        let mut broker =
+            Program::start(self.broker_command()?.stderr(fs::File::create(self.log())?))?;
+        eventually("the broker to listen", || {
+            ensure!(!broker.has_ended()?, "{}", fs::read_to_string(self.log())?);
+            Ok(UnixStream::connect(self.socket()).is_ok())
+        })?;
+        self.broker = Some(broker);
+        Ok(self)
+    }
+
+    fn broker_command(&self) -> Result<Command> {
+        let mut command = self.command("swiftcache-broker")?;
+        command.arg("--socket").arg(self.socket());
+        Ok(command)
+    }
+
+    fn command(&self, name: &str) -> Result<Command> {
+        let mut command = Command::new(program(name)?);
+        command
+            .env("SWIFTCACHE_LIBNVML", &self.library)
+            .env("SWIFTCACHE_LIBCUDA", "/nowhere/libcuda.so")
+            .env("SWIFTCACHE_STUB_DIR", self.path());
+        Ok(command)
+    }
+
+    /// Has NVML answer differently from now on.
+    fn answers(&self, answers: &str) -> Result<()> {
+        let file = self.path().join("nvml");
+        let fresh = self.path().join("nvml.new");
+        fs::write(&fresh, answers)?;
+        Ok(fs::rename(fresh, file)?)
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path().join("broker.sock")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.path().join("log")
+    }
+
+    fn node(&self) -> Result<v1::GetNodeResponse> {
+        let wire = Wire::new(&self.socket())?;
+        let mut admin = wire.admin();
+        Ok(wire
+            .wait(admin.get_node(v1::GetNodeRequest {}))?
+            .into_inner())
+    }
+
+    fn swiftcache(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = self.command("swiftcache")?;
+        command
+            .args(arguments)
+            .env("SWIFTCACHE_SOCKET", self.socket());
+        Ok(command.output()?)
+    }
+
+    fn status(&self) -> Result<(Value, String)> {
+        let json = self.swiftcache(&["status", "--json"])?;
+        ensure!(json.status.success(), "{json:?}");
+        let text = self.swiftcache(&["status"])?;
+        Ok((
+            serde_json::from_slice(&json.stdout)?,
+            String::from_utf8(text.stdout)?,
+        ))
+    }
+}
+
+fn link<'a>(node: &'a v1::GetNodeResponse, from: u32, to: u32) -> Option<&'a v1::Link> {
+    let joins = |link: &&v1::Link| link.from_uuid == uuid(from) && link.to_uuid == uuid(to);
+    node.links.iter().find(joins)
+}
+
+fn device(node: &v1::GetNodeResponse, number: u32) -> Option<&v1::DeviceStatus> {
+    let is = |status: &&v1::DeviceStatus| {
+        (status.device.as_ref()).is_some_and(|device| device.uuid == uuid(number))
+    };
+    node.devices.iter().find(is)
+}
+
+/// Everything that can be said of a GPU is said.
+fn whole(node: &v1::GetNodeResponse, number: u32) -> Result<()> {
+    let status = device(node, number).with_context(|| format!("GPU {number} is missing"))?;
+    let device = status.device.as_ref().context("no device")?;
+    ensure!(
+        device.name == "stub GPU" && device.hbm_bytes == HBM_BYTES,
+        "{status:?}"
+    );
+    ensure!(
+        !status.hbm_used_unknown && status.problem.is_empty(),
+        "{status:?}"
+    );
+    ensure!(
+        status.hbm_used_bytes == RESERVED_BYTES + USED_BYTES,
+        "{status:?}"
+    );
+    Ok(())
+}
+
+/// GPUs 0 and 2, and the link between them, are what they are on a machine that is well.
+fn others_are_whole(node: &v1::GetNodeResponse, well: &v1::GetNodeResponse) -> Result<()> {
+    ensure!(node.probe == "nvml", "{}", node.probe);
+    for (from, to) in [(0, 2), (2, 0)] {
+        whole(node, from)?;
+        let (now, usual) = (link(node, from, to), link(well, from, to));
+        ensure!(now.is_some() && now == usual, "{now:?} is not {usual:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_is_well_has_all_its_gpus() -> Result<()> {
+    let machine = Machine::started("")?;
+    let node = machine.node()?;
+    ensure!(
+        node.devices.len() == 3 && node.left_out.is_empty(),
+        "{node:?}"
+    );
+    for number in 0..3 {
+        whole(&node, number)?;
+    }
+    let nvlink = link(&node, 0, 1).context("no link")?;
+    ensure!(nvlink.kind() == v1::LinkKind::Nvlink && nvlink.bytes_per_second > 0);
+    let (json, text) = machine.status()?;
+    ensure!(
+        json["simulated"] == false && !text.contains("SIMULATED"),
+        "{text}"
+    );
+    ensure!(!fs::read_to_string(machine.log())?.contains("WARN"));
+    Ok(())
+}
+
+/// What becomes of a GPU for which a call is answered with an error at start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cost {
+    /// It is left out.
+    Gpu,
+    /// It is there, and the broker says what is missing.
+    Figure,
+    /// It is there, and nothing that matters is missing.
+    Nothing,
+}
+
+#[test]
+fn an_answer_that_is_missing_at_start_costs_that_gpu_or_that_figure_only() -> Result<()> {
+    use Cost::{Figure, Gpu, Nothing};
+    // What it costs to be lost, not supported, unknown.
+    let calls = [
+        ("nvmlDeviceGetHandleByIndex_v2", [Gpu, Gpu, Gpu]),
+        ("nvmlDeviceGetUUID", [Gpu, Gpu, Gpu]),
+        ("nvmlDeviceGetMigMode", [Gpu, Nothing, Figure]),
+        ("nvmlDeviceGetName", [Gpu, Figure, Figure]),
+        ("nvmlDeviceGetMemoryInfo_v2", [Gpu, Figure, Figure]),
+        ("nvmlDeviceGetPciInfo_v3", [Gpu, Figure, Figure]),
+        ("nvmlDeviceGetP2PStatus", [Figure, Nothing, Figure]),
+        ("nvmlDeviceGetNvLinkState", [Nothing; 3]),
+        ("nvmlDeviceGetNvLinkVersion", [Nothing; 3]),
+        ("nvmlDeviceGetNvLinkRemotePciInfo_v2", [Nothing; 3]),
+        ("nvmlDeviceGetFieldValues", [Nothing; 3]),
+        ("*", [Gpu, Gpu, Gpu]),
+    ];
+    let well = Machine::started("")?.node()?;
+    for (call, costs) in calls {
+        for (code, cost) in CODES.into_iter().zip(costs) {
+            let fault = format!("{call}@1={code}");
+            check_start(&fault, cost, &well).with_context(|| fault)?;
+        }
+    }
+    check_start("name@1=", Figure, &well).context("a name that is no text")
+}
+
+fn check_start(fault: &str, cost: Cost, well: &v1::GetNodeResponse) -> Result<()> {
+    let machine = Machine::started(fault)?;
+    let node = machine.node()?;
+    // Peer access is of two GPUs: what GPU 1 does not say of it, the others cannot say either.
+    if fault.starts_with("nvmlDeviceGetP2PStatus") {
+        ensure!(node.devices.len() == 3 && link(&node, 0, 2) == link(well, 0, 2));
+        let kind = link(&node, 0, 1).context("no link")?.kind();
+        ensure!(kind == v1::LinkKind::Host, "{kind:?}");
+        let doubts = node
+            .devices
+            .iter()
+            .filter(|status| !status.problem.is_empty());
+        ensure!(
+            doubts.count() == if cost == Cost::Figure { 3 } else { 0 },
+            "{node:?}"
+        );
+        return Ok(());
+    }
+    others_are_whole(&node, well)?;
+    let log = fs::read_to_string(machine.log())?;
+    let (json, text) = machine.status()?;
+    ensure!(!text.contains("SIMULATED"), "{text}");
+    match cost {
+        Cost::Gpu => {
+            ensure!(node.devices.len() == 2, "{node:?}");
+            let [left] = &node.left_out[..] else {
+                anyhow::bail!("{:?}", node.left_out);
+            };
+            ensure!(left.ordinal == 1 && !left.reason.is_empty(), "{left:?}");
+            ensure!(json["left_out"][0]["ordinal"] == 1, "{json}");
+            ensure!(
+                text.contains("GPU 1") && text.contains("is left out"),
+                "{text}"
+            );
+            ensure!(log.contains("WARN") && log.contains("GPU 1"), "{log}");
+        }
+        Cost::Figure => {
+            let status = device(&node, 1).context("it is left out")?;
+            ensure!(
+                node.left_out.is_empty() && !status.problem.is_empty(),
+                "{node:?}"
+            );
+            ensure!(text.contains(&format!("{}: ", uuid(1))), "{text}");
+            ensure!(log.contains("WARN") && log.contains(&uuid(1)), "{log}");
+            if fault.contains("MemoryInfo") {
+                ensure!(json["devices"][1]["hbm"] == Value::Null, "{json}");
+                ensure!(json["devices"][1]["hbm_used"] == Value::Null, "{json}");
+            } else {
+                ensure!(!status.hbm_used_unknown, "{status:?}");
+            }
+        }
+        Cost::Nothing => whole(&node, 1)?,
+    }
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_is_missing_later_makes_one_gpus_use_unknown_until_it_comes_again() -> Result<()> {
+    let machine = Machine::started("")?;
+    let well = machine.node()?;
+    for call in [
+        "nvmlDeviceGetHandleByIndex_v2",
+        "nvmlDeviceGetUUID",
+        "nvmlDeviceGetMemoryInfo_v2",
+        "*",
+    ] {
+        for code in CODES {
+            machine.answers(&format!("{call}@1={code}"))?;
+            let node = machine.node()?;
+            others_are_whole(&node, &well).with_context(|| format!("{call}={code}"))?;
+            let status = device(&node, 1).context("it is gone")?;
+            ensure!(
+                status.hbm_used_unknown && status.hbm_used_bytes == 0,
+                "{status:?}"
+            );
+            ensure!(!status.problem.is_empty(), "{status:?}");
+            let (json, text) = machine.status()?;
+            ensure!(json["devices"][1]["hbm_used"] == Value::Null, "{json}");
+            ensure!(text.contains("unknown of"), "{text}");
+            machine.answers("")?;
+            let node = machine.node()?;
+            ensure!(node.devices == well.devices, "{node:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Why the broker asks by ordinal: asked by UUID, NVML knows no GPU while any one of them is lost.
+#[test]
+fn asked_by_uuid_one_lost_gpu_would_cost_them_all() -> Result<()> {
+    // The stub is told by its process's environment what to answer, so the asking is done by a process for it.
+    if env::var_os("SWIFTCACHE_STUB_DIR").is_some() {
+        let library = Nvml::builder().lib_path(stub()?.as_os_str()).init()?;
+        let by_uuid = library.device_by_uuid(uuid(0));
+        ensure!(matches!(by_uuid, Err(NvmlError::GpuLost)), "{by_uuid:?}");
+        library.device_by_index(0)?;
+        return Ok(());
+    }
+    let machine = Machine::with(stub()?, "*@1=15")?;
+    let asked = Command::new(env::current_exe()?)
+        .args(["--exact", "asked_by_uuid_one_lost_gpu_would_cost_them_all"])
+        .env("SWIFTCACHE_STUB_DIR", machine.path())
+        .output()?;
+    ensure!(asked.status.success(), "{asked:?}");
+    let said = String::from_utf8_lossy(&asked.stdout);
+    ensure!(said.contains("1 passed"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn only_a_machine_without_gpus_is_simulated_and_says_so_everywhere() -> Result<()> {
+    let absent = Machine::with("/nowhere/libnvidia-ml.so.1".into(), "")?.start()?;
+    let empty = Machine::started("devices=0")?;
+    for machine in [absent, empty] {
+        let node = machine.node()?;
+        ensure!(node.probe.starts_with("simulated"), "{}", node.probe);
+        let (json, text) = machine.status()?;
+        ensure!(json["simulated"] == true, "{json}");
+        ensure!(text.contains("device (SIMULATED)"), "{text}");
+        let doctor = String::from_utf8(machine.swiftcache(&["doctor"])?.stdout)?;
+        ensure!(doctor.contains("SIMULATED"), "{doctor}");
+        let log = fs::read_to_string(machine.log())?;
+        ensure!(log.contains("SIMULATES"), "{log}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_driver_that_does_not_work_is_an_error_and_no_reason_to_simulate() -> Result<()> {
+    let all_lost = "*@0=15\n*@1=15\n*@2=15";
+    for (answers, named) in [
+        ("nvmlInit_v2=9", "libswiftcache_stub_nvml.so"),
+        ("nvmlInit_v2=999", "libswiftcache_stub_nvml.so"),
+        ("nvmlDeviceGetCount_v2=999", "libswiftcache_stub_nvml.so"),
+        (all_lost, "GPU 2: "),
+    ] {
+        let machine = Machine::with(stub()?, answers)?;
+        let ended = machine.broker_command()?.output()?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        ensure!(ended.status.code() == Some(1), "{answers}: {said}");
+        ensure!(
+            said.contains(named) && said.contains("--probe simulated"),
+            "{said}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn doctor_names_the_gpu_that_does_not_answer() -> Result<()> {
+    let machine = Machine::started("*@1=15")?;
+    let doctor = machine.swiftcache(&["doctor", "--json"])?;
+    let report: Value = serde_json::from_slice(&doctor.stdout)?;
+    let findings = report["findings"].as_array().context("no findings")?;
+    let finding = |check: &str| findings.iter().find(|found| found["check"] == check);
+    for check in ["nvml", "broker-devices"] {
+        let found = finding(check).context("no such check")?;
+        ensure!(found["verdict"] == "warn", "{found}");
+        ensure!(found["found"].to_string().contains("GPU 1"), "{found}");
+    }
+    ensure!(finding("gpu-modes").context("no modes")?["verdict"] == "ok");
+    Ok(())
+}
