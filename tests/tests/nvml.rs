@@ -128,7 +128,7 @@ impl Machine {
     }
 }
 
-fn link<'a>(node: &'a v1::GetNodeResponse, from: u32, to: u32) -> Option<&'a v1::Link> {
+fn link(node: &v1::GetNodeResponse, from: u32, to: u32) -> Option<&v1::Link> {
     let joins = |link: &&v1::Link| link.from_uuid == uuid(from) && link.to_uuid == uuid(to);
     node.links.iter().find(joins)
 }
