@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use crate::{
     domain::{
-        AllocationId, BlockHash, Device, DeviceUuid, Extent, Generation, Handle, HandleKind,
-        LeaseId, Link, LinkKind, OpaqueHandle, RegionId, RevokeReason, Shortfall,
+        AllocationId, BlockHash, BorrowerId, Device, DeviceUuid, Extent, FoundRun, Generation,
+        Handle, HandleKind, Hold, LeaseId, Link, LinkKind, Medium, OpaqueHandle, RegionId,
+        RevokeReason, Shortfall,
     },
     v1,
 };
@@ -65,6 +66,11 @@ pub fn region_id(field: &'static str, bytes: &[u8]) -> Checked<RegionId> {
 /// A 16-byte allocation id.
 pub fn allocation_id(field: &'static str, bytes: &[u8]) -> Checked<AllocationId> {
     bytes16(field, bytes).map(AllocationId)
+}
+
+/// A 16-byte borrower id.
+pub fn borrower_id(field: &'static str, bytes: &[u8]) -> Checked<BorrowerId> {
+    bytes16(field, bytes).map(BorrowerId)
 }
 
 /// A device UUID.
@@ -262,24 +268,74 @@ impl From<v1::Shortfall> for Shortfall {
     }
 }
 
-impl From<Extent> for v1::Extent {
-    fn from(extent: Extent) -> Self {
-        Self {
-            lease_id: extent.lease.0,
-            generation: extent.generation.0,
-            first_slot: extent.first_slot,
-            count: extent.count,
+impl From<Medium> for v1::Medium {
+    fn from(medium: Medium) -> Self {
+        match medium {
+            Medium::Hbm => Self::Hbm,
+            Medium::Host => Self::Host,
         }
     }
 }
 
-impl From<&v1::Extent> for Extent {
+impl From<Hold> for v1::Hold {
+    fn from(hold: Hold) -> Self {
+        match hold {
+            Hold::Own => Self::Own,
+            Hold::Shared => Self::Shared,
+        }
+    }
+}
+
+impl From<FoundRun> for v1::Extent {
+    fn from(run: FoundRun) -> Self {
+        match run {
+            FoundRun::Leased {
+                extent,
+                medium,
+                hold,
+            } => Self {
+                lease_id: extent.lease.0,
+                generation: extent.generation.0,
+                first_slot: extent.first_slot,
+                count: extent.count,
+                medium: v1::Medium::from(medium).into(),
+                hold: v1::Hold::from(hold).into(),
+            },
+            FoundRun::Kept { count } => Self {
+                lease_id: 0,
+                generation: 0,
+                first_slot: 0,
+                count,
+                medium: v1::Medium::Host.into(),
+                hold: v1::Hold::Own.into(),
+            },
+        }
+    }
+}
+
+impl From<&v1::Extent> for FoundRun {
+    /// What an older broker does not say reads as what it finds: HBM, leased by anybody.
     fn from(extent: &v1::Extent) -> Self {
-        Self {
-            lease: LeaseId(extent.lease_id),
-            generation: Generation(extent.generation),
-            first_slot: extent.first_slot,
-            count: extent.count,
+        if extent.lease_id == 0 {
+            return Self::Kept {
+                count: extent.count,
+            };
+        }
+        Self::Leased {
+            extent: Extent {
+                lease: LeaseId(extent.lease_id),
+                generation: Generation(extent.generation),
+                first_slot: extent.first_slot,
+                count: extent.count,
+            },
+            medium: match extent.medium() {
+                v1::Medium::Host => Medium::Host,
+                v1::Medium::Hbm | v1::Medium::Unspecified => Medium::Hbm,
+            },
+            hold: match extent.hold() {
+                v1::Hold::Own => Hold::Own,
+                v1::Hold::Shared | v1::Hold::Unspecified => Hold::Shared,
+            },
         }
     }
 }

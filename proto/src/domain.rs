@@ -54,6 +54,10 @@ id16! {
     AllocationId
 }
 id16! {
+    /// Names a borrower: one engine's cache in one process. Drawn at random by the borrower.
+    BorrowerId
+}
+id16! {
     /// What the engine calls a block's content: 16 bytes of its prefix hash. Longer hashes are truncated;
     /// two of 2^32 blocks of one namespace collide with probability 2^-65.
     BlockHash
@@ -285,6 +289,53 @@ pub struct Extent {
     pub first_slot: u32,
     /// How many blocks follow one another.
     pub count: u32,
+}
+
+/// A kind of memory that blocks lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Medium {
+    /// A device's.
+    Hbm,
+    /// The host's.
+    Host,
+}
+
+/// Whose a tier is, as a borrower sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Hold {
+    /// The borrower's own.
+    Own,
+    /// Another session's of the same namespace, open for reading.
+    Shared,
+}
+
+/// Consecutive blocks that a lookup found in one tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FoundRun {
+    /// In consecutive slots of a lease.
+    Leased {
+        /// The slots.
+        extent: Extent,
+        /// The kind of memory that the lease is of.
+        medium: Medium,
+        /// Whose lease it is.
+        hold: Hold,
+    },
+    /// In the host memory of the borrower that the lookup named, which knows their places itself.
+    Kept {
+        /// How many blocks.
+        count: u32,
+    },
+}
+
+impl FoundRun {
+    /// How many blocks.
+    pub fn blocks(&self) -> u32 {
+        match self {
+            Self::Leased { extent, .. } => extent.count,
+            Self::Kept { count } => *count,
+        }
+    }
 }
 
 /// A GPU, or a simulated one.

@@ -50,6 +50,7 @@ impl State {
         let mut blocks = 0;
         let mut counts: BTreeMap<_, (u32, u64, u64, u64)> = BTreeMap::new();
         let mut regions: BTreeMap<Key<Region>, u64> = BTreeMap::new();
+        let mut hashes: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
         for (key, lease) in self.leases.iter() {
             let id = lease.id;
             let published = lease.blocks.iter().count();
@@ -63,9 +64,10 @@ impl State {
             );
             for (slot, hash) in lease.blocks.iter() {
                 hold!(slot < lease.blocks.slots(), "lease {id} has no slot {slot}");
-                let found = self.index.find(&self.leases, lease.namespace, hash);
-                let here = found.is_some_and(|at| at.lease == key && at.slot == slot);
+                let mut found = self.index.find(&self.leases, lease.namespace, hash);
+                let here = found.any(|at| at.lease == key && at.slot == slot);
                 hold!(here, "slot {slot} of lease {id} is not in the index");
+                hashes.entry(lease.namespace).or_default().insert(*hash);
             }
             blocks += published as u64;
             let active = lease.phase == Phase::Active && lease.lessee_holds;
@@ -87,6 +89,12 @@ impl State {
                 namespace.active_bytes,
             );
             hold!(count == known, "namespace {} is miscounted", namespace.name);
+            let distinct = hashes.get(&key).map_or(0, BTreeSet::len) as u64;
+            hold!(
+                namespace.table.len() as u64 == distinct + namespace.copies,
+                "namespace {} miscounts its copies",
+                namespace.name
+            );
             hold!(
                 namespace.leases > 0,
                 "namespace {} has no lease",
@@ -183,6 +191,14 @@ impl State {
                     0
                 };
             }
+            for region in &session.unmappable {
+                let key = self.region_ids.get(region);
+                let knows = key.is_some_and(|key| self.regions[*key].unmappable_by.contains(id));
+                hold!(
+                    knows,
+                    "{id:?} cannot map region {region}, which does not know"
+                );
+            }
             for lease in &session.reads {
                 let key = self.lease_ids.get(lease);
                 let reads = key.is_some_and(|key| self.leases[*key].readers.contains(id));
@@ -213,7 +229,18 @@ impl State {
             let donor = self.sessions.get(&region.donor);
             let knows = donor.is_some_and(|donor| donor.regions.contains(&region.id));
             hold!(knows, "region {} has no donor", region.id);
+            for session in &region.unmappable_by {
+                let session = self.sessions.get(session);
+                let knows = session.is_some_and(|session| session.unmappable.contains(&region.id));
+                hold!(
+                    knows,
+                    "region {} is unmappable by somebody who can",
+                    region.id
+                );
+            }
         }
+        let lives = |id| self.sessions.get(&id).is_some_and(|session| !session.over);
+        self.borrowers.check(lives)?;
         hold!(
             self.waits.keys().all(|id| self.sessions.contains_key(id)),
             "somebody who is gone waits"

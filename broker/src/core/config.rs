@@ -52,8 +52,10 @@ pub struct CoreConfig {
     pub max_pins_per_session: usize,
     /// Extents under the pins of one session at a time.
     pub max_pinned_extents_per_session: usize,
-    /// Blocks in the index.
+    /// Blocks in the index, and in the host memory that borrowers tell of.
     pub max_blocks: u64,
+    /// Borrowers that one session tells of at a time.
+    pub max_borrowers_per_session: usize,
     /// Slots in one lease; a slab of smaller blocks has fewer slots than would fit.
     pub max_slots: u32,
 }
@@ -78,6 +80,7 @@ impl Default for CoreConfig {
             max_pins_per_session: 1_024,
             max_pinned_extents_per_session: 262_144,
             max_blocks: 16 << 20,
+            max_borrowers_per_session: 64,
             max_slots: 1 << 20,
         }
     }

@@ -104,8 +104,14 @@ impl Devices {
         &self.list[number].device.uuid
     }
 
-    /// How `from` reaches `to`; `None` when it cannot.
+    /// How `from` reaches `to`: as the same device or by peer access; `None` when it cannot.
     pub(super) fn path(&self, from: usize, to: usize) -> Option<Path> {
+        self.link(from, to)
+            .filter(|path| path.kind != LinkKind::Host)
+    }
+
+    /// The link from one device to another as the probe found it, peer access or not.
+    pub(super) fn link(&self, from: usize, to: usize) -> Option<Path> {
         self.paths[from * self.list.len() + to]
     }
 

@@ -1,7 +1,7 @@
 //! What the broker does about it: every output of [`State::apply`](super::State::apply), in order.
 
 use swiftcache_proto::domain::{
-    AllocationId, DeviceUuid, Extent, Generation, Handle, LeaseId, LinkKind, PinId, RegionId,
+    AllocationId, DeviceUuid, FoundRun, Generation, Handle, LeaseId, LinkKind, PinId, RegionId,
     RevokeReason, SessionId, Shortfall,
 };
 
@@ -72,8 +72,8 @@ pub enum Reply {
     /// To `Lookup`.
     Found {
         /// The longest prefix run.
-        extents: Vec<Extent>,
-        /// Its pin; `None` when nothing was found.
+        runs: Vec<FoundRun>,
+        /// Its pin; `None` when nothing was found, or nothing was to be pinned.
         pin: Option<PinId>,
     },
     /// To `Drain`.

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, DeviceUuid, Generation, Handle, LeaseId, PinId, RegionId, SessionId,
+    AllocationId, BlockHash, BorrowerId, DeviceUuid, Generation, Handle, LeaseId, PinId, RegionId,
+    SessionId,
 };
 
 use super::Process;
@@ -46,6 +47,8 @@ pub enum Event {
         caller: Caller,
         /// What it gives back.
         leases: Vec<LeaseId>,
+        /// It cannot map their memory.
+        unmappable: bool,
     },
     /// Answered by `Reply::Shared`.
     Share {
@@ -70,14 +73,9 @@ pub enum Event {
         slots: Vec<u32>,
     },
     /// Answered by `Reply::Found`.
-    Lookup {
-        /// Who speaks.
-        caller: Caller,
-        /// The model fingerprint.
-        namespace: String,
-        /// The hashes in prefix order.
-        hashes: Vec<BlockHash>,
-    },
+    Lookup(Lookup),
+    /// A borrower says what it is and what it keeps. Answered by `Reply::Done`.
+    Keep(Keep),
     /// A session has let go of a revoked lease (its own, or one it reads). Stale ones are ignored.
     Acknowledge {
         /// Who speaks.
@@ -214,6 +212,48 @@ pub struct Publish {
     pub generation: Generation,
     /// The blocks, each with the slot it lies in.
     pub blocks: Vec<(BlockHash, u32)>,
+}
+
+/// See `LookupRequest`.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The model fingerprint.
+    pub namespace: String,
+    /// The hashes in prefix order.
+    pub hashes: Vec<BlockHash>,
+    /// The device that the asker computes on, if it says.
+    pub device: Option<DeviceUuid>,
+    /// Whom it asks for, if it says.
+    pub borrower: Option<BorrowerId>,
+    /// Nothing is to be pinned.
+    pub unpinned: bool,
+}
+
+/// See `KeepRequest`.
+#[derive(Clone, Debug)]
+pub struct Keep {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The borrower.
+    pub borrower: BorrowerId,
+    /// The model fingerprint.
+    pub namespace: String,
+    /// The device that it computes on.
+    pub device: DeviceUuid,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
+    /// It reads leases of other sessions.
+    pub shares: bool,
+    /// What it kept before is forgotten.
+    pub anew: bool,
+    /// Blocks that it keeps in its own host memory now.
+    pub kept: Vec<BlockHash>,
+    /// Blocks that it does not keep there any more.
+    pub dropped: Vec<BlockHash>,
+    /// It is closed.
+    pub closed: bool,
 }
 
 /// What an operator drains.

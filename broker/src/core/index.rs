@@ -1,19 +1,19 @@
 //! The prefix index: which published block lies in which slot of which lease, per namespace.
 //!
 //! A namespace's table holds only where a block lies (8 bytes); its hash is kept once, in the lease's slots. A block
-//! is in the table if and only if it is in the slots of an active lease of the namespace.
+//! is in the table if and only if it is in the slots of an active lease of the namespace. A block lies in several leases
+//! only where their lessees cannot read each other's.
 
 use std::{collections::BTreeMap, hash::BuildHasher, sync::Arc};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
-use swiftcache_proto::domain::{BlockHash, Extent, Generation, LeaseId};
+use swiftcache_proto::domain::{BlockHash, Generation, LeaseId};
 
 use super::{
     Caller, Note, Publish, Refusal, Reply,
     arena::{Arena, Key},
     leases::Lease,
-    pins::Span,
     state::State,
 };
 
@@ -30,6 +30,8 @@ pub(super) struct Namespace {
     pub(super) tenant: Arc<str>,
     pub(super) name: Arc<str>,
     pub(super) table: HashTable<Location>,
+    /// Blocks in the table beyond the first of each hash.
+    pub(super) copies: u64,
     pub(super) leases: u32,
     pub(super) leased_bytes: u64,
     /// Of leases whose lessees hold them and need not let go, bytes: what fairness counts.
@@ -95,6 +97,7 @@ impl Index {
                 tenant: tenant.clone(),
                 name: name.clone(),
                 table: HashTable::new(),
+                copies: 0,
                 leases: 0,
                 leased_bytes: 0,
                 active_bytes: 0,
@@ -133,19 +136,22 @@ impl Index {
         self.hasher.hash_one(u128::from_ne_bytes(hash.0))
     }
 
-    pub(super) fn find(
-        &self,
-        leases: &Arena<Lease>,
+    /// Where the blocks of this hash lie, in no particular order.
+    pub(super) fn find<'a>(
+        &'a self,
+        leases: &'a Arena<Lease>,
         namespace: Key<Namespace>,
-        hash: &BlockHash,
-    ) -> Option<Location> {
-        let same = |at: &Location| hash_in(leases, *at) == Some(hash);
+        hash: &'a BlockHash,
+    ) -> impl Iterator<Item = Location> + 'a {
         let table = &self.namespaces[namespace].table;
-        table.find(self.digest(hash), same).copied()
+        let same = move |at: &&Location| hash_in(leases, **at) == Some(hash);
+        table.iter_hash(self.digest(hash)).filter(same).copied()
     }
 
-    /// Puts a block that is not in the table into it and into its slot.
+    /// Puts a block into an empty slot and into the table.
     fn insert(&mut self, leases: &mut Arena<Lease>, hash: BlockHash, at: Location) {
+        let namespace = leases[at.lease].namespace;
+        let copy = self.find(leases, namespace, &hash).next().is_some();
         leases[at.lease].blocks.set(at.slot, hash);
         let digest = self.digest(&hash);
         let hasher = self.hasher.clone();
@@ -153,8 +159,9 @@ impl Index {
             let hash = hash_in(leases, *at).map_or([0; 16], |hash| hash.0);
             hasher.hash_one(u128::from_ne_bytes(hash))
         };
-        let table = &mut self.namespaces[leases[at.lease].namespace].table;
-        table.insert_unique(digest, at, rehash);
+        let namespace = &mut self.namespaces[namespace];
+        namespace.table.insert_unique(digest, at, rehash);
+        namespace.copies += u64::from(copy);
         self.blocks += 1;
     }
 
@@ -164,10 +171,13 @@ impl Index {
             return false;
         };
         let digest = self.digest(&hash);
-        let table = &mut self.namespaces[leases[at.lease].namespace].table;
+        let namespace = leases[at.lease].namespace;
+        let table = &mut self.namespaces[namespace].table;
         if let Ok(entry) = table.find_entry(digest, |entry| *entry == at) {
             entry.remove();
             self.blocks -= 1;
+            let copy = self.find(leases, namespace, &hash).next().is_some();
+            self.namespaces[namespace].copies -= u64::from(copy);
         }
         true
     }
@@ -200,19 +210,23 @@ impl State {
         let key = self.active_lease_of(publish.caller, publish.lease, publish.generation)?;
         self.publishable(key, &publish.blocks)?;
         let namespace = self.leases[key].namespace;
+        let publisher = self.publisher(key);
         let mut duplicates = Vec::new();
         let mut published = 0;
         for (number, (hash, slot)) in (0..).zip(publish.blocks) {
             let at = Location { lease: key, slot };
-            match self.index.find(&self.leases, namespace, &hash) {
-                // Said again.
-                Some(known) if known == at => {}
-                Some(_) => duplicates.push(number),
-                None => {
-                    self.index.insert(&mut self.leases, hash, at);
-                    published += 1;
-                }
+            // Said again.
+            if self.leases[key].blocks.get(slot) == Some(&hash) {
+                continue;
             }
+            let mut places = self.index.find(&self.leases, namespace, &hash);
+            if places.any(|other| self.rank_for(&publisher, other.lease).is_some()) {
+                duplicates.push(number);
+                continue;
+            }
+            drop(places);
+            self.index.insert(&mut self.leases, hash, at);
+            published += 1;
         }
         let region = self.leases[key].region;
         self.regions[region].published += u64::from(published);
@@ -245,7 +259,8 @@ impl State {
         if let Some(twice) = named.windows(2).find(|pair| pair[0] == pair[1]) {
             return invalid(format!("names slot {} twice", twice[0]));
         }
-        if self.index.blocks() + blocks.len() as u64 > self.config.max_blocks {
+        let findable = self.index.blocks() + self.borrowers.kept() + blocks.len() as u64;
+        if findable > self.config.max_blocks {
             return Err(Refusal::Limit {
                 what: "indexed blocks",
                 limit: self.config.max_blocks,
@@ -282,73 +297,6 @@ impl State {
         let (pinned, retry_ms) = self.pinned_among(key, slots);
         self.note(Note::Unpublished { blocks });
         Ok(Reply::Unpublished { pinned, retry_ms })
-    }
-
-    pub(super) fn lookup(
-        &mut self,
-        caller: Caller,
-        namespace: &str,
-        hashes: &[BlockHash],
-    ) -> Result<Reply, Refusal> {
-        let session = self.session_of(caller)?;
-        let key = self.index.find_namespace(&session.tenant, namespace);
-        let runs = key.map_or_else(Vec::new, |key| self.longest_run(key, hashes));
-        let foreign = |run: &&Span| self.leases[run.lease].lessee != caller.session;
-        let spans: Vec<_> = runs.iter().filter(foreign).copied().collect();
-        let pin = match runs.is_empty() {
-            true => None,
-            false => Some(self.pin(caller.session, spans)?),
-        };
-        let mut hits = 0;
-        let mut extents = Vec::with_capacity(runs.len());
-        for run in runs {
-            let lease = &mut self.leases[run.lease];
-            lease.last_hit = self.now;
-            self.regions[lease.region].last_hit = self.now;
-            hits += run.count;
-            extents.push(Extent {
-                lease: lease.id,
-                generation: Generation(lease.generation),
-                first_slot: run.first,
-                count: run.count,
-            });
-        }
-        let blocks = hashes.len() as u32;
-        self.counters.lookups += 1;
-        self.counters.lookup_blocks += u64::from(blocks);
-        self.counters.hit_blocks += u64::from(hits);
-        if let Some(key) = key {
-            let namespace = &mut self.index.namespaces[key];
-            namespace.lookups += 1;
-            namespace.lookup_blocks += u64::from(blocks);
-            namespace.hit_blocks += u64::from(hits);
-        }
-        self.note(Note::Looked { blocks, hits });
-        Ok(Reply::Found { extents, pin })
-    }
-
-    /// The longest run of leading hashes that are published, as runs of consecutive slots.
-    fn longest_run(&self, namespace: Key<Namespace>, hashes: &[BlockHash]) -> Vec<Span> {
-        let mut runs: Vec<Span> = Vec::new();
-        for hash in hashes {
-            // Consecutive blocks mostly lie in consecutive slots, where looking is cheaper than in the table.
-            if let Some(run) = runs.last_mut() {
-                let next = run.first + run.count;
-                if self.leases[run.lease].blocks.get(next) == Some(hash) {
-                    run.count += 1;
-                    continue;
-                }
-            }
-            let Some(at) = self.index.find(&self.leases, namespace, hash) else {
-                break;
-            };
-            runs.push(Span {
-                lease: at.lease,
-                first: at.slot,
-                count: 1,
-            });
-        }
-        runs
     }
 
     /// Drops all blocks of a lease from the index; pins on its slots stay.

@@ -8,7 +8,7 @@ use swiftcache_proto::domain::{
 
 use super::{
     Caller, Effect, Grant, Record, Refusal, Reply, account::Place, arena::Key, index::Namespace,
-    regions::Region, revocation::Revocation, slots::BlockSlots, state::State,
+    lookup::Unreadable, regions::Region, revocation::Revocation, slots::BlockSlots, state::State,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,7 +216,7 @@ impl State {
         let Some(path) = self.devices.path(device, owner) else {
             return Err(Refusal::Invalid {
                 field: "device_uuid",
-                problem: format!("has no link to {}", self.devices.uuid(owner)),
+                problem: format!("has no peer access to {}", self.devices.uuid(owner)),
             });
         };
         if let Some(revocation) = lease.revocation() {
@@ -225,24 +225,29 @@ impl State {
                 "lease {id} is being revoked: {reason}"
             )));
         }
-        let limit = |what, limit: usize| Refusal::Limit {
-            what,
-            limit: limit as u64,
+        let limit = |what, limit: usize| {
+            Err(Refusal::Limit {
+                what,
+                limit: limit as u64,
+            })
         };
-        let Some(grant) = self.grant_of(key, path.kind) else {
-            return Err(Refusal::Stale(format!(
+        let config = &self.config;
+        let not_now = || {
+            Refusal::Stale(format!(
                 "lease {id} cannot be opened until its donor has offered the region again"
-            )));
+            ))
         };
+        match self.may_read(caller.session, lease) {
+            Ok(()) => {}
+            Err(Unreadable::NoHandle) => return Err(not_now()),
+            Err(Unreadable::Readers) => return limit("readers of one lease", config.max_readers),
+            Err(Unreadable::Reads) => {
+                return limit("leases read by one session", config.max_leases_per_session);
+            }
+        }
+        let grant = self.grant_of(key, path.kind).ok_or_else(not_now)?;
         if lease.readers.contains(&caller.session) {
             return Ok(Reply::Shared(grant));
-        }
-        if lease.readers.len() >= self.config.max_readers {
-            return Err(limit("readers of one lease", self.config.max_readers));
-        }
-        if session.reads.len() >= self.config.max_leases_per_session {
-            let most = self.config.max_leases_per_session;
-            return Err(limit("leases read by one session", most));
         }
         self.out.push(Effect::Record(Record::Share {
             lease: id,
@@ -259,8 +264,14 @@ impl State {
         }
     }
 
-    /// The lessee gives leases back, or a reader its shares. Leases that are over already are skipped.
-    pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId]) -> Result<Reply, Refusal> {
+    /// The lessee gives leases back, or a reader its shares; perhaps because it cannot map them. Leases that are over
+    /// already are skipped.
+    pub(super) fn release(
+        &mut self,
+        caller: Caller,
+        ids: &[LeaseId],
+        unmappable: bool,
+    ) -> Result<Reply, Refusal> {
         self.session_of(caller)?;
         for id in ids {
             let Some(key) = self.lease_ids.get(id) else {
@@ -278,6 +289,9 @@ impl State {
             let Some(key) = self.lease_ids.get(id).copied() else {
                 continue;
             };
+            if unmappable {
+                self.cannot_map(caller.session, self.leases[key].region);
+            }
             if self.leases[key].lessee == caller.session {
                 self.lessee_lets_go(key, RevokeReason::Released);
             } else {

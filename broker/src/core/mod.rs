@@ -3,6 +3,7 @@
 
 mod account;
 mod arena;
+mod borrowers;
 mod check;
 mod check_holders;
 mod config;
@@ -13,6 +14,7 @@ mod fairness;
 mod index;
 mod leases;
 mod ledger;
+mod lookup;
 mod operator;
 mod pins;
 mod policy;
@@ -36,8 +38,8 @@ pub use account::Account;
 pub use config::{CoreConfig, Node};
 pub use effect::{Effect, Grant, Note, Outgoing, Refusal, Reply};
 pub use event::{
-    Caller, DrainTarget, Event, EvictTarget, LeaseDemand, Now, Offer, Publish, QuotaTarget,
-    Register, SetQuota, Withdraw, WithdrawWhat,
+    Caller, DrainTarget, Event, EvictTarget, Keep, LeaseDemand, Lookup, Now, Offer, Publish,
+    QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
 };
 pub use ledger::LedgerError;
 pub use preview::{Need, WithdrawPreview};

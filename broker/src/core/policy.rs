@@ -270,9 +270,11 @@ impl State {
 
 impl Region {
     /// Whether the demand could use a slab of it. An engine that lends part of its pool gains nothing by leasing it, and
-    /// CUDA opens a handle in other processes only.
+    /// CUDA opens a handle in other processes only. What a session cannot map is of no use to it.
     pub(super) fn serves(&self, demand: &Demand) -> bool {
-        self.donor != demand.session && self.slab_bytes >= demand.block_bytes
+        self.donor != demand.session
+            && self.slab_bytes >= demand.block_bytes
+            && !self.unmappable_by.contains(&demand.session)
     }
 }
 

@@ -53,6 +53,8 @@ pub(super) struct Region {
     pub(super) last_hit: u64,
     /// Its entry in the device's lending order, while it can be lent from.
     pub(super) listed: Option<Rank>,
+    /// The sessions that said that they cannot map it.
+    pub(super) unmappable_by: BTreeSet<SessionId>,
 }
 
 /// What is fixed for the life of a region.
@@ -99,6 +101,7 @@ impl Region {
             published: 0,
             last_hit: 0,
             listed: None,
+            unmappable_by: BTreeSet::new(),
         }
     }
 
@@ -224,8 +227,34 @@ impl State {
                 region.id
             )));
         }
+        for session in std::mem::take(&mut self.regions[key].unmappable_by) {
+            if let Some(session) = self.sessions.get_mut(&session) {
+                session.unmappable.remove(&outline.id);
+            }
+        }
         self.edit_region(key, |region| region.handle = Some(handle));
         Ok(Reply::Done)
+    }
+
+    /// The session cannot map the region, so it is of no use to it.
+    pub(super) fn cannot_map(&mut self, session: SessionId, key: Key<Region>) {
+        let region = &mut self.regions[key];
+        if let Some(known) = self.sessions.get_mut(&session) {
+            known.unmappable.insert(region.id);
+            region.unmappable_by.insert(session);
+        }
+    }
+
+    /// What a session that is over cannot map matters no more.
+    pub(super) fn forget_unmappable(&mut self, session: SessionId) {
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return;
+        };
+        for region in std::mem::take(&mut known.unmappable) {
+            self.regions[self.region_ids[&region]]
+                .unmappable_by
+                .remove(&session);
+        }
     }
 
     /// Whether a region that is not known yet may be admitted.

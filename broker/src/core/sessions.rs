@@ -29,6 +29,8 @@ pub(super) struct Session {
     pub(super) leases: BTreeSet<LeaseId>,
     /// The leases it reads.
     pub(super) reads: BTreeSet<LeaseId>,
+    /// The regions that it said it cannot map.
+    pub(super) unmappable: BTreeSet<RegionId>,
     pub(super) pins: BTreeSet<PinId>,
     pub(super) pinned_extents: usize,
     pub(super) donated_bytes: u64,
@@ -52,6 +54,7 @@ impl Session {
             regions: BTreeSet::new(),
             leases: BTreeSet::new(),
             reads: BTreeSet::new(),
+            unmappable: BTreeSet::new(),
             pins: BTreeSet::new(),
             pinned_extents: 0,
             donated_bytes: 0,
@@ -274,6 +277,8 @@ impl State {
     fn drop_holdings(&mut self, id: SessionId, reason: RevokeReason) {
         self.waits.remove(&id);
         self.drop_pins_of(id);
+        self.close_borrowers_of(id);
+        self.forget_unmappable(id);
         let session = &self.sessions[&id];
         let (leases, reads) = (session.leases.clone(), session.reads.clone());
         for lease in reads {

@@ -7,6 +7,7 @@ use swiftcache_proto::domain::{AllocationId, LeaseId, RegionId, SessionId};
 use super::{
     CoreConfig, Counters, Effect, Event, Node, Note, Now, Process, QuotaTarget, Refusal, Reply,
     arena::{Arena, Key},
+    borrowers::Borrowers,
     devices::Devices,
     fairness::Wait,
     index::Index,
@@ -41,6 +42,7 @@ pub struct State {
     /// Revoked leases by when their drain window closes, milliseconds.
     pub(super) draining: BTreeSet<(u64, LeaseId)>,
     pub(super) index: Index,
+    pub(super) borrowers: Borrowers,
     pub(super) pins: Pins,
     pub(super) waits: BTreeMap<SessionId, Wait>,
     /// Labels of the donors an operator drains.
@@ -74,6 +76,7 @@ impl State {
             next_lease: 1,
             draining: BTreeSet::new(),
             index: Index::default(),
+            borrowers: Borrowers::default(),
             pins: Pins::new(config.pin_base),
             waits: BTreeMap::new(),
             drained_donors: BTreeSet::new(),
@@ -135,7 +138,11 @@ impl State {
             Event::Offer(offer) => self.offer(offer),
             Event::Withdraw(withdraw) => self.withdraw(withdraw),
             Event::Lease(demand) => self.lease(demand),
-            Event::Release { caller, leases } => self.release(caller, &leases),
+            Event::Release {
+                caller,
+                leases,
+                unmappable,
+            } => self.release(caller, &leases, unmappable),
             Event::Share {
                 caller,
                 lease,
@@ -148,11 +155,8 @@ impl State {
                 generation,
                 slots,
             } => self.unpublish(caller, lease, generation, &slots),
-            Event::Lookup {
-                caller,
-                namespace,
-                hashes,
-            } => self.lookup(caller, &namespace, &hashes),
+            Event::Lookup(lookup) => self.lookup(lookup),
+            Event::Keep(keep) => self.keep(keep),
             Event::Acknowledge {
                 caller,
                 lease,
@@ -189,6 +193,7 @@ impl State {
             + self.leases.len()
             + self.pins.live.len()
             + self.index.blocks() as usize
+            + self.borrowers.kept() as usize
     }
 }
 

@@ -195,7 +195,7 @@ impl State {
         pairs
             .filter(|(from, to)| from != to)
             .filter_map(|(from, to)| {
-                let path = self.devices.path(from, to)?;
+                let path = self.devices.link(from, to)?;
                 Some(Link {
                     from: self.devices.uuid(from).clone(),
                     to: self.devices.uuid(to).clone(),

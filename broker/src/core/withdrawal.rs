@@ -159,6 +159,11 @@ impl State {
         let region = self.regions.remove(key);
         self.slabs -= region.slabs.len();
         self.region_ids.remove(&region.id);
+        for session in &region.unmappable_by {
+            if let Some(session) = self.sessions.get_mut(session) {
+                session.unmappable.remove(&region.id);
+            }
+        }
         if let Some(donor) = self.sessions.get_mut(&region.donor) {
             donor.regions.remove(&region.id);
             donor.donated_bytes -= region.bytes;

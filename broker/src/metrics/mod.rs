@@ -19,7 +19,7 @@ use crate::core::Note;
 use traffic::TrafficCounters;
 
 /// The RPCs, all of which are timed.
-const RPCS: [&str; 23] = [
+const RPCS: [&str; 24] = [
     "Register",
     "Session",
     "Leave",
@@ -31,6 +31,7 @@ const RPCS: [&str; 23] = [
     "Publish",
     "Unpublish",
     "Lookup",
+    "Keep",
     "Report",
     "GetNode",
     "ListSessions",

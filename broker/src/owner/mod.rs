@@ -337,7 +337,15 @@ impl Inner {
             Some(Reply::Shared(grant)) => vec![grant.lease],
             _ => return,
         };
-        self.apply(owner, Event::Release { caller, leases });
+        let unmappable = false;
+        self.apply(
+            owner,
+            Event::Release {
+                caller,
+                leases,
+                unmappable,
+            },
+        );
     }
 
     fn unrecorded(&self) -> Refused {

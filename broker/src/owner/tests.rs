@@ -234,6 +234,7 @@ async fn letting_go_works_while_nothing_can_be_recorded_and_the_ledger_catches_u
     let release = Event::Release {
         caller: borrower,
         leases: vec![lease],
+        unmappable: false,
     };
     world.owner.apply(release).unwrap();
     assert_eq!(world.leased(), 0);
@@ -253,6 +254,7 @@ async fn a_scrub_that_is_not_recorded_waits_until_it_is() {
     let release = Event::Release {
         caller: first,
         leases: vec![lease],
+        unmappable: false,
     };
     world.owner.apply(release).unwrap();
     let mut stream = world.owner.attach(donor).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
-    domain::{Generation, HandleKind, LeaseId, SessionId},
+    domain::{FoundRun, Generation, HandleKind, LeaseId, SessionId},
     traffic::Traffic,
     v1::{self, broker_server::Broker},
 };
@@ -17,7 +17,9 @@ use super::{
     session::{OutgoingStream, open},
 };
 use crate::{
-    core::{Event, LeaseDemand, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat},
+    core::{
+        Event, Keep, LeaseDemand, Lookup, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat,
+    },
     error::Refused,
     owner::Owner,
 };
@@ -132,6 +134,15 @@ impl Broker for BrokerService {
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let _timer = self.owner.metrics().time("Lookup");
         Ok(Response::new(self.do_lookup(request)?))
+    }
+
+    async fn keep(
+        &self,
+        request: Request<v1::KeepRequest>,
+    ) -> Result<Response<v1::KeepResponse>, Status> {
+        let _timer = self.owner.metrics().time("Keep");
+        self.do_keep(request)?;
+        Ok(Response::new(v1::KeepResponse {}))
     }
 
     async fn report(
@@ -275,8 +286,11 @@ impl BrokerService {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let caller = caller(&peer, request.session_id);
-        let leases = leases("lease_ids", &request.lease_ids)?;
-        self.owner.apply(Event::Release { caller, leases })?;
+        self.owner.apply(Event::Release {
+            caller,
+            leases: leases("lease_ids", &request.lease_ids)?,
+            unmappable: request.unmappable,
+        })?;
         Ok(())
     }
 
@@ -348,20 +362,47 @@ impl BrokerService {
     ) -> Result<v1::LookupResponse, Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
-        let event = Event::Lookup {
+        let device = &request.device_uuid;
+        let device = (!device.is_empty()).then(|| convert::device_uuid("device_uuid", device));
+        let borrower = &request.borrower_id;
+        let borrower =
+            (!borrower.is_empty()).then(|| convert::borrower_id("borrower_id", borrower));
+        let lookup = Lookup {
             caller: caller(&peer, request.session_id),
             namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
             hashes: convert::hashes("hashes", &request.hashes)?.collect(),
+            device: device.transpose()?,
+            borrower: borrower.transpose()?,
+            unpinned: request.unpinned,
         };
-        match self.owner.apply(event)? {
-            Reply::Found { extents, pin } => Ok(v1::LookupResponse {
-                hit_blocks: extents.iter().map(|extent| extent.count).sum(),
-                extents: extents.into_iter().map(v1::Extent::from).collect(),
+        match self.owner.apply(Event::Lookup(lookup))? {
+            Reply::Found { runs, pin } => Ok(v1::LookupResponse {
+                hit_blocks: runs.iter().map(FoundRun::blocks).sum(),
+                extents: runs.into_iter().map(v1::Extent::from).collect(),
                 pin_id: pin.map_or(0, |pin| pin.0),
                 pin_ms: pin.map_or(0, |_| self.node.pin_ms),
             }),
             _ => Err(Refused::OutOfTurn),
         }
+    }
+
+    fn do_keep(&self, request: Request<v1::KeepRequest>) -> Result<(), Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let keep = Keep {
+            caller: caller(&peer, request.session_id),
+            borrower: convert::borrower_id("borrower_id", &request.borrower_id)?,
+            namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            block_bytes: at_least_one("block_bytes", request.block_bytes)?,
+            shares: request.shares,
+            anew: request.anew,
+            kept: convert::hashes("kept_hashes", &request.kept_hashes)?.collect(),
+            dropped: convert::hashes("dropped_hashes", &request.dropped_hashes)?.collect(),
+            closed: request.closed,
+        };
+        self.owner.apply(Event::Keep(keep))?;
+        Ok(())
     }
 }
 

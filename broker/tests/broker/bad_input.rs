@@ -183,6 +183,7 @@ async fn bad_input_is_refused_and_names_its_field() {
     let release = v1::ReleaseRequest {
         session_id,
         lease_ids: vec![1; too_many],
+        ..v1::ReleaseRequest::default()
     };
     expect(
         client.release(release).await.unwrap_err(),
@@ -246,6 +247,7 @@ async fn bad_input_is_refused_and_names_its_field() {
         session_id,
         namespace: "model".to_owned(),
         hashes: vec![0; 15].into(),
+        ..v1::LookupRequest::default()
     };
     expect(
         client.lookup(lookup.clone()).await.unwrap_err(),
@@ -262,6 +264,32 @@ async fn bad_input_is_refused_and_names_its_field() {
         invalid,
         "namespace: ",
     );
+    type BreakLookup = fn(&mut v1::LookupRequest);
+    let breaks: [(BreakLookup, _, _); 3] = [
+        (
+            |lookup| lookup.device_uuid = "a b".to_owned(),
+            invalid,
+            "device_uuid: ",
+        ),
+        (
+            |lookup| lookup.device_uuid = "SIM-77".to_owned(),
+            Code::NotFound,
+            "device",
+        ),
+        (
+            |lookup| lookup.borrower_id = vec![1; 15].into(),
+            invalid,
+            "borrower_id: ",
+        ),
+    ];
+    for (change, code, named) in breaks {
+        let mut broken = v1::LookupRequest {
+            hashes: hashes(2).into(),
+            ..lookup.clone()
+        };
+        change(&mut broken);
+        expect(client.lookup(broken).await.unwrap_err(), code, named);
+    }
     let huge = v1::LookupRequest {
         hashes: vec![0; MAX_MESSAGE_BYTES + 1].into(),
         ..lookup
@@ -419,4 +447,61 @@ async fn admin_refuses_bad_input_and_shows_no_secret() {
     let node_status = admin.get_node(v1::GetNodeRequest {}).await.unwrap();
     assert!(node_status.into_inner().devices[0].drained);
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_borrower_says_it_keeps_is_checked() {
+    let node = Node::start().await;
+    let mut member = node.donor(1).await;
+    let keep = v1::KeepRequest {
+        session_id: member.session,
+        borrower_id: vec![1; 16].into(),
+        namespace: "model".to_owned(),
+        // A device that the node lacks is no error: the engine has its host memory all the same.
+        device_uuid: "SIM-77".to_owned(),
+        block_bytes: 1 << 20,
+        kept_hashes: hashes(2).into(),
+        ..v1::KeepRequest::default()
+    };
+    member.client.keep(keep.clone()).await.unwrap();
+    let invalid = Code::InvalidArgument;
+    type Break = fn(&mut v1::KeepRequest);
+    let breaks: [(Break, _, _); 9] = [
+        (|keep| keep.session_id = 7, Code::NotFound, "session"),
+        (
+            |keep| keep.borrower_id = vec![1; 17].into(),
+            invalid,
+            "borrower_id: ",
+        ),
+        (|keep| keep.namespace.clear(), invalid, "namespace: "),
+        (|keep| keep.device_uuid.clear(), invalid, "device_uuid: "),
+        (|keep| keep.block_bytes = 0, invalid, "block_bytes: "),
+        (
+            |keep| keep.kept_hashes = vec![0; 17].into(),
+            invalid,
+            "kept_hashes: ",
+        ),
+        (
+            |keep| keep.kept_hashes = vec![0; 16 * (MAX_BLOCKS + 1)].into(),
+            invalid,
+            "kept_hashes: ",
+        ),
+        (
+            |keep| keep.dropped_hashes = vec![0; 15].into(),
+            invalid,
+            "dropped_hashes: ",
+        ),
+        (
+            |keep| keep.dropped_hashes = vec![0; 16 * (MAX_BLOCKS + 1)].into(),
+            invalid,
+            "dropped_hashes: ",
+        ),
+    ];
+    for (change, code, named) in breaks {
+        let mut broken = keep.clone();
+        change(&mut broken);
+        let status = member.client.keep(broken).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status:?}");
+        assert!(status.message().contains(named), "{status:?} lacks {named}");
+    }
 }

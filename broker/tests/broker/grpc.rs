@@ -89,6 +89,7 @@ async fn a_slab_is_offered_leased_found_revoked_and_returned() {
         session_id: borrower.session,
         namespace: "model".to_owned(),
         hashes: hashes(5).into(),
+        ..v1::LookupRequest::default()
     };
     let found = borrower.client.lookup(lookup.clone()).await.unwrap();
     let found = found.into_inner();

@@ -20,10 +20,12 @@ pub(super) fn link(from: &DeviceUuid, to: &DeviceUuid) -> Option<LinkKind> {
     let link = links
         .iter()
         .find(|link| link.from == *from && link.to == *to);
+    // Without peer access there is no reach.
     link.map(|link| link.kind)
+        .filter(|kind| *kind != LinkKind::Host)
 }
 
-fn known_device(uuid: &DeviceUuid) -> Result<(), No> {
+pub(super) fn known_device(uuid: &DeviceUuid) -> Result<(), No> {
     match node().devices.iter().any(|device| device.uuid == *uuid) {
         true => Ok(()),
         false => Err(No::Unknown),
@@ -52,6 +54,8 @@ impl Oracle {
                 return Err(No::Stale);
             }
             known.handle = true;
+            self.unmappable
+                .retain(|(_, region)| *region != offer.region);
             return Ok(Some(Reply::Done));
         }
         if self.session(offer.caller)?.returned.contains(&offer.region) {
@@ -186,7 +190,10 @@ impl Oracle {
     /// The slabs that this demand could be granted as they are, with the links they are reached by.
     fn usable(&self, demand: &LeaseDemand, tenant: &str) -> Vec<(RegionId, u32, LinkKind)> {
         let mut usable = Vec::new();
-        let others = |region: &&ORegion| region.donor != demand.caller.session;
+        let asker = demand.caller.session;
+        let others = |region: &&ORegion| {
+            region.donor != asker && !self.unmappable.contains(&(asker, region.id))
+        };
         for region in (self.regions.iter()).filter(|region| others(region) && self.lendable(region))
         {
             let Some(link) = link(&demand.device, &region.device) else {
@@ -299,6 +306,7 @@ impl Oracle {
             lessee: demand.caller.session,
             tenant: tenant.to_owned(),
             namespace: demand.namespace.clone(),
+            device: demand.device.clone(),
             slots: grant.slots,
             holders: vec![demand.caller.session],
             revoked: None,

@@ -3,7 +3,9 @@
 use swiftcache_proto::domain::Extent;
 
 use super::fixture::*;
-use crate::core::{Caller, CoreConfig, Event, EvictTarget, Grant, LeaseDemand, Refusal, Reply};
+use crate::core::{
+    Caller, CoreConfig, Event, EvictTarget, Grant, LeaseDemand, Lookup, Refusal, Reply,
+};
 
 /// A donor's four slabs, and two sessions of one tenant; the first holds two slabs.
 fn bench() -> (Bench, Caller, Caller, Vec<Grant>) {
@@ -56,13 +58,11 @@ fn tenants_and_namespaces_are_apart() {
     assert_eq!(bench.hits(blue, 1..2), 0);
     let refusal = bench.refused(Bench::share_event(blue, &grants[0]));
     assert!(matches!(refusal, Refusal::NotYours { .. }), "{refusal:?}");
-    let elsewhere = Event::Lookup {
-        caller: lessee,
+    let elsewhere = Lookup {
         namespace: "other".to_owned(),
-        hashes: hashes(1..2),
+        ..Bench::lookup_of(lessee, 1..2)
     };
-    let reply = bench.apply(elsewhere);
-    assert!(matches!(reply, Some(Reply::Found { extents, .. }) if extents.is_empty()));
+    assert_eq!(bench.looked_up(elsewhere), (vec![], None));
 }
 
 #[test]
@@ -171,11 +171,7 @@ fn pins_are_bounded_and_never_cut_short_for_new_ones() {
     bench.publish(lessee, &grant, &[(1, 0)]);
     bench.hits(reader, 1..2);
     bench.hits(reader, 1..2);
-    let again = Event::Lookup {
-        caller: reader,
-        namespace: "model".to_owned(),
-        hashes: hashes(1..2),
-    };
+    let again = Event::Lookup(Bench::lookup_of(reader, 1..2));
     let refusal = bench.refused(again.clone());
     assert!(
         matches!(refusal, Refusal::Limit { what: "pins", .. }),

@@ -77,6 +77,7 @@ impl Oracle {
         }
         self.say(region.donor, Outgoing::Returned(id));
         self.regions.retain(|region| region.id != id);
+        self.unmappable.retain(|(_, region)| *region != id);
         for session in &mut self.sessions {
             if session.id == region.donor {
                 session.returned.push(id);
@@ -112,6 +113,8 @@ impl Oracle {
     pub(super) fn let_go_of_all(&mut self, id: SessionId, reason: RevokeReason) {
         self.pins.retain(|pin| pin.session != id);
         self.short.retain(|(session, _)| *session != id);
+        self.borrowers.retain(|borrower| borrower.session != id);
+        self.unmappable.retain(|(session, _)| *session != id);
         for lease in self.leases.clone() {
             if lease.lessee == id {
                 self.lessee_lets_go(lease.id, reason);

@@ -10,10 +10,10 @@ use crate::core::{Caller, Event, LeaseDemand, Offer, Publish, Reply, Withdraw, W
 use swiftcache_proto::domain::{Handle, LeaseId, RegionId, SessionId};
 
 /// Blocks that exist, per namespace.
-const BLOCKS: u64 = 6;
+pub(super) const BLOCKS: u64 = 6;
 
 /// The bytes of a block: no two tenants or namespaces have the same.
-fn content(tenant: &str, namespace: &str, block: u64) -> u64 {
+pub(super) fn content(tenant: &str, namespace: &str, block: u64) -> u64 {
     block | u64::from(tenant == TENANTS[0]) << 8 | u64::from(namespace == "model") << 9
 }
 
@@ -83,7 +83,7 @@ impl History {
         LeaseDemand {
             caller: client.caller,
             namespace: ["model", "other"][usize::from(d.is_multiple_of(8))].to_owned(),
-            device: device(u32::from(b) % 3),
+            device: device(u32::from(b) % 4),
             bytes: u64::from(c % 9).div_ceil(2) * SLAB,
             block_bytes: [BLOCK, BLOCK, SLAB / 2, SLAB * 2][usize::from(d % 16) / 5],
         }
@@ -117,7 +117,7 @@ impl History {
         let event = Event::Share {
             caller: client.caller,
             lease,
-            device: device(u32::from(c) % 3),
+            device: device(u32::from(c) % 4),
         };
         let session = client.caller.session;
         if self.is_queued() {
@@ -269,51 +269,5 @@ impl History {
             }
             Ok(())
         })
-    }
-
-    pub(super) fn lookup(&mut self, client: &Client, [b, c, d]: [u8; 3]) -> Outcome {
-        let first = u64::from(b % 4);
-        let blocks: Vec<_> = (first..first + 1 + u64::from(c % 6)).collect();
-        let namespace = ["model", "other"][usize::from(d.is_multiple_of(8))];
-        let event = Event::Lookup {
-            caller: client.caller,
-            namespace: namespace.to_owned(),
-            hashes: hashes(blocks.iter().copied()),
-        };
-        let deadline = self.now + u64::from(self.config.pin_ms);
-        let (id, tenant) = (client.caller.session, client.tenant.clone());
-        self.call(event, move |history, reply| {
-            let Some(Reply::Found {
-                extents,
-                pin: Some(pin),
-            }) = reply
-            else {
-                return Ok(());
-            };
-            let slots = extents.iter().flat_map(|extent| {
-                (extent.first_slot..extent.first_slot + extent.count)
-                    .map(|slot| (extent.lease, slot))
-            });
-            for ((lease, slot), block) in slots.zip(blocks) {
-                if history.is_queued() && !history.can_read(id, lease, deadline) {
-                    continue;
-                }
-                let content = content(&tenant, namespace, block);
-                let at = (lease, slot, pin);
-                history.world.found(id, at, content, deadline)?;
-            }
-            if let Some(client) = history.world.client(id) {
-                client.pins.push(pin);
-            }
-            Ok(())
-        })
-    }
-
-    /// An answer that is late may speak of what is somebody else's by now: it counts only for a slab that is mapped for
-    /// reading, and only until the pin ends. What lies in its own, a borrower knows better.
-    fn can_read(&mut self, session: SessionId, lease: LeaseId, deadline: u64) -> bool {
-        let now = self.now;
-        let mapping = self.mapping(session, lease);
-        now < deadline && mapping.is_some_and(|mapping| !mapping.lessee)
     }
 }

@@ -1,7 +1,7 @@
 //! Brokers that are broken on purpose.
 
 use super::{fixture::hash, history::History, world::SlotUse};
-use crate::core::{Caller, Effect, Event, Now, Outgoing, Publish};
+use crate::core::{Caller, Effect, Event, Keep, Lookup, Now, Outgoing, Publish};
 use swiftcache_proto::domain::{Generation, LeaseId, SessionId};
 
 /// How a broken broker misbehaves.
@@ -31,6 +31,12 @@ pub(super) enum Fault {
     TrustsStaleAcks,
     /// An acknowledgement counts for everyone, whoever says it.
     TrustsForeignAcks,
+    /// Lookups find what lies on devices that the asker does not reach.
+    FindsUnreachable,
+    /// What a session cannot map is found for it as before.
+    ForgetsUnmappable,
+    /// A borrower that keeps a block no more is believed to keep it.
+    TrustsOldKeeps,
     /// A clock that jumps ahead for a moment ends pins.
     TrustsClock,
 }
@@ -138,8 +144,27 @@ impl History {
                 effects.extend(jumped);
                 self.state.now = self.now;
             }
-            (Some(Fault::ForgetsPins), Event::Lookup { caller, .. }) => {
-                self.state.drop_pins_of(caller.session);
+            (Some(Fault::ForgetsPins), Event::Lookup(lookup)) => {
+                self.state.drop_pins_of(lookup.caller.session);
+            }
+            (Some(Fault::FindsUnreachable), Event::Lookup(lookup)) => {
+                let anywhere = Event::Lookup(Lookup {
+                    device: None,
+                    borrower: None,
+                    ..lookup.clone()
+                });
+                effects = self.state.apply(anywhere, Now(self.now));
+            }
+            (Some(Fault::ForgetsUnmappable), Event::Release { caller, .. }) => {
+                self.state.forget_unmappable(caller.session);
+            }
+            (Some(Fault::TrustsOldKeeps), Event::Keep(keep)) if !keep.closed => {
+                let again = Event::Keep(Keep {
+                    anew: false,
+                    kept: keep.dropped.clone(),
+                    ..keep.clone()
+                });
+                self.state.apply(again, Now(self.now));
             }
             _ => {}
         }

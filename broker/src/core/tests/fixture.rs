@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, Device, DeviceUuid, Extent, Generation, Handle, LeaseId, Link,
-    LinkKind, PinId, RegionId, SessionId, Shortfall,
+    AllocationId, BlockHash, BorrowerId, Device, DeviceUuid, Extent, FoundRun, Generation, Handle,
+    LeaseId, Link, LinkKind, PinId, RegionId, SessionId, Shortfall,
 };
 
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, Grant, LeaseDemand, Node, Now, Offer, Outgoing, Process,
-    Publish, Record, Refusal, Register, Reply, State, Withdraw, WithdrawWhat,
+    Caller, CoreConfig, Effect, Event, Grant, Keep, LeaseDemand, Lookup, Node, Now, Offer,
+    Outgoing, Process, Publish, Record, Refusal, Register, Reply, State, Withdraw, WithdrawWhat,
 };
 
 /// The slabs that tests offer, bytes.
@@ -17,9 +17,10 @@ pub(super) const SLAB: u64 = 1 << 20;
 /// The blocks that tests publish, bytes: four to a slab.
 pub(super) const BLOCK: u64 = SLAB / 4;
 
-/// Three devices: 0 and 1 on NVLink, 2 reached over PCIe.
+/// Four devices: 0 and 1 on NVLink, 2 reached over PCIe. Device 3 has peer access with 2 only: there is no link to 0,
+/// and the one to 1 goes through host memory.
 pub(super) fn node() -> Node {
-    let devices: Vec<_> = (0..3)
+    let devices: Vec<_> = (0..4)
         .map(|ordinal| Device {
             uuid: device(ordinal),
             name: "simulated".to_owned(),
@@ -28,22 +29,19 @@ pub(super) fn node() -> Node {
         })
         .collect();
     let mut links = Vec::new();
-    for from in 0..3 {
-        for to in (0..3).filter(|to| *to != from) {
-            let nvlink = from + to == 1;
+    for from in 0..4 {
+        for to in (0..4).filter(|to| *to != from) {
+            let (kind, bytes_per_second) = match (from.min(to), from.max(to)) {
+                (0, 1) => (LinkKind::Nvlink, 380_000_000_000),
+                (0, 3) => continue,
+                (1, 3) => (LinkKind::Host, 0),
+                _ => (LinkKind::Pcie, 50_000_000_000),
+            };
             links.push(Link {
                 from: device(from),
                 to: device(to),
-                kind: if nvlink {
-                    LinkKind::Nvlink
-                } else {
-                    LinkKind::Pcie
-                },
-                bytes_per_second: if nvlink {
-                    380_000_000_000
-                } else {
-                    50_000_000_000
-                },
+                kind,
+                bytes_per_second,
             });
         }
     }
@@ -312,19 +310,52 @@ impl Bench {
         }
     }
 
+    /// A lookup that says nothing of who asks.
+    pub(super) fn lookup_of(caller: Caller, numbers: impl IntoIterator<Item = u64>) -> Lookup {
+        Lookup {
+            caller,
+            namespace: "model".to_owned(),
+            hashes: hashes(numbers),
+            device: None,
+            borrower: None,
+            unpinned: false,
+        }
+    }
+
+    pub(super) fn looked_up(&mut self, lookup: Lookup) -> (Vec<FoundRun>, Option<PinId>) {
+        match self.apply(Event::Lookup(lookup)) {
+            Some(Reply::Found { runs, pin }) => (runs, pin),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What is found of leases, wherever they are.
     pub(super) fn lookup(
         &mut self,
         caller: Caller,
         numbers: impl IntoIterator<Item = u64>,
     ) -> (Vec<Extent>, Option<PinId>) {
-        let event = Event::Lookup {
-            caller,
-            namespace: "model".to_owned(),
-            hashes: hashes(numbers),
+        let (runs, pin) = self.looked_up(Self::lookup_of(caller, numbers));
+        let extent = |run| match run {
+            FoundRun::Leased { extent, .. } => extent,
+            FoundRun::Kept { .. } => panic!("no borrower was named"),
         };
-        match self.apply(event) {
-            Some(Reply::Found { extents, pin }) => (extents, pin),
-            other => panic!("{other:?}"),
+        (runs.into_iter().map(extent).collect(), pin)
+    }
+
+    /// Borrower `number` of this session, which computes on device 0 and reads others' leases.
+    pub(super) fn keep_of(caller: Caller, number: u8) -> Keep {
+        Keep {
+            caller,
+            borrower: BorrowerId([number; 16]),
+            namespace: "model".to_owned(),
+            device: device(0),
+            block_bytes: BLOCK,
+            shares: true,
+            anew: false,
+            kept: Vec::new(),
+            dropped: Vec::new(),
+            closed: false,
         }
     }
 
@@ -337,6 +368,7 @@ impl Bench {
         self.done(Event::Release {
             caller,
             leases: grants.iter().map(|grant| grant.lease).collect(),
+            unmappable: false,
         });
     }
 

@@ -50,6 +50,7 @@ pub(super) enum Act {
     PublishAgain,
     Unpublish,
     Lookup,
+    Keep,
     Unpin,
     Acknowledge,
     AcknowledgeLate,
@@ -93,6 +94,7 @@ const ACTS: &[(u32, Act)] = &[
     (4, Act::PublishAgain),
     (5, Act::Unpublish),
     (12, Act::Lookup),
+    (4, Act::Keep),
     (2, Act::Unpin),
     (5, Act::Acknowledge),
     (1, Act::AcknowledgeLate),
@@ -244,6 +246,12 @@ impl History {
                 _ => {}
             }
         }
+        // A new handle may be one that can be mapped.
+        if let (Event::Offer(offer), Some(Reply::Done)) = (&event, &reply) {
+            for client in &mut self.world.clients {
+                client.unmappable.remove(&offer.region);
+            }
+        }
         Ok(reply)
     }
 
@@ -292,6 +300,8 @@ impl History {
         self.state = restored.map_err(|error| error.to_string())?;
         for client in &mut self.world.clients {
             client.behind = true;
+            client.keeps.clear();
+            client.unmappable.clear();
             client.opening.clear();
         }
         self.lines.clear();

@@ -3,15 +3,13 @@
 use super::{
     allowed::link,
     fixture::SLAB,
-    oracle::{Answer, No, OLease, OPin, Oracle},
+    oracle::{Answer, No, OLease, Oracle},
 };
-use crate::core::{Caller, Effect, Grant, Publish, Reply};
-use swiftcache_proto::domain::{
-    BlockHash, DeviceUuid, Extent, Generation, Handle, LeaseId, PinId, RevokeReason,
-};
+use crate::core::{Caller, Grant, Publish, Reply};
+use swiftcache_proto::domain::{DeviceUuid, Generation, Handle, LeaseId, RevokeReason};
 
 impl Oracle {
-    pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId]) -> Answer {
+    pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId], unmappable: bool) -> Answer {
         let session = self.session(caller)?.id;
         for id in ids {
             let lease = self.leases.iter().find(|lease| lease.id == *id);
@@ -21,6 +19,10 @@ impl Oracle {
             }
         }
         for id in ids {
+            let known = self.leases.iter().find(|lease| lease.id == *id);
+            let region = known.map(|lease| lease.region).filter(|_| unmappable);
+            self.unmappable
+                .extend(region.map(|region| (session, region)));
             match self.leases.iter().find(|lease| lease.id == *id) {
                 Some(lease) if lease.lessee == session => {
                     self.lessee_lets_go(*id, RevokeReason::Released);
@@ -44,6 +46,7 @@ impl Oracle {
         }
         let region = self.regions.iter().find(|region| region.id == lease.region);
         let region = region.ok_or(No::Unknown)?;
+        let link = link(device, &region.device).ok_or(No::Invalid)?;
         if lease.revoked.is_some() || !region.handle {
             return Err(No::Stale);
         }
@@ -60,7 +63,7 @@ impl Oracle {
             offset: region.offset + u64::from(lease.slab) * SLAB,
             device: region.device.clone(),
             handle: Handle::PosixFd,
-            link: link(device, &region.device).ok_or(No::Invalid)?,
+            link,
             slots: lease.slots,
             block_bytes: SLAB / u64::from(lease.slots),
             map_bytes: region.offset + region.slabs.len() as u64 * SLAB,
@@ -96,24 +99,21 @@ impl Oracle {
             }
         }
         let mut duplicates = Vec::new();
+        let publisher = self.publisher(&lease);
         for (number, (hash, slot)) in (0..).zip(&publish.blocks) {
-            let mut same = self
-                .leases
-                .iter()
-                .filter(|other| other.tenant == lease.tenant && other.namespace == lease.namespace);
-            let held = same.find_map(|other| {
-                let mut blocks = other.blocks.iter();
-                let (_, at) = blocks.find(|(held, _)| held == hash)?;
-                Some((other.id, *at))
-            });
-            match held {
-                Some(at) if at == (lease.id, *slot) => {}
-                Some(_) => duplicates.push(number),
-                None => {
-                    for known in self.leases.iter_mut().filter(|known| known.id == lease.id) {
-                        known.blocks.push((*hash, *slot));
-                    }
-                }
+            let holds = |other: &&OLease| other.blocks.iter().any(|(held, _)| held == hash);
+            let again =
+                |other: &&OLease| other.id == lease.id && other.blocks.contains(&(*hash, *slot));
+            if self.leases.iter().any(|other| again(&other)) {
+                continue;
+            }
+            let mut holders = self.leases.iter().filter(holds);
+            if holders.any(|other| self.tier(&publisher, other).is_some()) {
+                duplicates.push(number);
+                continue;
+            }
+            for known in self.leases.iter_mut().filter(|known| known.id == lease.id) {
+                known.blocks.push((*hash, *slot));
             }
         }
         Ok(Some(Reply::Published { duplicates }))
@@ -153,60 +153,5 @@ impl Oracle {
         pinned.dedup();
         let retry_ms = (until - self.now) as u32;
         Ok(Some(Reply::Unpublished { pinned, retry_ms }))
-    }
-
-    pub(super) fn lookup(
-        &mut self,
-        caller: Caller,
-        namespace: &str,
-        hashes: &[BlockHash],
-        effects: &[Effect],
-    ) -> Answer {
-        let session = self.session(caller)?;
-        let mut extents: Vec<Extent> = Vec::new();
-        let mut pinned = Vec::new();
-        for hash in hashes {
-            let same_namespace = self
-                .leases
-                .iter()
-                .filter(|lease| lease.tenant == session.tenant && lease.namespace == namespace);
-            let mut found = same_namespace.flat_map(|lease| {
-                let here = lease.blocks.iter().filter(|(held, _)| held == hash);
-                here.map(move |(_, slot)| (lease, *slot))
-            });
-            let Some((lease, slot)) = found.next() else {
-                break;
-            };
-            if lease.lessee != session.id {
-                pinned.push((lease.id, slot));
-            }
-            match extents.last_mut() {
-                Some(last) if last.lease == lease.id && last.first_slot + last.count == slot => {
-                    last.count += 1;
-                }
-                _ => extents.push(Extent {
-                    lease: lease.id,
-                    generation: Generation(lease.generation),
-                    first_slot: slot,
-                    count: 1,
-                }),
-            }
-        }
-        // Which id a pin gets is the core's to choose.
-        let pin = effects.iter().find_map(|effect| match effect {
-            Effect::Reply(Reply::Found { pin, .. }) => *pin,
-            _ => None,
-        });
-        let pin = pin.filter(|_| !extents.is_empty());
-        for (lease, slot) in pinned {
-            self.pins.push(OPin {
-                id: pin.unwrap_or(PinId(0)),
-                session: session.id,
-                lease,
-                slot,
-                deadline: self.now + u64::from(self.config.pin_ms),
-            });
-        }
-        Ok(Some(Reply::Found { extents, pin }))
     }
 }

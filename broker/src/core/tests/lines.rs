@@ -43,7 +43,6 @@ fn sender(event: &Event) -> Option<SessionId> {
         | Event::Release { caller, .. }
         | Event::Share { caller, .. }
         | Event::Unpublish { caller, .. }
-        | Event::Lookup { caller, .. }
         | Event::Acknowledge { caller, .. }
         | Event::Scrubbed { caller, .. }
         | Event::Unpin { caller, .. } => Some(caller.session),
@@ -51,6 +50,8 @@ fn sender(event: &Event) -> Option<SessionId> {
         Event::Withdraw(withdraw) => Some(withdraw.caller.session),
         Event::Lease(demand) => Some(demand.caller.session),
         Event::Publish(publish) => Some(publish.caller.session),
+        Event::Lookup(lookup) => Some(lookup.caller.session),
+        Event::Keep(keep) => Some(keep.caller.session),
         _ => None,
     }
 }

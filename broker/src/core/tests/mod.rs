@@ -1,6 +1,7 @@
 //! The core's promises, proved.
 
 mod allowed;
+mod asking;
 mod blocks;
 mod budgets;
 mod comparison;
@@ -8,12 +9,14 @@ mod consequences;
 mod deeds;
 mod fairness;
 mod faults;
+mod finding;
 mod fixture;
 mod history;
 mod holding;
 mod lending;
 mod lifecycle;
 mod lines;
+mod lookups;
 mod operations;
 mod operators;
 mod oracle;

@@ -7,7 +7,7 @@ use swiftcache_proto::domain::{
 };
 
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, Outgoing, Process, Refusal, Reply, State, WithdrawWhat,
+    Caller, CoreConfig, Effect, Event, Keep, Outgoing, Process, Refusal, Reply, State, WithdrawWhat,
 };
 
 #[derive(Clone, Debug)]
@@ -49,6 +49,8 @@ pub(super) struct OLease {
     pub(super) lessee: SessionId,
     pub(super) tenant: String,
     pub(super) namespace: String,
+    /// The device that the lessee computes on.
+    pub(super) device: DeviceUuid,
     pub(super) slots: u32,
     /// Everyone who may touch the slab.
     pub(super) holders: Vec<SessionId>,
@@ -57,6 +59,14 @@ pub(super) struct OLease {
     pub(super) zombie: bool,
     pub(super) blocks: Vec<(BlockHash, u32)>,
     pub(super) restored: bool,
+}
+
+/// What a borrower said of itself.
+#[derive(Clone, Debug)]
+pub(super) struct OBorrower {
+    pub(super) session: SessionId,
+    pub(super) said: Keep,
+    pub(super) kept: Vec<BlockHash>,
 }
 
 #[derive(Clone, Debug)]
@@ -99,6 +109,9 @@ pub(super) struct Oracle {
     pub(super) regions: Vec<ORegion>,
     pub(super) leases: Vec<OLease>,
     pub(super) pins: Vec<OPin>,
+    pub(super) borrowers: Vec<OBorrower>,
+    /// Who said that it cannot map which region.
+    pub(super) unmappable: Vec<(SessionId, RegionId)>,
     /// Who has lately been granted less than asked, and until when that counts.
     pub(super) short: Vec<(SessionId, u64)>,
     pub(super) drained_devices: Vec<DeviceUuid>,
@@ -119,6 +132,8 @@ impl Oracle {
             regions: Vec::new(),
             leases: Vec::new(),
             pins: Vec::new(),
+            borrowers: Vec::new(),
+            unmappable: Vec::new(),
             short: Vec::new(),
             drained_devices: Vec::new(),
             drained_donors: Vec::new(),
@@ -145,6 +160,8 @@ impl Oracle {
             lease.restored = true;
         }
         self.pins.clear();
+        self.borrowers.clear();
+        self.unmappable.clear();
         self.short.clear();
         self.unsettled = true;
         self.now = 0;
@@ -196,6 +213,7 @@ impl Oracle {
                 lessee: lease.lessee,
                 tenant: namespace.tenant.to_string(),
                 namespace: namespace.name.to_string(),
+                device: state.devices.uuid(lease.device).clone(),
                 slots: lease.blocks.slots(),
                 holders: lease.parties().collect(),
                 revoked: lease.revocation().map(|revocation| (revocation.reason, 0)),
@@ -300,7 +318,11 @@ impl Oracle {
                 }
             },
             Event::Lease(demand) => return self.lease(demand, effects),
-            Event::Release { caller, leases } => self.release(*caller, leases),
+            Event::Release {
+                caller,
+                leases,
+                unmappable,
+            } => self.release(*caller, leases, *unmappable),
             Event::Share {
                 caller,
                 lease,
@@ -313,11 +335,8 @@ impl Oracle {
                 generation,
                 slots,
             } => self.unpublish(*caller, *lease, *generation, slots),
-            Event::Lookup {
-                caller,
-                namespace,
-                hashes,
-            } => return Ok(self.lookup(*caller, namespace, hashes, effects)),
+            Event::Lookup(lookup) => return self.lookup(lookup, effects),
+            Event::Keep(keep) => self.keep(keep),
             Event::Acknowledge {
                 caller,
                 lease,

@@ -99,6 +99,9 @@ fn the_world_catches_every_broken_broker() {
         Fault::TrustsStaleAcks,
         Fault::TrustsForeignAcks,
         Fault::TrustsClock,
+        Fault::FindsUnreachable,
+        Fault::ForgetsUnmappable,
+        Fault::TrustsOldKeeps,
     ] {
         assert!(caught(fault), "{fault:?} goes unnoticed");
     }

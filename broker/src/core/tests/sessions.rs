@@ -44,6 +44,7 @@ fn only_its_own_process_speaks_for_a_session() {
             Event::Release {
                 caller,
                 leases: vec![grant.lease],
+                unmappable: true,
             },
             Bench::share_event(caller, &grant),
             Bench::publish_event(caller, &grant, &[(1, 0)]),
@@ -53,11 +54,8 @@ fn only_its_own_process_speaks_for_a_session() {
                 generation: grant.generation,
                 slots: vec![0],
             },
-            Event::Lookup {
-                caller,
-                namespace: "model".to_owned(),
-                hashes: hashes(0..1),
-            },
+            Event::Lookup(Bench::lookup_of(caller, 0..1)),
+            Event::Keep(Bench::keep_of(caller, 1)),
         ];
         for event in events {
             let refusal = bench.refused(event);

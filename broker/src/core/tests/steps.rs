@@ -16,9 +16,9 @@ const CLIENTS: usize = 7;
 /// A device, now and then one that the node lacks.
 pub(super) fn any_device(number: u8) -> DeviceUuid {
     device(if number.is_multiple_of(16) {
-        3
+        9
     } else {
-        u32::from(number) % 3
+        u32::from(number) % 4
     })
 }
 
@@ -169,26 +169,13 @@ impl History {
                 let demand = Self::demand_of(&client, [b, c, d]);
                 self.tell(Event::Lease(demand))
             }
-            Act::Release => {
-                let mapped: Vec<_> = client.mapped.keys().copied().collect();
-                let Some(lease) = pick(&mapped, b).copied() else {
-                    return Ok(());
-                };
-                let mut leases = vec![lease];
-                // One whose grant is on its way must not be named.
-                let foreign = d.is_multiple_of(8) && !self.is_queued();
-                leases.extend(foreign.then_some(LeaseId(c.into())));
-                for lease in &leases {
-                    self.world.unmap(id, *lease);
-                }
-                // A message naming a foreign lease is refused whole, so what it unmapped stays leased.
-                self.tell(Event::Release { caller, leases })
-            }
+            Act::Release => self.release(&client, [b, c, d]),
             Act::Share => self.share(&client, b, c),
             Act::Write => self.write(&client, [b, c, d]),
             Act::PublishAgain => self.publish_again(&client, b),
             Act::Unpublish => self.unpublish(&client, b, c),
             Act::Lookup => self.lookup(&client, [b, c, d]),
+            Act::Keep => self.keep(&client, [b, c, d]),
             Act::Unpin => {
                 let Some(pin) = pick(&client.pins, b).copied() else {
                     return Ok(());
@@ -378,6 +365,7 @@ impl History {
             2 | 3 => Event::Release {
                 caller,
                 leases: vec![lease],
+                unmappable: true,
             },
             4 => Event::Unpublish {
                 caller,

@@ -3,7 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use swiftcache_proto::domain::{Generation, LeaseId, PinId, RegionId, SessionId};
+use swiftcache_proto::domain::{
+    BorrowerId, DeviceUuid, Generation, LeaseId, PinId, RegionId, SessionId,
+};
 
 use super::fixture::SLAB;
 use crate::core::{Caller, Effect, Grant, Offer, Outgoing, Record};
@@ -33,6 +35,24 @@ pub(super) struct Mapping {
     pub(super) spoken: BTreeMap<u32, u64>,
 }
 
+/// A borrower as its process knows it.
+#[derive(Clone, Debug)]
+pub(super) struct Own {
+    pub(super) namespace: String,
+    pub(super) device: DeviceUuid,
+    pub(super) shares: bool,
+    pub(super) block_bytes: u64,
+    /// The blocks in its own host memory.
+    pub(super) kept: BTreeSet<u64>,
+}
+
+impl Own {
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (&self.namespace, &self.device, self.block_bytes)
+            == (&other.namespace, &other.device, other.block_bytes)
+    }
+}
+
 /// A living process's end of a session.
 #[derive(Clone, Debug)]
 pub(super) struct Client {
@@ -51,6 +71,10 @@ pub(super) struct Client {
     pub(super) behind: bool,
     /// Acknowledged before their grants came: never to be mapped.
     pub(super) let_go: BTreeSet<LeaseId>,
+    /// What its borrowers are and keep, where the broker has heard of it and nothing else is on its way.
+    pub(super) keeps: BTreeMap<BorrowerId, Own>,
+    /// Regions that it told the broker it cannot map.
+    pub(super) unmappable: BTreeSet<RegionId>,
     /// Asked to be opened for reading, and not answered: neither asked again nor released meanwhile.
     pub(super) opening: BTreeSet<LeaseId>,
 }
@@ -86,6 +110,19 @@ impl World {
         self.clients.iter_mut().find(of)
     }
 
+    /// Where a lease that was granted lies.
+    pub(super) fn place(&self, lease: LeaseId) -> Result<At, String> {
+        let place = self.places.get(&lease).copied();
+        place.ok_or_else(|| format!("no lease {lease}"))
+    }
+
+    /// The device of a region on offer by somebody alive.
+    pub(super) fn device_of(&self, region: RegionId) -> Option<DeviceUuid> {
+        let offers = self.clients.iter().flat_map(|client| &client.offers);
+        let mut offers = offers.filter(|(id, _)| **id == region);
+        offers.next().map(|(_, offer)| offer.device.clone())
+    }
+
     pub(super) fn enter(&mut self, caller: Caller, tenant: &str) {
         self.clients.push(Client {
             caller,
@@ -98,6 +135,8 @@ impl World {
             pins: Vec::new(),
             behind: false,
             let_go: BTreeSet::new(),
+            keeps: BTreeMap::new(),
+            unmappable: BTreeSet::new(),
             opening: BTreeSet::new(),
         });
     }
