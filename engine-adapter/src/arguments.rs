@@ -6,7 +6,7 @@ use pyo3::{
     exceptions::{PyOverflowError, PyTypeError},
     prelude::*,
 };
-use swiftcache_proto::domain::BlockHash;
+use swiftcache_proto::domain::{BlockHash, BorrowerId};
 
 use crate::failure::{Failure, Result};
 
@@ -49,6 +49,14 @@ pub(crate) fn hashes(packed: &[u8]) -> Result<Vec<BlockHash>> {
         return Err(Failure::argument("hashes", problem));
     }
     Ok(whole.iter().map(|hash| BlockHash(*hash)).collect())
+}
+
+/// A borrower's id.
+pub(crate) fn borrower(argument: impl Into<String>, id: &[u8]) -> Result<BorrowerId> {
+    id.try_into().map(BorrowerId).map_err(|_| {
+        let problem = format!("is {} bytes; takes 16", id.len());
+        Failure::argument(argument, problem)
+    })
 }
 
 /// Hashes, and the pool's block for each.

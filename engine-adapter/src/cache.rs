@@ -47,7 +47,7 @@ fn settings(
     (max_leased_bytes, lease_step_bytes, host_tier_bytes): (u64, Option<u64>, u64),
     device: &str,
     backend: &str,
-    share: bool,
+    (share, borrower): (bool, &[u8]),
     (lookup_ms, lend_drain_ms): (u64, u64),
 ) -> Result<Settings> {
     let choice: Choice = backend
@@ -67,6 +67,9 @@ fn settings(
     config.lease_step_bytes = lease_step_bytes.unwrap_or(config.lease_step_bytes);
     config.host_tier_bytes = host_tier_bytes;
     config.share = share;
+    if !borrower.is_empty() {
+        config.id = Some(arguments::borrower("borrower_id", borrower)?);
+    }
     config.lookup_limit = arguments::milliseconds(lookup_ms);
     config.check()?;
     Ok(Settings {
@@ -81,7 +84,7 @@ fn settings(
 impl Cache {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "Python callers name them")]
-    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lookup_ms = 250, lend_drain_ms = 0))]
+    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lookup_ms = 250, lend_drain_ms = 0, borrower_id = Vec::new()))]
     fn new(
         py: Python<'_>,
         connection: &Bound<'_, Connection>,
@@ -95,6 +98,7 @@ impl Cache {
         share: bool,
         lookup_ms: u64,
         lend_drain_ms: u64,
+        borrower_id: Vec<u8>,
     ) -> PyResult<Self> {
         let connection = connection.get();
         let layout = Layout {
@@ -110,7 +114,8 @@ impl Cache {
         let bytes = (max_leased_bytes, lease_step_bytes, host_tier_bytes);
         let limits = (lookup_ms, lend_drain_ms);
         unlocked(py, || {
-            let settings = settings(layout, bytes, device, backend, share, limits)?;
+            let sharing = (share, borrower_id.as_slice());
+            let settings = settings(layout, bytes, device, backend, sharing, limits)?;
             let session = connection
                 .session()
                 .ok_or_else(|| Failure::argument("connection", "is closed"))?;

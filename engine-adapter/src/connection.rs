@@ -2,7 +2,7 @@
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
-use swiftcache_client::session::{Session, SessionConfig};
+use swiftcache_client::session::{Asker, Session, SessionConfig};
 use swiftcache_proto::convert::MAX_NAMESPACE_BYTES;
 
 use crate::{
@@ -67,12 +67,13 @@ impl Connection {
         })
     }
 
-    #[pyo3(signature = (namespaces, hashes, *, deadline_ms = None))]
+    #[pyo3(signature = (namespaces, hashes, *, borrowers = None, deadline_ms = None))]
     fn count_hits(
         &self,
         py: Python<'_>,
         namespaces: Vec<String>,
         hashes: &[u8],
+        borrowers: Option<Vec<Vec<u8>>>,
         deadline_ms: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<u32> {
         let deadline_ms =
@@ -80,9 +81,10 @@ impl Connection {
         let limit = arguments::milliseconds(deadline_ms);
         unlocked(py, || {
             check_namespaces(&namespaces)?;
+            let ranks = ranks(namespaces, borrowers)?;
             let hashes = arguments::hashes(hashes)?;
             let session = self.session();
-            Ok(session.map_or(0, |session| session.count_hits(&namespaces, &hashes, limit)))
+            Ok(session.map_or(0, |session| session.count_hits(&ranks, &hashes, limit)))
         })
     }
 
@@ -98,6 +100,27 @@ impl Drop for Connection {
     fn drop(&mut self) {
         drop_unlocked(self.session.get_mut().take());
     }
+}
+
+/// Each namespace with its borrower, if the borrowers are named.
+fn ranks(namespaces: Vec<String>, borrowers: Option<Vec<Vec<u8>>>) -> Result<Vec<Asker>> {
+    let Some(borrowers) = borrowers else {
+        return Ok(namespaces.into_iter().map(Asker::new).collect());
+    };
+    if borrowers.len() != namespaces.len() {
+        let (given, wanted) = (borrowers.len(), namespaces.len());
+        let problem = format!("has {given} entries for {wanted} namespaces");
+        return Err(Failure::argument("borrowers", problem));
+    }
+    let ranks = namespaces.into_iter().zip(borrowers).enumerate();
+    ranks
+        .map(|(number, (namespace, id))| {
+            Ok(Asker {
+                borrower: Some(arguments::borrower(format!("borrowers[{number}]"), &id)?),
+                ..Asker::new(namespace)
+            })
+        })
+        .collect()
 }
 
 fn check_namespaces(namespaces: &[String]) -> Result<()> {

@@ -375,5 +375,6 @@ passes! {
     publish: "Publish", PublishRequest => PublishResponse;
     unpublish: "Unpublish", UnpublishRequest => UnpublishResponse;
     lookup: "Lookup", LookupRequest => LookupResponse;
+    keep: "Keep", KeepRequest => KeepResponse;
     report: "Report", ReportRequest => ReportResponse;
 }

@@ -225,6 +225,7 @@ impl Member {
             session_id: self.session,
             namespace: namespace.to_owned(),
             hashes: hashes.concat().into(),
+            ..v1::LookupRequest::default()
         };
         let found = self.wire.wait(self.wire.broker().lookup(lookup))?;
         Ok(found.into_inner().hit_blocks)

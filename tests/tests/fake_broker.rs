@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
     Error,
     borrower::BorrowerConfig,
-    session::{Demand, Session, SessionConfig},
+    session::{Asker, Demand, Session, SessionConfig},
 };
 use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
@@ -67,7 +67,7 @@ fn raw_garbage_from_a_broker_is_no_connection() -> Result<()> {
             Ok(said.load(Ordering::SeqCst) > before)
         })?;
         let found = session
-            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
             .wait();
         ensure!(
             matches!(found, Err(Error::Disconnected { .. })),

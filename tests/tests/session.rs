@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     Error,
     donor::{Donor, DonorConfig},
-    session::{Connected, Demand, Observer, Session, SessionConfig},
+    session::{Asker, Connected, Demand, Observer, Session, SessionConfig},
 };
 use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
@@ -33,7 +33,7 @@ fn without_a_broker_every_call_fails_at_once_and_says_where_it_looked() -> Resul
     let directory = tempfile::tempdir()?;
     let session = Session::start(config(directory.path().join("nowhere.sock")))?;
     let failed = session
-        .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+        .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
         .wait();
     let text = failed.err().context("found a broker")?.to_string();
     ensure!(text.contains("nowhere.sock"), "{text}");
@@ -49,9 +49,9 @@ fn a_broker_that_comes_late_is_found() -> Result<()> {
     node.start_broker()?;
     session.wait_connected(PATIENCE)?;
     let found = session
-        .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+        .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
         .wait()?;
-    ensure!(found.extents.is_empty() && found.pin.is_none());
+    ensure!(found.runs.is_empty() && found.pin.is_none());
     let (devices, links) = session.node().context("connected")?;
     ensure!(devices.len() == 3 && links.len() == 6);
     Ok(())
@@ -106,11 +106,11 @@ fn calls_can_be_awaited_on_any_runtime() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().build()?;
     runtime.block_on(async {
         session
-            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
             .await?;
         // Waiting inside a runtime blocks its thread, but neither panics nor hangs.
         session
-            .lookup("model", &[BlockHash([1; 16])], PATIENCE)
+            .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
             .wait()?;
         anyhow::Ok(())
     })
@@ -302,12 +302,13 @@ fn hits_are_counted_over_every_rank() -> Result<()> {
         },
     )?;
     donor.grow(4 * SLAB_BYTES)?;
-    let ranks = ["rank 0", "rank 1"].map(str::to_owned);
+    let ranks = ["rank 0", "rank 1"].map(Asker::new);
     let engines: Vec<Engine> = (ranks.iter())
         .map(|rank| {
             let mut config = engine::config(node.device(0), 2);
-            config.layout.namespace = rank.clone();
-            let engine = Engine::new(Some(node.session(rank)?), node.layer()?, config)?;
+            config.layout.namespace = rank.namespace.clone();
+            let session = node.session(&rank.namespace)?;
+            let engine = Engine::new(Some(session), node.layer()?, config)?;
             engine.reserve(1)?;
             Ok(engine)
         })

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     donor::{Donor, DonorConfig},
-    session::Session,
+    session::{Asker, Session},
 };
 use swiftcache_proto::{domain::LinkKind, traffic::Traffic};
 use swiftcache_tests::{
@@ -96,7 +96,7 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
     })?;
     // Its answer is there when that of a later call is: what was confirmed is not told again.
     session
-        .lookup("another", &[engine::hash(1)], PATIENCE)
+        .lookup(&Asker::new("another"), &[engine::hash(1)], PATIENCE)
         .wait()?;
     node.kill_broker()?;
     node.start_broker()?;

@@ -43,15 +43,23 @@ class Connection:
         """What the last attempt to connect met; empty while connected."""
 
     def count_hits(
-        self, namespaces: Sequence[str], hashes: bytes, *, deadline_ms: int = 50
+        self,
+        namespaces: Sequence[str],
+        hashes: bytes,
+        *,
+        borrowers: Sequence[bytes] | None = None,
+        deadline_ms: int = 50,
     ) -> int:
-        """The longest run of leading blocks that is published in every one of the namespaces: a scheduler's lookup.
+        """The longest run of leading blocks that every rank can load: a scheduler's lookup.
 
         Holds nothing in place: a block can be gone by the time it is loaded.
 
         Args:
             namespaces: one for each rank (tensor, pipeline) whose part of a block must be there; at least one.
             hashes: 16 bytes for each block, in prefix order. Those after the first 65,536 count as absent.
+            borrowers: the `borrower_id` of each rank's cache, in the order of `namespaces`. A rank is then found exactly
+                what its cache can load: what its device reaches, and its own host memory. Nothing while that cache is not
+                open. Without them a rank is found whatever is published in its namespace, wherever that lies.
             deadline_ms: the longest to wait, milliseconds.
 
         Returns:
@@ -83,6 +91,7 @@ class Cache:
         share: bool = True,
         lookup_ms: int = 250,
         lend_drain_ms: int = 0,
+        borrower_id: bytes = b"",
     ) -> None:
         """
         Args:
@@ -98,6 +107,8 @@ class Cache:
             lookup_ms: how long the broker may take to find those; past it they are not loaded.
             lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0:
                 the broker's default.
+            borrower_id: 16 bytes that name the cache to `Connection.count_hits`, drawn at random by the engine. A cache
+                that takes the place of a closed one may have its id; no two open ones may. Empty: drawn here.
         """
 
     def register_pool(

@@ -12,9 +12,9 @@ use std::{
 };
 
 use prost::Message;
-use swiftcache_client::session::{Demand, Observer, Revocation, Session, SessionConfig};
+use swiftcache_client::session::{Asker, Demand, Observer, Revocation, Session, SessionConfig};
 use swiftcache_proto::{
-    domain::{BlockHash, LeaseId, PinId, Shortfall},
+    domain::{BlockHash, FoundRun, LeaseId, PinId, Shortfall},
     traffic::Traffic,
 };
 use tokio::{
@@ -227,8 +227,11 @@ async fn todays_client_works_with_an_old_broker() {
     });
     let reported = tokio::time::timeout(PATIENCE, reported).await;
     drop(reported.unwrap().unwrap());
-    let found = session.lookup("model", &hashes, PATIENCE).await.unwrap();
-    let found_blocks: u32 = found.extents.iter().map(|extent| extent.count).sum();
+    let found = session
+        .lookup(&Asker::new("model"), &hashes, PATIENCE)
+        .await
+        .unwrap();
+    let found_blocks: u32 = found.runs.iter().map(FoundRun::blocks).sum();
     assert_eq!((found_blocks, found.pin), (4, Some(PinId(1))));
 
     // A revocation as it was recorded is obeyed.

@@ -6,6 +6,7 @@ use hashbrown::HashMap;
 use swiftcache_proto::domain::BlockHash;
 
 use super::{
+    kept::HostNews,
     slab::SlabIndex,
     value::{Family, Waiting},
 };
@@ -79,6 +80,7 @@ pub(super) struct Blocks {
     ends: [Ends; 2],
     clock: u64,
     pub(super) waiting: Waiting,
+    pub(super) host_news: HostNews,
 }
 
 impl Default for Blocks {
@@ -94,6 +96,7 @@ impl Default for Blocks {
             ends: [ends(), ends()],
             clock: 0,
             waiting: Waiting::default(),
+            host_news: HostNews::default(),
         }
     }
 }
@@ -185,6 +188,7 @@ impl Blocks {
         let place = self.get_mut(id).place.take()?;
         self.unlink(id.0);
         let (hash, pins) = (self.get(id).hash, self.get(id).pins);
+        self.note_host(id);
         self.index.remove(&hash);
         if pins == 0 {
             self.unused.push(id.0);
@@ -192,15 +196,31 @@ impl Blocks {
         Some(place)
     }
 
+    /// The block's bytes are all there.
+    pub(super) fn make_ready(&mut self, id: BlockId) {
+        self.get_mut(id).ready = true;
+        self.note_host(id);
+    }
+
+    /// Something is new about a block of the host tier, or one that leaves it.
+    fn note_host(&mut self, id: BlockId) {
+        let block = &self.table[id.0 as usize];
+        if block.list == List::Host {
+            self.host_news.add(block.hash);
+        }
+    }
+
     /// Moves a block that is not lost; the list it moves to stays in order of use. The broker does not know it there.
     pub(super) fn relocate(&mut self, id: BlockId, place: Place, list: List) {
         let used = self.get(id).used;
+        self.note_host(id);
         self.unlink(id.0);
         let block = self.get_mut(id);
         block.place = Some(place);
         block.list = list;
         block.published = Published::No;
         self.link_by_use(id.0, used);
+        self.note_host(id);
     }
 
     pub(super) fn oldest_of(&self, list: List) -> u32 {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use super::Layout;
 use crate::{Error, Result};
@@ -10,6 +10,9 @@ use crate::{Error, Result};
 /// A borrower's settings.
 #[derive(Clone, Debug)]
 pub struct BorrowerConfig {
+    /// Names the borrower at the broker, so that others of its tenant can ask what it can load: an engine's scheduler,
+    /// for one. No two borrowers that are open have the same. `None`: drawn at random.
+    pub id: Option<BorrowerId>,
     /// The device the engine computes on.
     pub device: DeviceUuid,
     /// What its blocks look like.
@@ -56,6 +59,7 @@ impl BorrowerConfig {
     /// Settings for `layout` on `device`, leasing up to `max_leased_bytes` and without a host tier.
     pub fn new(device: DeviceUuid, layout: Layout, max_leased_bytes: u64) -> Self {
         Self {
+            id: None,
             device,
             layout,
             max_leased_bytes,

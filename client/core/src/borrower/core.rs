@@ -6,7 +6,8 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use swiftcache_proto::domain::DeviceUuid;
+use rand::Rng;
+use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use super::{
     BorrowerConfig, drain::DrainTask, hit::HitBlocks, keeper::KeeperTask, mapping::Mappings,
@@ -36,6 +37,7 @@ pub(super) struct Leftover {
 }
 
 pub(super) struct Core {
+    pub(super) id: BorrowerId,
     pub(super) session: Option<Session>,
     pub(super) layer: Arc<dyn DeviceLayer>,
     pub(super) config: BorrowerConfig,
@@ -66,6 +68,7 @@ impl Core {
         let (keeper, keeper_inbox) = mpsc::channel();
         let (leftovers, leftover_inbox) = mpsc::channel();
         let core = Arc::new(Self {
+            id: (config.id).unwrap_or_else(|| BorrowerId(rand::rng().random())),
             session,
             layer,
             config,

@@ -228,6 +228,9 @@ impl Core {
         for host in hosts {
             self.wait_for_copies(host);
         }
+        if let Some(session) = self.connected() {
+            self.tell_closed(session);
+        }
         let mut released = Vec::new();
         for (index, key, own) in leased {
             self.drop_blocks(index);

@@ -69,6 +69,7 @@ impl Core {
             state.retire(place, Published::No);
         }
         drop(state);
+        self.tell_soon();
         if !room.ask.is_empty() {
             self.unpublish(room.ask);
         }

@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use swiftcache_proto::domain::LeaseId;
+
 use super::{
     core::{Core, Inboxes, Leftover},
     drain::DrainTask,
@@ -29,6 +31,14 @@ pub(super) enum KeeperTask {
     /// The session is connected (again).
     Connected {
         restarted: bool,
+    },
+    /// The broker does not know yet what the host tier has.
+    Tell,
+    /// A replica's lease is not read after all.
+    GiveBack {
+        lease: LeaseId,
+        /// This process cannot map it.
+        unmappable: bool,
     },
     Stop,
 }
@@ -101,7 +111,12 @@ impl Core {
             match inbox.recv_timeout(TICK) {
                 Ok(KeeperTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(KeeperTask::Connected { restarted }) => {
-                    self.state.lock().grow_after = std::time::Instant::now();
+                    {
+                        let mut state = self.state.lock();
+                        state.grow_after = std::time::Instant::now();
+                        state.told.start_anew();
+                    }
+                    self.tell_kept();
                     self.publish_again(restarted);
                 }
                 Ok(KeeperTask::Reserve { bytes, reply }) => {
@@ -109,8 +124,12 @@ impl Core {
                     // The caller may have given up.
                     let _ = reply.send(self.state.lock().usable_bytes());
                 }
-                Ok(KeeperTask::Grow) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Ok(KeeperTask::GiveBack { lease, unmappable }) => {
+                    self.tell_unread(lease, unmappable);
+                }
+                Ok(KeeperTask::Grow | KeeperTask::Tell) | Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
+            self.tell_kept();
             while self.wants_room(&self.state.lock()) && self.grow() {}
             self.unpublish_due();
             self.release_idle();

@@ -6,6 +6,7 @@ use std::{
 };
 
 use swiftcache_proto::domain::{LeaseId, LinkKind, Shortfall};
+use tonic::Code;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -14,6 +15,7 @@ use super::{
     keeper::KeeperTask,
     slab::{Kind, LeaseKey, Slab, SlabMemory},
     state::{Pending, State},
+    unreadable::Lasting,
 };
 use crate::{
     Error, Result,
@@ -36,6 +38,64 @@ enum Adopted {
     No,
     /// It cannot be mapped in this process.
     Unmapped(Error),
+}
+
+/// Why a replica's lease is not open for reading.
+#[derive(Clone, Copy, Debug)]
+struct NotShared {
+    lasting: Lasting,
+    /// The broker may take this session for a reader.
+    opened: bool,
+    /// This process cannot map its memory.
+    unmappable: bool,
+}
+
+impl NotShared {
+    /// Revoked meanwhile, or answered by an earlier connection.
+    const NOT_NOW: Self = Self {
+        lasting: Lasting::Moment,
+        opened: true,
+        unmappable: false,
+    };
+    const OTHER_LAYOUT: Self = Self {
+        lasting: Lasting::ForGood,
+        opened: true,
+        unmappable: false,
+    };
+
+    /// The broker did not open it, or nobody knows.
+    fn refused(error: &Error) -> Self {
+        let (lasting, opened) = match error {
+            Error::Refused { status, .. } => match status.code() {
+                Code::InvalidArgument | Code::PermissionDenied | Code::NotFound => {
+                    (Lasting::ForGood, false)
+                }
+                // Being revoked, or its donor has not come back yet; too many readers.
+                Code::FailedPrecondition | Code::ResourceExhausted => (Lasting::Moment, false),
+                _ => (Lasting::Moment, true),
+            },
+            // Nothing was asked, or the session reconnects and tells what it reads.
+            Error::Disconnected { .. } | Error::Deadline { .. } => (Lasting::Moment, false),
+            _ => (Lasting::Moment, true),
+        };
+        Self {
+            lasting,
+            opened,
+            unmappable: false,
+        }
+    }
+
+    fn unmapped(error: &Error) -> Self {
+        let unmappable = matches!(error, Error::Device(_));
+        Self {
+            lasting: match unmappable {
+                true => Lasting::ForGood,
+                false => Lasting::Moment,
+            },
+            opened: true,
+            unmappable,
+        }
+    }
 }
 
 impl Core {
@@ -129,28 +189,86 @@ impl Core {
         adopted > 0
     }
 
-    /// Opens a replica's lease for reading. Blocks the caller, the first time only, for the broker and the mapping.
+    /// Opens a replica's lease for reading. Blocks the caller, the first time only, for the broker and the mapping. What
+    /// is opened in vain is given back, and not opened again.
     pub(super) fn share(&self, session: &Session, lease: LeaseId) -> bool {
-        self.state.lock().grants_in_flight += 1;
-        let shared = match session.share(lease, self.config.device.clone()).wait() {
-            Ok((grant, epoch)) => {
-                grant.block_bytes == self.config.layout.block_bytes()
-                    && match self.adopt(session, &grant, epoch, true) {
-                        Adopted::Yes => true,
-                        Adopted::No => false,
-                        Adopted::Unmapped(error) => {
-                            warn!(%error, %lease, "a replica's slab cannot be mapped");
-                            false
-                        }
-                    }
+        {
+            let mut state = self.state.lock();
+            let now = Instant::now();
+            if state.grants_in_flight == 0 {
+                state.unreadable.expire(now);
             }
+            if state.unreadable.contains(lease, now) {
+                return false;
+            }
+            state.grants_in_flight += 1;
+        }
+        let failed = match session.share(lease, self.config.device.clone()).wait() {
+            Ok((grant, epoch)) => self.open_shared(session, &grant, epoch).err(),
             Err(error) => {
                 debug!(%error, %lease, "a replica's lease cannot be read");
-                false
+                Some(NotShared::refused(&error))
             }
         };
+        if let Some(failed) = failed {
+            self.give_share_back(lease, failed);
+        }
         self.state.lock().end_grant_call();
-        shared
+        failed.is_none()
+    }
+
+    fn open_shared(
+        &self,
+        session: &Session,
+        grant: &Grant,
+        epoch: u64,
+    ) -> std::result::Result<(), NotShared> {
+        let lease = grant.lease;
+        let own = self.config.layout.block_bytes();
+        if grant.block_bytes != own {
+            let theirs = grant.block_bytes;
+            warn!(%lease, own, theirs, "a replica's lease holds blocks of another size");
+            return Err(NotShared::OTHER_LAYOUT);
+        }
+        match self.adopt(session, grant, epoch, true) {
+            Adopted::Yes => Ok(()),
+            Adopted::No => Err(NotShared::NOT_NOW),
+            Adopted::Unmapped(error) => {
+                warn!(%error, %lease, "a replica's slab cannot be mapped");
+                Err(NotShared::unmapped(&error))
+            }
+        }
+    }
+
+    /// Nothing of the lease is read: remembers that, and has the broker told if it may take this session for a reader.
+    fn give_share_back(&self, lease: LeaseId, failed: NotShared) {
+        let mut state = self.state.lock();
+        // Another thread has opened it, or is about to.
+        if state.slabs.of_lease(lease).is_some() || state.pending.contains_key(&lease) {
+            return;
+        }
+        state.unreadable.add(lease, failed.lasting, Instant::now());
+        if failed.opened {
+            state.unreadable.begin_giving_back(lease);
+            let unmappable = failed.unmappable;
+            // A keeper that is gone means that the borrower is closing: so is the session, or its next connection tells.
+            let _ = (self.keeper).send(KeeperTask::GiveBack { lease, unmappable });
+        }
+    }
+
+    /// Tells the broker that a replica's lease is not read after all.
+    pub(super) fn tell_unread(&self, lease: LeaseId, unmappable: bool) {
+        if let Some(session) = self.connected() {
+            let told = match unmappable {
+                true => session.cannot_map(vec![lease]).wait(),
+                false => session.release(vec![lease]).wait(),
+            };
+            // Nothing to give back, or the next connection's resumption gives it back.
+            if let Err(error) = told {
+                debug!(%error, %lease, "a replica's lease was not given back");
+            }
+        }
+        self.state.lock().unreadable.end_giving_back(lease);
     }
 
     /// Maps a granted slab and takes it into use. Otherwise an own lease is the caller's to release.
@@ -164,7 +282,9 @@ impl Core {
             let too_much = !shared && state.leased_bytes() + grant.slab_bytes > most;
             // A grant of an earlier connection: the broker has been told since that it is not held.
             let stale = session.epoch() != epoch;
-            let revoked = state.revoked_early.contains(&grant.lease);
+            // Opened in vain before: the broker is being told so.
+            let given_back = shared && state.unreadable.contains(grant.lease, Instant::now());
+            let revoked = state.revoked_early.contains(&grant.lease) || given_back;
             let known = state.slabs.of_lease(grant.lease).is_some()
                 || state.pending.contains_key(&grant.lease);
             if too_much || stale || revoked || known {
@@ -252,7 +372,11 @@ impl Core {
         let layers = &self.config.layout.layer_bytes;
         let memory = SlabMemory::new(memory, 0, slots, layers, LinkKind::Host, streams, None);
         let slab = Slab::new(Kind::Host, bytes, memory);
-        self.state.lock().slabs.insert(slab);
+        let mut state = self.state.lock();
+        state.slabs.insert(slab);
+        if self.session.is_some() {
+            state.blocks.host_news.gather();
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use swiftcache_proto::domain::{BlockHash, Extent};
+use swiftcache_proto::domain::{BlockHash, Extent, FoundRun};
 use tracing::debug;
 
 use super::{
@@ -11,7 +11,7 @@ use super::{
     hit::{HitBlock, HitBlocks, Pin},
     slab::{Kind, SlabIndex},
 };
-use crate::session::{Found, Session};
+use crate::session::{Asker, Found, Session};
 
 /// How often one lookup asks the broker: a prefix that alternates between own and replicas' blocks more often than
 /// that is not worth the round trips.
@@ -59,9 +59,13 @@ impl Core {
     /// Asks the broker for what follows, and adds it. False when there is no point in going on.
     fn ask(&self, session: &Session, hashes: &[BlockHash], hit: &mut HitBlocks) -> bool {
         let rest = &hashes[hit.blocks.len()..];
-        let namespace = &self.config.layout.namespace;
+        let asker = Asker {
+            namespace: self.config.layout.namespace.clone(),
+            device: Some(self.config.device.clone()),
+            borrower: Some(self.id),
+        };
         let limit = self.config.lookup_limit;
-        let found = match session.lookup(namespace, rest, limit).wait() {
+        let found = match session.lookup(&asker, rest, limit).wait() {
             Ok(found) => found,
             Err(error) => {
                 debug!(%error, "lookup without the broker");
@@ -69,7 +73,7 @@ impl Core {
                 return false;
             }
         };
-        if found.extents.is_empty() {
+        if found.runs.is_empty() {
             return false;
         }
         let pin = hit.pins.len() as u32;
@@ -77,10 +81,10 @@ impl Core {
             id: found.pin,
             until: found.pinned_until,
         });
-        self.add_extents(session, &found, pin, hashes, hit)
+        self.add_runs(session, &found, pin, hashes, hit)
     }
 
-    fn add_extents(
+    fn add_runs(
         &self,
         session: &Session,
         found: &Found,
@@ -88,16 +92,14 @@ impl Core {
         hashes: &[BlockHash],
         hit: &mut HitBlocks,
     ) -> bool {
-        for extent in &found.extents {
-            let known = self.state.lock().slabs.of_lease(extent.lease).is_some();
-            if !known && !self.share(session, extent.lease) {
-                return false;
+        (found.runs.iter()).all(|run| match run {
+            FoundRun::Leased { extent, .. } => {
+                let known = self.state.lock().slabs.of_lease(extent.lease).is_some();
+                (known || self.share(session, extent.lease))
+                    && self.add_extent(extent, pin, hashes, hit)
             }
-            if !self.add_extent(extent, pin, hashes, hit) {
-                return false;
-            }
-        }
-        true
+            FoundRun::Kept { count } => self.add_known(*count, hashes, hit),
+        })
     }
 
     /// Adds one extent, as far as it can be read.
@@ -109,37 +111,32 @@ impl Core {
         hit: &mut HitBlocks,
     ) -> bool {
         let rest = &hashes[hit.blocks.len()..];
-        let mut state = self.state.lock();
+        let state = self.state.lock();
         let Some((index, slab)) = state.slabs.of_lease(extent.lease) else {
             return false;
         };
-        match slab.kind {
-            Kind::Shared(key) => {
-                let end = extent.first_slot.checked_add(extent.count);
-                let inside = end.is_some_and(|end| end <= slab.memory.slots);
-                if key.generation != extent.generation || !inside || !slab.is_active() {
-                    return false;
-                }
-                let link = slab.memory.link;
-                let slots = extent.first_slot..extent.first_slot + extent.count;
-                for (slot, _) in slots.zip(rest) {
-                    let block = shared(index, slot, pin);
-                    hit.push(block, Tier::Shared, link);
-                }
-                true
-            }
-            // Own blocks count only as this borrower itself knows them.
-            Kind::Own(_) | Kind::Host => {
-                for hash in rest.iter().take(extent.count as usize) {
-                    let Some((id, slab)) = state.readable(hash) else {
-                        return false;
-                    };
-                    hit.push(HitBlock::Own(id), slab.tier(), slab.memory.link);
-                    state.blocks.pin(id);
-                }
-                true
-            }
+        let Kind::Shared(key) = slab.kind else {
+            drop(state);
+            return self.add_known(extent.count, hashes, hit);
+        };
+        let end = extent.first_slot.checked_add(extent.count);
+        let inside = end.is_some_and(|end| end <= slab.memory.slots);
+        if key.generation != extent.generation || !inside || !slab.is_active() {
+            return false;
         }
+        let link = slab.memory.link;
+        let slots = extent.first_slot..extent.first_slot + extent.count;
+        for (slot, _) in slots.zip(rest) {
+            hit.push(shared(index, slot, pin), Tier::Shared, link);
+        }
+        true
+    }
+
+    /// Adds blocks that the broker takes for this borrower's own: they count only as the borrower itself knows them.
+    fn add_known(&self, count: u32, hashes: &[BlockHash], hit: &mut HitBlocks) -> bool {
+        let end = hashes.len().min(hit.blocks.len() + count as usize);
+        self.add_own(&hashes[..end], hit);
+        hit.blocks.len() == end
     }
 
     /// Counts a lookup, and makes its blocks the most recently used, the first one last: a block goes before those

@@ -19,6 +19,7 @@ mod drain;
 mod evict;
 mod hit;
 mod keeper;
+mod kept;
 mod layout;
 mod lease;
 mod load;
@@ -36,6 +37,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod unreadable;
 mod value;
 
 use std::{
@@ -44,7 +46,7 @@ use std::{
     sync::{Arc, mpsc},
 };
 
-use swiftcache_proto::domain::BlockHash;
+use swiftcache_proto::domain::{BlockHash, BorrowerId};
 
 pub use config::{BorrowerConfig, DrainPolicy};
 pub use hit::{Hit, HitRun, Tier};
@@ -98,6 +100,11 @@ impl Borrower {
         let threads = Threads::start(&core, inboxes)?;
         core.grow_soon();
         Ok(Arc::new(Self { core, threads }))
+    }
+
+    /// Names it at the broker.
+    pub fn id(&self) -> BorrowerId {
+        self.core.id
     }
 
     /// What it was opened with.

@@ -14,10 +14,12 @@ use swiftcache_proto::{
 
 use super::{
     blocks::{BlockId, Blocks, List, Place, Published},
+    kept::Told,
     op::Op,
     slab::{Kind, Slab, SlabIndex, Slabs},
     slots::Run,
     stats::{Latency, Stats},
+    unreadable::Unreadable,
 };
 use crate::session::Held;
 
@@ -34,6 +36,10 @@ pub(super) struct State {
     pub(super) grants_in_flight: u32,
     /// Revoked (and acknowledged) while their grants may still be on their way: never to be mapped.
     pub(super) revoked_early: HashSet<LeaseId>,
+    /// Replicas' leases that cannot be read here.
+    pub(super) unreadable: Unreadable,
+    /// What the broker knows of the host tier.
+    pub(super) told: Told,
     /// The smallest slab seen: what a further lease takes at least, bytes.
     pub(super) slab_bytes: Option<u64>,
     /// The broker had nothing to lend; not to be asked before.
@@ -68,6 +74,8 @@ impl State {
             pending: HashMap::new(),
             grants_in_flight: 0,
             revoked_early: HashSet::new(),
+            unreadable: Unreadable::default(),
+            told: Told::default(),
             slab_bytes: None,
             grow_after: Instant::now(),
             map_pause: Duration::ZERO,

@@ -223,7 +223,7 @@ impl Core {
             let writes = std::mem::take(&mut *op.writes.lock());
             for id in writes {
                 if copied && state.blocks.get(id).place.is_some() {
-                    state.blocks.get_mut(id).ready = true;
+                    state.blocks.make_ready(id);
                     ready.push(id);
                     kept += 1;
                     continue;
@@ -245,6 +245,7 @@ impl Core {
             }
             state.counts.dropped_blocks += u64::from(lost);
         }
+        self.tell_soon();
         let duplicates = self.publish(ready);
         (kept - duplicates, lost + duplicates)
     }

@@ -5,35 +5,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::BlockHash;
+use swiftcache_proto::domain::{BlockHash, FoundRun};
 use tracing::debug;
 
-use super::Session;
+use super::{Asker, Session};
 
 /// An answer that comes this late is still taken, for the pins that it names.
 const LATE: Duration = Duration::from_millis(250);
 
 impl Session {
-    /// The longest run of leading blocks that is published in every one of `namespaces`, one for each rank of a model.
-    /// The lookups are on their way together; their pins are given up as soon as they come. 0 on any trouble, and when
-    /// they are not all there within `limit`.
+    /// The longest run of leading blocks that every one of `ranks` can load. The lookups are on their way together, and
+    /// pin nothing. 0 on any trouble, and when they are not all there within `limit`.
     ///
     /// Blocks the calling thread, which must not be the session's own.
-    pub fn count_hits(&self, namespaces: &[String], hashes: &[BlockHash], limit: Duration) -> u32 {
-        if namespaces.is_empty() || hashes.is_empty() {
+    pub fn count_hits(&self, ranks: &[Asker], hashes: &[BlockHash], limit: Duration) -> u32 {
+        if ranks.is_empty() || hashes.is_empty() {
             return 0;
         }
         let deadline = Instant::now() + limit;
         let (answers, counts) = mpsc::channel();
-        for namespace in namespaces {
-            let call = self.lookup(namespace, hashes, limit.max(LATE));
+        for rank in ranks {
+            let call = self.find(rank, hashes, limit.max(LATE), true);
             let (session, answers) = (self.clone(), answers.clone());
-            // A late answer has pins too: it is waited for, whether or not anybody still wants it.
+            // An older broker pins all the same: a late answer is waited for, whether or not anybody still wants it.
             let task = self.shared.runtime.spawn(async move {
                 let count = match call.await {
                     Ok(found) => {
                         session.unpin(&Vec::from_iter(found.pin));
-                        found.extents.iter().map(|extent| extent.count).sum()
+                        found.runs.iter().map(FoundRun::blocks).sum()
                     }
                     Err(error) => {
                         debug!(%error, "counting hits");
@@ -47,7 +46,7 @@ impl Session {
         }
         drop(answers);
         let mut least = u32::MAX;
-        for _ in namespaces {
+        for _ in ranks {
             let left = deadline.saturating_duration_since(Instant::now());
             least = least.min(counts.recv_timeout(left).unwrap_or(0));
             if least == 0 {

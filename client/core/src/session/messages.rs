@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use swiftcache_proto::domain::{AllocationId, DeviceUuid, Extent, PinId, RegionId, Shortfall};
+use swiftcache_proto::domain::{
+    AllocationId, BlockHash, BorrowerId, DeviceUuid, FoundRun, PinId, RegionId, Shortfall,
+};
 
 use super::Grant;
 
@@ -30,11 +32,57 @@ pub struct Leased {
     pub(crate) epoch: u64,
 }
 
+/// On whose behalf a lookup looks.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    /// The model's fingerprint.
+    pub namespace: String,
+    /// The device that it computes on: what that does not reach is not found. `None`: blocks are found wherever they are.
+    pub device: Option<DeviceUuid>,
+    /// The borrower, of whichever process of the tenant: what it can load is found, its own host memory included. Until
+    /// the broker knows it, `device` counts; without one, nothing is found then.
+    pub borrower: Option<BorrowerId>,
+}
+
+impl Asker {
+    /// One that does not say what it computes on.
+    pub fn new(namespace: impl Into<String>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            device: None,
+            borrower: None,
+        }
+    }
+}
+
+/// What a borrower is, and what is new about the blocks in its own host memory.
+#[derive(Clone, Debug)]
+pub struct Keep {
+    /// Drawn at random by the borrower.
+    pub borrower: BorrowerId,
+    /// The model's fingerprint.
+    pub namespace: String,
+    /// The device that it computes on.
+    pub device: DeviceUuid,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
+    /// It reads leases of other sessions.
+    pub shares: bool,
+    /// What was said before is forgotten.
+    pub anew: bool,
+    /// Blocks that it keeps now: at most [`MAX_BLOCKS`](swiftcache_proto::convert::MAX_BLOCKS).
+    pub kept: Vec<BlockHash>,
+    /// Blocks that it does not keep any more: at most as many.
+    pub dropped: Vec<BlockHash>,
+    /// It is closed.
+    pub closed: bool,
+}
+
 /// What a lookup found.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// The longest run of leading hashes that are published.
-    pub extents: Vec<Extent>,
+    /// The longest run of leading hashes that can be loaded.
+    pub runs: Vec<FoundRun>,
     /// To be released when the reads are over; `None` when nothing was found.
     pub pin: Option<PinId>,
     /// Reads of other sessions' leases that complete later must be discarded.

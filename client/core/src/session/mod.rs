@@ -39,7 +39,9 @@ use tokio_util::sync::CancellationToken;
 pub use call::Call;
 use connection::Connection;
 pub use grant::{Grant, Opening};
-pub use messages::{Demand, Found, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing};
+pub use messages::{
+    Asker, Demand, Found, Keep, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing,
+};
 use observer::Observers;
 pub use observer::{Connected, Held, Observer, Revocation, Scrub};
 use report::Tally;

@@ -11,7 +11,8 @@ use std::{
 use swiftcache_proto::{
     convert,
     domain::{
-        AllocationId, BlockHash, DeviceUuid, Extent, Generation, Handle, HandleKind, LeaseId, PinId,
+        AllocationId, BlockHash, DeviceUuid, FoundRun, Generation, Handle, HandleKind, LeaseId,
+        PinId,
     },
     fd_socket, v1,
 };
@@ -19,7 +20,7 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use super::{
-    Call, Demand, Found, Grant, Leased, LinkState, OfferedRegion, Opening, Session, Unpublished,
+    Asker, Call, Demand, Found, Grant, Keep, Leased, LinkState, OfferedRegion, Opening, Session, Unpublished,
     WithdrawWhat, Withdrawing, connection::Connection, fd,
 };
 use crate::{Error, Result, device::Export};
@@ -117,8 +118,18 @@ impl Session {
         })
     }
 
-    /// Gives leases back: nothing of this process touches them any more.
+    /// Gives leases back, or shares: nothing of this process touches them any more.
     pub fn release(&self, leases: Vec<LeaseId>) -> Call<()> {
+        self.give_back(leases, false)
+    }
+
+    /// Gives leases back, or shares, whose memory this process cannot map. The broker grants this session no slab of
+    /// their regions any more, and promises it nothing there, until their donors offer them anew.
+    pub fn cannot_map(&self, leases: Vec<LeaseId>) -> Call<()> {
+        self.give_back(leases, true)
+    }
+
+    fn give_back(&self, leases: Vec<LeaseId>, unmappable: bool) -> Call<()> {
         self.call(
             "Release",
             CALL_LIMIT,
@@ -127,6 +138,7 @@ impl Session {
                 let request = v1::ReleaseRequest {
                     session_id: connection.session.0,
                     lease_ids: leases.iter().map(|lease| lease.0).collect(),
+                    unmappable,
                 };
                 connection.client.clone().release(request).await?;
                 Ok(())
@@ -219,38 +231,73 @@ impl Session {
         )
     }
 
-    /// Finds the longest prefix run of published blocks: of the first [`convert::MAX_BLOCKS`] hashes. Fails when it
-    /// takes longer than `limit`.
-    pub fn lookup(&self, namespace: &str, hashes: &[BlockHash], limit: Duration) -> Call<Found> {
+    /// Finds the longest prefix run of blocks that the asker can load, of the first [`convert::MAX_BLOCKS`] hashes, and
+    /// pins it. Fails when it takes longer than `limit`.
+    pub fn lookup(&self, asker: &Asker, hashes: &[BlockHash], limit: Duration) -> Call<Found> {
+        self.find(asker, hashes, limit, false)
+    }
+
+    pub(super) fn find(
+        &self,
+        asker: &Asker,
+        hashes: &[BlockHash],
+        limit: Duration,
+        unpinned: bool,
+    ) -> Call<Found> {
         // Pins count from before the request leaves.
         let sent = Instant::now();
         let hashes = convert::pack_hashes(&hashes[..hashes.len().min(convert::MAX_BLOCKS)]).into();
-        let namespace = namespace.to_owned();
-        self.call(
-            "Lookup",
-            limit,
-            Settled::ByCaller,
-            move |connection| async move {
-                let request = v1::LookupRequest {
-                    session_id: connection.session.0,
-                    namespace,
-                    hashes,
-                };
-                let found = connection
-                    .client
-                    .clone()
-                    .lookup(request)
-                    .await?
-                    .into_inner();
-                let pin_for = Duration::from_millis(found.pin_ms.into());
-                Ok(Found {
-                    extents: found.extents.iter().map(Extent::from).collect(),
-                    pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
-                    pinned_until: sent + pin_for,
-                    pin_for,
-                })
-            },
-        )
+        let Asker {
+            namespace,
+            device,
+            borrower,
+        } = asker.clone();
+        let settled = Settled::ByCaller;
+        self.call("Lookup", limit, settled, move |connection| async move {
+            let request = v1::LookupRequest {
+                session_id: connection.session.0,
+                namespace,
+                hashes,
+                device_uuid: device.map_or_else(String::new, String::from),
+                unpinned,
+                borrower_id: borrower.map_or_else(Vec::new, |id| id.0.to_vec()).into(),
+            };
+            let found = connection
+                .client
+                .clone()
+                .lookup(request)
+                .await?
+                .into_inner();
+            let pin_for = Duration::from_millis(found.pin_ms.into());
+            Ok(Found {
+                runs: found.extents.iter().map(FoundRun::from).collect(),
+                pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
+                pinned_until: sent + pin_for,
+                pin_for,
+            })
+        })
+    }
+
+    /// Says what a borrower of this process is, and what it keeps in its own host memory. Whoever says it must wait for
+    /// each answer before the next, so that they arrive in order.
+    pub fn keep(&self, keep: Keep) -> Call<()> {
+        let settled = Settled::ByCaller;
+        self.call("Keep", CALL_LIMIT, settled, move |connection| async move {
+            let request = v1::KeepRequest {
+                session_id: connection.session.0,
+                borrower_id: keep.borrower.0.to_vec().into(),
+                namespace: keep.namespace,
+                device_uuid: keep.device.into(),
+                block_bytes: keep.block_bytes,
+                shares: keep.shares,
+                anew: keep.anew,
+                kept_hashes: convert::pack_hashes(&keep.kept).into(),
+                dropped_hashes: convert::pack_hashes(&keep.dropped).into(),
+                closed: keep.closed,
+            };
+            connection.client.clone().keep(request).await?;
+            Ok(())
+        })
     }
 
     /// Offers a region. Its descriptor, if it has one, goes over the fd socket first, on the calling thread.

@@ -200,6 +200,8 @@ async fn lookup(
             session_id: borrower.id,
             namespace: "bench".into(),
             hashes: hashes.clone().into(),
+            device_uuid: "SIM-0".into(),
+            ..v1::LookupRequest::default()
         };
         let began = Instant::now();
         let found = borrower.client.lookup(request).await?.into_inner();
@@ -239,6 +241,7 @@ async fn lease(
             .release(v1::ReleaseRequest {
                 session_id: borrower.id,
                 lease_ids: grants.iter().map(|grant| grant.lease_id).collect(),
+                unmappable: false,
             })
             .await?;
     }

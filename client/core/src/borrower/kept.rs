@@ -1,0 +1,229 @@
+//! Tells the broker what this borrower is and which blocks its host tier has, so that others of its tenant can ask what
+//! it can load.
+//!
+//! The host tier itself is the truth; the broker's copy follows it within a tick of the keeper, which is the only one to
+//! tell it and waits for each answer. After every connection, and after every answer that did not come, it is told anew.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use foldhash::fast::RandomState;
+use swiftcache_proto::{convert::MAX_BLOCKS, domain::BlockHash};
+use tonic::Code;
+use tracing::{debug, warn};
+
+use super::{
+    blocks::{BlockId, Blocks, List},
+    core::Core,
+};
+use crate::{
+    Error,
+    session::{Keep, Session},
+};
+
+/// When to tell again after the broker did not take it.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
+
+type Hashes = HashSet<BlockHash, RandomState>;
+
+/// What the broker knows of the host tier, and what may be news to it.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    kept: Hashes,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Phase {
+    /// It has to be told everything.
+    #[default]
+    Anew,
+    /// It has to be told everything, but not before.
+    Later(Instant),
+    /// It has been told everything up to the news.
+    Abreast,
+    /// It cannot be told on this connection.
+    Deaf,
+}
+
+impl Told {
+    /// A connection is up: whatever the broker knew of this borrower, it may know no more.
+    pub(super) fn start_anew(&mut self) {
+        self.phase = Phase::Anew;
+    }
+}
+
+/// Blocks that came to the host tier or left it.
+#[derive(Debug, Default)]
+pub(super) struct HostNews(Option<Hashes>);
+
+impl HostNews {
+    /// From here on news are gathered.
+    pub(super) fn gather(&mut self) {
+        self.0.get_or_insert_default();
+    }
+
+    pub(super) fn add(&mut self, hash: BlockHash) {
+        if let Some(news) = &mut self.0 {
+            news.insert(hash);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.as_ref().is_none_or(HashSet::is_empty)
+    }
+
+    fn take(&mut self, most: usize) -> Vec<BlockHash> {
+        let Some(news) = &mut self.0 else {
+            return Vec::new();
+        };
+        if news.len() <= most {
+            return std::mem::take(news).into_iter().collect();
+        }
+        let some: Vec<BlockHash> = news.iter().take(most).copied().collect();
+        for hash in &some {
+            news.remove(hash);
+        }
+        some
+    }
+}
+
+impl Blocks {
+    /// Whether the host tier has the block, all of it.
+    fn keeps(&self, hash: &BlockHash) -> bool {
+        let keeps = |id: BlockId| {
+            let block = self.get(id);
+            block.ready && block.list == List::Host
+        };
+        self.find(hash).is_some_and(keeps)
+    }
+
+    fn all_kept(&self) -> Vec<BlockHash> {
+        let hashes = self.table.iter().filter(|block| block.place.is_some());
+        let hashes = hashes.map(|block| block.hash);
+        hashes.filter(|hash| self.keeps(hash)).collect()
+    }
+}
+
+impl Core {
+    /// Tells the broker what it does not know yet.
+    pub(super) fn tell_kept(&self) {
+        while let Some(session) = self.connected() {
+            let Some(keep) = self.next_to_tell() else {
+                return;
+            };
+            let told = session.keep(keep.clone()).wait();
+            if !self.was_told(keep, told) {
+                return;
+            }
+        }
+    }
+
+    /// The next message, if there is anything to say.
+    fn next_to_tell(&self) -> Option<Keep> {
+        let mut state = self.state.lock();
+        let anew = match state.told.phase {
+            Phase::Abreast => false,
+            Phase::Anew => true,
+            Phase::Later(when) if Instant::now() >= when => true,
+            Phase::Later(_) | Phase::Deaf => return None,
+        };
+        let mut keep = self.as_it_is();
+        if anew {
+            state.told.kept.clear();
+            state.blocks.host_news.take(usize::MAX);
+            keep.anew = true;
+            keep.kept = state.blocks.all_kept();
+            // The rest is news like any other.
+            for hash in keep.kept.split_off(keep.kept.len().min(MAX_BLOCKS)) {
+                state.blocks.host_news.add(hash);
+            }
+            return Some(keep);
+        }
+        let news = state.blocks.host_news.take(MAX_BLOCKS);
+        for hash in news {
+            match (state.blocks.keeps(&hash), state.told.kept.contains(&hash)) {
+                (true, false) => keep.kept.push(hash),
+                (false, true) => keep.dropped.push(hash),
+                _ => {}
+            }
+        }
+        (!keep.kept.is_empty() || !keep.dropped.is_empty()).then_some(keep)
+    }
+
+    /// Takes note of the answer. Whether there is any point in going on.
+    fn was_told(&self, keep: Keep, told: Result<(), Error>) -> bool {
+        let mut state = self.state.lock();
+        match told {
+            Ok(()) => {
+                for hash in &keep.dropped {
+                    state.told.kept.remove(hash);
+                }
+                state.told.kept.extend(keep.kept);
+                state.told.phase = Phase::Abreast;
+                return true;
+            }
+            Err(Error::Refused { status, .. }) => match status.code() {
+                Code::Unimplemented => {
+                    debug!("the broker is too old to be told of the host tier");
+                    state.told.phase = Phase::Deaf;
+                }
+                Code::PermissionDenied => {
+                    let problem = status.message();
+                    warn!(
+                        borrower = %self.id, problem,
+                        "another session has this borrower's id: its host tier is not found by others"
+                    );
+                    state.told.phase = Phase::Deaf;
+                }
+                _ => {
+                    debug!(%status, "the broker did not take what the host tier has");
+                    state.told.phase = Phase::Later(Instant::now() + TELL_AGAIN);
+                }
+            },
+            Err(error) => {
+                debug!(%error, "the broker was not told what the host tier has");
+                state.told.phase = Phase::Later(Instant::now() + TELL_AGAIN);
+            }
+        }
+        false
+    }
+
+    /// Has the keeper tell, if there is news.
+    pub(super) fn tell_soon(&self) {
+        if !self.state.lock().blocks.host_news.is_empty() {
+            // A keeper that is gone means that the borrower is closing.
+            let _ = self.keeper.send(super::keeper::KeeperTask::Tell);
+        }
+    }
+
+    /// The borrower is closed: the broker forgets it.
+    pub(super) fn tell_closed(&self, session: &Session) {
+        if self.state.lock().told.phase == Phase::Deaf {
+            return;
+        }
+        let keep = Keep {
+            closed: true,
+            ..self.as_it_is()
+        };
+        if let Err(error) = session.keep(keep).wait() {
+            debug!(%error, "the broker does not know that the borrower is closed; leaving tells it");
+        }
+    }
+
+    fn as_it_is(&self) -> Keep {
+        Keep {
+            borrower: self.id,
+            namespace: self.config.layout.namespace.clone(),
+            device: self.config.device.clone(),
+            block_bytes: self.config.layout.block_bytes(),
+            shares: self.config.share,
+            anew: false,
+            kept: Vec::new(),
+            dropped: Vec::new(),
+            closed: false,
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! One lookup contract: what is promised is what can be loaded, own tiers first, and trying in vain leaves nothing
+//! behind.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Result, ensure};
+use swiftcache_client::{
+    borrower::{Borrower, BorrowerConfig, Tier},
+    donor::{Donor, DonorConfig},
+    session::{Asker, Session},
+};
+use swiftcache_proto::domain::BlockHash;
+use swiftcache_tests::{
+    PATIENCE,
+    crew::{BorrowerProcess, Job},
+    engine::{self, BLOCK_BYTES, Engine, Fetched, NAMESPACE, SLAB_BYTES, eventually},
+    full_stack,
+    gate::{Gate, Stage},
+    node::{Devices, Node, Setup},
+    operator::Operator,
+    stub::Stub,
+};
+
+/// Four devices: 1 is linked to 0 and to 3; 2 is linked to none, and to 1 by no peer access.
+const TOPOLOGY: &str = r#"
+name = "a node without all links"
+
+[[device]]
+uuid = "SIM-0"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-1"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-2"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[device]]
+uuid = "SIM-3"
+name = "simulated GPU"
+hbm_bytes = 1073741824
+
+[[link]]
+between = ["SIM-0", "SIM-1"]
+kind = "nvlink"
+gigabytes_per_second = 380.0
+
+[[link]]
+between = ["SIM-1", "SIM-2"]
+kind = "host"
+gigabytes_per_second = 20.0
+
+[[link]]
+between = ["SIM-1", "SIM-3"]
+kind = "pcie"
+gigabytes_per_second = 50.0
+"#;
+
+const BLOCKS: u32 = 8;
+
+fn sequence() -> Vec<u32> {
+    (0..BLOCKS).collect()
+}
+
+fn hashes() -> Vec<BlockHash> {
+    sequence().into_iter().map(engine::hash).collect()
+}
+
+fn all(blocks: u32) -> Fetched {
+    Fetched {
+        found: blocks,
+        served: blocks,
+    }
+}
+
+fn node_without_all_links() -> Result<(tempfile::TempDir, Node)> {
+    let directory = tempfile::tempdir()?;
+    let file: PathBuf = directory.path().join("topology.toml");
+    fs::write(&file, TOPOLOGY)?;
+    let node = Node::start_with(Setup {
+        devices: Devices::File(file),
+        ..Setup::default()
+    })?;
+    Ok((directory, node))
+}
+
+fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
+    let config = DonorConfig {
+        device: node.device(device),
+        slab_bytes: SLAB_BYTES,
+        drain: PATIENCE,
+        handle: None,
+    };
+    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
+    ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
+    Ok(donor)
+}
+
+/// An engine on a device, which leases one slab and has so many blocks of host memory.
+fn config(node: &Node, device: usize, host_blocks: u64) -> BorrowerConfig {
+    let mut config = engine::config(node.device(device), 1);
+    config.host_tier_bytes = host_blocks * BLOCK_BYTES;
+    config
+}
+
+fn engine_on(node: &Node, session: Session, device: usize) -> Result<Engine> {
+    Engine::new(Some(session), node.layer()?, config(node, device, 0))
+}
+
+/// What a scheduler is promised for a borrower.
+fn promised(scheduler: &Session, borrower: &Borrower) -> u32 {
+    let asker = Asker {
+        borrower: Some(borrower.id()),
+        ..Asker::new(NAMESPACE)
+    };
+    scheduler.count_hits(&[asker], &hashes(), PATIENCE)
+}
+
+/// Waits until nobody reads others' leases.
+fn nobody_reads(operator: &Operator) -> Result<()> {
+    eventually("readers to be forgotten", || {
+        let leases = operator.leases()?;
+        Ok(!leases.is_empty() && leases.iter().all(|lease| lease.readers == 0))
+    })
+}
+
+#[test]
+fn a_replica_without_a_link_is_promised_nothing_and_leaves_no_reader() -> Result<()> {
+    let (_directory, node) = node_without_all_links()?;
+    let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
+    let _donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let scheduler = node.session("scheduler")?;
+
+    let far = engine_on(&node, gate.session("far")?, 2)?;
+    // As soon as the broker knows it: until then it is promised nothing either.
+    eventually("the far borrower to be known", || {
+        Ok(gate.count("Keep", Stage::Answered) > 0)
+    })?;
+    for _ in 0..3 {
+        ensure!(far.fetch(&sequence())? == all(0));
+        ensure!(promised(&scheduler, &far.borrower) == 0);
+    }
+    ensure!(gate.count("Lookup", Stage::Answered) == 3);
+    ensure!(gate.count("Share", Stage::Arrived) == 0, "{:?}", gate.log());
+    ensure!(operator.leases()?.iter().all(|lease| lease.readers == 0));
+    // One that does not say where it is asks as ever.
+    let anywhere = scheduler.count_hits(&[Asker::new(NAMESPACE)], &hashes(), PATIENCE);
+    ensure!(anywhere == BLOCKS);
+
+    // The twin: with a link it is promised and found, byte for byte.
+    let near = engine_on(&node, gate.session("near")?, 3)?;
+    eventually("the near borrower's promise", || {
+        Ok(promised(&scheduler, &near.borrower) == BLOCKS)
+    })?;
+    ensure!(near.fetch(&sequence())? == all(BLOCKS));
+    ensure!(gate.count("Share", Stage::Answered) == 1);
+    ensure!(operator.leases()?.iter().any(|lease| lease.readers == 1));
+    Ok(())
+}
+
+#[test]
+fn what_only_an_unreachable_replica_has_is_stored_and_found_where_it_can_be_reached() -> Result<()>
+{
+    let (_directory, node) = node_without_all_links()?;
+    let _donors = [donor(&node, 1, 1)?, donor(&node, 2, 1)?];
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    let far = engine_on(&node, node.session("far")?, 2)?;
+    let near = engine_on(&node, node.session("near")?, 3)?;
+    writer.reserve(1)?;
+    far.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let stored = far.store(&sequence())?;
+    ensure!(stored.stored == BLOCKS, "{stored:?}");
+    let hit = far.lookup(&sequence());
+    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].tier == Tier::Donor);
+    ensure!(far.fetch(&sequence())? == all(BLOCKS));
+    let scheduler = node.session("scheduler")?;
+    eventually("the far borrower's promise", || {
+        Ok(promised(&scheduler, &far.borrower) == BLOCKS)
+    })?;
+    ensure!(near.fetch(&sequence())? == all(BLOCKS));
+    // The twin: what it can read in the writer's lease, the near one does not keep for itself.
+    let _third = donor(&node, 3, 1)?;
+    near.reserve(1)?;
+    let stored = near.store(&sequence())?;
+    ensure!(stored.stored == 0 && stored.lost == BLOCKS, "{stored:?}");
+    Ok(())
+}
+
+#[test]
+fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
+    let stub = Stub::new()?;
+    let node = Node::start_with(Setup {
+        devices: Devices::File(stub.topology_file()?),
+        environment: stub.environment()?,
+        ..Setup::default()
+    })?;
+    let operator = Operator::of(&node)?;
+    let mut donor = full_stack::donate(&node, 1, "cuda-ipc")?;
+    full_stack::offered(&node, &mut donor)?;
+    let job = |name| Job {
+        host_blocks: 0,
+        conversations: 2,
+        ..Job::new(name, 1)
+    };
+    let mut writer = BorrowerProcess::start(&node, 0, &job("writer"))?;
+    writer.run("reserve 4")?;
+    let stored = writer.run("sweep-store")?.stored;
+    ensure!(stored > 0);
+
+    let mut reader = BorrowerProcess::start(
+        &node,
+        0,
+        &Job {
+            slabs: 0,
+            ..job("reader")
+        },
+    )?;
+    stub.trace(&["cuIpcOpenMemHandle_v2"])?;
+    // CUDA_ERROR_INVALID_CONTEXT: what a driver says of a handle that it will not open.
+    let fault = stub.inject(Some(reader.pid()), "cuIpcOpenMemHandle_v2=201")?;
+    let found = reader.run("sweep-fetch")?.found;
+    ensure!(found == 0, "{found} blocks of memory that is not mapped");
+    nobody_reads(&operator)?;
+    let tries = || -> Result<usize> {
+        let calls = stub.calls()?;
+        let its = calls
+            .iter()
+            .filter(|call| call.is(reader.pid(), "cuIpcOpenMemHandle_v2"));
+        Ok(its.count())
+    };
+    let first = tries()?;
+    ensure!(first > 0, "it was never tried");
+    // Whatever the driver says now: these leases are not promised to it again.
+    stub.lift(&fault)?;
+    let pid = reader.pid();
+    for _ in 0..2 {
+        ensure!(reader.run("sweep-fetch")?.found == 0);
+    }
+    let calls = stub.calls()?;
+    let again = calls
+        .iter()
+        .filter(|call| call.is(pid, "cuIpcOpenMemHandle_v2"));
+    ensure!(again.count() == first, "it was tried again");
+    ensure!(operator.leases()?.iter().all(|lease| lease.readers == 0));
+
+    // The twin: without the fault everything is found.
+    let mut twin = BorrowerProcess::start(
+        &node,
+        0,
+        &Job {
+            slabs: 0,
+            ..job("twin")
+        },
+    )?;
+    let fetched = twin.run("sweep-fetch")?;
+    ensure!(
+        fetched.found == stored && fetched.served == stored,
+        "{fetched:?} of {stored}"
+    );
+    ensure!(operator.leases()?.iter().any(|lease| lease.readers == 1));
+    Ok(())
+}
+
+#[test]
+fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
+    let node = Node::start(&[])?;
+    let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
+    let _donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let other = || -> Result<_> {
+        let mut config = config(&node, 0, 0);
+        config.layout.layer_bytes.push(4_096);
+        Ok(Borrower::open(
+            Some(gate.session("other")?),
+            node.layer()?,
+            config,
+        )?)
+    };
+    // A broker that does not know what the borrower's blocks look like promises it the writer's.
+    gate.refuse("Keep", usize::MAX);
+    let unknown = other()?;
+    for _ in 0..3 {
+        ensure!(unknown.lookup(&hashes()).blocks() == 0);
+    }
+    ensure!(
+        gate.count("Share", Stage::Answered) == 1,
+        "{:?}",
+        gate.log()
+    );
+    nobody_reads(&operator)?;
+    drop(unknown);
+    // One that does know it does not.
+    gate.refuse("Keep", 0);
+    let kept = gate.count("Keep", Stage::Answered);
+    let known = other()?;
+    eventually("the borrower to be known", || {
+        Ok(gate.count("Keep", Stage::Answered) > kept)
+    })?;
+    ensure!(known.lookup(&hashes()).blocks() == 0);
+    ensure!(
+        gate.count("Share", Stage::Answered) == 1,
+        "{:?}",
+        gate.log()
+    );
+    Ok(())
+}
+
+#[test]
+fn a_share_that_fails_at_the_broker_is_not_asked_for_at_once_again() -> Result<()> {
+    let node = Node::start(&[])?;
+    let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
+    let _donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let reader = engine_on(&node, gate.session("reader")?, 0)?;
+    gate.refuse("Share", 1);
+    ensure!(reader.fetch(&sequence())? == all(0));
+    // What may pass is tried again, but not with every lookup.
+    let mut lookups = 1;
+    eventually("the lease to be tried again", || {
+        lookups += 1;
+        Ok(reader.fetch(&sequence())? == all(BLOCKS))
+    })?;
+    ensure!(lookups > 2, "it was left alone for no moment");
+    ensure!(gate.count("Share", Stage::Arrived) == 2, "{:?}", gate.log());
+    ensure!(operator.leases()?[0].readers == 1);
+    Ok(())
+}
+
+#[test]
+fn a_lease_that_is_revoked_while_it_is_opened_leaves_no_reader() -> Result<()> {
+    let node = Node::start(&[])?;
+    let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
+    let donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let reader = engine_on(&node, gate.session("reader")?, 0)?;
+    gate.hold("Share");
+    std::thread::scope(|scope| -> Result<()> {
+        let lookup = scope.spawn(|| reader.lookup(&sequence()).blocks());
+        eventually("the share to be asked for", || {
+            Ok(gate.count("Share", Stage::Arrived) == 1)
+        })?;
+        donor.shrink(SLAB_BYTES)?;
+        operator.eventually("the slab to come back", |account| {
+            account.offered_bytes == 0
+        })?;
+        gate.open();
+        ensure!(lookup.join().is_ok_and(|blocks| blocks == 0));
+        Ok(())
+    })?;
+    ensure!(operator.leases()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_scheduler_finds_what_its_worker_keeps_in_host_memory() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let scheduler = node.session("scheduler")?;
+    let config = config(&node, 0, 10);
+    let worker = Engine::new(Some(node.session("worker")?), node.layer()?, config)?;
+    ensure!(worker.store(&sequence())?.stored == BLOCKS);
+    let finds = |worker: &Engine, blocks| {
+        eventually("the scheduler's promise", || {
+            Ok(promised(&scheduler, &worker.borrower) == blocks)
+        })
+    };
+    finds(&worker, BLOCKS)?;
+    // What is promised is what is loaded.
+    ensure!(worker.fetch(&sequence())? == all(BLOCKS));
+    // Nobody else is promised it: neither those who ask for themselves nor another worker.
+    ensure!(scheduler.count_hits(&[Asker::new(NAMESPACE)], &hashes(), PATIENCE) == 0);
+    let other = engine_on(&node, node.session("other")?, 0)?;
+    ensure!(promised(&scheduler, &other.borrower) == 0);
+    // A broker that starts anew is told.
+    node.kill_broker()?;
+    node.start_broker()?;
+    finds(&worker, BLOCKS)?;
+    // What has to go is promised no more: the host tier has room for ten.
+    let more: Vec<u32> = (100..106).collect();
+    worker.store(&more)?;
+    eventually("what has gone to be promised no more", || {
+        let left = worker.lookup(&sequence()).blocks();
+        Ok(left < BLOCKS && promised(&scheduler, &worker.borrower) == left)
+    })?;
+    // A worker that is gone has nothing.
+    let id = worker.borrower.id();
+    drop(worker);
+    let asker = Asker {
+        borrower: Some(id),
+        ..Asker::new(NAMESPACE)
+    };
+    ensure!(scheduler.count_hits(&[asker], &hashes(), PATIENCE) == 0);
+    Ok(())
+}
+
+#[test]
+fn one_that_does_not_share_is_promised_its_own_only() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let _donor = donor(&node, 1, 2)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let mut alone = config(&node, 0, 0);
+    alone.share = false;
+    let alone = Engine::new(Some(gate.session("alone")?), node.layer()?, alone)?;
+    let scheduler = node.session("scheduler")?;
+    eventually("the borrower to be known", || {
+        Ok(gate.count("Keep", Stage::Answered) > 0)
+    })?;
+    ensure!(promised(&scheduler, &alone.borrower) == 0);
+    // It could not read the writer's blocks, so its own are no duplicates.
+    alone.reserve(1)?;
+    let stored = alone.store(&sequence())?;
+    ensure!(stored.stored == BLOCKS, "{stored:?}");
+    ensure!(promised(&scheduler, &alone.borrower) == BLOCKS);
+    ensure!(alone.fetch(&sequence())? == all(BLOCKS));
+    Ok(())
+}
