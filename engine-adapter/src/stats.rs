@@ -27,6 +27,7 @@ pub(crate) fn flat(stats: &Stats) -> Vec<(&'static str, u64)> {
         ("unplaced_blocks", stats.unplaced_blocks),
         ("evicted_blocks", stats.evicted_blocks),
         ("demoted_blocks", stats.demoted_blocks),
+        ("promoted_blocks", stats.promoted_blocks),
         ("moved_to_donor_blocks", stats.moved_to_donor),
         ("moved_to_host_blocks", stats.moved_to_host),
         ("dropped_blocks", stats.dropped_blocks),

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-from engine import SLAB_BYTES, Engine, hashes
-from node import Node
-from swiftcache import Connection
+from engine import BLOCK_BYTES, SLAB_BYTES, Engine, hashes
+from node import Node, eventually
+from swiftcache import Cache, Connection
 
 
 def test_a_block_counts_when_every_rank_has_it(node: Node, engine: Callable[..., Engine]) -> None:
@@ -37,6 +37,39 @@ def test_a_block_counts_when_every_rank_has_it(node: Node, engine: Callable[...,
     assert stranger.count_hits(["rank 0"], hashes(range(8)), deadline_ms=60_000) == 0
 
 
+def test_a_scheduler_finds_what_its_worker_keeps_in_host_memory(
+    node: Node, cache: Callable[..., Cache]
+) -> None:
+    name = bytes(range(16))
+
+    def worker(**settings: object) -> Engine:
+        one = Engine(cache(namespace="rank 0", host_tier_bytes=8 * BLOCK_BYTES, **settings))
+        assert one.cache.wait_open(60)
+        return one
+
+    first, other = worker(borrower_id=name), worker()
+    scheduler = Connection(node.socket, name="scheduler")
+    assert scheduler.wait_connected(60)
+    assert first.store(range(6))["stored"] == 6
+
+    def count(*borrowers: bytes) -> int:
+        namespaces = ["rank 0"] * len(borrowers)
+        return scheduler.count_hits(namespaces, hashes(range(8)), borrowers=borrowers, deadline_ms=60_000)
+
+    eventually("the promise", lambda: count(name) == 6)
+    # It is this worker's only: nobody else could load it.
+    assert scheduler.count_hits(["rank 0"], hashes(range(8)), deadline_ms=60_000) == 0
+    assert count(name, bytes(16)) == 0
+    assert other.store(range(2))["stored"] == 2
+    # A cache that takes a closed one's place has its name, and not its blocks.
+    first.cache.close()
+    assert count(name) == 0
+    again = worker(borrower_id=name)
+    assert again.store(range(3))["stored"] == 3
+    eventually("the promise of the new one", lambda: count(name) == 3)
+    scheduler.close()
+
+
 def test_arguments_are_named(bare_node: Node, connection: Connection) -> None:
     for arguments, name in [
         (([], b""), "namespaces"),
@@ -46,6 +79,9 @@ def test_arguments_are_named(bare_node: Node, connection: Connection) -> None:
     ]:
         with pytest.raises(ValueError, match=f"^{name}"):
             connection.count_hits(*arguments)
+    for borrowers, name in [([], "borrowers"), ([b"short"], r"borrowers\[0\]")]:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            connection.count_hits(["a"], b"", borrowers=borrowers)
     with pytest.raises(ValueError, match="^deadline_ms"):
         connection.count_hits(["a"], b"", deadline_ms=-1)
     with pytest.raises(ValueError, match="^seconds"):

@@ -88,6 +88,10 @@ impl Stage {
             "Lookup" => {
                 format!("session_id: {lessee} namespace: '{NAMESPACE}' hashes: '0123456789abcdef'")
             }
+            "Keep" => format!(
+                "session_id: {lessee} borrower_id: 'borrower-number1' namespace: '{NAMESPACE}' \
+                 device_uuid: 'SIM-0' block_bytes: {BLOCK} kept_hashes: '0123456789abcdef'"
+            ),
             "Report" => format!("session_id: {lessee} traffic {{ lookup_blocks: 1 }}"),
             "Drain" | "Undrain" => "device_uuid: 'SIM-2'".to_owned(),
             "PreviewWithdraw" => "device_uuid: 'SIM-1' bytes: 1".to_owned(),
@@ -165,7 +169,12 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 4] = [
+const UNBOUNDED: [&str; 9] = [
+    "Release.unmappable",
+    "Lookup.unpinned",
+    "Keep.shares",
+    "Keep.anew",
+    "Keep.closed",
     "ListEvents.after_sequence",
     "ListEvents.limit",
     "ListEvents.kinds",

@@ -431,3 +431,42 @@ fn one_that_does_not_share_is_promised_its_own_only() -> Result<()> {
     ensure!(alone.fetch(&sequence())? == all(BLOCKS));
     Ok(())
 }
+
+#[test]
+fn what_only_the_host_tier_has_goes_to_donors_when_they_come() -> Result<()> {
+    let node = Node::start(&[])?;
+    let (scheduler, gate) = (node.session("scheduler")?, Gate::before(&node)?);
+    let worker = Engine::new(
+        Some(gate.session("worker")?),
+        node.layer()?,
+        config(&node, 0, 10),
+    )?;
+    ensure!(worker.store(&sequence())?.stored == BLOCKS);
+    let replica = engine_on(&node, node.session("replica")?, 0)?;
+    // Without a donor they stay where they are, however often the broker is asked for room.
+    let asked = gate.count("Lease", Stage::Answered);
+    eventually("the broker to be asked for room again", || {
+        Ok(gate.count("Lease", Stage::Answered) > asked + 2)
+    })?;
+    ensure!(worker.lookup(&sequence()).runs()[0].tier == Tier::Host);
+    ensure!(replica.fetch(&sequence())? == all(0));
+    let _donor = donor(&node, 1, 1)?;
+    eventually("the blocks to be stored again", || {
+        Ok(worker.borrower.stats().promoted_blocks == u64::from(BLOCKS))
+    })?;
+    let hit = worker.lookup(&sequence());
+    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].tier == Tier::Donor);
+    ensure!(worker.fetch(&sequence())? == all(BLOCKS));
+    ensure!(worker.borrower.stats().host_blocks == 0);
+    // Others find them now, byte for byte, and the scheduler finds each once.
+    eventually("the replica to find them", || {
+        Ok(replica.lookup(&sequence()).blocks() == BLOCKS)
+    })?;
+    ensure!(replica.fetch(&sequence())? == all(BLOCKS));
+    ensure!(promised(&scheduler, &worker.borrower) == BLOCKS);
+    // The host tier has room again for what donors have none for.
+    let more: Vec<u32> = (100..110).collect();
+    worker.store(&more)?;
+    ensure!(worker.fetch(&more)? == all(10));
+    Ok(())
+}

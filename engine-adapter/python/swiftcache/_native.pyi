@@ -205,7 +205,7 @@ class Cache:
 
         Counts: lookups, revocations, refused_leases, broker_misses, drain_count, acknowledge_count.
         Blocks: lookup_blocks, hit_{donor,shared,host}_blocks, failed_blocks, late_blocks, stored_blocks,
-        known_blocks, duplicate_blocks, unplaced_blocks, evicted_blocks, demoted_blocks, moved_to_donor_blocks,
+        known_blocks, duplicate_blocks, unplaced_blocks, evicted_blocks, demoted_blocks, promoted_blocks, moved_to_donor_blocks,
         moved_to_host_blocks, dropped_blocks.
         Bytes: {loaded,stored}_{same_device,nvlink,pcie,host}_bytes.
         Microseconds: {drain,acknowledge}_{p50,p99,max}_us.

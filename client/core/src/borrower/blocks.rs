@@ -231,6 +231,17 @@ impl Blocks {
         self.ends[list as usize].newest
     }
 
+    /// The blocks of a list from the most recently used on.
+    pub(super) fn newest(&self, list: List) -> impl Iterator<Item = BlockId> {
+        let mut next = self.newest_of(list);
+        std::iter::from_fn(move || {
+            let block = self.table.get(next as usize)?;
+            let id = BlockId(next);
+            next = block.older;
+            Some(id)
+        })
+    }
+
     pub(super) fn newer_than(&self, id: u32) -> u32 {
         self.table[id as usize].newer
     }

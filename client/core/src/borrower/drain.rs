@@ -84,23 +84,21 @@ impl Core {
         let Some(slab) = state.slabs.get_mut(index) else {
             return;
         };
-        match &mut slab.draining {
-            // Sent again after a lost stream; or refused while it was being drained.
-            Some(draining) => draining.refused |= refused,
-            None => {
-                slab.draining = Some(Draining {
-                    since: Instant::now(),
-                    window,
-                    refused,
-                });
-                // A draining thread that is gone means that the borrower is closing.
-                let _ = self.drains.send(DrainTask::LetGo(index));
-            }
+        // Already being drained: sent again after a lost stream, or refused meanwhile.
+        if slab.draining.is_none() {
+            slab.draining = Some(Draining {
+                since: Instant::now(),
+                window,
+                refused: false,
+            });
+            // A draining thread that is gone means that the borrower is closing.
+            let _ = self.drains.send(DrainTask::LetGo(index));
         }
         if refused {
             for op in &slab.ops {
                 op.poison();
             }
+            state.slabs.refuse(index);
         }
     }
 

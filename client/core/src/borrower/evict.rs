@@ -16,7 +16,7 @@ use super::{
 
 /// Room is made for more blocks than asked for, a sixteenth of the slots but no more than this, so that the broker
 /// is not asked for every store.
-const MOST_SLACK: u32 = 64;
+pub(super) const MOST_SLACK: u32 = 64;
 
 /// What making room vacated.
 #[derive(Debug, Default)]

@@ -107,8 +107,9 @@ fn spawn(
 
 impl Core {
     fn keep_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<KeeperTask>) {
+        let mut pause = TICK;
         loop {
-            match inbox.recv_timeout(TICK) {
+            match inbox.recv_timeout(pause) {
                 Ok(KeeperTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(KeeperTask::Connected { restarted }) => {
                     {
@@ -131,6 +132,11 @@ impl Core {
             }
             self.tell_kept();
             while self.wants_room(&self.state.lock()) && self.grow() {}
+            // One batch at a time: whoever waits for the keeper comes between.
+            pause = match self.promote_some() {
+                true => Duration::ZERO,
+                false => TICK,
+            };
             self.unpublish_due();
             self.release_idle();
             self.report();

@@ -28,6 +28,7 @@ mod mapping;
 mod op;
 mod pipeline;
 mod plan;
+mod promote;
 mod publish;
 mod rescue;
 mod slab;

@@ -152,9 +152,7 @@ impl State {
     }
 
     fn vacated(&mut self, place: Place) -> Option<Place> {
-        if let Some(slab) = self.slabs.get_mut(place.slab) {
-            slab.vacate(place.slot);
-        }
+        self.slabs.vacate(place);
         Some(place)
     }
 
@@ -173,13 +171,11 @@ impl State {
 
     /// Moves a block to a slot that was taken for it. Its old slot is the caller's.
     pub(super) fn relocate(&mut self, id: BlockId, to: Place) {
-        if let Some(from) = self.blocks.get(id).place
-            && let Some(slab) = self.slabs.get_mut(from.slab)
-        {
-            slab.vacate(from.slot);
+        if let Some(from) = self.blocks.get(id).place {
+            self.slabs.vacate(from);
         }
-        if let Some(slab) = self.slabs.get_mut(to.slab) {
-            slab.occupy(to.slot, id);
+        self.slabs.occupy(to, id);
+        if let Some(slab) = self.slabs.get(to.slab) {
             self.blocks.relocate(id, to, slab.list());
         }
     }
@@ -207,14 +203,11 @@ impl State {
 
     /// Own leases, revoked ones that are not let go of yet and those about to be mapped included, bytes.
     pub(super) fn leased_bytes(&self) -> u64 {
-        let refused = |slab: &Slab| slab.draining.is_some_and(|draining| draining.refused);
-        let mapped = (self.slabs.iter())
-            .filter(|(_, slab)| matches!(slab.kind, Kind::Own(_)) && !refused(slab))
-            .map(|(_, slab)| slab.bytes);
+        let totals = self.slabs.totals();
         let pending = (self.pending.values())
             .filter(|pending| !pending.shared)
             .map(|pending| pending.bytes);
-        mapped.chain(pending).sum()
+        totals.own_bytes - totals.refused_bytes + pending.sum::<u64>()
     }
 
     /// What is mapped, to be claimed when the session resumes.
@@ -241,17 +234,12 @@ impl State {
         let mut stats = self.counts;
         stats.drain = Latency::from(&self.drain);
         stats.acknowledge = Latency::from(&self.acknowledge);
-        for (_, slab) in self.slabs.iter() {
-            match slab.kind {
-                Kind::Own(_) => {
-                    stats.leases += 1;
-                    stats.leased_bytes += slab.bytes;
-                    stats.donor_blocks += u64::from(slab.occupied);
-                }
-                Kind::Shared(_) => stats.shared_leases += 1,
-                Kind::Host => stats.host_blocks += u64::from(slab.occupied),
-            }
-        }
+        let totals = self.slabs.totals();
+        stats.leases = totals.own;
+        stats.leased_bytes = totals.own_bytes;
+        stats.shared_leases = totals.shared;
+        stats.donor_blocks = totals.donor_blocks;
+        stats.host_blocks = totals.host_blocks;
         stats
     }
 }

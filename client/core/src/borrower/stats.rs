@@ -76,6 +76,8 @@ pub struct Stats {
     pub evicted_blocks: u64,
     /// Blocks moved from a lease to the host tier to make room.
     pub demoted_blocks: u64,
+    /// Blocks moved from the host tier to a lease, because donors had room.
+    pub promoted_blocks: u64,
     /// Blocks rescued from a revoked lease to another lease.
     pub moved_to_donor: u64,
     /// Blocks rescued from a revoked lease to the host tier.

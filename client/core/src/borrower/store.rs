@@ -174,8 +174,8 @@ impl Core {
                 break;
             };
             let id = state.blocks.insert(*hash, place, list);
-            if let Some(slab) = state.slabs.get_mut(place.slab) {
-                slab.occupy(place.slot, id);
+            state.slabs.occupy(place, id);
+            if let Some(slab) = state.slabs.get(place.slab) {
                 plan.add(place.slab, &slab.memory, place.slot, *from);
             }
             state.link(id, &mut sequence);
