@@ -239,6 +239,7 @@ impl Member {
         let release = v1::ReleaseRequest {
             session_id: self.session,
             lease_ids: vec![lease],
+            unmappable: false,
         };
         let released = self.wire.wait(self.wire.broker().release(release));
         released.map(drop)

@@ -15,11 +15,12 @@ use swiftcache_tests::{
     crew::{BorrowerProcess, Job},
     engine::{self, BLOCK_BYTES, Engine, Fetched, NAMESPACE, SLAB_BYTES, eventually},
     full_stack,
-    gate::{Gate, Stage},
+    gate::{Fault, Gate, Stage},
     node::{Devices, Node, Setup},
     operator::Operator,
     stub::Stub,
 };
+use tonic::Code;
 
 /// Four devices: 1 is linked to 0 and to 3; 2 is linked to none, and to 1 by no peer access.
 const TOPOLOGY: &str = r#"
@@ -288,7 +289,7 @@ fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
         )?)
     };
     // A broker that does not know what the borrower's blocks look like promises it the writer's.
-    gate.refuse("Keep", usize::MAX);
+    gate.fail("Keep", Fault::Refuse(Code::Unimplemented), usize::MAX);
     let unknown = other()?;
     for _ in 0..3 {
         ensure!(unknown.lookup(&hashes()).blocks() == 0);
@@ -301,7 +302,7 @@ fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
     nobody_reads(&operator)?;
     drop(unknown);
     // One that does know it does not.
-    gate.refuse("Keep", 0);
+    gate.mend();
     let kept = gate.count("Keep", Stage::Answered);
     let known = other()?;
     eventually("the borrower to be known", || {
@@ -325,7 +326,7 @@ fn a_share_that_fails_at_the_broker_is_not_asked_for_at_once_again() -> Result<(
     writer.reserve(1)?;
     ensure!(writer.store(&sequence())?.stored == BLOCKS);
     let reader = engine_on(&node, gate.session("reader")?, 0)?;
-    gate.refuse("Share", 1);
+    gate.fail("Share", Fault::Refuse(Code::ResourceExhausted), 1);
     ensure!(reader.fetch(&sequence())? == all(0));
     // What may pass is tried again, but not with every lookup.
     let mut lookups = 1;
@@ -336,6 +337,35 @@ fn a_share_that_fails_at_the_broker_is_not_asked_for_at_once_again() -> Result<(
     ensure!(lookups > 2, "it was left alone for no moment");
     ensure!(gate.count("Share", Stage::Arrived) == 2, "{:?}", gate.log());
     ensure!(operator.leases()?[0].readers == 1);
+    Ok(())
+}
+
+#[test]
+fn a_share_whose_answer_is_lost_leaves_no_reader() -> Result<()> {
+    let node = Node::start(&[])?;
+    let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
+    let _donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    for fault in [Fault::Deny(Code::Internal), Fault::CutAfter] {
+        let reader = engine_on(&node, gate.session("reader")?, 0)?;
+        let done = gate.count("Share", Stage::Done);
+        gate.fail("Share", fault, 1);
+        ensure!(reader.fetch(&sequence())? == all(0));
+        // The broker took it for a reader, and has heard since that it is none.
+        ensure!(
+            gate.count("Share", Stage::Done) == done + 1,
+            "{:?}",
+            gate.log()
+        );
+        nobody_reads(&operator)?;
+        gate.mend();
+        eventually("the lease to be tried again", || {
+            Ok(reader.fetch(&sequence())? == all(BLOCKS))
+        })?;
+        ensure!(operator.leases()?[0].readers == 1);
+    }
     Ok(())
 }
 

@@ -63,24 +63,23 @@ impl NotShared {
         unmappable: false,
     };
 
-    /// The broker did not open it, or nobody knows.
+    /// The broker did not open it; or nobody knows, and then the session reconnects and tells what it reads.
     fn refused(error: &Error) -> Self {
-        let (lasting, opened) = match error {
-            Error::Refused { status, .. } => match status.code() {
-                Code::InvalidArgument | Code::PermissionDenied | Code::NotFound => {
-                    (Lasting::ForGood, false)
-                }
-                // Being revoked, or its donor has not come back yet; too many readers.
-                Code::FailedPrecondition | Code::ResourceExhausted => (Lasting::Moment, false),
-                _ => (Lasting::Moment, true),
-            },
-            // Nothing was asked, or the session reconnects and tells what it reads.
-            Error::Disconnected { .. } | Error::Deadline { .. } => (Lasting::Moment, false),
-            _ => (Lasting::Moment, true),
+        let lasting = match error {
+            // Otherwise: being revoked, its donor has not come back yet, or too many readers.
+            Error::Refused { status, .. }
+                if !matches!(
+                    status.code(),
+                    Code::FailedPrecondition | Code::ResourceExhausted
+                ) =>
+            {
+                Lasting::ForGood
+            }
+            _ => Lasting::Moment,
         };
         Self {
             lasting,
-            opened,
+            opened: false,
             unmappable: false,
         }
     }

@@ -472,10 +472,10 @@ mod tests {
                             slabs.occupy(place, BlockId(0));
                         }
                     }
-                    (4, Some(place)) => {
-                        if slabs.get(place.slab).is_some_and(|slab| !slab.occupants.is_empty()) {
-                            slabs.vacate(place);
-                        }
+                    (4, Some(place))
+                        if slabs.get(place.slab).is_some_and(|slab| !slab.occupants.is_empty()) =>
+                    {
+                        slabs.vacate(place);
                     }
                     (_, Some(place)) => {
                         if let Some(slab) = slabs.get_mut(place.slab) {

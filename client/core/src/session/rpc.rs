@@ -20,8 +20,8 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use super::{
-    Asker, Call, Demand, Found, Grant, Keep, Leased, LinkState, OfferedRegion, Opening, Session, Unpublished,
-    WithdrawWhat, Withdrawing, connection::Connection, fd,
+    Asker, Call, Demand, Found, Grant, Keep, Leased, LinkState, OfferedRegion, Opening, Session,
+    Unpublished, WithdrawWhat, Withdrawing, connection::Connection, fd,
 };
 use crate::{Error, Result, device::Export};
 
