@@ -173,10 +173,10 @@ fn what_only_an_unreachable_replica_has_is_stored_and_found_where_it_can_be_reac
     let (_directory, node) = node_without_all_links()?;
     let _donors = [donor(&node, 1, 1)?, donor(&node, 2, 1)?];
     let writer = engine_on(&node, node.session("writer")?, 0)?;
-    let far = engine_on(&node, node.session("far")?, 2)?;
-    let near = engine_on(&node, node.session("near")?, 3)?;
     writer.reserve(1)?;
+    let far = engine_on(&node, node.session("far")?, 2)?;
     far.reserve(1)?;
+    let near = engine_on(&node, node.session("near")?, 3)?;
     ensure!(writer.store(&sequence())?.stored == BLOCKS);
     let stored = far.store(&sequence())?;
     ensure!(stored.stored == BLOCKS, "{stored:?}");
@@ -480,7 +480,8 @@ fn what_only_the_host_tier_has_goes_to_donors_when_they_come() -> Result<()> {
     })?;
     ensure!(worker.lookup(&sequence()).runs()[0].tier == Tier::Host);
     ensure!(replica.fetch(&sequence())? == all(0));
-    let _donor = donor(&node, 1, 1)?;
+    // One slab for each of them.
+    let _donor = donor(&node, 1, 2)?;
     eventually("the blocks to be stored again", || {
         Ok(worker.borrower.stats().promoted_blocks == u64::from(BLOCKS))
     })?;

@@ -18,6 +18,9 @@ use crate::{Error, Result};
 /// How often slots that had to wait are looked at, and room is checked.
 const TICK: Duration = Duration::from_millis(50);
 
+/// How often blocks on their way to donors are looked after.
+const PROMOTING: Duration = Duration::from_millis(5);
+
 /// What the keeper is asked to do.
 #[derive(Debug)]
 pub(super) enum KeeperTask {
@@ -108,6 +111,7 @@ fn spawn(
 impl Core {
     fn keep_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<KeeperTask>) {
         let mut pause = TICK;
+        let mut promotion = None;
         loop {
             match inbox.recv_timeout(pause) {
                 Ok(KeeperTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
@@ -132,10 +136,10 @@ impl Core {
             }
             self.tell_kept();
             while self.wants_room(&self.state.lock()) && self.grow() {}
-            // One batch at a time: whoever waits for the keeper comes between.
-            pause = match self.promote_some() {
-                true => Duration::ZERO,
-                false => TICK,
+            promotion = self.promote(promotion);
+            pause = match &promotion {
+                Some(_) => PROMOTING,
+                None => TICK,
             };
             self.unpublish_due();
             self.release_idle();

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{
-    blocks::{BlockId, List, Place},
+    blocks::{BlockId, List, Place, Published},
     core::Core,
     evict::MOST_SLACK,
     op::{Op, Purpose},
@@ -18,20 +18,46 @@ const BATCH: u32 = 64;
 /// Blocks looked at for that: those that cannot be moved now are few, or cold.
 const LOOKED_AT: usize = 4 * BATCH as usize;
 
+/// Blocks on their way from the host tier to donors.
+#[derive(Debug)]
+pub(super) struct Promotion {
+    op: Arc<Op>,
+    moving: Vec<Step>,
+}
+
+/// One block's way.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    block: BlockId,
+    from: Place,
+    to: Place,
+}
+
 impl Core {
-    /// Moves a few blocks of the host tier to donors that have room for them. Whether there may be more to move.
-    pub(super) fn promote_some(self: &Arc<Self>) -> bool {
-        if self.connected().is_none() {
-            return false;
+    /// Takes the blocks of a promotion that is over into use where they are now, and begins the next one if donors have
+    /// room for it. Never waits for copies.
+    pub(super) fn promote(self: &Arc<Self>, before: Option<Promotion>) -> Option<Promotion> {
+        if let Some(promotion) = before {
+            let Some(outcome) = promotion.op.outcome() else {
+                return Some(promotion);
+            };
+            let copied = outcome.is_ok() && !promotion.op.is_poisoned();
+            self.end_promotion(promotion, copied);
+            if !copied {
+                return None;
+            }
         }
+        self.connected().and_then(|_| self.begin_promotion())
+    }
+
+    fn begin_promotion(self: &Arc<Self>) -> Option<Promotion> {
         let mut moves = Vec::new();
-        let mut moving: Vec<(BlockId, Place, Place)> = Vec::new();
+        let mut moving: Vec<Step> = Vec::new();
         let op = {
             let mut state = self.state.lock();
-            let chosen = state.worth_promoting();
             let mut slabs = Vec::new();
             let mut near = None;
-            for (id, from) in chosen {
+            for (block, from) in state.worth_promoting() {
                 let Some((slab, run)) = state.take_slots(List::Donor, 1, near) else {
                     break;
                 };
@@ -49,56 +75,43 @@ impl Core {
                         slabs.push(slab);
                     }
                 }
-                state.blocks.pin(id);
-                moving.push((id, from, to));
+                state.blocks.pin(block);
+                moving.push(Step { block, from, to });
             }
             if moving.is_empty() {
-                return false;
+                return None;
             }
             let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
             state.begin_op(&op);
             op
         };
         self.issue_moves(&op, moves, |step| &step.to.store);
-        let copied = op.wait().is_ok() && !op.is_poisoned();
-        let promoted = self.promoted(&op, moving, copied);
-        copied && promoted
+        Some(Promotion { op, moving })
     }
 
-    /// The copies are over. Whether any block lies with a donor now.
-    fn promoted(
-        self: &Arc<Self>,
-        op: &Arc<Op>,
-        moving: Vec<(BlockId, Place, Place)>,
-        copied: bool,
-    ) -> bool {
+    fn end_promotion(self: &Arc<Self>, promotion: Promotion, copied: bool) {
         let mut ready = Vec::new();
         {
             let mut state = self.state.lock();
-            for (id, from, to) in moving {
+            for step in promotion.moving {
+                let block = state.blocks.get(step.block);
                 // A block that somebody has found meanwhile may be being read where it is.
-                let free = state.blocks.get(id).pins == 1;
-                let stays = state.blocks.get(id).place == Some(from);
-                let usable = state.slabs.get(to.slab).is_some_and(Slab::is_active);
-                if copied && free && stays && usable {
-                    state.relocate(id, to);
-                    if let Some(host) = state.slabs.get_mut(from.slab) {
-                        host.slots.give(from.slot);
-                    }
+                let free = block.pins == 1 && block.place == Some(step.from);
+                let usable = state.slabs.get(step.to.slab).is_some_and(Slab::is_active);
+                if copied && free && usable {
+                    state.relocate(step.block, step.to);
+                    state.retire(step.from, Published::No);
                     state.counts.promoted_blocks += 1;
-                    ready.push(id);
+                    ready.push(step.block);
                     continue;
                 }
-                if let Some(slab) = state.slabs.get_mut(to.slab) {
-                    slab.slots.give(to.slot);
-                }
-                state.blocks.unpin(id);
+                // Nobody was told of it.
+                state.retire(step.to, Published::No);
+                state.blocks.unpin(step.block);
             }
-            state.end_op(op);
+            state.end_op(&promotion.op);
         }
-        let any = !ready.is_empty();
         self.publish(ready);
-        any
     }
 }
 
