@@ -272,6 +272,60 @@ fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
 }
 
 #[test]
+fn what_a_process_cannot_map_is_not_granted_to_it_again() -> Result<()> {
+    let stub = Stub::new()?;
+    let node = Node::start_with(Setup {
+        devices: Devices::File(stub.topology_file()?),
+        environment: stub.environment()?,
+        ..Setup::default()
+    })?;
+    let operator = Operator::of(&node)?;
+    let mut donor = full_stack::donate(&node, 1, "cuda-ipc")?;
+    full_stack::offered(&node, &mut donor)?;
+    let job = Job {
+        host_blocks: 0,
+        conversations: 2,
+        ..Job::new("borrower", 1)
+    };
+    stub.trace(&["cuIpcOpenMemHandle_v2"])?;
+    // For whoever comes from now on.
+    let fault = stub.inject(None, "cuIpcOpenMemHandle_v2=201")?;
+    let cannot = BorrowerProcess::start(&node, 0, &job)?;
+    let tries = |pid| -> Result<usize> {
+        let calls = stub.calls()?;
+        Ok(calls
+            .iter()
+            .filter(|call| call.is(pid, "cuIpcOpenMemHandle_v2"))
+            .count())
+    };
+    // Every region is tried once. Then there is nothing left that could be granted, and the broker says so.
+    let regions = operator.regions()?.len();
+    eventually("every region to be tried", || {
+        Ok(tries(cannot.pid())? >= regions)
+    })?;
+    let short = || -> Result<usize> {
+        let events = operator.events()?;
+        Ok(events.iter().filter(|event| event.kind == "short").count())
+    };
+    let said = short()?;
+    eventually("the broker to say that it has nothing", || {
+        Ok(short()? > said + 2)
+    })?;
+    ensure!(
+        tries(cannot.pid())? == regions,
+        "{} tries of {regions}",
+        tries(cannot.pid())?
+    );
+    ensure!(operator.account()?.leased_bytes == 0);
+    // The twin: another process is granted all of it.
+    stub.lift(&fault)?;
+    let mut able = BorrowerProcess::start(&node, 0, &job)?;
+    able.run("reserve 4")?;
+    ensure!(operator.account()?.leased_bytes == 4 * SLAB_BYTES);
+    Ok(())
+}
+
+#[test]
 fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
     let node = Node::start(&[])?;
     let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);

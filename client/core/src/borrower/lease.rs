@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::{LeaseId, LinkKind, Shortfall};
+use swiftcache_proto::domain::{LeaseId, LinkKind, RegionId, Shortfall};
 use tonic::Code;
 use tracing::{debug, info, warn};
 
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    session::{Demand, Grant, Session},
+    session::{Call, Demand, Grant, Session},
 };
 
 /// When to ask again after the broker had nothing to lend.
@@ -28,6 +28,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(200);
 const ASK_AGAIN_UNMAPPED: Duration = Duration::from_secs(10);
 /// When to ask again while slabs are being zeroed for this tenant.
 const ASK_AGAIN_SCRUBBING: Duration = Duration::from_millis(20);
+
+/// Regions that could not be mapped, remembered at a time.
+const UNMAPPED_REMEMBERED: usize = 65_536;
 
 /// What became of a grant.
 #[derive(Debug)]
@@ -145,22 +148,27 @@ impl Core {
         match leased {
             Ok(leased) => {
                 let mut turned_down = Vec::new();
+                let mut regions = Vec::new();
                 for grant in leased.grants {
-                    match self.adopt(session, &grant, leased.epoch, false) {
+                    let unmappable = match self.adopt(session, &grant, leased.epoch, false) {
                         Adopted::Yes => {
                             adopted += 1;
                             continue;
                         }
-                        Adopted::No => {}
-                        Adopted::Unmapped(error) => unmapped = Some(error),
-                    }
-                    turned_down.push(grant.lease);
+                        Adopted::No => false,
+                        Adopted::Unmapped(error) => {
+                            regions.push(grant.region);
+                            let unmappable = matches!(error, Error::Device(_));
+                            unmapped = Some(error);
+                            unmappable
+                        }
+                    };
+                    turned_down.push((grant.lease, unmappable));
                 }
                 if adopted == 0
                     && let Some(error) = &unmapped
                 {
-                    // The broker would grant the same again: what keeps this process from it may last.
-                    let pause = self.state.lock().longer_map_pause();
+                    let pause = self.state.lock().pause_after(&regions);
                     let slabs = turned_down.len();
                     warn!(%error, slabs, ?pause, "granted slabs cannot be mapped");
                     again = Some(pause);
@@ -170,9 +178,9 @@ impl Core {
                     debug!(shortfall = ?leased.shortfall, "the broker has nothing to lend");
                     again = Some(ASK_AGAIN);
                 }
-                for lease in turned_down {
+                for (lease, unmappable) in turned_down {
                     // One by one: some may be over already, which the broker says and nobody minds.
-                    let _ = session.release(vec![lease]).wait();
+                    let _ = give_back(session, lease, unmappable).wait();
                 }
             }
             Err(error) => {
@@ -258,12 +266,8 @@ impl Core {
     /// Tells the broker that a replica's lease is not read after all.
     pub(super) fn tell_unread(&self, lease: LeaseId, unmappable: bool) {
         if let Some(session) = self.connected() {
-            let told = match unmappable {
-                true => session.cannot_map(vec![lease]).wait(),
-                false => session.release(vec![lease]).wait(),
-            };
             // Nothing to give back, or the next connection's resumption gives it back.
-            if let Err(error) = told {
+            if let Err(error) = give_back(session, lease, unmappable).wait() {
                 debug!(%error, %lease, "a replica's lease was not given back");
             }
         }
@@ -422,7 +426,30 @@ impl Core {
     }
 }
 
+/// Tells the broker that a lease is not held, or not read; perhaps because its memory cannot be mapped.
+fn give_back(session: &Session, lease: LeaseId, unmappable: bool) -> Call<()> {
+    match unmappable {
+        true => session.cannot_map(vec![lease]),
+        false => session.release(vec![lease]),
+    }
+}
+
 impl State {
+    /// How long to leave the broker alone after slabs of these regions were granted, which cannot be mapped. A broker
+    /// that is told so grants others next. An older one grants the same again, and what keeps this process from them
+    /// may last.
+    fn pause_after(&mut self, regions: &[RegionId]) -> Duration {
+        if self.unmapped.len() > UNMAPPED_REMEMBERED {
+            self.unmapped.clear();
+        }
+        let known = self.unmapped.len();
+        self.unmapped.extend(regions);
+        match self.unmapped.len() > known {
+            true => ASK_AGAIN,
+            false => self.longer_map_pause(),
+        }
+    }
+
     /// How long to leave the broker alone after slabs were granted that cannot be mapped: longer each time in a row.
     fn longer_map_pause(&mut self) -> Duration {
         let longer = (2 * self.map_pause).clamp(ASK_AGAIN, ASK_AGAIN_UNMAPPED);
@@ -441,6 +468,20 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn while_others_are_granted_the_broker_is_asked_soon() {
+        let mut state = State::new();
+        let region = |n| RegionId([n; 16]);
+        for n in 0..5 {
+            assert_eq!(state.pause_after(&[region(n), region(0)]), ASK_AGAIN);
+        }
+        // The twin: a broker that grants the same again.
+        let pauses: Vec<u128> = (0..3)
+            .map(|_| state.pause_after(&[region(0), region(4)]).as_millis())
+            .collect();
+        assert_eq!(pauses, [200, 400, 800]);
+    }
 
     #[test]
     fn what_cannot_be_mapped_is_asked_for_less_and_less_often() {

@@ -8,7 +8,7 @@ use std::{
 
 use hdrhistogram::Histogram;
 use swiftcache_proto::{
-    domain::{BlockHash, LeaseId},
+    domain::{BlockHash, LeaseId, RegionId},
     traffic::Traffic,
 };
 
@@ -46,6 +46,8 @@ pub(super) struct State {
     pub(super) grow_after: Instant,
     /// How long it was last left alone for because what it had to lend cannot be mapped here; zero when it can.
     pub(super) map_pause: Duration,
+    /// Regions of which slabs were granted that cannot be mapped here.
+    pub(super) unmapped: HashSet<RegionId>,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
@@ -79,6 +81,7 @@ impl State {
             slab_bytes: None,
             grow_after: Instant::now(),
             map_pause: Duration::ZERO,
+            unmapped: HashSet::new(),
             counts: Stats::default(),
             reported: Traffic::default(),
             drain: histogram(),
