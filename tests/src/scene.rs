@@ -104,7 +104,8 @@ impl<'a> Scene<'a> {
             .args(["donate", "--device", self.node.device(device).as_str()])
             .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
             .args(["--slab", &SLAB_BYTES.to_string()])
-            .args(["--leave-within", &format!("{}s", PATIENCE.as_secs())])
+            // Nobody is in a hurry: what comes back comes because it was let go of.
+            .args(["--leave-within", &format!("{}s", 2 * PATIENCE.as_secs())])
             .args(["--drain", &format!("{}s", PATIENCE.as_secs()), "--socket"])
             .arg(self.node.socket());
         let mut donor = Program::start(&mut command)?;

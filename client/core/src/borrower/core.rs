@@ -10,8 +10,8 @@ use rand::Rng;
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use super::{
-    BorrowerConfig, drain::DrainTask, hit::HitBlocks, keeper::KeeperTask, mapping::Mappings,
-    op::Op, plan::Plan, state::State,
+    BorrowerConfig, drain::DrainTask, keeper::KeeperTask, mapping::Mappings, plan::Plan,
+    settle::Leftover, state::State,
 };
 use crate::{
     Result,
@@ -28,13 +28,6 @@ pub(super) enum Source {
 
 /// For loads, and for stores.
 pub(super) type Streams = [Arc<dyn CopyStream>; 2];
-
-/// Copies whose owner did not wait for them.
-pub(super) struct Leftover {
-    pub(super) op: Arc<Op>,
-    /// Keeps the blocks in place meanwhile.
-    pub(super) hit: Option<Arc<HitBlocks>>,
-}
 
 pub(super) struct Core {
     pub(super) id: BorrowerId,
@@ -115,14 +108,6 @@ impl Core {
     pub(super) fn put_back(&self, mut plan: Plan) {
         plan.clear();
         self.plans.lock().push(plan);
-    }
-
-    /// Leaves copies to the settling thread. If that is gone, the process is ending: they are waited for here.
-    pub(super) fn leave(self: &Arc<Self>, leftover: Leftover) {
-        if let Err(mpsc::SendError(Some(leftover))) = self.leftovers.send(Some(leftover)) {
-            self.settle(&leftover.op);
-            drop(leftover.hit);
-        }
     }
 }
 

@@ -1,17 +1,13 @@
-//! Revocation: stop new copies, rescue hot blocks, wait for copies in flight, unmap, acknowledge.
+//! Revocations as they come in: no new copy touches the slab from then on. Letting go of it is `drain_loop`'s.
 
-use std::{
-    sync::{Arc, mpsc},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use tracing::{debug, info};
+use tracing::info;
 
 use super::{
     core::Core,
-    rescue::Rescue,
     slab::{Draining, Kind, LeaseKey, SlabIndex},
-    state::{State, micros_since},
+    state::State,
 };
 use crate::session::{Connected, Held, Observer, Revocation};
 
@@ -20,7 +16,8 @@ use crate::session::{Connected, Held, Observer, Revocation};
 pub(super) enum DrainTask {
     /// Let go of a slab that is marked as draining.
     LetGo(SlabIndex),
-    Stop,
+    /// The borrower closes: let go of everything, and end.
+    Close,
 }
 
 /// Called on the session's thread. Everything that must happen at once happens here, under the state's lock; the
@@ -99,152 +96,6 @@ impl Core {
                 op.poison();
             }
             state.slabs.refuse(index);
-        }
-    }
-
-    /// The draining thread. Slabs that are revoked together are drained together, so that what little room there is
-    /// goes to the hottest blocks of them all.
-    pub(super) fn drain_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<DrainTask>) {
-        while let Ok(DrainTask::LetGo(index)) = inbox.recv() {
-            let mut rescue = Rescue::default();
-            self.begin(index, &mut rescue);
-            while !rescue.is_over() {
-                loop {
-                    match inbox.try_recv() {
-                        Ok(DrainTask::LetGo(index)) => self.begin(index, &mut rescue),
-                        Ok(DrainTask::Stop) => {
-                            self.abandon(rescue);
-                            return;
-                        }
-                        Err(_) => break,
-                    }
-                }
-                self.rescue_some(&mut rescue);
-            }
-        }
-    }
-
-    /// Lets go of a slab, now or when its blocks have been rescued.
-    fn begin(self: &Arc<Self>, index: SlabIndex, rescue: &mut Rescue) {
-        let Some((kind, draining)) = self.draining(index) else {
-            return;
-        };
-        let own = matches!(kind, Kind::Own(_));
-        if own && !draining.refused && self.config.drain.move_blocks {
-            let window = (draining.window / 2).min(self.config.drain.move_for);
-            self.begin_rescue(index, draining.since + window, rescue);
-        } else {
-            self.let_go(index);
-        }
-    }
-
-    /// Nothing in the slab is worth waiting for any more.
-    pub(super) fn let_go(self: &Arc<Self>, index: SlabIndex) {
-        let Some((kind, draining)) = self.draining(index) else {
-            return;
-        };
-        let Some(key) = kind.key() else { return };
-        self.drop_blocks(index);
-        self.wait_for_copies(index);
-        let mut state = self.state.lock();
-        // Refused meanwhile, perhaps: then nobody waits for an acknowledgement.
-        let refused = (state.slabs.get(index))
-            .and_then(|slab| slab.draining)
-            .is_none_or(|draining| draining.refused);
-        let slab = state.slabs.remove(index);
-        drop(state);
-        // Unmaps before anyone is told.
-        drop(slab);
-        if refused {
-            return;
-        }
-        let took = micros_since(draining.since);
-        self.state.lock().acknowledge.saturating_record(took);
-        if let Some(session) = &self.session {
-            session.acknowledge(key.lease, key.generation);
-        }
-        debug!(lease = %key.lease, took_us = took, "lease acknowledged");
-    }
-
-    fn draining(&self, index: SlabIndex) -> Option<(Kind, Draining)> {
-        let state = self.state.lock();
-        let slab = state.slabs.get(index)?;
-        Some((slab.kind, slab.draining?))
-    }
-
-    /// Forgets what is left in a slab.
-    fn drop_blocks(&self, index: SlabIndex) {
-        let mut state = self.state.lock();
-        let occupants = state.slabs.get(index).map(|slab| slab.occupants.clone());
-        for id in occupants.unwrap_or_default().into_iter().flatten() {
-            if state.lose(id).is_some() {
-                state.counts.dropped_blocks += 1;
-            }
-        }
-    }
-
-    /// Waits until no copy touches the slab. None can begin: the slab is draining.
-    fn wait_for_copies(&self, index: SlabIndex) {
-        loop {
-            let op = {
-                let state = self.state.lock();
-                let slab = state.slabs.get(index);
-                slab.and_then(|slab| slab.ops.first().cloned())
-            };
-            let Some(op) = op else { return };
-            // A copy that failed is over like any other.
-            if let Err(error) = op.wait() {
-                debug!(%error, "copies that a revocation waited for had failed");
-            }
-            if let Some(slab) = self.state.lock().slabs.get_mut(index) {
-                slab.end_op(&op);
-            }
-        }
-    }
-
-    /// Lets go of everything: no copy is in flight afterwards, and no lease held.
-    pub(super) fn close(self: &Arc<Self>) {
-        let mut hosts = Vec::new();
-        let leased: Vec<(SlabIndex, LeaseKey, bool)> = {
-            let mut state = self.state.lock();
-            let mut leased = Vec::new();
-            for (index, slab) in state.slabs.iter_mut() {
-                if slab.kind == Kind::Host {
-                    hosts.push(index);
-                }
-                if let Some(key) = slab.kind.key() {
-                    slab.draining.get_or_insert(Draining {
-                        since: Instant::now(),
-                        window: Duration::ZERO,
-                        refused: false,
-                    });
-                    leased.push((index, key, matches!(slab.kind, Kind::Own(_))));
-                }
-            }
-            leased
-        };
-        for host in hosts {
-            self.wait_for_copies(host);
-        }
-        if let Some(session) = self.connected() {
-            self.tell_closed(session);
-        }
-        let mut released = Vec::new();
-        for (index, key, own) in leased {
-            self.drop_blocks(index);
-            self.wait_for_copies(index);
-            let slab = self.state.lock().slabs.remove(index);
-            // Unmaps before anyone is told.
-            drop(slab);
-            if own {
-                released.push(key.lease);
-            }
-        }
-        if !released.is_empty()
-            && let Some(session) = self.connected()
-            && let Err(error) = session.release(released).wait()
-        {
-            debug!(%error, "leases not released; leaving does");
         }
     }
 }

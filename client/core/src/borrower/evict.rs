@@ -7,9 +7,10 @@ use tracing::warn;
 
 use super::{
     blocks::{BlockId, List, Place, Published},
-    core::{Core, Leftover},
+    core::Core,
     op::{Op, Purpose, Queueing},
     pipeline::{self, Move},
+    settle::Leftover,
     slab::{Kind, LeaseKey, Slab, SlabIndex},
     state::State,
 };

@@ -7,10 +7,12 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use swiftcache_proto::domain::LeaseId;
+use tracing::warn;
 
 use super::{
-    core::{Core, Inboxes, Leftover},
+    core::{Core, Inboxes},
     drain::DrainTask,
 };
 use crate::{Error, Result};
@@ -46,9 +48,18 @@ pub(super) enum KeeperTask {
     Stop,
 }
 
-/// The threads, to be joined when the borrower closes.
+/// How long closing a borrower waits for its last copies and calls.
+const CLOSING: Duration = Duration::from_secs(10);
+
+/// The threads.
 #[derive(Debug)]
-pub(super) struct Threads(Vec<JoinHandle<()>>);
+pub(super) struct Threads {
+    keeper: Option<JoinHandle<()>>,
+    /// Those that wait for copies.
+    copies: Vec<JoinHandle<()>>,
+    /// Disconnected when the last of these has ended.
+    ended: Mutex<mpsc::Receiver<()>>,
+}
 
 impl Threads {
     pub(super) fn start(core: &Arc<Core>, inboxes: Inboxes) -> Result<Self> {
@@ -57,41 +68,56 @@ impl Threads {
             keeper,
             leftovers,
         } = inboxes;
-        let mut threads = Self(Vec::new());
-        let started = [
-            spawn(core, "swiftcache-drain", move |core| {
+        let (lives, ended) = mpsc::channel();
+        let mut threads = Self {
+            keeper: None,
+            copies: Vec::new(),
+            ended: Mutex::new(ended),
+        };
+        let life = lives.clone();
+        let start = || {
+            let drain = spawn(core, "swiftcache-drain", move |core| {
                 core.drain_loop(&drains);
-            }),
-            spawn(core, "swiftcache-keep", move |core| core.keep_loop(&keeper)),
-            spawn(core, "swiftcache-settle", move |core| {
+                drop(life);
+            })?;
+            threads.copies.push(drain);
+            let settle = spawn(core, "swiftcache-settle", move |core| {
                 core.settle_loop(&leftovers);
-            }),
-        ];
-        let mut refused = None;
-        for thread in started {
-            match thread {
-                Ok(thread) => threads.0.push(thread),
-                Err(error) => refused = Some(error),
-            }
-        }
-        match refused {
-            None => Ok(threads),
-            Some(error) => {
+                drop(lives);
+            })?;
+            threads.copies.push(settle);
+            let keep = spawn(core, "swiftcache-keep", move |core| core.keep_loop(&keeper))?;
+            threads.keeper = Some(keep);
+            Ok(())
+        };
+        match start() {
+            Ok(()) => Ok(threads),
+            Err(error) => {
                 threads.stop(core);
                 Err(error)
             }
         }
     }
 
-    /// Stops the threads after what they have begun, and waits for them.
+    /// Closes the borrower. On return no copy of it is in flight and no lease of it is mapped. Or that is not known after
+    /// ten seconds: then the threads go on by themselves until it is, and keep the session and the leases as long.
     pub(super) fn stop(&mut self, core: &Core) {
-        // A thread that is gone needs no telling.
-        let _ = core.drains.send(DrainTask::Stop);
+        // A thread that is gone needs no telling, and one that panicked has said so.
         let _ = core.keeper.send(KeeperTask::Stop);
+        if let Some(keeper) = self.keeper.take() {
+            let _ = keeper.join();
+        }
+        let _ = core.drains.send(DrainTask::Close);
         let _ = core.leftovers.send(None);
-        for thread in self.0.drain(..) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
+        match self.ended.get_mut().recv_timeout(CLOSING) {
+            Err(mpsc::RecvTimeoutError::Timeout) => warn!(
+                "a borrower is closed whose copies are not known to be over: its leases stay until they are"
+            ),
+            _ => {
+                for thread in self.copies.drain(..) {
+                    let _ = thread.join();
+                }
+            }
         }
     }
 }
@@ -156,12 +182,6 @@ impl Core {
             state.reported = traffic;
             drop(state);
             session.moved(more);
-        }
-    }
-
-    fn settle_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<Option<Leftover>>) {
-        while let Ok(Some(leftover)) = inbox.recv() {
-            self.settle(&leftover.op);
         }
     }
 }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     Error,
-    session::{Keep, Session},
+    session::{Call, Keep, Session},
 };
 
 /// When to tell again after the broker did not take it.
@@ -199,18 +199,16 @@ impl Core {
         }
     }
 
-    /// The borrower is closed: the broker forgets it.
-    pub(super) fn tell_closed(&self, session: &Session) {
+    /// Tells the broker that the borrower is closed: it forgets it.
+    pub(super) fn tell_closed(&self, session: &Session) -> Option<Call<()>> {
         if self.state.lock().told.phase == Phase::Deaf {
-            return;
+            return None;
         }
         let keep = Keep {
             closed: true,
             ..self.as_it_is()
         };
-        if let Err(error) = session.keep(keep).wait() {
-            debug!(%error, "the broker does not know that the borrower is closed; leaving tells it");
-        }
+        Some(session.keep(keep))
     }
 
     fn as_it_is(&self) -> Keep {

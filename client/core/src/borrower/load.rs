@@ -15,11 +15,12 @@ use tracing::warn;
 
 use super::{
     BytesByLink, Hit, PagedKv,
-    core::{Core, Leftover},
+    core::Core,
     hit::{HitBlock, HitBlocks},
     op::{Op, Purpose, Queueing},
     pipeline::{self, LayerTickets},
     plan::Plan,
+    settle::Leftover,
 };
 use crate::device::Ticket;
 

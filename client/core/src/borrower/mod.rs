@@ -5,7 +5,8 @@
 //!   publishes when every byte is there (`publish`);
 //! * [`Borrower::lookup`] finds own blocks in the local mirror and replicas' through the broker (`lookup`);
 //! * [`Borrower::load`] copies them back, layer by layer (`load`, `pipeline`);
-//! * a revocation stops new copies at once, rescues hot blocks, waits, unmaps and acknowledges (`drain`).
+//! * a revocation stops new copies at once (`drain`). A thread then rescues hot blocks (`rescue`), and unmaps and acknowledges
+//!   when the last copy is over (`drain_loop`).
 //!
 //! `pipeline::issue_layer` is where a layer's bytes are put on their way.
 //!
@@ -16,6 +17,7 @@ mod blocks;
 mod config;
 mod core;
 mod drain;
+mod drain_loop;
 mod evict;
 mod hit;
 mod keeper;
@@ -26,11 +28,13 @@ mod load;
 mod lookup;
 mod mapping;
 mod op;
+mod pace;
 mod pipeline;
 mod plan;
 mod promote;
 mod publish;
 mod rescue;
+mod settle;
 mod slab;
 mod slots;
 mod state;
@@ -66,8 +70,11 @@ use crate::{
     session::{Observer, Session},
 };
 
-/// An engine's prefix KV cache in leased HBM and a bounded host tier. Used from any thread; dropping it waits for
-/// its copies and gives its leases back.
+/// An engine's prefix KV cache in leased HBM and a bounded host tier. Used from any thread.
+///
+/// Dropping it waits until its copies are known to be over, and gives its leases back: for ten seconds at most. Should the
+/// device not say by then that they are, its threads go on until it does, and keep its leases and its session as long.
+/// Blocks of the engine that a load or a store has not said are over must stay as they are even then.
 pub struct Borrower {
     core: Arc<Core>,
     threads: Threads,
@@ -183,7 +190,6 @@ impl Borrower {
 impl Drop for Borrower {
     fn drop(&mut self) {
         self.threads.stop(&self.core);
-        self.core.close();
         self.core.report();
     }
 }

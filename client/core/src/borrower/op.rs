@@ -1,13 +1,17 @@
 //! Copies in flight, as revocations and unmapping see them.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Instant,
 };
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{blocks::BlockId, slab::SlabIndex};
+use super::{blocks::BlockId, pace::Pace, slab::SlabIndex};
 use crate::device::{CopyStream, Result, Ticket};
 
 /// What copies are for.
@@ -82,6 +86,18 @@ impl Op {
         // Every stream must be over, whichever fails first.
         let outcomes: Vec<_> = ends.iter().map(Ticket::wait).collect();
         outcomes.into_iter().collect()
+    }
+
+    /// Like [`wait`](Self::wait), but gives up at `deadline`.
+    pub(super) fn wait_until(&self, deadline: Instant) -> Option<Result<()>> {
+        let pace = Pace::start();
+        loop {
+            let outcome = self.outcome();
+            if outcome.is_some() || Instant::now() >= deadline {
+                return outcome;
+            }
+            thread::sleep(pace.nap());
+        }
     }
 
     pub(super) fn is_write(&self) -> bool {

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -34,12 +33,30 @@ struct Batch {
     before: Vec<Published>,
 }
 
+/// Blocks that the broker is being told of. Each is pinned until its answer was taken in, so it is to be asked until all
+/// were: the calls have deadlines.
+#[derive(Default)]
+pub(super) struct Publishing {
+    waiting: Vec<(Batch, Call<Vec<u32>>)>,
+    duplicates: u32,
+}
+
 impl Core {
     /// Publishes those of `ready` that lie in own leases, and takes one pin off each of them all. Returns how many a
     /// replica had published first: they are gone.
-    pub(super) fn publish(self: &Arc<Self>, ready: Vec<BlockId>) -> u32 {
+    pub(super) fn publish(&self, ready: Vec<BlockId>) -> u32 {
+        let publishing = self.begin_publishing(ready);
+        let mut duplicates = publishing.duplicates;
+        for (batch, call) in publishing.waiting {
+            duplicates += self.published(&batch, call.wait());
+        }
+        duplicates
+    }
+
+    /// Puts [`publish`](Self::publish) on its way.
+    pub(super) fn begin_publishing(&self, ready: Vec<BlockId>) -> Publishing {
         if ready.is_empty() {
-            return 0;
+            return Publishing::default();
         }
         let session = self.connected();
         let mut batches: Vec<Batch> = Vec::new();
@@ -58,23 +75,39 @@ impl Core {
                 }
             }
         }
-        let Some(session) = session else { return 0 };
-        let calls: Vec<_> = (batches.iter())
-            .map(|batch| {
-                let key = batch.key;
-                session.publish(
-                    key.lease,
-                    key.generation,
-                    &batch.hashes,
-                    batch.slots.clone(),
-                )
-            })
-            .collect();
-        let mut duplicates = 0;
-        for (batch, call) in batches.iter().zip(calls) {
-            duplicates += self.published(batch, call.wait());
+        let Some(session) = session else {
+            return Publishing::default();
+        };
+        let waiting = (batches.into_iter()).map(|batch| {
+            let key = batch.key;
+            let call = session.publish(
+                key.lease,
+                key.generation,
+                &batch.hashes,
+                batch.slots.clone(),
+            );
+            (batch, call)
+        });
+        Publishing {
+            waiting: waiting.collect(),
+            duplicates: 0,
         }
-        duplicates
+    }
+
+    /// Takes in the answers that are there, without waiting. True when all were.
+    pub(super) fn is_published(&self, publishing: &mut Publishing) -> bool {
+        let Publishing {
+            waiting,
+            duplicates,
+        } = publishing;
+        waiting.retain_mut(|(batch, call)| match call.try_take() {
+            Some(outcome) => {
+                *duplicates += self.published(batch, outcome);
+                false
+            }
+            None => true,
+        });
+        waiting.is_empty()
     }
 
     fn published(&self, batch: &Batch, outcome: Result<Vec<u32>, Error>) -> u32 {
@@ -127,7 +160,7 @@ impl Core {
     }
 
     /// After a connection: makes known what the broker does not know, everything if it restarted.
-    pub(super) fn publish_again(self: &Arc<Self>, restarted: bool) {
+    pub(super) fn publish_again(&self, restarted: bool) {
         let mut unknown = Vec::new();
         {
             let mut state = self.state.lock();

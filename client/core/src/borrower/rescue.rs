@@ -1,118 +1,137 @@
 //! What is moved out of revoked slabs while their windows last: the hottest blocks of all of them first, to other leases
 //! and the host tier.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use super::{
     blocks::{BlockId, List, Place},
     core::Core,
     op::{Op, Purpose},
     pipeline::Move,
-    slab::{Kind, SlabIndex},
-    state::{State, micros_since},
+    publish::Publishing,
+    slab::{Kind, Slab, SlabIndex},
+    state::State,
 };
 
-/// Blocks moved between two looks at the clock.
-const BATCH: usize = 64;
+/// The most blocks that are put on their way in one round.
+const AT_ONCE: usize = 64;
 
-/// Slabs being drained together.
-#[derive(Debug, Default)]
+/// Blocks of slabs that are drained together.
+#[derive(Default)]
 pub(super) struct Rescue {
-    /// Each with its deadline.
-    slabs: Vec<(SlabIndex, Instant)>,
     /// Blocks still to be moved, the coldest first.
     waiting: Vec<(SlabIndex, BlockId)>,
+    /// One batch of each slab at most.
+    moving: Vec<Moving>,
+    /// What arrived, and of which slab.
+    publishing: Vec<(SlabIndex, Publishing)>,
+}
+
+/// Blocks that leave one slab together.
+struct Batch {
+    from: SlabIndex,
+    /// Each with its slot elsewhere.
+    blocks: Vec<(BlockId, Place)>,
+    steps: Vec<Move>,
+}
+
+/// Blocks on their way out of one slab.
+struct Moving {
+    from: SlabIndex,
+    blocks: Vec<(BlockId, Place)>,
+    op: Arc<Op>,
 }
 
 impl Rescue {
     pub(super) fn is_over(&self) -> bool {
-        self.slabs.is_empty()
+        self.waiting.is_empty() && self.moving.is_empty() && self.publishing.is_empty()
     }
-}
 
-impl Core {
-    pub(super) fn begin_rescue(
-        self: &Arc<Self>,
-        index: SlabIndex,
-        deadline: Instant,
-        rescue: &mut Rescue,
-    ) {
-        // What is being written becomes worth moving when it is there.
-        let writes: Vec<Arc<Op>> = {
-            let state = self.state.lock();
-            let ops = state.slabs.get(index).map(|slab| slab.ops.as_slice());
-            (ops.unwrap_or_default().iter())
-                .filter(|op| op.is_write())
-                .cloned()
-                .collect()
-        };
-        for op in writes {
-            if op.is_over() || Instant::now() < deadline {
-                self.settle(&op);
-            }
-        }
-        rescue.slabs.push((index, deadline));
-        let state = self.state.lock();
-        let occupants = state.slabs.get(index).map(|slab| slab.occupants.as_slice());
+    /// Whether it is not through with a slab.
+    pub(super) fn has(&self, slab: SlabIndex) -> bool {
+        self.waiting.iter().any(|(index, _)| *index == slab)
+            || self.moving.iter().any(|moving| moving.from == slab)
+            || self.publishing.iter().any(|(index, _)| *index == slab)
+    }
+
+    /// Has the blocks of a slab moved.
+    pub(super) fn add(&mut self, core: &Core, slab: SlabIndex) {
+        let state = core.state.lock();
+        let occupants = state.slabs.get(slab).map(|slab| slab.occupants.as_slice());
         let occupants = occupants.unwrap_or_default().iter().flatten();
-        rescue.waiting.extend(occupants.map(|id| (index, *id)));
+        self.waiting.extend(occupants.map(|id| (slab, *id)));
         // A block is worth no less than those that follow it, so a prefix goes before what needs it.
-        rescue.waiting.sort_by_key(|(_, id)| {
+        self.waiting.sort_by_key(|(_, id)| {
             let block = state.blocks.get(*id);
             (!block.stray, block.found, block.used)
         });
     }
 
-    /// Moves a few blocks, and lets go of the slabs that are done.
-    pub(super) fn rescue_some(self: &Arc<Self>, rescue: &mut Rescue) {
-        let now = Instant::now();
-        let over = |slab: SlabIndex, rescue: &Rescue| {
-            let mut slabs = rescue.slabs.iter();
-            slabs.any(|(index, deadline)| *index == slab && now >= *deadline)
-        };
-        let late: Vec<_> = (rescue.slabs.iter().map(|(index, _)| *index))
-            .filter(|index| over(*index, rescue))
-            .collect();
-        rescue.waiting.retain(|(index, _)| !late.contains(index));
-        let rest = rescue.waiting.len().saturating_sub(BATCH);
-        let batch: Vec<_> = rescue.waiting.drain(rest..).rev().collect();
-        if !batch.is_empty() && !self.rescue_batch(&batch) {
-            rescue.waiting.clear();
-        }
-        let waiting: Vec<_> = rescue.waiting.iter().map(|(index, _)| *index).collect();
-        let done = rescue
-            .slabs
-            .extract_if(.., |(index, _)| !waiting.contains(index));
-        for (index, _) in done.collect::<Vec<_>>() {
-            let mut state = self.state.lock();
-            let draining = state.slabs.get(index).and_then(|slab| slab.draining);
-            if let Some(draining) = draining {
-                let took = micros_since(draining.since);
-                state.drain.saturating_record(took);
+    /// Moves no more blocks of a slab. Those on their way arrive or not.
+    pub(super) fn forget(&mut self, slab: SlabIndex) {
+        self.waiting.retain(|(index, _)| *index != slab);
+    }
+
+    /// Takes in what has arrived, and puts more on its way: the hottest blocks of slabs with none on their way, so that
+    /// one slab's slow copies hold up no other's. True when something changed.
+    pub(super) fn advance(&mut self, core: &Core) -> bool {
+        let before = self.publishing.len();
+        self.publishing
+            .retain_mut(|(_, publishing)| !core.is_published(publishing));
+        let mut changed = self.publishing.len() < before;
+        for moving in std::mem::take(&mut self.moving) {
+            let Some(outcome) = moving.op.outcome() else {
+                self.moving.push(moving);
+                continue;
+            };
+            changed = true;
+            let copied = outcome.is_ok() && !moving.op.is_poisoned();
+            if !copied {
+                self.forget(moving.from);
             }
-            drop(state);
-            self.let_go(index);
+            let ready = core.rescued(&moving.op, moving.blocks, copied);
+            let publishing = core.begin_publishing(ready);
+            self.publishing.push((moving.from, publishing));
         }
+        let hottest = self.take_hottest();
+        changed |= !hottest.is_empty();
+        if !self.begin_moving(core, &hottest) {
+            self.waiting.clear();
+        }
+        changed
     }
 
-    /// Lets go of everything as it is.
-    pub(super) fn abandon(self: &Arc<Self>, rescue: Rescue) {
-        for (index, _) in rescue.slabs {
-            self.let_go(index);
+    /// The hottest blocks of slabs with none on their way.
+    fn take_hottest(&mut self) -> Vec<(SlabIndex, BlockId)> {
+        let mut hottest = Vec::new();
+        for at in (0..self.waiting.len()).rev() {
+            if hottest.len() == AT_ONCE {
+                break;
+            }
+            let slab = self.waiting[at].0;
+            if !self.moving.iter().any(|moving| moving.from == slab) {
+                hottest.push(self.waiting.remove(at));
+            }
         }
+        hottest
     }
 
-    /// Moves a few blocks. False when there is no more room.
-    fn rescue_batch(self: &Arc<Self>, batch: &[(SlabIndex, BlockId)]) -> bool {
-        let mut moves = Vec::new();
-        let mut moving: Vec<(BlockId, Place)> = Vec::new();
-        let mut slabs = Vec::new();
+    /// Puts blocks on their way. False when there is no more room.
+    fn begin_moving(&mut self, core: &Core, blocks: &[(SlabIndex, BlockId)]) -> bool {
+        let mut batches: Vec<Batch> = Vec::new();
+        let mut ops = Vec::new();
         let mut room = true;
-        let op = {
-            let mut state = self.state.lock();
+        {
+            let mut state = core.state.lock();
             let mut near = None;
-            for (index, id) in batch {
-                let Some(from) = worth_moving(&state, *index, *id, &moving) else {
+            for (slab, id) in blocks {
+                let comes_along = |before| {
+                    let its =
+                        |blocks: &[(BlockId, Place)]| blocks.iter().any(|(id, _)| *id == before);
+                    self.moving.iter().any(|moving| its(&moving.blocks))
+                        || batches.iter().any(|batch| its(&batch.blocks))
+                };
+                let Some(from) = worth_moving(&state, *slab, *id, comes_along) else {
                     continue;
                 };
                 let used = state.blocks.get(*id).used;
@@ -121,65 +140,87 @@ impl Core {
                     break;
                 };
                 near = Some(to);
+                let at = batches.iter().position(|batch| batch.from == *slab);
+                let at = at.unwrap_or_else(|| {
+                    batches.push(Batch {
+                        from: *slab,
+                        blocks: Vec::new(),
+                        steps: Vec::new(),
+                    });
+                    batches.len() - 1
+                });
+                let batch = &mut batches[at];
                 let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
                 if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
-                    Move::add(&mut moves, (from, from_memory), (to, to_memory));
+                    Move::add(&mut batch.steps, (from, from_memory), (to, to_memory));
                 }
-                for slab in [from.slab, to.slab] {
-                    if !slabs.contains(&slab) {
-                        slabs.push(slab);
-                    }
-                }
+                batch.blocks.push((*id, to));
                 state.blocks.pin(*id);
-                moving.push((*id, to));
             }
-            let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
-            state.begin_op(&op);
-            op
-        };
-        self.issue_moves(&op, moves, |step| &step.to.store);
-        let copied = op.wait().is_ok() && !op.is_poisoned();
-        self.rescued(&op, moving, copied);
-        room && copied
-    }
-
-    fn rescued(self: &Arc<Self>, op: &Arc<Op>, moving: Vec<(BlockId, Place)>, copied: bool) {
-        let mut ready = Vec::new();
-        {
-            let mut state = self.state.lock();
-            for (id, to) in moving {
-                if copied && state.blocks.get(id).place.is_some() {
-                    state.relocate(id, to);
-                    match state.slabs.get(to.slab).map(|slab| slab.kind) {
-                        Some(Kind::Host) => state.counts.moved_to_host += 1,
-                        _ => state.counts.moved_to_donor += 1,
+            for batch in &batches {
+                let mut slabs = vec![batch.from];
+                for (_, to) in &batch.blocks {
+                    if !slabs.contains(&to.slab) {
+                        slabs.push(to.slab);
                     }
-                    ready.push(id);
-                } else {
-                    if let Some(slab) = state.slabs.get_mut(to.slab) {
-                        slab.slots.give(to.slot);
-                    }
-                    state.blocks.unpin(id);
                 }
+                let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
+                state.begin_op(&op);
+                ops.push(op);
             }
-            state.end_op(op);
         }
-        self.publish(ready);
+        for (batch, op) in batches.into_iter().zip(ops) {
+            core.issue_moves(&op, batch.steps, |step| &step.to.store);
+            self.moving.push(Moving {
+                from: batch.from,
+                blocks: batch.blocks,
+                op,
+            });
+        }
+        room
     }
 }
 
-/// Where a block of a revoked slab lies, if anybody could find it elsewhere: with what comes before it.
+impl Core {
+    /// Takes in what a move that is over has brought. Gives the blocks to publish, each pinned.
+    fn rescued(&self, op: &Arc<Op>, blocks: Vec<(BlockId, Place)>, copied: bool) -> Vec<BlockId> {
+        let mut ready = Vec::new();
+        let mut state = self.state.lock();
+        for (id, to) in blocks {
+            // Their own slab may be gone by now, and where they went may be revoked too.
+            let arrived = copied
+                && state.blocks.get(id).place.is_some()
+                && state.slabs.get(to.slab).is_some_and(Slab::is_active);
+            if arrived {
+                state.relocate(id, to);
+                match state.slabs.get(to.slab).map(|slab| slab.kind) {
+                    Some(Kind::Host) => state.counts.moved_to_host += 1,
+                    _ => state.counts.moved_to_donor += 1,
+                }
+                ready.push(id);
+            } else {
+                if let Some(slab) = state.slabs.get_mut(to.slab) {
+                    slab.slots.give(to.slot);
+                }
+                state.blocks.unpin(id);
+            }
+        }
+        state.end_op(op);
+        ready
+    }
+}
+
+/// Where a block of a revoked slab lies, if anybody could find it elsewhere: with what comes before it, which stays or
+/// `comes_along`.
 fn worth_moving(
     state: &State,
-    index: SlabIndex,
+    slab: SlabIndex,
     id: BlockId,
-    moving: &[(BlockId, Place)],
+    comes_along: impl Fn(BlockId) -> bool,
 ) -> Option<Place> {
     let block = state.blocks.get(id);
-    let from = block.place.filter(|place| place.slab == index)?;
-    let stays = |before: BlockId| {
-        moving.iter().any(|(id, _)| *id == before) || state.place_of(before).is_some()
-    };
+    let from = block.place.filter(|place| place.slab == slab)?;
+    let stays = |before| state.place_of(before).is_some() || comes_along(before);
     let reachable = !block.stray && state.blocks.before(id).is_none_or(stays);
     (block.ready && reachable).then_some(from)
 }

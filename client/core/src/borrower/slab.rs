@@ -102,6 +102,17 @@ pub(super) struct Draining {
     pub(super) refused: bool,
 }
 
+impl Draining {
+    /// Let go of by a borrower that closes.
+    pub(super) fn now() -> Self {
+        Self {
+            since: Instant::now(),
+            window: Duration::ZERO,
+            refused: false,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Slab {
     pub(super) kind: Kind,

@@ -8,10 +8,11 @@ use tracing::warn;
 use super::{
     BytesByLink, PagedKv,
     blocks::{BlockId, List, Place},
-    core::{Core, Leftover},
+    core::Core,
     op::{Op, Purpose, Queueing},
     pipeline,
     plan::Plan,
+    settle::Leftover,
     slab::SlabIndex,
     slots::Run,
     state::State,
@@ -207,47 +208,6 @@ impl Core {
             state.blocks.pin(*id);
         }
         known
-    }
-
-    /// Waits until an op's copies are known to be over, makes what they wrote readable, and publishes it. Whoever comes
-    /// first does it, and others are told how that went. Returns blocks kept and blocks lost.
-    pub(super) fn settle(self: &Arc<Self>, op: &Arc<Op>) -> (u32, u32) {
-        let copied = op.wait().is_ok() && !op.is_poisoned();
-        let (mut kept, mut lost) = (0, 0);
-        let mut ready = Vec::new();
-        {
-            let mut state = self.state.lock();
-            if let Some(settled) = op.settled.get() {
-                return *settled;
-            }
-            let writes = std::mem::take(&mut *op.writes.lock());
-            for id in writes {
-                if copied && state.blocks.get(id).place.is_some() {
-                    state.blocks.make_ready(id);
-                    ready.push(id);
-                    kept += 1;
-                    continue;
-                }
-                if let Some(place) = state.lose(id)
-                    && let Some(slab) = state.slabs.get_mut(place.slab)
-                {
-                    // Never published: nobody reads it.
-                    slab.slots.give(place.slot);
-                }
-                state.blocks.unpin(id);
-                lost += 1;
-            }
-            // Under the state's lock, so nobody else was here meanwhile.
-            let _ = op.settled.set((kept, lost));
-            state.end_op(op);
-            if op.purpose == Purpose::Store {
-                state.counts.stored_blocks += u64::from(kept);
-            }
-            state.counts.dropped_blocks += u64::from(lost);
-        }
-        self.tell_soon();
-        let duplicates = self.publish(ready);
-        (kept - duplicates, lost + duplicates)
     }
 }
 

@@ -286,6 +286,33 @@ fn dropped_loads_and_stores_end_in_the_background() {
     assert!(engine.holds(7, 0, 40) && engine.holds(7, 2, 40));
 }
 
+#[test]
+fn a_leftover_that_is_stuck_holds_up_no_other() {
+    let mut engine = Engine::new(8);
+    engine.store(&[1]);
+    let hit = engine.borrower.lookup(&[hash(1)]);
+    let gate = Arc::<Gate>::default();
+    let stuck = (engine.borrower).load_after(&hit, &[40], &engine.kv, &gate.ticket());
+    drop(stuck);
+    engine.compute(7, 0);
+    let store = (engine.borrower).store(&[(hash(7), 0)], &engine.kv, &|_| None);
+    drop(store);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(180);
+    while engine.borrower.lookup(&[hash(7)]).blocks() == 0 {
+        assert!(std::time::Instant::now() < until, "never became readable");
+        std::thread::yield_now();
+    }
+    // Its twin: the load really was stuck, and closing waits for it.
+    assert!(!engine.holds(1, 0, 40));
+    drop(hit);
+    gate.open();
+    drop(std::mem::replace(
+        &mut engine.borrower,
+        Engine::new(0).borrower,
+    ));
+    assert!(engine.holds(1, 0, 40) && engine.holds(1, 2, 40));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

@@ -1,0 +1,202 @@
+//! A copy that is slow holds up what it touches, and nothing else: other slabs are given back, other copies are settled, and
+//! a borrower that closes does not wait for ever. Each test shows too that the copy really was held.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use rustix::process::Signal;
+use swiftcache_tests::{
+    engine::{Engine, SLAB_BYTES, eventually},
+    scene::{Scene, begin_load, begin_store, compute, holds, scattered},
+    stub::{Held, Stub, alone},
+};
+
+/// The client's draining thread, as far as the kernel knows its name.
+const DRAIN: &str = "swiftcache-drai";
+
+/// Blocks that fill the slab of the first device, which has the better link, and those that fill the other one's.
+const FIRST: Range<u32> = 0..16;
+const OTHER: Range<u32> = 100..116;
+/// Blocks of a slab.
+const SLOTS: u64 = 16;
+
+fn acknowledged(engine: &Engine) -> u64 {
+    engine.borrower.stats().acknowledge.count
+}
+
+/// A donor on each device with a slab of its own, and an engine that has filled them one after another: so each is moved
+/// by plain copies, from consecutive slots to consecutive slots.
+struct Two<'a> {
+    scene: Scene<'a>,
+    engine: Engine,
+    /// The donors' numbers.
+    first: usize,
+    other: usize,
+}
+
+impl<'a> Two<'a> {
+    fn new(stub: &'a Stub, host_blocks: u64) -> Result<Self> {
+        let mut scene = Scene::new(stub, 1)?;
+        let first = scene.donate(0, 1)?;
+        let engine = scene.engine(2, host_blocks)?;
+        for blocks in [FIRST, OTHER] {
+            let blocks: Vec<u32> = blocks.collect();
+            compute(&engine, &blocks)?;
+            ensure!(begin_store(&engine, &blocks).finish().stored as usize == blocks.len());
+        }
+        scene.listen()?;
+        Ok(Self {
+            scene,
+            engine,
+            first,
+            other: 0,
+        })
+    }
+
+    /// Has a donor ask for its slab back, and waits until the engine knows.
+    fn revoke(&mut self, donor: usize) -> Result<()> {
+        let before = self.engine.borrower.stats().revocations;
+        self.scene.donor(donor).signal(Signal::TERM)?;
+        eventually("the revocation", || {
+            Ok(self.engine.borrower.stats().revocations > before)
+        })
+    }
+
+    /// Waits until a donor has got its slab back, which it leaves with.
+    fn is_back(&mut self, donor: usize) -> Result<()> {
+        eventually("the donor to get its slab back", || {
+            self.scene.donor(donor).has_ended()
+        })?;
+        self.scene.donor(donor).finish()
+    }
+}
+
+#[test]
+fn a_slab_that_is_copied_holds_up_no_other_slab() -> Result<()> {
+    alone("a_slab_that_is_copied_holds_up_no_other_slab", |stub| {
+        for host_blocks in [0, 2 * SLOTS] {
+            let mut two = Two::new(stub, host_blocks)?;
+            let (first, other) = (two.first, two.other);
+            let hold = two.scene.hold(Held::Kernels)?;
+            let load = begin_load(&two.engine, &FIRST.collect::<Vec<_>>())?;
+            two.revoke(first)?;
+            two.revoke(other)?;
+            two.is_back(other)?;
+            let moved = two.engine.borrower.stats().moved_to_host;
+            ensure!(moved == host_blocks, "{moved} blocks were moved");
+            // The twin: the first one is held.
+            two.scene.asked(DRAIN, || {
+                ensure!(acknowledged(&two.engine) == 1 && !load.is_done());
+                Ok(())
+            })?;
+            ensure!(
+                !two.scene.donor(first).has_ended()?,
+                "a slab under a copy was given back"
+            );
+            hold.release()?;
+            two.is_back(first)?;
+            ensure!(load.finish().failed.is_empty());
+            for n in FIRST {
+                ensure!(holds(&two.engine, n, scattered(n))?);
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn blocks_that_are_slow_to_move_hold_up_no_other_slab() -> Result<()> {
+    alone(
+        "blocks_that_are_slow_to_move_hold_up_no_other_slab",
+        |stub| {
+            // There is room for the first one's blocks only, so the other's are dropped.
+            let mut two = Two::new(stub, SLOTS)?;
+            let (first, other) = (two.first, two.other);
+            let hold = two.scene.hold(Held::Copies)?;
+            two.revoke(first)?;
+            let held = |two: &Two<'_>, acknowledgements| {
+                two.scene.asked(DRAIN, || {
+                    ensure!(acknowledged(&two.engine) == acknowledgements);
+                    Ok(())
+                })
+            };
+            held(&two, 0)?;
+            two.revoke(other)?;
+            two.is_back(other)?;
+            // The twin: the first one's blocks are held on their way.
+            held(&two, 1)?;
+            hold.release()?;
+            two.is_back(first)?;
+            let moved = two.engine.borrower.stats().moved_to_host;
+            ensure!(moved == SLOTS, "{moved} blocks were moved");
+            let fetched = two.engine.fetch(&FIRST.collect::<Vec<_>>())?;
+            ensure!(fetched.served == FIRST.len() as u32, "{fetched:?}");
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn copies_that_nobody_waits_for_do_not_wait_for_each_other() -> Result<()> {
+    alone(
+        "copies_that_nobody_waits_for_do_not_wait_for_each_other",
+        |stub| {
+            let two = Two::new(stub, 0)?;
+            let hold = two.scene.hold(Held::Kernels)?;
+            let load = begin_load(&two.engine, &FIRST.collect::<Vec<_>>())?;
+            ensure!(!load.is_done());
+            drop(load);
+            // Blocks side by side are one plain copy a layer, which is not held.
+            let blocks: Vec<u32> = (200..204).collect();
+            for (n, block) in blocks.iter().zip(0..) {
+                two.engine.compute(*n, block)?;
+            }
+            let keys: Vec<_> = (blocks.iter())
+                .map(|n| swiftcache_tests::engine::hash(*n))
+                .zip(0..)
+                .collect();
+            drop(two.engine.borrower.store(&keys, two.engine.kv(), &|_| None));
+            eventually("the store to be settled", || {
+                Ok(two.engine.lookup(&blocks).blocks() == 4)
+            })?;
+            hold.release()
+        },
+    )
+}
+
+#[test]
+fn a_borrower_closes_though_its_copies_are_stuck_and_keeps_their_lease() -> Result<()> {
+    alone(
+        "a_borrower_closes_though_its_copies_are_stuck_and_keeps_their_lease",
+        |stub| {
+            let two = Two::new(stub, 0)?;
+            let (first, other) = (two.first, two.other);
+            let hold = two.scene.hold(Held::Kernels)?;
+            let load = begin_load(&two.engine, &FIRST.collect::<Vec<_>>())?;
+            let Two {
+                mut scene, engine, ..
+            } = two;
+            drop(engine);
+            ensure!(!load.is_done(), "nothing was held");
+            // The lease that nothing touches is given up, and the other one is kept by this process.
+            eventually("the other lease to be released", || {
+                let leases = scene.operator.leases()?;
+                Ok(leases.len() == 1)
+            })?;
+            scene.donor(other).signal(Signal::TERM)?;
+            eventually("the other donor", || scene.donor(other).has_ended())?;
+            scene.donor(first).signal(Signal::TERM)?;
+            scene.asked(DRAIN, || {
+                let held = scene.operator.node()?.total.unwrap_or_default();
+                let kept = held.draining_bytes + held.zombie_bytes + held.leased_bytes;
+                ensure!(kept == SLAB_BYTES, "{held:?}");
+                Ok(())
+            })?;
+            ensure!(!scene.donor(first).has_ended()?);
+            hold.release()?;
+            eventually("the first donor", || scene.donor(first).has_ended())?;
+            load.finish();
+            Ok(())
+        },
+    )
+}
