@@ -212,6 +212,19 @@ pub fn describe(note: &Note) -> Option<(&'static str, String)> {
             };
             ("quota", format!("{whose} {most}"))
         }
+        Note::Held {
+            device,
+            free_bytes,
+            for_ms,
+        } => (
+            "hold",
+            format!(
+                "device {device} is held for {:.1} s with {} free",
+                f64::from(*for_ms) / 1000.0,
+                Bytes(*free_bytes)
+            ),
+        ),
+        Note::HoldEnded { device } => ("hold", format!("device {device} is no longer held")),
         Note::Published { .. }
         | Note::Unpublished { .. }
         | Note::Looked { .. }

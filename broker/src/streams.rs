@@ -103,6 +103,15 @@ pub(crate) fn wire(outgoing: Outgoing) -> v1::SessionResponse {
             slab,
             generation: generation.0,
         }),
+        Outgoing::Hold {
+            device,
+            free_bytes,
+            left_ms,
+        } => Message::DeviceHold(v1::DeviceHold {
+            device_uuid: device.to_string(),
+            free_bytes,
+            left_ms,
+        }),
     };
     v1::SessionResponse {
         message: Some(message),

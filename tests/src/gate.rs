@@ -330,6 +330,7 @@ fn told_name(told: &v1::SessionResponse) -> &'static str {
         Some(Message::Revoke(_)) => "Revoke",
         Some(Message::Returned(_)) => "Returned",
         Some(Message::Scrub(_)) => "Scrub",
+        Some(Message::DeviceHold(_)) => "DeviceHold",
         None => "nothing",
     }
 }

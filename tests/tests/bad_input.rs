@@ -95,6 +95,7 @@ impl Stage {
             "Report" => format!("session_id: {lessee} traffic {{ lookup_blocks: 1 }}"),
             "Drain" | "Undrain" => "device_uuid: 'SIM-2'".to_owned(),
             "PreviewWithdraw" => "device_uuid: 'SIM-1' bytes: 1".to_owned(),
+            "Hold" => "device_uuid: 'SIM-2' for_ms: 1 hold_id: 1".to_owned(),
             "SetQuota" => "namespace: 'another' bytes: 1".to_owned(),
             "Evict" => format!("namespace: '{NAMESPACE}'"),
             _ => String::new(),
@@ -169,7 +170,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 9] = [
+const UNBOUNDED: [&str; 10] = [
     "Release.unmappable",
     "Lookup.unpinned",
     "Keep.shares",
@@ -179,6 +180,7 @@ const UNBOUNDED: [&str; 9] = [
     "ListEvents.limit",
     "ListEvents.kinds",
     "SetQuota.bytes",
+    "Hold.free_bytes",
 ];
 
 #[test]

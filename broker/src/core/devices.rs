@@ -7,7 +7,9 @@ use std::{
 
 use swiftcache_proto::domain::{Device, DeviceUuid, LinkKind, RegionId};
 
-use super::{Node, Refusal, account::Account, arena::Key, regions::Region, state::State};
+use super::{
+    Node, Refusal, account::Account, arena::Key, holds::Hold, regions::Region, state::State,
+};
 
 /// The tenant whose bytes a slab may still hold; `None` when it was never leased or has been zeroed.
 pub(super) type Dirt = Option<Arc<str>>;
@@ -28,6 +30,8 @@ pub(super) struct DeviceState {
     pub(super) device: Device,
     /// An operator drains it.
     pub(super) drained: bool,
+    /// An engine starts on it.
+    pub(super) hold: Option<Hold>,
     /// Over all its regions.
     pub(super) account: Account,
     /// Over the regions that can be lent from.
@@ -55,6 +59,7 @@ impl Devices {
             .map(|device| DeviceState {
                 device,
                 drained: false,
+                hold: None,
                 account: Account::default(),
                 lendable: Account::default(),
                 free: BTreeMap::new(),

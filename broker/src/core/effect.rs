@@ -155,6 +155,15 @@ pub enum Outgoing {
         /// How many times it has been leased: tells this scrub from earlier ones.
         generation: Generation,
     },
+    /// A device is held for an engine that starts there, or no longer.
+    Hold {
+        /// The device.
+        device: DeviceUuid,
+        /// What elastic donors are to leave free, bytes.
+        free_bytes: u64,
+        /// Time left, milliseconds; 0 when it is over.
+        left_ms: u32,
+    },
 }
 
 /// Why the broker will not do it. Mapped to gRPC codes in one place, `crate::error`.
@@ -292,6 +301,14 @@ pub enum Note {
     QuotaSet {
         target: QuotaTarget,
         bytes: Option<u64>,
+    },
+    Held {
+        device: DeviceUuid,
+        free_bytes: u64,
+        for_ms: u32,
+    },
+    HoldEnded {
+        device: DeviceUuid,
     },
     Refused {
         refusal: Refusal,

@@ -116,7 +116,9 @@ pub enum Event {
     Evict(EvictTarget),
     /// An operator bounds what somebody may hold. Answered by `Reply::QuotaSet`.
     SetQuota(SetQuota),
-    /// Time passes: drain windows close, pins end.
+    /// A device is held for an engine that starts there. Answered by `Reply::Done`.
+    Hold(HoldDemand),
+    /// Time passes: drain windows close, pins and holds end.
     Tick,
 }
 
@@ -275,6 +277,23 @@ pub struct SetQuota {
     pub target: QuotaTarget,
     /// The most it may hold, bytes; `None`: what is configured.
     pub bytes: Option<u64>,
+}
+
+/// Names a hold. Drawn at random by whoever asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldId(pub u64);
+
+/// See `HoldRequest`.
+#[derive(Clone, Debug)]
+pub struct HoldDemand {
+    /// What to hold.
+    pub device: DeviceUuid,
+    /// What elastic donors are to leave free, bytes.
+    pub free_bytes: u64,
+    /// For how long, milliseconds; 0 ends it.
+    pub for_ms: u32,
+    /// Which hold; `None`, to end it, for any.
+    pub hold: Option<HoldId>,
 }
 
 /// Whom an operator's quota bounds.

@@ -11,6 +11,7 @@ mod devices;
 mod effect;
 mod event;
 mod fairness;
+mod holds;
 mod index;
 mod leases;
 mod ledger;
@@ -38,15 +39,15 @@ pub use account::Account;
 pub use config::{CoreConfig, Node};
 pub use effect::{Effect, Grant, Note, Outgoing, Refusal, Reply};
 pub use event::{
-    Caller, DrainTarget, Event, EvictTarget, Keep, LeaseDemand, Lookup, Now, Offer, Publish,
-    QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
+    Caller, DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Keep, LeaseDemand, Lookup, Now,
+    Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
 };
 pub use ledger::LedgerError;
 pub use preview::{Need, WithdrawPreview};
 pub use record::Record;
 pub use state::State;
 pub use views::{
-    Counters, DeviceView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
+    Counters, DeviceView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
 };
 
 /// A process as the kernel tells it apart from every other: a pid alone is reused.

@@ -233,7 +233,12 @@ impl State {
                 generation: Generation(region.slabs[slab as usize].generation),
             })
         });
-        returned.chain(revoked).chain(scrubs).collect()
+        (self
+            .lasting_holds()
+            .chain(returned)
+            .chain(revoked)
+            .chain(scrubs))
+        .collect()
     }
 
     pub(super) fn detach(&mut self, id: SessionId) {

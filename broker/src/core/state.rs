@@ -173,9 +173,11 @@ impl State {
             Event::Undrain(target) => self.undrain(&target),
             Event::Evict(target) => self.evict(&target),
             Event::SetQuota(set) => self.set_quota(set),
+            Event::Hold(demand) => self.hold(demand),
             Event::Tick => {
                 self.close_drain_windows();
                 self.expire_waits();
+                self.expire_holds();
                 return Ok(None);
             }
         };

@@ -45,6 +45,17 @@ pub struct DeviceView<'a> {
     pub account: Account,
     /// An operator drains it.
     pub drained: bool,
+    /// An engine starts on it.
+    pub hold: Option<HoldView>,
+}
+
+/// A hold that lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldView {
+    /// What elastic donors are to leave free, bytes.
+    pub free_bytes: u64,
+    /// Time left, milliseconds, when the state last heard the time.
+    pub left_ms: u32,
 }
 
 /// A session that is not over.
@@ -185,6 +196,12 @@ impl State {
             device: &state.device,
             account: state.account,
             drained: state.drained,
+            hold: (state.hold)
+                .map(|hold| HoldView {
+                    free_bytes: hold.free_bytes,
+                    left_ms: hold.left_ms(self.now),
+                })
+                .filter(|hold| hold.left_ms > 0),
         })
     }
 

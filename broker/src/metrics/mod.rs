@@ -19,7 +19,7 @@ use crate::core::Note;
 use traffic::TrafficCounters;
 
 /// The RPCs, all of which are timed.
-const RPCS: [&str; 24] = [
+const RPCS: [&str; 25] = [
     "Register",
     "Session",
     "Leave",
@@ -44,6 +44,7 @@ const RPCS: [&str; 24] = [
     "Evict",
     "PreviewWithdraw",
     "SetQuota",
+    "Hold",
 ];
 /// Upper bounds, seconds: an RPC takes tens of microseconds, its deadline is seconds.
 const RPC_SECONDS: [f64; 12] = [

@@ -14,7 +14,9 @@ use tonic::{Request, Response, Status};
 
 use super::view;
 use crate::{
-    core::{DrainTarget, Event, EvictTarget, Need, QuotaTarget, Reply, SetQuota},
+    core::{
+        DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Need, QuotaTarget, Reply, SetQuota,
+    },
     error::Refused,
     events::Wanted,
     owner::Owner,
@@ -25,6 +27,8 @@ use crate::{
 const LABEL_BYTES: usize = 4;
 /// A uid, a slash and a label.
 const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
+/// The longest hold, milliseconds.
+const MAX_HOLD_MS: u32 = 3_600_000;
 
 /// The service.
 pub struct AdminService {
@@ -164,6 +168,20 @@ impl AdminService {
             Reply::QuotaSet { leased_bytes } => Ok(v1::SetQuotaResponse { leased_bytes }),
             _ => Err(Refused::OutOfTurn),
         }
+    }
+
+    fn do_hold(&self, request: &v1::HoldRequest) -> Result<(), Refused> {
+        if request.for_ms > MAX_HOLD_MS {
+            let problem = format!("is {}; takes at most {MAX_HOLD_MS}", request.for_ms);
+            return Err(InvalidField::new("for_ms", problem).into());
+        }
+        let demand = HoldDemand {
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            free_bytes: request.free_bytes,
+            for_ms: request.for_ms,
+            hold: (request.hold_id != 0).then_some(HoldId(request.hold_id)),
+        };
+        self.owner.apply(Event::Hold(demand)).map(drop)
     }
 }
 
@@ -306,5 +324,14 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         let _timer = self.owner.metrics().time("SetQuota");
         Ok(Response::new(self.do_set_quota(request.into_inner())?))
+    }
+
+    async fn hold(
+        &self,
+        request: Request<v1::HoldRequest>,
+    ) -> Result<Response<v1::HoldResponse>, Status> {
+        let _timer = self.owner.metrics().time("Hold");
+        self.do_hold(&request.into_inner())?;
+        Ok(Response::new(v1::HoldResponse {}))
     }
 }

@@ -18,6 +18,10 @@ pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
         device: Some(view.device.into()),
         account: Some(account(view.account)),
         drained: view.drained,
+        hold: view.hold.map(|hold| v1::HoldStatus {
+            free_bytes: hold.free_bytes,
+            left_ms: hold.left_ms,
+        }),
         // The caller asks the probe for the rest.
         ..Default::default()
     });

@@ -96,7 +96,7 @@ impl Admin {
     }
 
     /// Asks, and asks once more over a new connection when the old one is dead: that is noticed only while somebody
-    /// asks. Every question only reads.
+    /// asks. Every question may be asked twice.
     fn ask<T>(
         &self,
         question: impl AsyncFn(AdminClient<Channel>) -> Result<T, Status>,
@@ -130,6 +130,11 @@ impl Admin {
             };
             Ok(client.list_events(request).await?.into_inner().events)
         })
+    }
+
+    /// Begins, changes or ends a hold.
+    pub(super) fn hold(&self, request: &v1::HoldRequest) -> Result<(), CliError> {
+        self.ask(async |mut client| client.hold(request.clone()).await.map(drop))
     }
 
     pub(super) fn snapshot(&self) -> Result<Snapshot, CliError> {

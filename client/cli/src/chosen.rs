@@ -1,4 +1,4 @@
-//! The flag `--device`: one device of the node, or all.
+//! The flag `--device`: one device of the node, or for some commands all.
 
 use std::str::FromStr;
 
@@ -45,5 +45,73 @@ impl Chosen {
                 known.join(", ")
             ),
         }))
+    }
+}
+
+/// One device, by its UUID or its number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Number(u32),
+    Uuid(DeviceUuid),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.parse() {
+            Ok(number) => Ok(Self::Number(number)),
+            Err(_) => text.parse().map(Self::Uuid),
+        }
+    }
+}
+
+impl Place {
+    /// The device among `known`.
+    pub(super) fn of(&self, known: &[Device]) -> Result<Device, CliError> {
+        let named = known.iter().find(|device| match self {
+            Self::Number(number) => device.ordinal == *number,
+            Self::Uuid(uuid) => device.uuid == *uuid,
+        });
+        named.cloned().ok_or_else(|| {
+            let this = match self {
+                Self::Number(number) => number.to_string(),
+                Self::Uuid(uuid) => uuid.to_string(),
+            };
+            let names = known
+                .iter()
+                .map(|device| format!("{} ({})", device.uuid, device.ordinal));
+            let names: Vec<String> = names.collect();
+            CliError::Usage(format!(
+                "--device: the node has no {this}; takes one of {}, or its number",
+                names.join(", ")
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_goes_by_its_name_or_its_number() {
+        let device = |ordinal| Device {
+            uuid: format!("GPU-{ordinal}").parse().unwrap(),
+            name: "simulated".to_owned(),
+            hbm_bytes: 1 << 30,
+            ordinal,
+        };
+        let known = [device(0), device(3)];
+        let of = |text: &str| text.parse::<Place>().unwrap().of(&known);
+        assert_eq!(of("3").unwrap(), known[1]);
+        assert_eq!(of("GPU-0").unwrap(), known[0]);
+        for other in ["1", "GPU-1"] {
+            let refused = of(other).unwrap_err().to_string();
+            assert!(
+                refused.contains(other) && refused.contains("GPU-3 (3)"),
+                "{refused}"
+            );
+        }
     }
 }

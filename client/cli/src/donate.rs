@@ -99,7 +99,7 @@ struct ElasticArgs {
     /// Never lent [default: a twentieth of the device]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
     reserve: Option<u64>,
-    /// Kept free for neighbours' growth, even if none was seen [default: a twentieth of the device]
+    /// Kept free for neighbours' growth, even if none was seen; restored when they are quiet [default: a twentieth of the device]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
     headroom: Option<u64>,
     /// The most to lend [default: all that is idle]
@@ -235,6 +235,7 @@ fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
             // What is lent already is not a neighbour's.
             donated: offered,
             offered,
+            held: seen.hold.map(|hold| hold.free_bytes),
         };
         let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
         let text = explain(&device.uuid, observation, policy)?;

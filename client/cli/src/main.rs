@@ -11,6 +11,7 @@ mod demo;
 mod doctor;
 mod donate;
 mod generate;
+mod hold;
 mod manual;
 mod output;
 mod progress;
@@ -51,6 +52,7 @@ enum Command {
     Top(top::TopArgs),
     Doctor(doctor::DoctorArgs),
     Donate(donate::DonateArgs),
+    Hold(hold::HoldArgs),
     Replay(replay::ReplayArgs),
     Demo(demo::DemoArgs),
     Generate(generate::GenerateArgs),
@@ -121,6 +123,7 @@ fn main() -> ExitCode {
         Command::Top(args) => top::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Donate(args) => donate::run(&args),
+        Command::Hold(args) => hold::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -1,11 +1,11 @@
-//! What operators ask and set: what a withdrawal would do, and quotas.
+//! What operators ask and set: what a withdrawal would do, quotas, and holds.
 
 use swiftcache_proto::domain::{RegionId, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, LeaseDemand, Need, Note, QuotaTarget, Record, Refusal,
-    Reply, SetQuota, WithdrawWhat,
+    Caller, CoreConfig, Effect, Event, HoldDemand, HoldId, LeaseDemand, Need, Note, Outgoing,
+    QuotaTarget, Record, Refusal, Reply, SetQuota, WithdrawWhat,
 };
 
 fn need(donor: Option<Caller>, slabs: u64) -> Need {
@@ -224,4 +224,70 @@ fn a_shortfall_says_who_asked_for_what() {
         shortfall: Shortfall::Quota,
     };
     assert_eq!(short, Some(expected));
+}
+
+fn hold(hold: u64, free_bytes: u64, for_ms: u32) -> Event {
+    Event::Hold(HoldDemand {
+        device: device(1),
+        free_bytes,
+        for_ms,
+        hold: (hold != 0).then_some(HoldId(hold)),
+    })
+}
+
+fn told(free_bytes: u64, left_ms: u32) -> Outgoing {
+    Outgoing::Hold {
+        device: device(1),
+        free_bytes,
+        left_ms,
+    }
+}
+
+#[test]
+fn a_hold_is_told_to_everybody_and_to_those_that_come_later() {
+    let mut bench = Bench::new();
+    let early = bench.join("early", "1000");
+    bench.done(hold(7, SLAB, 5_000));
+    assert_eq!(bench.heard(early), [told(SLAB, 5_000)]);
+    bench.tick(2_000);
+    let late = bench.join("late", "1000");
+    assert_eq!(bench.heard(late), [told(SLAB, 3_000)]);
+    // Its owner changes it, and nobody else.
+    bench.done(hold(7, 0, 4_000));
+    assert_eq!(bench.heard(early), [told(0, 4_000)]);
+    let refused = bench.refused(hold(8, SLAB, 1_000));
+    assert!(
+        matches!(&refused, Refusal::Stale(why) if why.contains("4.0 s")),
+        "{refused}"
+    );
+    let view = bench.state.devices().nth(1).unwrap().hold.unwrap();
+    assert_eq!((view.free_bytes, view.left_ms), (0, 4_000));
+    // It ends by itself, without a word: its end was told at its start.
+    bench.heard(late);
+    bench.tick(4_000);
+    assert!(bench.heard(late).is_empty());
+    assert_eq!(bench.state.devices().nth(1).unwrap().hold, None);
+    let later = bench.join("later", "1000");
+    assert!(bench.heard(later).is_empty());
+    bench.done(hold(8, SLAB, 1_000));
+}
+
+#[test]
+fn a_hold_is_ended_by_its_owner_or_by_an_operator() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    for by in [7, 0] {
+        bench.done(hold(7, SLAB, 5_000));
+        bench.heard(donor);
+        bench.refused(hold(8, 0, 0));
+        bench.done(hold(by, 0, 0));
+        let heard = bench.heard(donor);
+        assert!(
+            matches!(heard[..], [Outgoing::Hold { left_ms: 0, .. }]),
+            "{heard:?}"
+        );
+    }
+    // There is none to end.
+    bench.done(hold(0, 0, 0));
+    assert!(bench.heard(donor).is_empty());
 }

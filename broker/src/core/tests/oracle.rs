@@ -367,6 +367,7 @@ impl Oracle {
             Event::Undrain(target) => self.undrain(target),
             Event::Evict(target) => self.evict(target),
             Event::SetQuota(_) => return Err("histories set no quotas".to_owned()),
+            Event::Hold(_) => return Err("histories hold no devices".to_owned()),
             Event::Tick => {
                 for lease in &mut self.leases {
                     let over = lease.revoked.is_some_and(|(_, until)| until <= self.now);

@@ -234,6 +234,7 @@ impl World {
             } => {
                 client.scrubs.insert((*region, *slab, *generation));
             }
+            Outgoing::Hold { .. } => {}
         }
     }
 

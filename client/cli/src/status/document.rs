@@ -94,10 +94,20 @@ pub(super) struct DeviceRow {
     /// Null when it is unknown.
     pub(super) hbm_used: Option<u64>,
     pub(super) drained: bool,
+    /// An engine starts on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) hold: Option<HoldRow>,
     pub(super) account: Account,
     /// What the broker cannot tell of the device, and why.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) problem: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct HoldRow {
+    /// What elastic donors are to leave free.
+    pub(super) free: u64,
+    pub(super) left_ms: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -196,6 +206,10 @@ fn device(status: &v1::DeviceStatus) -> DeviceRow {
         hbm: (device.hbm_bytes > 0).then_some(device.hbm_bytes),
         hbm_used: (!status.hbm_used_unknown).then_some(status.hbm_used_bytes),
         drained: status.drained,
+        hold: status.hold.map(|hold| HoldRow {
+            free: hold.free_bytes,
+            left_ms: hold.left_ms,
+        }),
         account: Account::new(status.account.as_ref()),
         problem: status.problem.clone(),
     }

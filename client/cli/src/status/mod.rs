@@ -86,9 +86,12 @@ impl Status {
         let devices = self.devices.iter().map(|device| {
             let name = format!("{} ({})", device.uuid, device.name);
             let drained = if device.drained { ", drained" } else { "" };
+            let held = device.hold.as_ref().map_or_else(String::new, |hold| {
+                format!(", held for {} s", hold.left_ms.div_ceil(1000))
+            });
             let known = |figure: Option<u64>| figure.map_or_else(|| "unknown".to_owned(), bytes);
             let used = format!("{} of {}", known(device.hbm_used), known(device.hbm));
-            row([name + drained, used], device.account)
+            row([name + drained + &held, used], device.account)
         });
         let all = row(["all".to_owned(), String::new()], self.total);
         let header = [
@@ -287,6 +290,10 @@ mod tests {
                         ..v1::Device::default()
                     }),
                     account: Some(account),
+                    hold: Some(v1::HoldStatus {
+                        free_bytes: 7,
+                        left_ms: 1_500,
+                    }),
                     ..v1::DeviceStatus::default()
                 }],
                 traffic: Some(v1::Traffic {
@@ -344,6 +351,7 @@ mod tests {
             "devices: SIMULATED (two)",
             "device (SIMULATED)",
             "borrower (SIMULATED)",
+            ", held for 2 s",
             "donor-1 [ab12]",
             "replay [cd34]",
             "NVLink",

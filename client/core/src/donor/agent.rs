@@ -12,7 +12,11 @@ use swiftcache_proto::domain::DeviceUuid;
 use tracing::{debug, info, warn};
 
 use super::{Decision, Donor, DonorConfig, DonorStatus, Observation, Policy, PolicyConfig};
-use crate::{Error, Result, device::DeviceLayer, session::Session};
+use crate::{
+    Error, Result,
+    device::DeviceLayer,
+    session::{Observer, Session},
+};
 
 /// The agent's settings.
 #[derive(Clone, Debug)]
@@ -29,12 +33,21 @@ pub struct AgentConfig {
 /// wait long for a slow broker or driver. So a neighbour's demand is never behind an offer.
 pub struct Agent {
     shared: Arc<Shared>,
-    stop: mpsc::Sender<()>,
+    wake: mpsc::Sender<Wake>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// Why the thread that looks does so before its period is over.
+enum Wake {
+    /// The device's hold changed.
+    Hold,
+    /// It is over.
+    Stop,
 }
 
 struct Shared {
     donor: Donor,
+    wake: mpsc::Sender<Wake>,
     layer: Arc<dyn DeviceLayer>,
     last: Mutex<Option<Decision>>,
     goal: Mutex<Goal>,
@@ -71,22 +84,25 @@ impl Agent {
         }
         layer.hbm(&donor.device)?;
         let policy = Policy::new(config.policy)?;
+        let (wake, woken) = mpsc::channel();
         let shared = Arc::new(Shared {
             donor: Donor::open(session, Arc::clone(&layer), donor)?,
+            wake: wake.clone(),
             layer,
             last: Mutex::new(None),
             goal: Mutex::default(),
             changed: Condvar::new(),
         });
-        let (stop, stopped) = mpsc::channel();
+        let observer: Arc<dyn Observer> = Arc::clone(&shared) as _;
+        shared.donor.core.session.observe(&observer);
         let mut agent = Self {
             shared: Arc::clone(&shared),
-            stop,
+            wake,
             threads: Vec::new(),
         };
         let its_shared = Arc::clone(&shared);
         agent.spawn("swiftcache-agent", move || {
-            its_shared.follow(policy, config.period, &stopped);
+            its_shared.follow(policy, config.period, &woken);
         })?;
         agent.spawn("swiftcache-offer", move || shared.raise())?;
         Ok(agent)
@@ -127,7 +143,7 @@ impl Agent {
 
     fn halt(&mut self) {
         // A thread that is gone needs no telling.
-        let _ = self.stop.send(());
+        let _ = self.wake.send(Wake::Stop);
         self.shared.goal.lock().over = true;
         self.shared.changed.notify_all();
         for thread in self.threads.drain(..) {
@@ -142,8 +158,18 @@ impl Drop for Agent {
     }
 }
 
+/// Called on the session's thread.
+impl Observer for Shared {
+    fn hold_changed(&self, device: &DeviceUuid) {
+        if *device == self.donor.config().device {
+            // A thread that is gone looks no more.
+            let _ = self.wake.send(Wake::Hold);
+        }
+    }
+}
+
 impl Shared {
-    fn follow(&self, mut policy: Policy, period: Duration, stopped: &mpsc::Receiver<()>) {
+    fn follow(&self, mut policy: Policy, period: Duration, woken: &mpsc::Receiver<Wake>) {
         let start = Instant::now();
         loop {
             match self.look(start.elapsed()) {
@@ -154,9 +180,9 @@ impl Shared {
                 }
                 Err(error) => warn!(%error, "the device cannot be looked at"),
             }
-            match stopped.recv_timeout(period) {
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            match woken.recv_timeout(period) {
+                Ok(Wake::Hold) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Ok(Wake::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -168,7 +194,8 @@ impl Shared {
                 Err(error) => warn!(%error, "nothing can come back now; asked again"),
             }
         }
-        let hbm = self.layer.hbm(&self.donor.config().device)?;
+        let device = &self.donor.config().device;
+        let hbm = self.layer.hbm(device)?;
         let status = self.donor.status();
         Ok(Observation {
             now,
@@ -179,6 +206,7 @@ impl Shared {
             offered: status
                 .offered_bytes
                 .saturating_sub(self.donor.core.asking()),
+            held: (self.donor.core.session.hold(device)).map(|hold| hold.free_bytes),
         })
     }
 

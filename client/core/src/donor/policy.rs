@@ -1,9 +1,15 @@
 //! How much idle HBM to offer. Pure: what was observed and when goes in, a target comes out.
 //!
-//! Free HBM is not room: a neighbour that starts up grows in seconds. The target is
-//! `free - reserve - growth headroom`, in whole slabs. It falls at once, to what the last observation allows; it
-//! rises slowly, to what the worst observation of the recent past would still have allowed, and only when that
-//! leaves the hysteresis besides. Noise that stays within the hysteresis therefore moves nothing.
+//! Free HBM is not room: a neighbour that starts up grows in seconds. So the reserve and headroom for growth stay free.
+//!
+//! * The offer falls at once, and by as little as will do: an engine that starts measures its own needs by how free HBM
+//!   falls, and gives up when free HBM is no less in the end than it was at first. While neighbours grow, only the
+//!   reserve is restored. When they have been quiet, the headroom is restored too, but free HBM stays below its level
+//!   before that growth.
+//! * The offer rises slowly, to what the worst observation of the recent past would still have allowed, with headroom
+//!   for as much growth as was seen, and only when that leaves the hysteresis besides. Noise that stays within the
+//!   hysteresis therefore moves nothing.
+//! * While the device is held for an engine's start, the offer falls by what the engine asks for, and never rises.
 
 use std::{collections::VecDeque, fmt, time::Duration};
 
@@ -16,15 +22,18 @@ pub struct PolicyConfig {
     pub slab_bytes: u64,
     /// Never offered, bytes.
     pub reserve_bytes: u64,
-    /// Kept free for growth even if none was ever seen, bytes.
+    /// Kept free for growth even if none was ever seen, bytes: what giving back restores beside the reserve,
+    /// once neighbours are quiet.
     pub least_headroom_bytes: u64,
     /// The most to offer, bytes.
     pub max_bytes: u64,
     /// Free beyond reserve and headroom before anything more is offered, bytes.
     pub hysteresis_bytes: u64,
-    /// The recent past: a rise must have been possible for this long.
+    /// The recent past: a rise must have been possible for this long, and after a growth only the reserve is restored for
+    /// this long.
     pub settle: Duration,
-    /// How long giving back may take: growth is measured over this time, and headroom kept for as much.
+    /// How long giving back may take: growth is measured over this time, and nothing is offered that would not leave
+    /// headroom for as much.
     pub horizon: Duration,
     /// The time in which half of a growth spurt is forgotten.
     pub half_life: Duration,
@@ -76,6 +85,8 @@ pub struct Observation {
     pub donated: u64,
     /// What of that is on offer, bytes.
     pub offered: u64,
+    /// The device is held for an engine's start: so many bytes are to be free.
+    pub held: Option<u64>,
 }
 
 impl Observation {
@@ -96,6 +107,8 @@ pub enum Reason {
     Waiting,
     /// Nothing more to offer.
     Steady,
+    /// The device is held for an engine's start.
+    Held,
 }
 
 /// How much to offer, and why.
@@ -119,11 +132,24 @@ pub struct Decision {
 #[derive(Clone, Debug)]
 pub struct Policy {
     config: PolicyConfig,
-    /// What was available when, over the longer of `settle` and `horizon`.
-    past: VecDeque<(Duration, u64)>,
+    /// The looks of the longer of `settle` and `horizon`.
+    past: VecDeque<Look>,
     since: Option<Duration>,
     /// The largest growth of neighbours within one horizon, fading.
     spurt: f64,
+    /// Neighbours grow.
+    growing: bool,
+    /// The least that was free before they began to, bytes, until something more is offered.
+    level: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    when: Duration,
+    /// What would have been free if this donor had taken nothing, bytes.
+    available: u64,
+    /// What the decision left free, bytes, once all that was asked back is here.
+    left: u64,
 }
 
 impl Policy {
@@ -138,6 +164,8 @@ impl Policy {
             past: VecDeque::new(),
             since: None,
             spurt: 0.0,
+            growing: false,
+            level: None,
         })
     }
 
@@ -151,16 +179,22 @@ impl Policy {
         let now = observation.now;
         let available = observation.available();
         let headroom = self.headroom(now, available);
-        self.remember(now, available);
+        let growing = self.grows(now, available);
+        self.since.get_or_insert(now);
         let ceiling = self.ceiling(available, headroom);
         let settled =
             (self.since).is_some_and(|since| now.saturating_sub(since) >= self.config.settle);
-        let worst = (self.past.iter().map(|(_, bytes)| *bytes)).fold(available, u64::min);
+        let worst = (self.past.iter().map(|look| look.available)).fold(available, u64::min);
         let kept = self.ceiling(worst.saturating_sub(self.config.hysteresis_bytes), headroom);
         let slab = self.config.slab_bytes;
         let step = slab.saturating_mul(self.config.rise_slabs);
-        let (target, reason) = if observation.offered > ceiling {
-            (ceiling, Reason::Falling)
+        let most = observation.offered.min(self.config.max_bytes);
+        let left = available.saturating_sub(observation.offered);
+        let least = most.saturating_sub(self.give_back(&observation, left, growing));
+        let (target, reason) = if least < observation.offered {
+            (least, Reason::Falling)
+        } else if observation.held.is_some() {
+            (observation.offered, Reason::Held)
         } else if settled && kept >= observation.offered.saturating_add(slab) {
             (
                 kept.min(observation.offered.saturating_add(step)),
@@ -171,8 +205,17 @@ impl Policy {
         } else {
             (observation.offered, Reason::Steady)
         };
+        let target = target / slab * slab;
+        if reason == Reason::Rising {
+            self.level = None;
+        }
+        self.remember(Look {
+            when: now,
+            available,
+            left: available.saturating_sub(target),
+        });
         Decision {
-            target: target / slab * slab,
+            target,
             reason,
             ceiling,
             headroom,
@@ -181,7 +224,48 @@ impl Policy {
         }
     }
 
-    /// The most that may be on offer, bytes: whole slabs.
+    /// What is to be given back, bytes: whole slabs. `left` is what will be free when all that was asked back is here.
+    fn give_back(&self, observation: &Observation, left: u64, growing: bool) -> u64 {
+        let PolicyConfig {
+            slab_bytes: slab,
+            reserve_bytes,
+            least_headroom_bytes,
+            ..
+        } = self.config;
+        let needed = observation
+            .held
+            .map_or(reserve_bytes, |asked| asked.max(reserve_bytes));
+        let needed = needed
+            .saturating_sub(left)
+            .div_ceil(slab)
+            .saturating_mul(slab);
+        if growing || observation.held.is_some() {
+            return needed;
+        }
+        let level = self.level.unwrap_or(u64::MAX);
+        // As free as before the growth is not less free than before.
+        let usual = reserve_bytes
+            .saturating_add(least_headroom_bytes)
+            .min(level.saturating_sub(1));
+        needed.max(usual.saturating_sub(left) / slab * slab)
+    }
+
+    /// Whether neighbours grew within the recent past, by more than noise.
+    fn grows(&mut self, now: Duration, available: u64) -> bool {
+        let oldest = now.saturating_sub(self.config.settle);
+        let recent = self.past.iter().filter(|look| look.when >= oldest);
+        let most = recent.clone().map(|look| look.available).max();
+        let grows =
+            most.is_some_and(|most| most.saturating_sub(available) > self.config.hysteresis_bytes);
+        if grows && !self.growing {
+            let before = recent.map(|look| look.left).min();
+            self.level = self.level.into_iter().chain(before).min();
+        }
+        self.growing = grows;
+        grows
+    }
+
+    /// What could be on offer if it had been so for long enough, bytes: whole slabs.
     fn ceiling(&self, available: u64, headroom: u64) -> u64 {
         let room = available
             .saturating_sub(self.config.reserve_bytes)
@@ -193,24 +277,23 @@ impl Policy {
     fn headroom(&mut self, now: Duration, available: u64) -> u64 {
         let horizon = now.saturating_sub(self.config.horizon);
         let most = (self.past.iter())
-            .filter(|(when, _)| *when >= horizon)
-            .map(|(_, bytes)| *bytes)
+            .filter(|look| look.when >= horizon)
+            .map(|look| look.available)
             .fold(available, u64::max);
-        if let Some((last, _)) = self.past.back() {
-            let elapsed = now.saturating_sub(*last).as_secs_f64();
+        if let Some(last) = self.past.back() {
+            let elapsed = now.saturating_sub(last.when).as_secs_f64();
             self.spurt *= 0.5_f64.powf(elapsed / self.config.half_life.as_secs_f64());
         }
         self.spurt = self.spurt.max((most - available) as f64);
         self.config.least_headroom_bytes.max(self.spurt as u64)
     }
 
-    fn remember(&mut self, now: Duration, available: u64) {
-        self.since.get_or_insert(now);
-        let oldest = now.saturating_sub(self.config.settle.max(self.config.horizon));
-        while self.past.front().is_some_and(|(when, _)| *when < oldest) {
+    fn remember(&mut self, look: Look) {
+        let oldest = (look.when).saturating_sub(self.config.settle.max(self.config.horizon));
+        while self.past.front().is_some_and(|past| past.when < oldest) {
             self.past.pop_front();
         }
-        self.past.push_back((now, available));
+        self.past.push_back(look);
     }
 }
 
@@ -238,6 +321,7 @@ impl fmt::Display for Decision {
             Reason::Rising => write!(f, ": offering {:.2} GiB", gib(self.target)),
             Reason::Waiting => write!(f, ": waiting until that has lasted"),
             Reason::Steady => write!(f, ": nothing to change"),
+            Reason::Held => write!(f, ": offering nothing more while the device is held"),
         }
     }
 }

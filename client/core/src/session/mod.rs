@@ -18,6 +18,7 @@ mod rpc;
 mod run;
 
 use std::{
+    collections::HashMap,
     fmt,
     path::PathBuf,
     sync::{
@@ -31,7 +32,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use swiftcache_proto::{
     convert,
-    domain::{Device, Generation, LeaseId, Link, PinId},
+    domain::{Device, DeviceUuid, Generation, LeaseId, Link, PinId},
     v1,
 };
 use tokio_util::sync::CancellationToken;
@@ -43,7 +44,7 @@ pub use messages::{
     Asker, Demand, Found, Keep, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing,
 };
 use observer::Observers;
-pub use observer::{Connected, Held, Observer, Revocation, Scrub};
+pub use observer::{Connected, Held, Hold, Observer, Revocation, Scrub};
 use report::Tally;
 pub use rpc::is_lost;
 
@@ -81,6 +82,8 @@ pub(crate) struct Shared {
     link: Mutex<LinkState>,
     changed: Condvar,
     observers: Observers,
+    /// As the broker told them; some may be over.
+    holds: Mutex<HashMap<DeviceUuid, Hold>>,
     tally: Tally,
     runtime: tokio::runtime::Handle,
     thread: Mutex<Option<thread::ThreadId>>,
@@ -148,6 +151,7 @@ impl Session {
             }),
             changed: Condvar::new(),
             observers: Observers::default(),
+            holds: Mutex::default(),
             tally: Tally::default(),
             runtime: runtime.handle().clone(),
             thread: Mutex::new(None),
@@ -253,6 +257,12 @@ impl Session {
     /// Adds an observer, for as long as it lives. It is told of connections from the next one on.
     pub fn observe(&self, observer: &Arc<dyn Observer>) {
         self.shared.observers.add(observer);
+    }
+
+    /// The device's hold, while it lasts. It outlives the connection by which it was told.
+    pub fn hold(&self, device: &DeviceUuid) -> Option<Hold> {
+        let hold = self.shared.holds.lock().get(device).copied();
+        hold.filter(|hold| hold.until > Instant::now())
     }
 
     /// Acknowledges a revocation: nothing of this process touches the slab any more. Lost with the connection, in

@@ -1,9 +1,12 @@
 //! What the broker says unasked.
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Instant,
+};
 
 use parking_lot::Mutex;
-use swiftcache_proto::domain::{Generation, LeaseId, RegionId, RevokeReason};
+use swiftcache_proto::domain::{DeviceUuid, Generation, LeaseId, RegionId, RevokeReason};
 
 /// A lease to let go of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +30,15 @@ pub struct Scrub {
     pub slab: u32,
     /// Which leasing of the slab it follows.
     pub generation: Generation,
+}
+
+/// An engine starts on a device: whoever follows the device's idle HBM makes room first, and then stays as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// How much of the device's HBM is to be free, bytes.
+    pub free_bytes: u64,
+    /// When it is over.
+    pub until: Instant,
 }
 
 /// What a session has mapped, to be claimed when it resumes.
@@ -78,6 +90,9 @@ pub trait Observer: Send + Sync {
 
     /// A slab must be zeroed; once only for each of its generations.
     fn scrub(&self, _scrub: &Scrub) {}
+
+    /// A device's hold began, changed or ended: see [`Session::hold`](super::Session::hold).
+    fn hold_changed(&self, _device: &DeviceUuid) {}
 }
 
 #[derive(Default)]

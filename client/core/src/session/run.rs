@@ -7,7 +7,7 @@ use std::{
 
 use swiftcache_proto::{
     convert,
-    domain::{Generation, LeaseId, RevokeReason, SessionId},
+    domain::{DeviceUuid, Generation, LeaseId, RevokeReason, SessionId},
     v1::{self, session_response::Message},
 };
 use tokio::time::{sleep, timeout};
@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{debug, info, warn};
 
 use super::{
-    Connected, Held, LinkState, Revocation, Scrub, Shared,
+    Connected, Held, Hold, LinkState, Revocation, Scrub, Shared,
     backoff::Backoff,
     connection::{Connection, OpenError, Opened},
     report::Reporter,
@@ -194,6 +194,21 @@ fn dispatch(shared: &Shared, message: Message) {
             }
             Err(invalid) => warn!(%invalid, "ignored a Scrub"),
         },
+        Message::DeviceHold(hold) => match convert::device_uuid("device_uuid", &hold.device_uuid) {
+            Ok(device) => take_hold(shared, &device, &hold),
+            Err(invalid) => warn!(%invalid, "ignored a DeviceHold"),
+        },
+    }
+}
+
+fn take_hold(shared: &Shared, device: &DeviceUuid, told: &v1::DeviceHold) {
+    let hold = Hold {
+        free_bytes: told.free_bytes,
+        until: Instant::now() + Duration::from_millis(told.left_ms.into()),
+    };
+    shared.holds.lock().insert(device.clone(), hold);
+    for observer in shared.observers.alive() {
+        observer.hold_changed(device);
     }
 }
 
