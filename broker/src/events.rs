@@ -17,7 +17,7 @@ const MOST: usize = 1_000;
 const DEFAULT: usize = 100;
 
 /// All kinds of events.
-const KINDS: [&str; 15] = [
+const KINDS: [&str; 16] = [
     "register",
     "leave",
     "gone",
@@ -33,6 +33,7 @@ const KINDS: [&str; 15] = [
     "undrain",
     "evict",
     "quota",
+    "hold",
 ];
 
 /// Which events a client wants to see.
@@ -289,7 +290,7 @@ impl std::fmt::Display for Bytes {
 
 #[cfg(test)]
 mod tests {
-    use swiftcache_proto::domain::SessionId;
+    use swiftcache_proto::domain::{DeviceUuid, SessionId};
 
     use super::*;
 
@@ -371,7 +372,16 @@ mod tests {
             text.contains("1.0 GiB of 2.0 GiB for model: it has its fair share"),
             "{text}"
         );
-        for kind in [kind, short] {
+        let device: DeviceUuid = "SIM-0".parse().unwrap();
+        let held = Note::Held {
+            device: device.clone(),
+            free_bytes: 1 << 30,
+            for_ms: 90_000,
+        };
+        let (held, text) = describe(&held).unwrap();
+        assert_eq!(text, "device SIM-0 is held for 90.0 s with 1.0 GiB free");
+        let (ended, _) = describe(&Note::HoldEnded { device }).unwrap();
+        for kind in [kind, short, held, ended] {
             assert!(KINDS.contains(&kind), "{kind}");
         }
     }
