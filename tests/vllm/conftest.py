@@ -23,6 +23,7 @@ def native(monkeypatch: pytest.MonkeyPatch):
     import swiftcache
 
     fake_native.published.clear()
+    fake_native.hosts.clear()
     fake_native.calls.clear()
     fake_native.lose.clear()
     fake_native.hold_stores = fake_native.hold_loads = False

@@ -10,6 +10,8 @@ from swiftcache._native import Loans  # noqa: F401  (pure bookkeeping: the real 
 KEY = 16
 published: dict[str, dict[bytes, list[bytes]]] = {}
 calls: list[tuple] = []
+hosts: dict[bytes, set[bytes]] = {}
+"""Keys that a borrower keeps in its own host memory."""
 lose: list[int] = []
 """Positions of the next load that fail."""
 hold_stores = False
@@ -24,11 +26,19 @@ class Connection:
     def __init__(self, socket: str, *, name: str, tenant: str = "") -> None:
         self.closed = False
 
-    def count_hits(self, namespaces: Sequence[str], hashes: bytes, *, deadline_ms: int = 50) -> int:
+    def count_hits(
+        self,
+        namespaces: Sequence[str],
+        hashes: bytes,
+        *,
+        borrowers: Sequence[bytes] | None = None,
+        deadline_ms: int = 50,
+    ) -> int:
         calls.append(("count_hits", tuple(namespaces), len(hashes) // KEY))
+        ranks = list(zip(namespaces, borrowers or [b""] * len(namespaces), strict=True))
         count = 0
         for key in split(hashes):
-            if not all(key in published.get(name, {}) for name in namespaces):
+            if not all(key in published.get(name, {}) or key in hosts.get(who, ()) for name, who in ranks):
                 break
             count += 1
         return count

@@ -88,7 +88,8 @@ def leased(worker: Any) -> bool:
 
 
 def flush(worker: Any) -> dict[str, int]:
-    return _side(worker)._cache.flush()
+    cache = _side(worker)._cache
+    return cache.flush() if cache is not None else {}
 
 
 def stats(worker: Any) -> dict[str, float]:
@@ -97,6 +98,12 @@ def stats(worker: Any) -> dict[str, float]:
 
 def lose(worker: Any, positions: list[int]) -> None:
     _side(worker)._cache.lose = positions
+
+
+def leave(worker: Any, rank: int) -> None:
+    side = _side(worker)
+    if side._ranks.tp == rank:
+        side.unregister()
 
 
 def at_once(worker: Any, on: bool) -> None:
@@ -249,6 +256,10 @@ class Engine:
 
     def lose(self, positions: list[int]) -> None:
         self.llm.collective_rpc(lose, args=(positions,))
+
+    def leave(self, rank: int) -> None:
+        """Has one rank let go of its pool."""
+        self.llm.collective_rpc(leave, args=(rank,))
 
     def leased(self) -> bool:
         """Whether every worker has room, and the scheduler a broker to ask."""

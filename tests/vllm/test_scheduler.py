@@ -10,10 +10,11 @@ import stage
 from swiftcache.engine.events import Events
 from swiftcache.engine.loans import Orders
 from swiftcache.engine.settings import Settings
-from swiftcache.vllm.metadata import WorkerReport
+from swiftcache.vllm.metadata import Handshake, WorkerReport
 from swiftcache.vllm.scheduler import ANSWER_SECONDS, SchedulerSide
 
 NAMESPACES = ["m/tp0of2", "m/tp1of2"]
+WORKERS = [Handshake(name, bytes([rank]) * 16) for rank, name in enumerate(NAMESPACES)]
 
 
 class Stand:
@@ -32,7 +33,7 @@ class Stand:
             events=Events(events),
             clock=lambda: self.now,
         )
-        self.side.namespaces(NAMESPACES)
+        self.side.meet(WORKERS)
 
     def publish(self, request, blocks: int, namespaces=NAMESPACES) -> None:
         for name in namespaces:
@@ -67,6 +68,24 @@ def test_a_hit_must_be_there_for_every_rank(stand) -> None:
     assert stand.side.matched_tokens(request, 0) == (8, False)
 
 
+def test_what_a_worker_keeps_in_host_memory_is_a_hit_when_every_rank_has_it(stand) -> None:
+    request = stage.request("a", 17)
+    keys = [key[:16] for key in request.block_hashes]
+    # One rank has two on donors and the rest in host memory, the other the first three in host memory.
+    stand.publish(request, 2, NAMESPACES[:1])
+    stand.native.hosts[WORKERS[0].borrower_id] = set(keys[2:])
+    stand.native.hosts[WORKERS[1].borrower_id] = set(keys[:3])
+    assert stand.side.matched_tokens(request, 0) == (12, False)
+
+
+def test_workers_of_one_namespace_are_asked_for_each(stand) -> None:
+    """Every worker has host memory of its own, whatever they share on donors."""
+    stand.side.meet([Handshake("m", bytes(16)), Handshake("m", bytes([1]) * 16)])
+    request = stage.request("a", 17)
+    stand.native.hosts[bytes(16)] = {key[:16] for key in request.block_hashes}
+    assert stand.side.matched_tokens(request, 0) == (0, False)
+
+
 def test_one_token_is_always_left_to_compute(stand) -> None:
     for tokens, promised in ((16, 12), (17, 16), (4, 0), (3, 0)):
         request = stage.request(f"r{tokens}", tokens)
@@ -89,7 +108,7 @@ def test_no_lookup_without_namespaces_or_when_the_request_forbids(stand) -> None
     request = stage.request("a", 17)
     request.skip_reading_prefix_cache = True
     assert stand.side.matched_tokens(request, 0) == (0, False)
-    stand.side.namespaces([])
+    stand.side.meet([])
     assert stand.side.matched_tokens(stage.request("b", 17), 0) == (0, False)
     assert stand.lookups() == 0
 
@@ -372,7 +391,7 @@ def test_where_vllm_does_not_recover_a_request_with_lost_blocks_is_stored_no_mor
     assert not stand.side.request_finished(request, TABLE[:5])
     assert manager.take_evicted() == {3, 4, 5}
     stand.side.metadata(stage.output({}, {}))
-    assert manager.take_evicted() == set() and not stand.side._spoiled
+    assert manager.take_evicted() == set() and not stand.side._doubt._spoiled
 
 
 def test_a_request_admitted_on_spoiled_blocks_is_spoiled_too(native) -> None:

@@ -214,6 +214,9 @@ def test_the_pool_is_let_go_and_taken_up_again(worker, native) -> None:
     assert done.invalid == {4} and done.report.lost == {1}
     worker.restore()
     assert worker._cache is not cache and worker.namespace == name
+    # The scheduler hears once who a worker is.
+    assert worker._cache.more["borrower_id"] == cache.more["borrower_id"] == worker.handshake().borrower_id
+    assert len(worker.handshake().borrower_id) == 16
     assert run(worker, StepMetadata(loads=[load([4])])).invalid == set()
     worker.close()
 

@@ -22,6 +22,7 @@ COUNTERS = {
     "known_blocks": "Blocks that were offered and kept already.",
     "unplaced_blocks": "Blocks that there was no room for.",
     "evicted_blocks": "Blocks that made room for others.",
+    "promoted_blocks": "Blocks that only the host tier had, stored on donors again.",
     "dropped_blocks": "Blocks lost to a revocation.",
     "moved_to_donor_blocks": "Blocks saved from a revocation, to another donor.",
     "moved_to_host_blocks": "Blocks saved from a revocation, to the host tier.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from swiftcache.engine.quiet import logger
@@ -17,6 +18,9 @@ class CacheOpener:
 
     def __init__(self, settings: Settings, name: str) -> None:
         """`name`: for people, in status and logs."""
+        self.borrower_id = os.urandom(16)
+        """Names the cache to a scheduler's lookup. It is the same for every cache that this opens, since a scheduler
+        hears it once."""
         self._settings, self._name = settings, name
         self._connection: Connection | None = None
 
@@ -41,6 +45,7 @@ class CacheOpener:
             # The scheduler has promised these blocks: a miss costs more now than it did there.
             lookup_ms=max(settings.lookup_ms, 250),
             lend_drain_ms=settings.lend_drain_ms,
+            borrower_id=self.borrower_id,
         )
         cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, owner)
         logger.info(

@@ -135,7 +135,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.restore()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return Handshake(self.worker.namespace)
+        return self.worker.handshake()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)
@@ -201,15 +201,15 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.lend(Loans(agreed, pool, workers=workers, drain_ms=settings.lend_drain_ms))
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
-        self._namespaces(metadata.values())
+        self._meet(metadata.values())
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        self._namespaces(metadata.values())
+        self._meet(metadata.values())
 
-    def _namespaces(self, handshakes: Iterable[KVConnectorHandshakeMetadata]) -> None:
-        self.scheduler.namespaces(of.namespace for of in handshakes if isinstance(of, Handshake))
+    def _meet(self, handshakes: Iterable[KVConnectorHandshakeMetadata]) -> None:
+        self.scheduler.meet(of for of in handshakes if isinstance(of, Handshake))
 
     def on_new_request(self, request: Request) -> None:
         self.scheduler.on_new_request(request)

@@ -82,6 +82,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker's namespace. The scheduler looks blocks up in those of all workers."""
+    """Who a worker is. The scheduler looks up what all workers can load."""
 
     namespace: str
+    borrower_id: bytes
+    """Names the worker's cache, whose own blocks and devices the broker knows."""

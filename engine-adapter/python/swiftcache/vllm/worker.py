@@ -21,7 +21,7 @@ from swiftcache.engine.opener import CacheOpener
 from swiftcache.engine.quiet import Quiet, logger
 from swiftcache.vllm.facts import backends, facts, ranks_here
 from swiftcache.vllm.layout import layout_of
-from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
+from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ class WorkerSide:
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
         self._cache = self._opener.open(self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens)
         logger.info("SwiftCache: loads are %s", "layer by layer" if self._sync else "asynchronous")
+
+    def handshake(self) -> Handshake:
+        return Handshake(self.namespace, self._opener.borrower_id)
 
     def unregister(self) -> None:
         """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
