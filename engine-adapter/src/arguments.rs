@@ -38,6 +38,17 @@ where
     })
 }
 
+/// Such a number, if it is given.
+pub(crate) fn optional<'py, T>(
+    argument: &str,
+    value: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Option<T>>
+where
+    T: for<'a> FromPyObject<'a, 'py>,
+{
+    value.map(|value| number(argument, value)).transpose()
+}
+
 /// Packed hashes.
 pub(crate) fn hashes(packed: &[u8]) -> Result<Vec<BlockHash>> {
     let (whole, rest) = packed.as_chunks::<HASH_BYTES>();

@@ -1,13 +1,13 @@
 //! `Cache`: a worker's cache, and `Mark`: a point on its engine's stream.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
 
 use pyo3::prelude::*;
 use swiftcache_client::{
     borrower::{BorrowerConfig, Layout},
     device::{Choice, Ticket},
 };
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use crate::{
     arguments,
@@ -41,50 +41,59 @@ enum Point {
     Unknown,
 }
 
-/// The settings' defaults are in the signature of `new`.
-fn settings(
+/// What Python says a cache is to be. What it leaves out is as the client would have it.
+#[derive(Debug)]
+struct Wanted {
     layout: Layout,
-    (max_leased_bytes, lease_step_bytes, host_tier_bytes): (u64, Option<u64>, u64),
-    device: &str,
-    backend: &str,
-    (share, borrower): (bool, &[u8]),
-    (lookup_ms, lend_drain_ms): (u64, u64),
-) -> Result<Settings> {
-    let choice: Choice = backend
-        .parse()
-        .map_err(|problem: String| Failure::argument("backend", problem))?;
-    let device: Option<DeviceUuid> = match device {
-        "" => None,
-        uuid => Some(
-            uuid.parse()
-                .map_err(|problem: String| Failure::argument("device", problem))?,
-        ),
-    };
-    // Until the backend is open nobody knows its first device.
-    let named = device.clone().map_or_else(|| "unknown".parse(), Ok);
-    let named = named.map_err(|problem: String| Failure::argument("device", problem))?;
-    let mut config = BorrowerConfig::new(named, layout, max_leased_bytes);
-    config.lease_step_bytes = lease_step_bytes.unwrap_or(config.lease_step_bytes);
-    config.host_tier_bytes = host_tier_bytes;
-    config.share = share;
-    if !borrower.is_empty() {
-        config.id = Some(arguments::borrower("borrower_id", borrower)?);
+    max_leased_bytes: u64,
+    lease_step_bytes: Option<u64>,
+    host_tier_bytes: Option<u64>,
+    device: Option<DeviceUuid>,
+    backend: Choice,
+    share: Option<bool>,
+    lookup_ms: Option<u64>,
+    lend_drain_ms: Option<u64>,
+    borrower: Option<BorrowerId>,
+}
+
+impl Wanted {
+    fn settings(self) -> Result<Settings> {
+        // Until the backend is open nobody knows its first device.
+        let named = self.device.clone().map_or_else(|| "unknown".parse(), Ok);
+        let named = named.map_err(|problem: String| Failure::argument("device", problem))?;
+        let mut config = BorrowerConfig::new(named, self.layout, self.max_leased_bytes);
+        config.lease_step_bytes = self.lease_step_bytes.unwrap_or(config.lease_step_bytes);
+        config.host_tier_bytes = self.host_tier_bytes.unwrap_or(config.host_tier_bytes);
+        config.share = self.share.unwrap_or(config.share);
+        config.id = self.borrower;
+        if let Some(limit) = self.lookup_ms {
+            config.lookup_limit = arguments::milliseconds(limit);
+        }
+        config.check()?;
+        Ok(Settings {
+            config,
+            device: self.device,
+            choice: self.backend,
+            lend_drain: (self.lend_drain_ms).map_or(Duration::ZERO, arguments::milliseconds),
+        })
     }
-    config.lookup_limit = arguments::milliseconds(lookup_ms);
-    config.check()?;
-    Ok(Settings {
-        config,
-        device,
-        choice,
-        lend_drain: arguments::milliseconds(lend_drain_ms),
-    })
+}
+
+/// Text that names something, or says that nothing is named.
+fn named<T>(argument: &str, text: Option<&str>) -> Result<Option<T>>
+where
+    T: FromStr<Err = String>,
+{
+    let text = text.filter(|text| !text.is_empty());
+    let named = text.map(str::parse).transpose();
+    named.map_err(|problem| Failure::argument(argument, problem))
 }
 
 #[pymethods]
 impl Cache {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "Python callers name them")]
-    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = "", backend = "auto", share = true, lookup_ms = 250, lend_drain_ms = 0, borrower_id = Vec::new()))]
+    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = None, backend = "auto", share = None, lookup_ms = None, lend_drain_ms = None, borrower_id = None))]
     fn new(
         py: Python<'_>,
         connection: &Bound<'_, Connection>,
@@ -93,29 +102,33 @@ impl Cache {
         max_leased_bytes: &Bound<'_, PyAny>,
         lease_step_bytes: Option<&Bound<'_, PyAny>>,
         host_tier_bytes: Option<&Bound<'_, PyAny>>,
-        device: &str,
+        device: Option<&str>,
         backend: &str,
-        share: bool,
-        lookup_ms: u64,
-        lend_drain_ms: u64,
-        borrower_id: Vec<u8>,
+        share: Option<bool>,
+        lookup_ms: Option<&Bound<'_, PyAny>>,
+        lend_drain_ms: Option<&Bound<'_, PyAny>>,
+        borrower_id: Option<Vec<u8>>,
     ) -> PyResult<Self> {
         let connection = connection.get();
-        let layout = Layout {
-            namespace,
-            layer_bytes: arguments::number("layer_bytes", layer_bytes)?,
+        let parsed = |problem| Failure::argument("backend", problem);
+        let borrower = borrower_id.map(|id| arguments::borrower("borrower_id", &id));
+        let wanted = Wanted {
+            layout: Layout {
+                namespace,
+                layer_bytes: arguments::number("layer_bytes", layer_bytes)?,
+            },
+            max_leased_bytes: arguments::number("max_leased_bytes", max_leased_bytes)?,
+            lease_step_bytes: arguments::optional("lease_step_bytes", lease_step_bytes)?,
+            host_tier_bytes: arguments::optional("host_tier_bytes", host_tier_bytes)?,
+            device: named("device", device)?,
+            backend: backend.parse().map_err(parsed)?,
+            share,
+            lookup_ms: arguments::optional("lookup_ms", lookup_ms)?,
+            lend_drain_ms: arguments::optional("lend_drain_ms", lend_drain_ms)?,
+            borrower: borrower.transpose()?,
         };
-        let max_leased_bytes = arguments::number("max_leased_bytes", max_leased_bytes)?;
-        let lease_step_bytes = lease_step_bytes
-            .map(|bytes| arguments::number("lease_step_bytes", bytes))
-            .transpose()?;
-        let host_tier_bytes =
-            host_tier_bytes.map_or(Ok(0), |bytes| arguments::number("host_tier_bytes", bytes))?;
-        let bytes = (max_leased_bytes, lease_step_bytes, host_tier_bytes);
-        let limits = (lookup_ms, lend_drain_ms);
         unlocked(py, || {
-            let sharing = (share, borrower_id.as_slice());
-            let settings = settings(layout, bytes, device, backend, sharing, limits)?;
+            let settings = wanted.settings()?;
             let session = connection
                 .session()
                 .ok_or_else(|| Failure::argument("connection", "is closed"))?;

@@ -67,18 +67,16 @@ impl Connection {
         })
     }
 
-    #[pyo3(signature = (namespaces, hashes, *, borrowers = None, deadline_ms = None))]
+    #[pyo3(signature = (namespaces, hashes, *, deadline_ms, borrowers = None))]
     fn count_hits(
         &self,
         py: Python<'_>,
         namespaces: Vec<String>,
         hashes: &[u8],
+        deadline_ms: &Bound<'_, PyAny>,
         borrowers: Option<Vec<Vec<u8>>>,
-        deadline_ms: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<u32> {
-        let deadline_ms =
-            deadline_ms.map_or(Ok(50), |limit| arguments::number("deadline_ms", limit))?;
-        let limit = arguments::milliseconds(deadline_ms);
+        let limit = arguments::milliseconds(arguments::number("deadline_ms", deadline_ms)?);
         unlocked(py, || {
             check_namespaces(&namespaces)?;
             let ranks = ranks(namespaces, borrowers)?;

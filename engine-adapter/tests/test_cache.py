@@ -81,7 +81,7 @@ def test_without_a_broker_everything_is_a_miss_and_it_opens_when_one_comes(
     assert "broker.sock" in one.cache.problem() and "broker.sock" in connection.problem()
     assert one.fetch([1, 2]) == [0, 1]
     assert one.store([1, 2])["unplaced"] == 2
-    assert connection.count_hits(["model"], hashes([1, 2])) == 0
+    assert connection.count_hits(["model"], hashes([1, 2]), deadline_ms=60_000) == 0
     assert one.cache.stats()["open"] == one.cache.stats()["leases"] == 0
     early = one.cache.mark(0)
 
@@ -114,7 +114,7 @@ def test_a_broker_that_dies_and_comes_back_costs_no_block(node: Node, connection
     assert one.fetch(sequence) == []
     assert one.store([50, 51])["lost"] == 0
     assert one.fetch([50, 51]) == []
-    assert connection.count_hits(["model"], hashes(sequence)) == 0
+    assert connection.count_hits(["model"], hashes(sequence), deadline_ms=60_000) == 0
     node.start_broker()
     assert connection.wait_connected(60)
 

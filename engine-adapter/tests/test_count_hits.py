@@ -78,10 +78,10 @@ def test_arguments_are_named(bare_node: Node, connection: Connection) -> None:
         ((["a"], b"17 bytes, not 16."), "hashes"),
     ]:
         with pytest.raises(ValueError, match=f"^{name}"):
-            connection.count_hits(*arguments)
+            connection.count_hits(*arguments, deadline_ms=1)
     for borrowers, name in [([], "borrowers"), ([b"short"], r"borrowers\[0\]")]:
         with pytest.raises(ValueError, match=f"^{name}"):
-            connection.count_hits(["a"], b"", borrowers=borrowers)
+            connection.count_hits(["a"], b"", borrowers=borrowers, deadline_ms=1)
     with pytest.raises(ValueError, match="^deadline_ms"):
         connection.count_hits(["a"], b"", deadline_ms=-1)
     with pytest.raises(ValueError, match="^seconds"):

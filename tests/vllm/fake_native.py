@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from swiftcache._native import Loans  # noqa: F401  (pure bookkeeping: the real one)
+from swiftcache._native import DEFAULT_LOOKUP_MS, Loans  # noqa: F401  (they touch nothing: the real ones)
 
 KEY = 16
 published: dict[str, dict[bytes, list[bytes]]] = {}
@@ -31,8 +31,8 @@ class Connection:
         namespaces: Sequence[str],
         hashes: bytes,
         *,
+        deadline_ms: int,
         borrowers: Sequence[bytes] | None = None,
-        deadline_ms: int = 50,
     ) -> int:
         calls.append(("count_hits", tuple(namespaces), len(hashes) // KEY))
         ranks = list(zip(namespaces, borrowers or [b""] * len(namespaces), strict=True))

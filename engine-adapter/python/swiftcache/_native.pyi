@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import final
 
 __version__: str
+DEFAULT_LOOKUP_MS: int
+"""How long a cache's lookup waits for the broker unless it is told otherwise, milliseconds."""
 
 @final
 class Connection:
@@ -47,8 +49,8 @@ class Connection:
         namespaces: Sequence[str],
         hashes: bytes,
         *,
+        deadline_ms: int,
         borrowers: Sequence[bytes] | None = None,
-        deadline_ms: int = 50,
     ) -> int:
         """The longest run of leading blocks that every rank can load: a scheduler's lookup.
 
@@ -57,10 +59,10 @@ class Connection:
         Args:
             namespaces: one for each rank (tensor, pipeline) whose part of a block must be there; at least one.
             hashes: 16 bytes for each block, in prefix order. Those after the first 65,536 count as absent.
+            deadline_ms: the longest to wait, milliseconds.
             borrowers: the `borrower_id` of each rank's cache, in the order of `namespaces`. A rank is then found exactly
                 what its cache can load: what its device reaches, and its own host memory. Nothing while that cache is not
                 open. Without them a rank is found whatever is published in its namespace, wherever that lies.
-            deadline_ms: the longest to wait, milliseconds.
 
         Returns:
             Blocks; 0 when the broker is absent, late or in trouble.
@@ -85,13 +87,13 @@ class Cache:
         layer_bytes: Sequence[int],
         max_leased_bytes: int,
         lease_step_bytes: int | None = None,
-        host_tier_bytes: int = 0,
-        device: str = "",
+        host_tier_bytes: int | None = None,
+        device: str | None = None,
         backend: str = "auto",
-        share: bool = True,
-        lookup_ms: int = 250,
-        lend_drain_ms: int = 0,
-        borrower_id: bytes = b"",
+        share: bool | None = None,
+        lookup_ms: int | None = None,
+        lend_drain_ms: int | None = None,
+        borrower_id: bytes | None = None,
     ) -> None:
         """
         Args:
@@ -99,16 +101,17 @@ class Cache:
             layer_bytes: bytes of one block in each layer. An engine that keeps K and V apart lists each layer twice.
             max_leased_bytes: the most to lease from donors, bytes; 0: nothing.
             lease_step_bytes: how much to lease at a time, bytes; None: an eighth of `max_leased_bytes`.
-            host_tier_bytes: host memory for blocks that donors have no room for, bytes, taken when it opens.
-            device: UUID of the device that the engine computes on; empty: the backend's first.
+            host_tier_bytes: host memory for blocks that donors have no room for, bytes, taken when it opens; None: none.
+            device: UUID of the device that the engine computes on; None: the backend's first.
             backend: "cuda", "host" (shared memory; the devices are what the broker says), or "auto": what fits the
                 broker's devices.
-            share: also load blocks that other processes published in this namespace.
-            lookup_ms: how long the broker may take to find those; past it they are not loaded.
-            lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0:
-                the broker's default.
+            share: also load blocks that other processes published in this namespace; None: yes.
+            lookup_ms: how long the broker may take to find those; past it they are not loaded. None:
+                `DEFAULT_LOOKUP_MS`.
+            lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0 or
+                None: the broker's default.
             borrower_id: 16 bytes that name the cache to `Connection.count_hits`, drawn at random by the engine. A cache
-                that takes the place of a closed one may have its id; no two open ones may. Empty: drawn here.
+                that takes the place of a closed one may have its id; no two open ones may. None: drawn here.
         """
 
     def register_pool(

@@ -39,11 +39,11 @@ class CacheOpener:
             max_leased_bytes=settings.max_leased_bytes,
             lease_step_bytes=settings.lease_step_bytes,
             host_tier_bytes=settings.host_tier_bytes,
-            device=settings.device or gpu or "",
+            device=settings.device or gpu,
             backend="host" if settings.backend == "auto" and gpu is None else settings.backend,
             share=settings.share,
             # The scheduler has promised these blocks: a miss costs more now than it did there.
-            lookup_ms=max(settings.lookup_ms, 250),
+            lookup_ms=max(settings.lookup_ms, _native.DEFAULT_LOOKUP_MS),
             lend_drain_ms=settings.lend_drain_ms,
             borrower_id=self.borrower_id,
         )
