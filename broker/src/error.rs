@@ -1,5 +1,5 @@
-//! What goes wrong, for people: [`BrokerError`] when the broker cannot start or go on, [`Refused`] when it
-//! will not do what a caller asks. The only place where a refusal becomes a gRPC code.
+//! The broker's errors: [`BrokerError`] when it cannot start or go on, and [`Refused`] when it will not do what a
+//! caller asks. Only this module turns a refusal into a gRPC code.
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
@@ -11,7 +11,7 @@ use crate::{core::Refusal, probe::Unusable};
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// A setting is wrong: exit status 2.
+    /// A setting is wrong. The exit status is 2.
     #[error("configuration: {0}")]
     Config(String),
     /// Another broker runs with the same socket or state directory.
@@ -24,15 +24,15 @@ pub enum BrokerError {
         /// The setting to change.
         key: &'static str,
     },
-    /// Something that is no socket lies where the socket should be.
+    /// Something that is not a socket lies where the socket should be.
     #[error("{0} exists and is not a socket; remove it, or set another `socket`")]
     NotASocket(PathBuf),
     /// A file or socket could not be used.
     #[error("cannot {doing} {path}: {source}")]
     File {
-        /// "create", "lock", "bind", ...
+        /// The operation: "create", "lock", "bind", ...
         doing: &'static str,
-        /// What it was done to.
+        /// The file or socket.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -47,22 +47,22 @@ pub enum BrokerError {
         /// Why.
         source: io::Error,
     },
-    /// The simulated node is not described well.
+    /// The description of the simulated node is wrong.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// NVML cannot be used, and is demanded or there.
+    /// NVML cannot be used, although the settings demand it or the machine has it.
     #[error(
-        "NVML cannot be used: {0}. Install or mend the NVIDIA driver, or let the broker simulate a node with \
+        "NVML cannot be used: {0}. Install or repair the NVIDIA driver, or let the broker simulate a node with \
          --probe simulated"
     )]
     Nvml(#[from] Unusable),
-    /// The gRPC server could not be put together.
+    /// The gRPC server could not be built.
     #[error("gRPC server: {0}")]
     Grpc(String),
 }
 
 impl BrokerError {
-    /// For `map_err` on a file operation.
+    /// Makes the error of a failed file operation, for `map_err`.
     pub fn file(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::File {
@@ -84,30 +84,30 @@ impl BrokerError {
 /// Why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// INVALID_ARGUMENT: a field broke its bound.
+    /// INVALID_ARGUMENT: a field is out of bounds.
     #[error(transparent)]
     Field(#[from] InvalidField),
-    /// The core will not do it.
+    /// The core refuses.
     #[error(transparent)]
     Core(#[from] Refusal),
-    /// FAILED_PRECONDITION: sessions are bound to a process, which TCP cannot name.
+    /// FAILED_PRECONDITION: a session is bound to a process, and TCP does not tell which process is the peer.
     #[error(
         "the Broker service is served on the broker's Unix socket only: a session is bound to the process \
-         at the other end, which TCP cannot name"
+         at the other end, and TCP does not tell which process that is"
     )]
     NotOverTcp,
-    /// FAILED_PRECONDITION: the peer's death could not be seen.
+    /// FAILED_PRECONDITION: the broker could not see the peer's death.
     #[error("{0}")]
     Unwatchable(String),
-    /// FAILED_PRECONDITION: an offer of a descriptor that was never uploaded.
+    /// FAILED_PRECONDITION: the session offers an allocation without having uploaded its descriptor.
     #[error(
-        "allocation {0}: no descriptor was uploaded for it by this session; send it over the fd socket \
-         before offering"
+        "allocation {0}: this session has uploaded no descriptor for it; send the descriptor over the fd socket \
+         before the offer"
     )]
     NoDescriptor(AllocationId),
     /// RESOURCE_EXHAUSTED: the grant could not be recorded, so it was taken back.
     #[error(
-        "the ledger {path} cannot be written ({problem}); no slab is lent until it can be. Free space there"
+        "the ledger {path} cannot be written ({problem}), and no slab is lent until it can. Free space there"
     )]
     Unrecorded {
         /// The ledger file.
@@ -115,14 +115,14 @@ pub enum Refused {
         /// Why.
         problem: String,
     },
-    /// UNAVAILABLE: the broker is on its way out.
+    /// UNAVAILABLE: the broker is shutting down.
     #[error("the broker is shutting down; connect again shortly")]
     ShuttingDown,
-    /// DEADLINE_EXCEEDED: a stream that did not say who it is.
+    /// DEADLINE_EXCEEDED: the client opened a stream and did not say for which session.
     #[error("no `attach` arrived within {0} ms")]
     NotAttached(u128),
-    /// INTERNAL: the core answered with something else than the event's reply.
-    #[error("the broker's core answered out of turn; this is a bug")]
+    /// INTERNAL: the core's reply does not belong to the event.
+    #[error("the broker's core gave a reply to something else; this is a bug")]
     OutOfTurn,
 }
 

@@ -1,4 +1,4 @@
-//! What Prometheus asks: gauges read from the state, then everything as text over HTTP/1.
+//! Serves the metrics to Prometheus over HTTP/1. Gauges are read from the state at every scrape.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -14,11 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{core::Account, owner::Owner};
 
-/// Scrapers at once.
+/// The most connections at one time.
 const MAX_CONNECTIONS: usize = 16;
-/// Time a connection may last: scrapers come back.
+/// The longest time that a connection may last. Scrapers connect again.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// Pause after a failed accept, so that a full descriptor table does not spin.
+/// The pause after a failed accept. Without it, a full descriptor table would make the loop spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves `/metrics` until `stop`.
@@ -83,7 +83,7 @@ fn render(owner: &Owner) -> String {
     owner.read(|state| {
         for view in state.devices() {
             let device = || Label::new("device", view.device.uuid.to_string());
-            // 0: unknown.
+            // 0 means that the size is unknown.
             if view.device.hbm_bytes > 0 {
                 metrics.set(
                     "swiftcache_hbm_bytes",
@@ -91,8 +91,8 @@ fn render(owner: &Owner) -> String {
                     view.device.hbm_bytes,
                 );
             }
-            for (place, bytes) in places(view.account) {
-                let labels = vec![device(), Label::new("state", place)];
+            for (name, bytes) in states(view.account) {
+                let labels = vec![device(), Label::new("state", name)];
                 metrics.set("swiftcache_offered_bytes", labels, bytes);
             }
         }
@@ -110,7 +110,8 @@ fn render(owner: &Owner) -> String {
     metrics.render()
 }
 
-fn places(account: Account) -> [(&'static str, u64); 5] {
+/// The bytes of a device in each state.
+fn states(account: Account) -> [(&'static str, u64); 5] {
     [
         ("free", account.free),
         ("leased", account.leased),

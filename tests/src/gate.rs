@@ -1,5 +1,6 @@
-//! A gate before the broker: passes every call and message on, but holds, refuses or loses those it is told to. The
-//! node's broker sees this process at the other end, so sessions of the test's own process work through it.
+//! A gate between clients and the broker. It passes every call and message on, except those that a test tells it to
+//! hold, refuse or lose. The broker sees this process as the peer, so sessions of the test's own process work through
+//! the gate.
 
 use std::{
     collections::HashMap,
@@ -33,29 +34,29 @@ use crate::node::{self, Node};
 pub enum Stage {
     /// It came to the gate.
     Arrived,
-    /// The broker has done it, and its answer went no further than here.
+    /// The broker has carried out the call, and the gate did not pass the answer on.
     Done,
-    /// The broker's answer went back. A message went on.
+    /// The gate passed the broker's answer back to the caller, or passed the message on.
     Answered,
-    /// The gate refused it, or cut the connection before anyone heard of it.
+    /// The gate refused it, or cut the connection before it reached the other side.
     Refused,
-    /// The caller went away before it was answered.
+    /// The caller went away before the answer came.
     GivenUp,
 }
 
-/// What goes wrong with a call (by its name, such as `Offer`), or with a message on a session's stream (`Acknowledge`,
-/// `Scrubbed`, `Unpin`, `Revoke`, `Returned`, `Scrub`).
+/// How a call (by its name, such as `Offer`) or a message on a session's stream (`Acknowledge`, `Scrubbed`, `Unpin`,
+/// `Revoke`, `Returned`, `Scrub`) fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The broker never hears of the call, and the caller is told this code.
+    /// The broker never receives the call, and the caller receives this code.
     Refuse(Code),
-    /// The broker does it, and the caller is told this code instead of the answer.
+    /// The broker carries out the call, and the caller receives this code instead of the answer.
     Deny(Code),
-    /// The broker does it, and the answer never comes. The connection lasts.
+    /// The broker carries out the call, and the answer never comes. The connection stays.
     Swallow,
-    /// The connection is lost on the way there: nobody hears of the call or the message.
+    /// The connection is lost before the call or the message reaches the other side.
     CutBefore,
-    /// The connection is lost on the way back: the broker has done it. A message has come through.
+    /// The connection is lost after the broker has carried out the call, or after the message has arrived.
     CutAfter,
 }
 
@@ -74,7 +75,7 @@ impl Rules {
         Some(*fault)
     }
 
-    /// The answer with a few bytes changed, where that still is one.
+    /// Changes a few bytes of the answer. Returns it unchanged when the result cannot be decoded.
     fn garble<T: prost::Message + Default>(&mut self, answer: T) -> T {
         let Some(rng) = &mut self.garbled else {
             return answer;
@@ -94,9 +95,9 @@ impl Rules {
 struct Shared {
     broker: BrokerClient<Channel>,
     rules: Mutex<Rules>,
-    /// The call that is held at present.
+    /// The name of the calls that are held at present.
     held: watch::Sender<Option<&'static str>>,
-    /// The connections that came since the last cut.
+    /// The connections that were accepted since the last cut.
     sockets: Mutex<Vec<OwnedFd>>,
 }
 
@@ -111,12 +112,12 @@ impl Shared {
 
     fn cut(&self) {
         for socket in self.sockets().drain(..) {
-            // One that its client has closed needs no cutting.
+            // This fails for a connection that its client has closed already.
             let _ = rustix::net::shutdown(&socket, Shutdown::Both);
         }
     }
 
-    /// Whether a message of a session's stream goes on, after the fault that is due for it.
+    /// Applies the fault that is due for a message of a session's stream. Returns whether the message passes.
     fn passes(&self, message: &'static str) -> bool {
         let fault = self.rules().fault(message);
         let (passes, cuts) = match fault {
@@ -137,12 +138,12 @@ impl Shared {
     }
 }
 
-/// The gate, open when it is made.
+/// The gate. A new gate is open.
 #[derive(Debug)]
 pub struct Gate {
     shared: Arc<Shared>,
     socket: PathBuf,
-    // Ends the service with the gate.
+    // The service ends when this is dropped with the gate.
     _runtime: Runtime,
 }
 
@@ -186,7 +187,7 @@ impl Gate {
         })
     }
 
-    /// Its socket.
+    /// The gate's socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -199,12 +200,12 @@ impl Gate {
         node::connect(self.socket.clone(), name)
     }
 
-    /// Has the next so many calls or messages of a name fail in this way.
+    /// Makes the next `times` calls or messages with this name fail in this way.
     pub fn fail(&self, what: &'static str, fault: Fault, times: usize) {
         self.shared.rules().faults.insert(what, (fault, times));
     }
 
-    /// Has nothing fail any more.
+    /// Removes all faults.
     pub fn mend(&self) {
         self.shared.rules().faults.clear();
     }
@@ -214,27 +215,27 @@ impl Gate {
         self.shared.cut();
     }
 
-    /// Changes bytes of every answer from now on, or of none.
+    /// With a generator, changes bytes of every answer from now on. Without one, changes no more answers.
     pub fn garble(&self, rng: Option<StdRng>) {
         self.shared.rules().garbled = rng;
     }
 
-    /// Holds calls of this name until [`Self::open`].
+    /// Holds calls with this name until [`Self::open`].
     pub fn hold(&self, call: &'static str) {
         self.shared.held.send_replace(Some(call));
     }
 
-    /// Holds nothing any more.
+    /// Releases the held calls, and holds no more calls.
     pub fn open(&self) {
         self.shared.held.send_replace(None);
     }
 
-    /// What has become of calls so far, in order.
+    /// The stages of calls and messages so far, in order.
     pub fn log(&self) -> Vec<(&'static str, Stage)> {
         self.shared.rules().log.clone()
     }
 
-    /// How often that has come to pass.
+    /// How many calls or messages with this name have reached this stage.
     pub fn count(&self, call: &'static str, stage: Stage) -> usize {
         let log = &self.shared.rules().log;
         log.iter().filter(|entry| **entry == (call, stage)).count()
@@ -243,7 +244,7 @@ impl Gate {
 
 struct Service(Arc<Shared>);
 
-/// Notes what became of a call, also when it is dropped.
+/// Logs a call's last stage when it is dropped.
 struct Passing<'a> {
     shared: &'a Shared,
     call: &'static str,
@@ -275,7 +276,7 @@ impl Service {
             call,
             stage: Stage::GivenUp,
         };
-        let at_the_gate = |code| Err(Status::new(code, "said at the gate"));
+        let at_the_gate = |code| Err(Status::new(code, "the gate gave this answer"));
         match fault {
             Some(Fault::Refuse(code)) => {
                 passing.stage = Stage::Refused;
@@ -289,7 +290,7 @@ impl Service {
             _ => {}
         }
         let mut held = self.0.held.subscribe();
-        // A gate that is gone holds nothing.
+        // This fails when the gate is dropped. Then nothing is held.
         let _ = held.wait_for(|held| *held != Some(call)).await;
         let answer = ask(self.0.broker.clone()).await;
         if let Some(fault) = fault {
@@ -305,12 +306,12 @@ impl Service {
             return future::pending().await;
         }
         passing.stage = Stage::Answered;
-        // Only its own words: the answer's trailers are the connection's.
+        // Passes on the code and the text only. The trailers belong to the gate's connection with the broker.
         answer.map_err(|status| Status::new(status.code(), status.message()))
     }
 }
 
-/// The name of what a client says on its stream.
+/// The name of a message that a client sends on its stream.
 fn said_name(said: &v1::SessionRequest) -> &'static str {
     use v1::session_request::Message;
     match said.message {
@@ -322,7 +323,7 @@ fn said_name(said: &v1::SessionRequest) -> &'static str {
     }
 }
 
-/// The name of what the broker says on a session's stream.
+/// The name of a message that the broker sends on a session's stream.
 fn told_name(told: &v1::SessionResponse) -> &'static str {
     use v1::session_response::Message;
     match told.message {
@@ -351,7 +352,7 @@ macro_rules! passes {
                 &self,
                 request: Request<Streaming<v1::SessionRequest>>,
             ) -> Result<Response<Self::SessionStream>, Status> {
-                // A stream that broke ends: the broker sees no more of it.
+                // When the client's stream breaks, the stream to the broker ends.
                 let said = request.into_inner().map_while(Result::ok);
                 let gate = Arc::clone(&self.0);
                 let said = said.filter(move |said| gate.passes(said_name(said)));

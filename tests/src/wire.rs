@@ -1,4 +1,4 @@
-//! The protocol spoken by hand, for what the client library would never say.
+//! Calls and messages of the protocol without the client library, for requests that the library never makes.
 
 use std::{
     fs::File,
@@ -35,7 +35,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Will connect to the broker at `socket` when first used, and again after it restarted.
+    /// A connection to the broker at `socket`. It connects when it is first used, and again after the broker has
+    /// restarted.
     ///
     /// # Errors
     /// When the operating system refuses a thread.
@@ -57,10 +58,10 @@ impl Wire {
         })
     }
 
-    /// Another connection to the same broker, on the same thread: one takes no more than 200 streams.
+    /// Another connection to the same broker, on the same thread. A connection takes no more than 200 streams.
     ///
     /// # Errors
-    /// When `socket` is no path for one.
+    /// When `socket` is not a valid path of a socket.
     pub fn another(&self, socket: &Path) -> Result<Self> {
         let _inside = self.runtime.enter();
         let channel = Endpoint::try_from(format!("unix://{}", socket.display()))?
@@ -77,7 +78,7 @@ impl Wire {
         self.runtime.block_on(answer)
     }
 
-    /// The connection.
+    /// The gRPC channel of the connection.
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }
@@ -89,7 +90,7 @@ impl Wire {
 
     /// The Admin service.
     pub fn admin(&self) -> AdminClient<Channel> {
-        // Lists grow with the node.
+        // Some answers list everything on the node, so their size has no bound.
         AdminClient::new(self.channel()).max_decoding_message_size(usize::MAX)
     }
 
@@ -116,17 +117,17 @@ impl Wire {
     }
 }
 
-/// A session of this process, with nothing done for it: no stream, no acknowledgement.
+/// A session of this process that does nothing by itself: it attaches no stream and acknowledges no revocation.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// Its connection.
+    /// The connection.
     pub wire: Wire,
-    /// Its id.
+    /// The session's id.
     pub session: u64,
 }
 
 impl Member {
-    /// Offers a region of its own allocation, named by `id`; returns its memory.
+    /// Offers a region that is a whole new allocation. Both have this `id`. Returns the memory.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -165,7 +166,7 @@ impl Member {
         Ok(())
     }
 
-    /// Leases up to `bytes` for `namespace`, computing on `device`.
+    /// Leases up to `bytes` for `namespace`, for an engine that computes on `device`.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -199,7 +200,7 @@ impl Member {
         }
     }
 
-    /// Publishes blocks in a lease, the first in slot 0.
+    /// Publishes blocks in a lease. The first block is in slot 0.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -216,7 +217,7 @@ impl Member {
             .map(drop)
     }
 
-    /// How many of these leading blocks a lookup finds.
+    /// Looks these blocks up. Returns how many of them, counted from the first, the broker finds.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -245,7 +246,7 @@ impl Member {
         released.map(drop)
     }
 
-    /// Asks for regions back.
+    /// Withdraws regions.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -261,7 +262,7 @@ impl Member {
             .map(drop)
     }
 
-    /// Resumes the session, claiming `held`; returns the leases that are not its own.
+    /// Resumes the session and claims the leases `held`. Returns those that are not the session's.
     ///
     /// # Errors
     /// When the broker refuses.
@@ -325,16 +326,16 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// What the broker says next.
+    /// Waits for the broker's next message.
     ///
     /// # Errors
-    /// When the stream ends, or nothing comes within a minute.
+    /// When the stream ends, or no message comes within [`PATIENCE`].
     pub fn hear(&mut self) -> Result<session_response::Message> {
         let receive = &mut self.receive;
         let next = self
             .wire
             .wait(async { tokio::time::timeout(PATIENCE, receive.message()).await });
-        let message = next.context("the broker says nothing")??;
+        let message = next.context("the broker sends no message")??;
         let message = message.context("the stream ended")?.message;
         message.context("an empty message")
     }
@@ -342,26 +343,26 @@ impl Stream {
     /// Waits for a revocation.
     ///
     /// # Errors
-    /// When something else comes.
+    /// When another message comes.
     pub fn revocation(&mut self) -> Result<v1::Revoke> {
         match self.hear()? {
             session_response::Message::Revoke(revoke) => Ok(revoke),
-            other => bail!("no revocation: {other:?}"),
+            other => bail!("not a revocation: {other:?}"),
         }
     }
 
-    /// Waits for a region to be returned.
+    /// Waits for the message that a region is returned. Returns the region's id.
     ///
     /// # Errors
-    /// When something else comes.
+    /// When another message comes.
     pub fn returned(&mut self) -> Result<Vec<u8>> {
         match self.hear()? {
             session_response::Message::Returned(returned) => Ok(returned.region_id.to_vec()),
-            other => bail!("no return: {other:?}"),
+            other => bail!("not a returned region: {other:?}"),
         }
     }
 
-    /// Says something.
+    /// Sends a message.
     ///
     /// # Errors
     /// When the stream is gone.

@@ -1,4 +1,5 @@
-//! A client whose broker talks nonsense: every call ends, nothing panics, and an honest broker is served again.
+//! A client whose broker sends garbage: every call ends, nothing panics, and the client works with an honest broker
+//! again.
 
 use std::{
     io::{Read, Write},
@@ -28,7 +29,7 @@ use swiftcache_tests::{
     seed::Course,
 };
 
-/// What an HTTP/2 server says first, and empty settings.
+/// The first frame of an HTTP/2 server: empty settings.
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 #[test]
@@ -78,7 +79,7 @@ fn raw_garbage_from_a_broker_is_no_connection() -> Result<()> {
     Ok(())
 }
 
-/// Well-formed answers that say anything at all.
+/// The answers can be decoded, and their values are random.
 #[test]
 fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     let mut course = Course::new("forged answers", 60);
@@ -92,7 +93,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     let engine = Engine::new(Some(session.clone()), node.layer()?, config)?;
     gate.garble(Some(StdRng::seed_from_u64(course.seed)));
     while course.goes_on() {
-        // What comes of it is the forger's; that it comes is the client's.
+        // The forged answers decide the results. The client must only bring each call to an end.
         let n = course.rng.random_range(0..100_u32);
         engine.store(&[n, n + 1_000, n + 2_000])?;
         drop(engine.lookup(&[n, n + 1_000, n + 2_000, n + 3_000]));
@@ -108,8 +109,8 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
     gate.garble(None);
     drop(engine);
     drop(session);
-    // One that was told a wrong session id cannot leave: what it holds is its process's, which lives on here. Fresh slabs
-    // are anybody's, and blocks that it has not published.
+    // A client that was told a wrong session id cannot leave. Its leases stay with its process, which is this one and
+    // lives on. So the honest client gets new slabs and other blocks.
     let _another = donor_process(&node, 2, 4)?;
     let honest = Engine::new(
         Some(node.session("honest")?),

@@ -1,5 +1,5 @@
-//! A GPU node whose driver does not answer for one of its GPUs: that GPU, or that figure, is missing, and nothing else.
-//! Real brokers and the real command, over a stub of NVML that answers what the test says.
+//! A GPU node whose driver does not answer for one of its GPUs. Then that GPU or that figure is missing, and nothing
+//! else. The broker and the command are real, and use a stub of NVML whose answers the test chooses.
 
 use std::{
     env, fs,
@@ -22,17 +22,17 @@ use swiftcache_tests::{
 const LOST: u32 = 15;
 const NOT_SUPPORTED: u32 = 3;
 const UNKNOWN: u32 = 999;
-/// What NVML says of a GPU that it cannot speak of.
+/// The codes that NVML answers with when it cannot tell something about a GPU.
 const CODES: [u32; 3] = [LOST, NOT_SUPPORTED, UNKNOWN];
 
-/// Cargo builds it beside this test.
+/// The library of the stub. Cargo builds it beside this test.
 fn stub() -> Result<PathBuf> {
     let library = env::current_exe()?.with_file_name("libswiftcache_stub_nvml.so");
     ensure!(library.is_file(), "{} is missing", library.display());
     Ok(library)
 }
 
-/// A machine with three GPUs, and a broker that finds them by itself.
+/// A machine with three GPUs, and a broker that finds them through NVML.
 struct Machine {
     directory: tempfile::TempDir,
     library: PathBuf,
@@ -40,7 +40,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// One whose NVML is `library` and answers as the file says.
+    /// A machine whose NVML is `library`, with these lines in the stub's file.
     fn with(library: PathBuf, answers: &str) -> Result<Self> {
         let machine = Self {
             directory: tempfile::tempdir()?,
@@ -81,7 +81,7 @@ impl Machine {
         Ok(command)
     }
 
-    /// Has NVML answer differently from now on.
+    /// Makes NVML answer by these lines from now on.
     fn answers(&self, answers: &str) -> Result<()> {
         let file = self.path().join("nvml");
         let fresh = self.path().join("nvml.new");
@@ -140,7 +140,7 @@ fn device(node: &v1::GetNodeResponse, number: u32) -> Option<&v1::DeviceStatus> 
     node.devices.iter().find(is)
 }
 
-/// Everything that can be said of a GPU is said.
+/// Checks that the broker knows everything about a GPU.
 fn whole(node: &v1::GetNodeResponse, number: u32) -> Result<()> {
     let status = device(node, number).with_context(|| format!("GPU {number} is missing"))?;
     let device = status.device.as_ref().context("no device")?;
@@ -159,7 +159,7 @@ fn whole(node: &v1::GetNodeResponse, number: u32) -> Result<()> {
     Ok(())
 }
 
-/// GPUs 0 and 2, and the link between them, are what they are on a machine that is well.
+/// Checks that GPUs 0 and 2 and the link between them are the same as on the machine without faults.
 fn others_are_whole(node: &v1::GetNodeResponse, well: &v1::GetNodeResponse) -> Result<()> {
     ensure!(node.probe == "nvml", "{}", node.probe);
     for (from, to) in [(0, 2), (2, 0)] {
@@ -192,21 +192,21 @@ fn a_machine_that_is_well_has_all_its_gpus() -> Result<()> {
     Ok(())
 }
 
-/// What becomes of a GPU for which a call is answered with an error at start.
+/// What is missing when a call about a GPU is answered with an error at start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Cost {
-    /// It is left out.
+    /// The GPU is left out.
     Gpu,
-    /// It is there, and the broker says what is missing.
+    /// The GPU is listed, and the broker says which fact is missing.
     Figure,
-    /// It is there, and nothing that matters is missing.
+    /// The GPU is listed, and nothing that matters is missing.
     Nothing,
 }
 
 #[test]
 fn an_answer_that_is_missing_at_start_costs_that_gpu_or_that_figure_only() -> Result<()> {
     use Cost::{Figure, Gpu, Nothing};
-    // What it costs to be lost, not supported, unknown.
+    // The costs of each call's codes, in the order of CODES: lost, not supported, unknown.
     let calls = [
         ("nvmlDeviceGetHandleByIndex_v2", [Gpu, Gpu, Gpu]),
         ("nvmlDeviceGetUUID", [Gpu, Gpu, Gpu]),
@@ -234,7 +234,7 @@ fn an_answer_that_is_missing_at_start_costs_that_gpu_or_that_figure_only() -> Re
 fn check_start(fault: &str, cost: Cost, well: &v1::GetNodeResponse) -> Result<()> {
     let machine = Machine::started(fault)?;
     let node = machine.node()?;
-    // Peer access is of two GPUs: what GPU 1 does not say of it, the others cannot say either.
+    // Peer access belongs to two GPUs. Without an answer for GPU 1, the other GPUs' links to it are unknown too.
     if fault.starts_with("nvmlDeviceGetP2PStatus") {
         ensure!(node.devices.len() == 3 && link(&node, 0, 2) == link(well, 0, 2));
         let kind = link(&node, 0, 1).context("no link")?.kind();
@@ -318,10 +318,10 @@ fn an_answer_that_is_missing_later_makes_one_gpus_use_unknown_until_it_comes_aga
     Ok(())
 }
 
-/// Why the broker asks by ordinal: asked by UUID, NVML knows no GPU while any one of them is lost.
+/// This is why the broker asks for GPUs by ordinal: asked by UUID, NVML finds no GPU at all while one of them is lost.
 #[test]
 fn asked_by_uuid_one_lost_gpu_would_cost_them_all() -> Result<()> {
-    // The stub is told by its process's environment what to answer, so the asking is done by a process for it.
+    // The stub reads its directory from the environment of its process, so this test asks in a child process.
     if env::var_os("SWIFTCACHE_STUB_DIR").is_some() {
         let library = Nvml::builder().lib_path(stub()?.as_os_str()).init()?;
         let by_uuid = library.device_by_uuid(uuid(0));

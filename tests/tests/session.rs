@@ -1,4 +1,4 @@
-//! Sessions with a real broker, or with none: every call ends, and a lost connection comes back.
+//! Sessions with a real broker, or without one: every call ends, and a lost connection is restored.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -108,7 +108,7 @@ fn calls_can_be_awaited_on_any_runtime() -> Result<()> {
         session
             .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
             .await?;
-        // Waiting inside a runtime blocks its thread, but neither panics nor hangs.
+        // A wait inside a runtime blocks its thread, but neither panics nor hangs.
         session
             .lookup(&Asker::new("model"), &[BlockHash([1; 16])], PATIENCE)
             .wait()?;
@@ -125,7 +125,7 @@ fn any_demand(node: &Node) -> Demand {
     }
 }
 
-/// What was asked for while there was no connection is not an unanswered call of the next one.
+/// A call that is made without a connection does not count as an unanswered call of the next connection.
 #[test]
 fn a_call_made_while_disconnected_costs_no_connection() -> Result<()> {
     let mut node = Node::start(&[])?;
@@ -141,7 +141,7 @@ fn a_call_made_while_disconnected_costs_no_connection() -> Result<()> {
     let first = session.epoch();
     node.start_broker()?;
     session.wait_connected(PATIENCE)?;
-    // By the time that a call has been made, the connection has been looked after once at least.
+    // When this call returns, the session has checked the connection for unanswered calls at least once.
     let called = session.release(Vec::new()).wait();
     ensure!(called.is_ok(), "{called:?}");
     ensure!(
@@ -151,7 +151,8 @@ fn a_call_made_while_disconnected_costs_no_connection() -> Result<()> {
     Ok(())
 }
 
-/// The twin: a lease that the broker may have granted costs the connection that it was asked on, and no other.
+/// When the broker may have granted a lease and the answer is missing, the session gives up the connection that the
+/// call was made on, and no other connection.
 #[test]
 fn a_lease_that_may_have_been_granted_costs_its_own_connection_only() -> Result<()> {
     let node = Node::start(&[])?;
@@ -164,7 +165,7 @@ fn a_lease_that_may_have_been_granted_costs_its_own_connection_only() -> Result<
     eventually("the next connection", || {
         Ok(session.epoch() == first + 1 && session.is_connected())
     })?;
-    // One that is lost with its connection says nothing about the next.
+    // A lease that is lost with its connection does not cost the next connection.
     gate.hold("Lease");
     let lost = session.lease(any_demand(&node));
     eventually("the call to be under way", || {
@@ -180,7 +181,7 @@ fn a_lease_that_may_have_been_granted_costs_its_own_connection_only() -> Result<
     session.wait_connected(PATIENCE)?;
     session.release(Vec::new()).wait()?;
     ensure!(session.epoch() == first + 2);
-    // Nor does one that was refused.
+    // A lease that is refused does not cost a connection either.
     gate.fail("Lease", Fault::Refuse(Code::ResourceExhausted), 1);
     let refused = session.lease(any_demand(&node)).wait();
     ensure!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
@@ -189,24 +190,24 @@ fn a_lease_that_may_have_been_granted_costs_its_own_connection_only() -> Result<
     Ok(())
 }
 
-/// A drain window of zero is the broker's own, whoever counts it.
+/// A drain window of zero stands for the broker's default.
 #[test]
 fn no_drain_window_means_the_brokers() -> Result<()> {
     let mut node = Node::start(&["--drain-ms", "7654"])?;
     let session = node.session("donor")?;
     let ms = Duration::from_millis;
     ensure!(session.drain_window(Duration::ZERO) == ms(7654));
-    // What is given is given, in whole milliseconds and within the protocol's bound.
+    // Any other window stays as it is, rounded up to whole milliseconds and limited to the protocol's bound.
     ensure!(session.drain_window(ms(20)) == ms(20));
     ensure!(session.drain_window(Duration::from_nanos(1)) == ms(1));
     ensure!(session.drain_window(Duration::MAX) == ms(600_000));
     node.kill_broker()?;
-    eventually("the broker to be missed", || Ok(!session.is_connected()))?;
+    eventually("the connection to be lost", || Ok(!session.is_connected()))?;
     ensure!(session.drain_window(Duration::ZERO) == ms(7654));
     Ok(())
 }
 
-/// Tries to block the session's own thread.
+/// An observer that tries to block the session's own thread.
 struct Blocking {
     session: Session,
     outcome: Mutex<Option<Result<(), Error>>>,

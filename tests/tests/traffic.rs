@@ -1,4 +1,4 @@
-//! What engines move, as operators see it: the broker sees no copies, so sessions report them.
+//! The bytes that engines move, as operators see them. Sessions report these bytes, because the broker sees no copies.
 
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
@@ -69,7 +69,7 @@ fn the_node_knows_what_its_engines_move_over_which_link() -> Result<()> {
     ensure!(Traffic::try_from(reported)? == traffic);
     ensure!(of("donor").context("no donor")?.traffic.is_none());
 
-    // What it moved last is told before it leaves, and outlives it.
+    // The session reports its last bytes before it leaves. The broker keeps them in its totals.
     ensure!(engine.fetch(&SEQUENCE)?.served == 6);
     drop(engine);
     eventually("the engine to leave", || {
@@ -94,7 +94,7 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
         let traffic = seen(&operator)?;
         Ok(traffic.stored[LinkKind::Nvlink] == BYTES && traffic.loaded[LinkKind::Nvlink] == BYTES)
     })?;
-    // Its answer is there when that of a later call is: what was confirmed is not told again.
+    // When a later call is answered, the report is answered too. So these bytes are not reported again.
     session
         .lookup(&Asker::new("another"), &[engine::hash(1)], PATIENCE)
         .wait()?;
@@ -112,7 +112,7 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
     ensure!(traffic.loaded[LinkKind::Nvlink] == BYTES, "{traffic:?}");
     ensure!(
         traffic.stored.total() == 0,
-        "of the broker before: {traffic:?}"
+        "these bytes were reported to the broker before: {traffic:?}"
     );
     Ok(())
 }
@@ -161,7 +161,7 @@ fn only_its_own_process_speaks_for_a_session() -> Result<()> {
     let report = |session_id| {
         let request = swiftcache_proto::v1::ReportRequest {
             session_id,
-            // Of an older client: nothing new, and no mistake.
+            // An older client may send a report without traffic.
             traffic: None,
         };
         wire.wait(wire.broker().report(request)).map(drop)

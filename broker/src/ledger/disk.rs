@@ -12,7 +12,7 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::{Ledger, Medium};
+use super::{Ledger, Storage};
 use crate::{core::Record, error::BrokerError};
 
 /// The name of the format in the header.
@@ -230,7 +230,7 @@ impl Disk {
     }
 }
 
-impl Medium for Disk {
+impl Storage for Disk {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let written = self.file.write_all(bytes);
         match &written {

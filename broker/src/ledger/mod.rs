@@ -18,7 +18,7 @@ pub use disk::{Disk, Lock, create_directory, open, set_aside};
 const REWRITE_GROWTH_BYTES: u64 = 1 << 20;
 
 /// The storage of the ledger's bytes.
-pub trait Medium: Send {
+pub trait Storage: Send {
     /// Adds bytes at the end: all of them, or none and an error.
     ///
     /// # Errors
@@ -40,18 +40,18 @@ pub trait Medium: Send {
 /// line. While the ledger is behind, no grant may be sent.
 pub struct Ledger {
     path: PathBuf,
-    medium: Box<dyn Medium>,
+    storage: Box<dyn Storage>,
     bytes: u64,
     bytes_after_rewrite: u64,
     behind: Option<String>,
 }
 
 impl Ledger {
-    /// A ledger in `medium`. `path` names it in errors.
-    pub fn new(path: &Path, medium: Box<dyn Medium>) -> Self {
+    /// A ledger in `storage`. `path` names it in errors.
+    pub fn new(path: &Path, storage: Box<dyn Storage>) -> Self {
         Self {
             path: path.to_owned(),
-            medium,
+            storage,
             bytes: 0,
             bytes_after_rewrite: 0,
             behind: None,
@@ -74,7 +74,7 @@ impl Ledger {
             return false;
         }
         let written = lines(records).and_then(|lines| {
-            self.medium.append(&lines)?;
+            self.storage.append(&lines)?;
             self.bytes += lines.len() as u64;
             Ok(())
         });
@@ -93,7 +93,7 @@ impl Ledger {
     pub fn rewrite(&mut self, records: &[Record]) -> bool {
         let was_behind = self.behind.is_some();
         let written = lines(records).and_then(|lines| {
-            self.bytes = self.medium.replace(&lines)?;
+            self.bytes = self.storage.replace(&lines)?;
             self.bytes_after_rewrite = self.bytes;
             Ok(())
         });
@@ -159,7 +159,7 @@ mod tests {
         }
     }
 
-    impl Medium for Memory {
+    impl Storage for Memory {
         fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
             self.check()?;
             self.bytes.lock().extend_from_slice(bytes);

@@ -1,6 +1,6 @@
-//! The single owner of [`State`]: every event goes through [`Owner::apply`], which carries out the effects in
-//! order under one lock that is never held across an await. The core only computes; a ledger append is a write
-//! to the page cache; a stream is never waited for: so the lock is held for microseconds.
+//! The single owner of [`State`]. Every event goes through [`Owner::apply`], which carries out the effects in order
+//! under one lock. The lock is never held across an await. It is held for microseconds, because the core only computes,
+//! an append to the ledger is a write to the page cache, and nobody waits for a stream.
 
 mod attach;
 mod reports;
@@ -47,28 +47,28 @@ struct Inner {
     deaths: DeathWatch,
     events: EventLog,
     reports: Reports,
-    /// Sessions that must attach again once the ledger is whole: a message they must not act on before it is
-    /// recorded was not sent to them.
+    /// Sessions that must attach again once the ledger is whole. A message was withheld from them, because they must
+    /// not act on it before it is recorded.
     withheld: HashSet<SessionId>,
     closing: bool,
 }
 
-/// What an owner is made of.
+/// The parts of an owner.
 pub struct Parts {
     /// The core, restored from the ledger.
     pub state: State,
     /// The ledger.
     pub ledger: Ledger,
-    /// Where deaths are reported.
+    /// The channel that receives processes that have died.
     pub deaths: mpsc::UnboundedSender<Process>,
-    /// The most descriptors kept for donors.
+    /// The most descriptors that are kept for donors.
     pub max_descriptors: usize,
     /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
 impl Owner {
-    /// Takes over. Draws the broker's boot id.
+    /// An owner of the state. Draws the broker's boot id.
     pub fn new(parts: Parts) -> Self {
         Self {
             inner: Mutex::new(Inner {
@@ -89,27 +89,27 @@ impl Owner {
         }
     }
 
-    /// Drawn at random when the broker started.
+    /// The boot id, which was drawn at random when the broker started.
     pub fn boot_id(&self) -> u64 {
         self.boot_id
     }
 
-    /// Since the broker started.
+    /// The time since the broker started.
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// When the core's clock read 0, milliseconds since 1970.
+    /// The time at which the core's clock was 0, in milliseconds since 1970.
     pub fn started_unix_ms(&self) -> u64 {
         self.started_unix_ms
     }
 
-    /// The clock that the core is told.
+    /// The present time on the core's clock.
     pub fn now(&self) -> Now {
         Now(u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// Donors' descriptors.
+    /// The descriptors of donors.
     pub fn descriptors(&self) -> &Descriptors {
         &self.descriptors
     }
@@ -119,8 +119,8 @@ impl Owner {
         &self.metrics
     }
 
-    /// Watches every process that the restored state names. Called once, before the sockets open; the deaths
-    /// of those already gone arrive on the channel like any other.
+    /// Watches every process that the restored state names. Called once, before the sockets open. When a process has
+    /// died already, its death arrives on the channel like any other.
     pub fn watch_restored(&self) {
         let mut inner = self.inner.lock();
         let processes: Vec<Process> = inner.state.processes().collect();
@@ -129,11 +129,11 @@ impl Owner {
         }
     }
 
-    /// Lets an event happen and answers its caller. Everything the answer depends on is in the ledger when this
-    /// returns.
+    /// Applies an event and returns the answer to its caller. When this returns, the ledger has everything that the
+    /// answer depends on.
     ///
     /// # Errors
-    /// When the core refuses, or a grant could not be recorded and was taken back.
+    /// When the core refuses, or when a grant could not be recorded and was taken back.
     pub fn apply(&self, event: Event) -> Result<Reply, Refused> {
         let mut inner = self.inner.lock();
         let caller = match &event {
@@ -144,7 +144,7 @@ impl Owner {
         let Some(caller) = caller else {
             return answer(inner.apply(self, event).0);
         };
-        // A grant. It never leaves unrecorded.
+        // The event may be answered with a grant, which must be recorded before it leaves.
         if inner.ledger.behind().is_some() && !inner.rewrite(self) {
             return Err(inner.unrecorded());
         }
@@ -156,16 +156,16 @@ impl Owner {
         answer(reply)
     }
 
-    /// Opens or resumes a session for the process at the other end.
+    /// Opens or resumes a session for the peer's process.
     ///
     /// # Errors
-    /// When the core refuses, or the process's death could not be seen.
+    /// When the core refuses, or when the process's death cannot be watched.
     pub fn register(&self, peer: &Peer, register: Register) -> Result<Reply, Refused> {
         let mut inner = self.inner.lock();
         if inner.closing {
             return Err(Refused::ShuttingDown);
         }
-        // Before the session exists: a process that cannot be watched gets none.
+        // A process that cannot be watched gets no session, so the watch comes first.
         inner.deaths.watch_peer(peer).map_err(|error| {
             Refused::Unwatchable(format!(
                 "process {}: its death cannot be watched: {error}",
@@ -179,7 +179,7 @@ impl Owner {
         answer(reply)
     }
 
-    /// Time passes.
+    /// Tells the core that time has passed.
     pub fn tick(&self) {
         self.descriptors.expire(Instant::now());
         let mut inner = self.inner.lock();
@@ -189,14 +189,14 @@ impl Owner {
         }
     }
 
-    /// The kernel reports a process dead.
+    /// Tells the core that a process has died.
     pub fn process_gone(&self, process: Process) {
         let mut inner = self.inner.lock();
         inner.apply(self, Event::ProcessGone(process));
         inner.deaths.unwatch(process);
     }
 
-    /// Whether the session is this process's.
+    /// Whether the session belongs to this process.
     pub fn is_session_of(&self, session: SessionId, process: Process) -> bool {
         self.read(|state| {
             state
@@ -205,23 +205,23 @@ impl Owner {
         })
     }
 
-    /// Looks at the state.
+    /// Calls `look` with the state.
     pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.inner.lock().state)
     }
 
-    /// The newest of the wanted events, oldest first.
+    /// The newest of the wanted events. The oldest of them comes first.
     pub fn events(&self, wanted: &Wanted) -> Vec<v1::EventRecord> {
         self.inner.lock().events.list(wanted)
     }
 
-    /// Attached streams, watched processes.
+    /// The number of attached streams, and the number of watched processes.
     pub fn connections(&self) -> (usize, usize) {
         let inner = self.inner.lock();
         (inner.streams.count(), inner.deaths.count())
     }
 
-    /// The broker is on its way out: streams end, none begins.
+    /// Ends all streams, and lets no new one begin, because the broker is shutting down.
     pub fn close(&self) {
         let mut inner = self.inner.lock();
         inner.closing = true;
@@ -238,13 +238,13 @@ fn answer(reply: Option<Reply>) -> Result<Reply, Refused> {
 }
 
 impl Inner {
-    /// The reply, and whether all its records are in the ledger.
+    /// Applies an event. Returns the reply, and whether all records are in the ledger.
     fn apply(&mut self, owner: &Owner, event: Event) -> (Option<Reply>, bool) {
         let effects = self.state.apply(event, owner.now());
         self.carry_out(owner, effects, &mut |_, message| Some(message))
     }
 
-    /// Carries out effects in order, records first: nothing they speak of leaves before it is recorded.
+    /// Carries out effects in order, but records first, so that no message leaves before its facts are recorded.
     /// `divert` may keep a message from the session's queue.
     fn carry_out(
         &mut self,
@@ -266,7 +266,7 @@ impl Inner {
             match effect {
                 Effect::Reply(given) => reply = Some(given),
                 Effect::Record(_) => {}
-                // A restarted broker that knows nothing of this scrub could lend the slab while it is zeroed.
+                // Without a record of this scrub, a restarted broker could lend the slab while it is being zeroed.
                 Effect::Send(session, Outgoing::Scrub { .. }) if self.ledger.behind().is_some() => {
                     self.withheld.insert(session);
                 }
@@ -276,8 +276,8 @@ impl Inner {
                     {
                         tracing::warn!(
                             ?session,
-                            "a stream that is read too slowly was closed; attaching again brings what is \
-                             outstanding"
+                            "a stream that its client reads too slowly was closed; the client gets the outstanding \
+                             messages when it attaches again"
                         );
                         fallen.push(session);
                     }
@@ -315,8 +315,8 @@ impl Inner {
         }
     }
 
-    /// Rewrites the ledger from the state. Once it is whole, sessions from which something was withheld attach
-    /// again.
+    /// Rewrites the ledger from the state. Returns whether it is whole. Then it closes the streams from which a message
+    /// was withheld, so that their sessions attach again.
     fn rewrite(&mut self, owner: &Owner) -> bool {
         let records = self.state.records();
         let whole = self.ledger.rewrite(&records);
@@ -330,7 +330,7 @@ impl Inner {
         whole
     }
 
-    /// Undoes a grant that never left.
+    /// Undoes a grant that was not sent.
     fn take_back(&mut self, owner: &Owner, caller: Caller, reply: Option<Reply>) {
         let leases = match reply {
             Some(Reply::Leased { grants, .. }) => grants.iter().map(|grant| grant.lease).collect(),

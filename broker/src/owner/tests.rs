@@ -12,13 +12,13 @@ use swiftcache_proto::domain::{
 use super::*;
 use crate::{
     core::{CoreConfig, LeaseDemand, Node, Offer, Withdraw, WithdrawWhat},
-    ledger::Medium,
+    ledger::Storage,
 };
 
 const SLAB: u64 = 64 << 10;
 const REGION: RegionId = RegionId([1; 16]);
 
-/// A ledger that can be full, and says what it holds.
+/// Storage of a ledger in memory, which a test can make full and read.
 #[derive(Clone, Default)]
 struct Paper {
     lines: Arc<Mutex<Vec<u8>>>,
@@ -47,7 +47,7 @@ impl Paper {
     }
 }
 
-impl Medium for Paper {
+impl Storage for Paper {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.check()?;
         self.lines.lock().extend_from_slice(bytes);
@@ -81,7 +81,7 @@ fn node() -> Node {
     }
 }
 
-/// An owner, the paper its ledger is on, and this process as a peer.
+/// An owner, the storage of its ledger, and this process as a peer.
 struct World {
     owner: Arc<Owner>,
     paper: Paper,
@@ -170,7 +170,7 @@ impl World {
         self.owner.read(|state| state.total().leased) / SLAB
     }
 
-    /// The state a broker would start with now.
+    /// The state that a restarted broker would start with now.
     fn restarted(&self) -> State {
         State::restore(CoreConfig::default(), node(), self.paper.records()).unwrap()
     }
@@ -238,7 +238,11 @@ async fn letting_go_works_while_nothing_can_be_recorded_and_the_ledger_catches_u
     };
     world.owner.apply(release).unwrap();
     assert_eq!(world.leased(), 0);
-    assert_eq!(world.restarted().leases().count(), 1, "not yet");
+    assert_eq!(
+        world.restarted().leases().count(),
+        1,
+        "not recorded before the tick"
+    );
     world.paper.set_full(false);
     world.owner.tick();
     assert_eq!(world.restarted().leases().count(), 0);
@@ -261,10 +265,16 @@ async fn a_scrub_that_is_not_recorded_waits_until_it_is() {
 
     world.paper.set_full(true);
     world.lease(second, 1).unwrap_err();
-    assert!(stream.receiver.try_recv().is_err(), "no scrub unrecorded");
+    assert!(
+        stream.receiver.try_recv().is_err(),
+        "a scrub was sent and not recorded"
+    );
     world.paper.set_full(false);
     world.owner.tick();
-    assert!(stream.receiver.recv().await.is_none(), "attach again");
+    assert!(
+        stream.receiver.recv().await.is_none(),
+        "the stream must end, so that the donor attaches again"
+    );
     let stream = world.owner.attach(donor).unwrap();
     let scrub = &stream.outstanding[0].message;
     assert!(
@@ -304,7 +314,10 @@ async fn a_reader_too_slow_loses_its_stream_and_gets_everything_from_the_next() 
     let next = world.owner.attach(borrower).unwrap();
     assert_eq!(next.outstanding.len() as u64, slabs);
     drop(slow);
-    assert!(attached(), "the old stream's end is not the new one's");
+    assert!(
+        attached(),
+        "the end of the old stream must not end the new one"
+    );
     drop(next);
     assert!(!attached());
 }

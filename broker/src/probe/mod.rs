@@ -1,4 +1,4 @@
-//! Where the broker learns about devices: the NVIDIA driver, or a topology file that simulates a node. Never a
+//! Finds the node's devices: through the NVIDIA driver, or in a topology file that simulates a node. No probe creates a
 //! CUDA context.
 
 mod nvml;
@@ -14,18 +14,18 @@ pub use simulated::Simulated;
 
 use crate::error::BrokerError;
 
-/// The node simulated when there is no driver and no topology is named.
+/// The node that is simulated when there is no driver and no topology is named.
 pub const DEFAULT_TOPOLOGY: &str = "hgx-8";
 
-/// A node's devices.
+/// The source of a node's devices.
 pub trait Probe: Send + Sync {
-    /// For people: "nvml", or `simulated (TOPOLOGY)`.
+    /// The name of the source, for people: `nvml`, or `simulated (TOPOLOGY)`.
     fn source(&self) -> String;
 
-    /// The devices, found once at start.
+    /// The devices, which are found once at start.
     fn devices(&self) -> &[Device];
 
-    /// The links between them, both directions; pairs not listed have no peer access.
+    /// The links between the devices in both directions. Pairs that are not listed have no peer access.
     fn links(&self) -> &[Link];
 
     /// GPUs that the driver lists and the broker does not use.
@@ -33,16 +33,16 @@ pub trait Probe: Send + Sync {
         &[]
     }
 
-    /// What could not be learnt of a device at start, for people.
+    /// Says, for people, which facts about a device could not be read at start.
     fn doubts(&self, _device: &DeviceUuid) -> &[String] {
         &[]
     }
 
-    /// HBM in use on a device now, bytes, donated regions included. `donated` of them are known to the broker;
-    /// a probe that sees the hardware counts them itself. May block for milliseconds.
+    /// The bytes of HBM that are in use on a device now. This includes donated regions: the broker knows of `donated`
+    /// bytes, and a probe that sees the hardware counts those itself. May block for milliseconds.
     ///
     /// # Errors
-    /// When it cannot tell: why, for people.
+    /// When the use cannot be read. The error says why, for people.
     fn used_bytes(&self, device: &DeviceUuid, donated: u64) -> Result<u64, String>;
 }
 
@@ -51,9 +51,9 @@ pub trait Probe: Send + Sync {
 pub struct LeftOut {
     /// The driver's ordinal.
     pub ordinal: u32,
-    /// What it is called, where the driver said so.
+    /// The GPU's UUID, if the driver tells it.
     pub uuid: Option<DeviceUuid>,
-    /// Why, for people.
+    /// Why the broker does not use the GPU, for people.
     pub reason: String,
 }
 
@@ -71,10 +71,10 @@ impl fmt::Display for LeftOut {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProbeChoice {
-    /// A simulated node when a topology is named. Otherwise NVML; a simulated node only where NVML's library is absent
-    /// or lists no GPU.
+    /// A simulated node when a topology is named. Otherwise NVML, or a simulated node when NVML's library is absent or
+    /// lists no GPU.
     Auto,
-    /// NVML or nothing.
+    /// NVML. The broker does not start when NVML cannot be used.
     Nvml,
     /// A simulated node.
     Simulated,
@@ -83,7 +83,7 @@ pub enum ProbeChoice {
 /// Opens the probe that the settings ask for.
 ///
 /// # Errors
-/// When NVML was demanded and cannot be used, when it is there and does not work, or when the topology is refused.
+/// When NVML was demanded and cannot be used, when NVML is there and does not work, or when the topology is wrong.
 pub fn open(choice: ProbeChoice, topology: Option<&str>) -> Result<Arc<dyn Probe>, BrokerError> {
     let simulate = || Simulated::load(topology.unwrap_or(DEFAULT_TOPOLOGY));
     match choice {
@@ -92,13 +92,13 @@ pub fn open(choice: ProbeChoice, topology: Option<&str>) -> Result<Arc<dyn Probe
         ProbeChoice::Auto if topology.is_some() => Ok(Arc::new(simulate()?)),
         ProbeChoice::Auto => match Nvml::open() {
             Ok(nvml) => Ok(Arc::new(nvml)),
-            // A GPU node whose driver does not work is no machine without GPUs.
+            // This machine has GPUs, and their driver does not work. Simulated devices would hide that.
             Err(problem @ Unusable::Failed(_)) => Err(problem.into()),
             Err(problem) => {
                 tracing::warn!(
                     %problem,
                     topology = DEFAULT_TOPOLOGY,
-                    "there is no GPU: this broker SIMULATES its devices. --probe nvml demands real ones"
+                    "there is no GPU, so this broker SIMULATES its devices. --probe nvml demands real ones"
                 );
                 Ok(Arc::new(simulate()?))
             }

@@ -1,8 +1,8 @@
-//! Devices as the NVIDIA driver reports them through NVML. The library is opened at run time; what it lacks is
-//! a reason in words, never a panic.
+//! Devices as the NVIDIA driver reports them through NVML. The library is opened at run time. When it lacks something,
+//! the broker says so and does not panic.
 //!
-//! NVML answers for each GPU by itself. An answer that is missing costs that figure: it is unknown then. A GPU that is
-//! lost, or that NVML cannot name, costs that GPU: it is left out, and the others are there.
+//! NVML answers for each GPU by itself. When an answer is missing, that figure is unknown. When a GPU is lost, or NVML
+//! cannot tell its UUID, that GPU is left out and the others are used.
 
 use std::{collections::HashSet, ffi::OsStr};
 
@@ -19,43 +19,43 @@ use super::{LeftOut, Probe};
 
 /// The most NVLinks a GPU has (`NVML_NVLINK_MAX_LINKS`).
 const MAX_NVLINKS: u32 = 18;
-/// The speed of each active NVLink, MB/s in one direction: `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`, and
-/// `NVML_FI_DEV_NVLINK_GET_SPEED` (of link 0), of which a GPU may support neither.
+/// The fields with the speed of each active NVLink, in MB/s in one direction: `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`,
+/// and `NVML_FI_DEV_NVLINK_GET_SPEED` (of link 0). Some GPUs support neither.
 const NVLINK_SPEEDS: [FieldId; 2] = [FieldId(90), FieldId(164)];
 
-/// Why NVML is of no use here. Its text is for people.
+/// Why NVML cannot be used here. The text is for people.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// There is no NVML here: the library cannot be loaded.
     #[error("{0}")]
     Absent(String),
-    /// It works, and lists no GPU.
+    /// NVML works, and lists no GPU.
     #[error("{0}")]
     NoDevice(String),
-    /// It is there and does not work, or none of the GPUs that it lists can be used.
+    /// NVML is there and does not work, or none of the GPUs that it lists can be used.
     #[error("{0}")]
     Failed(String),
 }
 
-/// The node as NVML sees it. Link speeds are the driver's nominal ones.
+/// The node as NVML sees it. Link speeds are the nominal speeds that the driver tells.
 pub struct Nvml {
     library: nvml_wrapper::Nvml,
     devices: Vec<Device>,
-    /// What could not be learnt of each device at start, for people; in the order of `devices`.
+    /// The facts about each device that could not be read at start, for people, in the order of `devices`.
     doubts: Vec<Vec<String>>,
     left_out: Vec<LeftOut>,
     links: Vec<Link>,
-    /// Devices whose use could not be read the last time: the log names each once.
+    /// Devices whose HBM use could not be read the last time. The log names each of them once.
     unread: Mutex<HashSet<DeviceUuid>>,
 }
 
 type Gpu<'nvml> = nvml_wrapper::Device<'nvml>;
 
 impl Nvml {
-    /// Opens the driver's library and looks at its devices and links.
+    /// Opens the driver's library and reads its devices and links.
     ///
     /// # Errors
-    /// Why it cannot be used.
+    /// When NVML cannot be used.
     pub fn open() -> Result<Self, Unusable> {
         Self::open_at(&swiftcache_proto::nvml::library())
     }
@@ -63,7 +63,7 @@ impl Nvml {
     /// Opens the library at `path`.
     ///
     /// # Errors
-    /// Why it cannot be used.
+    /// When NVML cannot be used.
     pub fn open_at(path: &OsStr) -> Result<Self, Unusable> {
         let name = path.to_string_lossy();
         let failed = |error: NvmlError| Unusable::Failed(format!("{name}: {error}"));
@@ -101,14 +101,14 @@ impl Nvml {
         })
     }
 
-    /// By its ordinal: by UUID, NVML finds no GPU at all while any one of them is lost.
+    /// Asks for the GPU by its ordinal. Asked by UUID, NVML finds no GPU at all while one of them is lost.
     fn read_use(&self, device: &Device) -> Result<u64, NvmlError> {
         let gpu = self.library.device_by_index(device.ordinal)?;
         if gpu.uuid()? != device.uuid.as_str() {
             return Err(NvmlError::NotFound);
         }
         let memory = gpu.memory_info()?;
-        // What the driver keeps for itself is in use too.
+        // The memory that the driver keeps for itself is in use too.
         Ok(memory.total.saturating_sub(memory.free))
     }
 }
@@ -159,17 +159,17 @@ impl Probe for Nvml {
     }
 }
 
-/// A GPU as it is found at start.
+/// A GPU that was found at start.
 struct Seen<'nvml> {
     gpu: Gpu<'nvml>,
     device: Device,
-    /// Its place on the PCI bus, where it can be read.
+    /// The GPU's place on the PCI bus, if it can be read.
     bus_id: Option<String>,
-    /// What could not be learnt, for people.
+    /// The facts that could not be read, for people.
     doubts: Vec<String>,
 }
 
-/// The GPUs that can be used, and those that cannot, each with the reason in the log.
+/// Returns the GPUs that can be used and those that cannot. The log says why.
 fn look(library: &nvml_wrapper::Nvml, count: u32) -> (Vec<Seen<'_>>, Vec<LeftOut>) {
     let mut gpus = Vec::new();
     let mut left_out = Vec::new();
@@ -205,7 +205,7 @@ fn inspect(library: &nvml_wrapper::Nvml, ordinal: u32) -> Result<Seen<'_>, LeftO
     let uuid: DeviceUuid = uuid.parse().map_err(|problem| refuse(None, problem))?;
     let mut doubts = Vec::new();
     let mut figures = || -> Result<_, NvmlError> {
-        // Most kinds of GPU have no such mode, and say so.
+        // Most GPUs have no MIG mode, and answer that it is not supported.
         let mig = match gpu.mig_mode() {
             Err(NvmlError::NotSupported) => None,
             answer => known("its MIG mode", answer, &mut doubts)?,
@@ -234,7 +234,8 @@ fn inspect(library: &nvml_wrapper::Nvml, ordinal: u32) -> Result<Seen<'_>, LeftO
     })
 }
 
-/// What NVML answered, if it did. Fails only when the GPU is lost: nothing it says can be relied on then.
+/// Returns NVML's answer, or adds to `doubts` why there is none. Fails only when the GPU is lost: then no answer about
+/// it is reliable.
 fn known<T>(
     what: &str,
     answer: Result<T, NvmlError>,
@@ -250,7 +251,8 @@ fn known<T>(
     }
 }
 
-/// The links between all pairs. What NVML does not say of one becomes a doubt about the device that it starts from.
+/// The links between all pairs. When NVML does not tell a link, this becomes a doubt about the device that it starts
+/// from.
 fn links(gpus: &[Seen<'_>], doubts: &mut [Vec<String>]) -> Vec<Link> {
     let mut links = Vec::new();
     for (from, doubts) in gpus.iter().zip(doubts) {
@@ -260,7 +262,7 @@ fn links(gpus: &[Seen<'_>], doubts: &mut [Vec<String>]) -> Vec<Link> {
                 Ok(found) => found,
                 Err(error) => {
                     let doubt = format!(
-                        "peer access to {} cannot be asked for, and is taken for absent: {error}",
+                        "peer access to {} cannot be read, so nothing is lent over this link: {error}",
                         to.device.uuid
                     );
                     tracing::warn!(device = %from.device.uuid, "{doubt}");
@@ -281,7 +283,8 @@ fn links(gpus: &[Seen<'_>], doubts: &mut [Vec<String>]) -> Vec<Link> {
     links
 }
 
-/// The link from one GPU to another and its nominal speed, bytes per second in one direction; 0 when unknown.
+/// The link from one GPU to another, and its nominal speed in bytes per second in one direction, or 0 when it is
+/// unknown.
 fn link(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Result<(LinkKind, u64), NvmlError> {
     let can = |capability| match from.gpu.p2p_status(&to.gpu, capability) {
         Ok(status) => Ok(status == P2pStatus::Ok),
@@ -298,7 +301,7 @@ fn link(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Result<(LinkKind, u
     Ok((LinkKind::Pcie, speed(from).min(speed(to))))
 }
 
-/// Direct links to the peer count; when there are none, the links to the switch do.
+/// Adds up the direct links to the peer. When there are none, adds up the links to the switch.
 fn nvlink_speed(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Option<u64> {
     let peer = to.bus_id.as_ref()?;
     let (mut direct, mut switched, mut version) = (0, 0, None);
@@ -310,7 +313,7 @@ fn nvlink_speed(from: &Seen<'_>, to: &Seen<'_>, all: &[Seen<'_>]) -> Option<u64>
         match link.remote_pci_info() {
             Ok(remote) if remote.bus_id == *peer => direct += 1,
             Ok(remote) if is_gpu(&remote.bus_id, all) => {}
-            // A switch; in a virtual machine it cannot be named.
+            // The other end is a switch. In a virtual machine, NVML cannot tell its place on the bus.
             _ => switched += 1,
         }
     }
@@ -333,8 +336,9 @@ fn reported_nvlink_speed(gpu: &Gpu<'_>) -> Option<u64> {
     Some(megabytes? * 1_000_000)
 }
 
-/// Bytes per second of one NVLink in one direction, by `nvmlNvlinkVersion_t`: what `nvidia-smi nvlink -s` prints for
-/// P100, V100, A100, H100 and B200.
+/// Bytes per second of one NVLink in one direction, by `nvmlNvlinkVersion_t`. These are the speeds that `nvidia-smi
+/// nvlink
+/// -s` prints for P100, V100, A100, H100 and B200.
 fn nvlink_speed_of(version: u32) -> Option<u64> {
     match version {
         1 => Some(19_531_000_000),
@@ -355,7 +359,7 @@ fn pcie_speed(gpu: &Gpu<'_>) -> Option<u64> {
     Some(lanes * pcie_lane_speed(gpu.max_pcie_link_gen().ok()?))
 }
 
-/// Bytes per second of one PCIe lane in one direction after line coding, by generation.
+/// Bytes per second of one PCIe lane in one direction, without the overhead of line coding, by generation.
 fn pcie_lane_speed(generation: u32) -> u64 {
     match generation {
         1 => 250_000_000,
@@ -374,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_generation_of_nvlink_has_its_rate_and_an_unknown_one_has_none() {
-        // 18 links of an H100 and of a B200 in one direction: the 450 and 900 GB/s of their datasheets, and coding.
+        // An H100 and a B200 have 18 links. In one direction, their datasheets say 450 and 900 GB/s without coding.
         let eighteen = |version| nvlink_speed_of(version).map(|speed| 18 * speed / 1_000_000_000);
         assert_eq!((eighteen(6), eighteen(7)), (Some(478), Some(956)));
         assert_eq!((eighteen(0), eighteen(8)), (None, None));

@@ -1,4 +1,4 @@
-//! A simulated node: devices from a topology file, neighbours' HBM use from small files.
+//! A simulated node: a topology file describes its devices, and small files say how much HBM neighbours use.
 
 use std::{fs, io};
 
@@ -9,7 +9,7 @@ use swiftcache_proto::{
 
 use super::Probe;
 
-/// A node that exists in a topology file only.
+/// A node that exists only in a topology file.
 pub struct Simulated {
     topology: Topology,
 }
@@ -18,7 +18,7 @@ impl Simulated {
     /// Loads a bundled topology by name, or a file.
     ///
     /// # Errors
-    /// When it does not describe a node.
+    /// When the file cannot be read or does not describe a node.
     pub fn load(name_or_path: &str) -> Result<Self, TopologyError> {
         let topology = Topology::load(name_or_path)?;
         Ok(Self { topology })
@@ -54,9 +54,9 @@ impl Probe for Simulated {
         match neighbours {
             Ok(bytes) => Ok(bytes.saturating_add(donated)),
             Err(error) => {
-                tracing::warn!(path = %path.display(), error, "takes HBM bytes in use, in decimal");
+                tracing::warn!(path = %path.display(), error, "this file must hold the HBM bytes in use, in decimal");
                 Err(format!(
-                    "{}: {error}; takes HBM bytes in use, in decimal",
+                    "{}: {error}; this file must hold the HBM bytes in use, in decimal",
                     path.display()
                 ))
             }

@@ -1,4 +1,4 @@
-//! One trace, three arms, one report.
+//! Replays one trace through three arms and writes one report.
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
@@ -21,7 +21,7 @@ use swiftcache_client::{
     session::Session,
 };
 
-/// How much of the time the recompute arm's server is taken, by stretching arrivals.
+/// Arrival times are stretched until the server of the recompute arm is busy for this share of the time.
 pub const TARGET_UTILISATION: f64 = 0.8;
 /// How many slabs the borrower asks for at a time.
 const LEASE_STEP_SLABS: u64 = 4;
@@ -31,33 +31,33 @@ const LEASE_STEP_SLABS: u64 = 4;
 pub struct Setup {
     /// The trace.
     pub requests: Vec<Request>,
-    /// Its name, for the report.
+    /// The name of the trace, for the report.
     pub trace: String,
-    /// The busy model; one rank of it when it is spread over several GPUs.
+    /// The busy model. When it is spread over several GPUs, this is one rank of it.
     pub model: ModelShape,
-    /// How many GPUs it is spread over.
+    /// The number of GPUs that the model is spread over.
     pub tensor_parallel: u32,
-    /// What every device is.
+    /// The type of every GPU on the node.
     pub gpu: Gpu,
-    /// How much smaller the bytes are that move.
+    /// The ratio between full-size bytes and the bytes that really move.
     pub scale: Scale,
-    /// Multiplies arrival times; chosen by [`TARGET_UTILISATION`] when not given.
+    /// The factor for arrival times. When it is absent, [`TARGET_UTILISATION`] determines it.
     pub stretch: Option<f64>,
-    /// The host tier, full-size bytes.
+    /// The size of the host tier in full-size bytes.
     pub host_tier_bytes: u64,
-    /// The most leased from donors, full-size bytes.
+    /// The most full-size bytes that the borrower leases from donors.
     pub lease_limit_bytes: u64,
-    /// Move the hottest blocks elsewhere when slabs are revoked, or drop them all.
+    /// Whether the hottest blocks move elsewhere when their slabs are revoked. Otherwise all blocks there are dropped.
     pub move_blocks: bool,
     /// Modelled link rates.
     pub rates: LinkRates,
-    /// Where they come from.
+    /// The topology that the link rates come from.
     pub topology: String,
     /// The neighbours' load, for the report.
     pub donor_load: String,
-    /// Donor processes, for the report.
+    /// The number of donor processes, for the report.
     pub donors: u64,
-    /// See [`Neighbourhood`], for the report.
+    /// The pace of the [`Neighbourhood`], for the report.
     pub pace: f64,
 }
 
@@ -65,29 +65,29 @@ pub struct Setup {
 pub struct Place {
     /// The node's devices.
     pub layer: Arc<dyn DeviceLayer>,
-    /// The one it computes on.
+    /// The device that the busy model computes on.
     pub device: DeviceUuid,
-    /// Set to stop early.
+    /// The replay stops early when this is set.
     pub interrupt: Interrupt,
 }
 
-/// Where it is replayed.
+/// Where the trace is replayed.
 pub struct Stage<'a> {
     /// The busy model's device.
     pub place: Place,
-    /// With the broker whose donors lend.
+    /// The busy model's session with the node's broker.
     pub session: Session,
     /// The neighbours, when they are simulated.
     pub neighbourhood: Option<Neighbourhood>,
-    /// Zombies that the broker has counted so far.
+    /// Returns the number of zombies that the broker has counted so far.
     pub zombies: &'a dyn Fn() -> Result<u64, ReplayError>,
 }
 
-/// Hears how far a replay is.
+/// Receives the progress of a replay.
 pub trait Watch {
-    /// An arm begins.
+    /// An arm begins, and will replay this many requests.
     fn arm(&mut self, name: &str, requests: u64);
-    /// So many of its requests are done.
+    /// This many of the arm's requests are done.
     fn done(&mut self, requests: u64);
 }
 
@@ -122,10 +122,10 @@ impl Setup {
         }
     }
 
-    /// One sentence that belongs beside every figure.
+    /// Says what is modelled and what is real. The text belongs beside every figure of the report.
     fn basis(&self, backend: &str) -> String {
         format!(
-            "Modelled: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate), loads take what the links of topology {} give and overlap compute layer by layer, in every arm alike. Real: processes, leases, revocations and bytes (1/{:.0} of full size), moved on the {backend} backend.",
+            "Modelled: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate), loads run at the rates of topology {}'s links and overlap compute layer by layer, in every arm. Real: processes, leases, revocations and bytes (1/{:.0} of full size), moved on the {backend} backend.",
             self.gpu.name,
             COMPUTE_EFFICIENCY * 100.0,
             MEMORY_EFFICIENCY * 100.0,
@@ -138,7 +138,7 @@ impl Setup {
 /// Replays the trace through all three arms.
 ///
 /// # Errors
-/// A wrong byte above all; then whatever the node, the device or a file fails with.
+/// When a byte that was read back is wrong, and when the node, the device or a file fails.
 pub fn compare(
     setup: &Setup,
     stage: Stage<'_>,
@@ -262,7 +262,7 @@ fn tiered(
     })?;
     let stats = borrower.stats();
     let mut stored = stats.stored;
-    // What went from a donor to the host tier to make room or out of a revoked slab crossed PCIe too.
+    // Blocks also cross PCIe when they move from a donor to the host tier: to make room, or from a revoked slab.
     stored[LinkKind::Host] += (stats.demoted_blocks + stats.moved_to_host) * scale.block_bytes;
     Ok(TieredArm {
         report: ArmReport {
@@ -328,7 +328,7 @@ mod tests {
             trace: "chat".to_owned(),
             model,
             tensor_parallel: 1,
-            // A small one, so that the pool is soon full.
+            // The GPU is small, so that the pool is soon full.
             gpu: Gpu {
                 hbm_bytes: 32 << 30,
                 ..*Gpu::by_name("h100-sxm").unwrap()
@@ -382,7 +382,7 @@ mod tests {
         let recompute = serve(&setup.requests, &serving, &mut Recompute, &mut |_| ()).unwrap();
         let host = arm.hit_blocks[&Tier::Host];
         assert!(host > 10, "{host}");
-        // Every hit was read back, whichever tier it came from.
+        // Every block that was found was read back, whichever tier it came from.
         let hits: u64 = arm.hit_blocks.values().sum();
         assert_eq!(arm.verified_moved_bytes, hits * setup.scale.block_bytes);
         assert!(arm.ttft.mean_ms < Ttft::of(&recompute.ttft_s).mean_ms);

@@ -1,23 +1,24 @@
-//! NVML's library over a file: what the broker's probe and `swiftcache doctor` ask it, answered for GPUs that are not
-//! there. `SWIFTCACHE_LIBNVML` names it, and `SWIFTCACHE_STUB_DIR` the directory whose file `nvml` is read at every call:
+//! A stub of NVML's library. It answers the calls of the broker's probe and of `swiftcache doctor` for GPUs that do not
+//! exist. `SWIFTCACHE_LIBNVML` names the library. `SWIFTCACHE_STUB_DIR` names a directory, whose file `nvml` is read at
+//! every call:
 //!
 //! ```text
-//! devices=2                       # how many GPUs there are (default 3)
-//! used@1=5000000                  # bytes in use on GPU 1 (default 100 MiB), besides what the driver keeps
-//! name@1=                         # GPU 1 has a name that is no text
-//! nvmlDeviceGetMemoryInfo_v2@1=15 # this call returns that code for GPU 1
-//! nvmlDeviceGetName=999           # this call returns that code for every GPU
-//! *@1=15                          # every call about GPU 1 does: it is lost
+//! devices=2                       # the number of GPUs (default 3)
+//! used@1=5000000                  # bytes in use on GPU 1 (default 100 MiB), without the driver's own
+//! name@1=                         # the name of GPU 1 is not valid text
+//! nvmlDeviceGetMemoryInfo_v2@1=15 # this call returns code 15 for GPU 1
+//! nvmlDeviceGetName=999           # this call returns code 999 for every GPU
+//! *@1=15                          # every call about GPU 1 returns code 15: it is lost
 //! ```
 //!
-//! GPUs have the UUIDs of the stub driver's.
+//! The GPUs have the same UUIDs as those of the stub driver.
 
 #![allow(
     unsafe_code,
     clippy::missing_safety_doc,
     missing_docs,
     unreachable_pub,
-    reason = "this is a library of NVIDIA's: C entry points, each with the contract that NVIDIA documents"
+    reason = "this has the C entry points of NVIDIA's library, with the contracts that NVIDIA documents"
 )]
 
 use std::{
@@ -26,7 +27,7 @@ use std::{
 };
 
 type Code = c_uint;
-/// A GPU's handle: its ordinal and one, so that none is null.
+/// A GPU's handle: its ordinal plus one, so that no handle is null.
 type Handle = usize;
 
 const SUCCESS: Code = 0;
@@ -36,15 +37,15 @@ const NOT_FOUND: Code = 6;
 const INSUFFICIENT_SIZE: Code = 7;
 const GPU_IS_LOST: Code = 15;
 
-/// HBM of a GPU, bytes, as the stub driver has it.
+/// The bytes of HBM on a GPU, the same as in the stub driver.
 pub const HBM_BYTES: u64 = 1 << 30;
-/// What the driver keeps of it for itself, bytes.
+/// The bytes of HBM that the driver reserves for itself.
 pub const RESERVED_BYTES: u64 = 16 << 20;
-/// What is in use besides, bytes, unless the file says otherwise.
+/// The other bytes of HBM that are in use, unless the file sets them.
 pub const USED_BYTES: u64 = 100 << 20;
-/// Active NVLinks of a GPU, all to a switch.
+/// The number of a GPU's active NVLinks, which all lead to a switch.
 const NVLINKS: c_uint = 4;
-/// `nvmlNvlinkVersion_t` of an H100.
+/// The `nvmlNvlinkVersion_t` of an H100.
 const NVLINK_VERSION: c_uint = 6;
 
 fn text() -> String {
@@ -69,12 +70,12 @@ fn count() -> c_uint {
     devices.unwrap_or(3)
 }
 
-/// What every call that is about no GPU does first.
+/// The start of every call that is about no GPU. Fails with the code that the file sets.
 fn begin(symbol: &str) -> Result<(), Code> {
     fault(symbol).map_or(Ok(()), Err)
 }
 
-/// What every call about a GPU does first: its ordinal.
+/// The start of every call about a GPU. Returns the GPU's ordinal, or fails with the code that the file sets.
 fn about(symbol: &str, handle: Handle) -> Result<c_uint, Code> {
     let ordinal = c_uint::try_from(handle.wrapping_sub(1)).map_err(|_| INVALID_ARGUMENT)?;
     about_ordinal(symbol, ordinal)
@@ -96,15 +97,15 @@ fn code(result: Result<(), Code>) -> Code {
     result.err().unwrap_or(SUCCESS)
 }
 
-/// Copies a text with its end to where the caller has room for `length` bytes.
+/// Copies a text and a final zero byte to `to`.
 ///
 /// # Safety
-/// There is room for `length` bytes.
+/// There is room for `length` bytes at `to`.
 unsafe fn write_text(text: &[u8], to: *mut c_char, length: c_uint) -> Result<(), Code> {
     if length as usize <= text.len() {
         return Err(INSUFFICIENT_SIZE);
     }
-    // SAFETY: the caller gives room for `length` bytes, and the text with its end is no longer.
+    // SAFETY: the caller gives room for `length` bytes, and the text with its final zero byte is not longer.
     unsafe {
         std::ptr::copy_nonoverlapping(text.as_ptr().cast(), to, text.len());
         to.add(text.len()).write(0);
@@ -112,7 +113,7 @@ unsafe fn write_text(text: &[u8], to: *mut c_char, length: c_uint) -> Result<(),
     Ok(())
 }
 
-/// The UUID of a GPU of this stub, and of the stub driver.
+/// The UUID of a GPU in this stub and in the stub driver.
 pub fn uuid(ordinal: u32) -> String {
     format!("GPU-5a5a7374-7562-2d64-7269-7665722d30{ordinal:02x}")
 }
@@ -129,7 +130,7 @@ pub unsafe extern "C" fn nvmlShutdown() -> Code {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlErrorString(_code: Code) -> *const c_char {
-    CStr::as_ptr(c"an error of the stub's")
+    CStr::as_ptr(c"an error of the stub")
 }
 
 #[unsafe(no_mangle)]
@@ -157,14 +158,14 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, handle: *m
     }))
 }
 
-/// As NVIDIA documents it: lost when *any* GPU is.
+/// As NVIDIA documents, this fails with "lost" when *any* GPU is lost.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(
     wanted: *const c_char,
     handle: *mut Handle,
 ) -> Code {
     let symbol = "nvmlDeviceGetHandleByUUID";
-    // SAFETY: the caller gives a text with an end.
+    // SAFETY: the caller gives a text that ends with a zero byte.
     let wanted = unsafe { CStr::from_ptr(wanted) }.to_string_lossy();
     let all: Vec<c_uint> = (0..count()).collect();
     let lost = |ordinal: &c_uint| fault(&format!("*@{ordinal}")) == Some(GPU_IS_LOST);
@@ -259,7 +260,7 @@ pub struct Pci {
     bus_id: [c_char; 32],
 }
 
-/// The address of a GPU, or of the switch.
+/// The PCI address of a GPU or of the switch.
 fn pci(bus: c_uint) -> Pci {
     let mut bus_id: [c_char; 32] = [0; 32];
     for (to, byte) in bus_id
@@ -340,7 +341,7 @@ pub unsafe extern "C" fn nvmlDeviceGetNvLinkRemotePciInfo_v2(
     )
 }
 
-/// Values that this driver does not have: speeds then follow from the links' version.
+/// This driver has no such fields, so the broker computes speeds from the version of the links.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetFieldValues(
     device: Handle,

@@ -1,5 +1,5 @@
-//! Today's client and the broker of the first release: a server that knows the recording and no more. What a newer
-//! client calls beyond it is UNIMPLEMENTED, as gRPC answers for methods that are not there.
+//! Today's client with the broker of the first release: a server that knows the recording only. It answers
+//! UNIMPLEMENTED to calls that were added later, as gRPC servers do for methods that they lack.
 
 use std::{
     convert::Infallible,
@@ -39,7 +39,7 @@ use super::{
     wire::{PATIENCE, Raw},
 };
 
-/// A message of the broker's on the session stream.
+/// A message from the broker on the session stream.
 type Said = Result<Vec<u8>, Status>;
 
 /// The broker of the recording.
@@ -52,9 +52,9 @@ struct Old {
     /// Every RPC that was called.
     called: Mutex<Vec<String>>,
     calls: watch::Sender<usize>,
-    /// What the client said on its stream, attach left out.
+    /// The messages that the client sent on its stream, without attach.
     said: mpsc::Sender<Vec<u8>>,
-    /// What is to be said to it.
+    /// The messages that the client is to receive.
     say: Mutex<Option<mpsc::Receiver<Said>>>,
 }
 
@@ -64,7 +64,7 @@ impl Old {
         self.called.lock().unwrap().push(rpc.to_owned());
         self.calls.send_modify(|calls| *calls += 1);
         let mut steps = self.recording.lines().filter_map(parse);
-        // The borrower's: others ask for what a borrower does not.
+        // Takes the answers to the borrower only. Other clients of the recording made other requests.
         let found = steps.find(|step| {
             step.what == What::Answer && step.rpc == rpc && step.client.starts_with("borrower")
         });
@@ -166,7 +166,7 @@ fn serve(socket: &Path) -> Served {
     Served { old, say, heard }
 }
 
-/// Remembers what is revoked, and lets the session acknowledge it.
+/// Remembers revocations, and lets the session acknowledge them.
 #[derive(Default)]
 struct Listening(Mutex<Vec<Revocation>>);
 
@@ -198,7 +198,7 @@ async fn todays_client_works_with_an_old_broker() {
     session.observe(&observer);
     let (devices, links) = session.node().unwrap();
     assert_eq!((devices.len(), links.len()), (2, 2));
-    // It does not say what its default is, and never had another.
+    // The old broker does not tell its default drain window, which is always this one.
     assert_eq!(session.drain_window(Duration::ZERO).as_secs(), 5);
 
     let demand = Demand {
@@ -215,7 +215,7 @@ async fn todays_client_works_with_an_old_broker() {
     let publish = session.publish(grant.lease, grant.generation, &hashes, vec![3, 4, 5, 9]);
     assert_eq!(publish.await.unwrap(), Vec::<u32>::new());
 
-    // What it cannot be told is not told: the answer is taken once, and everything else goes on.
+    // The old broker does not know reports. The client sees this from one answer, sends no more of them, and goes on.
     session.moved(Traffic {
         lookup_blocks: 4,
         ..Traffic::default()
@@ -234,7 +234,7 @@ async fn todays_client_works_with_an_old_broker() {
     let found_blocks: u32 = found.runs.iter().map(FoundRun::blocks).sum();
     assert_eq!((found_blocks, found.pin), (4, Some(PinId(1))));
 
-    // A revocation as it was recorded is obeyed.
+    // The client obeys a revocation in its recorded form.
     let [request, response] = broker.old.protocol.messages("Session");
     let revoke =
         "revoke { lease_id: 1 generation: 1 reason: REVOKE_REASON_WITHDRAWN drain_ms: 30000 }";

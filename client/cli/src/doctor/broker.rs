@@ -1,4 +1,4 @@
-//! The sockets, and the broker behind them.
+//! Checks the sockets and the broker behind them.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ use super::{
     report::{Finding, Report},
 };
 
-/// Says what the broker knows of the node, if it answers.
+/// Checks the sockets and the broker. Returns what the broker says of the node, if it answers.
 pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeResponse> {
     if !directory(socket, report) || !connects(socket, report) {
         return None;
@@ -32,7 +32,7 @@ pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeRespo
             report.add(Finding::fail(
                 "broker",
                 error.to_string(),
-                "something else listens there, or the broker hangs: read its log",
+                "another program listens there, or the broker hangs: read the broker's log",
             ));
             None
         }
@@ -48,20 +48,24 @@ fn speaks(node: &GetNodeResponse) -> Finding {
     } else {
         Finding::ok(
             CHECK,
-            format!("{found}; this is {ours}, and both speak swiftcache.v1"),
+            format!("{found}; this command is {ours}, and both speak swiftcache.v1"),
         )
     }
 }
 
-/// What the broker lends from.
+/// Checks the devices that the broker lends from.
 fn devices(node: &GetNodeResponse) -> Finding {
     const CHECK: &str = "broker-devices";
     let found = format!("{}: {} devices", admin::source(node), node.devices.len());
     if node.devices.is_empty() {
-        return Finding::fail(CHECK, found, "its log says why the probe found none");
+        return Finding::fail(
+            CHECK,
+            found,
+            "the broker's log says why its probe found none",
+        );
     }
     if admin::simulated(node).is_some() {
-        let advice = "good for a trial, and no GPU is lent; where there are GPUs, start it with --probe nvml";
+        let advice = "this is good for a trial, but lends no GPU; on a node with GPUs, start the broker with --probe nvml";
         return Finding::warn(CHECK, found, advice);
     }
     let unknown = node.devices.iter().filter_map(|status| {
@@ -76,12 +80,12 @@ fn devices(node: &GetNodeResponse) -> Finding {
     Finding::warn(
         CHECK,
         format!("{found}; {}", missing.join("; ")),
-        "the others are lent as usual. A GPU that is lost needs a reset or a reboot: nvidia-smi and the kernel's log \
-         (Xid) say more; restart the broker afterwards",
+        "the other GPUs are lent as usual. A lost GPU needs a reset or a reboot: nvidia-smi and the kernel's log (Xid) \
+         say more. Restart the broker afterwards",
     )
 }
 
-/// Whether it is worth going on.
+/// Checks the directory of the sockets. Returns whether there is one: otherwise the sockets need no checks.
 fn directory(socket: &Path, report: &mut Report) -> bool {
     const CHECK: &str = "socket-dir";
     let directory = socket.parent().unwrap_or(Path::new("/"));
@@ -96,7 +100,7 @@ fn directory(socket: &Path, report: &mut Report) -> bool {
                 Finding::warn(
                     CHECK,
                     format!("{found}, writable by everyone"),
-                    "anyone could put a socket of their own there: chmod o-w",
+                    "every user can put a socket there: chmod o-w",
                 )
             });
             true
@@ -104,7 +108,7 @@ fn directory(socket: &Path, report: &mut Report) -> bool {
         Ok(_) => {
             report.add(Finding::fail(
                 CHECK,
-                format!("{shown} is no directory"),
+                format!("{shown} is not a directory"),
                 "mount the directory of the sockets, never a socket",
             ));
             false
@@ -113,7 +117,8 @@ fn directory(socket: &Path, report: &mut Report) -> bool {
             report.add(Finding::fail(
                 CHECK,
                 format!("{shown}: {error}"),
-                "start swiftcache-broker; in a container, mount the directory of the sockets; --socket names another",
+                "start swiftcache-broker; in a container, mount the directory of the sockets; if the socket is \
+                 elsewhere, name it with --socket",
             ));
             false
         }
@@ -129,14 +134,16 @@ fn connects(socket: &Path, report: &mut Report) -> bool {
             let advice = match error.kind() {
                 io::ErrorKind::PermissionDenied => denied(socket),
                 io::ErrorKind::NotFound => {
-                    "start swiftcache-broker; if it runs, it listens elsewhere, or the directory mounted here is not its own"
+                    "start swiftcache-broker; if it runs, it listens elsewhere, or another directory than its own is \
+                     mounted here"
                         .to_owned()
                 }
                 io::ErrorKind::ConnectionRefused => {
-                    "its broker is gone: start it; in a container that mounts the socket itself, mount its directory"
+                    "the broker that made this socket is gone: start it; if the container mounts the socket itself, \
+                     mount its directory instead"
                         .to_owned()
                 }
-                _ => "see what is there with ls -l".to_owned(),
+                _ => "ls -l shows what is there".to_owned(),
             };
             report.add(Finding::fail(CHECK, format!("{shown}: {error}"), advice));
             return false;
@@ -154,10 +161,10 @@ fn denied(socket: &Path) -> String {
     let group = group.map_or("the socket's group".to_owned(), |gid| {
         format!("group {gid}")
     });
-    format!("join {group}: usermod --append --groups, or supplementalGroups of the pod")
+    format!("join {group}: with usermod --append --groups, or supplementalGroups of the pod")
 }
 
-/// `broker` is the broker's pid as this process sees it; 0: it cannot.
+/// `broker` is the broker's pid as this process sees it, or 0 when it sees none.
 fn namespace(broker: i32) -> Finding {
     const CHECK: &str = "pid-namespace";
     if broker > 0 {
@@ -166,12 +173,12 @@ fn namespace(broker: i32) -> Finding {
     Finding::warn(
         CHECK,
         "the broker is in another PID namespace",
-        "well on Linux 6.9 or later; should this process die while the broker is down, nobody notices until the node reboots \
-         (deathWatch.hostPID)",
+        "this works on Linux 6.9 or later, with one limit: if this process dies while the broker is down, nobody notices \
+         until the node reboots (deathWatch.hostPID)",
     )
 }
 
-/// Where descriptors travel unless the broker is configured otherwise: `broker-fd.sock` beside `broker.sock`.
+/// The default path of the socket that passes descriptors: `broker-fd.sock` beside `broker.sock`.
 fn fd_socket(socket: &Path) -> PathBuf {
     let stem = socket.file_stem().unwrap_or_default();
     socket.with_file_name(format!("{}-fd.sock", stem.to_string_lossy()))
@@ -182,11 +189,15 @@ fn descriptors(socket: &Path) -> Finding {
     let shown = socket.display();
     match fs::metadata(socket) {
         Ok(found) if found.file_type().is_socket() => Finding::ok(CHECK, shown.to_string()),
-        Ok(_) => Finding::fail(CHECK, format!("{shown} is no socket"), "restart the broker"),
+        Ok(_) => Finding::fail(
+            CHECK,
+            format!("{shown} is not a socket"),
+            "restart the broker",
+        ),
         Err(error) => Finding::warn(
             CHECK,
             format!("{shown}: {error}"),
-            "well if the broker's fd_socket is set to another path",
+            "this is fine if the broker's fd_socket is set to another path",
         ),
     }
 }

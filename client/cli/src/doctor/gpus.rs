@@ -1,4 +1,4 @@
-//! The driver, NVML, links and modes of the GPUs.
+//! Checks the driver, NVML, and the links and modes of the GPUs.
 
 use nvml_wrapper::{Nvml, enum_wrappers::device::ComputeMode, error::NvmlError};
 use swiftcache_proto::{
@@ -12,7 +12,7 @@ use super::{
 };
 use swiftcache_client::device::{DeviceLayer, cuda::CudaLayer};
 
-/// The devices that CUDA shows this process, if there is CUDA. `node` is what the broker says.
+/// Checks the GPUs. Returns the devices that CUDA shows this process, if there is CUDA. `node` is the broker's answer.
 pub(super) fn examine(
     node: Option<&GetNodeResponse>,
     report: &mut Report,
@@ -26,7 +26,8 @@ pub(super) fn examine(
             return None;
         }
     };
-    report.add(driver(layer.driver(), layer.devices().len()));
+    let (version, absent) = layer.driver();
+    report.add(driver(version, absent, layer.devices().len()));
     report.add(handles(layer.handle_kinds()));
     links(
         layer.devices(),
@@ -37,10 +38,10 @@ pub(super) fn examine(
     Some(devices.map(|device| device.uuid.clone()).collect())
 }
 
-/// A library that is missing matters where the node's GPUs are real.
+/// A missing library is a failure, unless the broker simulates the node's GPUs.
 fn absent(check: &'static str, problem: &str, simulated: bool) -> Finding {
     if simulated {
-        let advice = "not needed: the broker simulates a node";
+        let advice = "this is not needed, because the broker simulates a node";
         return Finding::warn(check, problem, advice);
     }
     Finding::fail(
@@ -50,8 +51,8 @@ fn absent(check: &'static str, problem: &str, simulated: bool) -> Finding {
     )
 }
 
-/// `version` as the driver counts: 12080 is CUDA 12.8.
-fn driver((version, absent): (i32, &[&'static str]), devices: usize) -> Finding {
+/// `version` is in the driver's form: 12080 is CUDA 12.8. `absent` are the entry points that the driver lacks.
+fn driver(version: i32, absent: &[&'static str], devices: usize) -> Finding {
     const CHECK: &str = "cuda-driver";
     let found = format!(
         "CUDA {}.{}, {devices} GPUs visible",
@@ -64,7 +65,7 @@ fn driver((version, absent): (i32, &[&'static str]), devices: usize) -> Finding 
     Finding::warn(
         CHECK,
         format!("{found}, without {}", absent.join(", ")),
-        "works, more slowly; a driver of CUDA 12.8 or later has them",
+        "this works, but more slowly; a driver for CUDA 12.8 or later has them",
     )
 }
 
@@ -74,14 +75,15 @@ fn handles(kinds: &[HandleKind]) -> Finding {
     if names.is_empty() {
         return Finding::fail(
             CHECK,
-            "no kind of memory handle can leave this process",
-            "GPUs in MIG or confidential mode, and some virtual GPUs, have none: use whole GPUs in their usual mode",
+            "this process can share memory by no kind of handle",
+            "GPUs in MIG or confidential mode, and some virtual GPUs, have no such handles: use whole GPUs in their usual \
+             mode",
         );
     }
     Finding::ok(CHECK, names.join(", "))
 }
 
-/// A line for every pair, and what it means for all of them.
+/// Checks the link of every pair of devices, in both directions.
 fn links(
     devices: &[Device],
     kind: impl Fn(&DeviceUuid, &DeviceUuid) -> LinkKind,
@@ -113,9 +115,9 @@ fn links(
         report.add(Finding::ok(CHECK, reached.join("; ")));
         return;
     }
-    let advice = "nothing is lent between these; IOMMU or ACS settings, or a virtual machine, may be in the way: \
+    let advice = "nothing is lent between these GPUs; IOMMU or ACS settings, or a virtual machine, may be the reason: \
                   nvidia-smi topo -p2p r";
-    let none = format!("no peer access {}", unreachable.join(" "));
+    let none = format!("no peer access between {}", unreachable.join(" "));
     report.add(if reached.is_empty() {
         Finding::fail(CHECK, none, advice)
     } else {
@@ -146,7 +148,7 @@ fn nvml(simulated: bool, report: &mut Report) {
     report.add(shareable(&gpus));
 }
 
-/// Whether NVML answers for every GPU.
+/// Checks that NVML answers for every GPU.
 fn answers(version: &str, gpus: &[Result<Modes, NvmlError>], simulated: bool) -> Finding {
     const CHECK: &str = "nvml";
     let found = format!("driver {version}, {} GPUs", gpus.len());
@@ -159,20 +161,20 @@ fn answers(version: &str, gpus: &[Result<Modes, NvmlError>], simulated: bool) ->
         return Finding::warn(
             CHECK,
             format!("{found}; {}", silent.join("; ")),
-            "the others are lent as usual; nvidia-smi and the kernel's log (Xid) say more",
+            "the other GPUs are lent as usual; nvidia-smi and the kernel's log (Xid) say more",
         );
     }
     if simulated && !gpus.is_empty() {
         return Finding::warn(
             CHECK,
             found,
-            "the broker SIMULATES its devices although there are GPUs here: start it with --probe nvml",
+            "the broker SIMULATES its devices, although there are GPUs here: start it with --probe nvml",
         );
     }
     Finding::ok(CHECK, found)
 }
 
-/// What keeps a GPU's memory from being shared.
+/// The modes in which a GPU's memory cannot be shared, or not with every process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Modes {
     mig: bool,
@@ -180,7 +182,7 @@ struct Modes {
     exclusive: bool,
 }
 
-/// What NVML does not tell of a GPU counts as its usual mode; one that it cannot name is in none.
+/// The modes of a GPU. A mode that NVML does not tell counts as off. A GPU whose UUID NVML cannot tell is an error.
 fn modes(library: &Nvml, number: u32) -> Result<Modes, NvmlError> {
     let gpu = library.device_by_index(number)?;
     gpu.uuid()?;
@@ -207,7 +209,7 @@ fn shareable(gpus: &[Result<Modes, NvmlError>]) -> Finding {
         return Finding::fail(
             CHECK,
             format!("confidential computing is on: GPU {gpus}"),
-            "memory of these cannot be shared between processes: turn it off, or keep the node without SwiftCache",
+            "the memory of these GPUs cannot be shared between processes: turn it off, or run this node without SwiftCache",
         );
     }
     if let Some(gpus) = named(|modes| modes.mig) {
@@ -220,8 +222,8 @@ fn shareable(gpus: &[Result<Modes, NvmlError>]) -> Finding {
     if let Some(gpus) = named(|modes| modes.exclusive) {
         return Finding::warn(
             CHECK,
-            format!("GPU {gpus} in an exclusive or prohibited compute mode"),
-            "a donor beside an engine cannot make a context there: nvidia-smi -i N -c DEFAULT",
+            format!("compute mode is exclusive or prohibited: GPU {gpus}"),
+            "a donor beside an engine cannot create a context there: nvidia-smi -i N -c DEFAULT",
         );
     }
     Finding::ok(
@@ -268,7 +270,7 @@ mod tests {
         });
         let (verdict, text) = &mixed[0];
         assert_eq!(*verdict, Verdict::Warn);
-        assert!(text.ends_with("no peer access 1-2"), "{text}");
+        assert!(text.ends_with("no peer access between 1-2"), "{text}");
         assert!(text.contains("0-1") && text.contains("0-2"), "{text}");
         assert_eq!(judged(|_, _| LinkKind::Nvlink)[0].0, Verdict::Ok);
         assert_eq!(judged(|_, _| LinkKind::Host)[0].0, Verdict::Fail);
@@ -328,7 +330,7 @@ mod tests {
         assert_eq!(absent("nvml", "gone", false).verdict, Verdict::Fail);
         assert_eq!(handles(&[]).verdict, Verdict::Fail);
         assert_eq!(handles(&[HandleKind::PosixFd]).verdict, Verdict::Ok);
-        let old = driver((12_040, &["cuMemcpyBatchAsync"]), 8);
+        let old = driver(12_040, &["cuMemcpyBatchAsync"], 8);
         assert_eq!(old.verdict, Verdict::Warn);
         assert!(old.found.starts_with("CUDA 12.4, 8 GPUs"), "{}", old.found);
     }

@@ -1,4 +1,4 @@
-//! Whether this process sees the GPUs that it may be lent memory of.
+//! Checks that this process sees the GPUs whose memory it may borrow.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use super::{
 
 const CHECK: &str = "visible-gpus";
 
-/// `seen` are the devices that CUDA shows this process; `node` what the broker says.
+/// `seen` are the devices that CUDA shows this process. `node` is the broker's answer.
 pub(super) fn examine(
     node: Option<&GetNodeResponse>,
     seen: Option<&[DeviceUuid]>,
@@ -46,26 +46,29 @@ fn judge(
 ) -> Finding {
     let hidden: Vec<&str> = lent.difference(seen).copied().collect();
     if hidden.is_empty() {
-        return Finding::ok(CHECK, format!("all {} of the broker's GPUs", lent.len()));
+        return Finding::ok(
+            CHECK,
+            format!("all {} of the broker's GPUs are visible", lent.len()),
+        );
     }
     let advice = match (cuda, nvidia) {
         (Some(cuda), _) if !cuda.is_empty() => format!(
-            "CUDA_VISIBLE_DEVICES={cuda} hides them: list all GPUs, the engine's own first"
+            "CUDA_VISIBLE_DEVICES={cuda} hides them: list all GPUs there, with the engine's own GPU first"
         ),
         (_, Some(nvidia)) if !["", "all"].contains(&nvidia.as_str()) => {
             format!("NVIDIA_VISIBLE_DEVICES={nvidia} hides them: set it to all")
         }
-        _ => "a container with one GPU can map nobody's memory: drop the nvidia.com/gpu claim, and set NVIDIA_VISIBLE_DEVICES=all \
-              (docs/operations.md, Engines that join)"
+        _ => "a container with one GPU cannot map memory of the others: drop the nvidia.com/gpu claim, and set \
+              NVIDIA_VISIBLE_DEVICES=all (docs/operations.md, Engines that join)"
             .to_owned(),
     };
     let shared = lent.len() - hidden.len();
     let found = format!(
-        "{shared} of the broker's {} GPUs; not {}",
+        "{shared} of the broker's {} GPUs are visible, but not {}",
         lent.len(),
         hidden.join(", ")
     );
-    // An engine whose own GPU is not the broker's at all joins nothing.
+    // An engine needs to see its own GPU and at least one more, whose memory it can borrow.
     if shared < 2 {
         Finding::fail(CHECK, found, advice)
     } else {

@@ -6,7 +6,7 @@ use swiftcache_proto::v1;
 
 /// The leases of one borrower and namespace on one device.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct LeaseRow {
+pub(super) struct LeaseGroup {
     pub(super) borrower: String,
     pub(super) namespace: String,
     pub(super) device: String,
@@ -18,7 +18,7 @@ pub(super) struct LeaseRow {
     waiting: BTreeSet<u32>,
 }
 
-impl LeaseRow {
+impl LeaseGroup {
     pub(super) fn is_zombie(&self) -> bool {
         self.zombies > 0
     }
@@ -36,20 +36,20 @@ impl LeaseRow {
 }
 
 /// Rows of leases: those with most zombies first, then the largest.
-pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -> Vec<LeaseRow> {
-    let mut rows: BTreeMap<(&str, &str, &str), LeaseRow> = BTreeMap::new();
+pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -> Vec<LeaseGroup> {
+    let mut rows: BTreeMap<(&str, &str, &str), LeaseGroup> = BTreeMap::new();
     for lease in leases {
         let key = (
             lease.borrower_label.as_str(),
             lease.namespace.as_str(),
             lease.device_uuid.as_str(),
         );
-        let row = rows.entry(key).or_insert_with(|| LeaseRow {
+        let row = rows.entry(key).or_insert_with(|| LeaseGroup {
             borrower: format!("{} [{}]", lease.borrower_name, lease.borrower_label),
             namespace: lease.namespace.clone(),
             device: short_device(&lease.device_uuid, devices),
             link: link(lease.link()),
-            ..LeaseRow::default()
+            ..LeaseGroup::default()
         });
         row.bytes += lease.bytes;
         row.blocks += u64::from(lease.published_blocks);
@@ -242,7 +242,7 @@ mod tests {
             ],
             &[],
         );
-        let states: Vec<String> = rows.iter().map(LeaseRow::state).collect();
+        let states: Vec<String> = rows.iter().map(LeaseGroup::state).collect();
         assert_eq!(states, ["zombie: 7 9", "1 draining"]);
         assert_eq!(rows[1].bytes, 20);
     }

@@ -1,4 +1,4 @@
-//! The screen: what is known, and how it is laid out.
+//! The screen: its contents and their layout.
 
 use ratatui::{
     Frame,
@@ -16,19 +16,20 @@ use super::{
 };
 use swiftcache_replay::report::bytes;
 
-/// Lines for leases and for events, titles included, that are kept whatever the number of devices.
+/// The lines for leases and events, with their titles, that remain for any number of devices.
 const LEAST_BELOW: u16 = 10;
-/// A device's number and name, and its figures.
+/// The columns for a device's number and UUID.
 const NAME_WIDTH: usize = 18;
+/// The columns for a device's figures.
 const FIGURES_WIDTH: usize = 25;
 
-/// What is shown.
+/// The contents of the screen.
 #[derive(Default)]
 pub(super) struct Screen {
     snapshot: Option<Snapshot>,
     events: Vec<v1::EventRecord>,
     rates: Option<Rates>,
-    /// Why what is shown is not of now.
+    /// Why the contents are out of date, if they are.
     pub(super) problem: Option<String>,
 }
 
@@ -75,7 +76,7 @@ impl Screen {
             return Line::styled(problem.clone(), Style::new().fg(Color::Red));
         }
         let uptime = std::time::Duration::from_secs(node.uptime_ms / 1_000);
-        // What may be cut off comes last. That nothing here is real may not.
+        // A narrow terminal cuts off the end of the line. The topology may be cut off; SIMULATED may not.
         let (first, last) = match simulated(node) {
             Some(topology) => ("SIMULATED  ", topology),
             None => ("", node.probe.as_str()),
@@ -95,7 +96,7 @@ impl Screen {
         Line::styled(text, Style::new().add_modifier(Modifier::BOLD))
     }
 
-    /// Bytes by link, as the engines report them: the broker sees no copies. A line of its own once there are any.
+    /// The line with bytes by link, once there are any. The engines report them, because the broker sees no copies.
     fn links(&self) -> Option<Line<'static>> {
         let rates = self
             .rates
@@ -103,7 +104,7 @@ impl Screen {
             .filter(|rates| !rates.links.is_empty())?;
         let links = rates.links.iter().map(|rate| {
             let (loaded, stored) = (bytes(rate.loaded as u64), bytes(rate.stored as u64));
-            // So short that three kinds fit in 80 columns.
+            // The text is so short that three kinds of links fit in 80 columns.
             format!("  {} {loaded}/{stored}", rate.link)
         });
         Some(Line::raw(format!(
@@ -112,7 +113,7 @@ impl Screen {
         )))
     }
 
-    /// What the broker saw itself: the lookups.
+    /// The line with lookups, which the broker sees itself.
     fn lookups(&self, node: &v1::GetNodeResponse) -> Line<'static> {
         let counters = node.counters.unwrap_or_default();
         let ever = rows::percent(counters.hit_blocks, counters.lookup_blocks);
@@ -160,7 +161,7 @@ fn devices_of(node: &v1::GetNodeResponse, area: Rect) -> Paragraph<'static> {
     let mut lines = vec![legend()];
     let room = usize::from(area.height.saturating_sub(1));
     let all = node.devices.len();
-    // The last line says what does not fit.
+    // When the devices do not all fit, the last line says how many are missing.
     let shown = if all > room {
         room.saturating_sub(1)
     } else {
@@ -208,7 +209,7 @@ fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
     let lent = account.offered_bytes - account.free_bytes.min(account.offered_bytes);
     let figures = format!("{} of {}", bytes(lent), bytes(account.offered_bytes));
     let drained = if status.drained { " drain" } else { "" };
-    // Free, or in use by others: nobody knows.
+    // Without the HBM use, nobody knows whether the rest is free or in use by others.
     let unused = if status.hbm_used_unknown { "?" } else { " " };
     spans.push(Span::raw(format!(
         "{}] {figures}{drained}",

@@ -1,7 +1,7 @@
-//! What a replay says in the end: a JSON document with stable names, and the same as tables for people.
+//! The report of a replay: a JSON document with stable names, and the same figures as tables for people.
 //!
-//! Names end in their unit. `*_full_bytes` are bytes of the full-size model, `*_moved_bytes` those that really
-//! moved on the scaled node. Fields are added, never renamed; [`SCHEMA`] changes when one goes.
+//! Names end in their unit. `*_full_bytes` are bytes of the full-size model; `*_moved_bytes` are the bytes that really
+//! moved on the scaled node. Fields may be added and are never renamed. [`SCHEMA`] changes when a field is removed.
 
 mod text;
 
@@ -22,10 +22,10 @@ pub const SCHEMA: u32 = 1;
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: u32,
-    /// The node's devices are not real: their bytes moved in this machine's memory.
+    /// Whether the node's devices are simulated: then the bytes moved in this machine's memory.
     #[serde(default)]
     pub simulated: bool,
-    /// What is modelled and what is real, in one sentence. Belongs beside every figure taken from here.
+    /// Says what is modelled and what is real. The text belongs beside every figure that is taken from this document.
     pub basis: String,
     /// The model and its GPU.
     pub compute: Compute,
@@ -35,9 +35,9 @@ pub struct Report {
     pub workload: Workload,
     /// Sizes.
     pub capacity: Capacity,
-    /// SwiftCache, PCIe offload, recompute, in this order.
+    /// The arms: SwiftCache, PCIe offload, recompute, in this order.
     pub arms: Vec<ArmReport>,
-    /// Donors coming and going during the SwiftCache arm.
+    /// How donors came and went during the SwiftCache arm.
     pub donors: Donors,
 }
 
@@ -46,125 +46,126 @@ pub struct Report {
 pub struct Compute {
     /// The busy model.
     pub model: String,
-    /// GPUs it is spread over; one of them is replayed.
+    /// The number of GPUs that the model is spread over. One of them is replayed.
     pub tensor_parallel: u32,
     /// The GPU.
     pub gpu: String,
-    /// Where the GPU's numbers are from.
+    /// The source of the GPU's numbers.
     pub gpu_source: String,
-    /// Share of peak FLOP/s taken as reached in prefill.
+    /// The share of peak FLOP/s that prefill is assumed to reach.
     pub compute_efficiency: f64,
-    /// Share of peak HBM bytes/s taken as reached in decode.
+    /// The share of peak HBM bytes/s that decode is assumed to reach.
     pub memory_efficiency: f64,
-    /// What decoding costs a prefill.
+    /// How much decoding slows a prefill down.
     pub interference: String,
 }
 
-/// Modelled rates, bytes per second, one direction.
+/// Modelled rates of the links, in bytes per second in one direction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Links {
-    /// The topology they come from.
+    /// The topology that the rates come from.
     pub topology: String,
-    /// Donor HBM over NVLink.
+    /// The rate to a donor's HBM over NVLink.
     pub nvlink_bytes_per_second: f64,
-    /// Donor HBM over PCIe peer access.
+    /// The rate to a donor's HBM over PCIe peer access.
     pub pcie_bytes_per_second: f64,
-    /// Pinned host memory.
+    /// The rate to pinned host memory.
     pub host_bytes_per_second: f64,
 }
 
 /// The trace.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Workload {
-    /// Its file.
+    /// The file of the trace.
     pub trace: String,
-    /// Requests replayed.
+    /// The number of requests in the trace.
     pub requests: u64,
-    /// Requests too long for the local pool: in no other figure.
+    /// Requests that are too long for the local pool. No other figure counts them.
     pub refused: u64,
     /// Blocks of all requests.
     pub blocks: u64,
     /// Blocks that an unbounded cache would find.
     pub unbounded_hits: u64,
-    /// Their share.
+    /// `unbounded_hits` as a share of `blocks`.
     pub unbounded_hit_rate: f64,
-    /// Arrival times were multiplied by this.
+    /// The factor that arrival times were multiplied by.
     pub stretch: f64,
     /// The neighbours' load.
     pub donor_load: String,
-    /// Trace seconds per wall-clock second, at most, while donors follow.
+    /// The most trace seconds per wall-clock second while donors follow their load.
     pub pace: f64,
 }
 
-/// Sizes, in blocks of the full-size node.
+/// Sizes in blocks of the full-size node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Capacity {
-    /// Full-size bytes for each byte that moves.
+    /// Full-size bytes for each byte that really moves.
     pub scale: f64,
     /// Bytes of a block of the full-size model.
     pub block_full_bytes: u64,
     /// Bytes of a block that really move.
     pub block_moved_bytes: u64,
-    /// The busy model's own pool.
+    /// The size of the busy model's own pool.
     pub local_blocks: u64,
-    /// The host tier, in the SwiftCache and PCIe arms alike.
+    /// The size of the host tier. It is the same in the SwiftCache and the PCIe arm.
     pub host_blocks: u64,
-    /// Donor processes.
+    /// The number of donor processes.
     pub donors: u64,
-    /// The most the donors lent at one time.
+    /// The most blocks that the donors lent at one time.
     pub leased_peak_blocks: u64,
 }
 
-/// Time to first token, milliseconds of modelled time.
+/// Time to first token in milliseconds of modelled time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ttft {
-    /// Average.
+    /// The average.
     pub mean_ms: f64,
-    /// Half are at most this.
+    /// Half of the times are at most this.
     pub p50_ms: f64,
-    /// 95 of 100 are at most this.
+    /// 95 of 100 times are at most this.
     pub p95_ms: f64,
-    /// 99 of 100 are at most this.
+    /// 99 of 100 times are at most this.
     pub p99_ms: f64,
 }
 
-/// One way to keep the prefix cache.
+/// The results of one arm: of one way to keep the prefix cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ArmReport {
     /// `swiftcache`, `pcie-offload` or `recompute`.
     pub name: String,
-    /// Modelled.
+    /// The modelled times to first token.
     pub ttft: Ttft,
-    /// Share of all blocks found anywhere.
+    /// The share of all blocks that was found in any tier.
     pub hit_rate: f64,
     /// Blocks found, by tier.
     pub hit_blocks: BTreeMap<Tier, u64>,
-    /// Share of the time the server was taken: prefilling, or waiting for room in the local pool.
+    /// The share of the time in which the server was busy: it prefilled, or waited for room in the local pool.
     pub utilisation: f64,
-    /// Loaded over each link (`nvlink`, `pcie`, `host`).
+    /// Bytes loaded over each link (`nvlink`, `pcie`, `host`).
     pub loaded_full_bytes: BTreeMap<String, u64>,
-    /// Written back over each link; what later moved from donors to the host tier counts again, under `host`.
+    /// Bytes written back over each link. Bytes that later moved from donors to the host tier count again, under
+    /// `host`.
     pub stored_full_bytes: BTreeMap<String, u64>,
-    /// Bytes that were read back and checked; all were right, or there would be no report.
+    /// Bytes that were read back and checked. All of them were right; otherwise there would be no report.
     pub verified_moved_bytes: u64,
-    /// Blocks found but lost before they arrived: recomputed.
+    /// Blocks that were found, got lost before they arrived, and were recomputed.
     pub failed_blocks: u64,
     /// Blocks for which no tier had room.
     pub unplaced_blocks: u64,
-    /// Wall-clock time this arm took, seconds.
+    /// The wall-clock time that this arm took, in seconds.
     pub wall_s: f64,
 }
 
-/// A distribution of real durations, wall clock.
+/// A distribution of durations in wall-clock time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WallLatency {
-    /// How many were measured.
+    /// The number of measured durations.
     pub count: u64,
-    /// Half are at most this.
+    /// Half of the durations are at most this.
     pub p50_us: u64,
-    /// 99 of 100 are at most this.
+    /// 99 of 100 durations are at most this.
     pub p99_us: u64,
-    /// The longest.
+    /// The longest duration.
     pub max_us: u64,
 }
 
@@ -179,25 +180,25 @@ impl From<Latency> for WallLatency {
     }
 }
 
-/// Donors coming and going.
+/// How donors came and went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Donors {
     /// Revocations the borrower received.
     pub revocations: u64,
-    /// From a revocation's arrival at the borrower to its acknowledgement, moving blocks included.
+    /// The time from a revocation's arrival at the borrower to its acknowledgement, which includes moving blocks.
     pub acknowledge_wall: WallLatency,
-    /// Slabs that were not given up within the drain window.
+    /// Slabs that borrowers did not give up within the drain window.
     pub zombies: u64,
     /// Blocks moved from a revoked lease to another lease.
     pub moved_to_donor_blocks: u64,
     /// Blocks moved from a revoked lease to the host tier.
     pub moved_to_host_blocks: u64,
-    /// Blocks lost with a revoked lease.
+    /// Blocks that were lost with a revoked lease.
     pub dropped_blocks: u64,
 }
 
 impl Donors {
-    /// The borrower's own count, and the broker's of zombies.
+    /// Takes the borrower's counts from `stats`. The broker counts `zombies`.
     pub fn new(stats: &Stats, zombies: u64) -> Self {
         Self {
             revocations: stats.revocations,
@@ -211,7 +212,7 @@ impl Donors {
 }
 
 impl Ttft {
-    /// Exact percentiles by nearest rank.
+    /// Computes exact percentiles by nearest rank.
     pub fn of(seconds: &[f64]) -> Self {
         let mut sorted = seconds.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -229,7 +230,7 @@ impl Ttft {
 }
 
 impl ArmReport {
-    /// What the model alone says; the data path's figures are zero.
+    /// A report with the results of the model. The figures of the data path are zero.
     pub fn modelled(name: &str, outcome: &Outcome) -> Self {
         let hits: u64 = outcome.hits.values().sum();
         Self {
@@ -249,7 +250,7 @@ impl ArmReport {
 }
 
 impl Report {
-    /// The arm of that name.
+    /// The arm with this name.
     pub fn arm(&self, name: &str) -> Option<&ArmReport> {
         self.arms.iter().find(|arm| arm.name == name)
     }

@@ -1,4 +1,4 @@
-//! The report for people: tables, and numbers as people read them.
+//! The report for people: tables, and numbers with readable units.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -18,7 +18,7 @@ impl ArmReport {
     }
 }
 
-/// Bytes as people read them: `1.5 GB`.
+/// Bytes with a readable unit, such as `1.5 GB`.
 pub fn bytes(count: u64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let mut value = count as f64;
@@ -47,7 +47,7 @@ fn wall(us: u64) -> String {
     }
 }
 
-/// A table with a header; all columns but the first are numbers.
+/// A table with a header. All columns but the first are numbers.
 pub fn table<const N: usize>(
     header: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
@@ -69,7 +69,8 @@ pub fn table<const N: usize>(
 }
 
 impl Report {
-    /// A table's first heading. Nobody should take a simulated node's table for a real one's, wherever it is copied to.
+    /// The heading of a table's first column. It says `(SIMULATED)` for a simulated node, so that nobody takes a copy
+    /// of the table for results of a real node.
     fn heading(&self, what: &str) -> String {
         if self.simulated {
             format!("{what} (SIMULATED)")
@@ -152,7 +153,7 @@ impl Report {
             "p95",
             "p99",
             "SwiftCache's p99",
-            "server taken",
+            "server busy",
         ];
         let rows = self.arms.iter().enumerate().map(|(index, arm)| {
             [
@@ -225,7 +226,7 @@ impl Report {
             "to PCIe peers",
             "to host",
             "really moved, verified",
-            "took",
+            "wall time",
         ];
         table(header, rows)
     }

@@ -30,7 +30,7 @@ const LWM: Model = Model {
 
 /// The direction of the copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Direction {
     /// From the slab to the engine's pool.
     Fetch,
     /// From the engine's pool to the slab.
@@ -104,7 +104,7 @@ pub(super) fn across(
 pub(super) fn tune(
     course: &Course<'_>,
     theirs: &Memory,
-    way: Way,
+    direction: Direction,
     methods: &[Method],
     rows: &mut Rows<'_>,
 ) -> Result<()> {
@@ -116,7 +116,7 @@ pub(super) fn tune(
         let mut rounds = None;
         for &method in methods {
             let workload = Workload::new(model, blocks, Footprint::Full);
-            let plan = Plan::new(bench, theirs, workload, way)?.copying_by(method)?;
+            let plan = Plan::new(bench, theirs, workload, direction)?.copying_by(method)?;
             let rounds = match rounds {
                 Some(rounds) => rounds,
                 None => *rounds.insert(plan.calibrate(plain / layers)?),
@@ -162,8 +162,8 @@ fn both_ways(
     workload: Workload,
     rows: &mut Rows<'_>,
 ) -> Result<()> {
-    for way in [Way::Fetch, Way::WriteBack] {
-        let plan = Plan::new(bench, other, workload, way)?;
+    for direction in [Direction::Fetch, Direction::WriteBack] {
+        let plan = Plan::new(bench, other, workload, direction)?;
         plan.prepare()?;
         plan.measure(place, rows)?;
         rows.check(place, plan.verify());
@@ -175,7 +175,7 @@ struct Plan<'a> {
     bench: &'a Bench<'a>,
     other: &'a Memory,
     workload: Workload,
-    way: Way,
+    direction: Direction,
     copies: std::sync::Arc<dyn CopyStream>,
     compute: std::sync::Arc<dyn CopyStream>,
     /// The pieces of each layer, from the slab to the pool or from the pool to the slab.
@@ -183,7 +183,12 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(bench: &'a Bench<'a>, other: &'a Memory, workload: Workload, way: Way) -> Result<Self> {
+    fn new(
+        bench: &'a Bench<'a>,
+        other: &'a Memory,
+        workload: Workload,
+        direction: Direction,
+    ) -> Result<Self> {
         let Workload { model, blocks, .. } = workload;
         let layers = u64::from(bench.scale.layers);
         let mut order: Vec<u64> = (0..blocks).collect();
@@ -195,9 +200,9 @@ impl<'a> Plan<'a> {
                     let slab = (layer * blocks * 2 + index) * model.side;
                     let block = order[(index / 2) as usize];
                     let pool = (layer * blocks * 2 + (index % 2) * blocks + block) * model.side;
-                    let (from, to) = match way {
-                        Way::Fetch => (slab, pool),
-                        Way::WriteBack => (pool, slab),
+                    let (from, to) = match direction {
+                        Direction::Fetch => (slab, pool),
+                        Direction::WriteBack => (pool, slab),
                     };
                     Piece {
                         from,
@@ -214,7 +219,7 @@ impl<'a> Plan<'a> {
             bench,
             other,
             workload,
-            way,
+            direction,
             copies: bench.layer.stream(&bench.device)?,
             compute: lent,
             layers: (0..layers).map(pieces).collect(),
@@ -235,9 +240,9 @@ impl<'a> Plan<'a> {
     /// Writes the pattern to the source, and zeros to the target.
     fn prepare(&self) -> Result<()> {
         let pool = &self.bench.memories[1];
-        let (from, to) = match self.way {
-            Way::Fetch => (self.other, pool),
-            Way::WriteBack => (pool, self.other),
+        let (from, to) = match self.direction {
+            Direction::Fetch => (self.other, pool),
+            Direction::WriteBack => (pool, self.other),
         };
         pattern::write(&*self.copies, from, 0, self.bytes(), SEED)?;
         self.copies.zero(to, 0, self.bytes())?;
@@ -246,9 +251,9 @@ impl<'a> Plan<'a> {
 
     /// Checks every byte that the last pass copied.
     fn verify(&self) -> Result<()> {
-        let to = match self.way {
-            Way::Fetch => &self.bench.memories[1],
-            Way::WriteBack => self.other,
+        let to = match self.direction {
+            Direction::Fetch => &self.bench.memories[1],
+            Direction::WriteBack => self.other,
         };
         let mut layers = self.layers.iter();
         layers.try_for_each(|pieces| pattern::verify_pieces(&*self.copies, to, pieces, SEED))
@@ -270,9 +275,9 @@ impl<'a> Plan<'a> {
                 },
                 case: format!(
                     "{} {place}, {} x {} tokens, beside {} compute of {:.1} x transfer",
-                    match self.way {
-                        Way::Fetch => "from",
-                        Way::WriteBack => "to",
+                    match self.direction {
+                        Direction::Fetch => "from",
+                        Direction::WriteBack => "to",
                     },
                     self.workload.model.name,
                     self.workload.blocks * 16,
@@ -301,8 +306,8 @@ impl<'a> Plan<'a> {
         let pool = &self.bench.memories[1];
         let start = Instant::now();
         for pieces in &self.layers {
-            match self.way {
-                Way::Fetch => {
+            match self.direction {
+                Direction::Fetch => {
                     self.copies.copy(self.other, pool, pieces)?;
                     if rounds > 0 {
                         self.compute.wait_for(&self.copies.record()?)?;
@@ -313,7 +318,7 @@ impl<'a> Plan<'a> {
                         )?;
                     }
                 }
-                Way::WriteBack => {
+                Direction::WriteBack => {
                     if rounds > 0 {
                         self.bench.engine.compute(
                             self.bench.plain,

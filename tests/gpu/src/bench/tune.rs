@@ -41,9 +41,9 @@ pub(super) fn run(bench: &Bench<'_>, rows: &mut Rows<'_>) -> Result<()> {
     for course in &courses {
         alone(course, rows)?;
     }
-    let ways = [pipeline::Way::Fetch, pipeline::Way::WriteBack];
-    for (course, way) in courses.iter().zip(ways) {
-        pipeline::tune(course, &lent.memory, way, &methods(), rows)?;
+    let directions = [pipeline::Direction::Fetch, pipeline::Direction::WriteBack];
+    for (course, direction) in courses.iter().zip(directions) {
+        pipeline::tune(course, &lent.memory, direction, &methods(), rows)?;
     }
     Ok(())
 }

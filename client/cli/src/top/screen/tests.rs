@@ -1,5 +1,5 @@
-//! What the screen looks like, as text. `SWIFTCACHE_WRITE_SNAPSHOTS=1 cargo test -p swiftcache-client top` writes the
-//! files anew; read the difference before keeping it.
+//! Compares the screen, as text, with the files in `src/snapshots`. `SWIFTCACHE_WRITE_SNAPSHOTS=1 cargo test -p
+//! swiftcache-cli top` writes the files anew. Read the differences before you commit them.
 
 use std::path::PathBuf;
 
@@ -30,10 +30,7 @@ fn looks_like(name: &str, text: &str) {
         std::fs::write(&path, text).unwrap();
     }
     let expected = std::fs::read_to_string(&path).unwrap();
-    assert_eq!(
-        text, expected,
-        "{name} looked like\n{expected}\nand now like\n{text}"
-    );
+    assert_eq!(text, expected, "{name} was\n{expected}\nand is now\n{text}");
 }
 
 fn device(
