@@ -46,21 +46,6 @@ def render(helm, *arguments):
     return documents(done.stdout)
 
 
-def test_the_hold_is_off_unless_asked_for_and_fits_an_engines_pod(helm):
-    def holds(found):
-        return [document for document in found if document["metadata"]["name"] == "swiftcache-hold"]
-
-    assert not holds(render(helm))
-    [config] = holds(render(helm, "--set", "hold.enabled=true", "--set", "hold.args={--device=2,--free=9GiB}"))
-    container = yaml.safe_load(config["data"]["init-container.yaml"])
-    assert container["command"] + container["args"] == ["swiftcache", "hold", "--device=2", "--free=9GiB"]
-    pod = documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text())
-    pod[0]["spec"]["initContainers"] = [container]
-    assert faults(pod) == []
-    for version in VERSIONS:
-        assert schema_faults(pod, version) == []
-
-
 def schema_faults(found, version):
     problems = []
     for document in found:
@@ -168,6 +153,22 @@ def test_the_manifests_are_the_charts(tool, tmp_path):
     for name in ("swiftcache.yaml", "monitoring.yaml"):
         rendered = (tmp_path / name).read_text()
         assert rendered == (DEPLOY / "manifests" / name).read_text(), f"run deploy/manifests/render.sh: {name}"
+
+
+@pytest.mark.tool("helm")
+def test_the_hold_is_off_unless_asked_for_and_fits_an_engines_pod(tool):
+    def holds(found):
+        return [document for document in found if document["metadata"]["name"] == "swiftcache-hold"]
+
+    assert not holds(render(tool))
+    [config] = holds(render(tool, "--set", "hold.enabled=true", "--set", "hold.args={--device=2,--free=9GiB}"))
+    container = yaml.safe_load(config["data"]["init-container.yaml"])
+    assert container["command"] + container["args"] == ["swiftcache", "hold", "--device=2", "--free=9GiB"]
+    pod = documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text())
+    pod[0]["spec"]["initContainers"] = [container]
+    assert faults(pod) == []
+    for version in VERSIONS:
+        assert schema_faults(pod, version) == []
 
 
 CHOICES = {
