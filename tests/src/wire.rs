@@ -326,18 +326,24 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Waits for the broker's next message.
+    /// Waits for the broker's next message about regions and leases. Holds of a device are passed over: anybody may
+    /// begin one at any time.
     ///
     /// # Errors
     /// When the stream ends, or no message comes within [`PATIENCE`].
     pub fn hear(&mut self) -> Result<session_response::Message> {
-        let receive = &mut self.receive;
-        let next = self
-            .wire
-            .wait(async { tokio::time::timeout(PATIENCE, receive.message()).await });
-        let message = next.context("the broker sends no message")??;
-        let message = message.context("the stream ended")?.message;
-        message.context("an empty message")
+        loop {
+            let receive = &mut self.receive;
+            let next = self
+                .wire
+                .wait(async { tokio::time::timeout(PATIENCE, receive.message()).await });
+            let message = next.context("the broker sends no message")??;
+            let message = message.context("the stream ended")?.message;
+            match message.context("an empty message")? {
+                session_response::Message::DeviceHold(_) => {}
+                message => return Ok(message),
+            }
+        }
     }
 
     /// Waits for a revocation.
