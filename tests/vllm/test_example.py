@@ -30,8 +30,8 @@ def test_the_example_prints_what_the_docs_say() -> None:
 def test_every_setting_and_metric_is_documented() -> None:
     from dataclasses import fields
 
-    from swiftcache.vllm.config import Settings
-    from swiftcache.vllm.metrics import COUNTERS, GAUGES
+    from swiftcache.engine.metrics import COUNTERS, GAUGES
+    from swiftcache.engine.settings import Settings
 
     text = DOCS.read_text()
     assert named(section(text, "Settings")) == {field.name for field in fields(Settings)}
