@@ -5,7 +5,7 @@
 //! * The offer falls at once, and by as little as will do: an engine that starts measures its own needs by how free HBM
 //!   falls, and gives up when free HBM is no less in the end than it was at first. While neighbours grow, only the
 //!   reserve is restored. When they have been quiet, the headroom is restored too, but free HBM stays below its level
-//!   before that growth.
+//!   before that growth, also when a short use within the noise ends.
 //! * The offer rises slowly, to what the worst observation of the recent past would still have allowed, with headroom
 //!   for as much growth as was seen, and only when that leaves the hysteresis besides. Noise that stays within the
 //!   hysteresis therefore moves nothing.
@@ -179,7 +179,7 @@ impl Policy {
         let now = observation.now;
         let available = observation.available();
         let headroom = self.headroom(now, available);
-        let growing = self.grows(now, available);
+        let fallen = self.fallen(now, available);
         self.since.get_or_insert(now);
         let ceiling = self.ceiling(available, headroom);
         let settled =
@@ -190,7 +190,7 @@ impl Policy {
         let step = slab.saturating_mul(self.config.rise_slabs);
         let most = observation.offered.min(self.config.max_bytes);
         let left = available.saturating_sub(observation.offered);
-        let least = most.saturating_sub(self.give_back(&observation, left, growing));
+        let least = most.saturating_sub(self.give_back(&observation, left, fallen));
         let (target, reason) = if least < observation.offered {
             (least, Reason::Falling)
         } else if observation.held.is_some() {
@@ -224,8 +224,9 @@ impl Policy {
         }
     }
 
-    /// What is to be given back, bytes: whole slabs. `left` is what will be free when all that was asked back is here.
-    fn give_back(&self, observation: &Observation, left: u64, growing: bool) -> u64 {
+    /// What is to be given back, bytes: whole slabs. `left` is what will be free when all that was asked back is here,
+    /// `fallen` what neighbours took within the recent past.
+    fn give_back(&self, observation: &Observation, left: u64, fallen: u64) -> u64 {
         let PolicyConfig {
             slab_bytes: slab,
             reserve_bytes,
@@ -239,30 +240,31 @@ impl Policy {
             .saturating_sub(left)
             .div_ceil(slab)
             .saturating_mul(slab);
-        if growing || observation.held.is_some() {
+        if self.growing || observation.held.is_some() {
             return needed;
         }
         let level = self.level.unwrap_or(u64::MAX);
-        // As free as before the growth is not less free than before.
+        // As free as before the growth is not less free than before. What neighbours took only now may be free again at
+        // the next look.
         let usual = reserve_bytes
             .saturating_add(least_headroom_bytes)
-            .min(level.saturating_sub(1));
+            .min(level.saturating_sub(1).saturating_sub(fallen));
         needed.max(usual.saturating_sub(left) / slab * slab)
     }
 
-    /// Whether neighbours grew within the recent past, by more than noise.
-    fn grows(&mut self, now: Duration, available: u64) -> bool {
+    /// By how much less is available than at the best look of the recent past, bytes. Beyond noise, neighbours grow.
+    fn fallen(&mut self, now: Duration, available: u64) -> u64 {
         let oldest = now.saturating_sub(self.config.settle);
         let recent = self.past.iter().filter(|look| look.when >= oldest);
-        let most = recent.clone().map(|look| look.available).max();
-        let grows =
-            most.is_some_and(|most| most.saturating_sub(available) > self.config.hysteresis_bytes);
+        let most = (recent.clone().map(|look| look.available)).fold(available, u64::max);
+        let fallen = most - available;
+        let grows = fallen > self.config.hysteresis_bytes;
         if grows && !self.growing {
             let before = recent.map(|look| look.left).min();
             self.level = self.level.into_iter().chain(before).min();
         }
         self.growing = grows;
-        grows
+        fallen
     }
 
     /// What could be on offer if it had been so for long enough, bytes: whole slabs.

@@ -331,6 +331,18 @@ fn the_rule_that_was_breaks_a_start() {
     assert!(now >= first, "{now} after {first}");
 }
 
+/// A short use within the hysteresis, once the neighbour is quiet: what is given back for it adds to what it leaves.
+#[test]
+fn a_short_use_within_the_noise_does_not_break_a_start() {
+    let start = Start {
+        weights: vec![44, 25, 36, 1, 3],
+        pause: 7,
+        peaks: vec![20],
+    };
+    let broken = broken_start(30, &start, Device::new(config()), step);
+    assert_eq!(broken, None);
+}
+
 proptest! {
     #[test]
     fn free_hbm_never_rises_above_its_level_before_an_engine_began(
