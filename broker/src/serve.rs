@@ -1,6 +1,7 @@
 //! Starts the broker: binds its sockets, restores the state from the ledger, and only then serves. Shuts it down too.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::SocketAddr,
     path::Path,
@@ -11,6 +12,7 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use swiftcache_proto::{
     convert::MAX_MESSAGE_BYTES,
+    domain::{Device, DeviceUuid},
     v1::{self, admin_server::AdminServer, broker_server::BrokerServer},
 };
 use tokio::{
@@ -27,7 +29,7 @@ use tower::layer::util::{Identity, Stack};
 
 use crate::{
     config::Config,
-    core::{CoreConfig, Node, State},
+    core::{CoreConfig, Node, Record, State},
     error::BrokerError,
     fd_socket,
     ledger::{self, Ledger, Lock},
@@ -255,10 +257,6 @@ fn restore(
     probe: &dyn Probe,
 ) -> Result<(State, Ledger), BrokerError> {
     let since = Instant::now();
-    let node = Node {
-        devices: probe.devices().to_vec(),
-        links: probe.links().to_vec(),
-    };
     let core = CoreConfig {
         pin_ms: config.pin_ms,
         default_drain_ms: config.drain_ms,
@@ -276,6 +274,12 @@ fn restore(
     };
     let (mut ledger, records) = ledger::open(state_dir)?;
     let lines = records.len();
+    let node = Node {
+        devices: (probe.devices().iter().cloned())
+            .chain(missed(&records, probe))
+            .collect(),
+        links: probe.links().to_vec(),
+    };
     let state = match State::restore(core.clone(), node.clone(), records) {
         Ok(state) => state,
         Err(error) => {
@@ -293,6 +297,37 @@ fn restore(
         "ledger replayed"
     );
     Ok((state, ledger))
+}
+
+/// The devices that the ledger names and the probe left out. What is lent there is still mapped, and the same ledger
+/// holds everybody's leases on the other devices. Such a device has no links: nobody elsewhere is lent anything of it.
+///
+/// A device is one of these when a GPU of its UUID was left out, or a GPU whose UUID the driver does not tell. A ledger
+/// that names more devices than that is another machine's.
+fn missed(records: &[Record], probe: &dyn Probe) -> Vec<Device> {
+    let known = |uuid: &&DeviceUuid| probe.devices().iter().any(|device| device.uuid == **uuid);
+    let named: BTreeSet<&DeviceUuid> = records.iter().filter_map(Record::device).collect();
+    let mut nameless = probe.left_out().iter().filter(|gpu| gpu.uuid.is_none());
+    let unknown = named.into_iter().filter(|uuid| !known(uuid));
+    unknown
+        .filter_map(|uuid| {
+            let mut left_out = probe.left_out().iter();
+            let gpu = left_out
+                .find(|gpu| gpu.uuid.as_ref() == Some(uuid))
+                .or_else(|| nameless.next())?;
+            tracing::warn!(
+                %uuid,
+                reason = gpu.reason,
+                "a GPU of the ledger is left out; what is lent there stays accounted for"
+            );
+            Some(Device {
+                uuid: uuid.clone(),
+                name: "left out".to_owned(),
+                hbm_bytes: 0,
+                ordinal: gpu.ordinal,
+            })
+        })
+        .collect()
 }
 
 async fn routes(

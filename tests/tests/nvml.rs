@@ -11,10 +11,18 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use nvml_wrapper::{Nvml, error::NvmlError};
 use serde_json::Value;
-use swiftcache_proto::v1;
+use swiftcache_client::{
+    device::Export,
+    session::{Demand, OfferedRegion, Session},
+};
+use swiftcache_proto::{
+    domain::{AllocationId, Handle, OpaqueHandle, RegionId},
+    v1,
+};
 use swiftcache_stub_nvml::{HBM_BYTES, RESERVED_BYTES, USED_BYTES, uuid};
 use swiftcache_tests::{
     engine::eventually,
+    node::connect,
     programs::{Program, program},
     wire::Wire,
 };
@@ -56,6 +64,13 @@ impl Machine {
     }
 
     fn start(mut self) -> Result<Self> {
+        self.restart()?;
+        Ok(self)
+    }
+
+    /// Starts the broker, after killing the one that runs.
+    fn restart(&mut self) -> Result<()> {
+        self.broker = None;
         let mut broker =
             Program::start(self.broker_command()?.stderr(fs::File::create(self.log())?))?;
         eventually("the broker to listen", || {
@@ -63,7 +78,9 @@ impl Machine {
             Ok(UnixStream::connect(self.socket()).is_ok())
         })?;
         self.broker = Some(broker);
-        Ok(self)
+        // The sockets are bound before the ledger is read. An answer says that it has been read.
+        self.node()?;
+        Ok(())
     }
 
     fn broker_command(&self) -> Result<Command> {
@@ -376,6 +393,87 @@ fn a_driver_that_does_not_work_is_an_error_and_no_reason_to_simulate() -> Result
             "{said}"
         );
     }
+    Ok(())
+}
+
+/// Connects a donor, which lends 4 slabs of GPU 1 and 4 of GPU 2, and a borrower on GPU 0, which leases one of each.
+fn lend(machine: &Machine) -> Result<[Session; 2]> {
+    let [donor, borrower] = ["donor", "borrower"].map(|name| connect(machine.socket(), name));
+    let (donor, borrower) = (donor?, borrower?);
+    for number in [1, 2] {
+        let region = OfferedRegion {
+            region: RegionId([number as u8; 16]),
+            device: uuid(number).parse().map_err(anyhow::Error::msg)?,
+            allocation: AllocationId([number as u8; 16]),
+            offset: 0,
+            bytes: 4 << 20,
+            slab_bytes: 1 << 20,
+        };
+        let handle = Export::Opaque(Handle::CudaIpc(OpaqueHandle([number as u8; 64])));
+        donor.offer(region, &handle).wait()?;
+        let demand = Demand {
+            namespace: "a model".to_owned(),
+            device: uuid(0).parse().map_err(anyhow::Error::msg)?,
+            bytes: 1 << 20,
+            block_bytes: 1 << 16,
+        };
+        ensure!(borrower.lease(demand).wait()?.grants.len() == 1);
+    }
+    Ok([donor, borrower])
+}
+
+fn leases_on(machine: &Machine, number: u32) -> Result<usize> {
+    let wire = Wire::new(&machine.socket())?;
+    let mut admin = wire.admin();
+    let request = v1::ListLeasesRequest {
+        device_uuid: uuid(number),
+    };
+    Ok(wire
+        .wait(admin.list_leases(request))?
+        .into_inner()
+        .leases
+        .len())
+}
+
+/// One ledger holds what is lent on the other GPUs, and what is mapped of the lost one. So it must not be set aside.
+#[test]
+fn a_gpu_that_is_lost_at_a_restart_costs_no_lease_on_another() -> Result<()> {
+    let mut machine = Machine::started("")?;
+    let sessions = lend(&machine)?;
+    ensure!(leases_on(&machine, 1)? == 1 && leases_on(&machine, 2)? == 1);
+    machine.answers("*@1=15")?;
+    machine.broker = None;
+    // They must not connect again: a session that says it holds nothing gives its leases back.
+    drop(sessions);
+    machine.restart()?;
+    let log = fs::read_to_string(machine.log())?;
+    ensure!(!log.contains("aside"), "{log}");
+    let node = machine.node()?;
+    ensure!(node.left_out.len() == 1, "{node:?}");
+    whole(&node, 2)?;
+    let lost = device(&node, 1).context("nobody accounts for what is lent there")?;
+    ensure!(
+        lost.hbm_used_unknown && !lost.problem.is_empty(),
+        "{lost:?}"
+    );
+    ensure!(leases_on(&machine, 1)? == 1 && leases_on(&machine, 2)? == 1);
+    for offered in [lost, device(&node, 2).context("no GPU 2")?] {
+        let account = offered.account.unwrap_or_default();
+        ensure!(account.offered_bytes == 4 << 20, "{offered:?}");
+    }
+    Ok(())
+}
+
+/// The twin: no GPU is left out, so a ledger that names a GPU which is not there is another machine's.
+#[test]
+fn a_ledger_of_other_gpus_is_set_aside() -> Result<()> {
+    let mut machine = Machine::started("")?;
+    let _sessions = lend(&machine)?;
+    machine.answers("devices=2")?;
+    machine.restart()?;
+    let log = fs::read_to_string(machine.log())?;
+    ensure!(log.contains("aside"), "{log}");
+    ensure!(leases_on(&machine, 1)? == 0);
     Ok(())
 }
 

@@ -147,3 +147,13 @@ pub enum Record {
         lease: LeaseId,
     },
 }
+
+impl Record {
+    /// The device that the record names, if it names one. It cannot be replayed on a node without that device.
+    pub fn device(&self) -> Option<&DeviceUuid> {
+        match self {
+            Self::Region { device, .. } | Self::Lease { device, .. } => Some(device),
+            _ => None,
+        }
+    }
+}

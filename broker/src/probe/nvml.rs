@@ -136,11 +136,10 @@ impl Probe for Nvml {
     }
 
     fn used_bytes(&self, device: &DeviceUuid, _donated: u64) -> Result<u64, String> {
-        let known = self.devices.iter().find(|known| known.uuid == *device);
-        let used = match known {
-            Some(known) => self.read_use(known),
-            None => Err(NvmlError::NotFound),
+        let Some(known) = self.devices.iter().find(|known| known.uuid == *device) else {
+            return Err("it is left out".to_owned());
         };
+        let used = self.read_use(known);
         let mut unread = self.unread.lock();
         match used {
             Ok(bytes) => {

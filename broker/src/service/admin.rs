@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
-    domain::{LeaseId, RegionId},
+    domain::{DeviceUuid, LeaseId, RegionId},
     v1::{
         self, admin_server::Admin, drain_request, evict_request, set_quota_request, undrain_request,
     },
@@ -55,26 +55,23 @@ impl AdminService {
         node.probe = self.probe.source();
         // The driver may take milliseconds: not on the thread that serves everyone.
         let probe = Arc::clone(&self.probe);
-        let donated: Vec<u64> = node
-            .devices
-            .iter()
-            .map(|status| {
-                status
-                    .account
-                    .as_ref()
-                    .map_or(0, |account| account.offered_bytes)
+        let donated: Vec<(DeviceUuid, u64)> = (node.devices.iter())
+            .filter_map(|status| {
+                let uuid = status.device.as_ref()?.uuid.parse().ok()?;
+                Some((uuid, status.account.unwrap_or_default().offered_bytes))
             })
             .collect();
-        let used = tokio::task::spawn_blocking(move || -> Vec<Result<u64, String>> {
-            let devices = probe.devices().iter().zip(donated);
-            let used = devices.map(|(device, donated)| probe.used_bytes(&device.uuid, donated));
-            used.collect()
-        });
+        let used =
+            tokio::task::spawn_blocking(move || -> Vec<(DeviceUuid, Result<u64, String>)> {
+                let used = donated.into_iter().map(|(device, donated)| {
+                    let used = probe.used_bytes(&device, donated);
+                    (device, used)
+                });
+                used.collect()
+            });
         let used = used.await.unwrap_or_default();
-        for ((status, device), used) in
-            (node.devices.iter_mut().zip(self.probe.devices())).zip(used)
-        {
-            let mut problems = self.probe.doubts(&device.uuid).to_vec();
+        for (status, (device, used)) in node.devices.iter_mut().zip(used) {
+            let mut problems = self.probe.doubts(&device).to_vec();
             match used {
                 Ok(bytes) => status.hbm_used_bytes = bytes,
                 Err(problem) => {
