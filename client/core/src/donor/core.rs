@@ -15,12 +15,13 @@ use tracing::{debug, error, warn};
 use super::{
     DonorStatus,
     region::{Phase, Region},
+    scrub::Scrubs,
     withdrawal::Asking,
 };
 use crate::{
     Error, Result,
     borrower::Latency,
-    device::{CopyStream, DeviceLayer, Memory},
+    device::DeviceLayer,
     session::{Connected, Observer, Scrub, Session},
 };
 
@@ -71,7 +72,8 @@ pub(super) struct State {
     pub(super) returned: u64,
     /// Regions that are this donor's own again, and whose memory is being freed.
     pub(super) freeing: u64,
-    scrubbed: u64,
+    pub(super) scrubbed: u64,
+    pub(super) failed_scrubs: u64,
 }
 
 /// Called on the session's thread: passes everything on.
@@ -108,6 +110,7 @@ impl Core {
             returned: 0,
             freeing: 0,
             scrubbed: 0,
+            failed_scrubs: 0,
         };
         let core = Self {
             session,
@@ -129,20 +132,31 @@ impl Core {
 
     /// The donor's thread.
     pub(super) fn work(&self, inbox: &mpsc::Receiver<Task>) {
-        let mut stream = None;
+        let mut scrubs = Scrubs::default();
+        let mut ticked = Instant::now();
         loop {
-            match inbox.recv_timeout(TICK) {
+            let tick = TICK.saturating_sub(ticked.elapsed());
+            let pause = scrubs.pause().map_or(tick, |pause| pause.min(tick));
+            match inbox.recv_timeout(pause) {
                 Ok(Task::Connected(connected)) => self.after_connection(&connected),
                 Ok(Task::Returned(region)) => self.take_back(region),
-                Ok(Task::Scrub(scrub)) => self.scrub_slab(&scrub, &mut stream),
+                Ok(Task::Scrub(scrub)) => scrubs.ask(self, &scrub),
+                Ok(Task::Tell) => self.tell_again(),
                 Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                // What is asked back first: somebody waits for it.
-                Ok(Task::Tell) | Err(mpsc::RecvTimeoutError::Timeout) => {
-                    self.withdraw_unheard();
-                    self.offer_unconfirmed();
-                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            scrubs.advance(self);
+            if ticked.elapsed() >= TICK {
+                self.tell_again();
+                ticked = Instant::now();
             }
         }
+    }
+
+    /// Tells the broker what it has not heard. What is asked back comes first: somebody waits for it.
+    fn tell_again(&self) {
+        self.withdraw_unheard();
+        self.offer_unconfirmed();
     }
 
     /// Allocates one slab and offers it.
@@ -186,36 +200,6 @@ impl Core {
         answer?;
         debug!(region = %id, "region offered");
         Ok(())
-    }
-
-    fn scrub_slab(&self, scrub: &Scrub, stream: &mut Option<Arc<dyn CopyStream>>) {
-        let memory = {
-            let mut state = self.state.lock();
-            let Some(region) = state.regions.get_mut(&scrub.region) else {
-                return;
-            };
-            region.begin_scrub(scrub).then(|| region.memory.clone())
-        };
-        if let Some(memory) = memory {
-            if let Err(error) = self.zero(&memory, stream) {
-                // Unsaid, the slab stays out of other tenants' hands.
-                warn!(%error, region = %scrub.region, "a slab could not be zeroed");
-                return;
-            }
-            self.state.lock().scrubbed += 1;
-        }
-        self.session.scrubbed(scrub);
-    }
-
-    fn zero(&self, memory: &Memory, stream: &mut Option<Arc<dyn CopyStream>>) -> Result<()> {
-        let stream = match stream {
-            Some(stream) => stream,
-            None => stream.insert(self.layer.stream(&self.device)?),
-        };
-        let queued = stream.zero(memory, 0, memory.bytes());
-        // What fails may still write, and the slab is another's when it is said to be zero.
-        let done = stream.end().wait();
-        Ok(queued.and(done)?)
     }
 
     fn after_connection(&self, connected: &Connected) {
@@ -325,6 +309,7 @@ impl Core {
             returned: state.returned,
             give_back: Latency::from(&state.give_back),
             scrubbed: state.scrubbed,
+            failed_scrubs: state.failed_scrubs,
             ..DonorStatus::default()
         };
         for region in state.regions.values() {

@@ -14,6 +14,7 @@ mod policy;
 mod policy_tests;
 mod pool;
 mod region;
+mod scrub;
 mod withdrawal;
 
 use std::{
@@ -72,6 +73,8 @@ pub struct DonorStatus {
     pub give_back: Latency,
     /// Slabs zeroed for another tenant.
     pub scrubbed: u64,
+    /// Tries to zero one that failed. Each is tried again, and the slab is lent to nobody else before.
+    pub failed_scrubs: u64,
 }
 
 /// HBM on offer. Dropping it leaves the session to give back what is lent: see [`close`](Self::close).

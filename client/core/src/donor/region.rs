@@ -77,12 +77,13 @@ impl Region {
         }
     }
 
-    /// Whether this scrub is a new one; it is not from now on.
-    pub(super) fn begin_scrub(&mut self, scrub: &Scrub) -> bool {
-        let new = self.scrubbed.is_none_or(|done| done < scrub.generation);
-        if new {
-            self.scrubbed = Some(scrub.generation);
-        }
-        new
+    /// Whether it was zeroed for this scrub, or for a later one.
+    pub(super) fn is_scrubbed(&self, scrub: &Scrub) -> bool {
+        self.scrubbed.is_some_and(|done| done >= scrub.generation)
+    }
+
+    /// It holds nobody's bytes any more. To be called only when the zeroing is known to be over.
+    pub(super) fn note_scrubbed(&mut self, scrub: &Scrub) {
+        self.scrubbed = self.scrubbed.max(Some(scrub.generation));
     }
 }
