@@ -105,6 +105,8 @@ fn render(owner: &Owner) -> String {
         );
         metrics.set("swiftcache_indexed_blocks", vec![], state.indexed_blocks());
     });
+    let routes_down = owner.read_reports(|_, reports| reports.routes_down());
+    metrics.set("swiftcache_engine_routes_down", vec![], routes_down.into());
     let (streams, _) = owner.connections();
     metrics.set("swiftcache_attached_sessions", vec![], streams as u64);
     metrics.render()

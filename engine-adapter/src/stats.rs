@@ -21,6 +21,8 @@ pub(crate) fn flat(stats: &Stats) -> Vec<(&'static str, u64)> {
         ("hit_host_blocks", host),
         ("failed_blocks", stats.failed_blocks),
         ("late_blocks", stats.late_blocks),
+        ("failed_operations", stats.failed_operations),
+        ("routes_down", stats.routes_down.into()),
         ("stored_blocks", stats.stored_blocks),
         ("known_blocks", stats.known_blocks),
         ("duplicate_blocks", stats.duplicate_blocks),

@@ -80,6 +80,8 @@ pub struct Traffic {
     pub replica_blocks: u64,
     /// Found in an engine's host memory.
     pub host_blocks: u64,
+    /// Loads, stores and moves whose copies failed.
+    pub failed_operations: u64,
 }
 
 impl Traffic {
@@ -93,6 +95,7 @@ impl Traffic {
             own_blocks: more(self.own_blocks, before.own_blocks),
             replica_blocks: more(self.replica_blocks, before.replica_blocks),
             host_blocks: more(self.host_blocks, before.host_blocks),
+            failed_operations: more(self.failed_operations, before.failed_operations),
         }
     }
 }
@@ -106,6 +109,7 @@ impl AddAssign for Traffic {
             (&mut self.own_blocks, more.own_blocks),
             (&mut self.replica_blocks, more.replica_blocks),
             (&mut self.host_blocks, more.host_blocks),
+            (&mut self.failed_operations, more.failed_operations),
         ] {
             // Whoever reports nonsense must not make the totals fall.
             *mine = mine.saturating_add(its);
@@ -127,6 +131,7 @@ impl From<&Traffic> for v1::Traffic {
             own_blocks: traffic.own_blocks,
             replica_blocks: traffic.replica_blocks,
             host_blocks: traffic.host_blocks,
+            failed_operations: traffic.failed_operations,
         }
     }
 }
@@ -146,6 +151,7 @@ impl TryFrom<&v1::Traffic> for Traffic {
             own_blocks: traffic.own_blocks,
             replica_blocks: traffic.replica_blocks,
             host_blocks: traffic.host_blocks,
+            failed_operations: traffic.failed_operations,
             ..Self::default()
         };
         for entry in &traffic.links {
@@ -178,6 +184,7 @@ mod tests {
         counted.lookup_blocks = 11;
         counted.replica_blocks = 2;
         counted.host_blocks = 1;
+        counted.failed_operations = 4;
         let wire = v1::Traffic::from(&counted);
         assert_eq!(wire.links.len(), 2, "links without bytes are left out");
         assert_eq!(Traffic::try_from(&wire), Ok(counted));

@@ -27,6 +27,10 @@ pub(super) struct Borrower {
     pub(super) shares: bool,
     /// The blocks in its own host memory.
     pub(super) kept: Kept,
+    /// Devices whose memory it cannot copy from now.
+    pub(super) down: Vec<usize>,
+    /// The same of its own host memory.
+    pub(super) host_down: bool,
 }
 
 impl Borrower {
@@ -140,6 +144,11 @@ impl State {
             block_bytes: keep.block_bytes,
             shares: keep.shares,
             kept: Kept::default(),
+            // One that the broker does not know has nothing on it that could be found.
+            down: (keep.down.iter())
+                .filter_map(|uuid| self.devices.number(uuid).ok())
+                .collect(),
+            host_down: keep.host_down,
         };
         let borrower = self.borrowers.open(keep.borrower, borrower);
         let before = borrower.kept.len() as u64;

@@ -256,6 +256,10 @@ pub struct Keep {
     pub dropped: Vec<BlockHash>,
     /// It is closed.
     pub closed: bool,
+    /// Devices whose memory it cannot copy from now.
+    pub down: Vec<DeviceUuid>,
+    /// The same of its own host memory.
+    pub host_down: bool,
 }
 
 /// What an operator drains.

@@ -41,6 +41,8 @@ pub(super) struct Asker<'a> {
     /// The only size of blocks that it reads, bytes.
     block_bytes: Option<u64>,
     kept: Option<&'a Kept>,
+    /// Devices whose memory it cannot copy from now.
+    down: &'a [usize],
 }
 
 /// How good a lease is to read a block from: the least is the best.
@@ -70,7 +72,8 @@ impl Asker<'_> {
             reach: borrower.device.map_or(Reach::Nowhere, Reach::From),
             shares: borrower.shares,
             block_bytes: Some(borrower.block_bytes),
-            kept: Some(&borrower.kept),
+            kept: (!borrower.host_down).then_some(&borrower.kept),
+            down: &borrower.down,
         }
     }
 }
@@ -141,6 +144,7 @@ impl State {
             shares: true,
             block_bytes: None,
             kept: None,
+            down: &[],
         }))
     }
 
@@ -156,6 +160,7 @@ impl State {
             shares: borrower.is_none_or(|(_, borrower)| borrower.shares),
             block_bytes: Some(lease.block_bytes),
             kept: None,
+            down: &[],
         }
     }
 
@@ -168,6 +173,9 @@ impl State {
             Reach::From(device) => Some(self.devices.path(device, region.device)?),
             Reach::Nowhere => return None,
         };
+        if asker.down.contains(&region.device) {
+            return None;
+        }
         if asker
             .block_bytes
             .is_some_and(|size| size != lease.block_bytes)

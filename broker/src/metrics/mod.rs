@@ -219,7 +219,7 @@ impl Metrics {
 }
 
 /// What is read from the state at each scrape.
-pub const GAUGES: [(&str, Unit, &str); 7] = [
+pub const GAUGES: [(&str, Unit, &str); 8] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
@@ -242,6 +242,11 @@ pub const GAUGES: [(&str, Unit, &str); 7] = [
         "swiftcache_indexed_blocks",
         Unit::Count,
         "Blocks that a lookup can find.",
+    ),
+    (
+        "swiftcache_engine_routes_down",
+        Unit::Count,
+        "Ways to devices' memory and to host memory on which engines' copies fail repeatedly.",
     ),
 ];
 

@@ -12,6 +12,7 @@ use super::METADATA;
 const LINK_BYTES: &str = "swiftcache_link_bytes_total";
 const LOOKUP_BLOCKS: &str = "swiftcache_engine_lookup_blocks_total";
 const HIT_BLOCKS: &str = "swiftcache_engine_hit_blocks_total";
+const FAILED: &str = "swiftcache_engine_failed_operations_total";
 
 pub(super) struct TrafficCounters {
     links: [LinkCounters; LINKS.len()],
@@ -19,6 +20,7 @@ pub(super) struct TrafficCounters {
     own_blocks: Counter,
     replica_blocks: Counter,
     host_blocks: Counter,
+    failed_operations: Counter,
 }
 
 struct LinkCounters {
@@ -45,6 +47,11 @@ impl TrafficCounters {
                 Unit::Count,
                 "Blocks that engines found, by tier: own leases, replicas' leases, host memory.",
             ),
+            (
+                FAILED,
+                Unit::Count,
+                "Engines' loads, stores and moves whose copies failed.",
+            ),
         ] {
             recorder.describe_counter(name.into(), Some(unit), help.into());
         }
@@ -69,6 +76,7 @@ impl TrafficCounters {
             own_blocks: hits("own"),
             replica_blocks: hits("replica"),
             host_blocks: hits("host"),
+            failed_operations: counter(FAILED, Vec::new()),
         }
     }
 
@@ -81,6 +89,7 @@ impl TrafficCounters {
         self.own_blocks.increment(more.own_blocks);
         self.replica_blocks.increment(more.replica_blocks);
         self.host_blocks.increment(more.host_blocks);
+        self.failed_operations.increment(more.failed_operations);
     }
 }
 

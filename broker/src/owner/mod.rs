@@ -28,7 +28,7 @@ use crate::{
 };
 
 pub(crate) use attach::Attached;
-pub(crate) use reports::Reports;
+pub(crate) use reports::{Reported, Reports};
 
 /// The owner of the broker's state.
 pub struct Owner {

@@ -21,7 +21,7 @@ use crate::{
         Event, Keep, LeaseDemand, Lookup, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat,
     },
     error::Refused,
-    owner::Owner,
+    owner::{Owner, Reported},
 };
 
 /// The service. Answers FAILED_PRECONDITION on connections without a [`crate::peer::Peer`].
@@ -151,9 +151,13 @@ impl Broker for BrokerService {
     ) -> Result<Response<v1::ReportResponse>, Status> {
         let _timer = self.owner.metrics().time("Report");
         let caller = caller(&peer(&request)?, request.get_ref().session_id);
-        let traffic = request.into_inner().traffic.unwrap_or_default();
-        let traffic = Traffic::try_from(&traffic).map_err(Refused::from)?;
-        self.owner.report(caller, &traffic)?;
+        let request = request.into_inner();
+        let traffic = request.traffic.unwrap_or_default();
+        let reported = Reported {
+            traffic: Traffic::try_from(&traffic).map_err(Refused::from)?,
+            routes_down: request.routes_down,
+        };
+        self.owner.report(caller, &reported)?;
         Ok(Response::new(v1::ReportResponse {}))
     }
 }
@@ -400,6 +404,11 @@ impl BrokerService {
             kept: convert::hashes("kept_hashes", &request.kept_hashes)?.collect(),
             dropped: convert::hashes("dropped_hashes", &request.dropped_hashes)?.collect(),
             closed: request.closed,
+            down: convert::bounded("down_device_uuids", &request.down_device_uuids)?
+                .iter()
+                .map(|uuid| convert::device_uuid("down_device_uuids", uuid))
+                .collect::<Result<_, _>>()?,
+            host_down: request.host_memory_down,
         };
         self.owner.apply(Event::Keep(keep))?;
         Ok(())

@@ -43,6 +43,7 @@ pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
             published_blocks: counters.published_blocks,
         }),
         traffic: Some(reports.total().into()),
+        routes_down: reports.routes_down(),
         ..Default::default()
     }
 }
@@ -79,7 +80,8 @@ pub(super) fn sessions(state: &State, reports: &Reports, started: u64) -> Vec<v1
         donated_bytes: view.donated_bytes,
         leased_bytes: view.leased_bytes,
         unacknowledged: view.unacknowledged,
-        traffic: reports.of(view.id).map(v1::Traffic::from),
+        traffic: (reports.of(view.id)).map(|reported| v1::Traffic::from(&reported.traffic)),
+        routes_down: (reports.of(view.id)).map_or(0, |reported| reported.routes_down),
     });
     sessions.collect()
 }

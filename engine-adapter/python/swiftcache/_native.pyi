@@ -206,13 +206,13 @@ class Cache:
     def stats(self) -> dict[str, float]:
         """What it has done since it opened, and what it holds now; all zero before.
 
-        Counts: lookups, revocations, refused_leases, broker_misses, drain_count, acknowledge_count.
+        Counts: lookups, revocations, refused_leases, broker_misses, failed_operations, drain_count, acknowledge_count.
         Blocks: lookup_blocks, hit_{donor,shared,host}_blocks, failed_blocks, late_blocks, stored_blocks,
         known_blocks, duplicate_blocks, unplaced_blocks, evicted_blocks, demoted_blocks, promoted_blocks, moved_to_donor_blocks,
         moved_to_host_blocks, dropped_blocks.
         Bytes: {loaded,stored}_{same_device,nvlink,pcie,host}_bytes.
         Microseconds: {drain,acknowledge}_{p50,p99,max}_us.
-        Now: leases, shared_leases, leased_bytes, donor_blocks, host_blocks, connected (0 or 1), open (0 or 1).
+        Now: routes_down, leases, shared_leases, leased_bytes, donor_blocks, host_blocks, connected (0 or 1), open (0 or 1).
         """
 
     def close(self) -> None:

@@ -10,8 +10,9 @@ use std::{
 use crate::Code;
 
 /// What a line may be about, apart from entry points and `*`.
-const SETTINGS: [&str; 6] = [
+const SETTINGS: [&str; 7] = [
     "execute",
+    "peer_copies",
     "peers",
     "devices",
     "hold",
@@ -146,8 +147,8 @@ pub(crate) fn setting(name: &str) -> Option<String> {
     Some(found.value.clone())
 }
 
-/// The code that this call of `symbol` is to return, or that this piece of a stream's work is to fail with
-/// (`execute`). Every line about it counts the call; the first one whose calls these are decides.
+/// The code that this call of `symbol` is to return, or that this piece of a stream's work is to be refused
+/// (`peer_copies`) or to fail (`execute`) with. Every line about it counts the call; the first one whose calls these are decides.
 pub(crate) fn injected(symbol: &str) -> Option<Code> {
     let mut decided = None;
     let mut faults = faults();

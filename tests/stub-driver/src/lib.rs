@@ -20,6 +20,7 @@
 //! cuLaunchKernel=719@3-    # ... or all from the third on
 //! 4711/cuEventQuery=999@1  # only in the process of that number
 //! *=214                    # every entry point fails: the device is lost
+//! peer_copies=701          # what is to copy to or from another device's memory is refused with that code
 //! execute=719              # work on streams fails with that code, and so does every call from then on
 //! execute=719@2            # the second piece of work does
 //! hold=kernels             # no stream goes on to a gather launch, ...

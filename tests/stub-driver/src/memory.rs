@@ -42,6 +42,16 @@ impl World {
         (address + bytes as u64 <= end).then_some((*base, allocation))
     }
 
+    /// The device whose memory an address is in, if it is any's.
+    pub(crate) fn home(&self, address: u64) -> Option<c_int> {
+        match &self.find(address, 1)?.1.kind {
+            Kind::Plain { device, .. } => Some(*device),
+            Kind::Opened { owner, .. } => Some(*owner),
+            Kind::Virtual { mapped, .. } => mapped.map(|(_, device)| device),
+            Kind::Host | Kind::Gone => None,
+        }
+    }
+
     /// Whether `device` may touch a range: by a kernel, or by a copy engine, which stages where there is no peer
     /// access and reaches ordinary host memory too.
     pub(crate) fn may_touch(

@@ -40,6 +40,29 @@ pub(crate) enum Work {
 }
 
 impl Work {
+    /// Whether it reads or writes memory of another device than this one.
+    fn touches_peer(&self, world: &crate::World, device: c_int) -> bool {
+        let foreign = |address: u64| world.home(address).is_some_and(|home| home != device);
+        let any = |pieces: &[Piece]| {
+            let mut pieces = pieces.iter();
+            pieces.any(|piece| foreign(piece.from) || foreign(piece.to))
+        };
+        match self {
+            Self::Copy { to, from, .. } => foreign(*to) || foreign(*from),
+            Self::Set { address, .. } => foreign(*address),
+            Self::Gather { pieces, .. } => match pieces {
+                Pieces::Copied(pieces) => any(pieces),
+                &Pieces::At(address, count) => {
+                    let size = count * size_of::<Piece>();
+                    world.find(address, size).is_some()
+                        // SAFETY: the launch's descriptors lie in an allocation of this process, written before it.
+                        && any(unsafe { std::slice::from_raw_parts(address as *const Piece, count) })
+                }
+            },
+            Self::Record(_) | Self::Wait(_) | Self::End => false,
+        }
+    }
+
     /// Whether a hold on `kind` keeps a stream from going on to this.
     fn is_held_by(&self, kind: &str) -> bool {
         match kind {
@@ -259,6 +282,11 @@ pub(crate) fn queue(stream: usize, work: Work) -> Result<(), Code> {
     let mut world = world();
     if stream == 0 {
         world.permit_default()?;
+    }
+    if work.touches_peer(&world, found.device)
+        && let Some(code) = faults::injected("peer_copies")
+    {
+        return Err(code);
     }
     if let Some(work) = world.captures.take(stream, work)? {
         found.push(work);

@@ -34,6 +34,11 @@ impl History {
             shares: !d.is_multiple_of(3),
             block_bytes: [BLOCK, SLAB / 2][usize::from(c.is_multiple_of(5))],
             kept: BTreeSet::new(),
+            down: match d % 5 {
+                0 => vec![any_device(b)],
+                _ => Vec::new(),
+            },
+            host_down: c.is_multiple_of(7),
         };
         let before = client.keeps.get(&id).filter(|before| before.is_like(&own));
         let anew = before.is_none() || b.is_multiple_of(5);
@@ -57,6 +62,8 @@ impl History {
             kept: hashes(more),
             dropped: hashes(dropped),
             closed,
+            down: own.down.clone(),
+            host_down: own.host_down,
         };
         // One such call at a time: what is on its way says nothing that can be relied on.
         if let Some(client) = self.world.client(session) {
@@ -149,7 +156,8 @@ impl History {
             match run {
                 FoundRun::Kept { count } => {
                     let mut said = blocks[number..number + *count as usize].iter();
-                    let keeps = |block| known.is_some_and(|own| own.kept.contains(block));
+                    let keeps =
+                        |block| known.is_some_and(|own| !own.host_down && own.kept.contains(block));
                     if !said.all(keeps) {
                         return Err(format!("{asked:?} is promised {run:?} of nothing"));
                     }
@@ -160,6 +168,8 @@ impl History {
                     let reaches = device
                         .zip(on)
                         .is_none_or(|(from, to)| link(from, &to).is_some());
+                    let on = self.world.device_of(region);
+                    let works = known.is_none_or(|own| on.is_none_or(|on| !own.down.contains(&on)));
                     let client = self
                         .world
                         .clients
@@ -170,7 +180,7 @@ impl History {
                             || !client.unmappable.contains(&region)
                     });
                     let shares = known.is_none_or(|own| own.shares || *hold == Hold::Own);
-                    if !reaches || !maps || !shares {
+                    if !reaches || !works || !maps || !shares {
                         return Err(format!(
                             "{asked:?} is promised {run:?}, which it cannot read"
                         ));

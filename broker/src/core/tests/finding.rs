@@ -20,6 +20,8 @@ pub(super) struct Asker {
     shares: bool,
     block_bytes: Option<u64>,
     kept: Vec<BlockHash>,
+    /// Devices whose memory it cannot copy from now.
+    down: Vec<DeviceUuid>,
 }
 
 /// Where a block was found.
@@ -38,7 +40,11 @@ impl OBorrower {
             device: Some(self.said.device.clone()),
             shares: self.said.shares,
             block_bytes: Some(self.said.block_bytes),
-            kept: self.kept.clone(),
+            kept: match self.said.host_down {
+                true => Vec::new(),
+                false => self.kept.clone(),
+            },
+            down: self.said.down.clone(),
         }
     }
 }
@@ -97,6 +103,7 @@ impl Oracle {
             shares: its.first().is_none_or(|borrower| borrower.said.shares),
             block_bytes: Some(SLAB / u64::from(lease.slots)),
             kept: Vec::new(),
+            down: Vec::new(),
         }
     }
 
@@ -107,6 +114,9 @@ impl Oracle {
             .iter()
             .find(|region| region.id == lease.region)?;
         if (&asker.tenant, &asker.namespace) != (&lease.tenant, &lease.namespace) {
+            return None;
+        }
+        if asker.down.contains(&region.device) {
             return None;
         }
         let link = match &asker.device {
@@ -156,6 +166,7 @@ impl Oracle {
             shares: true,
             block_bytes: None,
             kept: Vec::new(),
+            down: Vec::new(),
         }))
     }
 

@@ -356,6 +356,8 @@ impl Bench {
             kept: Vec::new(),
             dropped: Vec::new(),
             closed: false,
+            down: Vec::new(),
+            host_down: false,
         }
     }
 

@@ -234,6 +234,37 @@ fn a_borrower_is_found_what_it_keeps_itself_whoever_asks_for_it() {
 }
 
 #[test]
+fn what_a_borrower_cannot_copy_from_is_not_found_for_it_as_long_as_that_lasts() {
+    let (mut bench, [worker, replica, scheduler]) = bench();
+    let (own, theirs) = (
+        lease_on(&mut bench, worker, 0),
+        lease_on(&mut bench, replica, 1),
+    );
+    bench.publish(worker, &own, &[(1, 0)]);
+    bench.publish(replica, &theirs, &[(2, 0)]);
+    let says = |bench: &mut Bench, down: &[u32], host_down| {
+        bench.done(Event::Keep(Keep {
+            kept: hashes([3]),
+            down: down.iter().map(|number| device(*number)).collect(),
+            host_down,
+            ..Bench::keep_of(worker, 7)
+        }));
+    };
+    says(&mut bench, &[], false);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 1..9)), 3);
+    says(&mut bench, &[1], false);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 1..9)), 1);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 3..9)), 1);
+    says(&mut bench, &[0, 1], true);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 1..9)), 0);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 3..9)), 0);
+    // Others are found it as before.
+    assert_eq!(count(&mut bench, from(replica, 0, 1..9)), 2);
+    says(&mut bench, &[], false);
+    assert_eq!(count(&mut bench, of(scheduler, 7, 1..9)), 3);
+}
+
+#[test]
 fn own_tiers_come_first() {
     let (mut bench, [worker, replica, scheduler]) = bench();
     let own = lease_on(&mut bench, worker, 0);

@@ -44,6 +44,10 @@ pub(super) struct Own {
     pub(super) block_bytes: u64,
     /// The blocks in its own host memory.
     pub(super) kept: BTreeSet<u64>,
+    /// Devices whose memory it cannot copy from now.
+    pub(super) down: Vec<DeviceUuid>,
+    /// The same of its own host memory.
+    pub(super) host_down: bool,
 }
 
 impl Own {

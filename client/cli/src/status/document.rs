@@ -76,6 +76,9 @@ pub(super) struct Traffic {
     pub(super) own_blocks: u64,
     pub(super) replica_blocks: u64,
     pub(super) host_blocks: u64,
+    pub(super) failed_operations: u64,
+    /// Now, over all engines.
+    pub(super) routes_down: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -183,7 +186,7 @@ impl Status {
             left_out: node.left_out.iter().map(left_out).collect(),
             total: Account::new(node.total.as_ref()),
             counters,
-            traffic: traffic(node.traffic.as_ref()),
+            traffic: traffic(node.traffic.as_ref(), node.routes_down),
             devices: node.devices.iter().map(device).collect(),
             donors,
             leases: leases(&snapshot.leases),
@@ -224,7 +227,7 @@ fn left_out(gpu: &v1::LeftOutDevice) -> LeftOutRow {
     }
 }
 
-fn traffic(traffic: Option<&v1::Traffic>) -> Traffic {
+fn traffic(traffic: Option<&v1::Traffic>, routes_down: u32) -> Traffic {
     // An older broker knows of none.
     let Some(traffic) = traffic else {
         return Traffic::default();
@@ -240,6 +243,8 @@ fn traffic(traffic: Option<&v1::Traffic>) -> Traffic {
         own_blocks: traffic.own_blocks,
         replica_blocks: traffic.replica_blocks,
         host_blocks: traffic.host_blocks,
+        failed_operations: traffic.failed_operations,
+        routes_down,
     }
 }
 

@@ -187,6 +187,14 @@ impl Status {
         if self.traffic.lookup_blocks > 0 || !self.traffic.links.is_empty() {
             let _ = writeln!(text, "{}", self.traffic.text());
         }
+        let (failed, down) = (self.traffic.failed_operations, self.traffic.routes_down);
+        if failed > 0 || down > 0 {
+            let _ = writeln!(
+                text,
+                "engines report {failed} failed loads, stores and moves; {down} routes are down: the engines' logs name \
+                 the devices"
+            );
+        }
         text
     }
 }
@@ -304,8 +312,10 @@ mod tests {
                     }],
                     lookup_blocks: 30,
                     own_blocks: 20,
+                    failed_operations: 4,
                     ..v1::Traffic::default()
                 }),
+                routes_down: 1,
                 ..v1::GetNodeResponse::default()
             },
             sessions: vec![v1::SessionStatus {
@@ -358,6 +368,7 @@ mod tests {
             "4.0 MB",
             "2, zombie 1: waits for 4711 4712",
             "PCIe 2.0 MB loaded, 1.0 MB stored; blocks found in own leases 20,",
+            "engines report 4 failed loads, stores and moves; 1 routes are down",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }

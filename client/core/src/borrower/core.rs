@@ -10,8 +10,14 @@ use rand::Rng;
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use super::{
-    BorrowerConfig, drain::DrainTask, keeper::KeeperTask, mapping::Mappings, plan::Plan,
-    settle::Leftover, state::State,
+    BorrowerConfig,
+    drain::DrainTask,
+    keeper::KeeperTask,
+    mapping::Mappings,
+    plan::Plan,
+    routes::{RouteIndex, RouteSet},
+    settle::Leftover,
+    state::State,
 };
 use crate::{
     Result,
@@ -29,6 +35,13 @@ pub(super) enum Source {
 /// For loads, and for stores.
 pub(super) type Streams = [Arc<dyn CopyStream>; 2];
 
+/// The way to a source.
+#[derive(Clone, Debug)]
+pub(super) struct Route {
+    pub(super) index: RouteIndex,
+    pub(super) streams: Streams,
+}
+
 pub(super) struct Core {
     pub(super) id: BorrowerId,
     pub(super) session: Option<Session>,
@@ -36,7 +49,7 @@ pub(super) struct Core {
     pub(super) config: BorrowerConfig,
     pub(super) state: Mutex<State>,
     pub(super) mappings: Arc<Mappings>,
-    streams: Mutex<Vec<(Source, Streams)>>,
+    routes: Mutex<Vec<(Source, Streams)>>,
     plans: Mutex<Vec<Plan>>,
     pub(super) drains: mpsc::Sender<DrainTask>,
     pub(super) keeper: mpsc::Sender<KeeperTask>,
@@ -67,7 +80,7 @@ impl Core {
             config,
             state: Mutex::new(State::new()),
             mappings: Arc::default(),
-            streams: Mutex::default(),
+            routes: Mutex::default(),
             plans: Mutex::default(),
             drains,
             keeper,
@@ -88,16 +101,54 @@ impl Core {
             .filter(|session| session.is_connected())
     }
 
-    /// The streams for loads from and stores to a source.
-    pub(super) fn streams(&self, source: Source) -> Result<Streams> {
-        let mut streams = self.streams.lock();
-        if let Some((_, pair)) = streams.iter().find(|(other, _)| *other == source) {
-            return Ok(pair.clone());
+    /// The way to a source, which lasts as long as the borrower.
+    pub(super) fn route(&self, source: Source) -> Result<Route> {
+        let mut routes = self.routes.lock();
+        if let Some(at) = routes.iter().position(|(other, _)| *other == source) {
+            return Ok(Route {
+                index: RouteIndex(at),
+                streams: routes[at].1.clone(),
+            });
         }
         let stream = || self.layer.stream(&self.config.device);
-        let pair = [stream()?, stream()?];
-        streams.push((source, pair.clone()));
-        Ok(pair)
+        let streams = [stream()?, stream()?];
+        routes.push((source, streams.clone()));
+        Ok(Route {
+            index: RouteIndex(routes.len() - 1),
+            streams,
+        })
+    }
+
+    /// The routes that these streams belong to, each once.
+    pub(super) fn routes_of(&self, streams: &[Arc<dyn CopyStream>]) -> Vec<RouteIndex> {
+        let has_one = |(_, pair): &&(Source, Streams)| {
+            let mut pair = pair.iter();
+            pair.any(|its| streams.iter().any(|stream| Arc::ptr_eq(its, stream)))
+        };
+        let routes = self.routes.lock();
+        let its = (0..).zip(&*routes).filter(|(_, route)| has_one(route));
+        its.map(|(at, _)| RouteIndex(at)).collect()
+    }
+
+    /// What the routes lead to that are not among these.
+    pub(super) fn sources_but(&self, routes: RouteSet) -> Vec<Source> {
+        if routes == RouteSet::ALL {
+            return Vec::new();
+        }
+        let all = self.routes.lock();
+        let others = (0..)
+            .zip(&*all)
+            .filter(|(at, _)| !routes.contains(RouteIndex(*at)));
+        others.map(|(_, (source, _))| source.clone()).collect()
+    }
+
+    /// What a route leads to, for people.
+    pub(super) fn source(&self, route: RouteIndex) -> String {
+        match self.routes.lock().get(route.0) {
+            Some((Source::Device(device), _)) => device.to_string(),
+            Some((Source::Host, _)) => "host memory".to_owned(),
+            None => "?".to_owned(),
+        }
     }
 
     /// An empty plan, with the buffers of an earlier one.

@@ -3,15 +3,13 @@
 
 use std::sync::Arc;
 
-use tracing::warn;
-
 use super::{
     blocks::{BlockId, List, Place, Published},
     core::Core,
     op::{Op, Purpose, Queueing},
     pipeline::{self, Move},
     settle::Leftover,
-    slab::{Kind, LeaseKey, Slab, SlabIndex},
+    slab::{Kind, LeaseKey, SlabIndex},
     state::State,
 };
 
@@ -36,7 +34,8 @@ impl Core {
     /// must go.
     pub(super) fn make_room(self: &Arc<Self>, want: u32) {
         let mut state = self.state.lock();
-        let donor = state.free_slots(List::Donor);
+        let routes = state.routes.up();
+        let donor = state.free_slots(List::Donor, routes);
         if donor >= want {
             return;
         }
@@ -44,11 +43,11 @@ impl Core {
         if self.may_grow(&state) {
             self.grow_soon();
             // More is on its way: what has no room for now goes to the host tier rather than in place of others.
-            if state.free_slots(List::Host) >= short {
+            if state.free_slots(List::Host, routes) >= short {
                 return;
             }
         }
-        let slack = state.slots(List::Donor) / 16;
+        let slack = state.slots(List::Donor, routes) / 16;
         let most = short + slack.min(MOST_SLACK);
         let victims = victims(&mut state, List::Donor, most, self.connected().is_some());
         let still_short = short.saturating_sub(victims.len() as u32);
@@ -56,7 +55,7 @@ impl Core {
         for id in victims {
             room.evict(&mut state, id);
         }
-        let host_free = state.free_slots(List::Host);
+        let host_free = state.free_slots(List::Host, routes);
         for id in victims_for_host(&mut state, still_short.saturating_sub(host_free)) {
             state.drop_host_block(id);
         }
@@ -90,9 +89,8 @@ impl Core {
         for step in &moves {
             let stream = on(step);
             let layers = &self.config.layout.layer_bytes;
-            if let Err(error) = pipeline::issue_move(step, layers, stream, &mut queueing) {
-                warn!(%error, "blocks could not be moved");
-                op.poison();
+            if let Err(refused) = pipeline::issue_move(step, layers, stream, &mut queueing) {
+                self.refused(op, &refused);
             }
         }
         // They keep their slabs mapped: whoever waits for the op counts on that being over.
@@ -158,7 +156,8 @@ impl State {
             slab: taken.0,
             slot: taken.1.first,
         };
-        if let Some(taken) = self.take_slots(List::Host, 1, near) {
+        let routes = self.routes.up();
+        if let Some(taken) = self.take_slots(List::Host, 1, near, routes) {
             return Some(slot(taken));
         }
         let colder = victims_for_host(self, 1).pop()?;
@@ -166,7 +165,7 @@ impl State {
             return None;
         }
         self.drop_host_block(colder);
-        self.take_slots(List::Host, 1, None).map(slot)
+        self.take_slots(List::Host, 1, None, routes).map(slot)
     }
 
     /// Evicts a block of the host tier, which no replica can read.
@@ -179,14 +178,15 @@ impl State {
 }
 
 /// The blocks of a list that are worth least and that nobody uses. Without a broker only those it never heard of: the
-/// others' slots could not be written anyway.
+/// others' slots could not be written anyway. None behind a route that is down, where nothing is stored either.
 fn victims(state: &mut State, list: List, most: u32, connected: bool) -> Vec<BlockId> {
+    let routes = state.routes.up();
     let State { blocks, slabs, .. } = state;
     blocks.victims(list, most as usize, |block| {
         let free_to_go = block.pins == 0 && (connected || block.published == Published::No);
         let slab = block.place.filter(|_| block.ready);
         let slab = slab.and_then(|place| slabs.get(place.slab));
-        free_to_go && slab.is_some_and(Slab::is_active)
+        free_to_go && slab.is_some_and(|slab| slab.is_active() && routes.contains(slab.route))
     })
 }
 

@@ -14,13 +14,14 @@ use tracing::warn;
 use super::{
     core::{Core, Inboxes},
     drain::DrainTask,
+    probe::Prober,
 };
 use crate::{Error, Result};
 
 /// How often slots that had to wait are looked at, and room is checked.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How often blocks on their way to donors are looked after.
+/// How often the keeper's own copies are looked after.
 const PROMOTING: Duration = Duration::from_millis(5);
 
 /// What the keeper is asked to do.
@@ -138,6 +139,7 @@ impl Core {
     fn keep_loop(self: &Arc<Self>, inbox: &mpsc::Receiver<KeeperTask>) {
         let mut pause = TICK;
         let mut promotion = None;
+        let mut prober = Prober::default();
         loop {
             match inbox.recv_timeout(pause) {
                 Ok(KeeperTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
@@ -163,9 +165,10 @@ impl Core {
             self.tell_kept();
             while self.wants_room(&self.state.lock()) && self.grow() {}
             promotion = self.promote(promotion);
-            pause = match &promotion {
-                Some(_) => PROMOTING,
-                None => TICK,
+            prober.advance(self);
+            pause = match promotion.is_some() || prober.is_busy() {
+                true => PROMOTING,
+                false => TICK,
             };
             self.unpublish_due();
             self.release_idle();
@@ -180,8 +183,11 @@ impl Core {
             let traffic = state.counts.traffic();
             let more = traffic.since(&state.reported);
             state.reported = traffic;
+            let down = state.routes.down();
+            let before = std::mem::replace(&mut state.reported_down, down);
             drop(state);
             session.moved(more);
+            session.routes_down(before, down);
         }
     }
 }

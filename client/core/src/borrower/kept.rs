@@ -16,7 +16,8 @@ use tracing::{debug, warn};
 
 use super::{
     blocks::{BlockId, Blocks, List},
-    core::Core,
+    core::{Core, Source},
+    routes::RouteSet,
 };
 use crate::{
     Error,
@@ -32,6 +33,8 @@ type Hashes = HashSet<BlockHash, RandomState>;
 #[derive(Debug, Default)]
 pub(super) struct Told {
     kept: Hashes,
+    /// The routes that it takes for up.
+    up: RouteSet,
     phase: Phase,
 }
 
@@ -130,7 +133,9 @@ impl Core {
             Phase::Later(when) if Instant::now() >= when => true,
             Phase::Later(_) | Phase::Deaf => return None,
         };
-        let mut keep = self.as_it_is();
+        let up = state.routes.up();
+        let mut keep = self.as_it_is(up);
+        let routes_changed = std::mem::replace(&mut state.told.up, up) != up;
         if anew {
             state.told.kept.clear();
             state.blocks.host_news.take(usize::MAX);
@@ -150,7 +155,8 @@ impl Core {
                 _ => {}
             }
         }
-        (!keep.kept.is_empty() || !keep.dropped.is_empty()).then_some(keep)
+        let news = !keep.kept.is_empty() || !keep.dropped.is_empty() || routes_changed;
+        news.then_some(keep)
     }
 
     /// Takes note of the answer. Whether there is any point in going on.
@@ -206,12 +212,13 @@ impl Core {
         }
         let keep = Keep {
             closed: true,
-            ..self.as_it_is()
+            ..self.as_it_is(RouteSet::ALL)
         };
         Some(session.keep(keep))
     }
 
-    fn as_it_is(&self) -> Keep {
+    fn as_it_is(&self, up: RouteSet) -> Keep {
+        let down = self.sources_but(up);
         Keep {
             borrower: self.id,
             namespace: self.config.layout.namespace.clone(),
@@ -222,6 +229,13 @@ impl Core {
             kept: Vec::new(),
             dropped: Vec::new(),
             closed: false,
+            host_down: down.contains(&Source::Host),
+            down: (down.into_iter())
+                .filter_map(|source| match source {
+                    Source::Device(device) => Some(device),
+                    Source::Host => None,
+                })
+                .collect(),
         }
     }
 }

@@ -11,8 +11,9 @@ use tracing::{debug, info, warn};
 
 use super::{
     blocks::List,
-    core::{Core, Source},
+    core::{Core, Route, Source},
     keeper::KeeperTask,
+    routes::{RouteIndex, RouteSet},
     slab::{Kind, LeaseKey, Slab, SlabMemory},
     state::{Pending, State},
     unreadable::Lasting,
@@ -119,7 +120,7 @@ impl Core {
     /// Whether there is less free room than one step: the next stores should find it.
     pub(super) fn wants_room(&self, state: &State) -> bool {
         let step = self.config.lease_step_bytes / self.config.layout.block_bytes();
-        u64::from(state.free_slots(List::Donor)) < step.max(1)
+        u64::from(state.free_slots(List::Donor, RouteSet::ALL)) < step.max(1)
     }
 
     /// Leases one step more. True when something was granted.
@@ -311,7 +312,7 @@ impl Core {
         let pending = state.pending.remove(&grant.lease);
         let taken = pending.is_none_or(|pending| pending.revoked || pending.refused);
         match mapped {
-            Ok(memory) if !taken => {
+            Ok((memory, route)) if !taken => {
                 let key = LeaseKey {
                     lease: grant.lease,
                     generation: grant.generation,
@@ -327,7 +328,7 @@ impl Core {
                 );
                 state
                     .slabs
-                    .insert(Slab::new(kind, grant.slab_bytes, memory));
+                    .insert(Slab::new(kind, grant.slab_bytes, memory, route));
                 state.map_pause = Duration::ZERO;
                 Adopted::Yes
             }
@@ -343,22 +344,23 @@ impl Core {
         }
     }
 
-    fn map(&self, session: &Session, grant: &Grant) -> Result<SlabMemory> {
-        let streams = self.streams(Source::Device(grant.device.clone()))?;
+    fn map(&self, session: &Session, grant: &Grant) -> Result<(SlabMemory, RouteIndex)> {
+        let route = self.route(Source::Device(grant.device.clone()))?;
         let device = &self.config.device;
         let mapping = self
             .mappings
             .open(session, self.layer.as_ref(), device, grant)?;
         let layers = &self.config.layout.layer_bytes;
-        Ok(SlabMemory::new(
+        let memory = SlabMemory::new(
             mapping.memory.clone(),
             grant.offset,
             grant.slots,
             layers,
             grant.link,
-            streams,
+            route.streams,
             Some(mapping),
-        ))
+        );
+        Ok((memory, route.index))
     }
 
     /// Takes the host tier's memory into use.
@@ -371,10 +373,10 @@ impl Core {
         }
         let bytes = u64::from(slots) * block_bytes;
         let memory = self.layer.allocate_host(&self.config.device, bytes)?;
-        let streams = self.streams(Source::Host)?;
+        let Route { index, streams } = self.route(Source::Host)?;
         let layers = &self.config.layout.layer_bytes;
         let memory = SlabMemory::new(memory, 0, slots, layers, LinkKind::Host, streams, None);
-        let slab = Slab::new(Kind::Host, bytes, memory);
+        let slab = Slab::new(Kind::Host, bytes, memory, index);
         let mut state = self.state.lock();
         state.slabs.insert(slab);
         if self.session.is_some() {
@@ -393,7 +395,7 @@ impl Core {
         let mut idle = Vec::new();
         {
             let mut state = self.state.lock();
-            let mut free = u64::from(state.free_slots(List::Donor));
+            let mut free = u64::from(state.free_slots(List::Donor, RouteSet::ALL));
             let mut candidates = state.slabs.placement.clone();
             candidates.reverse();
             for index in candidates {

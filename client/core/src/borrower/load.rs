@@ -102,9 +102,8 @@ impl Core {
             &mut queueing,
             &mut bytes,
         );
-        let tickets = issued.unwrap_or_else(|error| {
-            warn!(%error, "a load could not be queued");
-            op.poison();
+        let tickets = issued.unwrap_or_else(|refused| {
+            self.refused(&op, &refused);
             LayerTickets::default()
         });
         // The plan keeps its slabs mapped: a revocation that finds the op queued must not find it holding on.
@@ -202,14 +201,16 @@ impl Load {
     /// Waits until it is known that every copy is over, also of a load that failed half-way, and says which blocks hold.
     /// From then on the engine may use its blocks for anything.
     pub fn finish(mut self) -> Loaded {
-        let failed = self.op.wait().is_err();
-        let verdict = std::mem::take(&mut *self.judge(failed));
+        let outcome = self.op.wait();
+        let verdict = std::mem::take(&mut *self.judge(outcome.is_err()));
         self.ended = true;
         let mut state = self.hit.core.state.lock();
         state.end_op(&self.op);
         state.counts.failed_blocks += verdict.failed.len() as u64;
         state.counts.late_blocks += verdict.late;
         state.counts.loaded += self.bytes;
+        drop(state);
+        self.hit.core.note_outcome(&self.op, &outcome);
         Loaded {
             failed: verdict.failed,
             bytes: self.bytes,

@@ -121,7 +121,8 @@ impl Core {
         };
         let end = extent.first_slot.checked_add(extent.count);
         let inside = end.is_some_and(|end| end <= slab.memory.slots);
-        if key.generation != extent.generation || !inside || !slab.is_active() {
+        let usable = slab.is_active() && state.routes.up().contains(slab.route);
+        if key.generation != extent.generation || !inside || !usable {
             return false;
         }
         let link = slab.memory.link;

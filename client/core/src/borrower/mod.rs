@@ -19,6 +19,7 @@ mod core;
 mod drain;
 mod drain_loop;
 mod evict;
+mod failures;
 mod hit;
 mod keeper;
 mod kept;
@@ -31,9 +32,11 @@ mod op;
 mod pace;
 mod pipeline;
 mod plan;
+mod probe;
 mod promote;
 mod publish;
 mod rescue;
+mod routes;
 mod settle;
 mod slab;
 mod slots;
@@ -190,6 +193,7 @@ impl Borrower {
 impl Drop for Borrower {
     fn drop(&mut self) {
         self.threads.stop(&self.core);
+        self.core.forget_routes();
         self.core.report();
     }
 }

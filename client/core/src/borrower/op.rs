@@ -21,6 +21,15 @@ pub(super) enum Purpose {
     Store,
     /// From one slab to another.
     Move,
+    /// Finding out whether a route works.
+    Probe,
+}
+
+/// The end of what was queued on one stream.
+#[derive(Clone, Debug)]
+struct End {
+    stream: Arc<dyn CopyStream>,
+    ticket: Ticket,
 }
 
 /// A set of copies that were queued together. Registered with every slab they touch, under the state's lock and
@@ -34,8 +43,10 @@ pub(super) struct Op {
     /// How many of them were kept and lost, once somebody has settled them.
     pub(super) settled: OnceLock<(u32, u32)>,
     /// One for each stream that was used, once nothing more is queued.
-    ends: Mutex<Option<Vec<Ticket>>>,
+    ends: Mutex<Option<Vec<End>>>,
     queued: Condvar,
+    /// It was counted as failed.
+    failed: AtomicBool,
     /// Its bytes are worth nothing: some copies could not be queued, or a slab it reads was taken away.
     poisoned: AtomicBool,
 }
@@ -49,6 +60,7 @@ impl Op {
             settled: OnceLock::new(),
             ends: Mutex::new(None),
             queued: Condvar::new(),
+            failed: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
         }
     }
@@ -59,7 +71,7 @@ impl Op {
         let mut all = Some(Ok(()));
         // Each is asked, whatever the others say: that is what lets streams go of memories.
         for end in self.ends.lock().as_ref()? {
-            match end.outcome() {
+            match end.ticket.outcome() {
                 Some(outcome) => all = all.map(|before| before.and(outcome)),
                 None => all = None,
             }
@@ -84,7 +96,7 @@ impl Op {
             }
         };
         // Every stream must be over, whichever fails first.
-        let outcomes: Vec<_> = ends.iter().map(Ticket::wait).collect();
+        let outcomes: Vec<_> = ends.iter().map(|end| end.ticket.wait()).collect();
         outcomes.into_iter().collect()
     }
 
@@ -102,6 +114,23 @@ impl Op {
 
     pub(super) fn is_write(&self) -> bool {
         !self.writes.lock().is_empty()
+    }
+
+    /// The streams on which its copies are known to have ended: well, or not.
+    pub(super) fn streams(&self, well: bool) -> Vec<Arc<dyn CopyStream>> {
+        let ends = self.ends.lock();
+        let ended_so = |end: &&End| {
+            end.ticket
+                .outcome()
+                .is_some_and(|ended| ended.is_ok() == well)
+        };
+        let ends = ends.iter().flatten().filter(ended_so);
+        ends.map(|end| Arc::clone(&end.stream)).collect()
+    }
+
+    /// Takes note that copies of it have failed. True the first time.
+    pub(super) fn note_failure(&self) -> bool {
+        !self.failed.swap(true, Ordering::AcqRel)
     }
 
     pub(super) fn poison(&self) {
@@ -143,7 +172,11 @@ impl<'a> Queueing<'a> {
 
 impl Drop for Queueing<'_> {
     fn drop(&mut self) {
-        let ends = self.streams.iter().map(|stream| stream.end()).collect();
+        let end = |stream: Arc<dyn CopyStream>| End {
+            ticket: stream.end(),
+            stream,
+        };
+        let ends = self.streams.drain(..).map(end).collect();
         *self.op.ends.lock() = Some(ends);
         self.op.queued.notify_all();
     }

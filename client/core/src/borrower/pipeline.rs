@@ -12,7 +12,7 @@ use super::{
     slab::{SlabIndex, SlabMemory},
     stats::BytesByLink,
 };
-use crate::device::{CopyStream, Piece, Result, Ticket};
+use crate::device::{CopyStream, DeviceError, Memory, Piece, Ticket};
 
 /// Tickets of a load, layer by layer.
 #[derive(Debug, Default)]
@@ -42,6 +42,29 @@ impl LayerTickets {
     }
 }
 
+/// Copies that could not be queued. What was queued before is in flight.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// The stream that did not take them. `None`: a mark that they were to wait for has failed, which says nothing about the
+    /// stream.
+    pub(super) stream: Option<Arc<dyn CopyStream>>,
+    pub(super) error: DeviceError,
+}
+
+impl Refused {
+    fn by(stream: &Arc<dyn CopyStream>, error: DeviceError) -> Self {
+        let stream = Some(Arc::clone(stream));
+        Self { stream, error }
+    }
+
+    fn for_mark(error: DeviceError) -> Self {
+        Self {
+            stream: None,
+            error,
+        }
+    }
+}
+
 /// Queues the copies of one layer of a planned transfer: one batch for each stream, runs of blocks coalesced.
 fn issue_layer(
     plan: &mut Plan,
@@ -51,7 +74,7 @@ fn issue_layer(
     kv: &PagedKv,
     direction: Direction,
     bytes: &mut BytesByLink,
-) -> Result<()> {
+) -> Result<(), Refused> {
     let layer_bytes = layout.layer_bytes[layer];
     let engine = &kv.layers[layer];
     for stream in streams {
@@ -63,7 +86,8 @@ fn issue_layer(
                 plan.add_part(group, layer, layer_bytes, engine, direction);
             }
         }
-        stream.copy_parts(&plan.parts, &plan.pieces)?;
+        let queued = stream.copy_parts(&plan.parts, &plan.pieces);
+        queued.map_err(|error| Refused::by(stream, error))?;
     }
     // A plan that is kept must keep no memory.
     plan.clear_parts();
@@ -78,7 +102,7 @@ pub(super) fn issue_load(
     kv: &PagedKv,
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
-) -> Result<LayerTickets> {
+) -> Result<LayerTickets, Refused> {
     use_streams(plan, Direction::Load, queueing);
     let streams = queueing.streams();
     let mut tickets = LayerTickets::default();
@@ -86,13 +110,15 @@ pub(super) fn issue_load(
     tickets.ends.resize(layers.start, 0);
     if let Some(after) = after {
         for stream in streams {
-            stream.wait_for(after)?;
+            stream.wait_for(after).map_err(Refused::for_mark)?;
         }
     }
     for layer in layers {
         issue_layer(plan, streams, layer, layout, kv, Direction::Load, bytes)?;
         for stream in streams {
-            tickets.tickets.push(stream.record()?);
+            let mark = stream.record();
+            let mark = mark.map_err(|error| Refused::by(stream, error))?;
+            tickets.tickets.push(mark);
         }
         tickets.ends.push(tickets.tickets.len());
     }
@@ -107,13 +133,13 @@ pub(super) fn issue_store(
     layer_ready: &dyn Fn(usize) -> Option<Ticket>,
     queueing: &mut Queueing<'_>,
     bytes: &mut BytesByLink,
-) -> Result<()> {
+) -> Result<(), Refused> {
     use_streams(plan, Direction::Store, queueing);
     let streams = queueing.streams();
     for layer in 0..layout.layer_bytes.len() {
         if let Some(ready) = layer_ready(layer) {
             for stream in streams {
-                stream.wait_for(&ready)?;
+                stream.wait_for(&ready).map_err(Refused::for_mark)?;
             }
         }
         issue_layer(plan, streams, layer, layout, kv, Direction::Store, bytes)?;
@@ -184,7 +210,7 @@ pub(super) fn issue_move(
     layer_bytes: &[u64],
     stream: &Arc<dyn CopyStream>,
     queueing: &mut Queueing<'_>,
-) -> Result<()> {
+) -> Result<(), Refused> {
     queueing.on(stream);
     let mut pieces = Vec::with_capacity(step.runs.len());
     for (layer, bytes) in layer_bytes.iter().enumerate() {
@@ -194,9 +220,31 @@ pub(super) fn issue_move(
             to: step.to.layer_offsets[layer] + u64::from(run.to) * bytes,
             bytes: u64::from(run.count) * bytes,
         }));
-        stream.copy(&step.from.memory, &step.to.memory, &pieces)?;
+        let queued = stream.copy(&step.from.memory, &step.to.memory, &pieces);
+        queued.map_err(|error| Refused::by(stream, error))?;
     }
     Ok(())
+}
+
+/// Queues a copy of a slab's first bytes, in so many pieces, on the stream that loads from it.
+pub(super) fn issue_probe(
+    slab: &SlabMemory,
+    scratch: &Memory,
+    bytes: u64,
+    pieces: u64,
+    queueing: &mut Queueing<'_>,
+) -> Result<(), Refused> {
+    queueing.on(&slab.load);
+    let size = bytes / pieces;
+    let pieces: Vec<Piece> = (0..pieces)
+        .map(|piece| Piece {
+            from: slab.layer_offsets[0] + piece * size,
+            to: piece * size,
+            bytes: size,
+        })
+        .collect();
+    let queued = slab.load.copy(&slab.memory, scratch, &pieces);
+    queued.map_err(|error| Refused::by(&slab.load, error))
 }
 
 impl Direction {

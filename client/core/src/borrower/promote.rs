@@ -12,6 +12,7 @@ use super::{
     slab::Slab,
     state::State,
 };
+use crate::device;
 
 /// Blocks moved together.
 const BATCH: u32 = 64;
@@ -42,7 +43,7 @@ impl Core {
                 return Some(promotion);
             };
             let copied = outcome.is_ok() && !promotion.op.is_poisoned();
-            self.end_promotion(promotion, copied);
+            self.end_promotion(promotion, &outcome);
             if !copied {
                 return None;
             }
@@ -57,8 +58,9 @@ impl Core {
             let mut state = self.state.lock();
             let mut slabs = Vec::new();
             let mut near = None;
+            let routes = state.routes.up();
             for (block, from) in state.worth_promoting() {
-                let Some((slab, run)) = state.take_slots(List::Donor, 1, near) else {
+                let Some((slab, run)) = state.take_slots(List::Donor, 1, near, routes) else {
                     break;
                 };
                 let to = Place {
@@ -89,7 +91,8 @@ impl Core {
         Some(Promotion { op, moving })
     }
 
-    fn end_promotion(self: &Arc<Self>, promotion: Promotion, copied: bool) {
+    fn end_promotion(self: &Arc<Self>, promotion: Promotion, outcome: &device::Result<()>) {
+        let copied = outcome.is_ok() && !promotion.op.is_poisoned();
         let mut ready = Vec::new();
         {
             let mut state = self.state.lock();
@@ -111,6 +114,7 @@ impl Core {
             }
             state.end_op(&promotion.op);
         }
+        self.note_outcome(&promotion.op, outcome);
         self.publish(ready);
     }
 }
@@ -119,8 +123,9 @@ impl State {
     /// Blocks of the host tier that donors have room for, the hottest first, each with its place. Making room leaves some
     /// slots free: taking those would only have the next store make room again.
     fn worth_promoting(&self) -> Vec<(BlockId, Place)> {
-        let slack = (self.slots(List::Donor) / 16).min(MOST_SLACK);
-        let room = self.free_slots(List::Donor).saturating_sub(slack);
+        let routes = self.routes.up();
+        let slack = (self.slots(List::Donor, routes) / 16).min(MOST_SLACK);
+        let room = (self.free_slots(List::Donor, routes)).saturating_sub(slack);
         let most = room.min(BATCH) as usize;
         let worth = |id: BlockId| {
             let block = self.blocks.get(id);
@@ -129,7 +134,8 @@ impl State {
                 .before(id)
                 .is_none_or(|before| self.place_of(before).is_some());
             let free = block.pins == 0 && !block.stray && reached;
-            Some((id, self.place_of(id).filter(|_| free)?.0))
+            let (place, slab) = self.place_of(id)?;
+            (free && routes.contains(slab.route)).then_some((id, place))
         };
         let newest = self.blocks.newest(List::Host);
         let looked_at = newest.take(LOOKED_AT);

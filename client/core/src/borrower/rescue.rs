@@ -12,6 +12,7 @@ use super::{
     slab::{Kind, Slab, SlabIndex},
     state::State,
 };
+use crate::device;
 
 /// The most blocks that are put on their way in one round.
 const AT_ONCE: usize = 64;
@@ -57,7 +58,10 @@ impl Rescue {
     /// Has the blocks of a slab moved.
     pub(super) fn add(&mut self, core: &Core, slab: SlabIndex) {
         let state = core.state.lock();
-        let occupants = state.slabs.get(slab).map(|slab| slab.occupants.as_slice());
+        let routes = state.routes.up();
+        // What cannot be copied is not tried.
+        let reached = (state.slabs.get(slab)).filter(|slab| routes.contains(slab.route));
+        let occupants = reached.map(|slab| slab.occupants.as_slice());
         let occupants = occupants.unwrap_or_default().iter().flatten();
         self.waiting.extend(occupants.map(|id| (slab, *id)));
         // A block is worth no less than those that follow it, so a prefix goes before what needs it.
@@ -85,11 +89,10 @@ impl Rescue {
                 continue;
             };
             changed = true;
-            let copied = outcome.is_ok() && !moving.op.is_poisoned();
-            if !copied {
+            if outcome.is_err() || moving.op.is_poisoned() {
                 self.forget(moving.from);
             }
-            let ready = core.rescued(&moving.op, moving.blocks, copied);
+            let ready = core.rescued(&moving.op, moving.blocks, &outcome);
             let publishing = core.begin_publishing(ready);
             self.publishing.push((moving.from, publishing));
         }
@@ -183,7 +186,13 @@ impl Rescue {
 
 impl Core {
     /// Takes in what a move that is over has brought. Gives the blocks to publish, each pinned.
-    fn rescued(&self, op: &Arc<Op>, blocks: Vec<(BlockId, Place)>, copied: bool) -> Vec<BlockId> {
+    fn rescued(
+        &self,
+        op: &Arc<Op>,
+        blocks: Vec<(BlockId, Place)>,
+        outcome: &device::Result<()>,
+    ) -> Vec<BlockId> {
+        let copied = outcome.is_ok() && !op.is_poisoned();
         let mut ready = Vec::new();
         let mut state = self.state.lock();
         for (id, to) in blocks {
@@ -206,6 +215,8 @@ impl Core {
             }
         }
         state.end_op(op);
+        drop(state);
+        self.note_outcome(op, outcome);
         ready
     }
 }
@@ -227,7 +238,8 @@ fn worth_moving(
 
 /// A slot for a rescued block: a free one of another lease, else one of the host tier.
 fn place_for(state: &mut State, used: u64, near: Option<Place>) -> Option<Place> {
-    if let Some((slab, run)) = state.take_slots(List::Donor, 1, near) {
+    let routes = state.routes.up();
+    if let Some((slab, run)) = state.take_slots(List::Donor, 1, near, routes) {
         let slot = run.first;
         return Some(Place { slab, slot });
     }

@@ -86,6 +86,7 @@ impl Core {
         }
         state.counts.dropped_blocks += u64::from(lost);
         drop(state);
+        self.note_outcome(op, outcome);
         self.tell_soon();
         (ready, (kept, lost))
     }

@@ -15,6 +15,7 @@ use super::{
     core::Streams,
     mapping::Mapping,
     op::Op,
+    routes::RouteIndex,
     slots::Slots,
 };
 use crate::device::{CopyStream, Memory};
@@ -118,6 +119,8 @@ pub(super) struct Slab {
     pub(super) kind: Kind,
     pub(super) bytes: u64,
     pub(super) memory: Arc<SlabMemory>,
+    /// The way to it.
+    pub(super) route: RouteIndex,
     /// Set: no new copy touches it.
     pub(super) draining: Option<Draining>,
     pub(super) slots: Slots,
@@ -135,7 +138,7 @@ pub(super) struct Slab {
 }
 
 impl Slab {
-    pub(super) fn new(kind: Kind, bytes: u64, memory: SlabMemory) -> Self {
+    pub(super) fn new(kind: Kind, bytes: u64, memory: SlabMemory, route: RouteIndex) -> Self {
         let slots = match kind {
             Kind::Own(_) | Kind::Host => memory.slots,
             Kind::Shared(_) => 0,
@@ -144,6 +147,7 @@ impl Slab {
             kind,
             bytes,
             memory: Arc::new(memory),
+            route,
             draining: None,
             slots: Slots::new(slots),
             occupants: vec![None; slots as usize],
@@ -433,7 +437,7 @@ mod tests {
             };
             let (memory, streams) = (self.memory.clone(), self.streams.clone());
             let memory = SlabMemory::new(memory, 0, SLOTS, &[16], LinkKind::Nvlink, streams, None);
-            Slab::new(kind, bytes, memory)
+            Slab::new(kind, bytes, memory, RouteIndex(0))
         }
     }
 

@@ -16,6 +16,7 @@ use super::{
     blocks::{BlockId, Blocks, List, Place, Published},
     kept::Told,
     op::Op,
+    routes::{RouteSet, Routes},
     slab::{Kind, Slab, SlabIndex, Slabs},
     slots::Run,
     stats::{Latency, Stats},
@@ -48,9 +49,12 @@ pub(super) struct State {
     pub(super) map_pause: Duration,
     /// Regions of which slabs were granted that cannot be mapped here.
     pub(super) unmapped: HashSet<RegionId>,
+    /// Which ways to sources work.
+    pub(super) routes: Routes,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
+    pub(super) reported_down: u32,
     pub(super) drain: Histogram<u64>,
     pub(super) acknowledge: Histogram<u64>,
 }
@@ -82,18 +86,20 @@ impl State {
             grow_after: Instant::now(),
             map_pause: Duration::ZERO,
             unmapped: HashSet::new(),
+            routes: Routes::default(),
             counts: Stats::default(),
             reported: Traffic::default(),
+            reported_down: 0,
             drain: histogram(),
             acknowledge: histogram(),
         }
     }
 
-    /// The block of this hash, where its bytes are there and may be read.
+    /// The block of this hash, where its bytes are there and can be read.
     pub(super) fn readable(&self, hash: &BlockHash) -> Option<(BlockId, &Slab)> {
         let id = self.blocks.find(hash)?;
         let (_, slab) = self.place_of(id)?;
-        Some((id, slab))
+        self.routes.up().contains(slab.route).then_some((id, slab))
     }
 
     /// Where a block can be read, if it can.
@@ -105,14 +111,20 @@ impl State {
     }
 
     /// Takes up to `want` consecutive slots of a tier: next to `after` if it can, else in the slab with the best
-    /// link that has room.
+    /// link that has room. Only behind `routes`.
     pub(super) fn take_slots(
         &mut self,
         tier: List,
         want: u32,
         after: Option<Place>,
+        routes: RouteSet,
     ) -> Option<(SlabIndex, Run)> {
-        let usable = |slab: &Slab| slab.list() == tier && slab.is_active() && slab.slots.free() > 0;
+        let usable = |slab: &Slab| {
+            slab.list() == tier
+                && slab.is_active()
+                && slab.slots.free() > 0
+                && routes.contains(slab.route)
+        };
         if let Some(after) = after
             && let Some(slab) = self.slabs.get_mut(after.slab)
             && usable(slab)
@@ -126,14 +138,16 @@ impl State {
         Some((index, run))
     }
 
-    /// Free slots of a tier.
-    pub(super) fn free_slots(&self, tier: List) -> u32 {
-        self.active(tier).map(|slab| slab.slots.free()).sum()
+    /// Free slots of a tier behind `routes`.
+    pub(super) fn free_slots(&self, tier: List, routes: RouteSet) -> u32 {
+        let behind = self.active(tier).filter(|slab| routes.contains(slab.route));
+        behind.map(|slab| slab.slots.free()).sum()
     }
 
-    /// All slots of a tier.
-    pub(super) fn slots(&self, tier: List) -> u32 {
-        self.active(tier).map(|slab| slab.memory.slots).sum()
+    /// All slots of a tier behind `routes`.
+    pub(super) fn slots(&self, tier: List, routes: RouteSet) -> u32 {
+        let behind = self.active(tier).filter(|slab| routes.contains(slab.route));
+        behind.map(|slab| slab.memory.slots).sum()
     }
 
     fn active(&self, tier: List) -> impl Iterator<Item = &Slab> {
@@ -237,6 +251,7 @@ impl State {
         let mut stats = self.counts;
         stats.drain = Latency::from(&self.drain);
         stats.acknowledge = Latency::from(&self.acknowledge);
+        stats.routes_down = self.routes.down();
         let totals = self.slabs.totals();
         stats.leases = totals.own;
         stats.leased_bytes = totals.own_bytes;

@@ -64,6 +64,11 @@ pub struct Stats {
     pub failed_blocks: u64,
     /// Of those, reads of a replica's lease that ended after the pin.
     pub late_blocks: u64,
+    /// Loads, stores and moves whose copies failed.
+    pub failed_operations: u64,
+    /// Ways to a device's memory, or to host memory, on which copies fail repeatedly now: nothing is found or stored
+    /// there until one works.
+    pub routes_down: u32,
     /// Blocks written back.
     pub stored_blocks: u64,
     /// Blocks offered for writing back that were there already.
@@ -116,6 +121,7 @@ impl Stats {
             own_blocks: self.hits.donor,
             replica_blocks: self.hits.shared,
             host_blocks: self.hits.host,
+            failed_operations: self.failed_operations,
         }
     }
 }

@@ -12,6 +12,7 @@ use super::{
     op::{Op, Purpose, Queueing},
     pipeline,
     plan::Plan,
+    routes::RouteSet,
     settle::Leftover,
     slab::SlabIndex,
     slots::Run,
@@ -47,20 +48,29 @@ pub struct Stored {
 }
 
 /// Slots being handed out to a sequence.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Placing {
     run: Option<(SlabIndex, Run)>,
     after: Option<Place>,
+    routes: RouteSet,
 }
 
 impl Placing {
+    fn behind(routes: RouteSet) -> Self {
+        Self {
+            run: None,
+            after: None,
+            routes,
+        }
+    }
+
     /// The next slot: of the run in hand, or of a new one of at most `want` slots; donors before the host tier.
     fn next(&mut self, state: &mut State, want: u32) -> Option<(Place, List)> {
         let (index, run) = match self.run.take() {
             Some((index, run)) => (index, run),
             None => state
-                .take_slots(List::Donor, want, self.after)
-                .or_else(|| state.take_slots(List::Host, want, self.after))?,
+                .take_slots(List::Donor, want, self.after, self.routes)
+                .or_else(|| state.take_slots(List::Host, want, self.after, self.routes))?,
         };
         if run.count > 1 {
             let rest = Run {
@@ -120,7 +130,7 @@ impl Core {
             }
         };
         let mut queueing = Queueing::new(&op);
-        if let Err(error) = pipeline::issue_store(
+        if let Err(refused) = pipeline::issue_store(
             &mut plan,
             layout,
             kv,
@@ -128,8 +138,7 @@ impl Core {
             &mut queueing,
             &mut stored.bytes,
         ) {
-            warn!(%error, "a store could not be queued");
-            op.poison();
+            self.refused(&op, &refused);
         }
         // See `load`: whoever waits for the op counts on the plan having let go of its slabs.
         self.put_back(plan);
@@ -157,7 +166,7 @@ impl Core {
         let mut state = self.state.lock();
         let mut sequence = Vec::with_capacity(blocks.len());
         let mut writes = Vec::with_capacity(want as usize);
-        let mut placing = Placing::default();
+        let mut placing = Placing::behind(state.routes.up());
         for ((hash, from), done) in blocks.iter().zip(0..) {
             if let Some(id) = state.blocks.find(hash) {
                 stored.known += 1;

@@ -37,8 +37,21 @@ struct Counted {
     told: Traffic,
     /// The listener of now, and what others were told before it.
     to: Option<(Listener, Traffic)>,
+    /// Routes that are down now, and as many as the listener knows of.
+    routes_down: u32,
+    told_down: u32,
     /// The boot id of a broker that is too old to be told.
     deaf: Option<u64>,
+}
+
+/// What is news to a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct News {
+    /// The session's total, which is told when the listener has confirmed.
+    total: Traffic,
+    /// What of it the listener should hear.
+    its: Traffic,
+    routes_down: u32,
 }
 
 /// Who counts from 0: a session at one boot of the broker.
@@ -57,19 +70,42 @@ impl Session {
             self.shared.tally.more.notify_one();
         }
     }
+
+    /// A user of the session has `now` routes down, after `before`.
+    pub(crate) fn routes_down(&self, before: u32, now: u32) {
+        if now != before {
+            let mut counted = self.shared.tally.counted.lock();
+            counted.routes_down = (counted.routes_down.saturating_sub(before)).saturating_add(now);
+            drop(counted);
+            self.shared.tally.more.notify_one();
+        }
+    }
 }
 
 impl Tally {
-    /// The session's total, and what of it `listener` should hear, if that is news.
-    fn news(&self, listener: Listener) -> Option<(Traffic, Traffic)> {
+    /// What `listener` should hear, if there is anything new.
+    fn news(&self, listener: Listener) -> Option<News> {
         let mut counted = self.counted.lock();
         let before = match counted.to {
             Some((known, before)) if known == listener => before,
-            _ => counted.told,
+            _ => {
+                counted.told_down = 0;
+                counted.told
+            }
         };
         counted.to = Some((listener, before));
-        let news = counted.total != counted.told && counted.deaf != Some(listener.boot_id);
-        news.then(|| (counted.total, counted.total.since(&before)))
+        let news = counted.total != counted.told || counted.routes_down != counted.told_down;
+        (news && counted.deaf != Some(listener.boot_id)).then(|| News {
+            total: counted.total,
+            its: counted.total.since(&before),
+            routes_down: counted.routes_down,
+        })
+    }
+
+    fn confirm(&self, news: &News) {
+        let mut counted = self.counted.lock();
+        counted.told = news.total;
+        counted.told_down = news.routes_down;
     }
 }
 
@@ -103,15 +139,16 @@ impl Reporter {
 
     /// Tells what is new now, if anything is. Totals that did not arrive are in the next ones.
     pub(super) async fn tell(&mut self, tally: &Tally) {
-        let Some((total, news)) = tally.news(self.listener) else {
+        let Some(news) = tally.news(self.listener) else {
             return;
         };
         let request = v1::ReportRequest {
             session_id: self.listener.session.0,
-            traffic: Some((&news).into()),
+            traffic: Some((&news.its).into()),
+            routes_down: news.routes_down,
         };
         match timeout(LIMIT, self.client.report(request)).await {
-            Ok(Ok(_)) => tally.counted.lock().told = total,
+            Ok(Ok(_)) => tally.confirm(&news),
             Ok(Err(status)) if status.code() == Code::Unimplemented => {
                 debug!("the broker is too old to be told of traffic");
                 tally.counted.lock().deaf = Some(self.listener.boot_id);
@@ -143,9 +180,28 @@ mod tests {
     }
 
     fn told(tally: &Tally, listener: Listener) -> Option<Traffic> {
-        let (total, news) = tally.news(listener)?;
-        tally.counted.lock().told = total;
-        Some(news)
+        let news = tally.news(listener)?;
+        tally.confirm(&news);
+        Some(news.its)
+    }
+
+    #[test]
+    fn each_listener_hears_of_routes_that_are_down_and_when_they_are_up_again() {
+        let tally = Tally::default();
+        let down = |listener| {
+            let news = tally.news(listener)?;
+            tally.confirm(&news);
+            Some(news.routes_down)
+        };
+        tally.counted.lock().routes_down = 2;
+        assert_eq!([down(FIRST), down(FIRST)], [Some(2), None]);
+        let restarted = Listener {
+            boot_id: 2,
+            ..FIRST
+        };
+        assert_eq!([down(restarted), down(restarted)], [Some(2), None]);
+        tally.counted.lock().routes_down = 0;
+        assert_eq!([down(restarted), down(restarted)], [Some(0), None]);
     }
 
     #[test]

@@ -294,6 +294,8 @@ impl Session {
                 kept_hashes: convert::pack_hashes(&keep.kept).into(),
                 dropped_hashes: convert::pack_hashes(&keep.dropped).into(),
                 closed: keep.closed,
+                down_device_uuids: keep.down.into_iter().map(Into::into).collect(),
+                host_memory_down: keep.host_down,
             };
             connection.client.clone().keep(request).await?;
             Ok(())

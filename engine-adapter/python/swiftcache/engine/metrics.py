@@ -18,6 +18,7 @@ COUNTERS = {
     "hit_host_blocks": "Blocks loaded from the host tier, over all workers.",
     "failed_blocks": "Blocks that were found and then not loaded: revoked, evicted, or a copy failed.",
     "late_blocks": "Blocks thrown away because their copy ended after their pin.",
+    "failed_operations": "Loads, stores and moves whose copies failed.",
     "stored_blocks": "Blocks written to a donor or the host tier.",
     "known_blocks": "Blocks that were offered and kept already.",
     "unplaced_blocks": "Blocks that there was no room for.",
@@ -38,6 +39,7 @@ COUNTERS = {
 GAUGES = {
     "leased_bytes": "HBM leased from donors now.",
     "leases": "Leases held now.",
+    "routes_down": "Ways to a GPU's memory, or to host memory, on which copies fail: nothing is found or stored there.",
     "donor_blocks": "Blocks on donors now.",
     "host_blocks": "Blocks in the host tier now.",
     "connected": "Workers that are connected to the broker.",
