@@ -238,6 +238,23 @@ def test_outcomes_are_asked_for_only_when_someone_listens(native, caches) -> Non
         native.Store = native_store
 
 
+def test_a_store_that_does_not_answer_is_over_when_it_has_ended(worker, native, monkeypatch) -> None:
+    class Mute(native.Store):
+        def is_done(self):
+            raise RuntimeError("no answer")
+
+    monkeypatch.setattr(native, "Store", Mute)
+    monkeypatch.setattr(native, "hold_stores", True)
+    monkeypatch.setattr(worker, "_poll_stores", lambda: None)
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    ((_, copy),) = worker._storing["a"].values()
+    assert not copy.finished
+    monkeypatch.undo()
+    worker.finished()
+    assert copy.finished and not worker._storing
+    assert worker.report().done == {0: 1}
+
+
 def test_counters_are_read_at_most_once_a_second(native, caches) -> None:
     now = [0.0]
     worker = made(caches, clock=lambda: now[0])

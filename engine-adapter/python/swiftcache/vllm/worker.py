@@ -286,10 +286,12 @@ class WorkerSide:
     def _poll_stores(self) -> None:
         for request, jobs in list(self._storing.items()):
             for number, (job, store) in list(jobs.items()):
-                if self._attempt("a store did not answer", store.is_done) is False:
+                done = self._attempt("a store did not answer", store.is_done)
+                if done is False:
                     continue
                 lost = False
-                if self._publish_outcome:
+                # A store that did not answer may still read its blocks: they are free when it has ended.
+                if done is None or self._publish_outcome:
                     outcome = self._attempt("a store did not end", store.finish) or {}
                     lost = outcome.get("stored", 0) + outcome.get("known", 0) < len(job.blocks)
                 del jobs[number]
