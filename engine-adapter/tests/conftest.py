@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "harness")]
 
 from engine import LAYERS, SLAB_BYTES, Engine, Pool  # noqa: E402
 from node import Node, eventually  # noqa: E402

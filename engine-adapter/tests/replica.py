@@ -1,7 +1,10 @@
 """Another process of the same model. It loads a sequence that it did not store, checks it, and prints the result."""
 
 import json
+import pathlib
 import sys
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "tests" / "harness"))
 
 from engine import LAYERS, SLAB_BYTES, Engine
 from node import eventually

@@ -6,7 +6,7 @@
 #     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
 # If python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under PyTorch. This
-# needs tests/gpu/torch_engine and engine-adapter/tests too.
+# needs tests/gpu/torch_engine and tests/harness too.
 #
 # --only peers: runs only what needs two GPUs, in about six minutes.
 # Without a GPU, everything is skipped with a message; with SWIFTCACHE_REQUIRE_GPU=1 this is a failure. If no GPU reaches

@@ -29,35 +29,8 @@ use crate::{
     programs::{Program, program},
 };
 
-/// Three devices: the first two on NVLink, the third across PCIe.
-const TOPOLOGY: &str = r#"
-name = "three simulated GPUs"
-usage_dir = "USAGE"
-
-[[device]]
-uuid = "SIM-0"
-name = "simulated GPU"
-hbm_bytes = 1073741824
-
-[[device]]
-uuid = "SIM-1"
-name = "simulated GPU"
-hbm_bytes = 1073741824
-
-[[device]]
-uuid = "SIM-2"
-name = "simulated GPU"
-hbm_bytes = 1073741824
-
-[[link]]
-between = ["SIM-0", "SIM-1"]
-kind = "nvlink"
-gigabytes_per_second = 380.0
-
-[all_pairs]
-kind = "pcie"
-gigabytes_per_second = 50.0
-"#;
+/// Three devices: the first two on NVLink, the third across PCIe. The Python suites use it too.
+const TOPOLOGY: &str = include_str!("../harness/topology.toml");
 
 /// A broker and its directory.
 #[derive(Debug)]

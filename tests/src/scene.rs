@@ -18,7 +18,7 @@ use crate::{
     node::{Devices, Node, Setup},
     operator::Operator,
     programs::{Program, program},
-    stub::{Call, Fault, Held, Stub},
+    stub::{Call, Held, Injected, Stub},
 };
 
 /// The node of a test that [`alone`](crate::stub::alone) runs.
@@ -44,7 +44,7 @@ impl fmt::Debug for Scene<'_> {
 #[derive(Debug)]
 pub struct Hold<'a> {
     stub: &'a Stub,
-    fault: Option<Fault>,
+    fault: Option<Injected>,
 }
 
 impl Hold<'_> {
@@ -201,7 +201,7 @@ impl<'a> Scene<'a> {
     ///
     /// # Errors
     /// When the directory is gone.
-    pub fn fault(&self, line: &str) -> Result<Fault> {
+    pub fn fault(&self, line: &str) -> Result<Injected> {
         self.stub.inject(Some(std::process::id()), line)
     }
 

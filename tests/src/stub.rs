@@ -61,7 +61,7 @@ pub enum Held {
 
 /// A line in the file of faults. It stays there until [`Stub::lift`] removes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault(String);
+pub struct Injected(String);
 
 /// A call that a process has made, or is making.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,19 +145,19 @@ impl Stub {
     ///
     /// # Errors
     /// When the directory is gone.
-    pub fn inject(&self, process: Option<u32>, line: &str) -> Result<Fault> {
+    pub fn inject(&self, process: Option<u32>, line: &str) -> Result<Injected> {
         let process = process.map_or_else(String::new, |process| format!("{process}/"));
         let number = LINES.fetch_add(1, Ordering::Relaxed);
         let fault = format!("{process}{line} # {}.{number}", std::process::id());
         self.change(|lines| lines.push(fault.clone()))?;
-        Ok(Fault(fault))
+        Ok(Injected(fault))
     }
 
     /// Removes a line.
     ///
     /// # Errors
     /// When it is not there.
-    pub fn lift(&self, fault: &Fault) -> Result<()> {
+    pub fn lift(&self, fault: &Injected) -> Result<()> {
         let mut lifted = false;
         self.change(|lines| {
             let before = lines.len();
@@ -173,7 +173,7 @@ impl Stub {
     ///
     /// # Errors
     /// When the directory is gone.
-    pub fn hold(&self, process: Option<u32>, held: Held) -> Result<Fault> {
+    pub fn hold(&self, process: Option<u32>, held: Held) -> Result<Injected> {
         let kind = match held {
             Held::Kernels => "kernels",
             Held::Copies => "copies",
@@ -186,7 +186,7 @@ impl Stub {
     ///
     /// # Errors
     /// When the directory is gone.
-    pub fn trace(&self, symbols: &[&str]) -> Result<Fault> {
+    pub fn trace(&self, symbols: &[&str]) -> Result<Injected> {
         self.inject(None, &format!("trace={}", symbols.join(",")))
     }
 

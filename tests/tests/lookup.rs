@@ -18,7 +18,8 @@ use swiftcache_tests::{
     gate::{Fault, Gate, Stage},
     node::{Devices, Node, Setup},
     operator::Operator,
-    stub::Stub,
+    programs::Program,
+    stub::{Call, Stub},
 };
 use tonic::Code;
 
@@ -196,17 +197,30 @@ fn what_only_an_unreachable_replica_has_is_stored_and_found_where_it_can_be_reac
     Ok(())
 }
 
-#[test]
-fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
-    let stub = Stub::new()?;
+/// A node of the stub's devices, and a donor that lends memory of the second by legacy handles.
+fn lent_on(stub: &Stub) -> Result<(Node, Program)> {
     let node = Node::start_with(Setup {
         devices: Devices::File(stub.topology_file()?),
         environment: stub.environment()?,
         ..Setup::default()
     })?;
-    let operator = Operator::of(&node)?;
     let mut donor = full_stack::donate(&node, 1, "cuda-ipc")?;
     full_stack::offered(&node, &mut donor)?;
+    Ok((node, donor))
+}
+
+/// How often a process has tried to open a legacy handle.
+fn tries(stub: &Stub, pid: u32) -> Result<usize> {
+    let calls = stub.calls()?;
+    let opens = |call: &&Call| call.is(pid, "cuIpcOpenMemHandle_v2");
+    Ok(calls.iter().filter(opens).count())
+}
+
+#[test]
+fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
+    let stub = Stub::new()?;
+    let (node, _donor) = lent_on(&stub)?;
+    let operator = Operator::of(&node)?;
     let job = |name| Job {
         host_blocks: 0,
         conversations: 2,
@@ -231,26 +245,15 @@ fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
     let found = reader.run("sweep-fetch")?.found;
     ensure!(found == 0, "{found} blocks of memory that is not mapped");
     nobody_reads(&operator)?;
-    let tries = || -> Result<usize> {
-        let calls = stub.calls()?;
-        let its = calls
-            .iter()
-            .filter(|call| call.is(reader.pid(), "cuIpcOpenMemHandle_v2"));
-        Ok(its.count())
-    };
-    let first = tries()?;
+    let pid = reader.pid();
+    let first = tries(&stub, pid)?;
     ensure!(first > 0, "it was never tried");
     // Whatever the driver says now: these leases are not promised to it again.
     stub.lift(&fault)?;
-    let pid = reader.pid();
     for _ in 0..2 {
         ensure!(reader.run("sweep-fetch")?.found == 0);
     }
-    let calls = stub.calls()?;
-    let again = calls
-        .iter()
-        .filter(|call| call.is(pid, "cuIpcOpenMemHandle_v2"));
-    ensure!(again.count() == first, "it was tried again");
+    ensure!(tries(&stub, pid)? == first, "it was tried again");
     ensure!(operator.leases()?.iter().all(|lease| lease.readers == 0));
 
     // The twin: without the fault everything is found.
@@ -274,14 +277,8 @@ fn a_lease_that_cannot_be_mapped_is_tried_once_and_given_back() -> Result<()> {
 #[test]
 fn what_a_process_cannot_map_is_not_granted_to_it_again() -> Result<()> {
     let stub = Stub::new()?;
-    let node = Node::start_with(Setup {
-        devices: Devices::File(stub.topology_file()?),
-        environment: stub.environment()?,
-        ..Setup::default()
-    })?;
+    let (node, _donor) = lent_on(&stub)?;
     let operator = Operator::of(&node)?;
-    let mut donor = full_stack::donate(&node, 1, "cuda-ipc")?;
-    full_stack::offered(&node, &mut donor)?;
     let job = Job {
         host_blocks: 0,
         conversations: 2,
@@ -291,17 +288,10 @@ fn what_a_process_cannot_map_is_not_granted_to_it_again() -> Result<()> {
     // For whoever comes from now on.
     let fault = stub.inject(None, "cuIpcOpenMemHandle_v2=201")?;
     let cannot = BorrowerProcess::start(&node, 0, &job)?;
-    let tries = |pid| -> Result<usize> {
-        let calls = stub.calls()?;
-        Ok(calls
-            .iter()
-            .filter(|call| call.is(pid, "cuIpcOpenMemHandle_v2"))
-            .count())
-    };
     // Every region is tried once. Then there is nothing left that could be granted, and the broker says so.
     let regions = operator.regions()?.len();
     eventually("every region to be tried", || {
-        Ok(tries(cannot.pid())? >= regions)
+        Ok(tries(&stub, cannot.pid())? >= regions)
     })?;
     let short = || -> Result<usize> {
         let events = operator.events()?;
@@ -311,11 +301,8 @@ fn what_a_process_cannot_map_is_not_granted_to_it_again() -> Result<()> {
     eventually("the broker to say that it has nothing", || {
         Ok(short()? > said + 2)
     })?;
-    ensure!(
-        tries(cannot.pid())? == regions,
-        "{} tries of {regions}",
-        tries(cannot.pid())?
-    );
+    let tried = tries(&stub, cannot.pid())?;
+    ensure!(tried == regions, "{tried} tries of {regions}");
     ensure!(operator.account()?.leased_bytes == 0);
     // The twin: another process is granted all of it.
     stub.lift(&fault)?;

@@ -12,7 +12,7 @@ use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 use swiftcache_tests::{
     PATIENCE,
     engine::eventually,
-    stub::{Fault, Held, Stub, alone},
+    stub::{Held, Injected, Stub, alone},
 };
 
 const SIZE: usize = 64 << 10;
@@ -56,7 +56,7 @@ impl<'a> Copies<'a> {
         })
     }
 
-    fn fault(&self, line: &str) -> Result<Fault> {
+    fn fault(&self, line: &str) -> Result<Injected> {
         self.stub.inject(Some(std::process::id()), line)
     }
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "harness")]
 
 import lab as of  # noqa: E402
 import models  # noqa: E402
 from engine import Engine  # noqa: E402
-from node import Node, donate, eventually  # noqa: E402
+from neighbours import donate  # noqa: E402
+from node import Node, eventually  # noqa: E402
 
 STEPS = 40
 """Decode steps of one measurement of a step."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from node import Node
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "harness")]
 
 
 @pytest.fixture

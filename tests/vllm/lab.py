@@ -13,7 +13,8 @@ from typing import Any
 
 import models
 from engine import Engine
-from node import SLAB, Node, eventually
+from neighbours import SLAB
+from node import Node, eventually
 
 REPO = Path(__file__).resolve().parents[2]
 HOME = REPO / "target" / "vllm"

@@ -31,7 +31,7 @@ done
 env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
     --manifest-path engine-adapter/Cargo.toml
 export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
-checked=(engine-adapter/python/swiftcache/{engine,vllm} tests/{vllm,gpu})
+checked=(engine-adapter/python/swiftcache/{engine,vllm} tests/{vllm,gpu,harness})
 "$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml "${checked[@]}"
 "$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml "${checked[@]}"
 if [ "${1-}" = --setup ]; then

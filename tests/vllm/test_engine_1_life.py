@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from node import corrupt, donate, eventually
+from neighbours import corrupt, donate
+from node import eventually
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from node import donate
+from neighbours import donate
 
 SYNC, ASYNC = {"load": "sync"}, {"load": "async"}
 

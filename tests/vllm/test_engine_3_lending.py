@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from node import Tenant, corrupt, eventually
+from neighbours import Tenant, corrupt
+from node import eventually
 
 LONGEST = 3744
 """Tokens: 117 blocks."""

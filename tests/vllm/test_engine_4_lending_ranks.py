@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import lab as of
-from node import Tenant, eventually
+from neighbours import Tenant
+from node import eventually
 from test_engine_3_lending import LENDING, LONGEST, busy_until_whole, lend, quiet_then_busy
 
 RANKS = {"max_model_len": LONGEST, "seed": 1, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import lab as of
 import pytest
 from engine import EngineError
-from node import donate, eventually
+from neighbours import donate
+from node import eventually
 
 PROMPT = 400
 """Tokens: 12 blocks, and a part of the next."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from node import donate, eventually
+from neighbours import donate
+from node import eventually
 
 TIER = {"load": "sync", "host_tier_bytes": 64 << 20}
 PROMPT = of.long_prompt()

@@ -20,7 +20,8 @@ const LONGEST: Duration = Duration::from_secs(3600);
 const SAY_EVERY: Duration = Duration::from_secs(5);
 /// How often to look for a signal.
 const NAP: Duration = Duration::from_millis(20);
-/// How many looks in a row must find enough free: what a donor was offering when it heard of the hold is on offer by then.
+/// How many looks in a row must find enough free. A donor may be in the middle of an offer when it hears of the hold; the
+/// second look sees what that took.
 const LOOKS: u32 = 2;
 
 /// Make room on a device for an engine that starts there, and keep it while the engine starts
@@ -87,7 +88,7 @@ pub(super) fn run(args: &HoldArgs) -> Result<(), CliError> {
     waiting.take(&request(free, longest, hold))?;
     match waiting.room() {
         Ok(room) => {
-            // They keep nothing more free for it: the room is the engine's to take.
+            // From now on the engine takes the room, so donors need not keep it free.
             admin.hold(&request(0, lasting, hold))?;
             output::print(&format!(
                 "{}: {} free; donors stay as they are for {}\n",

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import torch
 from model import SHAPES
 
-# Appended at the end, because both folders have a module `engine` and the one of this folder must be found first.
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[3] / "engine-adapter" / "tests"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "harness"))
 
 from node import Node, eventually
 

@@ -61,7 +61,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), CliError> {
 impl Status {
     fn text(&self) -> String {
         let mut text = String::new();
-        // In every table: nobody should take a simulated node's for a real one's, wherever it is copied to.
+        // Tables are copied into reports. So each one says that its figures are simulated.
         let heading = |what: &str| match self.simulated {
             true => format!("{what} (SIMULATED)"),
             false => what.to_owned(),
@@ -199,7 +199,7 @@ impl Status {
     }
 }
 
-/// How many, and who holds them up: those are the processes that somebody has to look at.
+/// How many leases are revoked, and the processes that they wait for: those are what an operator has to look at.
 fn revoked(lease: &LeaseRow) -> String {
     let pids: Vec<String> = lease.waiting_for_pids.iter().map(u32::to_string).collect();
     match (lease.zombies, pids.is_empty()) {

@@ -1,4 +1,4 @@
-"""A node for a test: the real broker and donors on simulated devices, in a separate directory."""
+"""A node for the Python suites: the real broker and donors on simulated devices, in a separate directory."""
 
 import json
 import os
@@ -12,24 +12,7 @@ from typing import Any
 
 PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target" / "debug"
 
-TOPOLOGY = """
-name = "two simulated GPUs on NVLink"
-
-[[device]]
-uuid = "SIM-0"
-name = "simulated GPU"
-hbm_bytes = 1073741824
-
-[[device]]
-uuid = "SIM-1"
-name = "simulated GPU"
-hbm_bytes = 1073741824
-
-[[link]]
-between = ["SIM-0", "SIM-1"]
-kind = "nvlink"
-gigabytes_per_second = 380.0
-"""
+TOPOLOGY = pathlib.Path(__file__).with_name("topology.toml")
 
 
 def eventually(what: str, holds: Callable[[], Any]) -> Any:
@@ -47,14 +30,14 @@ def eventually(what: str, holds: Callable[[], Any]) -> Any:
 class Node:
     """The processes of a node. `close` ends them."""
 
-    def __init__(
-        self, directory: pathlib.Path, programs: pathlib.Path = PROGRAMS, probe: tuple[str, ...] = ()
-    ) -> None:
-        """`probe` is the broker's options for its devices. Without it, the broker has two simulated devices."""
+    def __init__(self, directory: pathlib.Path, programs: pathlib.Path = PROGRAMS, probe: tuple[str, ...] = ()) -> None:
+        """`probe` is the broker's options for its devices. Without it, the broker has three simulated devices."""
         self.directory, self.programs = directory, programs
         self.socket = str(directory / "broker.sock")
         topology = directory / "topology.toml"
-        topology.write_text(TOPOLOGY)
+        usage = directory / "usage"
+        usage.mkdir(exist_ok=True)
+        topology.write_text(TOPOLOGY.read_text().replace("USAGE", str(usage)))
         self._probe = probe or ("--probe", "simulated", "--topology", str(topology))
         self._broker: subprocess.Popen[bytes] | None = None
         self._programs: list[subprocess.Popen[bytes]] = []

@@ -1,8 +1,7 @@
-"""A node for the engine tests: the one of the module's own tests."""
+"""What engines share a node with: donors, another tenant, a donor whose memory goes bad."""
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import os
 import signal
@@ -10,14 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_FILE = Path(__file__).resolve().parents[2] / "engine-adapter" / "tests" / "node.py"
-_SPEC = importlib.util.spec_from_file_location("adapter_node", _FILE)
-assert _SPEC is not None and _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-
-Node = _MODULE.Node
-eventually = _MODULE.eventually
+from node import Node
 
 SLAB = 8 << 20
 
