@@ -4,6 +4,7 @@ pub mod borrower;
 pub mod donor;
 pub mod error;
 pub mod session;
+mod transfer;
 
 /// The device layer, whose types this crate's functions take and give.
 pub use swiftcache_device as device;

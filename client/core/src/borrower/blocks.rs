@@ -7,9 +7,9 @@ use swiftcache_proto::domain::BlockHash;
 
 use super::{
     kept::HostNews,
-    slab::SlabIndex,
     value::{Family, Waiting},
 };
+use crate::transfer::AreaId;
 
 pub(super) const NONE: u32 = u32::MAX;
 
@@ -20,7 +20,7 @@ pub(super) struct BlockId(pub(super) u32);
 /// A slot in a slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    pub(super) slab: SlabIndex,
+    pub(super) slab: AreaId,
     pub(super) slot: u32,
 }
 
@@ -326,7 +326,7 @@ mod tests {
 
     fn place(n: u8) -> Place {
         Place {
-            slab: SlabIndex(0),
+            slab: AreaId(0),
             slot: n.into(),
         }
     }

@@ -6,16 +6,19 @@ use tracing::info;
 
 use super::{
     core::Core,
-    slab::{Draining, Kind, LeaseKey, SlabIndex},
+    slab::{Draining, Kind, LeaseKey},
     state::State,
 };
-use crate::session::{Connected, Held, Observer, Revocation};
+use crate::{
+    session::{Connected, Held, Observer, Revocation},
+    transfer::AreaId,
+};
 
 /// What the draining thread is asked to do.
 #[derive(Debug)]
 pub(super) enum DrainTask {
     /// Let go of a slab that is marked as draining.
-    LetGo(SlabIndex),
+    LetGo(AreaId),
     /// The borrower closes: let go of everything, and end.
     Close,
 }
@@ -53,7 +56,7 @@ impl Observer for Core {
 
     fn connected(&self, connected: &Connected) {
         let mut state = self.state.lock();
-        let refused: Vec<SlabIndex> = (state.slabs.iter())
+        let refused: Vec<AreaId> = (state.slabs.iter())
             .filter(|(_, slab)| {
                 (slab.kind.key())
                     .is_some_and(|key| connected.replaced || connected.refused.contains(&key.lease))
@@ -77,7 +80,7 @@ impl Observer for Core {
 
 impl Core {
     /// From here on no copy that touches the slab begins.
-    fn stop_using(&self, state: &mut State, index: SlabIndex, window: Duration, refused: bool) {
+    fn stop_using(&self, state: &mut State, index: AreaId, window: Duration, refused: bool) {
         let Some(slab) = state.slabs.get_mut(index) else {
             return;
         };
@@ -93,7 +96,7 @@ impl Core {
         }
         if refused {
             for op in &slab.ops {
-                op.poison();
+                op.transfer.poison();
             }
             state.slabs.refuse(index);
         }

@@ -14,18 +14,20 @@ use super::{
     core::Core,
     drain::DrainTask,
     op::Op,
-    pace::Pace,
     publish::Publishing,
     rescue::Rescue,
-    slab::{Draining, Kind, Slab, SlabIndex},
+    slab::{Draining, Kind, Slab},
     state::micros_since,
 };
-use crate::session::Call;
+use crate::{
+    session::Call,
+    transfer::{AreaId, Pace},
+};
 
 /// A slab on its way out.
 #[derive(Debug)]
 struct Leaving {
-    slab: SlabIndex,
+    slab: AreaId,
     stage: Stage,
     /// What is said in the end: a revoked lease is acknowledged, one of a borrower that closes is released.
     revoked: bool,
@@ -84,14 +86,14 @@ impl Core {
         }
     }
 
-    fn draining(&self, slab: SlabIndex) -> Option<(Kind, Draining)> {
+    fn draining(&self, slab: AreaId) -> Option<(Kind, Draining)> {
         let state = self.state.lock();
         let slab = state.slabs.get(slab)?;
         Some((slab.kind, slab.draining?))
     }
 
     /// Copies that write to a slab what becomes readable when they are over.
-    fn writes_to(&self, slab: SlabIndex) -> Vec<Arc<Op>> {
+    fn writes_to(&self, slab: AreaId) -> Vec<Arc<Op>> {
         let state = self.state.lock();
         let ops = state.slabs.get(slab).map(|slab| slab.ops.as_slice());
         let writes = ops.unwrap_or_default().iter().filter(|op| op.is_write());
@@ -99,7 +101,7 @@ impl Core {
     }
 
     /// Forgets what is left in a slab.
-    fn drop_blocks(&self, slab: SlabIndex) {
+    fn drop_blocks(&self, slab: AreaId) {
         let mut state = self.state.lock();
         let occupants = state.slabs.get(slab).map(|slab| slab.occupants.clone());
         for id in occupants.unwrap_or_default().into_iter().flatten() {
@@ -110,14 +112,14 @@ impl Core {
     }
 
     /// Whether it is known that no copy touches the slab. None can begin: the slab is draining.
-    fn is_untouched(&self, slab: SlabIndex) -> bool {
+    fn is_untouched(&self, slab: AreaId) -> bool {
         let ops = {
             let state = self.state.lock();
             let slab = state.slabs.get(slab);
             slab.map_or_else(Vec::new, |slab| slab.ops.clone())
         };
         // Asked outside the lock: a stream that lets go of memories may unmap.
-        let over: Vec<_> = ops.iter().filter(|op| op.is_over()).collect();
+        let over: Vec<_> = ops.iter().filter(|op| op.transfer.is_over()).collect();
         if let Some(slab) = self.state.lock().slabs.get_mut(slab) {
             for op in &over {
                 slab.end_op(op);
@@ -127,13 +129,13 @@ impl Core {
     }
 
     /// Takes a slab that nothing touches out of the table. Unmapped when it is dropped.
-    fn take_out(&self, slab: SlabIndex) -> Option<Box<Slab>> {
+    fn take_out(&self, slab: AreaId) -> Option<Box<Slab>> {
         self.drop_blocks(slab);
         self.state.lock().slabs.remove(slab)
     }
 
     /// Slabs of the host tier that copies may still touch.
-    fn busy_host_slabs(&self) -> Vec<SlabIndex> {
+    fn busy_host_slabs(&self) -> Vec<AreaId> {
         let state = self.state.lock();
         let hosts = (state.slabs.iter()).filter(|(_, slab)| slab.kind == Kind::Host);
         let busy = hosts.filter(|(_, slab)| !slab.ops.is_empty());
@@ -164,7 +166,7 @@ impl Drains {
     }
 
     /// Begins to let go of a revoked slab.
-    fn begin(&mut self, core: &Core, slab: SlabIndex) {
+    fn begin(&mut self, core: &Core, slab: AreaId) {
         let Some((kind, draining)) = core.draining(slab) else {
             return;
         };
@@ -279,7 +281,7 @@ impl Drains {
         if let Stage::Writing { until } = leaving.stage {
             let mut all_there = true;
             for op in core.writes_to(slab) {
-                match op.outcome() {
+                match op.transfer.outcome() {
                     Some(outcome) => self.publishing.push(core.begin_settling(&op, &outcome)),
                     None => all_there = false,
                 }

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use super::{
     blocks::{BlockId, List, Place, Published},
     core::Core,
-    op::{Op, Purpose, Queueing},
-    pipeline::{self, Move},
+    op::{Op, Purpose},
     settle::Leftover,
-    slab::{Kind, LeaseKey, SlabIndex},
+    slab::{Kind, LeaseKey},
     state::State,
 };
+use crate::transfer::{AreaId, Direction, Move, MoveLead, MoveStep, Queueing, issue_move};
 
 /// Room is made for more blocks than asked for, a sixteenth of the slots but no more than this, so that the broker
 /// is not asked for every store.
@@ -23,10 +23,10 @@ struct Room {
     /// Slots whose blocks the broker never heard of.
     free: Vec<Place>,
     /// Slots that the broker must forget first.
-    ask: Vec<(SlabIndex, LeaseKey, Vec<u32>)>,
+    ask: Vec<(AreaId, LeaseKey, Vec<u32>)>,
     moves: Vec<Move>,
     moved: Vec<BlockId>,
-    slabs: Vec<SlabIndex>,
+    slabs: Vec<AreaId>,
 }
 
 impl Core {
@@ -59,10 +59,10 @@ impl Core {
         for id in victims_for_host(&mut state, still_short.saturating_sub(host_free)) {
             state.drop_host_block(id);
         }
-        let op = Arc::new(Op::new(Purpose::Move, room.slabs, room.moved));
+        let op = Op::new(Purpose::Move, room.slabs, room.moved);
         state.begin_op(&op);
         drop(state);
-        self.issue_moves(&op, room.moves, |step| &step.from.store);
+        self.issue_moves(&op, room.moves, MoveLead::Source);
         // Only now may the vacated slots be taken again: the copies out of them are queued before any into them.
         let mut state = self.state.lock();
         for place in room.free {
@@ -78,18 +78,12 @@ impl Core {
         }
     }
 
-    /// Queues copies from slab to slab, each on the stream that `on` picks.
-    pub(super) fn issue_moves(
-        &self,
-        op: &Arc<Op>,
-        moves: Vec<Move>,
-        on: impl Fn(&Move) -> &Arc<dyn crate::device::CopyStream>,
-    ) {
-        let mut queueing = Queueing::new(op);
+    /// Queues copies from slab to slab.
+    pub(super) fn issue_moves(&self, op: &Arc<Op>, moves: Vec<Move>, lead: MoveLead) {
+        let mut queueing = Queueing::new(&op.transfer, Direction::Store);
         for step in &moves {
-            let stream = on(step);
             let layers = &self.config.layout.layer_bytes;
-            if let Err(refused) = pipeline::issue_move(step, layers, stream, &mut queueing) {
+            if let Err(refused) = issue_move(step, lead, layers, &mut queueing) {
                 self.refused(op, &refused);
             }
         }
@@ -105,7 +99,7 @@ impl Room {
         let block = state.blocks.get(id);
         let (published, used, stray) = (block.published, block.used, block.stray);
         let Some(from) = block.place else { return };
-        let near = self.moves.last().and_then(Move::next_to);
+        let near = self.moves.last().and_then(last_place);
         // Nobody could find a stray there either.
         let to = (!stray).then(|| state.host_slot_for(used, near)).flatten();
         match to {
@@ -126,10 +120,7 @@ impl Room {
     }
 
     fn demote(&mut self, state: &mut State, id: BlockId, from: Place, to: Place) {
-        let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
-        if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
-            Move::add(&mut self.moves, (from, from_memory), (to, to_memory));
-        }
+        state.add_move(&mut self.moves, from, to);
         for index in [from.slab, to.slab] {
             if !self.slabs.contains(&index) {
                 self.slabs.push(index);
@@ -149,10 +140,30 @@ impl Room {
     }
 }
 
+/// Where a move's last block goes.
+fn last_place(step: &Move) -> Option<Place> {
+    let slab = step.to().id;
+    step.last_slot().map(|slot| Place { slab, slot })
+}
+
 impl State {
+    /// Adds one block's move.
+    pub(super) fn add_move(&self, moves: &mut Vec<Move>, from: Place, to: Place) {
+        let area = |place: Place| self.slabs.get(place.slab).map(|slab| &slab.area);
+        if let (Some(from_area), Some(to_area)) = (area(from), area(to)) {
+            let step = MoveStep {
+                from: from_area,
+                from_slot: from.slot,
+                to: to_area,
+                to_slot: to.slot,
+            };
+            Move::add(moves, step);
+        }
+    }
+
     /// A slot of the host tier for a block that was last used at `used`: a free one, or that of a colder block.
     pub(super) fn host_slot_for(&mut self, used: u64, near: Option<Place>) -> Option<Place> {
-        let slot = |taken: (SlabIndex, super::slots::Run)| Place {
+        let slot = |taken: (AreaId, super::slots::Run)| Place {
             slab: taken.0,
             slot: taken.1.first,
         };
@@ -186,7 +197,7 @@ fn victims(state: &mut State, list: List, most: u32, connected: bool) -> Vec<Blo
         let free_to_go = block.pins == 0 && (connected || block.published == Published::No);
         let slab = block.place.filter(|_| block.ready);
         let slab = slab.and_then(|place| slabs.get(place.slab));
-        free_to_go && slab.is_some_and(|slab| slab.is_active() && routes.contains(slab.route))
+        free_to_go && slab.is_some_and(|slab| slab.is_active() && slab.area.route.is_in(routes))
     })
 }
 

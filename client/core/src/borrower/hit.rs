@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Instant};
 
 use swiftcache_proto::domain::{LinkKind, PinId};
 
-use super::{blocks::BlockId, core::Core, slab::SlabIndex};
+use super::{blocks::BlockId, core::Core};
+use crate::transfer::AreaId;
 
 /// Where a found block lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,11 +43,7 @@ pub(super) enum HitBlock {
     /// Pinned in the table, wherever it may move.
     Own(BlockId),
     /// In a replica's slab, under the lookup's pin of that number.
-    Shared {
-        slab: SlabIndex,
-        slot: u32,
-        pin: u32,
-    },
+    Shared { slab: AreaId, slot: u32, pin: u32 },
 }
 
 /// A broker's promise not to let slots of other sessions be written.

@@ -183,7 +183,7 @@ impl Core {
             let traffic = state.counts.traffic();
             let more = traffic.since(&state.reported);
             state.reported = traffic;
-            let down = state.routes.down();
+            let down = self.routes.down();
             let before = std::mem::replace(&mut state.reported_down, down);
             drop(state);
             session.moved(more);

@@ -16,12 +16,12 @@ use tracing::{debug, warn};
 
 use super::{
     blocks::{BlockId, Blocks, List},
-    core::{Core, Source},
-    routes::RouteSet,
+    core::Core,
 };
 use crate::{
     Error,
     session::{Call, Keep, Session},
+    transfer::{RouteSet, Source},
 };
 
 /// When to tell again after the broker did not take it.
@@ -218,7 +218,7 @@ impl Core {
     }
 
     fn as_it_is(&self, up: RouteSet) -> Keep {
-        let down = self.sources_but(up);
+        let down = self.routes.sources_but(up);
         Keep {
             borrower: self.id,
             namespace: self.config.layout.namespace.clone(),

@@ -11,16 +11,16 @@ use tracing::{debug, info, warn};
 
 use super::{
     blocks::List,
-    core::{Core, Route, Source},
+    core::Core,
     keeper::KeeperTask,
-    routes::{RouteIndex, RouteSet},
-    slab::{Kind, LeaseKey, Slab, SlabMemory},
+    slab::{Kind, LeaseKey, Slab},
     state::{Pending, State},
     unreadable::Lasting,
 };
 use crate::{
     Error, Result,
     session::{Call, Demand, Grant, Session},
+    transfer::{BlockArea, RouteSet, Source},
 };
 
 /// When to ask again after the broker had nothing to lend.
@@ -312,7 +312,7 @@ impl Core {
         let pending = state.pending.remove(&grant.lease);
         let taken = pending.is_none_or(|pending| pending.revoked || pending.refused);
         match mapped {
-            Ok((memory, route)) if !taken => {
+            Ok(area) if !taken => {
                 let key = LeaseKey {
                     lease: grant.lease,
                     generation: grant.generation,
@@ -326,9 +326,7 @@ impl Core {
                     lease = %grant.lease, bytes = grant.slab_bytes, device = %grant.device,
                     link = %grant.link, slots = grant.slots, shared, "lease mapped"
                 );
-                state
-                    .slabs
-                    .insert(Slab::new(kind, grant.slab_bytes, memory, route));
+                state.slabs.insert(Slab::new(kind, grant.slab_bytes, area));
                 state.map_pause = Duration::ZERO;
                 Adopted::Yes
             }
@@ -344,23 +342,17 @@ impl Core {
         }
     }
 
-    fn map(&self, session: &Session, grant: &Grant) -> Result<(SlabMemory, RouteIndex)> {
-        let route = self.route(Source::Device(grant.device.clone()))?;
+    fn map(&self, session: &Session, grant: &Grant) -> Result<BlockArea> {
+        let route = self.routes.to(Source::Device(grant.device.clone()))?;
         let device = &self.config.device;
         let mapping = self
             .mappings
             .open(session, self.layer.as_ref(), device, grant)?;
         let layers = &self.config.layout.layer_bytes;
-        let memory = SlabMemory::new(
-            mapping.memory.clone(),
-            grant.offset,
-            grant.slots,
-            layers,
-            grant.link,
-            route.streams,
-            Some(mapping),
-        );
-        Ok((memory, route.index))
+        let memory = mapping.memory.clone();
+        let (base, slots, link) = (grant.offset, grant.slots, grant.link);
+        let area = BlockArea::new(memory, base, slots, layers, link, route);
+        Ok(area.keeping(mapping))
     }
 
     /// Takes the host tier's memory into use.
@@ -373,10 +365,10 @@ impl Core {
         }
         let bytes = u64::from(slots) * block_bytes;
         let memory = self.layer.allocate_host(&self.config.device, bytes)?;
-        let Route { index, streams } = self.route(Source::Host)?;
+        let route = self.routes.to(Source::Host)?;
         let layers = &self.config.layout.layer_bytes;
-        let memory = SlabMemory::new(memory, 0, slots, layers, LinkKind::Host, streams, None);
-        let slab = Slab::new(Kind::Host, bytes, memory, index);
+        let area = BlockArea::new(memory, 0, slots, layers, LinkKind::Host, route);
+        let slab = Slab::new(Kind::Host, bytes, area);
         let mut state = self.state.lock();
         state.slabs.insert(slab);
         if self.session.is_some() {
@@ -403,11 +395,11 @@ impl Core {
                     continue;
                 };
                 let Kind::Own(key) = slab.kind else { continue };
-                let slots = u64::from(slab.memory.slots);
+                let slots = u64::from(slab.area.slots);
                 let unused = slab.is_active()
                     && slab.occupied == 0
                     && slab.ops.is_empty()
-                    && slab.slots.free() == slab.memory.slots
+                    && slab.slots.free() == slab.area.slots
                     && now.duration_since(slab.empty_since) >= self.config.idle_release;
                 if unused && free >= slots + step.max(1) {
                     free -= slots;
@@ -470,10 +462,18 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        borrower::tests::{device, layer},
+        transfer::Routes,
+    };
+
+    fn state() -> State {
+        State::new(Arc::new(Routes::new(layer(), device())))
+    }
 
     #[test]
     fn while_others_are_granted_the_broker_is_asked_soon() {
-        let mut state = State::new();
+        let mut state = state();
         let region = |n| RegionId([n; 16]);
         for n in 0..5 {
             assert_eq!(state.pause_after(&[region(n), region(0)]), ASK_AGAIN);
@@ -487,7 +487,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_mapped_is_asked_for_less_and_less_often() {
-        let mut state = State::new();
+        let mut state = state();
         let pauses: Vec<u128> = (0..8)
             .map(|_| state.longer_map_pause().as_millis())
             .collect();

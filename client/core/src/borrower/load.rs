@@ -17,12 +17,13 @@ use super::{
     BytesByLink, Hit, PagedKv,
     core::Core,
     hit::{HitBlock, HitBlocks},
-    op::{Op, Purpose, Queueing},
-    pipeline::{self, LayerTickets},
-    plan::Plan,
+    op::{Op, Purpose},
     settle::Leftover,
 };
-use crate::device::Ticket;
+use crate::{
+    device::Ticket,
+    transfer::{Direction, LayerTickets, LoadOrder, Plan, Queueing, issue_load},
+};
 
 /// Copies on their way from slabs into the engine's pool.
 ///
@@ -83,21 +84,21 @@ impl Core {
         let blocks = &blocks[..blocks.len().min(hit.blocks.len())];
         let layers = layers.start..layers.end.min(layout.layer_bytes.len());
         let mut verdict = Verdict::default();
-        let mut plan = self.plan();
-        let op = match kv.check(layout) {
+        let mut plan = self.plans.take();
+        let op = match kv.check(&layout.layer_bytes) {
             Ok(()) => self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict),
             Err(error) => {
                 warn!(%error, "nothing is loaded into a pool that does not fit the layout");
                 verdict.failed.extend(0..blocks.len() as u32);
-                Arc::new(Op::new(Purpose::Load, Vec::new(), Vec::new()))
+                Op::new(Purpose::Load, Vec::new(), Vec::new())
             }
         };
         let mut bytes = BytesByLink::default();
-        let mut queueing = Queueing::new(&op);
-        let issued = pipeline::issue_load(
+        let mut queueing = Queueing::new(&op.transfer, Direction::Load);
+        let issued = issue_load(
             &mut plan,
-            (layers, after),
-            layout,
+            LoadOrder { layers, after },
+            &layout.layer_bytes,
             kv,
             &mut queueing,
             &mut bytes,
@@ -107,7 +108,7 @@ impl Core {
             LayerTickets::default()
         });
         // The plan keeps its slabs mapped: a revocation that finds the op queued must not find it holding on.
-        self.put_back(plan);
+        self.plans.put_back(plan);
         drop(queueing);
         Load {
             hit,
@@ -134,24 +135,21 @@ impl Core {
         let mut state = self.state.lock();
         for ((block, to), number) in hit.blocks.iter().zip(blocks).zip(0..) {
             let from = match *block {
-                HitBlock::Own(id) => state
-                    .place_of(id)
-                    .map(|(place, slab)| (place.slab, slab, place.slot)),
+                HitBlock::Own(id) => state.place_of(id).map(|(place, slab)| (slab, place.slot)),
                 HitBlock::Shared { slab, slot, pin } => state
                     .slabs
                     .get(slab)
                     .filter(|slab| slab.is_active() && now < hit.pins[pin as usize].until)
-                    .map(|found| (slab, found, slot)),
+                    .map(|found| (found, slot)),
             };
             match from {
-                Some((index, slab, slot)) if *to < kv.blocks => {
-                    plan.add(index, &slab.memory, slot, *to);
+                Some((slab, slot)) if *to < kv.blocks => {
+                    plan.add(&slab.area, slot, *to);
                 }
                 _ => verdict.failed.push(number),
             }
         }
-        let slabs = plan.groups.iter().map(|group| group.index).collect();
-        let op = Arc::new(Op::new(Purpose::Load, slabs, Vec::new()));
+        let op = Op::new(Purpose::Load, plan.areas().collect(), Vec::new());
         state.begin_op(&op);
         op
     }
@@ -187,7 +185,7 @@ impl Load {
             }
             _ => drop(verdict),
         }
-        let failed = self.op.wait().is_err();
+        let failed = self.op.transfer.wait().is_err();
         Err(LoadError {
             failed: self.judge(failed).failed.clone(),
         })
@@ -195,13 +193,13 @@ impl Load {
 
     /// Whether it is known that every copy is over, well or not.
     pub fn is_done(&self) -> bool {
-        self.op.is_over()
+        self.op.transfer.is_over()
     }
 
     /// Waits until it is known that every copy is over, also of a load that failed half-way, and says which blocks hold.
     /// From then on the engine may use its blocks for anything.
     pub fn finish(mut self) -> Loaded {
-        let outcome = self.op.wait();
+        let outcome = self.op.transfer.wait();
         let verdict = std::mem::take(&mut *self.judge(outcome.is_err()));
         self.ended = true;
         let mut state = self.hit.core.state.lock();
@@ -220,7 +218,7 @@ impl Load {
     /// Decides what holds of what is over by now.
     fn judge(&self, copies_failed: bool) -> parking_lot::MutexGuard<'_, Verdict> {
         let mut verdict = self.verdict.lock();
-        if copies_failed || self.op.is_poisoned() {
+        if copies_failed || self.op.transfer.is_poisoned() {
             verdict.fail_all(self.blocks);
             return verdict;
         }

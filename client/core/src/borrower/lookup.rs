@@ -9,9 +9,12 @@ use super::{
     Hit, Tier,
     core::Core,
     hit::{HitBlock, HitBlocks, Pin},
-    slab::{Kind, SlabIndex},
+    slab::Kind,
 };
-use crate::session::{Asker, Found, Session};
+use crate::{
+    session::{Asker, Found, Session},
+    transfer::AreaId,
+};
 
 /// How often one lookup asks the broker: a prefix that alternates between own and replicas' blocks more often than
 /// that is not worth the round trips.
@@ -51,7 +54,7 @@ impl Core {
             let Some((id, slab)) = state.readable(hash) else {
                 break;
             };
-            hit.push(HitBlock::Own(id), slab.tier(), slab.memory.link);
+            hit.push(HitBlock::Own(id), slab.tier(), slab.area.link);
             state.blocks.pin(id);
         }
     }
@@ -120,12 +123,12 @@ impl Core {
             return self.add_known(extent.count, hashes, hit);
         };
         let end = extent.first_slot.checked_add(extent.count);
-        let inside = end.is_some_and(|end| end <= slab.memory.slots);
-        let usable = slab.is_active() && state.routes.up().contains(slab.route);
+        let inside = end.is_some_and(|end| end <= slab.area.slots);
+        let usable = slab.is_active() && slab.area.route.is_in(state.routes.up());
         if key.generation != extent.generation || !inside || !usable {
             return false;
         }
-        let link = slab.memory.link;
+        let link = slab.area.link;
         let slots = extent.first_slot..extent.first_slot + extent.count;
         for (slot, _) in slots.zip(rest) {
             hit.push(shared(index, slot, pin), Tier::Shared, link);
@@ -163,6 +166,6 @@ impl Core {
     }
 }
 
-fn shared(slab: SlabIndex, slot: u32, pin: u32) -> HitBlock {
+fn shared(slab: AreaId, slot: u32, pin: u32) -> HitBlock {
     HitBlock::Shared { slab, slot, pin }
 }

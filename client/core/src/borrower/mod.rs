@@ -1,14 +1,14 @@
 //! A borrower: an engine's prefix KV cache in leased HBM and a bounded host tier.
 //!
 //! The way of a block through this room:
-//! * [`Borrower::store`] finds slots (`store`, `slots`, `evict`), copies layer by layer (`plan`, `pipeline`), and
+//! * [`Borrower::store`] finds slots (`store`, `slots`, `evict`), copies layer by layer (`transfer`), and
 //!   publishes when every byte is there (`publish`);
 //! * [`Borrower::lookup`] finds own blocks in the local mirror and replicas' through the broker (`lookup`);
-//! * [`Borrower::load`] copies them back, layer by layer (`load`, `pipeline`);
+//! * [`Borrower::load`] copies them back, layer by layer (`load`, `transfer`);
 //! * a revocation stops new copies at once (`drain`). A thread then rescues hot blocks (`rescue`), and unmaps and acknowledges
 //!   when the last copy is over (`drain_loop`).
 //!
-//! `pipeline::issue_layer` is where a layer's bytes are put on their way.
+//! `transfer::pipeline::issue_layer` is where a layer's bytes are put on their way.
 //!
 //! Everything that could be wrong is a miss. No copy touches a slab unless it is registered with it (`op`) under the
 //! lock that revocations take too (`state`), and a slot is written only when nobody can read it any more.
@@ -29,14 +29,10 @@ mod load;
 mod lookup;
 mod mapping;
 mod op;
-mod pace;
-mod pipeline;
-mod plan;
 mod probe;
 mod promote;
 mod publish;
 mod rescue;
-mod routes;
 mod settle;
 mod slab;
 mod slots;
@@ -58,10 +54,12 @@ use swiftcache_proto::domain::{BlockHash, BorrowerId};
 
 pub use config::{BorrowerConfig, DrainPolicy};
 pub use hit::{Hit, HitRun, Tier};
-pub use layout::{Layout, PagedKv, PagedLayer, PoolSpan};
+pub use layout::Layout;
 pub use load::{Load, LoadError, Loaded};
 pub use stats::{BlocksByTier, BytesByLink, Latency, Stats};
 pub use store::{Store, Stored};
+
+pub use crate::transfer::{PagedKv, PagedLayer, PoolSpan};
 
 use self::{
     core::Core,
@@ -193,7 +191,7 @@ impl Borrower {
 impl Drop for Borrower {
     fn drop(&mut self) {
         self.threads.stop(&self.core);
-        self.core.forget_routes();
+        self.core.routes.forget();
         self.core.report();
     }
 }

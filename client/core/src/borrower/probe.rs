@@ -6,24 +6,22 @@ use tracing::debug;
 
 use super::{
     core::Core,
-    op::{Op, Purpose, Queueing},
-    pipeline::{self, Refused},
-    slab::{Slab, SlabMemory},
+    op::{Op, Purpose},
+    slab::Slab,
 };
-use crate::device::Memory;
+use crate::{
+    device::Memory,
+    transfer::{BlockArea, Direction, Queueing, issue_probe},
+};
 
 /// What is copied, bytes.
 const BYTES: u64 = 4096;
 
-/// Copies that try a route.
-#[derive(Debug)]
-pub(super) struct Probe(Arc<Op>);
-
-/// Where copies that try routes go.
+/// Where copies that try routes go, and those that are under way.
 #[derive(Debug, Default)]
 pub(super) struct Prober {
     scratch: Option<Memory>,
-    probe: Option<Probe>,
+    probe: Option<Arc<Op>>,
 }
 
 impl Prober {
@@ -34,15 +32,15 @@ impl Prober {
 
     /// Takes the outcome of a probe that is over, and tries the next route that is due. Never waits for copies.
     pub(super) fn advance(&mut self, core: &Core) {
-        if let Some(Probe(op)) = &self.probe {
-            let Some(outcome) = op.outcome() else {
+        if let Some(op) = &self.probe {
+            let Some(outcome) = op.transfer.outcome() else {
                 return;
             };
             core.state.lock().end_op(op);
             core.note_outcome(op, &outcome);
             self.probe = None;
         }
-        if core.state.lock().routes.down() > 0 {
+        if core.routes.down() > 0 {
             self.begin(core);
         }
     }
@@ -58,48 +56,32 @@ impl Prober {
                 }
             },
         };
-        let Some((op, slab)) = core.next_to_try() else {
+        let Some((op, area)) = core.next_to_try() else {
             return;
         };
-        let mut queueing = Queueing::new(&op);
-        let tried = try_route(core, &slab, scratch, &mut queueing);
+        let bytes = core.config.layout.layer_bytes[0].min(BYTES);
+        let mut queueing = Queueing::new(&op.transfer, Direction::Load);
+        let tried = issue_probe(&area, scratch, bytes, &mut queueing);
         // It keeps the slab mapped.
-        drop(slab);
+        drop(area);
         drop(queueing);
         if let Err(refused) = tried {
             core.refused(&op, &refused);
         }
-        self.probe = Some(Probe(op));
+        self.probe = Some(op);
     }
 }
 
 impl Core {
     /// A slab behind a route that is to be tried now, with the copies registered that will try it.
-    fn next_to_try(&self) -> Option<(Arc<Op>, Arc<SlabMemory>)> {
+    fn next_to_try(&self) -> Option<(Arc<Op>, Arc<BlockArea>)> {
         let now = Instant::now();
         let mut state = self.state.lock();
-        let due: Vec<_> = state.routes.due(now).collect();
-        let is_due = |slab: &Slab| slab.is_active() && due.contains(&slab.route);
+        let is_due = |slab: &Slab| slab.is_active() && self.routes.is_due(&slab.area.route, now);
         let found = state.slabs.iter().find(|(_, slab)| is_due(slab));
-        let (index, route, memory) =
-            found.map(|(index, slab)| (index, slab.route, Arc::clone(&slab.memory)))?;
-        state.routes.tries(route, now);
-        let op = Arc::new(Op::new(Purpose::Probe, vec![index], Vec::new()));
+        let area = found.map(|(_, slab)| Arc::clone(&slab.area))?;
+        let op = Op::new(Purpose::Probe, vec![area.id], Vec::new());
         state.begin_op(&op);
-        Some((op, memory))
+        Some((op, area))
     }
-}
-
-/// Copies a few bytes out of a slab as loads do: in one piece, and in two, which may go another way.
-fn try_route(
-    core: &Core,
-    slab: &SlabMemory,
-    scratch: &Memory,
-    queueing: &mut Queueing<'_>,
-) -> Result<(), Refused> {
-    let bytes = core.config.layout.layer_bytes[0].min(BYTES);
-    for pieces in [1, 2] {
-        pipeline::issue_probe(slab, scratch, bytes, pieces, queueing)?;
-    }
-    Ok(())
 }

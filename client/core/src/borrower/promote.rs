@@ -8,11 +8,10 @@ use super::{
     core::Core,
     evict::MOST_SLACK,
     op::{Op, Purpose},
-    pipeline::Move,
     slab::Slab,
     state::State,
 };
-use crate::device;
+use crate::{device, transfer::MoveLead};
 
 /// Blocks moved together.
 const BATCH: u32 = 64;
@@ -39,10 +38,10 @@ impl Core {
     /// room for it. Never waits for copies.
     pub(super) fn promote(self: &Arc<Self>, before: Option<Promotion>) -> Option<Promotion> {
         if let Some(promotion) = before {
-            let Some(outcome) = promotion.op.outcome() else {
+            let Some(outcome) = promotion.op.transfer.outcome() else {
                 return Some(promotion);
             };
-            let copied = outcome.is_ok() && !promotion.op.is_poisoned();
+            let copied = outcome.is_ok() && !promotion.op.transfer.is_poisoned();
             self.end_promotion(promotion, &outcome);
             if !copied {
                 return None;
@@ -68,10 +67,7 @@ impl Core {
                     slot: run.first,
                 };
                 near = Some(to);
-                let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
-                if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
-                    Move::add(&mut moves, (from, from_memory), (to, to_memory));
-                }
+                state.add_move(&mut moves, from, to);
                 for slab in [from.slab, to.slab] {
                     if !slabs.contains(&slab) {
                         slabs.push(slab);
@@ -83,16 +79,16 @@ impl Core {
             if moving.is_empty() {
                 return None;
             }
-            let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
+            let op = Op::new(Purpose::Move, slabs, Vec::new());
             state.begin_op(&op);
             op
         };
-        self.issue_moves(&op, moves, |step| &step.to.store);
+        self.issue_moves(&op, moves, MoveLead::Target);
         Some(Promotion { op, moving })
     }
 
     fn end_promotion(self: &Arc<Self>, promotion: Promotion, outcome: &device::Result<()>) {
-        let copied = outcome.is_ok() && !promotion.op.is_poisoned();
+        let copied = outcome.is_ok() && !promotion.op.transfer.is_poisoned();
         let mut ready = Vec::new();
         {
             let mut state = self.state.lock();
@@ -135,7 +131,7 @@ impl State {
                 .is_none_or(|before| self.place_of(before).is_some());
             let free = block.pins == 0 && !block.stray && reached;
             let (place, slab) = self.place_of(id)?;
-            (free && routes.contains(slab.route)).then_some((id, place))
+            (free && slab.area.route.is_in(routes)).then_some((id, place))
         };
         let newest = self.blocks.newest(List::Host);
         let looked_at = newest.take(LOOKED_AT);

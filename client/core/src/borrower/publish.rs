@@ -11,11 +11,12 @@ use tracing::debug;
 use super::{
     blocks::{BlockId, Place, Published},
     core::Core,
-    slab::{Kind, LeaseKey, SlabIndex},
+    slab::{Kind, LeaseKey},
 };
 use crate::{
     Error,
     session::{Call, Session, Unpublished},
+    transfer::AreaId,
 };
 
 /// When to ask again after an unpublishing whose outcome is not known: later than any call's deadline, so that
@@ -24,7 +25,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// Blocks of one lease to publish, each pinned.
 struct Batch {
-    slab: SlabIndex,
+    slab: AreaId,
     key: LeaseKey,
     ids: Vec<BlockId>,
     hashes: Vec<BlockHash>,
@@ -187,7 +188,7 @@ impl Core {
 
     /// Makes vacated slots unfindable and gives them back, now or when their readers are through. A slot whose
     /// outcome stays unknown is asked for again.
-    pub(super) fn unpublish(&self, vacated: Vec<(SlabIndex, LeaseKey, Vec<u32>)>) {
+    pub(super) fn unpublish(&self, vacated: Vec<(AreaId, LeaseKey, Vec<u32>)>) {
         let Some(session) = self.connected() else {
             let later = Instant::now() + ASK_AGAIN;
             for (index, _, slots) in vacated {
@@ -212,7 +213,7 @@ impl Core {
         }
     }
 
-    fn unpublished(&self, index: SlabIndex, slots: Vec<u32>, outcome: &Unpublished) {
+    fn unpublished(&self, index: AreaId, slots: Vec<u32>, outcome: &Unpublished) {
         let until = Instant::now() + outcome.retry_after;
         // After a broker's restart this can be every slot.
         let pinned: HashSet<u32> = outcome.pinned.iter().copied().collect();
@@ -228,7 +229,7 @@ impl Core {
         }
     }
 
-    fn ask_again(&self, index: SlabIndex, slots: Vec<u32>, when: Instant) {
+    fn ask_again(&self, index: AreaId, slots: Vec<u32>, when: Instant) {
         if let Some(slab) = self.state.lock().slabs.get_mut(index) {
             slab.unconfirmed
                 .extend(slots.into_iter().map(|slot| (when, slot)));

@@ -7,12 +7,14 @@ use super::{
     blocks::{BlockId, List, Place},
     core::Core,
     op::{Op, Purpose},
-    pipeline::Move,
     publish::Publishing,
-    slab::{Kind, Slab, SlabIndex},
+    slab::{Kind, Slab},
     state::State,
 };
-use crate::device;
+use crate::{
+    device,
+    transfer::{AreaId, Move, MoveLead},
+};
 
 /// The most blocks that are put on their way in one round.
 const AT_ONCE: usize = 64;
@@ -21,16 +23,16 @@ const AT_ONCE: usize = 64;
 #[derive(Default)]
 pub(super) struct Rescue {
     /// Blocks still to be moved, the coldest first.
-    waiting: Vec<(SlabIndex, BlockId)>,
+    waiting: Vec<(AreaId, BlockId)>,
     /// One batch of each slab at most.
     moving: Vec<Moving>,
     /// What arrived, and of which slab.
-    publishing: Vec<(SlabIndex, Publishing)>,
+    publishing: Vec<(AreaId, Publishing)>,
 }
 
 /// Blocks that leave one slab together.
 struct Batch {
-    from: SlabIndex,
+    from: AreaId,
     /// Each with its slot elsewhere.
     blocks: Vec<(BlockId, Place)>,
     steps: Vec<Move>,
@@ -38,7 +40,7 @@ struct Batch {
 
 /// Blocks on their way out of one slab.
 struct Moving {
-    from: SlabIndex,
+    from: AreaId,
     blocks: Vec<(BlockId, Place)>,
     op: Arc<Op>,
 }
@@ -49,18 +51,18 @@ impl Rescue {
     }
 
     /// Whether it is not through with a slab.
-    pub(super) fn has(&self, slab: SlabIndex) -> bool {
+    pub(super) fn has(&self, slab: AreaId) -> bool {
         self.waiting.iter().any(|(index, _)| *index == slab)
             || self.moving.iter().any(|moving| moving.from == slab)
             || self.publishing.iter().any(|(index, _)| *index == slab)
     }
 
     /// Has the blocks of a slab moved.
-    pub(super) fn add(&mut self, core: &Core, slab: SlabIndex) {
+    pub(super) fn add(&mut self, core: &Core, slab: AreaId) {
         let state = core.state.lock();
         let routes = state.routes.up();
         // What cannot be copied is not tried.
-        let reached = (state.slabs.get(slab)).filter(|slab| routes.contains(slab.route));
+        let reached = (state.slabs.get(slab)).filter(|slab| slab.area.route.is_in(routes));
         let occupants = reached.map(|slab| slab.occupants.as_slice());
         let occupants = occupants.unwrap_or_default().iter().flatten();
         self.waiting.extend(occupants.map(|id| (slab, *id)));
@@ -72,7 +74,7 @@ impl Rescue {
     }
 
     /// Moves no more blocks of a slab. Those on their way arrive or not.
-    pub(super) fn forget(&mut self, slab: SlabIndex) {
+    pub(super) fn forget(&mut self, slab: AreaId) {
         self.waiting.retain(|(index, _)| *index != slab);
     }
 
@@ -84,12 +86,12 @@ impl Rescue {
             .retain_mut(|(_, publishing)| !core.is_published(publishing));
         let mut changed = self.publishing.len() < before;
         for moving in std::mem::take(&mut self.moving) {
-            let Some(outcome) = moving.op.outcome() else {
+            let Some(outcome) = moving.op.transfer.outcome() else {
                 self.moving.push(moving);
                 continue;
             };
             changed = true;
-            if outcome.is_err() || moving.op.is_poisoned() {
+            if outcome.is_err() || moving.op.transfer.is_poisoned() {
                 self.forget(moving.from);
             }
             let ready = core.rescued(&moving.op, moving.blocks, &outcome);
@@ -105,7 +107,7 @@ impl Rescue {
     }
 
     /// The hottest blocks of slabs with none on their way.
-    fn take_hottest(&mut self) -> Vec<(SlabIndex, BlockId)> {
+    fn take_hottest(&mut self) -> Vec<(AreaId, BlockId)> {
         let mut hottest = Vec::new();
         for at in (0..self.waiting.len()).rev() {
             if hottest.len() == AT_ONCE {
@@ -120,7 +122,7 @@ impl Rescue {
     }
 
     /// Puts blocks on their way. False when there is no more room.
-    fn begin_moving(&mut self, core: &Core, blocks: &[(SlabIndex, BlockId)]) -> bool {
+    fn begin_moving(&mut self, core: &Core, blocks: &[(AreaId, BlockId)]) -> bool {
         let mut batches: Vec<Batch> = Vec::new();
         let mut ops = Vec::new();
         let mut room = true;
@@ -153,10 +155,7 @@ impl Rescue {
                     batches.len() - 1
                 });
                 let batch = &mut batches[at];
-                let memory = |place: Place| state.slabs.get(place.slab).map(|slab| &slab.memory);
-                if let (Some(from_memory), Some(to_memory)) = (memory(from), memory(to)) {
-                    Move::add(&mut batch.steps, (from, from_memory), (to, to_memory));
-                }
+                state.add_move(&mut batch.steps, from, to);
                 batch.blocks.push((*id, to));
                 state.blocks.pin(*id);
             }
@@ -167,13 +166,13 @@ impl Rescue {
                         slabs.push(to.slab);
                     }
                 }
-                let op = Arc::new(Op::new(Purpose::Move, slabs, Vec::new()));
+                let op = Op::new(Purpose::Move, slabs, Vec::new());
                 state.begin_op(&op);
                 ops.push(op);
             }
         }
         for (batch, op) in batches.into_iter().zip(ops) {
-            core.issue_moves(&op, batch.steps, |step| &step.to.store);
+            core.issue_moves(&op, batch.steps, MoveLead::Target);
             self.moving.push(Moving {
                 from: batch.from,
                 blocks: batch.blocks,
@@ -192,7 +191,7 @@ impl Core {
         blocks: Vec<(BlockId, Place)>,
         outcome: &device::Result<()>,
     ) -> Vec<BlockId> {
-        let copied = outcome.is_ok() && !op.is_poisoned();
+        let copied = outcome.is_ok() && !op.transfer.is_poisoned();
         let mut ready = Vec::new();
         let mut state = self.state.lock();
         for (id, to) in blocks {
@@ -225,7 +224,7 @@ impl Core {
 /// `comes_along`.
 fn worth_moving(
     state: &State,
-    slab: SlabIndex,
+    slab: AreaId,
     id: BlockId,
     comes_along: impl Fn(BlockId) -> bool,
 ) -> Option<Place> {

@@ -14,10 +14,9 @@ use super::{
     core::Core,
     hit::HitBlocks,
     op::{Op, Purpose},
-    pace::Pace,
     publish::Publishing,
 };
-use crate::device;
+use crate::{device, transfer::Pace};
 
 /// Leftovers that are asked in one round whether they are over: the cost of a round is bounded, however many there are.
 const AT_ONCE: usize = 16;
@@ -36,7 +35,7 @@ impl Core {
     /// Waits until an op's copies are known to be over, makes what they wrote readable, and publishes it. Whoever comes
     /// first does it, and others are told how that went. Returns blocks kept and blocks lost.
     pub(super) fn settle(&self, op: &Arc<Op>) -> (u32, u32) {
-        let outcome = op.wait();
+        let outcome = op.transfer.wait();
         let (ready, (kept, lost)) = self.make_readable(op, &outcome);
         let duplicates = self.publish(ready);
         (kept - duplicates, lost + duplicates)
@@ -55,7 +54,7 @@ impl Core {
         op: &Arc<Op>,
         outcome: &device::Result<()>,
     ) -> (Vec<BlockId>, (u32, u32)) {
-        let copied = outcome.is_ok() && !op.is_poisoned();
+        let copied = outcome.is_ok() && !op.transfer.is_poisoned();
         let mut state = self.state.lock();
         if let Some(settled) = op.settled.get() {
             return (Vec::new(), *settled);
@@ -97,7 +96,7 @@ impl Core {
         let Err(mpsc::SendError(Some(leftover))) = self.leftovers.send(Some(leftover)) else {
             return;
         };
-        match leftover.op.wait_until(Instant::now() + LAST_WAIT) {
+        match leftover.op.transfer.wait_until(Instant::now() + LAST_WAIT) {
             Some(outcome) => {
                 let (ready, _) = self.make_readable(&leftover.op, &outcome);
                 self.publish(ready);
@@ -157,7 +156,7 @@ impl Settling {
             let Some(leftover) = self.leftovers.pop_front() else {
                 break;
             };
-            match leftover.op.outcome() {
+            match leftover.op.transfer.outcome() {
                 Some(outcome) => {
                     let publishing = core.begin_settling(&leftover.op, &outcome);
                     self.publishing.push(publishing);

@@ -7,72 +7,15 @@ use std::{
 
 use foldhash::fast::RandomState;
 use hashbrown::HashMap;
-use swiftcache_proto::domain::{Generation, LeaseId, LinkKind};
+use swiftcache_proto::domain::{Generation, LeaseId};
 
 use super::{
     Tier,
     blocks::{BlockId, List, Place},
-    core::Streams,
-    mapping::Mapping,
     op::Op,
-    routes::RouteIndex,
     slots::Slots,
 };
-use crate::device::{CopyStream, Memory};
-
-/// A slab's number. Never reused: who holds on to the number of a slab that is gone finds nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct SlabIndex(pub(super) u32);
-
-/// What copies need to know of a slab. Totals outside the state's lock only while copies are being queued: it keeps
-/// the slab mapped.
-#[derive(Debug)]
-pub(super) struct SlabMemory {
-    pub(super) memory: Memory,
-    /// Where each layer's slot 0 starts in `memory`, bytes.
-    pub(super) layer_offsets: Vec<u64>,
-    pub(super) slots: u32,
-    pub(super) link: LinkKind,
-    /// Copies out of the slab.
-    pub(super) load: Arc<dyn CopyStream>,
-    /// Copies into the slab, and those that must precede them: every write of a slab is queued here, so that a slot
-    /// whose old bytes are still being copied away on this stream can be taken again at once.
-    pub(super) store: Arc<dyn CopyStream>,
-    /// Keeps a leased slab mapped; the host tier owns its memory.
-    _mapping: Option<Mapping>,
-}
-
-impl SlabMemory {
-    /// `slots` slots at `base` in `memory`, layer-major.
-    pub(super) fn new(
-        memory: Memory,
-        base: u64,
-        slots: u32,
-        layer_bytes: &[u64],
-        link: LinkKind,
-        [load, store]: Streams,
-        mapping: Option<Mapping>,
-    ) -> Self {
-        let mut offset = base;
-        let layer_offsets = layer_bytes
-            .iter()
-            .map(|bytes| {
-                let here = offset;
-                offset += bytes * u64::from(slots);
-                here
-            })
-            .collect();
-        Self {
-            memory,
-            layer_offsets,
-            slots,
-            link,
-            load,
-            store,
-            _mapping: mapping,
-        }
-    }
-}
+use crate::transfer::{AreaId, BlockArea};
 
 /// A lease and which leasing of the slab it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,9 +61,7 @@ impl Draining {
 pub(super) struct Slab {
     pub(super) kind: Kind,
     pub(super) bytes: u64,
-    pub(super) memory: Arc<SlabMemory>,
-    /// The way to it.
-    pub(super) route: RouteIndex,
+    pub(super) area: Arc<BlockArea>,
     /// Set: no new copy touches it.
     pub(super) draining: Option<Draining>,
     pub(super) slots: Slots,
@@ -138,16 +79,15 @@ pub(super) struct Slab {
 }
 
 impl Slab {
-    pub(super) fn new(kind: Kind, bytes: u64, memory: SlabMemory, route: RouteIndex) -> Self {
+    pub(super) fn new(kind: Kind, bytes: u64, area: BlockArea) -> Self {
         let slots = match kind {
-            Kind::Own(_) | Kind::Host => memory.slots,
+            Kind::Own(_) | Kind::Host => area.slots,
             Kind::Shared(_) => 0,
         };
         Self {
             kind,
             bytes,
-            memory: Arc::new(memory),
-            route,
+            area: Arc::new(area),
             draining: None,
             slots: Slots::new(slots),
             occupants: vec![None; slots as usize],
@@ -222,12 +162,10 @@ pub(super) struct Totals {
 /// The slabs, by number and by lease. Costs what is held now, whatever was ever held.
 #[derive(Debug, Default)]
 pub(super) struct Slabs {
-    table: HashMap<SlabIndex, Box<Slab>, RandomState>,
-    /// The next slab's number.
-    next: u32,
-    by_lease: HashMap<LeaseId, SlabIndex, RandomState>,
+    table: HashMap<AreaId, Box<Slab>, RandomState>,
+    by_lease: HashMap<LeaseId, AreaId, RandomState>,
     /// Own slabs, best link first; then the host tier.
-    pub(super) placement: Vec<SlabIndex>,
+    pub(super) placement: Vec<AreaId>,
     totals: Totals,
 }
 
@@ -237,9 +175,9 @@ const SPARE: usize = 8;
 const SMALL: usize = 64;
 
 impl Slabs {
-    pub(super) fn insert(&mut self, slab: Slab) -> SlabIndex {
-        let index = self.unused();
-        let rank = |slab: &Slab| (slab.kind == Kind::Host, slab.memory.link);
+    pub(super) fn insert(&mut self, slab: Slab) -> AreaId {
+        let index = slab.area.id;
+        let rank = |slab: &Slab| (slab.kind == Kind::Host, slab.area.link);
         match slab.kind {
             Kind::Own(key) | Kind::Shared(key) => {
                 self.by_lease.insert(key.lease, index);
@@ -256,18 +194,7 @@ impl Slabs {
         index
     }
 
-    /// A number that no slab has, and none has had for as long as numbers last.
-    fn unused(&mut self) -> SlabIndex {
-        loop {
-            let index = SlabIndex(self.next);
-            self.next = self.next.wrapping_add(1);
-            if !self.table.contains_key(&index) {
-                return index;
-            }
-        }
-    }
-
-    pub(super) fn remove(&mut self, index: SlabIndex) -> Option<Box<Slab>> {
+    pub(super) fn remove(&mut self, index: AreaId) -> Option<Box<Slab>> {
         let slab = self.table.remove(&index)?;
         if let Kind::Own(key) | Kind::Shared(key) = slab.kind {
             self.by_lease.remove(&key.lease);
@@ -282,25 +209,25 @@ impl Slabs {
         Some(slab)
     }
 
-    pub(super) fn get(&self, index: SlabIndex) -> Option<&Slab> {
+    pub(super) fn get(&self, index: AreaId) -> Option<&Slab> {
         self.table.get(&index).map(Box::as_ref)
     }
 
-    pub(super) fn get_mut(&mut self, index: SlabIndex) -> Option<&mut Slab> {
+    pub(super) fn get_mut(&mut self, index: AreaId) -> Option<&mut Slab> {
         self.table.get_mut(&index).map(Box::as_mut)
     }
 
     /// The slab of a lease and its number.
-    pub(super) fn of_lease(&self, lease: LeaseId) -> Option<(SlabIndex, &Slab)> {
+    pub(super) fn of_lease(&self, lease: LeaseId) -> Option<(AreaId, &Slab)> {
         let index = *self.by_lease.get(&lease)?;
         Some((index, self.get(index)?))
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (SlabIndex, &Slab)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (AreaId, &Slab)> {
         self.table.iter().map(|(index, slab)| (*index, &**slab))
     }
 
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (SlabIndex, &mut Slab)> {
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (AreaId, &mut Slab)> {
         let slabs = self.table.iter_mut();
         slabs.map(|(index, slab)| (*index, &mut **slab))
     }
@@ -339,7 +266,7 @@ impl Slabs {
     }
 
     /// The broker does not know a slab's lease as this session's, which is being let go of.
-    pub(super) fn refuse(&mut self, index: SlabIndex) {
+    pub(super) fn refuse(&mut self, index: AreaId) {
         let slab = self.table.get_mut(&index);
         if let Some(slab) = slab
             && let Some(draining) = &mut slab.draining
@@ -397,17 +324,20 @@ impl Totals {
 mod tests {
     use proptest::prelude::*;
     use swiftcache_device::host::HostLayer;
-    use swiftcache_proto::topology::Topology;
+    use swiftcache_proto::{domain::LinkKind, topology::Topology};
 
     use super::*;
-    use crate::device::DeviceLayer;
+    use crate::{
+        device::{DeviceLayer, Memory},
+        transfer::{Route, Routes, Source},
+    };
 
     const SLOTS: u32 = 4;
 
     /// Makes slabs over one and the same memory.
     struct Maker {
         memory: Memory,
-        streams: Streams,
+        route: Arc<Route>,
         leases: u64,
     }
 
@@ -415,11 +345,11 @@ mod tests {
         fn new() -> Self {
             let topology = Topology::load("hgx-8").unwrap();
             let device = topology.devices[0].uuid.clone();
-            let layer = HostLayer::from_topology(&topology, false).unwrap();
-            let stream = || layer.stream(&device).unwrap();
+            let layer: Arc<dyn DeviceLayer> =
+                Arc::new(HostLayer::from_topology(&topology, false).unwrap());
             Self {
                 memory: layer.allocate_host(&device, 4_096).unwrap(),
-                streams: [stream(), stream()],
+                route: Routes::new(layer, device).to(Source::Host).unwrap(),
                 leases: 0,
             }
         }
@@ -435,9 +365,9 @@ mod tests {
                 1 => Kind::Host,
                 _ => Kind::Own(key),
             };
-            let (memory, streams) = (self.memory.clone(), self.streams.clone());
-            let memory = SlabMemory::new(memory, 0, SLOTS, &[16], LinkKind::Nvlink, streams, None);
-            Slab::new(kind, bytes, memory, RouteIndex(0))
+            let (memory, route) = (self.memory.clone(), Arc::clone(&self.route));
+            let area = BlockArea::new(memory, 0, SLOTS, &[16], LinkKind::Nvlink, route);
+            Slab::new(kind, bytes, area)
         }
     }
 
@@ -468,7 +398,7 @@ mod tests {
         ) {
             let mut maker = Maker::new();
             let mut slabs = Slabs::default();
-            let mut known: Vec<SlabIndex> = Vec::new();
+            let mut known: Vec<AreaId> = Vec::new();
             for (step, a, b) in steps {
                 let index = known.get(usize::from(a) % known.len().max(1)).copied();
                 let place = index.map(|slab| Place { slab, slot: u32::from(b) % SLOTS });
@@ -539,7 +469,5 @@ mod tests {
             [kept]
         );
         assert_eq!(slabs.totals().own_bytes, 7);
-        // None of their numbers is another's.
-        assert!(slabs.insert(maker.slab(2, 1)).0 > 2 * EVER);
     }
 }

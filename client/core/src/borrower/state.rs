@@ -16,13 +16,15 @@ use super::{
     blocks::{BlockId, Blocks, List, Place, Published},
     kept::Told,
     op::Op,
-    routes::{RouteSet, Routes},
-    slab::{Kind, Slab, SlabIndex, Slabs},
+    slab::{Kind, Slab, Slabs},
     slots::Run,
     stats::{Latency, Stats},
     unreadable::Unreadable,
 };
-use crate::session::Held;
+use crate::{
+    session::Held,
+    transfer::{AreaId, RouteSet, Routes},
+};
 
 /// Longer latencies count as this, microseconds: ten minutes, the longest drain window.
 const LONGEST_US: u64 = 600_000_000;
@@ -50,7 +52,7 @@ pub(super) struct State {
     /// Regions of which slabs were granted that cannot be mapped here.
     pub(super) unmapped: HashSet<RegionId>,
     /// Which ways to sources work.
-    pub(super) routes: Routes,
+    pub(super) routes: Arc<Routes>,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
@@ -71,7 +73,7 @@ pub(super) struct Pending {
 }
 
 impl State {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(routes: Arc<Routes>) -> Self {
         let histogram =
             || Histogram::new_with_max(LONGEST_US, 3).expect("constants that hdrhistogram accepts");
         Self {
@@ -86,7 +88,7 @@ impl State {
             grow_after: Instant::now(),
             map_pause: Duration::ZERO,
             unmapped: HashSet::new(),
-            routes: Routes::default(),
+            routes,
             counts: Stats::default(),
             reported: Traffic::default(),
             reported_down: 0,
@@ -99,7 +101,10 @@ impl State {
     pub(super) fn readable(&self, hash: &BlockHash) -> Option<(BlockId, &Slab)> {
         let id = self.blocks.find(hash)?;
         let (_, slab) = self.place_of(id)?;
-        self.routes.up().contains(slab.route).then_some((id, slab))
+        slab.area
+            .route
+            .is_in(self.routes.up())
+            .then_some((id, slab))
     }
 
     /// Where a block can be read, if it can.
@@ -118,12 +123,12 @@ impl State {
         want: u32,
         after: Option<Place>,
         routes: RouteSet,
-    ) -> Option<(SlabIndex, Run)> {
+    ) -> Option<(AreaId, Run)> {
         let usable = |slab: &Slab| {
             slab.list() == tier
                 && slab.is_active()
                 && slab.slots.free() > 0
-                && routes.contains(slab.route)
+                && slab.area.route.is_in(routes)
         };
         if let Some(after) = after
             && let Some(slab) = self.slabs.get_mut(after.slab)
@@ -140,14 +145,18 @@ impl State {
 
     /// Free slots of a tier behind `routes`.
     pub(super) fn free_slots(&self, tier: List, routes: RouteSet) -> u32 {
-        let behind = self.active(tier).filter(|slab| routes.contains(slab.route));
+        let behind = self
+            .active(tier)
+            .filter(|slab| slab.area.route.is_in(routes));
         behind.map(|slab| slab.slots.free()).sum()
     }
 
     /// All slots of a tier behind `routes`.
     pub(super) fn slots(&self, tier: List, routes: RouteSet) -> u32 {
-        let behind = self.active(tier).filter(|slab| routes.contains(slab.route));
-        behind.map(|slab| slab.memory.slots).sum()
+        let behind = self
+            .active(tier)
+            .filter(|slab| slab.area.route.is_in(routes));
+        behind.map(|slab| slab.area.slots).sum()
     }
 
     fn active(&self, tier: List) -> impl Iterator<Item = &Slab> {

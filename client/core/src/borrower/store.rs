@@ -9,16 +9,15 @@ use super::{
     BytesByLink, PagedKv,
     blocks::{BlockId, List, Place},
     core::Core,
-    op::{Op, Purpose, Queueing},
-    pipeline,
-    plan::Plan,
-    routes::RouteSet,
+    op::{Op, Purpose},
     settle::Leftover,
-    slab::SlabIndex,
     slots::Run,
     state::State,
 };
-use crate::device::Ticket;
+use crate::{
+    device::Ticket,
+    transfer::{AreaId, Direction, Plan, Queueing, RouteSet, issue_store},
+};
 
 /// Copies on their way from the engine's pool into slabs.
 ///
@@ -50,7 +49,7 @@ pub struct Stored {
 /// Slots being handed out to a sequence.
 #[derive(Debug)]
 struct Placing {
-    run: Option<(SlabIndex, Run)>,
+    run: Option<(AreaId, Run)>,
     after: Option<Place>,
     routes: RouteSet,
 }
@@ -120,19 +119,19 @@ impl Core {
     ) -> Store {
         let layout = &self.config.layout;
         let mut stored = Stored::default();
-        let mut plan = self.plan();
-        let op = match kv.check(layout) {
+        let mut plan = self.plans.take();
+        let op = match kv.check(&layout.layer_bytes) {
             Ok(()) => self.plan_store(blocks, kv, &mut plan, &mut stored),
             Err(error) => {
                 warn!(%error, "nothing is stored from a pool that does not fit the layout");
                 stored.unplaced = blocks.len() as u32;
-                Arc::new(Op::new(Purpose::Store, Vec::new(), Vec::new()))
+                Op::new(Purpose::Store, Vec::new(), Vec::new())
             }
         };
-        let mut queueing = Queueing::new(&op);
-        if let Err(refused) = pipeline::issue_store(
+        let mut queueing = Queueing::new(&op.transfer, Direction::Store);
+        if let Err(refused) = issue_store(
             &mut plan,
-            layout,
+            &layout.layer_bytes,
             kv,
             layer_ready,
             &mut queueing,
@@ -141,7 +140,7 @@ impl Core {
             self.refused(&op, &refused);
         }
         // See `load`: whoever waits for the op counts on the plan having let go of its slabs.
-        self.put_back(plan);
+        self.plans.put_back(plan);
         drop(queueing);
         Store {
             core: Arc::clone(self),
@@ -186,7 +185,7 @@ impl Core {
             let id = state.blocks.insert(*hash, place, list);
             state.slabs.occupy(place, id);
             if let Some(slab) = state.slabs.get(place.slab) {
-                plan.add(place.slab, &slab.memory, place.slot, *from);
+                plan.add(&slab.area, place.slot, *from);
             }
             state.link(id, &mut sequence);
             writes.push(id);
@@ -201,8 +200,7 @@ impl Core {
         }
         state.counts.known_blocks += u64::from(stored.known);
         state.counts.unplaced_blocks += u64::from(stored.unplaced);
-        let slabs = plan.groups.iter().map(|group| group.index).collect();
-        let op = Arc::new(Op::new(Purpose::Store, slabs, writes));
+        let op = Op::new(Purpose::Store, plan.areas().collect(), writes);
         state.begin_op(&op);
         op
     }
@@ -234,7 +232,7 @@ impl Store {
 
     /// Whether it is known that the engine's blocks have been read, or are not read any more: they may change.
     pub fn is_done(&self) -> bool {
-        self.op.is_over()
+        self.op.transfer.is_over()
     }
 }
 

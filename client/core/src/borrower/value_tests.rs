@@ -4,7 +4,8 @@ use std::collections::HashSet as Set;
 
 use proptest::prelude::*;
 
-use super::{super::blocks::Place, super::slab::SlabIndex, *};
+use super::{super::blocks::Place, *};
+use crate::transfer::AreaId;
 
 fn hash(n: u32) -> BlockHash {
     let mut bytes = [0; 16];
@@ -70,7 +71,7 @@ impl Cache for Valued {
                 None if self.taken == self.slots => break,
                 None => {
                     let place = Place {
-                        slab: SlabIndex(0),
+                        slab: AreaId(0),
                         slot: *n,
                     };
                     let id = self.blocks.insert(hash(*n), place, List::Donor);

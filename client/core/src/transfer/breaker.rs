@@ -1,4 +1,4 @@
-//! Ways to donors' memory and to host memory, and whether copies work there.
+//! Which routes work: one that fails repeatedly is left alone, and tried again after a pause.
 //!
 //! A driver may refuse copies on one way for as long as something lasts, while all others work. Promising what lies there
 //! would only make the engine wait for failures, so a way that fails repeatedly is *down*: nothing is found behind it and
@@ -20,10 +20,18 @@ pub(super) struct RouteIndex(pub(super) usize);
 
 /// Some routes. Routes that have no bit belong to every set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct RouteSet(u64);
+pub(crate) struct RouteSet(u64);
 
 impl RouteSet {
-    pub(super) const ALL: Self = Self(u64::MAX);
+    pub(crate) const ALL: Self = Self(u64::MAX);
+
+    pub(super) fn of_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    pub(super) fn bits(self) -> u64 {
+        self.0
+    }
 
     pub(super) fn contains(self, route: RouteIndex) -> bool {
         bit(route) == 0 || self.0 & bit(route) != 0
@@ -43,19 +51,15 @@ fn bit(route: RouteIndex) -> u64 {
 /// What people are told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RouteNews {
-    /// It is left alone for so long.
-    Down {
-        route: RouteIndex,
-        pause: Duration,
-    },
-    Up {
-        route: RouteIndex,
-    },
+    /// The route is left alone for so long.
+    Down { pause: Duration },
+    /// It works again.
+    Up,
 }
 
-/// What is known of a borrower's routes.
+/// What is known of routes.
 #[derive(Debug, Default)]
-pub(super) struct Routes {
+pub(super) struct Breakers {
     list: Vec<Health>,
     up: RouteSet,
 }
@@ -76,7 +80,7 @@ struct Down {
     tried: bool,
 }
 
-impl Routes {
+impl Breakers {
     /// Those that work, as far as is known.
     pub(super) fn up(&self) -> RouteSet {
         self.up
@@ -92,11 +96,10 @@ impl Routes {
         (u64::MAX ^ self.up.0).count_ones()
     }
 
-    /// Those that are down and to be tried now.
-    pub(super) fn due(&self, now: Instant) -> impl Iterator<Item = RouteIndex> {
-        let due = move |health: &Health| health.down.is_some_and(|down| now >= down.until);
-        let list = self.list.iter().enumerate();
-        list.filter_map(move |(at, health)| due(health).then_some(RouteIndex(at)))
+    /// Whether a route is down and to be tried now.
+    pub(super) fn is_due(&self, route: RouteIndex, now: Instant) -> bool {
+        let down = self.list.get(route.0).and_then(|health| health.down);
+        down.is_some_and(|down| now >= down.until)
     }
 
     /// A route that is down is being tried. If nothing comes of it, it is tried again after the same pause.
@@ -136,7 +139,7 @@ impl Routes {
             tried: false,
         });
         self.up.0 &= !bit(route);
-        Some(RouteNews::Down { route, pause })
+        Some(RouteNews::Down { pause })
     }
 
     /// An operation worked on a route. Tells if that was down.
@@ -146,7 +149,7 @@ impl Routes {
         let down = health.down.take()?;
         health.before = Some((down.pause, now));
         self.up.0 |= bit(route);
-        Some(RouteNews::Up { route })
+        Some(RouteNews::Up)
     }
 }
 
@@ -157,7 +160,7 @@ mod tests {
     const ONE: RouteIndex = RouteIndex(0);
     const OTHER: RouteIndex = RouteIndex(1);
 
-    fn goes_down(routes: &mut Routes, now: Instant) -> u128 {
+    fn goes_down(routes: &mut Breakers, now: Instant) -> u128 {
         for _ in 1..PATIENCE {
             assert_eq!(routes.failed(ONE, now), None);
         }
@@ -166,18 +169,18 @@ mod tests {
 
     fn pause(news: Option<RouteNews>) -> u128 {
         match news {
-            Some(RouteNews::Down { pause, .. }) => pause.as_millis(),
+            Some(RouteNews::Down { pause }) => pause.as_millis(),
             other => panic!("{other:?}"),
         }
     }
 
-    fn due(routes: &Routes, now: Instant) -> bool {
-        routes.due(now).eq([ONE])
+    fn due(routes: &Breakers, now: Instant) -> bool {
+        routes.is_due(ONE, now)
     }
 
     #[test]
     fn a_route_that_fails_repeatedly_is_tried_less_and_less_often() {
-        let mut routes = Routes::default();
+        let mut routes = Breakers::default();
         let mut now = Instant::now();
         assert_eq!(routes.failed(ONE, now), None, "once is not repeatedly");
         assert!(!routes.all_work() && routes.worked(ONE, now).is_none() && routes.all_work());
@@ -196,14 +199,14 @@ mod tests {
             pauses.push(pause(routes.failed(ONE, now)));
         }
         assert_eq!(pauses, [200, 400, 800, 1_600, 3_200, 6_400, 10_000, 10_000]);
-        assert_eq!(routes.worked(ONE, now), Some(RouteNews::Up { route: ONE }));
+        assert_eq!(routes.worked(ONE, now), Some(RouteNews::Up));
         assert!(routes.up().contains(ONE) && routes.down() == 0 && routes.all_work());
         assert!(!due(&routes, now + LONGEST_PAUSE));
     }
 
     #[test]
     fn one_that_goes_down_again_soon_has_never_worked() {
-        let mut routes = Routes::default();
+        let mut routes = Breakers::default();
         let now = Instant::now();
         assert_eq!(goes_down(&mut routes, now), 200);
         routes.worked(ONE, now);
@@ -214,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_try_that_nothing_comes_of_is_made_again() {
-        let mut routes = Routes::default();
+        let mut routes = Breakers::default();
         let now = Instant::now();
         goes_down(&mut routes, now);
         routes.tries(ONE, now + FIRST_PAUSE);
@@ -223,12 +226,12 @@ mod tests {
 
     #[test]
     fn more_routes_than_bits_are_always_up() {
-        let mut routes = Routes::default();
+        let mut routes = Breakers::default();
         let (far, now) = (RouteIndex(64), Instant::now());
         for _ in 0..PATIENCE {
             assert_eq!(routes.failed(far, now), None);
         }
         assert!(routes.up().contains(far) && routes.worked(far, now).is_none());
-        assert_eq!((routes.down(), routes.due(now).count()), (0, 0));
+        assert_eq!((routes.down(), routes.is_due(far, now)), (0, false));
     }
 }

@@ -8,24 +8,24 @@ use crate::device::nap;
 const SHORTEST_NAP: Duration = Duration::from_micros(20);
 
 /// A thread's pace: the longer nothing has changed, the less often it asks.
-pub(super) struct Pace {
+pub(crate) struct Pace {
     quiet_since: Instant,
 }
 
 impl Pace {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self {
             quiet_since: Instant::now(),
         }
     }
 
     /// Something has changed: more may follow soon.
-    pub(super) fn go_on(&mut self) {
+    pub(crate) fn go_on(&mut self) {
         self.quiet_since = Instant::now();
     }
 
     /// How long to sleep before asking again.
-    pub(super) fn nap(&self) -> Duration {
+    pub(crate) fn nap(&self) -> Duration {
         nap(self.quiet_since.elapsed()).max(SHORTEST_NAP)
     }
 }

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::{
-    layout::PagedLayer,
-    slab::{SlabIndex, SlabMemory},
+    area::{AreaId, BlockArea},
+    pool::PagedLayer,
 };
 use crate::device::{Part, Piece};
 
-/// Blocks that lie in consecutive slots of a slab and in consecutive blocks of the engine's pool.
+/// Blocks that lie in consecutive slots of an area and in consecutive blocks of the engine's pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     pub(super) slot: u32,
@@ -16,19 +18,18 @@ pub(super) struct Run {
     pub(super) count: u32,
 }
 
-/// One slab's part of a transfer.
+/// One area's part of a transfer.
 #[derive(Debug)]
 pub(super) struct Group {
-    pub(super) index: SlabIndex,
-    pub(super) slab: Arc<SlabMemory>,
+    pub(super) area: Arc<BlockArea>,
     pub(super) runs: Vec<Run>,
     pub(super) blocks: u64,
 }
 
-/// A transfer between the engine's pool and any number of slabs. Reused from one transfer to the next, so that a
+/// A transfer between the engine's pool and any number of areas. Reused from one transfer to the next, so that a
 /// warm borrower allocates nothing for each block.
 #[derive(Debug, Default)]
-pub(super) struct Plan {
+pub(crate) struct Plan {
     pub(super) groups: Vec<Group>,
     /// What is to be copied on one stream in one layer.
     pub(super) parts: Vec<Part>,
@@ -38,23 +39,23 @@ pub(super) struct Plan {
 
 /// Which way a transfer goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// From slabs to the engine.
+pub(crate) enum Direction {
+    /// Out of areas, into the engine's pool.
     Load,
-    /// From the engine to slabs.
+    /// Into areas.
     Store,
 }
 
 impl Plan {
     /// Adds one block, in prefix order.
-    pub(super) fn add(&mut self, index: SlabIndex, slab: &Arc<SlabMemory>, slot: u32, block: u32) {
-        // Consecutive blocks mostly lie in the slab of the block before.
-        let at = match self.groups.iter().rposition(|group| group.index == index) {
+    pub(crate) fn add(&mut self, area: &Arc<BlockArea>, slot: u32, block: u32) {
+        // Consecutive blocks mostly lie in the area of the block before.
+        let same = |group: &Group| Arc::ptr_eq(&group.area, area);
+        let at = match self.groups.iter().rposition(same) {
             Some(at) => at,
             None => {
                 self.groups.push(Group {
-                    index,
-                    slab: Arc::clone(slab),
+                    area: Arc::clone(area),
                     runs: self.spare.pop().unwrap_or_default(),
                     blocks: 0,
                 });
@@ -75,8 +76,13 @@ impl Plan {
         }
     }
 
-    /// Empties the plan, keeping its buffers and no slab.
-    pub(super) fn clear(&mut self) {
+    /// The areas it touches.
+    pub(crate) fn areas(&self) -> impl Iterator<Item = AreaId> {
+        self.groups.iter().map(|group| group.area.id)
+    }
+
+    /// Empties the plan, keeping its buffers and no area.
+    fn clear(&mut self) {
         for mut group in self.groups.drain(..) {
             group.runs.clear();
             self.spare.push(group.runs);
@@ -101,7 +107,7 @@ impl Plan {
     ) {
         let before = self.pieces.len();
         let group = &self.groups[group];
-        let base = group.slab.layer_offsets[layer];
+        let base = group.area.layer_offsets[layer];
         let dense = kv.block_stride == layer_bytes;
         for run in &group.runs {
             let (steps, bytes) = if dense {
@@ -110,19 +116,19 @@ impl Plan {
                 (run.count, layer_bytes)
             };
             for step in 0..steps {
-                let slab = base + u64::from(run.slot + step) * layer_bytes;
+                let slot = base + u64::from(run.slot + step) * layer_bytes;
                 let engine = kv.offset + u64::from(run.block + step) * kv.block_stride;
                 let (from, to) = match direction {
-                    Direction::Load => (slab, engine),
-                    Direction::Store => (engine, slab),
+                    Direction::Load => (slot, engine),
+                    Direction::Store => (engine, slot),
                 };
                 self.pieces.push(Piece { from, to, bytes });
             }
         }
-        let (slab, engine) = (group.slab.memory.clone(), kv.memory.clone());
+        let (area, engine) = (group.area.memory.clone(), kv.memory.clone());
         let (from, to) = match direction {
-            Direction::Load => (slab, engine),
-            Direction::Store => (engine, slab),
+            Direction::Load => (area, engine),
+            Direction::Store => (engine, area),
         };
         self.parts.push(Part {
             from,
@@ -132,32 +138,49 @@ impl Plan {
     }
 }
 
+/// Empty plans, with the buffers of earlier ones.
+#[derive(Debug, Default)]
+pub(crate) struct Plans(Mutex<Vec<Plan>>);
+
+impl Plans {
+    pub(crate) fn take(&self) -> Plan {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    pub(crate) fn put_back(&self, mut plan: Plan) {
+        plan.clear();
+        self.0.lock().push(plan);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
     use proptest::prelude::*;
-    use swiftcache_proto::domain::LinkKind;
+    use swiftcache_device::host::HostLayer;
+    use swiftcache_proto::{domain::LinkKind, topology::Topology};
 
     use super::*;
-    use crate::borrower::tests::{device, layer};
+    use crate::{
+        device::DeviceLayer,
+        transfer::{Routes, Source},
+    };
 
     const LAYERS: [u64; 3] = [64, 16, 128];
     const SLOTS: u32 = 32;
     const OFFSET: u64 = 24;
 
-    fn slab(base: u64) -> Arc<SlabMemory> {
-        let layer = layer();
+    fn area(base: u64) -> Arc<BlockArea> {
+        let topology = Topology::load("hgx-8").unwrap();
+        let device = topology.devices[0].uuid.clone();
+        let layer: Arc<dyn DeviceLayer> =
+            Arc::new(HostLayer::from_topology(&topology, false).unwrap());
         let bytes = base + u64::from(SLOTS) * LAYERS.iter().sum::<u64>();
-        let memory = layer.allocate_host(&device(), bytes).unwrap();
-        let streams = [
-            layer.stream(&device()).unwrap(),
-            layer.stream(&device()).unwrap(),
-        ];
+        let memory = layer.allocate_host(&device, bytes).unwrap();
+        let route = Routes::new(layer, device).to(Source::Host).unwrap();
         let link = LinkKind::Nvlink;
-        Arc::new(SlabMemory::new(
-            memory, base, SLOTS, &LAYERS, link, streams, None,
-        ))
+        Arc::new(BlockArea::new(memory, base, SLOTS, &LAYERS, link, route))
     }
 
     proptest! {
@@ -169,26 +192,26 @@ mod tests {
             dense in any::<bool>(),
             store in any::<bool>(),
         ) {
-            let slabs = [slab(0), slab(4096)];
+            let areas = [area(0), area(4096)];
             // One block a slot.
             let mut wanted: BTreeMap<u32, (u32, u32)> = wanted;
             let mut used = std::collections::BTreeSet::new();
             wanted.retain(|_, place| used.insert(*place));
             let mut plan = Plan::default();
             for (block, (which, slot)) in &wanted {
-                plan.add(SlabIndex(*which), &slabs[*which as usize], *slot, *block);
+                plan.add(&areas[*which as usize], *slot, *block);
             }
             let direction = if store { Direction::Store } else { Direction::Load };
             for (layer_number, bytes) in LAYERS.iter().enumerate() {
                 let stride = if dense { *bytes } else { bytes + 8 };
                 let kv = PagedLayer {
-                    memory: slabs[0].memory.clone(),
+                    memory: areas[0].memory.clone(),
                     offset: OFFSET,
                     block_stride: stride,
                 };
                 let mut seen = BTreeMap::new();
                 for group in 0..plan.groups.len() {
-                    let which = plan.groups[group].index.0;
+                    let which = u32::from(plan.groups[group].area.id == areas[1].id);
                     let before: u64 = LAYERS[..layer_number].iter().sum();
                     let base = if which == 0 { 0 } else { 4096 } + before * u64::from(SLOTS);
                     let runs = runs(&wanted, which);
@@ -223,7 +246,7 @@ mod tests {
         }
     }
 
-    /// Maximal runs of consecutive blocks in consecutive slots of one slab, counted the slow way.
+    /// Maximal runs of consecutive blocks in consecutive slots of one area, counted the slow way.
     fn runs(wanted: &BTreeMap<u32, (u32, u32)>, which: u32) -> usize {
         let of_slab: Vec<(u32, u32)> = wanted
             .iter()
