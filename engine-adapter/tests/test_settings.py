@@ -28,6 +28,11 @@ def test_the_flag_wins_over_the_environment() -> None:
     assert settings.lease_step_bytes == 64 << 20
 
 
+def test_sizes() -> None:
+    for text, size in [("1.5GiB", 3 << 29), ("64M", 64 << 20), (4096, 4096), ("1024TiB", 1 << 50), ("7B", 7)]:
+        assert read({"max_leased_bytes": text}, {}).max_leased_bytes == size
+
+
 @pytest.mark.parametrize(
     ("value", "share"), [(0, 0.0), ("0.5", 0.5), (0.25, 0.25), (1, 1.0), ("1.0", 1.0), (".5", 0.5)]
 )
@@ -41,6 +46,10 @@ def test_shares(value: object, share: float) -> None:
         ("max_leased_bytes", "plenty"),
         ("max_leased_bytes", True),
         ("max_leased_bytes", -1),
+        ("max_leased_bytes", 1.5),
+        ("max_leased_bytes", "1.5"),
+        ("max_leased_bytes", 1 << 63),
+        ("host_tier_bytes", "1025TiB"),
         ("lease_step_bytes", 0),
         ("lookup_ms", 0),
         ("lookup_ms", "soon"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     SupportsHMA,
 )
@@ -37,6 +38,15 @@ class Step(KVConnectorMetadata):
     saves: list[tuple[bytes, int]] = field(default_factory=list)
 
 
+@dataclass
+class Greeting(KVConnectorHandshakeMetadata):
+    """What the other connector's workers tell its scheduler."""
+
+
+greeted: list[Any] = []
+"""What its scheduler was told."""
+
+
 class OtherConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -51,6 +61,12 @@ class OtherConnector(KVConnectorBase_V1, SupportsHMA):
     @property
     def requires_kv_delivery(self) -> bool:
         return False
+
+    def get_handshake_metadata(self) -> Greeting:
+        return Greeting()
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Any, Any]) -> None:
+        greeted[:] = metadata.values()
 
     # Scheduler.
 

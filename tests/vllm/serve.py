@@ -308,6 +308,12 @@ class Engine:
         for name, value in orders.items():
             setattr(beside.orders, name, value)
 
+    def greeted(self) -> list[str]:
+        """What vLLM has passed on to the connector beside SwiftCache, of its own workers' handshakes."""
+        import beside
+
+        return [type(greeting).__name__ for greeting in beside.greeted]
+
     def believe(self, believes: bool) -> None:
         """Whether SwiftCache takes every load of other connectors for good from now on. What it stores then it stores
         before the engine computes it again."""

@@ -26,7 +26,7 @@ FAILURES = (*LOST, ABORTED)
 
 def prompts() -> dict[str, list[int]]:
     cases = [f"{failure}-{believes}" for failure in FAILURES for believes in (False, True)]
-    return {name: of.tokens(name, PROMPT) for name in [*cases, "held"]}
+    return {name: of.tokens(name, PROMPT) for name in [*cases, "met", "held"]}
 
 
 def play_prompts(engine) -> dict[str, dict]:
@@ -96,6 +96,16 @@ def suffer(engine, failure: str, name: str, want) -> None:
         engine.generate({name: prompt}, of.ANSWER)
     engine.ask("settle")
     engine.ask("order", offers=0, loses=None)
+
+
+def test_the_others_handshake_is_its_own_and_swiftcache_knows_its_workers(engine, reader, want) -> None:
+    assert engine.ask("greeted") == ["Greeting"]
+    assert engine.ask("reset")
+    engine.generate({"met": prompts()["met"]}, of.ANSWER)
+    engine.ask("settle")
+    for one in (engine, reader):
+        later = found_later(one, "met")
+        assert later["tokens"] == want["met"] and later["cached"] == BLOCKS * of.BLOCK
 
 
 @pytest.mark.parametrize("failure", FAILURES)

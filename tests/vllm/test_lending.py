@@ -77,6 +77,7 @@ def engine(native, monkeypatch):
     monkeypatch.setattr("swiftcache.vllm.worker.ranks_here", Ranks)
     scheduler, worker = connector(KVConnectorRole.SCHEDULER), connector(KVConnectorRole.WORKER)
     worker.register_kv_caches(caches(blocks=40))
+    scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
     pool = BlockPool(40, enable_caching=True, hash_block_size=stage.BLOCK)
     bind(scheduler, pool)
     return scheduler, worker, pool
@@ -125,8 +126,8 @@ def test_a_vllm_without_the_hooks_is_served_and_lends_nothing(native, monkeypatc
     pool.touch = None
     bind(scheduler, pool)
     assert "lends nothing: the block pool of vLLM" in said[0] and "lacks touch()" in said[0]
-    assert not scheduler.has_pending_push_work()
     assert scheduler.build_connector_meta(nothing()).lend == []
+    assert not scheduler.has_pending_push_work()
     assert pool.get_num_free_blocks() == 39
 
 

@@ -73,7 +73,9 @@ def test_failed_loads_are_recomputed() -> None:
 
 def test_inside_another_connector_its_policy_is_the_one_that_counts(monkeypatch) -> None:
     def whole(policy: str) -> SimpleNamespace:
-        outer = SimpleNamespace(kv_connector="MultiConnector", kv_load_failure_policy=policy)
+        outer = SimpleNamespace(
+            kv_connector="MultiConnector", kv_load_failure_policy=policy, kv_connector_extra_config={}
+        )
         return SimpleNamespace(kv_transfer_config=outer)
 
     monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: whole("recompute"))
@@ -84,6 +86,31 @@ def test_inside_another_connector_its_policy_is_the_one_that_counts(monkeypatch)
     # Alone, its own policy is vLLM's.
     monkeypatch.setattr(safety, "get_current_vllm_config_or_none", stage.config)
     safety.require_recompute(stage.config())
+
+
+def test_twice_in_another_connector_is_refused(monkeypatch) -> None:
+    child = {"kv_connector": stage.config().kv_transfer_config.kv_connector}
+    for children, refused in [([child, child], True), ([child, {"kv_connector": "Other"}], False)]:
+        outer = SimpleNamespace(
+            kv_connector="MultiConnector",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={"connectors": children},
+        )
+        whole = SimpleNamespace(kv_transfer_config=outer)
+        monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda whole=whole: whole)
+        if refused:
+            with pytest.raises(ValueError, match="is twice"):
+                safety.surrounding(stage.config())
+        else:
+            assert safety.surrounding(stage.config()) is outer
+
+
+def test_a_model_without_prefix_caching_is_told_apart_from_a_flag() -> None:
+    off = {"cache_config__enable_prefix_caching": False}
+    with pytest.raises(ValueError, match="vLLM switches prefix caching off for this model"):
+        safety.check(stage.config(**off, model_config__is_prefix_caching_supported=False), stage.kv_config())
+    with pytest.raises(ValueError, match="drop --no-enable-prefix-caching"):
+        safety.check(stage.config(**off, model_config__is_prefix_caching_supported=True), stage.kv_config())
 
 
 def test_inside_another_connector_its_counters_are_found_by_name() -> None:

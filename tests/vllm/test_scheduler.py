@@ -35,6 +35,10 @@ class Stand:
         )
         self.side.meet(WORKERS)
 
+    def idle_step(self):
+        """A step that no request needs, if the scheduler wants one."""
+        return self.side.metadata(stage.output({}, {})) if self.side.wants_steps() else None
+
     def publish(self, request, blocks: int, namespaces=NAMESPACES) -> None:
         for name in namespaces:
             for key in request.block_hashes[:blocks]:
@@ -556,3 +560,36 @@ def test_requests_want_the_blocks_of_their_tokens_and_the_next_one(native) -> No
     stand.side.request_finished(running, [1, 2, 3])
     stand.side.metadata(stage.output({}, {}))
     assert heard == [(8, False), (6, False), (5, True), (4, False)]
+
+
+def test_workers_beside_another_connector_say_who_they_are_in_their_first_step(native) -> None:
+    stand = Stand(native, workers=2)
+    stand.side.meet([])
+    request = stage.request("a", 9)
+    stand.publish(request, 2)
+    assert stand.side.matched_tokens(request, 0) == (0, False), "nothing is looked up for nobody"
+    assert stand.idle_step() is not None and stand.idle_step() is None, "one step is enough"
+    for rank, worker in enumerate(WORKERS):
+        report = WorkerReport(met={(0, rank): worker})
+        assert not report.is_empty()
+        stand.side.worker_output(stage.answer(kv_connector_worker_meta=report))
+    again = stage.request("b", 9)
+    assert stand.side.matched_tokens(again, 0) == (8, False)
+    both = WorkerReport(met={(0, 0): WORKERS[0]}).aggregate(WorkerReport(met={(0, 1): WORKERS[1]}))
+    assert list(both.met.values()) == WORKERS
+
+
+def test_what_the_last_requests_did_is_counted_in_a_step_of_its_own(stand) -> None:
+    assert stand.idle_step() is None
+    request = stage.request("a", 9)
+    stand.side.on_new_request(request)
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, [1, 2, 3])
+    step = stand.step(request, 9, [1, 2, 3])
+    assert not step.idle and len(step.stores) == 1
+    assert stand.side.request_finished(request, [1, 2, 3])
+    assert not stand.side.wants_steps() and stand.side.frees_pending(), "its blocks are still being stored"
+    report = WorkerReport(done={step.stores[0].number: 1})
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=report, finished_sending={"a"}))
+    assert stand.idle_step().idle
+    assert stand.idle_step() is None, "once"

@@ -255,6 +255,41 @@ def test_a_store_that_does_not_answer_is_over_when_it_has_ended(worker, native, 
     assert worker.report().done == {0: 1}
 
 
+def test_beside_another_connector_a_worker_reports_who_it_is(native, caches) -> None:
+    worker = made(caches, reports_itself=True)
+    assert worker.handshake() is None
+    (met,) = worker.report().met.items()
+    assert met[0] == (0, 0) and met[1].namespace == worker.namespace and len(met[1].borrower_id) == 16
+    assert worker.report() is None, "once"
+    assert made(caches).report() is None, "alone, its handshake says it"
+
+
+def test_less_than_a_block_is_refused_by_name(native, caches) -> None:
+    for name in ("max_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
+        side = WorkerSide(
+            stage.config(),
+            Settings(**{name: 1}),
+            stage.kv_config(),
+            block_tokens=stage.BLOCK,
+            sync=True,
+            publish_outcome=False,
+            ranks=Ranks(),
+        )
+        with pytest.raises(ValueError, match=f"{name} is 1, which is less than one block"):
+            side.register(caches)
+
+
+def test_counters_of_the_last_step_are_read_at_once(native, caches) -> None:
+    worker = made(caches, clock=lambda: 0.0)
+    run(worker, StepMetadata(stores=[store(0, [1])]))
+    assert worker.stats() is not None
+    run(worker, StepMetadata(stores=[store(1, [2, 3])]))
+    assert worker.stats() is None, "within the second"
+    worker.bind(StepMetadata(idle=True))
+    assert worker.stats().data["counters"] == {"stored_blocks": 1}
+    worker.bind(None)
+
+
 def test_counters_are_read_at_most_once_a_second(native, caches) -> None:
     now = [0.0]
     worker = made(caches, clock=lambda: now[0])

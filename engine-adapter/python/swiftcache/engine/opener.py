@@ -30,6 +30,13 @@ class CacheOpener:
         from swiftcache import _native
 
         settings = self._settings
+        block = sum(entry.page for entry in layout.entries)
+        for name in ("max_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
+            if 0 < (getattr(settings, name) or 0) < block:
+                raise ValueError(
+                    f"{name} is {getattr(settings, name)}, which is less than one block of this worker: {block} bytes "
+                    f"in {len(layout.entries)} layers. Give it more" + (", or 0" if name != "lease_step_bytes" else "")
+                )
         if self._connection is None:
             self._connection = _native.Connection(settings.socket, name=self._name, tenant=settings.tenant)
         cache = _native.Cache(
@@ -52,7 +59,7 @@ class CacheOpener:
             "SwiftCache: %d blocks of %d tokens, %d bytes each in %d layers; up to %d bytes leased; namespace %s",
             layout.blocks,
             block_tokens,
-            sum(entry.page for entry in layout.entries),
+            block,
             len(layout.entries),
             settings.max_leased_bytes,
             namespace,

@@ -14,6 +14,8 @@ from typing import Any
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_MOST = 1 << 50
+"""The largest size that is taken, bytes."""
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 LOAD_MODES = ("auto", "sync", "async")
@@ -116,4 +118,10 @@ def _size(key: str, value: Any) -> int:
     match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
     if match is None:
         raise ValueError(f"{key} is {value!r}; it must be a size in bytes, such as 1073741824 or '1GiB'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    number, unit = match[1], _UNITS[match[2].upper()]
+    if "." in number and unit == 1:
+        raise ValueError(f"{key} is {value!r}; it must be a whole number of bytes, or have a unit, such as '1.5GiB'")
+    size = int(float(number) * unit) if "." in number else int(number) * unit
+    if size > _MOST:
+        raise ValueError(f"{key} is {value!r}; it must be at most 1024TiB")
+    return size

@@ -99,6 +99,8 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 block_tokens=block_tokens,
                 sync=sync,
                 publish_outcome=publishes,
+                # Other connectors exchange handshakes too, and vLLM passes on the first one's only.
+                reports_itself=safety.surrounding(vllm_config) is not None,
             )
 
     # What vLLM asks before it makes one.

@@ -43,6 +43,8 @@ class StepMetadata(KVConnectorMetadata):
     lend: list[LendJob] = field(default_factory=list)
     take_back: list[int] = field(default_factory=list)
     """Loans."""
+    idle: bool = False
+    """Every request is over, and so are its stores: nothing of theirs comes after this step."""
     doubt: int = 0
     """A number for a step whose forward relies on loads that may fail, this connector's or another one's. The workers
     report it with the step's outcome. 0: nothing that the step computes is in doubt."""
@@ -60,11 +62,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """Loans that nobody else can touch any more, in how many workers."""
     lend_refused: str = ""
     """Why this worker can lend nothing at all."""
+    met: dict[tuple[int, int], Handshake] = field(default_factory=dict)
+    """Workers that say who they are, by their ranks in pipeline and tensor parallelism."""
     settled: int = 0
     """The step's `doubt`: blocks that its loads lost are in the same output of vLLM's workers."""
 
     def is_empty(self) -> bool:
-        return not (self.done or self.failed or self.back or self.lend_refused or self.settled)
+        return not (self.done or self.failed or self.back or self.lend_refused or self.met or self.settled)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, WorkerReport)
@@ -76,6 +80,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         for loan, workers in other.back.items():
             self.back[loan] = self.back.get(loan, 0) + workers
         self.lend_refused = self.lend_refused or other.lend_refused
+        self.met |= other.met
         self.settled = max(self.settled, other.settled)
         return self
 

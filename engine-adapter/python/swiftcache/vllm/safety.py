@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAtte
 from swiftcache.engine.quiet import logger
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
     from swiftcache.engine.settings import Settings
 
@@ -36,6 +36,11 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
     if transfer.kv_role != "kv_both":
         raise ValueError(f"SwiftCache needs kv_role 'kv_both', not {transfer.kv_role!r}: it reads and writes")
     if not cache.enable_prefix_caching:
+        if not getattr(config.model_config, "is_prefix_caching_supported", True):
+            raise ValueError(
+                "SwiftCache does not serve this model: it needs vLLM's prefix caching for its block hashes, and vLLM "
+                "switches prefix caching off for this model"
+            )
         raise ValueError("SwiftCache needs vLLM's prefix caching for its block hashes: drop --no-enable-prefix-caching")
     if cache.prefix_caching_hash_algo not in HASHES:
         raise ValueError(
@@ -76,16 +81,32 @@ def require_recompute(config: VllmConfig) -> None:
                 f"and could not set it itself: {reason}"
             ) from reason
         logger.info("SwiftCache: kv_load_failure_policy is set to 'recompute': a block that is lost is recomputed")
-    # Inside a MultiConnector vLLM follows the policy of that one, which only workers can see.
-    whole = get_current_vllm_config_or_none()
-    outer = whole.kv_transfer_config if whole is not None else None
-    if outer is None or outer.kv_connector == transfer.kv_connector:
+    outer = surrounding(config)
+    if outer is None:
         return
+    # vLLM follows the policy of the outer connector.
     if outer.kv_load_failure_policy != "recompute":
         raise ValueError(
             f'SwiftCache needs "kv_load_failure_policy": "recompute" beside "kv_connector": "{outer.kv_connector}" in '
             f"--kv-transfer-config: with {outer.kv_load_failure_policy!r} a request fails when a block is lost"
         )
+
+
+def surrounding(config: VllmConfig) -> KVTransferConfig | None:
+    """The configuration of the connector that holds this one and others, such as MultiConnector; None when this one is
+    alone. Only workers can see it. Raises ValueError when this connector is there twice."""
+    whole = get_current_vllm_config_or_none()
+    outer = whole.kv_transfer_config if whole is not None else None
+    mine = config.kv_transfer_config.kv_connector
+    if outer is None or outer.kv_connector == mine:
+        return None
+    children = (outer.kv_connector_extra_config or {}).get("connectors", ())
+    if sum(child.get("kv_connector") == mine for child in children) > 1:
+        raise ValueError(
+            f"{mine} is twice in the connectors of {outer.kv_connector}: the second one would keep every block again. "
+            "Drop one of them"
+        )
+    return outer
 
 
 def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:

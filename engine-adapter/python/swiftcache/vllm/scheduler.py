@@ -62,6 +62,9 @@ class SchedulerSide:
         self._events = events
         self._clock = clock
         self._ranks: list[Handshake] = []
+        self._met: dict[tuple[int, int], Handshake] = {}
+        self._stepped = False
+        self._counted = True
         self._tracked: dict[str, Tracked] = {}
         self._jobs: dict[int, tuple[str, int]] = {}
         self._next_job = 0
@@ -86,9 +89,16 @@ class SchedulerSide:
         """All workers. Without them nothing is looked up."""
         self._ranks = list(workers)
 
+    def _introduced(self, workers: dict[tuple[int, int], Handshake]) -> None:
+        """Some workers, who say in their first report who they are."""
+        self._met |= workers
+        if len(self._met) == self._workers:
+            self.meet(self._met.values())
+
     # Per request.
 
     def on_new_request(self, request: Request) -> None:
+        self._counted = False
         self._tracked[request.request_id] = Tracked(request)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
@@ -181,6 +191,9 @@ class SchedulerSide:
             if tracked := self._tracked.get(request_id):
                 step.fence.extend(sorted(tracked.stores))
         step.stores = [job for job in step.stores if job.number in self._jobs]
+        self._stepped = True
+        if self._idle():
+            step.idle, self._counted = True, True
         step.doubt = self._doubt.begin(output.has_sync_kv_loads)
         self._doubt.contain(self._tracked.values())
         blocks_of = output.kv_connector_block_state
@@ -227,6 +240,8 @@ class SchedulerSide:
     def worker_output(self, output: KVConnectorOutput) -> None:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
+            if report.met:
+                self._introduced(report.met)
             for number, workers in report.done.items():
                 self._job_done(number, workers, number in report.lost)
             for request_id, block in report.failed.items():
@@ -277,7 +292,14 @@ class SchedulerSide:
         return bool(self._kept_back) or (self._loans is not None and self._loans.frees_pending())
 
     def wants_steps(self) -> bool:
-        return self._loans is not None and self._loans.wants_steps()
+        """Whether vLLM should take a step though no request needs one: for loans, for the workers' first report, or for
+        what they have counted since their last one."""
+        introductions = not self._ranks and not self._stepped
+        return introductions or self._idle() or (self._loans is not None and self._loans.wants_steps())
+
+    def _idle(self) -> bool:
+        """Whether all requests are over, and what the workers did for them is not counted yet."""
+        return not self._counted and not self._tracked and not self._kept_back
 
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""

@@ -45,6 +45,7 @@ class WorkerSide:
         block_tokens: int,
         sync: bool,
         publish_outcome: bool,
+        reports_itself: bool = False,
         ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -52,6 +53,7 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._sync = sync
         self._publish_outcome = publish_outcome
+        self._reports_itself = reports_itself
         self._ranks = ranks or ranks_here()
         self._clock = clock
         self._quiet = Quiet()
@@ -99,9 +101,15 @@ class WorkerSide:
         self.namespace = namespace(known, self._ranks)
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
         self._cache = self._opener.open(self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens)
+        if self._reports_itself:
+            self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
         logger.info("SwiftCache: loads are %s", "layer by layer" if self._sync else "asynchronous")
 
-    def handshake(self) -> Handshake:
+    def handshake(self) -> Handshake | None:
+        """Who this worker is, unless its first report says it."""
+        return None if self._reports_itself else self._introduction()
+
+    def _introduction(self) -> Handshake:
         return Handshake(self.namespace, self._opener.borrower_id)
 
     def unregister(self) -> None:
@@ -264,7 +272,9 @@ class WorkerSide:
 
     def stats(self) -> SwiftCacheStats | None:
         now = self._clock()
-        if self._cache is None or now < self._next_stats:
+        # What the last requests did is counted in the last step, or not before somebody asks again.
+        last = self._step is not None and self._step.idle
+        if self._cache is None or (now < self._next_stats and not last):
             return None
         self._next_stats = now + STATS_SECONDS
         totals = self._attempt("the client's counters could not be read", self._cache.stats)
