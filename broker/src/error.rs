@@ -56,6 +56,9 @@ pub enum BrokerError {
          --probe simulated"
     )]
     Nvml(#[from] Unusable),
+    /// What the ledger names could not be taken over.
+    #[error("the sessions of the ledger cannot be taken over: {0}")]
+    Start(String),
     /// The gRPC server could not be built.
     #[error("gRPC server: {0}")]
     Grpc(String),
@@ -124,6 +127,9 @@ pub enum Refused {
     /// INTERNAL: the core's reply does not belong to the event.
     #[error("the broker's core gave a reply to something else; this is a bug")]
     OutOfTurn,
+    /// INTERNAL: the broker panicked over this request.
+    #[error("the broker failed over this request; this is a bug, and its log says where")]
+    Bug,
 }
 
 impl From<Refused> for Status {
@@ -145,7 +151,7 @@ impl From<Refused> for Status {
             | Refused::NoDescriptor(_) => Self::failed_precondition(text),
             Refused::ShuttingDown => Self::unavailable(text),
             Refused::NotAttached(_) => Self::deadline_exceeded(text),
-            Refused::OutOfTurn => Self::internal(text),
+            Refused::OutOfTurn | Refused::Bug => Self::internal(text),
         }
     }
 }

@@ -41,11 +41,14 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
     }
     // One thread, because requests take microseconds. To hand them between threads costs more than that, and makes the
     // slowest of a hundred ten times slower.
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(BrokerError::file("start", "the runtime"))?
-        .block_on(traced(&config, started))
+        .map_err(BrokerError::file("start", "the runtime"))?;
+    let served = runtime.block_on(traced(&config, started));
+    // Waits for no thread: one may be writing the ledger to a disk that does not answer.
+    runtime.shutdown_background();
+    served
 }
 
 /// Serves, and then sends the last spans, also when serving failed.

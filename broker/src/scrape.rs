@@ -44,8 +44,8 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
         tokio::spawn(async move {
             let service =
                 TowerToHyperService::new(tower::service_fn(move |request: http::Request<_>| {
-                    let response = answer(request.uri().path(), &owner);
-                    std::future::ready(Ok::<_, Infallible>(response))
+                    let owner = Arc::clone(&owner);
+                    async move { Ok::<_, Infallible>(answer(request.uri().path(), owner).await) }
                 }));
             let mut server = auto::Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
             server.http1().timer(TokioTimer::new());
@@ -63,9 +63,13 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
     }
 }
 
-fn answer(path: &str, owner: &Owner) -> Response<String> {
+async fn answer(path: &str, owner: Arc<Owner>) -> Response<String> {
     let (status, text) = match path {
-        "/metrics" | "/" => (StatusCode::OK, render(owner)),
+        // The text may take a millisecond: not on the thread that serves everyone.
+        "/metrics" | "/" => match tokio::task::spawn_blocking(move || render(&owner)).await {
+            Ok(text) => (StatusCode::OK, text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        },
         _ => (
             StatusCode::NOT_FOUND,
             "metrics are at /metrics\n".to_owned(),
@@ -78,35 +82,35 @@ fn answer(path: &str, owner: &Owner) -> Response<String> {
     response
 }
 
-fn render(owner: &Owner) -> String {
+/// The metrics as text.
+pub(crate) fn render(owner: &Owner) -> String {
     let metrics = owner.metrics();
-    owner.read(|state| {
-        for view in state.devices() {
-            let device = || Label::new("device", view.device.uuid.to_string());
-            // 0 means that the size is unknown.
-            if view.device.hbm_bytes > 0 {
-                metrics.set(
-                    "swiftcache_hbm_bytes",
-                    vec![device()],
-                    view.device.hbm_bytes,
-                );
-            }
-            for (name, bytes) in states(view.account) {
-                let labels = vec![device(), Label::new("state", name)];
-                metrics.set("swiftcache_offered_bytes", labels, bytes);
-            }
-        }
-        metrics.set("swiftcache_leases", vec![], state.leases().count() as u64);
-        metrics.set("swiftcache_regions", vec![], state.regions().count() as u64);
-        metrics.set(
-            "swiftcache_sessions",
-            vec![],
-            state.sessions().count() as u64,
-        );
-        metrics.set("swiftcache_indexed_blocks", vec![], state.indexed_blocks());
+    let (devices, gauges) = owner.read(|state| {
+        let gauges = [
+            ("swiftcache_leases", state.lease_count() as u64),
+            ("swiftcache_regions", state.region_count() as u64),
+            ("swiftcache_sessions", state.session_count() as u64),
+            ("swiftcache_indexed_blocks", state.indexed_blocks()),
+        ];
+        (state.devices(), gauges)
     });
-    let routes_down = owner.read_reports(|_, reports| reports.routes_down());
+    for view in devices {
+        let device = || Label::new("device", view.device.uuid.to_string());
+        // 0 means that the size is unknown.
+        if view.device.hbm_bytes > 0 {
+            let bytes = view.device.hbm_bytes;
+            metrics.set("swiftcache_hbm_bytes", vec![device()], bytes);
+        }
+        for (place, bytes) in states(view.account) {
+            let labels = vec![device(), Label::new("state", place)];
+            metrics.set("swiftcache_offered_bytes", labels, bytes);
+        }
+    }
+    let routes_down = owner.reports().routes_down();
     metrics.set("swiftcache_engine_routes_down", vec![], routes_down.into());
+    for (name, value) in gauges {
+        metrics.set(name, vec![], value);
+    }
     let (streams, _) = owner.connections();
     metrics.set("swiftcache_attached_sessions", vec![], streams as u64);
     metrics.render()

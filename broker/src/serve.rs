@@ -117,7 +117,8 @@ impl Broker {
             max_descriptors: DESCRIPTORS.min(budget / 2),
             metrics: Arc::new(metrics),
         }));
-        owner.watch_restored();
+        let watched = owner.watch_restored().await;
+        watched.map_err(|problem| BrokerError::Start(problem.to_string()))?;
 
         let facts = NodeFacts::new(
             probe.as_ref(),
@@ -192,12 +193,16 @@ impl Broker {
             self.health.set_service_status(name, status).await;
         }
         self.stop.cancel();
-        self.owner.close();
         for name in services() {
             // This ends the streams of health watchers, which have already got the new status.
             self.health.clear_service_status(name).await;
         }
-        let all = async { while self.servers.join_next().await.is_some() {} };
+        let owner = Arc::clone(&self.owner);
+        // All within the same time: the owner may be waiting for a disk that does not answer.
+        let all = async {
+            owner.close().await;
+            while self.servers.join_next().await.is_some() {}
+        };
         let in_time = tokio::time::timeout(self.patience, all).await.is_ok();
         if !in_time {
             tracing::warn!(
@@ -230,9 +235,9 @@ impl Broker {
             loop {
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    Some(process) = deaths.recv() => owner.process_gone(process),
+                    Some(process) = deaths.recv() => owner.process_gone(process).await,
                     _ = ticks.tick() => {
-                        owner.tick();
+                        owner.tick().await;
                         until_upkeep -= 1;
                         if until_upkeep == 0 {
                             until_upkeep = UPKEEP_TICKS;

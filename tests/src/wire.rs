@@ -41,15 +41,31 @@ impl Wire {
     /// # Errors
     /// When the operating system refuses a thread.
     pub fn new(socket: &Path) -> Result<Self> {
+        Self::open(socket, |endpoint| endpoint)
+    }
+
+    /// A connection like [`Self::new`] that holds little of what its user has not read yet. The rest waits at the broker.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn holding_little(socket: &Path) -> Result<Self> {
+        // The smallest that HTTP/2 allows by default.
+        let window = u32::from(u16::MAX);
+        Self::open(socket, |endpoint| {
+            let endpoint = endpoint.initial_stream_window_size(window);
+            endpoint.initial_connection_window_size(window)
+        })
+    }
+
+    fn open(socket: &Path, adjust: impl FnOnce(Endpoint) -> Endpoint) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()?;
         let channel = {
             let _inside = runtime.enter();
-            Endpoint::try_from(format!("unix://{}", socket.display()))?
-                .timeout(PATIENCE)
-                .connect_lazy()
+            let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?;
+            adjust(endpoint).timeout(PATIENCE).connect_lazy()
         };
         Ok(Self {
             runtime: Arc::new(runtime),

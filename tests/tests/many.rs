@@ -151,7 +151,7 @@ fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
         donor.offer(*region, device, SLABS, SLAB)?;
     }
     let mut returns = donor.attach()?;
-    let slow = Wire::new(&node.socket())?.member("slow", "")?;
+    let slow = Wire::holding_little(&node.socket())?.member("slow", "")?;
     let grants = lease_all(&slow, slabs)?;
     ensure!(grants.len() as u64 == slabs, "{} of {slabs}", grants.len());
     let account = operator.account()?;

@@ -11,13 +11,21 @@ use std::{
 use foldhash::fast::RandomState;
 use swiftcache_proto::domain::{BlockHash, BorrowerId, SessionId};
 
-use super::{Keep, Refusal, Reply, check::hold, state::State};
+use super::check::hold;
 
 /// Hashes of blocks.
 pub(super) type Kept = HashSet<BlockHash, RandomState>;
 
 #[derive(Clone, Debug)]
 pub(super) struct Borrower {
+    nature: Nature,
+    /// The blocks in its own host memory.
+    kept: Kept,
+}
+
+/// What a borrower is.
+#[derive(Clone, Debug)]
+pub(super) struct Nature {
     pub(super) session: SessionId,
     pub(super) namespace: Arc<str>,
     /// The device it computes on; `None`: one that is not among the node's.
@@ -25,8 +33,6 @@ pub(super) struct Borrower {
     pub(super) block_bytes: u64,
     /// It reads leases of other sessions.
     pub(super) shares: bool,
-    /// The blocks in its own host memory.
-    pub(super) kept: Kept,
     /// Devices whose memory it cannot copy from now.
     pub(super) down: Vec<usize>,
     /// The same of its own host memory.
@@ -34,6 +40,41 @@ pub(super) struct Borrower {
 }
 
 impl Borrower {
+    pub(super) fn session(&self) -> SessionId {
+        self.nature.session
+    }
+
+    pub(super) fn namespace(&self) -> &Arc<str> {
+        &self.nature.namespace
+    }
+
+    /// The device it computes on; `None`: one that is not among the node's.
+    pub(super) fn device(&self) -> Option<usize> {
+        self.nature.device
+    }
+
+    pub(super) fn block_bytes(&self) -> u64 {
+        self.nature.block_bytes
+    }
+
+    /// Whether it reads leases of other sessions.
+    pub(super) fn shares(&self) -> bool {
+        self.nature.shares
+    }
+
+    /// Devices whose memory it cannot copy from now.
+    pub(super) fn down(&self) -> &[usize] {
+        &self.nature.down
+    }
+
+    /// The blocks in its own host memory, if it can copy from there now.
+    pub(super) fn kept(&self) -> Option<&Kept> {
+        (!self.nature.host_down).then_some(&self.kept)
+    }
+}
+
+impl Nature {
+    /// Whether blocks kept by one are blocks of the other.
     fn is_like(&self, other: &Self) -> bool {
         (self.session, &self.namespace, self.device, self.block_bytes)
             == (
@@ -64,21 +105,39 @@ impl Borrowers {
         self.kept
     }
 
-    /// Takes what a borrower is instead of what it was, with the blocks that it kept if it is still the same.
-    fn open(&mut self, id: BorrowerId, mut borrower: Borrower) -> &mut Borrower {
-        let before = self.known.remove(&id);
-        match before {
-            Some(before) if before.is_like(&borrower) => borrower.kept = before.kept,
-            Some(before) => self.kept -= before.kept.len() as u64,
-            None => {}
+    /// Takes what a borrower is, in place of what it was, and what is new about the blocks that it keeps. Those that it
+    /// kept before stay if it is still the same and does not begin `anew`.
+    pub(super) fn keep(
+        &mut self,
+        id: BorrowerId,
+        nature: Nature,
+        anew: bool,
+        dropped: &[BlockHash],
+        kept: Vec<BlockHash>,
+    ) {
+        let before = self.known.get_mut(&id);
+        let before = before.map(|known| (std::mem::take(&mut known.kept), &known.nature));
+        let mut all = match before {
+            Some((blocks, known)) => {
+                self.kept -= blocks.len() as u64;
+                let same = known.is_like(&nature) && !anew;
+                if same { blocks } else { Kept::default() }
+            }
+            None => Kept::default(),
+        };
+        for hash in dropped {
+            all.remove(hash);
         }
-        self.by_session.insert((borrower.session, id));
-        self.known.entry(id).or_insert(borrower)
+        all.extend(kept);
+        self.kept += all.len() as u64;
+        self.by_session.insert((nature.session, id));
+        let borrower = Borrower { nature, kept: all };
+        self.known.insert(id, borrower);
     }
 
     pub(super) fn close(&mut self, id: BorrowerId) {
         if let Some(borrower) = self.known.remove(&id) {
-            self.by_session.remove(&(borrower.session, id));
+            self.by_session.remove(&(borrower.session(), id));
             self.kept -= borrower.kept.len() as u64;
         }
     }
@@ -88,6 +147,14 @@ impl Borrowers {
         let ids = [[0; 16], [u8::MAX; 16]].map(|id| (session, BorrowerId(id)));
         let its = self.by_session.range(ids[0]..=ids[1]);
         its.map(|(_, id)| (*id, &self.known[id]))
+    }
+
+    /// The session is over: so are its borrowers.
+    pub(super) fn close_all_of(&mut self, session: SessionId) {
+        let its: Vec<_> = self.of(session).map(|(id, _)| id).collect();
+        for id in its {
+            self.close(id);
+        }
     }
 
     /// Verifies what is counted, and that every borrower's session satisfies `lives`.
@@ -101,74 +168,14 @@ impl Borrowers {
         let filed = self
             .known
             .iter()
-            .map(|(id, borrower)| (borrower.session, *id));
+            .map(|(id, borrower)| (borrower.session(), *id));
         hold!(
             filed.collect::<BTreeSet<_>>() == self.by_session,
             "borrowers are misfiled"
         );
         for (id, borrower) in &self.known {
-            hold!(lives(borrower.session), "borrower {id} belongs to nobody");
+            hold!(lives(borrower.session()), "borrower {id} belongs to nobody");
         }
         Ok(())
-    }
-}
-
-impl State {
-    pub(super) fn keep(&mut self, keep: Keep) -> Result<Reply, Refusal> {
-        self.session_of(keep.caller)?;
-        let session = keep.caller.session;
-        let known = self.borrowers.get(keep.borrower);
-        if known.is_some_and(|known| known.session != session) {
-            return Err(Refusal::NotYours {
-                what: "borrower",
-                which: keep.borrower.to_string(),
-            });
-        }
-        if keep.closed {
-            self.borrowers.close(keep.borrower);
-            return Ok(Reply::Done);
-        }
-        let limit = |what, limit| Err(Refusal::Limit { what, limit });
-        let most = self.config.max_borrowers_per_session;
-        if known.is_none() && self.borrowers.of(session).count() >= most {
-            return limit("borrowers of one session", most as u64);
-        }
-        let findable = self.index.blocks() + self.borrowers.kept() + keep.kept.len() as u64;
-        if findable > self.config.max_blocks {
-            return limit("indexed blocks", self.config.max_blocks);
-        }
-        let borrower = Borrower {
-            session,
-            namespace: keep.namespace.into(),
-            device: self.devices.number(&keep.device).ok(),
-            block_bytes: keep.block_bytes,
-            shares: keep.shares,
-            kept: Kept::default(),
-            // One that the broker does not know has nothing on it that could be found.
-            down: (keep.down.iter())
-                .filter_map(|uuid| self.devices.number(uuid).ok())
-                .collect(),
-            host_down: keep.host_down,
-        };
-        let borrower = self.borrowers.open(keep.borrower, borrower);
-        let before = borrower.kept.len() as u64;
-        if keep.anew {
-            borrower.kept = Kept::default();
-        }
-        for hash in &keep.dropped {
-            borrower.kept.remove(hash);
-        }
-        borrower.kept.extend(keep.kept);
-        let after = borrower.kept.len() as u64;
-        self.borrowers.kept = self.borrowers.kept + after - before;
-        Ok(Reply::Done)
-    }
-
-    /// The session is over: so are its borrowers.
-    pub(super) fn close_borrowers_of(&mut self, session: SessionId) {
-        let its: Vec<_> = self.borrowers.of(session).map(|(id, _)| id).collect();
-        for id in its {
-            self.borrowers.close(id);
-        }
     }
 }

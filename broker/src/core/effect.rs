@@ -5,7 +5,7 @@ use swiftcache_proto::domain::{
     RevokeReason, SessionId, Shortfall,
 };
 
-use super::{Process, QuotaTarget, record::Record};
+use super::{event::QuotaTarget, process::Process, record::Record};
 
 /// One thing for the shell to do. The shell carries effects out in order; a [`Effect::Record`] is on disk
 /// before the reply of the same event leaves.

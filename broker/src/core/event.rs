@@ -6,7 +6,7 @@ use swiftcache_proto::domain::{
     SessionId,
 };
 
-use super::Process;
+use super::process::Process;
 
 /// Milliseconds on a clock that never goes back; the shell's, since the core has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]

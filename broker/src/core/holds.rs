@@ -1,21 +1,17 @@
 //! Holds: a device's elastic donors make room for an engine that starts there, and then stay as they are.
 //!
-//! The donors do the work; the broker passes the word on, and remembers it for those that come later. A hold is not in
-//! the ledger: it is short, and donors that were told keep to it while the broker restarts.
+//! A hold is not in the ledger: it is short, and donors that were told keep to it while the broker restarts.
 
-use swiftcache_proto::domain::SessionId;
-
-use super::{
-    HoldDemand, HoldId, Note, Outgoing, Refusal, Reply, devices::DeviceState, state::State,
-};
+use super::event::HoldId;
 
 /// A device's hold.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hold {
-    id: HoldId,
+    pub(super) id: HoldId,
+    /// What elastic donors are to leave free, bytes.
     pub(super) free_bytes: u64,
     /// When it ends, milliseconds.
-    until: u64,
+    pub(super) until: u64,
 }
 
 impl Hold {
@@ -25,96 +21,37 @@ impl Hold {
     }
 }
 
-impl State {
-    pub(super) fn hold(&mut self, demand: HoldDemand) -> Result<Reply, Refusal> {
-        let number = self.devices.number(&demand.device)?;
-        let now = self.now;
-        let present = (self.devices.list[number].hold).filter(|hold| hold.left_ms(now) > 0);
-        if let (Some(present), Some(id)) = (present, demand.hold)
-            && id != present.id
-        {
-            return Err(Refusal::Stale(format!(
-                "device {} is held for another engine's start for {:.1} s more",
-                demand.device,
-                f64::from(present.left_ms(now)) / 1000.0,
-            )));
-        }
-        if demand.for_ms == 0 {
-            if present.is_some() {
-                self.end_hold(number);
-            }
-            return Ok(Reply::Done);
-        }
-        let Some(id) = demand.hold else {
-            return Err(Refusal::Invalid {
-                field: "hold_id",
-                problem: "is 0; only the end of a hold needs none".to_owned(),
-            });
-        };
-        self.devices.list[number].hold = Some(Hold {
-            id,
-            free_bytes: demand.free_bytes,
-            until: now.saturating_add(demand.for_ms.into()),
-        });
-        self.tell_all(number);
-        self.note(Note::Held {
-            device: demand.device,
-            free_bytes: demand.free_bytes,
-            for_ms: demand.for_ms,
-        });
-        Ok(Reply::Done)
+/// The holds of all devices.
+#[derive(Clone, Debug)]
+pub(super) struct Holds(Vec<Option<Hold>>);
+
+impl Holds {
+    pub(super) fn new(devices: usize) -> Self {
+        Self(vec![None; devices])
     }
 
-    /// Sessions that follow a device need not have anything on offer there yet: all are told.
-    fn tell_all(&mut self, number: usize) {
-        let Some(message) = message(&self.devices.list[number], self.now) else {
-            return;
-        };
-        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
-        for session in sessions {
-            self.send(session, message.clone());
-        }
+    /// The hold of a device, over or not.
+    pub(super) fn get(&self, device: usize) -> Option<Hold> {
+        self.0[device]
     }
 
-    /// Donors know when a hold ends by itself; they are told when it ends before.
-    fn end_hold(&mut self, number: usize) {
-        if let Some(hold) = &mut self.devices.list[number].hold {
-            hold.until = self.now;
-        }
-        self.tell_all(number);
-        self.forget_hold(number);
+    /// The hold of a device that is not over.
+    pub(super) fn lasting(&self, device: usize, now: u64) -> Option<Hold> {
+        self.0[device].filter(|hold| hold.left_ms(now) > 0)
     }
 
-    pub(super) fn expire_holds(&mut self) {
-        for number in 0..self.devices.list.len() {
-            let hold = self.devices.list[number].hold;
-            if hold.is_some_and(|hold| hold.left_ms(self.now) == 0) {
-                self.forget_hold(number);
-            }
-        }
+    pub(super) fn set(&mut self, device: usize, hold: Hold) {
+        self.0[device] = Some(hold);
     }
 
-    fn forget_hold(&mut self, number: usize) {
-        self.devices.list[number].hold = None;
-        self.note(Note::HoldEnded {
-            device: self.devices.uuid(number).clone(),
-        });
+    pub(super) fn forget(&mut self, device: usize) {
+        self.0[device] = None;
     }
 
-    /// What a session that attaches now is to know.
-    pub(super) fn lasting_holds(&self) -> impl Iterator<Item = Outgoing> {
-        let lasting = |message: &Outgoing| !matches!(message, Outgoing::Hold { left_ms: 0, .. });
-        (self.devices.list.iter())
-            .filter_map(|device| message(device, self.now))
-            .filter(lasting)
+    /// The devices whose holds are over.
+    pub(super) fn over(&self, now: u64) -> Vec<usize> {
+        let holds = (0..).zip(&self.0);
+        let over = holds.filter(|(_, hold)| hold.is_some_and(|hold| hold.left_ms(now) == 0));
+        over.map(|(device, _)| device).collect()
     }
-}
-
-fn message(device: &DeviceState, now: u64) -> Option<Outgoing> {
-    let hold = device.hold?;
-    Some(Outgoing::Hold {
-        device: device.device.uuid.clone(),
-        free_bytes: hold.free_bytes,
-        left_ms: hold.left_ms(now),
-    })
 }

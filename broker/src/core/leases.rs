@@ -1,15 +1,33 @@
 //! Leases: from the grant until everyone has let go.
 
-use std::{collections::BTreeSet, sync::Arc};
-
-use swiftcache_proto::domain::{
-    DeviceUuid, Generation, LeaseId, LinkKind, PinId, RevokeReason, SessionId,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
 };
+
+use swiftcache_proto::domain::{Generation, LeaseId, RevokeReason, SessionId};
 
 use super::{
-    Caller, Effect, Grant, Record, Refusal, Reply, account::Place, arena::Key, index::Namespace,
-    lookup::Unreadable, regions::Region, revocation::Revocation, slots::BlockSlots, state::State,
+    arena::{Arena, LeaseKey, NamespaceKey, OfLease, RegionKey},
+    check::hold,
+    effect::Refusal,
 };
+
+/// A revocation under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Revocation {
+    pub(super) reason: RevokeReason,
+    /// When it began, milliseconds.
+    pub(super) since: u64,
+    /// When the drain window closes, milliseconds.
+    pub(super) deadline: u64,
+}
+
+impl Revocation {
+    pub(super) fn left_ms(&self, now: u64) -> u32 {
+        u32::try_from(self.deadline.saturating_sub(now)).unwrap_or(u32::MAX)
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -18,35 +36,50 @@ pub(super) enum Phase {
     Zombie(Revocation),
 }
 
+/// What is fixed for the life of a lease.
 #[derive(Clone, Debug)]
-pub(super) struct Lease {
+pub(super) struct Terms {
     pub(super) id: LeaseId,
-    pub(super) generation: u64,
-    pub(super) phase: Phase,
-    pub(super) region: Key<Region>,
+    pub(super) generation: Generation,
+    pub(super) region: RegionKey,
     pub(super) slab: u32,
     pub(super) bytes: u64,
     pub(super) lessee: SessionId,
-    /// The lessee has not let go.
-    pub(super) lessee_holds: bool,
-    /// The sessions that opened it for reading and have not let go.
-    pub(super) readers: BTreeSet<SessionId>,
-    pub(super) namespace: Key<Namespace>,
+    pub(super) namespace: NamespaceKey,
     /// The device the lessee computes on.
     pub(super) device: usize,
     pub(super) block_bytes: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Lease {
+    terms: Terms,
+    phase: Phase,
+    /// The lessee has not let go.
+    lessee_holds: bool,
+    /// The sessions that opened it for reading and have not let go.
+    readers: BTreeSet<SessionId>,
     /// When it was granted, milliseconds.
-    pub(super) since: u64,
+    since: u64,
     /// When a lookup last found a block in it, milliseconds.
-    pub(super) last_hit: u64,
-    pub(super) blocks: BlockSlots,
-    /// Pins of other sessions on its slots.
-    pub(super) pins: BTreeSet<PinId>,
+    last_hit: u64,
     /// Granted by a broker before this one, whose pins may still be read under.
-    pub(super) restored: bool,
+    restored: bool,
 }
 
 impl Lease {
+    pub(super) fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        self.phase == Phase::Active
+    }
+
     pub(super) fn revocation(&self) -> Option<&Revocation> {
         match &self.phase {
             Phase::Active => None,
@@ -54,260 +87,240 @@ impl Lease {
         }
     }
 
+    /// Whether the lessee has not let go.
+    pub(super) fn lessee_holds(&self) -> bool {
+        self.lessee_holds
+    }
+
+    pub(super) fn readers(&self) -> &BTreeSet<SessionId> {
+        &self.readers
+    }
+
     /// Everyone who may touch the slab.
     pub(super) fn parties(&self) -> impl Iterator<Item = SessionId> {
-        let lessee = self.lessee_holds.then_some(self.lessee);
+        let lessee = self.lessee_holds.then_some(self.terms.lessee);
         lessee.into_iter().chain(self.readers.iter().copied())
     }
-}
 
-/// What a grant fixes for the life of a lease.
-pub(super) struct NewLease {
-    pub(super) id: LeaseId,
-    pub(super) lessee: SessionId,
-    pub(super) tenant: Arc<str>,
-    pub(super) namespace: Arc<str>,
-    pub(super) device: usize,
-    pub(super) block_bytes: u64,
-    pub(super) region: Key<Region>,
-    pub(super) slab: u32,
-    pub(super) generation: u64,
-}
+    pub(super) fn since(&self) -> u64 {
+        self.since
+    }
 
-fn unknown_lease(lease: LeaseId) -> Refusal {
-    Refusal::Unknown {
-        what: "lease",
-        which: lease.to_string(),
+    /// When a lookup last found a block in it, milliseconds.
+    pub(super) fn last_hit(&self) -> u64 {
+        self.last_hit
+    }
+
+    /// Whether a broker before this one granted it.
+    pub(super) fn is_restored(&self) -> bool {
+        self.restored
     }
 }
 
-impl State {
-    pub(super) fn lease_key(&self, lease: LeaseId) -> Result<Key<Lease>, Refusal> {
-        self.lease_ids
-            .get(&lease)
-            .copied()
-            .ok_or_else(|| unknown_lease(lease))
+/// As what somebody could touch a slab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Party {
+    Lessee,
+    Reader,
+}
+
+/// All leases.
+#[derive(Clone, Debug)]
+pub(super) struct Leases {
+    known: Arena<OfLease, Lease>,
+    ids: BTreeMap<LeaseId, LeaseKey>,
+    /// The id of the next one: none is used twice.
+    next: u64,
+    /// Revoked leases by when their drain window closes, milliseconds.
+    draining: BTreeSet<(u64, LeaseId)>,
+}
+
+impl Default for Leases {
+    fn default() -> Self {
+        Self {
+            known: Arena::default(),
+            ids: BTreeMap::new(),
+            next: 1,
+            draining: BTreeSet::new(),
+        }
+    }
+}
+
+impl Leases {
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
     }
 
-    /// The lease, if the caller is its lessee, the generation is its own and it is not being revoked.
-    pub(super) fn active_lease_of(
-        &self,
-        caller: Caller,
-        lease: LeaseId,
-        generation: Generation,
-    ) -> Result<Key<Lease>, Refusal> {
-        self.session_of(caller)?;
-        let key = self.lease_key(lease)?;
-        let held = &self.leases[key];
-        if held.lessee != caller.session {
-            return Err(Refusal::NotYours {
-                what: "lease",
-                which: lease.to_string(),
-            });
-        }
-        if held.generation != generation.0 {
-            return Err(Refusal::Stale(format!(
-                "lease {lease} is generation {}, not {}",
-                held.generation, generation.0
-            )));
-        }
-        if let Some(revocation) = held.revocation() {
-            return Err(Refusal::Stale(format!(
-                "lease {lease} is being revoked: {}",
-                revocation.reason
-            )));
-        }
-        Ok(key)
+    /// The id of the next lease.
+    pub(super) fn next_id(&self) -> LeaseId {
+        LeaseId(self.next)
     }
 
-    /// Takes a free slab.
-    pub(super) fn take_slab(&mut self, new: NewLease) -> Key<Lease> {
-        let namespace = self.index.open(&new.tenant, &new.namespace);
-        let bytes = self.regions[new.region].slab_bytes;
-        let slots = u32::try_from(bytes / new.block_bytes)
-            .unwrap_or(u32::MAX)
-            .min(self.config.max_slots);
-        let key = self.leases.insert(Lease {
-            id: new.id,
-            generation: new.generation,
-            phase: Phase::Active,
-            region: new.region,
-            slab: new.slab,
-            bytes,
-            lessee: new.lessee,
-            lessee_holds: true,
-            readers: BTreeSet::new(),
-            namespace,
-            device: new.device,
-            block_bytes: new.block_bytes,
-            since: self.now,
-            last_hit: self.now,
-            blocks: BlockSlots::new(slots),
-            pins: BTreeSet::new(),
-            restored: false,
-        });
-        self.lease_ids.insert(new.id, key);
-        self.next_lease = self.next_lease.max(new.id.0 + 1);
-        self.index.charge(namespace, bytes);
-        self.edit_region(new.region, |region| {
-            region.put(new.slab, Place::Leased);
-            let slab = &mut region.slabs[new.slab as usize];
-            slab.lease = Some(key);
-            slab.generation = new.generation;
-            region.leases += 1;
-        });
-        match self.sessions.get_mut(&new.lessee) {
-            Some(session) if !session.over => {
-                session.leases.insert(new.id);
-                session.held_bytes += bytes;
-                session.active_bytes += bytes;
-                self.index.namespace_mut(namespace).active_bytes += bytes;
-            }
-            // A compacted ledger names lessees that are gone where readers still hold on.
-            _ => self.leases[key].lessee_holds = false,
-        }
-        key
+    /// No lease from now on has an id less than this.
+    pub(super) fn start_from(&mut self, id: LeaseId) {
+        self.next = self.next.max(id.0);
     }
 
-    /// The lease as its lessee or a reader on another device sees it; `None` while its region has no handle.
-    pub(super) fn grant_of(&self, key: Key<Lease>, link: LinkKind) -> Option<Grant> {
-        let lease = &self.leases[key];
-        let region = &self.regions[lease.region];
-        Some(Grant {
-            lease: lease.id,
-            generation: Generation(lease.generation),
-            region: region.id,
-            slab: lease.slab,
-            slab_bytes: region.slab_bytes,
-            allocation: region.allocation,
-            offset: region.offset + u64::from(lease.slab) * region.slab_bytes,
-            device: self.devices.uuid(region.device).clone(),
-            handle: region.handle.clone()?,
-            link,
-            slots: lease.blocks.slots(),
-            block_bytes: lease.block_bytes,
-            map_bytes: region.offset + region.bytes,
+    pub(super) fn key(&self, id: LeaseId) -> Option<LeaseKey> {
+        self.ids.get(&id).copied()
+    }
+
+    /// The lease, if there is one.
+    pub(super) fn find(&self, id: LeaseId) -> Option<(LeaseKey, &Lease)> {
+        let key = self.key(id)?;
+        Some((key, self.get(key)))
+    }
+
+    pub(super) fn known(&self, id: LeaseId) -> Result<(LeaseKey, &Lease), Refusal> {
+        self.find(id).ok_or_else(|| Refusal::Unknown {
+            what: "lease",
+            which: id.to_string(),
         })
     }
 
-    pub(super) fn share(
-        &mut self,
-        caller: Caller,
-        id: LeaseId,
-        device: &DeviceUuid,
-    ) -> Result<Reply, Refusal> {
-        let session = self.session_of(caller)?;
-        let key = self.lease_key(id)?;
-        let lease = &self.leases[key];
-        if *session.tenant != *self.index.namespace(lease.namespace).tenant {
-            return Err(Refusal::NotYours {
-                what: "lease",
-                which: id.to_string(),
-            });
-        }
-        if lease.lessee == caller.session {
-            return Err(Refusal::Invalid {
-                field: "lease_id",
-                problem: format!("{id} is this session's own lease"),
-            });
-        }
-        let device = self.devices.number(device)?;
-        let owner = self.regions[lease.region].device;
-        let Some(path) = self.devices.path(device, owner) else {
-            return Err(Refusal::Invalid {
-                field: "device_uuid",
-                problem: format!("has no peer access to {}", self.devices.uuid(owner)),
-            });
-        };
+    pub(super) fn get(&self, key: LeaseKey) -> &Lease {
+        &self.known[key]
+    }
+
+    pub(super) fn try_get(&self, key: LeaseKey) -> Option<&Lease> {
+        self.known.get(key)
+    }
+
+    /// By id, after one of them.
+    pub(super) fn after(&self, after: Option<LeaseId>) -> impl Iterator<Item = (LeaseKey, &Lease)> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let keys = self.ids.range((from, Bound::Unbounded));
+        keys.map(|(_, key)| (*key, self.get(*key)))
+    }
+
+    /// By id.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (LeaseKey, &Lease)> {
+        self.after(None)
+    }
+
+    /// A lease is granted, to a lessee that holds it unless it is over.
+    pub(super) fn insert(&mut self, terms: Terms, now: u64) -> LeaseKey {
+        let id = terms.id;
+        let key = self.known.insert(Lease {
+            terms,
+            phase: Phase::Active,
+            lessee_holds: true,
+            readers: BTreeSet::new(),
+            since: now,
+            last_hit: now,
+            restored: false,
+        });
+        self.ids.insert(id, key);
+        self.start_from(LeaseId(id.0 + 1));
+        key
+    }
+
+    /// Everyone has let go of the lease.
+    pub(super) fn remove(&mut self, key: LeaseKey) -> Lease {
+        let lease = self.known.remove(key);
+        self.ids.remove(&lease.terms.id);
         if let Some(revocation) = lease.revocation() {
-            let reason = revocation.reason;
-            return Err(Refusal::Stale(format!(
-                "lease {id} is being revoked: {reason}"
-            )));
+            self.draining.remove(&(revocation.deadline, lease.terms.id));
         }
-        let limit = |what, limit: usize| {
-            Err(Refusal::Limit {
-                what,
-                limit: limit as u64,
-            })
-        };
-        let config = &self.config;
-        let not_now = || {
-            Refusal::Stale(format!(
-                "lease {id} cannot be opened until its donor has offered the region again"
-            ))
-        };
-        match self.may_read(caller.session, lease) {
-            Ok(()) => {}
-            Err(Unreadable::NoHandle) => return Err(not_now()),
-            Err(Unreadable::Readers) => return limit("readers of one lease", config.max_readers),
-            Err(Unreadable::Reads) => {
-                return limit("leases read by one session", config.max_leases_per_session);
-            }
-        }
-        let grant = self.grant_of(key, path.kind).ok_or_else(not_now)?;
-        if lease.readers.contains(&caller.session) {
-            return Ok(Reply::Shared(grant));
-        }
-        self.out.push(Effect::Record(Record::Share {
-            lease: id,
-            reader: caller.session,
-        }));
-        self.add_reader(key, caller.session);
-        Ok(Reply::Shared(grant))
+        lease
     }
 
-    pub(super) fn add_reader(&mut self, key: Key<Lease>, reader: SessionId) {
-        self.leases[key].readers.insert(reader);
-        if let Some(session) = self.sessions.get_mut(&reader) {
-            session.reads.insert(self.leases[key].id);
+    /// A broker before this one granted it.
+    pub(super) fn mark_restored(&mut self, key: LeaseKey) {
+        self.known[key].restored = true;
+    }
+
+    pub(super) fn add_reader(&mut self, key: LeaseKey, reader: SessionId) {
+        self.known[key].readers.insert(reader);
+    }
+
+    /// Strikes a session from those who may touch the slab; says as what it could, if it could.
+    pub(super) fn drop_party(&mut self, key: LeaseKey, session: SessionId) -> Option<Party> {
+        let lease = &mut self.known[key];
+        if lease.terms.lessee == session && lease.lessee_holds {
+            lease.lessee_holds = false;
+            return Some(Party::Lessee);
+        }
+        lease.readers.remove(&session).then_some(Party::Reader)
+    }
+
+    /// Begins the revocation of an active lease.
+    pub(super) fn revoke(&mut self, key: LeaseKey, revocation: Revocation) {
+        let lease = &mut self.known[key];
+        lease.phase = Phase::Draining(revocation);
+        self.draining.insert((revocation.deadline, lease.terms.id));
+    }
+
+    /// Has the drain window of a draining lease close no later than this, milliseconds.
+    pub(super) fn close_by(&mut self, key: LeaseKey, deadline: u64) {
+        let lease = &mut self.known[key];
+        let id = lease.terms.id;
+        if let Phase::Draining(revocation) = &mut lease.phase
+            && deadline < revocation.deadline
+        {
+            self.draining.remove(&(revocation.deadline, id));
+            self.draining.insert((deadline, id));
+            revocation.deadline = deadline;
         }
     }
 
-    /// The lessee gives leases back, or a reader its shares; perhaps because it cannot map them. Leases that are over
-    /// already are skipped.
-    pub(super) fn release(
-        &mut self,
-        caller: Caller,
-        ids: &[LeaseId],
-        unmappable: bool,
-    ) -> Result<Reply, Refusal> {
-        self.session_of(caller)?;
-        for id in ids {
-            let Some(key) = self.lease_ids.get(id) else {
-                continue;
-            };
-            let lease = &self.leases[*key];
-            if lease.lessee != caller.session && !lease.readers.contains(&caller.session) {
-                return Err(Refusal::NotYours {
-                    what: "lease",
-                    which: id.to_string(),
-                });
-            }
+    /// Makes the next lease whose drain window has closed a zombie: still held, and never counted as free.
+    pub(super) fn next_zombie(&mut self, now: u64) -> Option<LeaseKey> {
+        let (deadline, id) = self.draining.first().copied()?;
+        if deadline > now {
+            return None;
         }
-        for id in ids {
-            let Some(key) = self.lease_ids.get(id).copied() else {
-                continue;
-            };
-            if unmappable {
-                self.cannot_map(caller.session, self.leases[key].region);
-            }
-            if self.leases[key].lessee == caller.session {
-                self.lessee_lets_go(key, RevokeReason::Released);
-            } else {
-                self.let_go(key, caller.session);
-            }
+        self.draining.pop_first();
+        let key = self.ids[&id];
+        let lease = &mut self.known[key];
+        if let Phase::Draining(revocation) = lease.phase {
+            lease.phase = Phase::Zombie(revocation);
         }
-        Ok(Reply::Done)
+        Some(key)
     }
 
-    /// The processes that may touch the lease's slab, in order and once each.
-    pub(super) fn pids_of(&self, key: Key<Lease>) -> Vec<u32> {
-        let pids: BTreeSet<_> = self.leases[key]
-            .parties()
-            .filter_map(|party| self.sessions.get(&party))
-            .map(|session| session.process.pid)
-            .collect();
-        pids.into_iter().collect()
+    /// A lookup has found a block in it.
+    pub(super) fn hit(&mut self, key: LeaseKey, now: u64) {
+        self.known[key].last_hit = now;
+    }
+
+    /// Windows are counted from here, as far as this clock can tell.
+    pub(super) fn restart_clocks(&mut self, now: u64, deadline: u64) {
+        self.draining.clear();
+        for (id, key) in &self.ids {
+            let lease = &mut self.known[*key];
+            lease.since = now;
+            lease.last_hit = now;
+            if let Phase::Draining(revocation) = &mut lease.phase {
+                revocation.since = now;
+                revocation.deadline = deadline;
+                self.draining.insert((deadline, *id));
+            }
+        }
+    }
+
+    /// Verifies that every lease is held by somebody, an active one by its lessee, and that windows close in order.
+    pub(super) fn check(&self) -> Result<(), String> {
+        hold!(self.ids.len() == self.known.len(), "a lease has two ids");
+        let mut draining = BTreeSet::new();
+        for (id, key) in &self.ids {
+            let lease = &self.known[*key];
+            hold!(
+                lease.terms.id == *id,
+                "lease {id} is filed under another id"
+            );
+            hold!(id.0 < self.next, "lease {id} will be granted again");
+            let held = lease.parties().next().is_some();
+            hold!(held, "lease {id} is held by nobody");
+            hold!(
+                !lease.is_active() || lease.lessee_holds,
+                "lease {id} is active without its lessee"
+            );
+            if let Phase::Draining(revocation) = lease.phase {
+                draining.insert((revocation.deadline, *id));
+            }
+        }
+        hold!(draining == self.draining, "drain windows are misfiled");
+        Ok(())
     }
 }

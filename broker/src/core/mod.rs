@@ -1,63 +1,83 @@
 //! The broker's state machine: no I/O, no clock, no async. Everything that happens is an [`Event`]; everything
 //! the broker does about it is an [`Effect`].
+//!
+//! The books come first: [`Sessions`](sessions::Sessions), [`Regions`](regions::Regions),
+//! [`Leases`](leases::Leases), [`Index`](index::Index), [`Claims`](claims::Claims) and smaller ones each own what they
+//! know, and check it. `books` keeps them in step. Above it is one file for each thing that happens, and at the top
+//! [`State`], which hands events out. Files use only what is below them.
 
+// What everything is made of.
 mod account;
 mod arena;
-mod borrowers;
 mod check;
-mod check_holders;
 mod config;
-mod devices;
+mod counters;
 mod effect;
 mod event;
-mod fairness;
+mod process;
+mod record;
+mod shares;
+mod slots;
+
+// The books.
+mod borrowers;
+mod claims;
+mod devices;
 mod holds;
 mod index;
 mod leases;
-mod ledger;
-mod lookup;
-mod operator;
 mod pins;
-mod policy;
-mod preview;
 mod quotas;
-mod record;
+mod region;
 mod regions;
+mod sessions;
+mod unmappable;
+
+mod books;
+
+// What happens, from what others are made of to what is made of others.
+mod attendance;
+mod fairness;
+mod holding;
+mod keeping;
+mod lending;
+mod lookup;
+mod offering;
+mod operator;
+mod publishing;
+mod returning;
 mod revocation;
 mod scrubs;
-mod sessions;
-mod slots;
-mod state;
-#[cfg(test)]
-mod tests;
-mod views;
+mod sharing;
 mod withdrawal;
 
-use serde::{Deserialize, Serialize};
+// Out of and into the books.
+mod records;
+mod restore;
+mod views;
+
+mod state;
+
+mod recorded;
+
+#[cfg(test)]
+mod tests;
 
 pub use account::Account;
 pub use config::{CoreConfig, Node};
+pub use counters::Counters;
 pub use effect::{Effect, Grant, Note, Outgoing, Refusal, Reply};
 pub use event::{
     Caller, DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Keep, LeaseDemand, Lookup, Now,
     Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
 };
-pub use ledger::LedgerError;
-pub use preview::{Need, WithdrawPreview};
+pub use process::Process;
 pub use record::Record;
+pub use recorded::Recorded;
+pub use restore::LedgerError;
 pub use state::State;
 pub use views::{
-    Counters, DeviceView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
+    DeviceView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
+    WithdrawPreview,
 };
-
-/// A process as the kernel tells it apart from every other: a pid alone is reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Process {
-    /// As the broker's PID namespace sees it; 0 when it cannot.
-    pub pid: u32,
-    /// What tells two processes with one pid apart: the start time in clock ticks since boot
-    /// (`/proc/<pid>/stat` field 22), or the pidfd's inode where the pid cannot be seen.
-    pub birth: u64,
-    /// Whose process it is.
-    pub uid: u32,
-}
+pub use withdrawal::Need;

@@ -7,31 +7,45 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use swiftcache_proto::domain::{PinId, SessionId};
 
-use super::{Caller, Refusal, arena::Key, leases::Lease, state::State};
+use super::{
+    arena::{Beside, LeaseKey, OfLease},
+    check::hold,
+    config::CoreConfig,
+    effect::Refusal,
+};
 
 /// Consecutive slots of one lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
-    pub(super) lease: Key<Lease>,
+    pub(super) lease: LeaseKey,
     pub(super) first: u32,
     pub(super) count: u32,
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Pin {
-    pub(super) session: SessionId,
+struct Pin {
+    session: SessionId,
     /// When it ends, milliseconds.
-    pub(super) deadline: u64,
+    deadline: u64,
     /// How many extents it counts for against the session's limit.
-    pub(super) weight: usize,
-    pub(super) spans: Vec<Span>,
+    weight: usize,
+    spans: Vec<Span>,
+}
+
+/// What one session has pinned.
+#[derive(Clone, Debug, Default)]
+struct Pinned {
+    pins: BTreeSet<PinId>,
+    extents: usize,
 }
 
 /// All pins. Time never goes back and every pin lasts as long, so they end in the order of their ids.
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
-    pub(super) live: BTreeMap<PinId, Pin>,
+    live: BTreeMap<PinId, Pin>,
     last: u64,
+    by_session: BTreeMap<SessionId, Pinned>,
+    by_lease: Beside<OfLease, BTreeSet<PinId>>,
 }
 
 impl Pins {
@@ -39,134 +53,177 @@ impl Pins {
         Self {
             live: BTreeMap::new(),
             last: base >> 1,
+            by_session: BTreeMap::new(),
+            by_lease: Beside::default(),
         }
     }
-}
 
-impl State {
+    pub(super) fn len(&self) -> usize {
+        self.live.len()
+    }
+
     /// Pins what a lookup found in other sessions' leases. A lookup that found only its own leases gets an id too,
     /// which pins nothing.
-    pub(super) fn pin(&mut self, session: SessionId, spans: Vec<Span>) -> Result<PinId, Refusal> {
+    pub(super) fn add(
+        &mut self,
+        session: SessionId,
+        spans: Vec<Span>,
+        config: &CoreConfig,
+        now: u64,
+    ) -> Result<PinId, Refusal> {
         if !spans.is_empty() {
-            self.may_pin(session, spans.len())?;
+            self.may_pin(session, spans.len(), config)?;
         }
         // 0 is "no pin" on the wire.
-        self.pins.last = self.pins.last.wrapping_add(1).max(1);
-        let id = PinId(self.pins.last);
+        self.last = self.last.wrapping_add(1).max(1);
+        let id = PinId(self.last);
         if spans.is_empty() {
             return Ok(id);
         }
         for span in &spans {
-            self.leases[span.lease].pins.insert(id);
+            if let Some(pins) = self.by_lease.get_mut(span.lease) {
+                pins.insert(id);
+            } else {
+                self.by_lease.insert(span.lease, BTreeSet::from([id]));
+            }
         }
-        if let Some(session) = self.sessions.get_mut(&session) {
-            session.pins.insert(id);
-            session.pinned_extents += spans.len();
-        }
+        let its = self.by_session.entry(session).or_default();
+        its.pins.insert(id);
+        its.extents += spans.len();
         let pin = Pin {
             session,
-            deadline: self.now.saturating_add(self.config.pin_ms.into()),
+            deadline: now.saturating_add(config.pin_ms.into()),
             weight: spans.len(),
             spans,
         };
-        self.pins.live.insert(id, pin);
+        self.live.insert(id, pin);
         Ok(id)
     }
 
     /// Ending an older pin in favour of a new one would let its slots be written under a reader: the new one is
     /// refused instead.
-    fn may_pin(&self, session: SessionId, extents: usize) -> Result<(), Refusal> {
-        let session = &self.sessions[&session];
+    fn may_pin(
+        &self,
+        session: SessionId,
+        extents: usize,
+        config: &CoreConfig,
+    ) -> Result<(), Refusal> {
+        let Some(its) = self.by_session.get(&session) else {
+            return Ok(());
+        };
         let limit = |what, limit: usize| Refusal::Limit {
             what,
             limit: limit as u64,
         };
-        if session.pins.len() >= self.config.max_pins_per_session {
-            return Err(limit("pins", self.config.max_pins_per_session));
+        if its.pins.len() >= config.max_pins_per_session {
+            return Err(limit("pins", config.max_pins_per_session));
         }
-        if session.pinned_extents + extents > self.config.max_pinned_extents_per_session {
-            let most = self.config.max_pinned_extents_per_session;
+        if its.extents + extents > config.max_pinned_extents_per_session {
+            let most = config.max_pinned_extents_per_session;
             return Err(limit("pinned extents", most));
         }
         Ok(())
     }
 
-    pub(super) fn unpin(&mut self, caller: Caller, pins: &[PinId]) -> Result<(), Refusal> {
-        self.session_of(caller)?;
+    /// Ends those of these pins that are the session's.
+    pub(super) fn end(&mut self, session: SessionId, pins: &[PinId]) {
         for id in pins {
-            let pin = self.pins.live.get(id);
-            if pin.is_some_and(|pin| pin.session == caller.session) {
+            let pin = self.live.get(id);
+            if pin.is_some_and(|pin| pin.session == session) {
                 self.drop_pin(*id);
             }
         }
-        Ok(())
     }
 
     fn drop_pin(&mut self, id: PinId) {
-        let Some(pin) = self.pins.live.remove(&id) else {
+        let Some(pin) = self.live.remove(&id) else {
             return;
         };
         for span in &pin.spans {
-            self.leases[span.lease].pins.remove(&id);
+            if let Some(pins) = self.by_lease.get_mut(span.lease) {
+                pins.remove(&id);
+            }
         }
-        if let Some(session) = self.sessions.get_mut(&pin.session) {
-            session.pins.remove(&id);
-            session.pinned_extents -= pin.weight;
+        if let Some(its) = self.by_session.get_mut(&pin.session) {
+            its.pins.remove(&id);
+            its.extents -= pin.weight;
+            if its.pins.is_empty() {
+                self.by_session.remove(&pin.session);
+            }
         }
     }
 
-    pub(super) fn expire_pins(&mut self) {
-        while let Some((id, pin)) = self.pins.live.first_key_value() {
-            if pin.deadline > self.now {
+    /// Ends the pins whose time is over.
+    pub(super) fn expire(&mut self, now: u64) {
+        while let Some((id, pin)) = self.live.first_key_value() {
+            if pin.deadline > now {
                 return;
             }
             self.drop_pin(*id);
         }
     }
 
-    pub(super) fn drop_pins_of(&mut self, session: SessionId) {
-        let pins = self
-            .sessions
-            .get(&session)
-            .map(|session| session.pins.clone());
-        for id in pins.unwrap_or_default() {
+    pub(super) fn end_all_of(&mut self, session: SessionId) {
+        let its = self.by_session.get(&session);
+        for id in its.map(|its| its.pins.clone()).unwrap_or_default() {
             self.drop_pin(id);
         }
     }
 
     /// Ends what pins hold of one lease.
-    pub(super) fn drop_pins_on(&mut self, key: Key<Lease>) {
-        for id in std::mem::take(&mut self.leases[key].pins) {
-            let Some(pin) = self.pins.live.get_mut(&id) else {
+    pub(super) fn end_all_on(&mut self, lease: LeaseKey) {
+        for id in self.by_lease.remove(lease).unwrap_or_default() {
+            let Some(pin) = self.live.get_mut(&id) else {
                 continue;
             };
-            pin.spans.retain(|span| span.lease != key);
+            pin.spans.retain(|span| span.lease != lease);
             if pin.spans.is_empty() {
                 self.drop_pin(id);
             }
         }
     }
 
-    /// Which of these slots must not be written yet, and for how long, milliseconds.
-    pub(super) fn pinned_among(&self, key: Key<Lease>, slots: &[u32]) -> (Vec<u32>, u32) {
-        let lease = &self.leases[key];
-        let asked: BTreeSet<_> = slots.iter().copied().collect();
+    /// Which of these slots of a lease are pinned, and until when the last of them is.
+    pub(super) fn among(&self, lease: LeaseKey, slots: &BTreeSet<u32>) -> (BTreeSet<u32>, u64) {
         let mut pinned = BTreeSet::new();
-        let mut until = self.now;
-        for pin in lease.pins.iter().map(|id| &self.pins.live[id]) {
-            for span in pin.spans.iter().filter(|span| span.lease == key) {
-                for slot in asked.range(span.first..span.first + span.count) {
+        let mut until = 0;
+        for id in self.by_lease.get(lease).into_iter().flatten() {
+            let pin = &self.live[id];
+            for span in pin.spans.iter().filter(|span| span.lease == lease) {
+                for slot in slots.range(span.first..span.first + span.count) {
                     pinned.insert(*slot);
                     until = until.max(pin.deadline);
                 }
             }
         }
-        // Pins of the broker before this one are unknown, and may all still be read under.
-        if lease.restored && self.now < self.grace_until {
-            pinned = asked;
-            until = until.max(self.grace_until);
+        (pinned, until)
+    }
+
+    /// Verifies that sessions and leases know the same pins, and that `may` a session have a pin on a lease.
+    pub(super) fn check(&self, may: impl Fn(SessionId, LeaseKey) -> bool) -> Result<(), String> {
+        let mut on_leases = BTreeSet::new();
+        let mut by_session: BTreeMap<_, (BTreeSet<PinId>, usize)> = BTreeMap::new();
+        for (id, pin) in &self.live {
+            hold!(!pin.spans.is_empty(), "{id:?} pins nothing");
+            for span in &pin.spans {
+                let lease = span.lease;
+                let session = pin.session;
+                hold!(may(session, lease), "{id:?} pins {lease:?} for {session:?}");
+                on_leases.insert((lease, *id));
+            }
+            let its = by_session.entry(pin.session).or_default();
+            its.0.insert(*id);
+            its.1 += pin.weight;
         }
-        let left = u32::try_from(until - self.now).unwrap_or(u32::MAX);
-        (pinned.into_iter().collect(), left)
+        let known = self.by_lease.iter();
+        let known = known.flat_map(|(lease, pins)| pins.iter().map(move |pin| (lease, *pin)));
+        hold!(known.eq(on_leases), "leases are mistaken about their pins");
+        let known = self.by_session.iter();
+        let known = known.map(|(id, its)| (*id, (its.pins.clone(), its.extents)));
+        hold!(
+            known.collect::<BTreeMap<_, _>>() == by_session,
+            "sessions are mistaken about their pins"
+        );
+        Ok(())
     }
 }

@@ -6,7 +6,10 @@ use swiftcache_proto::domain::{
     AllocationId, DeviceUuid, Generation, LeaseId, RegionId, RevokeReason, SessionId,
 };
 
-use super::{DrainTarget, Process, QuotaTarget};
+use super::{
+    event::{DrainTarget, QuotaTarget},
+    process::Process,
+};
 
 /// One line of the ledger. Replaying the lines in order rebuilds every session, region and lease; the index
 /// is published again by the borrowers.

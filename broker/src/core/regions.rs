@@ -1,264 +1,207 @@
-//! Regions: offering, withdrawing, giving back, and zeroing slabs between tenants.
+//! All regions: by id and allocation, and for each device in the order in which they are lent from.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+    sync::Arc,
+};
 
 use swiftcache_proto::{
     convert::SLAB_BYTES,
-    domain::{AllocationId, Handle, RegionId, SessionId},
+    domain::{AllocationId, Handle, RegionId},
 };
 
 use super::{
-    Effect, Note, Offer, Record, Refusal, Reply,
     account::{Account, Place},
-    arena::Key,
-    devices::{Dirt, Rank},
-    leases::Lease,
-    state::State,
+    arena::{Arena, LeaseKey, OfRegion, RegionKey},
+    check::hold,
+    devices::Devices,
+    effect::Refusal,
+    region::{Dirt, Outline, Rank, Region},
 };
 
-#[derive(Clone, Debug)]
-pub(super) struct Slab {
-    pub(super) lease: Option<Key<Lease>>,
-    pub(super) place: Place,
-    /// How many times it has been leased.
-    pub(super) generation: u64,
-    pub(super) dirt: Dirt,
+/// What is offered on one device.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shelf {
+    /// An operator drains the device.
+    drained: bool,
+    /// Over all its regions.
+    account: Account,
+    /// Over the regions that can be lent from.
+    lendable: Account,
+    /// The regions that can be lent from and have a free slab, by what that slab may still hold.
+    free: BTreeMap<Dirt, BTreeSet<Rank>>,
+    /// How many regions that can be lent from have slabs of this many bytes.
+    slab_sizes: BTreeMap<u64, u32>,
+}
+
+impl Shelf {
+    pub(super) fn is_drained(&self) -> bool {
+        self.drained
+    }
+
+    /// Over all regions of the device.
+    pub(super) fn account(&self) -> Account {
+        self.account
+    }
+
+    /// Over the regions that can be lent from.
+    pub(super) fn lendable(&self) -> Account {
+        self.lendable
+    }
+
+    /// The regions that can be lent from and have a free slab that may still hold this, in their order.
+    pub(super) fn with_free(&self, dirt: &Dirt) -> impl Iterator<Item = Rank> {
+        self.free.get(dirt).into_iter().flatten().copied()
+    }
+
+    /// The regions that can be lent from and have a free slab that may still hold another tenant's bytes.
+    pub(super) fn with_dirty(&self, tenant: &Arc<str>) -> impl Iterator<Item = (&Dirt, Rank)> {
+        let others = (self.free.iter())
+            .filter(move |(dirt, _)| dirt.as_ref().is_some_and(|dirt| dirt != tenant));
+        others.flat_map(|(dirt, ranks)| ranks.iter().map(move |rank| (dirt, *rank)))
+    }
+
+    /// The sizes of slabs in regions that can be lent from, ascending.
+    pub(super) fn slab_sizes(&self) -> impl DoubleEndedIterator<Item = u64> {
+        self.slab_sizes.keys().copied()
+    }
+
+    fn add(&mut self, region: &Region, rank: Option<Rank>) {
+        self.account += region.account();
+        let Some(rank) = rank else { return };
+        self.lendable += region.account();
+        *self.slab_sizes.entry(region.slab_bytes()).or_default() += 1;
+        for dirt in region.free_by_dirt() {
+            self.free.entry(dirt.clone()).or_default().insert(rank);
+        }
+    }
+
+    fn subtract(&mut self, region: &Region, rank: Option<Rank>) {
+        self.account -= region.account();
+        let Some(rank) = rank else { return };
+        self.lendable -= region.account();
+        if let Some(count) = self.slab_sizes.get_mut(&region.slab_bytes()) {
+            *count -= 1;
+            if *count == 0 {
+                self.slab_sizes.remove(&region.slab_bytes());
+            }
+        }
+        for dirt in region.free_by_dirt() {
+            if let Some(ranks) = self.free.get_mut(dirt) {
+                ranks.remove(&rank);
+                if ranks.is_empty() {
+                    self.free.remove(dirt);
+                }
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Region {
-    pub(super) id: RegionId,
-    /// The session that offered it; kept in `State::sessions` until the region is returned.
-    pub(super) donor: SessionId,
-    pub(super) device: usize,
-    pub(super) allocation: AllocationId,
-    pub(super) offset: u64,
-    pub(super) bytes: u64,
-    pub(super) slab_bytes: u64,
-    /// `None` after a broker restart, until its donor offers it again.
-    pub(super) handle: Option<Handle>,
-    /// On its way back to its donor.
-    pub(super) withdrawing: bool,
-    /// An operator took it out of service.
-    pub(super) drained: bool,
-    pub(super) slabs: Vec<Slab>,
-    /// The free slabs, by what they may still hold.
-    pub(super) free: BTreeMap<Dirt, BTreeSet<u32>>,
-    pub(super) account: Account,
-    /// How many slabs have a lease.
-    pub(super) leases: u32,
-    /// Published blocks in all its slabs.
-    pub(super) published: u64,
-    /// When a lookup last found a block in it, milliseconds.
-    pub(super) last_hit: u64,
-    /// Its entry in the device's lending order, while it can be lent from.
-    pub(super) listed: Option<Rank>,
-    /// The sessions that said that they cannot map it.
-    pub(super) unmappable_by: BTreeSet<SessionId>,
+struct Entry {
+    region: Region,
+    /// Its place in its device's order, while it can be lent from.
+    listed: Option<Rank>,
 }
 
-/// What is fixed for the life of a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Outline {
-    pub(super) id: RegionId,
-    pub(super) donor: SessionId,
-    pub(super) device: usize,
-    pub(super) allocation: AllocationId,
-    pub(super) offset: u64,
-    pub(super) bytes: u64,
-    pub(super) slab_bytes: u64,
+/// Bounds on what is offered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    /// Regions at a time.
+    pub(super) regions: usize,
+    /// Slabs at a time.
+    pub(super) slabs: usize,
 }
 
-impl Region {
-    /// A region of free slabs that were never leased, without its handle.
-    pub(super) fn new(outline: Outline) -> Self {
-        let count = (outline.bytes / outline.slab_bytes) as u32;
-        let slab = Slab {
-            lease: None,
-            place: Place::Free,
-            generation: 0,
-            dirt: None,
-        };
+/// All regions.
+#[derive(Clone, Debug)]
+pub(super) struct Regions {
+    known: Arena<OfRegion, Entry>,
+    ids: BTreeMap<RegionId, RegionKey>,
+    /// The regions of each allocation, by offset.
+    allocations: BTreeMap<AllocationId, BTreeMap<u64, RegionKey>>,
+    /// Slabs of all regions.
+    slabs: usize,
+    /// By device.
+    shelves: Vec<Shelf>,
+    /// Labels of the donors an operator drains.
+    drained_donors: BTreeSet<String>,
+}
+
+impl Regions {
+    pub(super) fn new(devices: usize) -> Self {
         Self {
-            id: outline.id,
-            donor: outline.donor,
-            device: outline.device,
-            allocation: outline.allocation,
-            offset: outline.offset,
-            bytes: outline.bytes,
-            slab_bytes: outline.slab_bytes,
-            handle: None,
-            withdrawing: false,
-            drained: false,
-            slabs: vec![slab; count as usize],
-            free: BTreeMap::from([(None, (0..count).collect())]),
-            account: Account {
-                offered: outline.bytes,
-                free: outline.bytes,
-                ..Account::default()
-            },
-            leases: 0,
-            published: 0,
-            last_hit: 0,
-            listed: None,
-            unmappable_by: BTreeSet::new(),
+            known: Arena::default(),
+            ids: BTreeMap::new(),
+            allocations: BTreeMap::new(),
+            slabs: 0,
+            shelves: vec![Shelf::default(); devices],
+            drained_donors: BTreeSet::new(),
         }
     }
 
-    pub(super) fn outline(&self) -> Outline {
-        Outline {
-            id: self.id,
-            donor: self.donor,
-            device: self.device,
-            allocation: self.allocation,
-            offset: self.offset,
-            bytes: self.bytes,
-            slab_bytes: self.slab_bytes,
-        }
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
     }
 
-    pub(super) fn rank(&self, key: Key<Region>) -> Rank {
-        let whole = self.account.free == self.bytes;
-        (whole, self.account.free / self.slab_bytes, self.id, key)
+    /// Slabs of all regions.
+    pub(super) fn slabs(&self) -> usize {
+        self.slabs
     }
 
-    /// Moves a slab's bytes to another column of the account.
-    pub(super) fn put(&mut self, number: u32, place: Place) {
-        let slab = &mut self.slabs[number as usize];
-        if slab.place == Place::Free
-            && let Some(slabs) = self.free.get_mut(&slab.dirt)
-        {
-            slabs.remove(&number);
-            if slabs.is_empty() {
-                self.free.remove(&slab.dirt);
-            }
-        }
-        *self.account.column(slab.place) -= self.slab_bytes;
-        *self.account.column(place) += self.slab_bytes;
-        slab.place = place;
-        if place == Place::Free {
-            self.free
-                .entry(slab.dirt.clone())
-                .or_default()
-                .insert(number);
-        }
+    pub(super) fn key(&self, id: RegionId) -> Option<RegionKey> {
+        self.ids.get(&id).copied()
     }
 
-    /// Replaces what a slab may still hold, and its generation.
-    pub(super) fn set_history(&mut self, number: u32, generation: u64, dirt: Dirt) {
-        let place = self.slabs[number as usize].place;
-        // Out of the free set under the old dirt and back under the new one.
-        self.put(number, Place::Scrubbing);
-        let slab = &mut self.slabs[number as usize];
-        slab.generation = generation;
-        slab.dirt = dirt;
-        self.put(number, place);
+    pub(super) fn knows(&self, key: RegionKey) -> bool {
+        self.known.get(key).is_some()
     }
 
-    pub(super) fn in_place(&self, place: Place) -> impl Iterator<Item = u32> {
-        (0..)
-            .zip(&self.slabs)
-            .filter(move |(_, slab)| slab.place == place)
-            .map(|(number, _)| number)
+    pub(super) fn get(&self, key: RegionKey) -> &Region {
+        &self.known[key].region
     }
 
-    pub(super) fn leased(&self) -> Vec<Key<Lease>> {
-        self.slabs.iter().filter_map(|slab| slab.lease).collect()
-    }
-}
-
-impl State {
-    pub(super) fn offer(&mut self, offer: Offer) -> Result<Reply, Refusal> {
-        self.session_of(offer.caller)?;
-        let outline = Outline {
-            id: offer.region,
-            donor: offer.caller.session,
-            device: self.devices.number(&offer.device)?,
-            allocation: offer.allocation,
-            offset: offer.offset,
-            bytes: offer.bytes,
-            slab_bytes: offer.slab_bytes,
-        };
-        if let Some(key) = self.region_ids.get(&offer.region).copied() {
-            return self.offer_again(key, outline, offer.handle);
-        }
-        if self.sessions[&outline.donor].returned.contains(&outline.id) {
-            return Err(Refusal::Stale(format!(
-                "region {} was returned; zero its bytes and offer them under a new id",
-                outline.id
-            )));
-        }
-        self.admissible(outline)?;
-        let key = self.admit(outline);
-        self.edit_region(key, |region| region.handle = Some(offer.handle));
-        self.out.push(Effect::Record(Record::Region {
-            donor: offer.caller.session,
-            region: offer.region,
-            device: offer.device.clone(),
-            allocation: offer.allocation,
-            offset: offer.offset,
-            bytes: offer.bytes,
-            slab_bytes: offer.slab_bytes,
-        }));
-        self.note(Note::Offered {
-            region: offer.region,
-            device: offer.device,
-            bytes: offer.bytes,
-        });
-        Ok(Reply::Done)
+    /// By id, after one of them.
+    pub(super) fn after(
+        &self,
+        after: Option<RegionId>,
+    ) -> impl Iterator<Item = (RegionKey, &Region)> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let keys = self.ids.range((from, Bound::Unbounded));
+        keys.map(|(_, key)| (*key, self.get(*key)))
     }
 
-    fn offer_again(
-        &mut self,
-        key: Key<Region>,
-        outline: Outline,
-        handle: Handle,
-    ) -> Result<Reply, Refusal> {
-        let region = &self.regions[key];
-        if region.outline() != outline {
-            return Err(Refusal::Overlap {
-                region: outline.id,
-                with: region.id,
-            });
-        }
-        if region.withdrawing {
-            return Err(Refusal::Stale(format!(
-                "region {} is on its way back; offer the bytes again under a new id once it is returned",
-                region.id
-            )));
-        }
-        for session in std::mem::take(&mut self.regions[key].unmappable_by) {
-            if let Some(session) = self.sessions.get_mut(&session) {
-                session.unmappable.remove(&outline.id);
-            }
-        }
-        self.edit_region(key, |region| region.handle = Some(handle));
-        Ok(Reply::Done)
+    /// By id.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (RegionKey, &Region)> {
+        self.after(None)
     }
 
-    /// The session cannot map the region, so it is of no use to it.
-    pub(super) fn cannot_map(&mut self, session: SessionId, key: Key<Region>) {
-        let region = &mut self.regions[key];
-        if let Some(known) = self.sessions.get_mut(&session) {
-            known.unmappable.insert(region.id);
-            region.unmappable_by.insert(session);
-        }
+    pub(super) fn shelf(&self, device: usize) -> &Shelf {
+        &self.shelves[device]
     }
 
-    /// What a session that is over cannot map matters no more.
-    pub(super) fn forget_unmappable(&mut self, session: SessionId) {
-        let Some(known) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        for region in std::mem::take(&mut known.unmappable) {
-            self.regions[self.region_ids[&region]]
-                .unmappable_by
-                .remove(&session);
-        }
+    /// What is offered on each device.
+    pub(super) fn shelves(&self) -> &[Shelf] {
+        &self.shelves
+    }
+
+    /// Whether the region can be lent from.
+    pub(super) fn is_listed(&self, key: RegionKey) -> bool {
+        self.known[key].listed.is_some()
+    }
+
+    pub(super) fn drained_donors(&self) -> &BTreeSet<String> {
+        &self.drained_donors
     }
 
     /// Whether a region that is not known yet may be admitted.
-    pub(super) fn admissible(&self, offer: Outline) -> Result<(), Refusal> {
+    pub(super) fn admissible(
+        &self,
+        offer: &Outline,
+        devices: &Devices,
+        room: Room,
+    ) -> Result<(), Refusal> {
         let invalid = |field, problem| Err(Refusal::Invalid { field, problem });
         if !SLAB_BYTES.contains(&offer.slab_bytes) {
             let (least, most) = (SLAB_BYTES.start(), SLAB_BYTES.end());
@@ -272,7 +215,7 @@ impl State {
             );
             return invalid("bytes", problem);
         }
-        let hbm_bytes = self.devices.list[offer.device].device.hbm_bytes;
+        let hbm_bytes = devices.get(offer.device).hbm_bytes;
         // 0: unknown.
         if hbm_bytes > 0 && offer.bytes > hbm_bytes {
             let problem = format!("is {}; the device has {hbm_bytes}", offer.bytes);
@@ -285,18 +228,23 @@ impl State {
             what,
             limit: limit as u64,
         };
-        if self.regions.len() >= self.config.max_regions {
-            return Err(limit("regions", self.config.max_regions));
+        if self.known.len() >= room.regions {
+            return Err(limit("regions", room.regions));
         }
         let slabs = offer.bytes / offer.slab_bytes;
-        if slabs > self.config.max_slabs.saturating_sub(self.slabs) as u64 {
-            return Err(limit("slabs", self.config.max_slabs));
+        if slabs > room.slabs.saturating_sub(self.slabs) as u64 {
+            return Err(limit("slabs", room.slabs));
         }
+        self.fits_beside(offer, end, devices)
+    }
+
+    /// Whether the allocation's other regions leave room for one that ends there.
+    fn fits_beside(&self, offer: &Outline, end: u64, devices: &Devices) -> Result<(), Refusal> {
         let Some(neighbours) = self.allocations.get(&offer.allocation) else {
             return Ok(());
         };
         for key in neighbours.values().take(1) {
-            let region = &self.regions[*key];
+            let region = self.get(*key).outline();
             if region.donor != offer.donor {
                 return Err(Refusal::NotYours {
                     what: "allocation",
@@ -304,40 +252,237 @@ impl State {
                 });
             }
             if region.device != offer.device {
-                let problem = format!(
-                    "allocation {} lies on {}",
-                    offer.allocation,
-                    self.devices.uuid(region.device)
-                );
-                return invalid("device_uuid", problem);
+                let uuid = devices.uuid(region.device);
+                return Err(Refusal::Invalid {
+                    field: "device_uuid",
+                    problem: format!("allocation {} lies on {uuid}", offer.allocation),
+                });
             }
         }
         // Regions of one allocation never overlap, so only the last one that starts before our end can.
         match neighbours.range(..end).next_back() {
-            Some((start, key)) if start + self.regions[*key].bytes > offer.offset => {
+            Some((start, key)) if start + self.get(*key).bytes() > offer.offset => {
                 Err(Refusal::Overlap {
                     region: offer.id,
-                    with: self.regions[*key].id,
+                    with: self.get(*key).id(),
                 })
             }
             _ => Ok(()),
         }
     }
 
-    pub(super) fn admit(&mut self, outline: Outline) -> Key<Region> {
+    /// Takes an admissible region in, without its handle.
+    pub(super) fn admit(&mut self, outline: Outline) -> RegionKey {
         let region = Region::new(outline);
-        self.slabs += region.slabs.len();
-        if let Some(donor) = self.sessions.get_mut(&region.donor) {
-            donor.regions.insert(region.id);
-            donor.donated_bytes += region.bytes;
-        }
-        let key = self.regions.insert(region);
-        self.region_ids.insert(outline.id, key);
+        self.slabs += region.slabs().len();
+        let key = self.known.insert(Entry {
+            region,
+            listed: None,
+        });
+        self.ids.insert(outline.id, key);
         self.allocations
             .entry(outline.allocation)
             .or_default()
             .insert(outline.offset, key);
         self.list(key);
         key
+    }
+
+    /// Forgets a region, and names its allocation if that was its last.
+    pub(super) fn remove(&mut self, key: RegionKey) -> (Region, Option<AllocationId>) {
+        self.unlist(key);
+        let region = self.known.remove(key).region;
+        let outline = *region.outline();
+        self.slabs -= region.slabs().len();
+        self.ids.remove(&outline.id);
+        let mut last = None;
+        if let Some(neighbours) = self.allocations.get_mut(&outline.allocation) {
+            neighbours.remove(&outline.offset);
+            if neighbours.is_empty() {
+                self.allocations.remove(&outline.allocation);
+                last = Some(outline.allocation);
+            }
+        }
+        (region, last)
+    }
+
+    pub(super) fn set_handle(&mut self, key: RegionKey, handle: Handle) {
+        self.edit(key, |region| region.set_handle(handle));
+    }
+
+    /// Starts the region's way back: nothing more is lent from it.
+    pub(super) fn withdraw(&mut self, key: RegionKey) {
+        self.edit(key, Region::withdraw);
+    }
+
+    /// A free slab is leased.
+    pub(super) fn lease(&mut self, key: RegionKey, slab: u32, lease: LeaseKey, generation: u64) {
+        self.edit(key, |region| region.lease(slab, lease, generation));
+    }
+
+    /// A slab's lease is over. It may still hold the tenant's bytes.
+    pub(super) fn free(&mut self, key: RegionKey, slab: u32, tenant: Arc<str>) {
+        self.edit(key, |region| region.free(slab, tenant));
+    }
+
+    /// Moves a slab's bytes to another column of the account.
+    pub(super) fn put(&mut self, key: RegionKey, slab: u32, place: Place) {
+        self.edit(key, |region| region.put(slab, place));
+    }
+
+    /// Replaces what a slab may still hold, and its generation.
+    pub(super) fn set_history(&mut self, key: RegionKey, slab: u32, generation: u64, dirt: Dirt) {
+        self.edit(key, |region| region.set_history(slab, generation, dirt));
+    }
+
+    /// A slab holds nobody's bytes any more and is free.
+    pub(super) fn clean(&mut self, key: RegionKey, slab: u32) {
+        self.edit(key, |region| region.clean(slab));
+    }
+
+    pub(super) fn published_more(&mut self, key: RegionKey, blocks: u64) {
+        self.known[key].region.published_more(blocks);
+    }
+
+    pub(super) fn published_less(&mut self, key: RegionKey, blocks: u64) {
+        self.known[key].region.published_less(blocks);
+    }
+
+    /// A lookup has found a block in it.
+    pub(super) fn hit(&mut self, key: RegionKey, now: u64) {
+        self.known[key].region.hit(now);
+    }
+
+    /// Says whether that changed anything.
+    pub(super) fn drain_region(&mut self, key: RegionKey, drained: bool) -> bool {
+        let mut changed = false;
+        self.edit(key, |region| changed = region.set_drained(drained));
+        changed
+    }
+
+    /// Says whether that changed anything.
+    pub(super) fn drain_device(&mut self, device: usize, drained: bool) -> bool {
+        let here = self.iter().filter(|(_, region)| region.device() == device);
+        let keys: Vec<_> = here.map(|(key, _)| key).collect();
+        let change = |regions: &mut Self| {
+            let before = &mut regions.shelves[device].drained;
+            std::mem::replace(before, drained) != drained
+        };
+        self.relist(&keys, change)
+    }
+
+    /// Drains every region of the donors with this label, or ends that. Says whether it changed anything.
+    pub(super) fn drain_donor(&mut self, label: &str, drained: bool) -> bool {
+        let its = self
+            .iter()
+            .filter(|(_, region)| region.donor().label() == label);
+        let keys: Vec<_> = its.map(|(key, _)| key).collect();
+        self.relist(&keys, |regions| match drained {
+            true => regions.drained_donors.insert(label.to_owned()),
+            false => regions.drained_donors.remove(label),
+        })
+    }
+
+    /// Changes something that decides whether these regions are lent from.
+    fn relist(&mut self, keys: &[RegionKey], change: impl FnOnce(&mut Self) -> bool) -> bool {
+        for key in keys {
+            self.unlist(*key);
+        }
+        let changed = change(self);
+        for key in keys {
+            self.list(*key);
+        }
+        changed
+    }
+
+    /// Changes a region and keeps its device's accounts and lending order in step.
+    fn edit(&mut self, key: RegionKey, edit: impl FnOnce(&mut Region)) {
+        self.unlist(key);
+        edit(&mut self.known[key].region);
+        self.list(key);
+    }
+
+    /// Whether new leases may be taken from the region. A donor that is over has withdrawn all of its regions.
+    fn can_lend(&self, region: &Region) -> bool {
+        region.handle().is_some()
+            && !region.is_withdrawing()
+            && !region.is_drained()
+            && !self.shelves[region.device()].drained
+            && !self.drained_donors.contains(&region.donor().label())
+    }
+
+    fn unlist(&mut self, key: RegionKey) {
+        let entry = &mut self.known[key];
+        let listed = entry.listed.take();
+        self.shelves[entry.region.device()].subtract(&entry.region, listed);
+    }
+
+    fn list(&mut self, key: RegionKey) {
+        let lends = self.can_lend(&self.known[key].region);
+        let entry = &mut self.known[key];
+        entry.listed = lends.then(|| entry.region.rank(key));
+        self.shelves[entry.region.device()].add(&entry.region, entry.listed);
+    }
+
+    /// Verifies every region, that none overlaps another, and that each device's accounts and order are what its regions
+    /// make them.
+    pub(super) fn check(&self) -> Result<(), String> {
+        hold!(self.ids.len() == self.known.len(), "a region has two ids");
+        let mut slabs = 0;
+        let mut shelves: Vec<Shelf> = self.shelves.clone();
+        for shelf in &mut shelves {
+            *shelf = Shelf {
+                drained: shelf.drained,
+                ..Shelf::default()
+            };
+        }
+        for (id, key) in &self.ids {
+            let Entry { region, listed } = &self.known[*key];
+            hold!(region.id() == *id, "region {id} is filed under another id");
+            region.check()?;
+            slabs += region.slabs().len();
+            let rank = self.can_lend(region).then(|| region.rank(*key));
+            hold!(*listed == rank, "region {id} is misranked");
+            shelves[region.device()].add(region, rank);
+            let within = self.allocations.get(&region.outline().allocation);
+            let filed = within.and_then(|regions| regions.get(&region.outline().offset));
+            hold!(filed == Some(key), "region {id} is not in its allocation");
+        }
+        hold!(slabs == self.slabs, "slabs are miscounted");
+        for (number, (shelf, counted)) in self.shelves.iter().zip(shelves).enumerate() {
+            hold!(
+                shelf.account == counted.account && shelf.lendable == counted.lendable,
+                "device {number} is misaccounted"
+            );
+            hold!(
+                shelf.free == counted.free,
+                "device {number} lends in the wrong order"
+            );
+            hold!(
+                shelf.slab_sizes == counted.slab_sizes,
+                "device {number} misses a slab size"
+            );
+        }
+        self.check_allocations()
+    }
+
+    /// Regions of one allocation belong to one donor and do not overlap.
+    fn check_allocations(&self) -> Result<(), String> {
+        let mut regions = 0;
+        for (id, neighbours) in &self.allocations {
+            let mut end = 0;
+            let mut owners = BTreeSet::new();
+            for (offset, key) in neighbours {
+                let region = self.get(*key).outline();
+                hold!(*offset >= end, "regions of allocation {id} overlap");
+                end = offset + region.bytes;
+                owners.insert((region.donor, region.device));
+                regions += 1;
+            }
+            let count = owners.len();
+            hold!(count == 1, "allocation {id} has {count} owners");
+        }
+        hold!(regions == self.known.len(), "a region has no allocation");
+        Ok(())
     }
 }

@@ -1,79 +1,139 @@
-//! Sessions: opening, resuming, attaching, and ending them.
+//! Sessions: whose process each is, and what it holds, reads and donates.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Bound,
     sync::Arc,
 };
 
-use swiftcache_proto::domain::{Generation, LeaseId, PinId, RegionId, RevokeReason, SessionId};
+use swiftcache_proto::domain::{LeaseId, RegionId, SessionId};
 
-use super::{
-    Caller, Effect, Note, Outgoing, Process, Record, Refusal, Register, Reply, account::Place,
-    state::State,
-};
+use super::{check::hold, effect::Refusal, event::Caller, process::Process};
 
+/// The returned regions a session is told of again when it attaches; a donor that missed older ones learns of them
+/// from the regions listed when it resumes.
+const RETURNED_REMEMBERED: usize = 4_096;
+
+/// A session, or one that is over and has regions to get back.
 #[derive(Clone, Debug)]
 pub(super) struct Session {
-    pub(super) process: Process,
-    pub(super) name: String,
-    pub(super) tenant: Arc<str>,
+    process: Process,
+    name: Arc<str>,
+    tenant: Arc<str>,
     /// Its stream is up.
-    pub(super) attached: bool,
+    attached: bool,
     /// It left or its process is gone; remembered only until its last region is returned.
-    pub(super) over: bool,
+    over: bool,
     /// When it was opened, milliseconds.
-    pub(super) since: u64,
+    since: u64,
     /// The regions it donates.
-    pub(super) regions: BTreeSet<RegionId>,
+    regions: BTreeSet<RegionId>,
     /// The leases it holds as lessee, revoked ones it has not let go of included.
-    pub(super) leases: BTreeSet<LeaseId>,
+    leases: BTreeSet<LeaseId>,
     /// The leases it reads.
-    pub(super) reads: BTreeSet<LeaseId>,
-    /// The regions that it said it cannot map.
-    pub(super) unmappable: BTreeSet<RegionId>,
-    pub(super) pins: BTreeSet<PinId>,
-    pub(super) pinned_extents: usize,
-    pub(super) donated_bytes: u64,
+    reads: BTreeSet<LeaseId>,
+    /// Bytes of `regions`.
+    donated_bytes: u64,
     /// Bytes of `leases`.
-    pub(super) held_bytes: u64,
-    /// Bytes of those of `leases` that are not revoked.
-    pub(super) active_bytes: u64,
+    held_bytes: u64,
     /// The last regions it got back, told again when it attaches.
-    pub(super) returned: VecDeque<RegionId>,
+    returned: VecDeque<RegionId>,
 }
 
 impl Session {
-    pub(super) fn new(process: Process, name: String, tenant: Arc<str>, since: u64) -> Self {
-        Self {
-            process,
-            name,
-            tenant,
-            attached: false,
-            over: false,
-            since,
-            regions: BTreeSet::new(),
-            leases: BTreeSet::new(),
-            reads: BTreeSet::new(),
-            unmappable: BTreeSet::new(),
-            pins: BTreeSet::new(),
-            pinned_extents: 0,
-            donated_bytes: 0,
-            held_bytes: 0,
-            active_bytes: 0,
-            returned: VecDeque::new(),
-        }
+    pub(super) fn process(&self) -> Process {
+        self.process
+    }
+
+    pub(super) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub(super) fn tenant(&self) -> &Arc<str> {
+        &self.tenant
+    }
+
+    pub(super) fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    pub(super) fn since(&self) -> u64 {
+        self.since
+    }
+
+    pub(super) fn regions(&self) -> &BTreeSet<RegionId> {
+        &self.regions
+    }
+
+    pub(super) fn leases(&self) -> &BTreeSet<LeaseId> {
+        &self.leases
+    }
+
+    pub(super) fn reads(&self) -> &BTreeSet<LeaseId> {
+        &self.reads
+    }
+
+    pub(super) fn donated_bytes(&self) -> u64 {
+        self.donated_bytes
+    }
+
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    pub(super) fn returned(&self) -> &VecDeque<RegionId> {
+        &self.returned
     }
 }
 
-impl State {
+/// All sessions, and the processes behind those that are not over.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sessions {
+    known: BTreeMap<SessionId, Session>,
+    /// The processes with a session that is not over.
+    processes: BTreeMap<Process, BTreeSet<SessionId>>,
+}
+
+impl Sessions {
+    /// How many are known, those included that are over and have regions to get back.
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    pub(super) fn get(&self, id: SessionId) -> Option<&Session> {
+        self.known.get(&id)
+    }
+
+    /// Those that are known, by id.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (SessionId, &Session)> {
+        self.known.iter().map(|(id, session)| (*id, session))
+    }
+
+    /// Those that are not over, by id, after one of them.
+    pub(super) fn live_after(
+        &self,
+        after: Option<SessionId>,
+    ) -> impl Iterator<Item = (SessionId, &Session)> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let sessions = self.known.range((from, Bound::Unbounded));
+        sessions
+            .filter(|(_, session)| !session.over)
+            .map(|(id, session)| (*id, session))
+    }
+
+    /// How many are not over.
+    pub(super) fn live(&self) -> usize {
+        self.processes.values().map(BTreeSet::len).sum()
+    }
+
     /// The caller's session, if it is its process that speaks.
-    pub(super) fn session_of(&self, caller: Caller) -> Result<&Session, Refusal> {
+    pub(super) fn of(&self, caller: Caller) -> Result<&Session, Refusal> {
         let which = || caller.session.label();
-        match self.sessions.get(&caller.session) {
-            Some(session) if session.over => Err(Refusal::Unknown {
-                what: "session",
-                which: which(),
-            }),
+        match self.known.get(&caller.session).filter(|known| !known.over) {
             None => Err(Refusal::Unknown {
                 what: "session",
                 which: which(),
@@ -86,257 +146,169 @@ impl State {
         }
     }
 
-    /// Sends on a session's stream, if it is up; what is outstanding is sent again when it attaches.
-    pub(super) fn send(&mut self, session: SessionId, outgoing: Outgoing) {
-        if self.sessions.get(&session).is_some_and(|to| to.attached) {
-            self.out.push(Effect::Send(session, outgoing));
-        }
+    /// Whether a process has a session that is not over.
+    pub(super) fn knows(&self, process: Process) -> bool {
+        self.processes.contains_key(&process)
     }
 
-    pub(super) fn register(&mut self, register: Register) -> Result<Reply, Refusal> {
-        match register.resume {
-            Some(session) => self.resume(session, register),
-            None => self.open(register),
-        }
+    pub(super) fn processes(&self) -> impl Iterator<Item = Process> {
+        self.processes.keys().copied()
     }
 
-    fn open(&mut self, register: Register) -> Result<Reply, Refusal> {
-        let session = register.fresh_id;
-        if self.sessions.len() >= self.config.max_sessions {
-            return Err(Refusal::Limit {
-                what: "sessions",
-                limit: self.config.max_sessions as u64,
-            });
-        }
-        if self.sessions.contains_key(&session) {
-            return Err(Refusal::Stale(
-                "the session id drawn is in use; register again".to_owned(),
-            ));
-        }
-        self.out.push(Effect::Record(Record::Session {
-            session,
-            process: register.process,
-            name: register.name.clone(),
-            tenant: register.tenant.clone(),
-        }));
-        if !self.processes.contains_key(&register.process) {
-            self.out.push(Effect::Watch(register.process));
-        }
-        self.note(Note::Registered {
-            session,
-            name: register.name.clone(),
-            resumed: false,
-        });
-        self.enrol(
-            session,
-            register.process,
-            register.name,
-            register.tenant.into(),
-        );
-        Ok(Reply::Registered {
-            session,
-            refused: Vec::new(),
-            regions: Vec::new(),
-        })
-    }
-
-    pub(super) fn enrol(
-        &mut self,
-        id: SessionId,
-        process: Process,
-        name: String,
-        tenant: Arc<str>,
-    ) {
-        let session = Session::new(process, name, tenant, self.now);
-        self.sessions.insert(id, session);
-        self.processes.entry(process).or_default().insert(id);
-    }
-
-    fn resume(&mut self, id: SessionId, register: Register) -> Result<Reply, Refusal> {
-        let session = self.session_of(Caller {
-            session: id,
-            process: register.process,
-        })?;
-        if *session.tenant != *register.tenant {
-            return Err(Refusal::Invalid {
-                field: "tenant",
-                problem: "is not the one the session was opened with".to_owned(),
-            });
-        }
-        let held: BTreeSet<_> = register.held.into_iter().collect();
-        let shared: BTreeSet<_> = register.shared.into_iter().collect();
-        let refused = held
-            .difference(&session.leases)
-            .chain(shared.difference(&session.reads))
-            .copied()
-            .collect::<BTreeSet<_>>();
-        let dropped: Vec<_> = session.leases.difference(&held).copied().collect();
-        let unread: Vec<_> = session.reads.difference(&shared).copied().collect();
-        let regions = session.regions.iter().copied().collect();
-        let name = session.name.clone();
-        for lease in unread {
-            self.let_go(self.lease_ids[&lease], id);
-        }
-        for lease in dropped {
-            self.lessee_lets_go(self.lease_ids[&lease], RevokeReason::Released);
-        }
-        self.note(Note::Registered {
-            session: id,
-            name,
-            resumed: true,
-        });
-        Ok(Reply::Registered {
-            session: id,
-            refused: refused.into_iter().collect(),
-            regions,
-        })
-    }
-
-    /// Replies, and then says again what the session may have missed.
-    pub(super) fn attach(&mut self, caller: Caller) -> Result<(), Refusal> {
-        self.session_of(caller)?;
-        self.out.push(Effect::Reply(Reply::Done));
-        let id = caller.session;
-        if let Some(session) = self.sessions.get_mut(&id) {
-            session.attached = true;
-        }
-        for message in self.outstanding(id) {
-            self.send(id, message);
-        }
-        Ok(())
-    }
-
-    fn outstanding(&self, id: SessionId) -> Vec<Outgoing> {
-        let session = &self.sessions[&id];
-        let returned = session.returned.iter().map(|id| Outgoing::Returned(*id));
-        let revoked = session
-            .leases
-            .iter()
-            .chain(&session.reads)
-            .filter_map(|id| {
-                let lease = &self.leases[self.lease_ids[id]];
-                lease.revocation().map(|revocation| Outgoing::Revoke {
-                    lease: lease.id,
-                    generation: Generation(lease.generation),
-                    reason: revocation.reason,
-                    drain_ms: revocation.left_ms(self.now),
-                })
-            });
-        let scrubs = session.regions.iter().flat_map(|id| {
-            let region = &self.regions[self.region_ids[id]];
-            // Regions are many and scrubs few: the account says whether there is anything to look for.
-            let scrubbing =
-                (region.account.scrubbing > 0).then(|| region.in_place(Place::Scrubbing));
-            scrubbing.into_iter().flatten().map(|slab| Outgoing::Scrub {
-                region: region.id,
-                slab,
-                generation: Generation(region.slabs[slab as usize].generation),
-            })
-        });
-        (self
-            .lasting_holds()
-            .chain(returned)
-            .chain(revoked)
-            .chain(scrubs))
-        .collect()
-    }
-
-    pub(super) fn detach(&mut self, id: SessionId) {
-        if let Some(session) = self.sessions.get_mut(&id) {
-            session.attached = false;
-        }
-    }
-
-    pub(super) fn leave(&mut self, caller: Caller) -> Result<Reply, Refusal> {
-        self.session_of(caller)?;
-        let id = caller.session;
-        self.drop_holdings(id, RevokeReason::Released);
-        self.close(id, RevokeReason::Withdrawn);
-        self.note(Note::Left { session: id });
-        if !self.processes.contains_key(&caller.process) {
-            self.out.push(Effect::Unwatch(caller.process));
-        }
-        self.bury(id);
-        Ok(Reply::Done)
-    }
-
-    /// The process can touch nothing any more: all its sessions are over.
-    pub(super) fn process_gone(&mut self, process: Process) {
-        let sessions = self.processes.get(&process).cloned().unwrap_or_default();
-        for id in &sessions {
-            self.detach(*id);
-        }
-        // What one of its sessions lent another is free before its regions are looked at.
-        for id in &sessions {
-            self.drop_holdings(*id, RevokeReason::LesseeGone);
-        }
-        for id in sessions {
-            let name = self.sessions[&id].name.clone();
-            self.close(id, RevokeReason::DonorGone);
-            self.note(Note::Gone { session: id, name });
-            self.bury(id);
-        }
-    }
-
-    /// Lets go of everything the session holds of others.
-    fn drop_holdings(&mut self, id: SessionId, reason: RevokeReason) {
-        self.waits.remove(&id);
-        self.drop_pins_of(id);
-        self.close_borrowers_of(id);
-        self.forget_unmappable(id);
-        let session = &self.sessions[&id];
-        let (leases, reads) = (session.leases.clone(), session.reads.clone());
-        for lease in reads {
-            self.let_go(self.lease_ids[&lease], id);
-        }
-        for lease in leases {
-            self.lessee_lets_go(self.lease_ids[&lease], reason);
-        }
-    }
-
-    /// Withdraws the session's regions and ends it.
-    fn close(&mut self, id: SessionId, reason: RevokeReason) {
-        for region in self.sessions[&id].regions.clone() {
-            let drain_ms = self.config.default_drain_ms;
-            self.withdraw_region(self.region_ids[&region], reason, drain_ms);
-        }
-        self.out
-            .push(Effect::Record(Record::SessionOver { session: id }));
-        self.end_session(id);
-    }
-
-    /// Marks a session over; it stays known until [`State::bury`] finds nothing of it left.
-    pub(super) fn end_session(&mut self, id: SessionId) {
-        let Some(session) = self.sessions.get_mut(&id) else {
-            return;
-        };
-        session.over = true;
-        let process = session.process;
-        if let Some(sessions) = self.processes.get_mut(&process) {
-            sessions.remove(&id);
-            if sessions.is_empty() {
-                self.processes.remove(&process);
-            }
-        }
-        let label = id.label();
-        if self.drained_donors.contains(&label) && self.donors_labelled(&label).next().is_none() {
-            self.drained_donors.remove(&label);
-        }
+    /// The sessions of a process that are not over.
+    pub(super) fn of_process(&self, process: Process) -> BTreeSet<SessionId> {
+        self.processes.get(&process).cloned().unwrap_or_default()
     }
 
     /// The sessions with this label that are not over.
-    pub(super) fn donors_labelled(&self, label: &str) -> impl Iterator<Item = SessionId> {
-        self.sessions
-            .iter()
-            .filter(move |(id, session)| !session.over && id.label() == label)
-            .map(|(id, _)| *id)
+    pub(super) fn labelled(&self, label: &str) -> impl Iterator<Item = (SessionId, &Session)> {
+        self.live_after(None)
+            .filter(move |(id, _)| id.label() == label)
+    }
+
+    pub(super) fn open(
+        &mut self,
+        id: SessionId,
+        process: Process,
+        name: Arc<str>,
+        tenant: Arc<str>,
+        since: u64,
+    ) {
+        let session = Session {
+            process,
+            name,
+            tenant,
+            attached: false,
+            over: false,
+            since,
+            regions: BTreeSet::new(),
+            leases: BTreeSet::new(),
+            reads: BTreeSet::new(),
+            donated_bytes: 0,
+            held_bytes: 0,
+            returned: VecDeque::new(),
+        };
+        self.known.insert(id, session);
+        self.processes.entry(process).or_default().insert(id);
+    }
+
+    pub(super) fn set_attached(&mut self, id: SessionId, attached: bool) {
+        if let Some(session) = self.known.get_mut(&id) {
+            session.attached = attached;
+        }
+    }
+
+    /// Marks a session over; it stays known until [`Self::bury`] finds nothing of it left.
+    pub(super) fn end(&mut self, id: SessionId) {
+        let Some(session) = self.known.get_mut(&id) else {
+            return;
+        };
+        session.over = true;
+        if let Some(sessions) = self.processes.get_mut(&session.process) {
+            sessions.remove(&id);
+            if sessions.is_empty() {
+                self.processes.remove(&session.process);
+            }
+        }
     }
 
     /// Forgets a session that is over and whose regions are all returned.
     pub(super) fn bury(&mut self, id: SessionId) {
         let done = |session: &Session| session.over && session.regions.is_empty();
-        if self.sessions.get(&id).is_some_and(done) {
-            self.sessions.remove(&id);
+        if self.known.get(&id).is_some_and(done) {
+            self.known.remove(&id);
         }
+    }
+
+    /// The session holds a lease from now on. False when it is over: then nobody does.
+    pub(super) fn hold(&mut self, id: SessionId, lease: LeaseId, bytes: u64) -> bool {
+        match self.known.get_mut(&id) {
+            Some(session) if !session.over => {
+                session.leases.insert(lease);
+                session.held_bytes += bytes;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn let_go(&mut self, id: SessionId, lease: LeaseId, bytes: u64) {
+        if let Some(session) = self.known.get_mut(&id)
+            && session.leases.remove(&lease)
+        {
+            session.held_bytes -= bytes;
+        }
+    }
+
+    /// The session reads a lease from now on.
+    pub(super) fn read(&mut self, id: SessionId, lease: LeaseId) {
+        if let Some(session) = self.known.get_mut(&id) {
+            session.reads.insert(lease);
+        }
+    }
+
+    pub(super) fn stop_reading(&mut self, id: SessionId, lease: LeaseId) {
+        if let Some(session) = self.known.get_mut(&id) {
+            session.reads.remove(&lease);
+        }
+    }
+
+    /// The session donates a region from now on.
+    pub(super) fn donate(&mut self, id: SessionId, region: RegionId, bytes: u64) {
+        if let Some(session) = self.known.get_mut(&id) {
+            session.regions.insert(region);
+            session.donated_bytes += bytes;
+        }
+    }
+
+    /// The session has a region back.
+    pub(super) fn take_back(&mut self, id: SessionId, region: RegionId, bytes: u64) {
+        if let Some(session) = self.known.get_mut(&id)
+            && session.regions.remove(&region)
+        {
+            session.donated_bytes -= bytes;
+            if session.returned.len() >= RETURNED_REMEMBERED {
+                session.returned.pop_front();
+            }
+            session.returned.push_back(region);
+        }
+    }
+
+    /// Forgets what was returned: a donor learns what came back before a restart from the regions listed when it
+    /// resumes.
+    pub(super) fn forget_returned(&mut self) {
+        for session in self.known.values_mut() {
+            session.returned.clear();
+        }
+    }
+
+    /// All were opened now, as far as this clock can tell.
+    pub(super) fn restart_clocks(&mut self, now: u64) {
+        for session in self.known.values_mut() {
+            session.since = now;
+        }
+    }
+
+    /// Verifies that exactly the processes of sessions that are not over are watched, and that whoever is over has let go
+    /// of everything but regions.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut processes: BTreeMap<Process, BTreeSet<SessionId>> = BTreeMap::new();
+        for (id, session) in &self.known {
+            if !session.over {
+                processes.entry(session.process).or_default().insert(*id);
+                continue;
+            }
+            hold!(
+                !session.regions.is_empty(),
+                "{id:?} is over and has no region"
+            );
+            let holds = !session.leases.is_empty() || !session.reads.is_empty();
+            hold!(!holds, "{id:?} is over and holds leases");
+        }
+        hold!(
+            processes == self.processes,
+            "processes are not watched as they should be"
+        );
+        Ok(())
     }
 }

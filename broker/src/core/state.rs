@@ -1,20 +1,31 @@
-//! The whole of the broker's knowledge, and the one way to change it.
+//! The broker's state machine, and the one way to change it.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use swiftcache_proto::domain::{AllocationId, LeaseId, RegionId, SessionId};
+use swiftcache_proto::domain::{LeaseId, Link, RegionId, SessionId};
 
 use super::{
-    CoreConfig, Counters, Effect, Event, Node, Note, Now, Process, QuotaTarget, Refusal, Reply,
-    arena::{Arena, Key},
-    borrowers::Borrowers,
-    devices::Devices,
-    fairness::Wait,
-    index::Index,
-    leases::Lease,
-    pins::Pins,
-    regions::Region,
-    sessions::Session,
+    account::Account,
+    attendance::{attach, detach, leave, process_gone, register},
+    books::Books,
+    config::{CoreConfig, Node},
+    counters::Counters,
+    effect::{Effect, Note, Refusal, Reply},
+    event::{Caller, Event, Now, QuotaTarget},
+    holding::{expire_holds, hold},
+    keeping::keep,
+    lending::lease,
+    lookup::lookup,
+    offering::offer,
+    operator::{drain, evict, set_quota, undrain},
+    process::Process,
+    publishing::{publish, unpublish},
+    record::Record,
+    records::records,
+    restore::{LedgerError, replay, settle},
+    revocation::{acknowledge, close_drain_windows},
+    scrubs::scrubbed,
+    sharing::{release, share},
+    views::{self, DeviceView, LeaseView, NamespaceView, RegionView, SessionView, WithdrawPreview},
+    withdrawal::{Need, preview, withdraw},
 };
 
 /// The most things a debug build checks after every event; larger states would make every event cost as much as the
@@ -24,179 +35,289 @@ const CHECKED_AFTER_EVERY_EVENT: usize = 512;
 /// The broker's state machine. See the [module](super) for what goes in and what comes out.
 #[derive(Clone, Debug)]
 pub struct State {
-    pub(super) config: CoreConfig,
-    pub(super) devices: Devices,
-    /// Sessions, and those that are over but have regions to get back.
-    pub(super) sessions: BTreeMap<SessionId, Session>,
-    /// The processes with a session that is not over.
-    pub(super) processes: BTreeMap<Process, BTreeSet<SessionId>>,
-    pub(super) regions: Arena<Region>,
-    pub(super) region_ids: BTreeMap<RegionId, Key<Region>>,
-    /// The regions of each allocation, by offset.
-    pub(super) allocations: BTreeMap<AllocationId, BTreeMap<u64, Key<Region>>>,
-    /// Slabs of all regions.
-    pub(super) slabs: usize,
-    pub(super) leases: Arena<Lease>,
-    pub(super) lease_ids: BTreeMap<LeaseId, Key<Lease>>,
-    pub(super) next_lease: u64,
-    /// Revoked leases by when their drain window closes, milliseconds.
-    pub(super) draining: BTreeSet<(u64, LeaseId)>,
-    pub(super) index: Index,
-    pub(super) borrowers: Borrowers,
-    pub(super) pins: Pins,
-    pub(super) waits: BTreeMap<SessionId, Wait>,
-    /// Labels of the donors an operator drains.
-    pub(super) drained_donors: BTreeSet<String>,
-    /// What operators set, in place of what is configured, bytes.
-    pub(super) quotas: BTreeMap<QuotaTarget, u64>,
-    pub(super) counters: Counters,
-    /// The latest time heard of, milliseconds.
-    pub(super) now: u64,
+    pub(super) books: Books,
     /// Restored from a ledger, and no event has told the time since.
     pub(super) unsettled: bool,
-    /// Until when pins of the broker before this one may be read under, milliseconds.
-    pub(super) grace_until: u64,
-    /// What the event under way has led to so far.
-    pub(super) out: Vec<Effect>,
 }
 
 impl State {
     /// A node on which nothing is offered yet.
     pub fn new(config: CoreConfig, node: Node) -> Self {
         Self {
-            devices: Devices::new(node),
-            sessions: BTreeMap::new(),
-            processes: BTreeMap::new(),
-            regions: Arena::default(),
-            region_ids: BTreeMap::new(),
-            allocations: BTreeMap::new(),
-            slabs: 0,
-            leases: Arena::default(),
-            lease_ids: BTreeMap::new(),
-            next_lease: 1,
-            draining: BTreeSet::new(),
-            index: Index::default(),
-            borrowers: Borrowers::default(),
-            pins: Pins::new(config.pin_base),
-            waits: BTreeMap::new(),
-            drained_donors: BTreeSet::new(),
-            quotas: BTreeMap::new(),
-            counters: Counters::default(),
-            now: 0,
+            books: Books::new(config, node),
             unsettled: false,
-            grace_until: 0,
-            out: Vec::new(),
-            config,
         }
+    }
+
+    /// Rebuilds the state that wrote these records. Sessions come back detached and regions without their handles;
+    /// the index is empty. The caller watches [`State::processes`] before it listens.
+    ///
+    /// Every beginning of what one state wrote is accepted, so that a ledger cut off by a crash can be used.
+    ///
+    /// # Errors
+    /// When a record contradicts those before it or names a device that `node` lacks.
+    pub fn restore(
+        config: CoreConfig,
+        node: Node,
+        all: impl IntoIterator<Item = Record>,
+    ) -> Result<Self, LedgerError> {
+        let mut state = Self::new(config, node);
+        for (number, record) in (1..).zip(all) {
+            replay(&mut state.books, record).map_err(|problem| LedgerError { number, problem })?;
+        }
+        state.books.sessions.forget_returned();
+        state.unsettled = true;
+        Ok(state)
+    }
+
+    /// The shortest ledger that restores this state.
+    pub fn records(&self) -> Vec<Record> {
+        records(&self.books)
     }
 
     /// Takes one event and says what to do about it, in order: all records come before the reply.
     ///
     /// A refused event changes nothing but the time. A `now` before an earlier one counts as that one.
     pub fn apply(&mut self, event: Event, now: Now) -> Vec<Effect> {
-        self.now = self.now.max(now.0);
+        let books = &mut self.books;
+        books.now = books.now.max(now.0);
         if std::mem::take(&mut self.unsettled) {
-            self.settle();
+            settle(books);
         }
-        self.expire_pins();
-        match self.dispatch(event) {
-            Ok(Some(reply)) => self.out.push(Effect::Reply(reply)),
+        books.pins.expire(books.now);
+        match dispatch(books, event) {
+            Ok(Some(reply)) => books.out.push(Effect::Reply(reply)),
             Ok(None) => {}
             Err((refusal, answered)) => {
-                self.note(Note::Refused {
+                books.note(Note::Refused {
                     refusal: refusal.clone(),
                 });
                 if answered {
-                    self.out.push(Effect::Reply(Reply::Refused(refusal)));
+                    books.out.push(Effect::Reply(Reply::Refused(refusal)));
                 }
             }
         }
-        if cfg!(debug_assertions) && self.size() <= CHECKED_AFTER_EVERY_EVENT {
-            let broken = self.check().err();
+        if cfg!(debug_assertions) && books.size() <= CHECKED_AFTER_EVERY_EVENT {
+            let broken = books.check(false).err();
             debug_assert!(broken.is_none(), "broken invariant: {broken:?}");
         }
-        std::mem::take(&mut self.out)
+        std::mem::take(&mut books.out)
     }
 
-    /// The reply, if the event is one that is answered; a refusal, and whether it is a reply.
-    fn dispatch(&mut self, event: Event) -> Result<Option<Reply>, (Refusal, bool)> {
-        let reply = match event {
-            Event::Register(register) => self.register(register),
-            Event::Attach(caller) => {
-                let attached = self.attach(caller);
-                return attached.map(|()| None).map_err(|refusal| (refusal, true));
-            }
-            Event::Detach(session) => {
-                self.detach(session);
-                return Ok(None);
-            }
-            Event::Leave(caller) => self.leave(caller),
-            Event::ProcessGone(process) => {
-                self.process_gone(process);
-                return Ok(None);
-            }
-            Event::Offer(offer) => self.offer(offer),
-            Event::Withdraw(withdraw) => self.withdraw(withdraw),
-            Event::Lease(demand) => self.lease(demand),
-            Event::Release {
-                caller,
-                leases,
-                unmappable,
-            } => self.release(caller, &leases, unmappable),
-            Event::Share {
-                caller,
-                lease,
-                device,
-            } => self.share(caller, lease, &device),
-            Event::Publish(publish) => self.publish(publish),
-            Event::Unpublish {
-                caller,
-                lease,
-                generation,
-                slots,
-            } => self.unpublish(caller, lease, generation, &slots),
-            Event::Lookup(lookup) => self.lookup(lookup),
-            Event::Keep(keep) => self.keep(keep),
-            Event::Acknowledge {
-                caller,
-                lease,
-                generation,
-            } => return unanswered(self.acknowledge(caller, lease, generation)),
-            Event::Scrubbed {
-                caller,
-                region,
-                slab,
-                generation,
-            } => return unanswered(self.scrubbed(caller, region, slab, generation)),
-            Event::Unpin { caller, pins } => return unanswered(self.unpin(caller, &pins)),
-            Event::Drain { target, drain_ms } => self.drain(target, drain_ms),
-            Event::Undrain(target) => self.undrain(&target),
-            Event::Evict(target) => self.evict(&target),
-            Event::SetQuota(set) => self.set_quota(set),
-            Event::Hold(demand) => self.hold(demand),
-            Event::Tick => {
-                self.close_drain_windows();
-                self.expire_waits();
-                self.expire_holds();
-                return Ok(None);
-            }
-        };
-        reply.map(Some).map_err(|refusal| (refusal, true))
+    /// Verifies every invariant. Costs as much as the state is large.
+    ///
+    /// # Errors
+    /// Says which invariant does not hold, and where: always a bug of the core.
+    pub fn check(&self) -> Result<(), String> {
+        self.books.check(self.unsettled)
     }
 
-    pub(super) fn note(&mut self, note: Note) {
-        self.out.push(Effect::Note(note));
+    /// The node's devices, in the probe's order.
+    pub fn devices(&self) -> Vec<DeviceView> {
+        views::devices(&self.books)
     }
 
-    /// How much there is to check.
-    fn size(&self) -> usize {
-        self.sessions.len()
-            + self.slabs
-            + self.leases.len()
-            + self.pins.live.len()
-            + self.index.blocks() as usize
-            + self.borrowers.kept() as usize
+    /// The links between different devices.
+    pub fn links(&self) -> Vec<Link> {
+        self.books.devices.links()
     }
+
+    /// The sum over all devices.
+    pub fn total(&self) -> Account {
+        let mut total = Account::default();
+        for shelf in self.books.regions.shelves() {
+            total += shelf.account();
+        }
+        total
+    }
+
+    /// Totals since the broker started.
+    pub fn counters(&self) -> Counters {
+        self.books.counters
+    }
+
+    /// Blocks that a lookup can find in leases.
+    pub fn indexed_blocks(&self) -> u64 {
+        self.books.index.blocks()
+    }
+
+    /// The processes whose death must be watched for.
+    pub fn processes(&self) -> impl Iterator<Item = Process> {
+        self.books.sessions.processes()
+    }
+
+    /// Whether a process has a session that is not over.
+    pub fn knows(&self, process: Process) -> bool {
+        self.books.sessions.knows(process)
+    }
+
+    /// How many sessions are not over.
+    pub fn session_count(&self) -> usize {
+        self.books.sessions.live()
+    }
+
+    /// How many regions there are.
+    pub fn region_count(&self) -> usize {
+        self.books.regions.len()
+    }
+
+    /// How many leases somebody holds.
+    pub fn lease_count(&self) -> usize {
+        self.books.leases.len()
+    }
+
+    /// Sessions that are not over, by id, from the one after `after` on.
+    pub fn sessions_after(&self, after: Option<SessionId>) -> impl Iterator<Item = SessionView> {
+        let sessions = self.books.sessions.live_after(after);
+        sessions.map(|(id, session)| views::session(&self.books, id, session))
+    }
+
+    /// Sessions that are not over, by id.
+    pub fn sessions(&self) -> impl Iterator<Item = SessionView> {
+        self.sessions_after(None)
+    }
+
+    /// One session, if it is known and not over.
+    pub fn session(&self, id: SessionId) -> Option<SessionView> {
+        let session = self.books.sessions.get(id);
+        let session = session.filter(|session| !session.is_over())?;
+        Some(views::session(&self.books, id, session))
+    }
+
+    /// Regions by id, from the one after `after` on.
+    pub fn regions_after(&self, after: Option<RegionId>) -> impl Iterator<Item = RegionView> {
+        let regions = self.books.regions.after(after);
+        regions.map(|(_, region)| views::region(&self.books, region))
+    }
+
+    /// Regions by id.
+    pub fn regions(&self) -> impl Iterator<Item = RegionView> {
+        self.regions_after(None)
+    }
+
+    /// Leases by id, from the one after `after` on.
+    pub fn leases_after(&self, after: Option<LeaseId>) -> impl Iterator<Item = LeaseView> {
+        let leases = self.books.leases.after(after);
+        leases.map(|(key, lease)| views::lease(&self.books, key, lease))
+    }
+
+    /// Leases by id.
+    pub fn leases(&self) -> impl Iterator<Item = LeaseView> {
+        self.leases_after(None)
+    }
+
+    /// Namespaces by tenant and name, from the one after `after` on.
+    pub fn namespaces_after<'a>(
+        &'a self,
+        after: Option<(&'a str, &'a str)>,
+    ) -> impl Iterator<Item = NamespaceView> {
+        let namespaces = self.books.index.after(after);
+        namespaces.map(|(_, namespace)| views::namespace(&self.books, namespace))
+    }
+
+    /// Namespaces by tenant and name.
+    pub fn namespaces(&self) -> impl Iterator<Item = NamespaceView> {
+        self.namespaces_after(None)
+    }
+
+    /// What operators set as quotas, bytes.
+    pub fn quotas(&self) -> impl Iterator<Item = (&QuotaTarget, u64)> {
+        self.books.quotas.iter()
+    }
+
+    /// The regions that `Withdraw` by bytes would choose now, and the leases it would revoke.
+    ///
+    /// # Errors
+    /// When the device or the donor is unknown, or `bytes` is 0.
+    pub fn preview_withdraw(&self, need: &Need) -> Result<WithdrawPreview, Refusal> {
+        let books = &self.books;
+        let (regions, leases) = preview(books, need)?;
+        let leases = leases.into_iter().map(|key| (key, books.leases.get(key)));
+        let regions = regions.into_iter().map(|key| books.regions.get(key));
+        Ok(WithdrawPreview {
+            regions: regions.map(|region| views::region(books, region)).collect(),
+            leases: leases
+                .map(|(key, lease)| views::lease(books, key, lease))
+                .collect(),
+        })
+    }
+
+    /// Whether the caller speaks for its session.
+    ///
+    /// # Errors
+    /// When there is no such session, or it is another process's.
+    pub fn check_caller(&self, caller: Caller) -> Result<(), Refusal> {
+        self.books.sessions.of(caller).map(drop)
+    }
+}
+
+/// The reply, if the event is one that is answered; a refusal, and whether it is a reply.
+fn dispatch(books: &mut Books, event: Event) -> Result<Option<Reply>, (Refusal, bool)> {
+    let reply = match event {
+        Event::Register(it) => register(books, it),
+        Event::Attach(caller) => {
+            let attached = attach(books, caller);
+            return attached.map(|()| None).map_err(|refusal| (refusal, true));
+        }
+        Event::Detach(session) => {
+            detach(books, session);
+            return Ok(None);
+        }
+        Event::Leave(caller) => leave(books, caller),
+        Event::ProcessGone(process) => {
+            process_gone(books, process);
+            return Ok(None);
+        }
+        Event::Offer(it) => offer(books, it),
+        Event::Withdraw(it) => withdraw(books, it),
+        Event::Lease(demand) => lease(books, demand),
+        Event::Release {
+            caller,
+            leases,
+            unmappable,
+        } => release(books, caller, &leases, unmappable),
+        Event::Share {
+            caller,
+            lease,
+            device,
+        } => share(books, caller, lease, &device),
+        Event::Publish(it) => publish(books, it),
+        Event::Unpublish {
+            caller,
+            lease,
+            generation,
+            slots,
+        } => unpublish(books, caller, lease, generation, &slots),
+        Event::Lookup(it) => lookup(books, &it),
+        Event::Keep(it) => keep(books, it),
+        Event::Acknowledge {
+            caller,
+            lease,
+            generation,
+        } => return unanswered(acknowledge(books, caller, lease, generation)),
+        Event::Scrubbed {
+            caller,
+            region,
+            slab,
+            generation,
+        } => return unanswered(scrubbed(books, caller, region, slab, generation)),
+        Event::Unpin { caller, pins } => {
+            let known = books.sessions.of(caller).map(drop);
+            return unanswered(known.map(|()| books.pins.end(caller.session, &pins)));
+        }
+        Event::Drain { target, drain_ms } => drain(books, target, drain_ms),
+        Event::Undrain(target) => undrain(books, &target),
+        Event::Evict(target) => evict(books, &target),
+        Event::SetQuota(set) => set_quota(books, set),
+        Event::Hold(demand) => hold(books, demand),
+        Event::Tick => {
+            close_drain_windows(books);
+            books.claims.expire_waits(books.now);
+            expire_holds(books);
+            return Ok(None);
+        }
+    };
+    reply.map(Some).map_err(|refusal| (refusal, true))
 }
 
 fn unanswered(done: Result<(), Refusal>) -> Result<Option<Reply>, (Refusal, bool)> {

@@ -1,46 +1,29 @@
-//! What operators may see. No view holds a handle.
+//! What operators may see. No view holds a handle. Views are copies, cheap to make: what they become is not the broker's
+//! turn to wait for.
+
+use std::sync::Arc;
 
 use swiftcache_proto::domain::{
-    Device, DeviceUuid, Generation, HandleKind, LeaseId, Link, LinkKind, RegionId, RevokeReason,
+    Device, DeviceUuid, Generation, HandleKind, LeaseId, LinkKind, RegionId, RevokeReason,
     SessionId,
 };
 
 use super::{
-    Account, Caller, Process, Refusal,
+    account::Account,
+    arena::LeaseKey,
+    books::Books,
+    index::Namespace,
     leases::{Lease, Phase},
-    regions::Region,
+    process::Process,
+    region::Region,
     sessions::Session,
-    state::State,
 };
-
-/// Totals since the broker started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Leases granted.
-    pub leases_granted: u64,
-    /// Demands that were granted nothing.
-    pub leases_refused: u64,
-    /// Revocations begun.
-    pub revocations: u64,
-    /// Acknowledgements of revocations, by lessees and readers.
-    pub acknowledgements: u64,
-    /// Leases that became zombies.
-    pub zombies: u64,
-    /// Lookups answered.
-    pub lookups: u64,
-    /// Blocks they asked for.
-    pub lookup_blocks: u64,
-    /// Blocks they found.
-    pub hit_blocks: u64,
-    /// Blocks published.
-    pub published_blocks: u64,
-}
 
 /// A device and the bytes offered on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceView<'a> {
+pub struct DeviceView {
     /// The device.
-    pub device: &'a Device,
+    pub device: Device,
     /// Its offered bytes.
     pub account: Account,
     /// An operator drains it.
@@ -60,13 +43,13 @@ pub struct HoldView {
 
 /// A session that is not over.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionView<'a> {
+pub struct SessionView {
     /// Its id: a secret; people see its label.
     pub id: SessionId,
     /// For people.
-    pub name: &'a str,
+    pub name: Arc<str>,
     /// The whole tenant.
-    pub tenant: &'a str,
+    pub tenant: Arc<str>,
     /// Its process.
     pub process: Process,
     /// Its stream is up.
@@ -85,15 +68,15 @@ pub struct SessionView<'a> {
 
 /// A region on offer or on its way back.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionView<'a> {
+pub struct RegionView {
     /// Its id.
     pub id: RegionId,
     /// The device that holds it.
-    pub device: &'a DeviceUuid,
+    pub device: DeviceUuid,
     /// The session that offered it, over or not.
     pub donor: SessionId,
     /// The donor's name.
-    pub donor_name: &'a str,
+    pub donor_name: Arc<str>,
     /// Its size, bytes.
     pub bytes: u64,
     /// Its lease unit, bytes.
@@ -121,7 +104,7 @@ pub enum LeasePhase {
 
 /// A lease that somebody holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeaseView<'a> {
+pub struct LeaseView {
     /// Its id.
     pub id: LeaseId,
     /// Which leasing of the slab.
@@ -135,25 +118,25 @@ pub struct LeaseView<'a> {
     /// Its size, bytes.
     pub bytes: u64,
     /// The device that holds it.
-    pub device: &'a DeviceUuid,
+    pub device: DeviceUuid,
     /// The device the borrower computes on.
-    pub borrower_device: &'a DeviceUuid,
+    pub borrower_device: DeviceUuid,
     /// How that device reaches it.
     pub link: LinkKind,
     /// The donor.
     pub donor: SessionId,
     /// The donor's name.
-    pub donor_name: &'a str,
+    pub donor_name: Arc<str>,
     /// The lessee, over or not.
     pub borrower: SessionId,
     /// The lessee's name; empty once its session is over.
-    pub borrower_name: &'a str,
+    pub borrower_name: Arc<str>,
     /// The lessee's pid; 0 once its session is over.
     pub borrower_pid: u32,
     /// The tenant of the namespace.
-    pub tenant: &'a str,
+    pub tenant: Arc<str>,
     /// The model fingerprint.
-    pub namespace: &'a str,
+    pub namespace: Arc<str>,
     /// When it was granted (or restored), milliseconds of [`Now`](super::Now).
     pub since_ms: u64,
     /// Block slots in the slab.
@@ -170,11 +153,11 @@ pub struct LeaseView<'a> {
 
 /// A namespace with leases.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamespaceView<'a> {
+pub struct NamespaceView {
     /// The model fingerprint.
-    pub name: &'a str,
+    pub name: Arc<str>,
     /// Its tenant.
-    pub tenant: &'a str,
+    pub tenant: Arc<str>,
     /// Published blocks.
     pub blocks: u64,
     /// Bytes of its leases.
@@ -189,183 +172,116 @@ pub struct NamespaceView<'a> {
     pub quota_bytes: Option<u64>,
 }
 
-impl State {
-    /// The node's devices, in the probe's order.
-    pub fn devices(&self) -> impl Iterator<Item = DeviceView<'_>> {
-        self.devices.list.iter().map(|state| DeviceView {
-            device: &state.device,
-            account: state.account,
-            drained: state.drained,
-            hold: (state.hold)
-                .map(|hold| HoldView {
-                    free_bytes: hold.free_bytes,
-                    left_ms: hold.left_ms(self.now),
-                })
-                .filter(|hold| hold.left_ms > 0),
-        })
-    }
+/// What would be given back, the first to go first, and what would be revoked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WithdrawPreview {
+    /// The regions.
+    pub regions: Vec<RegionView>,
+    /// The leases that are not being revoked yet.
+    pub leases: Vec<LeaseView>,
+}
 
-    /// The links between different devices.
-    pub fn links(&self) -> impl Iterator<Item = Link> {
-        let count = self.devices.list.len();
-        let pairs = (0..count).flat_map(move |from| (0..count).map(move |to| (from, to)));
-        pairs
-            .filter(|(from, to)| from != to)
-            .filter_map(|(from, to)| {
-                let path = self.devices.link(from, to)?;
-                Some(Link {
-                    from: self.devices.uuid(from).clone(),
-                    to: self.devices.uuid(to).clone(),
-                    kind: path.kind,
-                    bytes_per_second: path.bytes_per_second,
-                })
-            })
-    }
+pub(super) fn devices(books: &Books) -> Vec<DeviceView> {
+    let shelves = books.regions.shelves().iter().enumerate();
+    let views = shelves.map(|(number, shelf)| DeviceView {
+        device: books.devices.get(number).clone(),
+        account: shelf.account(),
+        drained: shelf.is_drained(),
+        hold: (books.holds.lasting(number, books.now)).map(|hold| HoldView {
+            free_bytes: hold.free_bytes,
+            left_ms: hold.left_ms(books.now),
+        }),
+    });
+    views.collect()
+}
 
-    /// The sum over all devices.
-    pub fn total(&self) -> Account {
-        let mut total = Account::default();
-        for device in &self.devices.list {
-            total += device.account;
-        }
-        total
+pub(super) fn session(books: &Books, id: SessionId, session: &Session) -> SessionView {
+    let revoked = |lease: &&LeaseId| {
+        let known = books.leases.find(**lease);
+        known.is_some_and(|(_, lease)| !lease.is_active())
+    };
+    let held = session.leases().iter().chain(session.reads());
+    SessionView {
+        id,
+        name: session.name().clone(),
+        tenant: session.tenant().clone(),
+        process: session.process(),
+        attached: session.is_attached(),
+        drained: books.regions.drained_donors().contains(&id.label()),
+        since_ms: session.since(),
+        donated_bytes: session.donated_bytes(),
+        leased_bytes: session.held_bytes(),
+        unacknowledged: held.filter(revoked).count() as u32,
     }
+}
 
-    /// Totals since the broker started.
-    pub fn counters(&self) -> Counters {
-        self.counters
+pub(super) fn region(books: &Books, region: &Region) -> RegionView {
+    RegionView {
+        id: region.id(),
+        device: books.devices.uuid(region.device()).clone(),
+        donor: region.donor(),
+        donor_name: name_of(books, region.donor()),
+        bytes: region.bytes(),
+        slab_bytes: region.slab_bytes(),
+        handle_kind: region.handle().map(|handle| handle.kind()),
+        account: region.account(),
+        withdrawing: region.is_withdrawing(),
+        drained: region.is_drained(),
     }
+}
 
-    /// Blocks that a lookup can find.
-    pub fn indexed_blocks(&self) -> u64 {
-        self.index.blocks()
+pub(super) fn lease(books: &Books, key: LeaseKey, lease: &Lease) -> LeaseView {
+    let terms = lease.terms();
+    let region = books.regions.get(terms.region);
+    let namespace = books.index.namespace(terms.namespace);
+    let lessee = books.sessions.get(terms.lessee);
+    let path = books.devices.path(terms.device, region.device());
+    let waiting = lease.revocation().map(|_| books.pids_of(key));
+    LeaseView {
+        id: terms.id,
+        generation: terms.generation,
+        phase: match lease.phase() {
+            Phase::Active => LeasePhase::Active,
+            Phase::Draining(_) => LeasePhase::Draining,
+            Phase::Zombie(_) => LeasePhase::Zombie,
+        },
+        region: region.id(),
+        slab: terms.slab,
+        bytes: terms.bytes,
+        device: books.devices.uuid(region.device()).clone(),
+        borrower_device: books.devices.uuid(terms.device).clone(),
+        link: path.map_or(LinkKind::Host, |path| path.kind),
+        donor: region.donor(),
+        donor_name: name_of(books, region.donor()),
+        borrower: terms.lessee,
+        borrower_name: name_of(books, terms.lessee),
+        borrower_pid: lessee.map_or(0, |lessee| lessee.process().pid),
+        tenant: namespace.tenant().clone(),
+        namespace: namespace.name().clone(),
+        since_ms: lease.since(),
+        slots: books.index.slots(key),
+        published_blocks: books.index.published(key),
+        readers: lease.readers().len() as u32,
+        revoke_reason: lease.revocation().map(|revocation| revocation.reason),
+        waiting_for_pids: waiting.unwrap_or_default(),
     }
+}
 
-    /// The processes whose death must be watched for.
-    pub fn processes(&self) -> impl Iterator<Item = Process> {
-        self.processes.keys().copied()
+pub(super) fn namespace(books: &Books, namespace: &Namespace) -> NamespaceView {
+    let looked = namespace.looked();
+    NamespaceView {
+        name: namespace.name().clone(),
+        tenant: namespace.tenant().clone(),
+        blocks: namespace.blocks(),
+        leased_bytes: namespace.leased_bytes(),
+        lookups: looked.lookups,
+        lookup_blocks: looked.blocks,
+        hit_blocks: looked.hits,
+        quota_bytes: books.quotas.of_namespace(namespace.name()),
     }
+}
 
-    /// Sessions by id.
-    pub fn sessions(&self) -> impl Iterator<Item = SessionView<'_>> {
-        let live = self.sessions.iter().filter(|(_, session)| !session.over);
-        live.map(|(id, session)| self.session_view(*id, session))
-    }
-
-    /// One session, if it is known and not over.
-    pub fn session(&self, id: SessionId) -> Option<SessionView<'_>> {
-        let session = self.sessions.get(&id).filter(|session| !session.over)?;
-        Some(self.session_view(id, session))
-    }
-
-    fn session_view<'a>(&'a self, id: SessionId, session: &'a Session) -> SessionView<'a> {
-        let revoked = |lease: &&LeaseId| self.leases[self.lease_ids[*lease]].revocation().is_some();
-        let unacknowledged = session.leases.iter().chain(&session.reads).filter(revoked);
-        SessionView {
-            id,
-            name: &session.name,
-            tenant: &session.tenant,
-            process: session.process,
-            attached: session.attached,
-            drained: self.drained_donors.contains(&id.label()),
-            since_ms: session.since,
-            donated_bytes: session.donated_bytes,
-            leased_bytes: session.held_bytes,
-            unacknowledged: unacknowledged.count() as u32,
-        }
-    }
-
-    /// Regions by id.
-    pub fn regions(&self) -> impl Iterator<Item = RegionView<'_>> {
-        let keys = self.region_ids.values();
-        keys.map(|key| self.region_view(&self.regions[*key]))
-    }
-
-    pub(super) fn region_view<'a>(&'a self, region: &'a Region) -> RegionView<'a> {
-        RegionView {
-            id: region.id,
-            device: self.devices.uuid(region.device),
-            donor: region.donor,
-            donor_name: self.name_of(region.donor),
-            bytes: region.bytes,
-            slab_bytes: region.slab_bytes,
-            handle_kind: region.handle.as_ref().map(|handle| handle.kind()),
-            account: region.account,
-            withdrawing: region.withdrawing,
-            drained: region.drained,
-        }
-    }
-
-    /// Leases by id.
-    pub fn leases(&self) -> impl Iterator<Item = LeaseView<'_>> {
-        self.lease_ids
-            .values()
-            .map(|key| self.lease_view(&self.leases[*key]))
-    }
-
-    pub(super) fn lease_view<'a>(&'a self, lease: &'a Lease) -> LeaseView<'a> {
-        let region = &self.regions[lease.region];
-        let namespace = self.index.namespace(lease.namespace);
-        let lessee = self.sessions.get(&lease.lessee);
-        let path = self.devices.path(lease.device, region.device);
-        let waiting = lease
-            .revocation()
-            .map(|_| self.pids_of(self.lease_ids[&lease.id]));
-        LeaseView {
-            id: lease.id,
-            generation: Generation(lease.generation),
-            phase: match lease.phase {
-                Phase::Active => LeasePhase::Active,
-                Phase::Draining(_) => LeasePhase::Draining,
-                Phase::Zombie(_) => LeasePhase::Zombie,
-            },
-            region: region.id,
-            slab: lease.slab,
-            bytes: lease.bytes,
-            device: self.devices.uuid(region.device),
-            borrower_device: self.devices.uuid(lease.device),
-            link: path.map_or(LinkKind::Host, |path| path.kind),
-            donor: region.donor,
-            donor_name: self.name_of(region.donor),
-            borrower: lease.lessee,
-            borrower_name: self.name_of(lease.lessee),
-            borrower_pid: lessee.map_or(0, |lessee| lessee.process.pid),
-            tenant: &namespace.tenant,
-            namespace: &namespace.name,
-            since_ms: lease.since,
-            slots: lease.blocks.slots(),
-            published_blocks: lease.blocks.published(),
-            readers: lease.readers.len() as u32,
-            revoke_reason: lease.revocation().map(|revocation| revocation.reason),
-            waiting_for_pids: waiting.unwrap_or_default(),
-        }
-    }
-
-    /// Namespaces by tenant and name.
-    pub fn namespaces(&self) -> impl Iterator<Item = NamespaceView<'_>> {
-        self.index.iter().map(|(_, namespace)| NamespaceView {
-            name: &namespace.name,
-            tenant: &namespace.tenant,
-            blocks: namespace.table.len() as u64,
-            leased_bytes: namespace.leased_bytes,
-            lookups: namespace.lookups,
-            lookup_blocks: namespace.lookup_blocks,
-            hit_blocks: namespace.hit_blocks,
-            quota_bytes: self.namespace_quota(&namespace.name),
-        })
-    }
-
-    /// Whether the caller speaks for its session.
-    ///
-    /// # Errors
-    /// When there is no such session, or it is another process's.
-    pub fn check_caller(&self, caller: Caller) -> Result<(), Refusal> {
-        self.session_of(caller).map(drop)
-    }
-
-    fn name_of(&self, session: SessionId) -> &str {
-        self.sessions
-            .get(&session)
-            .map_or("", |session| &session.name)
-    }
+fn name_of(books: &Books, session: SessionId) -> Arc<str> {
+    let session = books.sessions.get(session);
+    session.map_or_else(Arc::default, |session| session.name().clone())
 }

@@ -2,19 +2,31 @@
 
 use std::collections::BTreeSet;
 
-use swiftcache_proto::domain::{AllocationId, RegionId, RevokeReason, SessionId};
+use swiftcache_proto::domain::{DeviceUuid, RegionId, RevokeReason, SessionId};
 
 use super::{
-    Caller, Effect, Note, Outgoing, Record, Refusal, Reply, Withdraw, WithdrawWhat, account::Place,
-    arena::Key, regions::Region, state::State,
+    arena::{LeaseKey, RegionKey},
+    books::{Books, keys_of},
+    effect::{Note, Refusal, Reply},
+    event::{Caller, Withdraw, WithdrawWhat},
+    record::Record,
+    returning::return_region,
+    revocation::revoke,
 };
 
-/// The returned regions a session is told of again when it attaches; a donor that missed older ones learns of them
-/// from the regions listed when it resumes.
-const RETURNED_REMEMBERED: usize = 4_096;
+/// Memory that a device needs back.
+#[derive(Clone, Debug)]
+pub struct Need {
+    /// The device.
+    pub device: DeviceUuid,
+    /// How much.
+    pub bytes: u64,
+    /// Only regions of the donors with this session label.
+    pub donor: Option<String>,
+}
 
 /// The bytes asked back, which must be some.
-pub(super) fn need_of(bytes: u64) -> Result<u64, Refusal> {
+fn need_of(bytes: u64) -> Result<u64, Refusal> {
     match bytes {
         0 => Err(Refusal::Invalid {
             field: "bytes",
@@ -24,160 +36,138 @@ pub(super) fn need_of(bytes: u64) -> Result<u64, Refusal> {
     }
 }
 
-impl State {
-    pub(super) fn withdraw(&mut self, withdraw: Withdraw) -> Result<Reply, Refusal> {
-        let chosen = match withdraw.what {
-            WithdrawWhat::Regions(ids) => self.named_regions(withdraw.caller, &ids)?,
-            WithdrawWhat::Bytes { device, bytes } => {
-                self.session_of(withdraw.caller)?;
-                let device = self.devices.number(&device)?;
-                let bytes = need_of(bytes)?;
-                let own = self.regions_of(withdraw.caller.session);
-                self.cheapest_regions(own, device, bytes)
+pub(super) fn withdraw(books: &mut Books, withdraw: Withdraw) -> Result<Reply, Refusal> {
+    let chosen = match withdraw.what {
+        WithdrawWhat::Regions(ids) => named_regions(books, withdraw.caller, &ids)?,
+        WithdrawWhat::Bytes { device, bytes } => {
+            books.sessions.of(withdraw.caller)?;
+            let device = books.devices.number(&device)?;
+            let bytes = need_of(bytes)?;
+            let own = regions_of(books, withdraw.caller.session);
+            cheapest_regions(books, own, device, bytes)
+        }
+    };
+    let outlines = chosen.iter().map(|key| books.regions.get(*key).outline());
+    let (regions, bytes): (Vec<_>, Vec<_>) =
+        outlines.map(|outline| (outline.id, outline.bytes)).unzip();
+    for key in chosen {
+        withdraw_region(books, key, RevokeReason::Withdrawn, withdraw.drain_ms);
+    }
+    Ok(Reply::Withdrawing {
+        regions,
+        bytes: bytes.into_iter().sum(),
+    })
+}
+
+/// The caller's regions of these ids, without those it already has back.
+fn named_regions(
+    books: &Books,
+    caller: Caller,
+    ids: &[RegionId],
+) -> Result<Vec<RegionKey>, Refusal> {
+    let session = books.sessions.of(caller)?;
+    let mut chosen = BTreeSet::new();
+    for id in ids {
+        let Some(key) = books.regions.key(*id) else {
+            if session.returned().contains(id) {
+                continue;
             }
+            return Err(Refusal::Unknown {
+                what: "region",
+                which: id.to_string(),
+            });
         };
-        let regions = chosen.iter().map(|key| self.regions[*key].id).collect();
-        let bytes = chosen.iter().map(|key| self.regions[*key].bytes).sum();
-        for key in chosen {
-            self.withdraw_region(key, RevokeReason::Withdrawn, withdraw.drain_ms);
+        if books.regions.get(key).donor() != caller.session {
+            return Err(Refusal::NotYours {
+                what: "region",
+                which: id.to_string(),
+            });
         }
-        Ok(Reply::Withdrawing { regions, bytes })
+        chosen.insert((*id, key));
     }
+    Ok(chosen.into_iter().map(|(_, key)| key).collect())
+}
 
-    /// The caller's regions of these ids, without those it already has back.
-    fn named_regions(&self, caller: Caller, ids: &[RegionId]) -> Result<Vec<Key<Region>>, Refusal> {
-        let session = self.session_of(caller)?;
-        let mut chosen = BTreeSet::new();
-        for id in ids {
-            let Some(key) = self.region_ids.get(id) else {
-                if session.returned.contains(id) {
-                    continue;
-                }
-                return Err(Refusal::Unknown {
-                    what: "region",
-                    which: id.to_string(),
-                });
-            };
-            if self.regions[*key].donor != caller.session {
-                return Err(Refusal::NotYours {
-                    what: "region",
-                    which: id.to_string(),
-                });
-            }
-            chosen.insert((*id, *key));
+fn regions_of(books: &Books, donor: SessionId) -> Vec<RegionKey> {
+    let session = books.sessions.get(donor);
+    keys_of(books, session.into_iter().flat_map(|its| its.regions()))
+}
+
+/// At least `bytes` of those of `candidates` that lie on a device, or all there are: regions without a lease first,
+/// then those with the fewest published blocks, then those whose blocks were found longest ago.
+fn cheapest_regions(
+    books: &Books,
+    candidates: Vec<RegionKey>,
+    device: usize,
+    bytes: u64,
+) -> Vec<RegionKey> {
+    let able = candidates.into_iter().filter(|key| {
+        let region = books.regions.get(*key);
+        region.device() == device && !region.is_withdrawing()
+    });
+    let mut regions: Vec<_> = able.collect();
+    regions.sort_by_key(|key| {
+        let region = books.regions.get(*key);
+        let lent = region.leases() > 0;
+        (lent, region.published(), region.last_hit(), region.id())
+    });
+    let mut chosen = Vec::new();
+    let mut sum = 0;
+    for key in regions {
+        if sum >= bytes {
+            break;
         }
-        Ok(chosen.into_iter().map(|(_, key)| key).collect())
+        sum += books.regions.get(key).bytes();
+        chosen.push(key);
     }
+    chosen
+}
 
-    pub(super) fn regions_of(&self, donor: SessionId) -> impl Iterator<Item = Key<Region>> {
-        let ids = self.sessions[&donor].regions.iter();
-        ids.map(|id| self.region_ids[id])
+/// The regions that `Withdraw` by bytes would choose now, the first to go first, and the leases it would revoke.
+pub(super) fn preview(
+    books: &Books,
+    need: &Need,
+) -> Result<(Vec<RegionKey>, Vec<LeaseKey>), Refusal> {
+    let device = books.devices.number(&need.device)?;
+    let bytes = need_of(need.bytes)?;
+    let candidates = match &need.donor {
+        None => books.regions.iter().map(|(key, _)| key).collect(),
+        Some(label) => {
+            let mut donors = books.sessions.labelled(label).peekable();
+            donors.peek().ok_or_else(|| Refusal::Unknown {
+                what: "donor",
+                which: label.clone(),
+            })?;
+            keys_of(books, donors.flat_map(|(_, donor)| donor.regions()))
+        }
+    };
+    let chosen = cheapest_regions(books, candidates, device, bytes);
+    let leased = chosen
+        .iter()
+        .flat_map(|key| books.regions.get(*key).leased());
+    let active = leased.filter(|key| books.leases.get(*key).is_active());
+    let leases = active.collect();
+    Ok((chosen, leases))
+}
+
+/// Sends a region on its way back: revokes its leases, and returns it once nobody holds a slab of it.
+pub(super) fn withdraw_region(
+    books: &mut Books,
+    key: RegionKey,
+    reason: RevokeReason,
+    drain_ms: u32,
+) {
+    let region = books.regions.get(key);
+    if !region.is_withdrawing() {
+        let (region, bytes) = (region.id(), region.bytes());
+        books.record(Record::RegionWithdrawn { region });
+        books.note(Note::Withdrawing { region, bytes });
+        books.regions.withdraw(key);
     }
-
-    /// At least `bytes` of those of `candidates` that lie on a device, or all there are: regions without a lease first,
-    /// then those with the fewest published blocks, then those whose blocks were found longest ago.
-    pub(super) fn cheapest_regions(
-        &self,
-        candidates: impl IntoIterator<Item = Key<Region>>,
-        device: usize,
-        bytes: u64,
-    ) -> Vec<Key<Region>> {
-        let mut regions: Vec<_> = candidates
-            .into_iter()
-            .filter(|key| {
-                let region = &self.regions[*key];
-                region.device == device && !region.withdrawing
-            })
-            .collect();
-        regions.sort_by_key(|key| {
-            let region = &self.regions[*key];
-            let lent = region.leases > 0;
-            (lent, region.published, region.last_hit, region.id)
-        });
-        let mut chosen = Vec::new();
-        let mut sum = 0;
-        for key in regions {
-            if sum >= bytes {
-                break;
-            }
-            sum += self.regions[key].bytes;
-            chosen.push(key);
-        }
-        chosen
+    for lease in books.regions.get(key).leased() {
+        revoke(books, lease, reason, drain_ms, None);
     }
-
-    /// Sends a region on its way back: revokes its leases, and returns it once nobody holds a slab of it.
-    pub(super) fn withdraw_region(
-        &mut self,
-        key: Key<Region>,
-        reason: RevokeReason,
-        drain_ms: u32,
-    ) {
-        if !self.regions[key].withdrawing {
-            let (region, bytes) = (self.regions[key].id, self.regions[key].bytes);
-            self.out
-                .push(Effect::Record(Record::RegionWithdrawn { region }));
-            self.note(Note::Withdrawing { region, bytes });
-            self.stop_lending(key);
-        }
-        for lease in self.regions[key].leased() {
-            self.revoke(lease, reason, drain_ms, None);
-        }
-        if self.regions[key].leases == 0 {
-            self.return_region(key);
-        }
-    }
-
-    pub(super) fn stop_lending(&mut self, key: Key<Region>) {
-        self.edit_region(key, |region| {
-            region.withdrawing = true;
-            // Its donor is the one zeroing them: nothing to wait for.
-            for slab in region.in_place(Place::Scrubbing).collect::<Vec<_>>() {
-                region.put(slab, Place::Free);
-            }
-        });
-    }
-
-    /// Nobody can touch the region any more: it is its donor's own.
-    pub(super) fn return_region(&mut self, key: Key<Region>) {
-        let (region, bytes) = (self.regions[key].id, self.regions[key].bytes);
-        self.out
-            .push(Effect::Record(Record::RegionReturned { region }));
-        self.note(Note::Returned { region, bytes });
-        let donor = self.regions[key].donor;
-        // The broker's own hold on the memory goes before its donor hears that nobody has any.
-        if let Some(allocation) = self.remove_region(key) {
-            self.out.push(Effect::DropHandle(allocation));
-        }
-        self.send(donor, Outgoing::Returned(region));
-        self.bury(donor);
-    }
-
-    /// Forgets a region; names its allocation if that was its last.
-    pub(super) fn remove_region(&mut self, key: Key<Region>) -> Option<AllocationId> {
-        self.unlist(key);
-        let region = self.regions.remove(key);
-        self.slabs -= region.slabs.len();
-        self.region_ids.remove(&region.id);
-        for session in &region.unmappable_by {
-            if let Some(session) = self.sessions.get_mut(session) {
-                session.unmappable.remove(&region.id);
-            }
-        }
-        if let Some(donor) = self.sessions.get_mut(&region.donor) {
-            donor.regions.remove(&region.id);
-            donor.donated_bytes -= region.bytes;
-            if donor.returned.len() >= RETURNED_REMEMBERED {
-                donor.returned.pop_front();
-            }
-            donor.returned.push_back(region.id);
-        }
-        let neighbours = self.allocations.get_mut(&region.allocation)?;
-        neighbours.remove(&region.offset);
-        if !neighbours.is_empty() {
-            return None;
-        }
-        self.allocations.remove(&region.allocation);
-        Some(region.allocation)
+    if books.regions.get(key).leases() == 0 {
+        return_region(books, key);
     }
 }

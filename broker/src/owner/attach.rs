@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use swiftcache_proto::{domain::SessionId, v1};
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{Owner, answer};
 use crate::{
@@ -30,42 +30,53 @@ pub(crate) struct Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        let mut inner = self.owner.inner.lock();
-        if inner.streams.close_serial(self.session, self.serial) {
-            inner.apply(&self.owner, Event::Detach(self.session));
+        let (owner, session, serial) = (Arc::clone(&self.owner), self.session, self.serial);
+        let detach = async move {
+            let detached = owner.at_desk(move |owner, desk| {
+                if desk.streams.close_serial(session, serial) {
+                    desk.apply(owner, Event::Detach(session));
+                }
+            });
+            if let Err(error) = detached.await {
+                tracing::error!(%error, "a stream that ended could not be detached");
+            }
+        };
+        // Without a runtime the broker has ended, and no stream is attached to anything.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(detach);
         }
     }
 }
 
 impl Owner {
     /// Attaches a stream to the session, and ends the stream that it had.
-    pub(crate) fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
-        let mut inner = self.inner.lock();
-        if inner.closing {
-            return Err(Refused::ShuttingDown);
-        }
-        let mut outstanding = Vec::new();
-        let now = self.now();
-        let effects = inner.state.apply(Event::Attach(caller), now);
-        let (reply, _) = inner.carry_out(self, effects, &mut |session, message| {
-            if session == caller.session {
-                outstanding.push(message);
-                return None;
+    pub(crate) async fn attach(self: &Arc<Self>, caller: Caller) -> Result<Attachment, Refused> {
+        self.at_desk(move |owner, desk| {
+            if desk.closing {
+                return Err(Refused::ShuttingDown);
             }
-            Some(message)
-        });
-        answer(reply)?;
-        let (serial, receiver) = inner.streams.open(caller.session);
-        drop(inner);
-        let guard = Attached {
-            owner: Arc::clone(self),
-            session: caller.session,
-            serial,
-        };
-        Ok(Attachment {
-            outstanding,
-            receiver,
-            guard,
+            let mut outstanding = Vec::new();
+            let done =
+                desk.apply_diverting(owner, Event::Attach(caller), &mut |session, message| {
+                    if session == caller.session {
+                        outstanding.push(message);
+                        return None;
+                    }
+                    Some(message)
+                });
+            answer(done.reply)?;
+            let (serial, receiver) = desk.streams.open(caller.session);
+            let guard = Attached {
+                owner: Arc::clone(owner),
+                session: caller.session,
+                serial,
+            };
+            Ok(Attachment {
+                outstanding,
+                receiver,
+                guard,
+            })
         })
+        .await?
     }
 }

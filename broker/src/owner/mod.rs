@@ -1,22 +1,34 @@
-//! The single owner of [`State`]. Every event goes through [`Owner::apply`], which carries out the effects in order
-//! under one lock. The lock is never held across an await. It is held for microseconds, because the core only computes,
-//! an append to the ledger is a write to the page cache, and nobody waits for a stream.
+//! The single owner of [`State`]. It has two locks, and neither of them is held across an await.
+//!
+//! * The *state's lock* is held while the core computes, or while one page of a list is read.
+//! * The *desk's lock* is held by whoever carries out the effects of an event: appends records to the ledger and sends
+//!   messages. It is taken before the state's lock, so that effects are carried out in the order in which their events
+//!   were applied.
+//!
+//! The broker serves on one thread. The desk may have to wait for a disk, so its work is done on another thread, one
+//! event at a time. Some events have no effect but an answer: lookups, and what borrowers say of their blocks. They take
+//! the state's lock only, on the serving thread. So a lookup never waits for a disk, and lists and scrapes let it through
+//! between two of their pages. Why it is built this way: `docs/decisions/0022-two-locks.md`.
 
 mod attach;
+mod desk;
 mod reports;
 
 use std::{
-    collections::HashSet,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
+use desk::Desk;
 use parking_lot::Mutex;
 use swiftcache_proto::{domain::SessionId, v1};
 use tokio::sync::mpsc;
 
 use crate::{
-    core::{Caller, Effect, Event, Note, Now, Outgoing, Process, Record, Register, Reply, State},
+    core::{Caller, Effect, Event, Note, Now, Offer, Process, Register, Reply, State},
     death::DeathWatch,
     descriptors::Descriptors,
     error::Refused,
@@ -24,33 +36,30 @@ use crate::{
     ledger::Ledger,
     metrics::Metrics,
     peer::Peer,
-    streams::{Streams, wire},
 };
 
 pub(crate) use attach::Attached;
 pub(crate) use reports::{Reported, Reports};
 
+/// The most entries of a list that are read while the state is locked once.
+pub(crate) const PAGE: usize = 256;
+
 /// The owner of the broker's state.
 pub struct Owner {
-    inner: Mutex<Inner>,
+    /// Whose turn at the desk it is. Callers wait here without a thread, so at most one thread waits for a disk.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    desk: Mutex<Desk>,
+    state: Mutex<State>,
+    reports: Mutex<Reports>,
+    events: Mutex<EventLog>,
+    /// Attached streams and watched processes, after the last event at the desk.
+    attached: AtomicUsize,
+    watched: AtomicUsize,
     descriptors: Descriptors,
     metrics: Arc<Metrics>,
     started: Instant,
     started_unix_ms: u64,
     boot_id: u64,
-}
-
-struct Inner {
-    state: State,
-    ledger: Ledger,
-    streams: Streams,
-    deaths: DeathWatch,
-    events: EventLog,
-    reports: Reports,
-    /// Sessions that must attach again once the ledger is whole. A message was withheld from them, because they must
-    /// not act on it before it is recorded.
-    withheld: HashSet<SessionId>,
-    closing: bool,
 }
 
 /// The parts of an owner.
@@ -70,17 +79,16 @@ pub struct Parts {
 impl Owner {
     /// An owner of the state. Draws the broker's boot id.
     pub fn new(parts: Parts) -> Self {
+        let deaths = DeathWatch::new(parts.deaths);
+        let desk = Desk::new(&parts.state, parts.ledger, deaths);
         Self {
-            inner: Mutex::new(Inner {
-                state: parts.state,
-                ledger: parts.ledger,
-                streams: Streams::default(),
-                deaths: DeathWatch::new(parts.deaths),
-                events: EventLog::default(),
-                reports: Reports::default(),
-                withheld: HashSet::new(),
-                closing: false,
-            }),
+            turn: Arc::default(),
+            desk: Mutex::new(desk),
+            state: Mutex::new(parts.state),
+            reports: Mutex::default(),
+            events: Mutex::default(),
+            attached: AtomicUsize::new(0),
+            watched: AtomicUsize::new(0),
             descriptors: Descriptors::new(parts.max_descriptors),
             metrics: parts.metrics,
             started: Instant::now(),
@@ -119,189 +127,118 @@ impl Owner {
         &self.metrics
     }
 
-    /// Watches every process that the restored state names. Called once, before the sockets open. When a process has
-    /// died already, its death arrives on the channel like any other.
-    pub fn watch_restored(&self) {
-        let mut inner = self.inner.lock();
-        let processes: Vec<Process> = inner.state.processes().collect();
-        for process in processes {
-            inner.deaths.watch_known(process);
-        }
+    /// Watches every process that the restored state names, and finishes what the broker before this one had begun.
+    /// Called once, before the sockets open. When a process has died already, its death arrives on the channel like any
+    /// other.
+    pub async fn watch_restored(self: &Arc<Self>) -> Result<(), Refused> {
+        self.at_desk(|owner, desk| {
+            let processes: Vec<Process> = owner.state.lock().processes().collect();
+            for process in processes {
+                desk.deaths.watch_known(process);
+            }
+            desk.apply(owner, Event::Tick);
+        })
+        .await
     }
 
     /// Applies an event and returns the answer to its caller. When this returns, the ledger has everything that the
-    /// answer depends on.
+    /// answer depends on. The event is applied to its end, also when the caller stops waiting.
     ///
     /// # Errors
     /// When the core refuses, or when a grant could not be recorded and was taken back.
-    pub fn apply(&self, event: Event) -> Result<Reply, Refused> {
-        let mut inner = self.inner.lock();
-        let caller = match &event {
-            Event::Lease(demand) => Some(demand.caller),
-            Event::Share { caller, .. } => Some(*caller),
-            _ => None,
-        };
-        let Some(caller) = caller else {
-            return answer(inner.apply(self, event).0);
-        };
-        // The event may be answered with a grant, which must be recorded before it leaves.
-        if inner.ledger.behind().is_some() && !inner.rewrite(self) {
-            return Err(inner.unrecorded());
+    pub async fn apply(self: &Arc<Self>, event: Event) -> Result<Reply, Refused> {
+        if only_answered(&event) {
+            return answer(self.answer_only(event));
         }
-        let (reply, recorded) = inner.apply(self, event);
-        if !recorded {
-            inner.take_back(self, caller, reply);
-            return Err(inner.unrecorded());
-        }
-        answer(reply)
+        self.at_desk(|owner, desk| desk.handle(owner, event))
+            .await?
     }
 
-    /// Opens or resumes a session for the peer's process.
+    /// Applies several events, one after the other, up to the first that is refused.
     ///
     /// # Errors
-    /// When the core refuses, or when the process's death cannot be watched.
-    pub fn register(&self, peer: &Peer, register: Register) -> Result<Reply, Refused> {
-        let mut inner = self.inner.lock();
-        if inner.closing {
-            return Err(Refused::ShuttingDown);
+    /// As [`Self::apply`].
+    pub async fn apply_all(self: &Arc<Self>, events: Vec<Event>) -> Result<(), Refused> {
+        if events.iter().all(only_answered) {
+            let mut events = events.into_iter();
+            return events.try_for_each(|event| answer(self.answer_only(event)).map(drop));
         }
-        // A process that cannot be watched gets no session, so the watch comes first.
-        inner.deaths.watch_peer(peer).map_err(|error| {
-            Refused::Unwatchable(format!(
-                "process {}: its death cannot be watched: {error}",
-                peer.process.pid
-            ))
-        })?;
-        let (reply, _) = inner.apply(self, Event::Register(register));
-        if !inner.state.processes().any(|known| known == peer.process) {
-            inner.deaths.unwatch(peer.process);
-        }
-        answer(reply)
+        self.at_desk(|owner, desk| {
+            let mut events = events.into_iter();
+            events.try_for_each(|event| desk.handle(owner, event).map(drop))
+        })
+        .await?
     }
 
-    /// Tells the core that time has passed.
-    pub fn tick(&self) {
-        self.descriptors.expire(Instant::now());
-        let mut inner = self.inner.lock();
-        inner.apply(self, Event::Tick);
-        if inner.ledger.wants_rewrite() {
-            inner.rewrite(self);
-        }
+    /// Puts a region on offer. If `by_descriptor`, the descriptor that the donor has uploaded is kept from now on.
+    ///
+    /// # Errors
+    /// When the core refuses.
+    pub async fn offer(self: &Arc<Self>, offer: Offer, by_descriptor: bool) -> Result<(), Refused> {
+        self.at_desk(move |owner, desk| {
+            let (session, allocation) = (offer.caller.session, offer.allocation);
+            desk.handle(owner, Event::Offer(offer))?;
+            // Before the next event, which may give the allocation back.
+            if by_descriptor {
+                owner.descriptors.offered(session, allocation);
+            }
+            Ok(())
+        })
+        .await?
     }
 
-    /// Tells the core that a process has died.
-    pub fn process_gone(&self, process: Process) {
-        let mut inner = self.inner.lock();
-        inner.apply(self, Event::ProcessGone(process));
-        inner.deaths.unwatch(process);
-    }
-
-    /// Whether the session belongs to this process.
-    pub fn is_session_of(&self, session: SessionId, process: Process) -> bool {
-        self.read(|state| {
-            state
-                .session(session)
-                .is_some_and(|view| view.process == process)
+    /// Does work at the desk, on a thread that may wait for a disk, in the order of the calls. It is done to its end,
+    /// also when the caller stops waiting for it.
+    ///
+    /// # Errors
+    /// When the work panicked, or the broker ends.
+    async fn at_desk<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Arc<Self>, &mut Desk) -> T + Send + 'static,
+    ) -> Result<T, Refused> {
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let owner = Arc::clone(self);
+        let done = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let mut desk = owner.desk.lock();
+            let done = work(&owner, &mut desk);
+            owner
+                .attached
+                .store(desk.streams.count(), Ordering::Relaxed);
+            owner.watched.store(desk.deaths.count(), Ordering::Relaxed);
+            done
+        });
+        done.await.map_err(|error| match error.is_panic() {
+            true => Refused::Bug,
+            false => Refused::ShuttingDown,
         })
     }
 
-    /// Calls `look` with the state.
-    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
-        look(&self.inner.lock().state)
+    /// Has the core decide what an event leads to.
+    fn decide(&self, event: Event) -> Vec<Effect> {
+        let now = self.now();
+        self.state.lock().apply(event, now)
     }
 
-    /// The newest of the wanted events. The oldest of them comes first.
-    pub fn events(&self, wanted: &Wanted) -> Vec<v1::EventRecord> {
-        self.inner.lock().events.list(wanted)
-    }
-
-    /// The number of attached streams, and the number of watched processes.
-    pub fn connections(&self) -> (usize, usize) {
-        let inner = self.inner.lock();
-        (inner.streams.count(), inner.deaths.count())
-    }
-
-    /// Ends all streams, and lets no new one begin, because the broker is shutting down.
-    pub fn close(&self) {
-        let mut inner = self.inner.lock();
-        inner.closing = true;
-        inner.streams.close_all();
-    }
-}
-
-fn answer(reply: Option<Reply>) -> Result<Reply, Refused> {
-    match reply {
-        Some(Reply::Refused(refusal)) => Err(refusal.into()),
-        Some(reply) => Ok(reply),
-        None => Ok(Reply::Done),
-    }
-}
-
-impl Inner {
-    /// Applies an event. Returns the reply, and whether all records are in the ledger.
-    fn apply(&mut self, owner: &Owner, event: Event) -> (Option<Reply>, bool) {
-        let effects = self.state.apply(event, owner.now());
-        self.carry_out(owner, effects, &mut |_, message| Some(message))
-    }
-
-    /// Carries out effects in order, but records first, so that no message leaves before its facts are recorded.
-    /// `divert` may keep a message from the session's queue.
-    fn carry_out(
-        &mut self,
-        owner: &Owner,
-        effects: Vec<Effect>,
-        divert: &mut dyn FnMut(SessionId, v1::SessionResponse) -> Option<v1::SessionResponse>,
-    ) -> (Option<Reply>, bool) {
-        let records: Vec<Record> = effects
-            .iter()
-            .filter_map(|effect| match effect {
-                Effect::Record(record) => Some(record.clone()),
-                _ => None,
-            })
-            .collect();
-        let recorded = records.is_empty() || self.ledger.append(&records);
+    /// Applies an event that has no effect but an answer.
+    fn answer_only(&self, event: Event) -> Option<Reply> {
         let mut reply = None;
-        let mut fallen = Vec::new();
-        for effect in effects {
+        for effect in self.decide(event) {
             match effect {
                 Effect::Reply(given) => reply = Some(given),
-                Effect::Record(_) => {}
-                // Without a record of this scrub, a restarted broker could lend the slab while it is being zeroed.
-                Effect::Send(session, Outgoing::Scrub { .. }) if self.ledger.behind().is_some() => {
-                    self.withheld.insert(session);
-                }
-                Effect::Send(session, outgoing) => {
-                    if let Some(message) = divert(session, wire(outgoing))
-                        && !self.streams.send(session, message)
-                    {
-                        tracing::warn!(
-                            ?session,
-                            "a stream that its client reads too slowly was closed; the client gets the outstanding \
-                             messages when it attaches again"
-                        );
-                        fallen.push(session);
-                    }
-                }
-                Effect::Watch(process) => self.deaths.watch_known(process),
-                Effect::Unwatch(process) => self.deaths.unwatch(process),
-                Effect::DropHandle(allocation) => owner.descriptors.discard(allocation),
-                Effect::Note(note) => self.note(owner, &note),
+                Effect::Note(note) => self.tell(&note),
+                other => debug_assert!(false, "{other:?} is not carried out"),
             }
         }
-        for session in fallen {
-            self.apply(owner, Event::Detach(session));
-        }
-        (reply, recorded)
+        reply
     }
 
-    fn note(&mut self, owner: &Owner, note: &Note) {
-        owner.metrics.note(note);
+    /// Tells people and metrics.
+    fn tell(&self, note: &Note) {
+        self.metrics.note(note);
         match note {
             Note::Left { session } | Note::Gone { session, .. } => {
-                self.streams.close(*session);
-                self.withheld.remove(session);
-                self.reports.forget(*session);
-                owner.descriptors.forget(*session);
+                self.reports.lock().forget(*session);
             }
             Note::Refused { refusal } => tracing::debug!(%refusal, "refused"),
             _ => {}
@@ -311,52 +248,130 @@ impl Inner {
                 Note::Zombie { .. } | Note::Gone { .. } => tracing::warn!(kind, "{text}"),
                 _ => tracing::info!(kind, "{text}"),
             }
-            self.events.push(kind, text, detail(note));
+            self.events.lock().push(kind, text, detail(note));
         }
     }
 
-    /// Rewrites the ledger from the state. Returns whether it is whole. Then it closes the streams from which a message
-    /// was withheld, so that their sessions attach again.
-    fn rewrite(&mut self, owner: &Owner) -> bool {
-        let records = self.state.records();
-        let whole = self.ledger.rewrite(&records);
-        if whole {
-            for session in std::mem::take(&mut self.withheld) {
-                if self.streams.close(session) {
-                    self.apply(owner, Event::Detach(session));
-                }
+    /// Opens or resumes a session for the peer's process.
+    ///
+    /// # Errors
+    /// When the core refuses, or when the process's death cannot be watched.
+    pub async fn register(
+        self: &Arc<Self>,
+        peer: Peer,
+        register: Register,
+    ) -> Result<Reply, Refused> {
+        self.at_desk(move |owner, desk| {
+            if desk.closing {
+                return Err(Refused::ShuttingDown);
             }
-        }
-        whole
+            // A process that cannot be watched gets no session, so the watch comes first.
+            desk.deaths.watch_peer(&peer).map_err(|error| {
+                Refused::Unwatchable(format!(
+                    "process {}: its death cannot be watched: {error}",
+                    peer.process.pid
+                ))
+            })?;
+            let done = desk.apply(owner, Event::Register(register));
+            if !owner.state.lock().knows(peer.process) {
+                desk.deaths.unwatch(peer.process);
+            }
+            answer(done.reply)
+        })
+        .await?
     }
 
-    /// Undoes a grant that was not sent.
-    fn take_back(&mut self, owner: &Owner, caller: Caller, reply: Option<Reply>) {
-        let leases = match reply {
-            Some(Reply::Leased { grants, .. }) => grants.iter().map(|grant| grant.lease).collect(),
-            Some(Reply::Shared(grant)) => vec![grant.lease],
-            _ => return,
-        };
-        let unmappable = false;
-        self.apply(
-            owner,
-            Event::Release {
-                caller,
-                leases,
-                unmappable,
-            },
-        );
+    /// Tells the core that time has passed.
+    pub async fn tick(self: &Arc<Self>) {
+        self.descriptors.expire(Instant::now());
+        let ticked = self.at_desk(|owner, desk| {
+            desk.apply(owner, Event::Tick);
+            if desk.ledger.wants_rewrite() {
+                desk.rewrite(owner);
+            }
+        });
+        if let Err(error) = ticked.await {
+            tracing::error!(%error, "a tick failed");
+        }
     }
 
-    fn unrecorded(&self) -> Refused {
-        Refused::Unrecorded {
-            path: self.ledger.path().to_owned(),
-            problem: self
-                .ledger
-                .behind()
-                .unwrap_or("it is incomplete")
-                .to_owned(),
+    /// Tells the core that a process has died.
+    pub async fn process_gone(self: &Arc<Self>, process: Process) {
+        let told = self.at_desk(move |owner, desk| {
+            desk.apply(owner, Event::ProcessGone(process));
+            desk.deaths.unwatch(process);
+        });
+        if let Err(error) = told.await {
+            tracing::error!(%error, pid = process.pid, "the end of a process could not be dealt with");
         }
+    }
+
+    /// Whether the session belongs to this process.
+    pub fn is_session_of(&self, session: SessionId, process: Process) -> bool {
+        let caller = Caller { session, process };
+        self.read(|state| state.check_caller(caller).is_ok())
+    }
+
+    /// Calls `look` with the state. Everybody waits meanwhile, so a list of any length is read with [`Self::list`].
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.state.lock())
+    }
+
+    /// Reads a list of any length, [`PAGE`] entries at a time, and lets others have their turn in between: what changes
+    /// meanwhile may show as before or as after. `page` reads the entries after one of them.
+    pub(crate) async fn list<T>(&self, page: impl Fn(&State, Option<&T>) -> Vec<T>) -> Vec<T> {
+        let mut all: Vec<T> = Vec::new();
+        loop {
+            let next = self.read(|state| page(state, all.last()));
+            let last = next.len() < PAGE;
+            all.extend(next);
+            if last {
+                return all;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// The newest of the wanted events. The oldest of them comes first.
+    pub fn events(&self, wanted: &Wanted) -> Vec<v1::EventRecord> {
+        self.events.lock().list(wanted)
+    }
+
+    /// The number of attached streams, and the number of watched processes.
+    pub fn connections(&self) -> (usize, usize) {
+        let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+        (count(&self.attached), count(&self.watched))
+    }
+
+    /// Ends all streams, and lets no new one begin, because the broker is shutting down.
+    pub async fn close(self: &Arc<Self>) {
+        let closed = self.at_desk(|_, desk| {
+            desk.closing = true;
+            desk.streams.close_all();
+        });
+        if let Err(error) = closed.await {
+            tracing::error!(%error, "the streams could not be closed");
+        }
+    }
+}
+
+/// Whether an event has no effect but an answer.
+fn only_answered(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Lookup(_)
+            | Event::Keep(_)
+            | Event::Publish(_)
+            | Event::Unpublish { .. }
+            | Event::Unpin { .. }
+    )
+}
+
+fn answer(reply: Option<Reply>) -> Result<Reply, Refused> {
+    match reply {
+        Some(Reply::Refused(refusal)) => Err(refusal.into()),
+        Some(reply) => Ok(reply),
+        None => Ok(Reply::Done),
     }
 }
 

@@ -3,13 +3,11 @@
 
 use std::collections::HashMap;
 
+use parking_lot::MutexGuard;
 use swiftcache_proto::{domain::SessionId, traffic::Traffic};
 
 use super::Owner;
-use crate::{
-    core::{Caller, State},
-    error::Refused,
-};
+use crate::{core::Caller, error::Refused};
 
 /// The reports of all sessions, and their sum.
 #[derive(Default)]
@@ -61,10 +59,9 @@ impl Reports {
 }
 
 impl Owner {
-    /// Reads the state and the sessions' reports.
-    pub(crate) fn read_reports<T>(&self, look: impl FnOnce(&State, &Reports) -> T) -> T {
-        let inner = self.inner.lock();
-        look(&inner.state, &inner.reports)
+    /// What the sessions reported.
+    pub(crate) fn reports(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock()
     }
 
     /// Takes a session's report.
@@ -72,9 +69,11 @@ impl Owner {
     /// # Errors
     /// When the session is not the caller's.
     pub(crate) fn report(&self, caller: Caller, reported: &Reported) -> Result<(), Refused> {
-        let mut inner = self.inner.lock();
-        inner.state.check_caller(caller)?;
-        let more = inner.reports.take(caller.session, reported);
+        // Both at once: a session that is over must not come back here.
+        let state = self.state.lock();
+        state.check_caller(caller)?;
+        let more = self.reports.lock().take(caller.session, reported);
+        drop(state);
         self.metrics.moved(&more);
         Ok(())
     }

@@ -12,14 +12,15 @@ use swiftcache_proto::{
 };
 use tonic::{Request, Response, Status};
 
-use super::view;
+use super::view::{self, NodeView};
 use crate::{
     core::{
-        DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Need, QuotaTarget, Reply, SetQuota,
+        DrainTarget, Event, EvictTarget, HoldDemand, HoldId, LeaseView, NamespaceView, Need,
+        QuotaTarget, RegionView, Reply, SessionView, SetQuota,
     },
     error::Refused,
     events::Wanted,
-    owner::Owner,
+    owner::{Owner, PAGE},
     probe::Probe,
 };
 
@@ -48,7 +49,8 @@ impl AdminService {
     }
 
     async fn do_get_node(&self) -> v1::GetNodeResponse {
-        let mut node = self.owner.read_reports(view::node);
+        let node = self.owner.read(NodeView::read);
+        let mut node = node.answer(&self.owner.reports());
         node.version = env!("CARGO_PKG_VERSION").to_owned();
         node.boot_id = self.owner.boot_id();
         node.uptime_ms = self.owner.now().0;
@@ -85,7 +87,7 @@ impl AdminService {
         node
     }
 
-    fn do_drain(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, Refused> {
+    async fn do_drain(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, Refused> {
         let target = match request.target {
             Some(drain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
             Some(drain_request::Target::DonorLabel(label)) => donor(&label)?,
@@ -93,7 +95,7 @@ impl AdminService {
             None => return Err(missing_target()),
         };
         let drain_ms = convert::drain_ms("drain_ms", request.drain_ms, self.drain_ms)?;
-        match self.owner.apply(Event::Drain { target, drain_ms })? {
+        match self.owner.apply(Event::Drain { target, drain_ms }).await? {
             Reply::Drained { leases, bytes } => Ok(v1::DrainResponse {
                 revoked_leases: leases,
                 revoked_bytes: bytes,
@@ -102,16 +104,16 @@ impl AdminService {
         }
     }
 
-    fn do_undrain(&self, request: v1::UndrainRequest) -> Result<(), Refused> {
+    async fn do_undrain(&self, request: v1::UndrainRequest) -> Result<(), Refused> {
         let target = match request.target {
             Some(undrain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
             Some(undrain_request::Target::DonorLabel(label)) => donor(&label)?,
             None => return Err(missing_target()),
         };
-        self.owner.apply(Event::Undrain(target)).map(drop)
+        self.owner.apply(Event::Undrain(target)).await.map(drop)
     }
 
-    fn do_evict(&self, request: v1::EvictRequest) -> Result<v1::EvictResponse, Refused> {
+    async fn do_evict(&self, request: v1::EvictRequest) -> Result<v1::EvictResponse, Refused> {
         let target = match request.target {
             Some(evict_request::Target::Namespace(name)) => {
                 EvictTarget::Namespace(convert::text("namespace", &name, MAX_NAMESPACE_BYTES)?)
@@ -119,7 +121,7 @@ impl AdminService {
             Some(evict_request::Target::LeaseId(id)) => EvictTarget::Lease(LeaseId(id)),
             None => return Err(missing_target()),
         };
-        match self.owner.apply(Event::Evict(target))? {
+        match self.owner.apply(Event::Evict(target)).await? {
             Reply::Evicted { blocks, leases } => Ok(v1::EvictResponse {
                 evicted_blocks: blocks,
                 revoked_leases: leases,
@@ -141,13 +143,14 @@ impl AdminService {
             },
         };
         let started = self.owner.started_unix_ms();
-        self.owner.read(|state| {
-            let preview = state.preview_withdraw(&need)?;
-            Ok(view::preview(preview, started))
-        })
+        let preview = self.owner.read(|state| state.preview_withdraw(&need))?;
+        Ok(view::preview(preview, started))
     }
 
-    fn do_set_quota(&self, request: v1::SetQuotaRequest) -> Result<v1::SetQuotaResponse, Refused> {
+    async fn do_set_quota(
+        &self,
+        request: v1::SetQuotaRequest,
+    ) -> Result<v1::SetQuotaResponse, Refused> {
         let target = match request.target {
             Some(set_quota_request::Target::Namespace(name)) => {
                 QuotaTarget::Namespace(convert::text("namespace", &name, MAX_NAMESPACE_BYTES)?)
@@ -158,16 +161,14 @@ impl AdminService {
             None => return Err(missing_target()),
         };
         let bytes = request.bytes;
-        match self
-            .owner
-            .apply(Event::SetQuota(SetQuota { target, bytes }))?
-        {
+        let set = SetQuota { target, bytes };
+        match self.owner.apply(Event::SetQuota(set)).await? {
             Reply::QuotaSet { leased_bytes } => Ok(v1::SetQuotaResponse { leased_bytes }),
             _ => Err(Refused::OutOfTurn),
         }
     }
 
-    fn do_hold(&self, request: &v1::HoldRequest) -> Result<(), Refused> {
+    async fn do_hold(&self, request: &v1::HoldRequest) -> Result<(), Refused> {
         if request.for_ms > MAX_HOLD_MS {
             let problem = format!("is {}; takes at most {MAX_HOLD_MS}", request.for_ms);
             return Err(InvalidField::new("for_ms", problem).into());
@@ -178,7 +179,7 @@ impl AdminService {
             for_ms: request.for_ms,
             hold: (request.hold_id != 0).then_some(HoldId(request.hold_id)),
         };
-        self.owner.apply(Event::Hold(demand)).map(drop)
+        self.owner.apply(Event::Hold(demand)).await.map(drop)
     }
 }
 
@@ -232,9 +233,16 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         let _timer = self.owner.metrics().time("ListSessions");
         let started = self.owner.started_unix_ms();
-        let sessions = self
+        let views = self
             .owner
-            .read_reports(|state, reports| view::sessions(state, reports, started));
+            .list(|state, last: Option<&SessionView>| {
+                let after = last.map(|view| view.id);
+                state.sessions_after(after).take(PAGE).collect()
+            })
+            .await;
+        let reports = self.owner.reports();
+        let sessions = views.iter().map(|it| view::session(it, &reports, started));
+        let sessions = sessions.collect();
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 
@@ -245,7 +253,16 @@ impl Admin for AdminService {
         let _timer = self.owner.metrics().time("ListRegions");
         let device = request.into_inner().device_uuid;
         narrowed(&device)?;
-        let regions = self.owner.read(|state| view::regions(state, &device));
+        let views = self
+            .owner
+            .list(|state, last: Option<&RegionView>| {
+                let after = last.map(|view| view.id);
+                state.regions_after(after).take(PAGE).collect()
+            })
+            .await;
+        let views = views.into_iter();
+        let here = views.filter(|view| device.is_empty() || view.device.as_str() == device);
+        let regions = here.map(view::region).collect();
         Ok(Response::new(v1::ListRegionsResponse { regions }))
     }
 
@@ -257,9 +274,16 @@ impl Admin for AdminService {
         let device = request.into_inner().device_uuid;
         narrowed(&device)?;
         let started = self.owner.started_unix_ms();
-        let leases = self
+        let views = self
             .owner
-            .read(|state| view::leases(state, &device, started));
+            .list(|state, last: Option<&LeaseView>| {
+                let after = last.map(|view| view.id);
+                state.leases_after(after).take(PAGE).collect()
+            })
+            .await;
+        let views = views.into_iter();
+        let here = views.filter(|view| device.is_empty() || view.device.as_str() == device);
+        let leases = here.map(|it| view::lease(it, started)).collect();
         Ok(Response::new(v1::ListLeasesResponse { leases }))
     }
 
@@ -268,7 +292,23 @@ impl Admin for AdminService {
         _: Request<v1::ListNamespacesRequest>,
     ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
         let _timer = self.owner.metrics().time("ListNamespaces");
-        Ok(Response::new(self.owner.read(view::namespaces)))
+        let views = self
+            .owner
+            .list(|state, last: Option<&NamespaceView>| {
+                let after = last.map(|view| (&*view.tenant, &*view.name));
+                state.namespaces_after(after).take(PAGE).collect()
+            })
+            .await;
+        let quotas: Vec<_> = self.owner.read(|state| {
+            let quotas = state.quotas();
+            quotas
+                .map(|(target, bytes)| (target.clone(), bytes))
+                .collect()
+        });
+        Ok(Response::new(v1::ListNamespacesResponse {
+            namespaces: views.into_iter().map(view::namespace).collect(),
+            quotas: quotas.into_iter().map(view::quota).collect(),
+        }))
     }
 
     async fn list_events(
@@ -286,7 +326,7 @@ impl Admin for AdminService {
         request: Request<v1::DrainRequest>,
     ) -> Result<Response<v1::DrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Drain");
-        Ok(Response::new(self.do_drain(request.into_inner())?))
+        Ok(Response::new(self.do_drain(request.into_inner()).await?))
     }
 
     async fn undrain(
@@ -294,7 +334,7 @@ impl Admin for AdminService {
         request: Request<v1::UndrainRequest>,
     ) -> Result<Response<v1::UndrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Undrain");
-        self.do_undrain(request.into_inner())?;
+        self.do_undrain(request.into_inner()).await?;
         Ok(Response::new(v1::UndrainResponse {}))
     }
 
@@ -303,7 +343,7 @@ impl Admin for AdminService {
         request: Request<v1::EvictRequest>,
     ) -> Result<Response<v1::EvictResponse>, Status> {
         let _timer = self.owner.metrics().time("Evict");
-        Ok(Response::new(self.do_evict(request.into_inner())?))
+        Ok(Response::new(self.do_evict(request.into_inner()).await?))
     }
 
     async fn preview_withdraw(
@@ -320,7 +360,9 @@ impl Admin for AdminService {
         request: Request<v1::SetQuotaRequest>,
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         let _timer = self.owner.metrics().time("SetQuota");
-        Ok(Response::new(self.do_set_quota(request.into_inner())?))
+        Ok(Response::new(
+            self.do_set_quota(request.into_inner()).await?,
+        ))
     }
 
     async fn hold(
@@ -328,7 +370,7 @@ impl Admin for AdminService {
         request: Request<v1::HoldRequest>,
     ) -> Result<Response<v1::HoldResponse>, Status> {
         let _timer = self.owner.metrics().time("Hold");
-        self.do_hold(&request.into_inner())?;
+        self.do_hold(&request.into_inner()).await?;
         Ok(Response::new(v1::HoldResponse {}))
     }
 }

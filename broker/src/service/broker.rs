@@ -46,7 +46,7 @@ impl Broker for BrokerService {
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
         let _timer = self.owner.metrics().time("Register");
-        Ok(Response::new(self.do_register(request)?))
+        Ok(Response::new(self.do_register(request).await?))
     }
 
     async fn session(
@@ -65,7 +65,7 @@ impl Broker for BrokerService {
     ) -> Result<Response<v1::LeaveResponse>, Status> {
         let _timer = self.owner.metrics().time("Leave");
         let caller = caller(&peer(&request)?, request.get_ref().session_id);
-        self.owner.apply(Event::Leave(caller))?;
+        self.owner.apply(Event::Leave(caller)).await?;
         Ok(Response::new(v1::LeaveResponse {}))
     }
 
@@ -74,7 +74,7 @@ impl Broker for BrokerService {
         request: Request<v1::OfferRequest>,
     ) -> Result<Response<v1::OfferResponse>, Status> {
         let _timer = self.owner.metrics().time("Offer");
-        self.do_offer(request)?;
+        self.do_offer(request).await?;
         let boot_id = self.owner.boot_id();
         Ok(Response::new(v1::OfferResponse { boot_id }))
     }
@@ -84,7 +84,7 @@ impl Broker for BrokerService {
         request: Request<v1::WithdrawRequest>,
     ) -> Result<Response<v1::WithdrawResponse>, Status> {
         let _timer = self.owner.metrics().time("Withdraw");
-        Ok(Response::new(self.do_withdraw(request)?))
+        Ok(Response::new(self.do_withdraw(request).await?))
     }
 
     async fn lease(
@@ -92,7 +92,7 @@ impl Broker for BrokerService {
         request: Request<v1::LeaseRequest>,
     ) -> Result<Response<v1::LeaseResponse>, Status> {
         let _timer = self.owner.metrics().time("Lease");
-        Ok(Response::new(self.do_lease(request)?))
+        Ok(Response::new(self.do_lease(request).await?))
     }
 
     async fn release(
@@ -100,7 +100,7 @@ impl Broker for BrokerService {
         request: Request<v1::ReleaseRequest>,
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
         let _timer = self.owner.metrics().time("Release");
-        self.do_release(request)?;
+        self.do_release(request).await?;
         Ok(Response::new(v1::ReleaseResponse {}))
     }
 
@@ -109,7 +109,7 @@ impl Broker for BrokerService {
         request: Request<v1::ShareRequest>,
     ) -> Result<Response<v1::ShareResponse>, Status> {
         let _timer = self.owner.metrics().time("Share");
-        Ok(Response::new(self.do_share(request)?))
+        Ok(Response::new(self.do_share(request).await?))
     }
 
     async fn publish(
@@ -117,7 +117,7 @@ impl Broker for BrokerService {
         request: Request<v1::PublishRequest>,
     ) -> Result<Response<v1::PublishResponse>, Status> {
         let _timer = self.owner.metrics().time("Publish");
-        Ok(Response::new(self.do_publish(request)?))
+        Ok(Response::new(self.do_publish(request).await?))
     }
 
     async fn unpublish(
@@ -125,7 +125,7 @@ impl Broker for BrokerService {
         request: Request<v1::UnpublishRequest>,
     ) -> Result<Response<v1::UnpublishResponse>, Status> {
         let _timer = self.owner.metrics().time("Unpublish");
-        Ok(Response::new(self.do_unpublish(request)?))
+        Ok(Response::new(self.do_unpublish(request).await?))
     }
 
     async fn lookup(
@@ -133,7 +133,7 @@ impl Broker for BrokerService {
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let _timer = self.owner.metrics().time("Lookup");
-        Ok(Response::new(self.do_lookup(request)?))
+        Ok(Response::new(self.do_lookup(request).await?))
     }
 
     async fn keep(
@@ -141,7 +141,7 @@ impl Broker for BrokerService {
         request: Request<v1::KeepRequest>,
     ) -> Result<Response<v1::KeepResponse>, Status> {
         let _timer = self.owner.metrics().time("Keep");
-        self.do_keep(request)?;
+        self.do_keep(request).await?;
         Ok(Response::new(v1::KeepResponse {}))
     }
 
@@ -163,7 +163,7 @@ impl Broker for BrokerService {
 }
 
 impl BrokerService {
-    fn do_register(
+    async fn do_register(
         &self,
         request: Request<v1::RegisterRequest>,
     ) -> Result<v1::RegisterResponse, Refused> {
@@ -186,7 +186,7 @@ impl BrokerService {
             held: leases("held_lease_ids", &request.held_lease_ids)?,
             shared: leases("shared_lease_ids", &request.shared_lease_ids)?,
         };
-        match self.owner.register(&peer, register)? {
+        match self.owner.register(peer, register).await? {
             Reply::Registered {
                 session,
                 refused,
@@ -205,7 +205,7 @@ impl BrokerService {
         }
     }
 
-    fn do_offer(&self, request: Request<v1::OfferRequest>) -> Result<(), Refused> {
+    async fn do_offer(&self, request: Request<v1::OfferRequest>) -> Result<(), Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let offer = Offer {
@@ -224,14 +224,10 @@ impl BrokerService {
         if by_descriptor && self.owner.is_session_of(session, peer.process) {
             self.owner.descriptors().check_offer(session, allocation)?;
         }
-        self.owner.apply(Event::Offer(offer))?;
-        if by_descriptor {
-            self.owner.descriptors().offered(session, allocation);
-        }
-        Ok(())
+        self.owner.offer(offer, by_descriptor).await
     }
 
-    fn do_withdraw(
+    async fn do_withdraw(
         &self,
         request: Request<v1::WithdrawRequest>,
     ) -> Result<v1::WithdrawResponse, Refused> {
@@ -253,7 +249,7 @@ impl BrokerService {
             what,
             drain_ms: convert::drain_ms("drain_ms", request.drain_ms, self.node.drain_ms)?,
         };
-        match self.owner.apply(Event::Withdraw(withdraw))? {
+        match self.owner.apply(Event::Withdraw(withdraw)).await? {
             Reply::Withdrawing { regions, bytes } => Ok(v1::WithdrawResponse {
                 region_ids: regions.iter().map(|id| id.0.to_vec().into()).collect(),
                 bytes,
@@ -262,7 +258,10 @@ impl BrokerService {
         }
     }
 
-    fn do_lease(&self, request: Request<v1::LeaseRequest>) -> Result<v1::LeaseResponse, Refused> {
+    async fn do_lease(
+        &self,
+        request: Request<v1::LeaseRequest>,
+    ) -> Result<v1::LeaseResponse, Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let demand = LeaseDemand {
@@ -272,7 +271,7 @@ impl BrokerService {
             bytes: at_least_one("bytes", request.bytes)?,
             block_bytes: at_least_one("block_bytes", request.block_bytes)?,
         };
-        match self.owner.apply(Event::Lease(demand))? {
+        match self.owner.apply(Event::Lease(demand)).await? {
             Reply::Leased { grants, shortfall } => {
                 let grants = grants.into_iter();
                 Ok(v1::LeaseResponse {
@@ -286,19 +285,23 @@ impl BrokerService {
         }
     }
 
-    fn do_release(&self, request: Request<v1::ReleaseRequest>) -> Result<(), Refused> {
+    async fn do_release(&self, request: Request<v1::ReleaseRequest>) -> Result<(), Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let caller = caller(&peer, request.session_id);
-        self.owner.apply(Event::Release {
+        let release = Event::Release {
             caller,
             leases: leases("lease_ids", &request.lease_ids)?,
             unmappable: request.unmappable,
-        })?;
+        };
+        self.owner.apply(release).await?;
         Ok(())
     }
 
-    fn do_share(&self, request: Request<v1::ShareRequest>) -> Result<v1::ShareResponse, Refused> {
+    async fn do_share(
+        &self,
+        request: Request<v1::ShareRequest>,
+    ) -> Result<v1::ShareResponse, Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let event = Event::Share {
@@ -306,7 +309,7 @@ impl BrokerService {
             lease: LeaseId(request.lease_id),
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
         };
-        match self.owner.apply(event)? {
+        match self.owner.apply(event).await? {
             Reply::Shared(grant) => Ok(v1::ShareResponse {
                 grant: Some(node::grant(&self.owner, grant, peer.process)),
             }),
@@ -314,7 +317,7 @@ impl BrokerService {
         }
     }
 
-    fn do_publish(
+    async fn do_publish(
         &self,
         request: Request<v1::PublishRequest>,
     ) -> Result<v1::PublishResponse, Refused> {
@@ -332,13 +335,13 @@ impl BrokerService {
             generation: Generation(request.generation),
             blocks: hashes.zip(slots.iter().copied()).collect(),
         };
-        match self.owner.apply(Event::Publish(publish))? {
+        match self.owner.apply(Event::Publish(publish)).await? {
             Reply::Published { duplicates } => Ok(v1::PublishResponse { duplicates }),
             _ => Err(Refused::OutOfTurn),
         }
     }
 
-    fn do_unpublish(
+    async fn do_unpublish(
         &self,
         request: Request<v1::UnpublishRequest>,
     ) -> Result<v1::UnpublishResponse, Refused> {
@@ -351,7 +354,7 @@ impl BrokerService {
             generation: Generation(request.generation),
             slots: request.slots,
         };
-        match self.owner.apply(event)? {
+        match self.owner.apply(event).await? {
             Reply::Unpublished { pinned, retry_ms } => Ok(v1::UnpublishResponse {
                 pinned_slots: pinned,
                 retry_ms,
@@ -360,7 +363,7 @@ impl BrokerService {
         }
     }
 
-    fn do_lookup(
+    async fn do_lookup(
         &self,
         request: Request<v1::LookupRequest>,
     ) -> Result<v1::LookupResponse, Refused> {
@@ -379,7 +382,7 @@ impl BrokerService {
             borrower: borrower.transpose()?,
             unpinned: request.unpinned,
         };
-        match self.owner.apply(Event::Lookup(lookup))? {
+        match self.owner.apply(Event::Lookup(lookup)).await? {
             Reply::Found { runs, pin } => Ok(v1::LookupResponse {
                 hit_blocks: runs.iter().map(FoundRun::blocks).sum(),
                 extents: runs.into_iter().map(v1::Extent::from).collect(),
@@ -390,7 +393,7 @@ impl BrokerService {
         }
     }
 
-    fn do_keep(&self, request: Request<v1::KeepRequest>) -> Result<(), Refused> {
+    async fn do_keep(&self, request: Request<v1::KeepRequest>) -> Result<(), Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let keep = Keep {
@@ -410,7 +413,7 @@ impl BrokerService {
                 .collect::<Result<_, _>>()?,
             host_down: request.host_memory_down,
         };
-        self.owner.apply(Event::Keep(keep))?;
+        self.owner.apply(Event::Keep(keep)).await?;
         Ok(())
     }
 }

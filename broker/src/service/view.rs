@@ -1,50 +1,76 @@
 //! The state's views as they travel.
 
 use swiftcache_proto::{
-    domain::HandleKind,
+    domain::{HandleKind, Link},
     v1::{self, quota_status},
 };
 
 use crate::{
-    core::{Account, LeasePhase, LeaseView, QuotaTarget, RegionView, State, WithdrawPreview},
+    core::{
+        Account, Counters, DeviceView, LeasePhase, LeaseView, NamespaceView, QuotaTarget,
+        RegionView, SessionView, State, WithdrawPreview,
+    },
     owner::Reports,
     probe::LeftOut,
 };
 
-/// All of the node that the state knows; the caller adds what the broker knows of itself.
-pub(super) fn node(state: &State, reports: &Reports) -> v1::GetNodeResponse {
-    let counters = state.counters();
-    let devices = state.devices().map(|view| v1::DeviceStatus {
-        device: Some(view.device.into()),
-        account: Some(account(view.account)),
-        drained: view.drained,
-        hold: view.hold.map(|hold| v1::HoldStatus {
-            free_bytes: hold.free_bytes,
-            left_ms: hold.left_ms,
-        }),
-        // The caller asks the probe for the rest.
-        ..Default::default()
-    });
-    v1::GetNodeResponse {
-        devices: devices.collect(),
-        links: state.links().map(|link| v1::Link::from(&link)).collect(),
-        total: Some(account(state.total())),
-        sessions: u32::try_from(state.sessions().count()).unwrap_or(u32::MAX),
-        indexed_blocks: state.indexed_blocks(),
-        counters: Some(v1::Counters {
-            leases_granted: counters.leases_granted,
-            leases_refused: counters.leases_refused,
-            revocations: counters.revocations,
-            acknowledgements: counters.acknowledgements,
-            zombies: counters.zombies,
-            lookups: counters.lookups,
-            lookup_blocks: counters.lookup_blocks,
-            hit_blocks: counters.hit_blocks,
-            published_blocks: counters.published_blocks,
-        }),
-        traffic: Some(reports.total().into()),
-        routes_down: reports.routes_down(),
-        ..Default::default()
+/// What the state knows of the node.
+pub(super) struct NodeView {
+    devices: Vec<DeviceView>,
+    links: Vec<Link>,
+    total: Account,
+    sessions: usize,
+    indexed_blocks: u64,
+    counters: Counters,
+}
+
+impl NodeView {
+    pub(super) fn read(state: &State) -> Self {
+        Self {
+            devices: state.devices(),
+            links: state.links(),
+            total: state.total(),
+            sessions: state.session_count(),
+            indexed_blocks: state.indexed_blocks(),
+            counters: state.counters(),
+        }
+    }
+
+    /// As it travels; the caller adds what the broker knows of itself.
+    pub(super) fn answer(self, reports: &Reports) -> v1::GetNodeResponse {
+        let counters = self.counters;
+        let devices = self.devices.iter().map(|view| v1::DeviceStatus {
+            device: Some((&view.device).into()),
+            account: Some(account(view.account)),
+            drained: view.drained,
+            hold: view.hold.map(|hold| v1::HoldStatus {
+                free_bytes: hold.free_bytes,
+                left_ms: hold.left_ms,
+            }),
+            // The caller asks the probe for the rest.
+            ..Default::default()
+        });
+        v1::GetNodeResponse {
+            devices: devices.collect(),
+            links: self.links.iter().map(v1::Link::from).collect(),
+            total: Some(account(self.total)),
+            sessions: u32::try_from(self.sessions).unwrap_or(u32::MAX),
+            indexed_blocks: self.indexed_blocks,
+            counters: Some(v1::Counters {
+                leases_granted: counters.leases_granted,
+                leases_refused: counters.leases_refused,
+                revocations: counters.revocations,
+                acknowledgements: counters.acknowledgements,
+                zombies: counters.zombies,
+                lookups: counters.lookups,
+                lookup_blocks: counters.lookup_blocks,
+                hit_blocks: counters.hit_blocks,
+                published_blocks: counters.published_blocks,
+            }),
+            traffic: Some(reports.total().into()),
+            routes_down: reports.routes_down(),
+            ..Default::default()
+        }
     }
 }
 
@@ -68,11 +94,11 @@ fn account(account: Account) -> v1::Account {
 }
 
 /// `started` is when the state's clock read 0, milliseconds since 1970.
-pub(super) fn sessions(state: &State, reports: &Reports, started: u64) -> Vec<v1::SessionStatus> {
-    let sessions = state.sessions().map(|view| v1::SessionStatus {
+pub(super) fn session(view: &SessionView, reports: &Reports, started: u64) -> v1::SessionStatus {
+    v1::SessionStatus {
         label: view.id.label(),
-        name: view.name.to_owned(),
-        tenant: view.tenant.to_owned(),
+        name: view.name.to_string(),
+        tenant: view.tenant.to_string(),
         pid: view.process.pid,
         uid: view.process.uid,
         attached: view.attached,
@@ -82,24 +108,15 @@ pub(super) fn sessions(state: &State, reports: &Reports, started: u64) -> Vec<v1
         unacknowledged: view.unacknowledged,
         traffic: (reports.of(view.id)).map(|reported| v1::Traffic::from(&reported.traffic)),
         routes_down: (reports.of(view.id)).map_or(0, |reported| reported.routes_down),
-    });
-    sessions.collect()
+    }
 }
 
-/// Those on `device`; all when it is empty.
-pub(super) fn regions(state: &State, device: &str) -> Vec<v1::RegionStatus> {
-    let regions = state
-        .regions()
-        .filter(|view| device.is_empty() || view.device.as_str() == device);
-    regions.map(region).collect()
-}
-
-pub(super) fn region(view: RegionView<'_>) -> v1::RegionStatus {
+pub(super) fn region(view: RegionView) -> v1::RegionStatus {
     v1::RegionStatus {
         region_id: view.id.to_string(),
         device_uuid: view.device.to_string(),
         donor_label: view.donor.label(),
-        donor_name: view.donor_name.to_owned(),
+        donor_name: view.donor_name.to_string(),
         bytes: view.bytes,
         slab_bytes: view.slab_bytes,
         handle_kind: kind(view.handle_kind).into(),
@@ -113,15 +130,8 @@ fn kind(kind: Option<HandleKind>) -> v1::HandleKind {
     kind.map_or(v1::HandleKind::Unspecified, v1::HandleKind::from)
 }
 
-/// Those of slabs on `device`, all when it is empty; `started` as in [`sessions`].
-pub(super) fn leases(state: &State, device: &str, started: u64) -> Vec<v1::LeaseStatus> {
-    let leases = state
-        .leases()
-        .filter(|view| device.is_empty() || view.device.as_str() == device);
-    leases.map(|view| lease(view, started)).collect()
-}
-
-pub(super) fn lease(view: LeaseView<'_>, started: u64) -> v1::LeaseStatus {
+/// `started` as for [`session`].
+pub(super) fn lease(view: LeaseView, started: u64) -> v1::LeaseStatus {
     v1::LeaseStatus {
         lease_id: view.id.0,
         generation: view.generation.0,
@@ -138,11 +148,11 @@ pub(super) fn lease(view: LeaseView<'_>, started: u64) -> v1::LeaseStatus {
         borrower_device_uuid: view.borrower_device.to_string(),
         link: v1::LinkKind::from(view.link).into(),
         donor_label: view.donor.label(),
-        donor_name: view.donor_name.to_owned(),
+        donor_name: view.donor_name.to_string(),
         borrower_label: view.borrower.label(),
-        borrower_name: view.borrower_name.to_owned(),
+        borrower_name: view.borrower_name.to_string(),
         borrower_pid: view.borrower_pid,
-        namespace: view.namespace.to_owned(),
+        namespace: view.namespace.to_string(),
         since_unix_ms: started + view.since_ms,
         slots: view.slots,
         published_blocks: view.published_blocks,
@@ -155,41 +165,40 @@ pub(super) fn lease(view: LeaseView<'_>, started: u64) -> v1::LeaseStatus {
     }
 }
 
-pub(super) fn namespaces(state: &State) -> v1::ListNamespacesResponse {
-    let namespaces = state.namespaces().map(|view| v1::NamespaceStatus {
-        namespace: view.name.to_owned(),
-        tenant: view.tenant.to_owned(),
+pub(super) fn namespace(view: NamespaceView) -> v1::NamespaceStatus {
+    v1::NamespaceStatus {
+        namespace: view.name.to_string(),
+        tenant: view.tenant.to_string(),
         blocks: view.blocks,
         leased_bytes: view.leased_bytes,
         lookups: view.lookups,
         lookup_blocks: view.lookup_blocks,
         hit_blocks: view.hit_blocks,
         quota_bytes: view.quota_bytes,
-    });
-    let quotas = state.quotas().map(|(target, bytes)| v1::QuotaStatus {
-        target: Some(match target {
-            QuotaTarget::Namespace(name) => quota_status::Target::Namespace(name.clone()),
-            QuotaTarget::Tenant(tenant) => quota_status::Target::Tenant(tenant.clone()),
-        }),
-        bytes,
-    });
-    v1::ListNamespacesResponse {
-        namespaces: namespaces.collect(),
-        quotas: quotas.collect(),
     }
 }
 
-/// `started` as in [`sessions`].
-pub(super) fn preview(preview: WithdrawPreview<'_>, started: u64) -> v1::PreviewWithdrawResponse {
-    let bytes = |of: &dyn Fn(&RegionView<'_>) -> bool| {
+pub(super) fn quota((target, bytes): (QuotaTarget, u64)) -> v1::QuotaStatus {
+    v1::QuotaStatus {
+        target: Some(match target {
+            QuotaTarget::Namespace(name) => quota_status::Target::Namespace(name),
+            QuotaTarget::Tenant(tenant) => quota_status::Target::Tenant(tenant),
+        }),
+        bytes,
+    }
+}
+
+/// `started` as for [`session`].
+pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWithdrawResponse {
+    let bytes = |of: &dyn Fn(&RegionView) -> bool| {
         let regions = preview.regions.iter().filter(|region| of(region));
         regions.map(|region| region.bytes).sum()
     };
-    let idle = |region: &RegionView<'_>| {
+    let idle = |region: &RegionView| {
         let held = region.account;
         held.leased + held.draining + held.zombie == 0
     };
-    let blocks = |lease: &LeaseView<'_>| u64::from(lease.published_blocks);
+    let blocks = |lease: &LeaseView| u64::from(lease.published_blocks);
     v1::PreviewWithdrawResponse {
         bytes: bytes(&|_| true),
         idle_bytes: bytes(&idle),

@@ -164,7 +164,7 @@ async fn a_zombie_names_the_process_that_holds_it() {
     donor.client.withdraw(withdraw).await.unwrap();
     let mut admin = node.admin().await;
     let held = loop {
-        node.broker.owner().tick();
+        node.broker.owner().tick().await;
         let answer = admin.list_leases(v1::ListLeasesRequest::default()).await;
         let lease = answer.unwrap().into_inner().leases.remove(0);
         assert_eq!(lease.waiting_for_pids, [std::process::id()]);

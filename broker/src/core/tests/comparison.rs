@@ -116,9 +116,9 @@ impl Oracle {
             };
             let mut holders = mine.holders.clone();
             holders.sort();
-            let mut parties: Vec<_> = state.leases[state.lease_ids[&theirs.id]]
-                .parties()
-                .collect();
+            let known = state.books.leases.find(theirs.id);
+            let parties = known.into_iter().flat_map(|(_, lease)| lease.parties());
+            let mut parties: Vec<_> = parties.collect();
             parties.sort();
             let same = (mine.id, mine.generation, phase, mine.region, mine.slab)
                 == (

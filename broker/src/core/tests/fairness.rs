@@ -5,7 +5,7 @@ use swiftcache_proto::domain::{RevokeReason, Shortfall};
 use super::fixture::*;
 use crate::core::{
     Caller, Event, Grant, LeaseDemand, Outgoing,
-    fairness::{Level, max_min_level},
+    shares::{Level, max_min_level},
 };
 
 #[test]

@@ -1,8 +1,16 @@
 //! Brokers that are broken on purpose.
 
 use super::{fixture::hash, history::History, world::SlotUse};
-use crate::core::{Caller, Effect, Event, Keep, Lookup, Now, Outgoing, Publish};
-use swiftcache_proto::domain::{Generation, LeaseId, SessionId};
+use crate::core::leases::{Lease, Phase};
+use crate::core::{Caller, Effect, Event, Keep, Lookup, Now, Outgoing, Process, Publish};
+use swiftcache_proto::domain::SessionId;
+
+/// The process of a session that nobody knows.
+const GONE: Process = Process {
+    pid: 0,
+    birth: 0,
+    uid: 0,
+};
 
 /// How a broken broker misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,25 +55,14 @@ impl History {
         let mut more: Vec<Event> = Vec::new();
         match (self.fault, event) {
             (Some(Fault::ForgetsReaders), Event::Acknowledge { .. } | Event::Release { .. }) => {
-                let orphans = self
-                    .state
-                    .leases
-                    .iter()
-                    .filter(|(_, lease)| !lease.lessee_holds);
-                more.extend(orphans.flat_map(|(_, lease)| {
-                    let readers = lease.readers.iter();
-                    readers.map(|reader| self.letting_go(*reader, lease.id, lease.generation))
-                }));
+                let leases = self.state.books.leases.iter();
+                let orphans = leases.filter(|(_, lease)| !lease.lessee_holds());
+                more.extend(orphans.flat_map(|(_, lease)| self.all_let_go(lease)));
             }
             (Some(Fault::TrustsTimeouts), Event::Tick) => {
-                let zombies = self.state.leases.iter();
-                let zombies = zombies.filter(|(_, lease)| {
-                    matches!(lease.phase, crate::core::leases::Phase::Zombie(_))
-                });
-                more.extend(zombies.flat_map(|(_, lease)| {
-                    let parties = lease.parties();
-                    parties.map(|party| self.letting_go(party, lease.id, lease.generation))
-                }));
+                let leases = self.state.books.leases.iter();
+                let zombies = leases.filter(|(_, lease)| matches!(lease.phase(), Phase::Zombie(_)));
+                more.extend(zombies.flat_map(|(_, lease)| self.all_let_go(lease)));
             }
             (Some(Fault::TrustsClosedStreams), Event::Detach(session)) => {
                 let process = self.state.session(*session).map(|session| session.process);
@@ -123,29 +120,26 @@ impl History {
                     generation,
                 },
             ) => {
-                let known = self.state.lease_ids.get(lease);
-                let known = known.map(|key| &self.state.leases[*key]);
-                let stale = known.filter(|known| known.generation > generation.0);
-                more.extend(stale.map(|known| {
-                    let session = caller.session;
-                    self.letting_go(session, known.id, known.generation)
-                }));
+                let known = self.state.books.leases.find(*lease);
+                let stale = known.filter(|(_, known)| known.terms().generation > *generation);
+                let session = caller.session;
+                more.extend(stale.map(|(_, known)| self.letting_go(session, known)));
             }
             (Some(Fault::TrustsForeignAcks), Event::Acknowledge { lease, .. }) => {
-                let known = self.state.lease_ids.get(lease);
-                let known = known.map(|key| &self.state.leases[*key]);
-                more.extend(known.into_iter().flat_map(|known| {
-                    let parties = known.parties();
-                    parties.map(|party| self.letting_go(party, known.id, known.generation))
-                }));
+                let known = self.state.books.leases.find(*lease);
+                more.extend(
+                    known
+                        .into_iter()
+                        .flat_map(|(_, known)| self.all_let_go(known)),
+                );
             }
             (Some(Fault::TrustsClock), Event::Tick) => {
                 let jumped = self.state.apply(Event::Tick, Now(self.now + 3_600_000));
                 effects.extend(jumped);
-                self.state.now = self.now;
+                self.state.books.now = self.now;
             }
             (Some(Fault::ForgetsPins), Event::Lookup(lookup)) => {
-                self.state.drop_pins_of(lookup.caller.session);
+                self.state.books.pins.end_all_of(lookup.caller.session);
             }
             (Some(Fault::FindsUnreachable), Event::Lookup(lookup)) => {
                 let anywhere = Event::Lookup(Lookup {
@@ -156,7 +150,7 @@ impl History {
                 effects = self.state.apply(anywhere, Now(self.now));
             }
             (Some(Fault::ForgetsUnmappable), Event::Release { caller, .. }) => {
-                self.state.forget_unmappable(caller.session);
+                self.state.books.unmappable.forget_session(caller.session);
             }
             (Some(Fault::TrustsOldKeeps), Event::Keep(keep)) if !keep.closed => {
                 let again = Event::Keep(Keep {
@@ -176,15 +170,22 @@ impl History {
     }
 
     pub(super) fn caller(&self, session: SessionId) -> Caller {
-        let process = self.state.sessions[&session].process;
+        let known = self.state.books.sessions.get(session);
+        let process = known.map_or(GONE, |known| known.process());
         Caller { session, process }
     }
 
-    pub(super) fn letting_go(&self, session: SessionId, lease: LeaseId, generation: u64) -> Event {
+    fn letting_go(&self, session: SessionId, lease: &Lease) -> Event {
         Event::Acknowledge {
             caller: self.caller(session),
-            lease,
-            generation: Generation(generation),
+            lease: lease.terms().id,
+            generation: lease.terms().generation,
         }
+    }
+
+    /// Everyone who may touch a lease's slab lets go of it.
+    fn all_let_go(&self, lease: &Lease) -> Vec<Event> {
+        let parties = lease.parties();
+        parties.map(|party| self.letting_go(party, lease)).collect()
     }
 }

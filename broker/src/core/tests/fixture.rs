@@ -183,7 +183,7 @@ impl Bench {
             .session(caller.session)
             .unwrap()
             .tenant
-            .to_owned();
+            .to_string();
         let register = Register {
             process: caller.process,
             fresh_id: SessionId(1),

@@ -12,7 +12,7 @@ use super::{
     oracle::Oracle,
     world::{Client, Mapping, World},
 };
-use crate::core::{CoreConfig, Effect, Event, Now, Record, Reply, State};
+use crate::core::{CoreConfig, Effect, Event, Now, Record, Recorded, Reply, State};
 
 /// One step of a history; the numbers choose among what there is.
 #[derive(Clone, Copy)]
@@ -145,6 +145,8 @@ pub(super) struct History {
     pub(super) state: State,
     pub(super) config: CoreConfig,
     pub(super) ledger: Vec<Record>,
+    /// The copy of the ledger in memory, unless a fault makes the broker differ on purpose.
+    recorded: Option<Recorded>,
     pub(super) now: u64,
     pub(super) world: World,
     /// `None` when a fault makes the broker differ on purpose.
@@ -175,8 +177,10 @@ impl History {
             namespace_weights: [("other".to_owned(), 3)].into(),
             ..CoreConfig::default()
         };
+        let state = State::new(config.clone(), node());
         Self {
-            state: State::new(config.clone(), node()),
+            recorded: fault.is_none().then(|| Recorded::of(&state).unwrap()),
+            state,
             oracle: fault.is_none().then(|| Oracle::new(config.clone())),
             config,
             ledger: Vec::new(),
@@ -240,10 +244,21 @@ impl History {
                 Effect::Record(record) if reply.is_some() => {
                     return Err(format!("{record:?} is written after the reply"));
                 }
-                Effect::Record(record) => self.ledger.push(record),
+                Effect::Record(record) => {
+                    if let Some(recorded) = &mut self.recorded {
+                        recorded.add(record.clone())?;
+                    }
+                    self.ledger.push(record);
+                }
                 Effect::Send(session, message) => self.say(session, message),
                 Effect::Reply(said) => reply = Some(said),
                 _ => {}
+            }
+        }
+        if let Some(recorded) = &self.recorded {
+            let (has, is) = (recorded.records(), self.state.records());
+            if has != is {
+                return Err(format!("recorded is {has:?}, not {is:?}"));
             }
         }
         // A new handle may be one that can be mapped.
@@ -298,6 +313,9 @@ impl History {
             .collect();
         let restored = State::restore(self.config.clone(), node(), ledger);
         self.state = restored.map_err(|error| error.to_string())?;
+        if let Some(recorded) = &mut self.recorded {
+            *recorded = Recorded::of(&self.state)?;
+        }
         for client in &mut self.world.clients {
             client.behind = true;
             client.keeps.clear();
@@ -307,9 +325,9 @@ impl History {
         self.lines.clear();
         self.state.check()?;
         if self.fault == Some(Fault::ForgetsEarlierPins) {
-            self.state.config.pin_ms = 0;
+            self.state.books.config.pin_ms = 0;
             self.apply(Event::Tick)?;
-            self.state.config.pin_ms = self.config.pin_ms;
+            self.state.books.config.pin_ms = self.config.pin_ms;
         }
         Ok(())
     }

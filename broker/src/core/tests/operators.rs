@@ -160,7 +160,8 @@ fn a_namespace_quota_takes_the_place_of_the_configured_one() {
         (Some(SLAB), 5 * SLAB)
     );
     assert_eq!(set(&mut bench, model(), None), 5);
-    assert_eq!(bench.state.namespace_quota("model"), Some(3 * SLAB));
+    let view = bench.state.namespaces().next().unwrap();
+    assert_eq!(view.quota_bytes, Some(3 * SLAB));
     assert_eq!(bench.state.quotas().count(), 0);
 }
 
@@ -260,13 +261,13 @@ fn a_hold_is_told_to_everybody_and_to_those_that_come_later() {
         matches!(&refused, Refusal::Stale(why) if why.contains("4.0 s")),
         "{refused}"
     );
-    let view = bench.state.devices().nth(1).unwrap().hold.unwrap();
+    let view = bench.state.devices()[1].hold.unwrap();
     assert_eq!((view.free_bytes, view.left_ms), (0, 4_000));
     // It ends by itself, without a word: its end was told at its start.
     bench.heard(late);
     bench.tick(4_000);
     assert!(bench.heard(late).is_empty());
-    assert_eq!(bench.state.devices().nth(1).unwrap().hold, None);
+    assert_eq!(bench.state.devices()[1].hold, None);
     let later = bench.join("later", "1000");
     assert!(bench.heard(later).is_empty());
     bench.done(hold(8, SLAB, 1_000));

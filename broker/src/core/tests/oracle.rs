@@ -169,52 +169,60 @@ impl Oracle {
 
     /// Believes a restored state: what a crash in the middle of an event left of it is for the world to judge.
     pub(super) fn adopt(state: &State) -> Self {
-        let mut oracle = Self::new(state.config.clone());
+        let mut oracle = Self::new(state.books.config.clone());
         oracle.unsettled = true;
-        oracle.last_lease = state.next_lease - 1;
-        oracle.drained_donors = state.drained_donors.iter().cloned().collect();
-        let drained = state.devices().filter(|device| device.drained);
-        oracle.drained_devices = drained.map(|device| device.device.uuid.clone()).collect();
-        for (id, session) in &state.sessions {
+        oracle.last_lease = state.books.leases.next_id().0 - 1;
+        oracle.drained_donors = state
+            .books
+            .regions
+            .drained_donors()
+            .iter()
+            .cloned()
+            .collect();
+        let drained = state.devices().into_iter().filter(|device| device.drained);
+        oracle.drained_devices = drained.map(|device| device.device.uuid).collect();
+        let books = &state.books;
+        for (id, session) in books.sessions.iter() {
             oracle.sessions.push(OSession {
-                id: *id,
-                process: session.process,
-                tenant: session.tenant.to_string(),
+                id,
+                process: session.process(),
+                tenant: session.tenant().to_string(),
                 attached: false,
-                over: session.over,
-                returned: session.returned.iter().copied().collect(),
+                over: session.is_over(),
+                returned: session.returned().iter().copied().collect(),
             });
         }
-        for (_, region) in state.regions.iter() {
-            let slabs = region.slabs.iter().map(|slab| OSlab {
-                generation: slab.generation,
-                dirt: slab.dirt.as_ref().map(|tenant| tenant.to_string()),
-                scrubbing: slab.place == crate::core::account::Place::Scrubbing,
+        for (_, region) in books.regions.iter() {
+            let slabs = region.slabs().iter().map(|slab| OSlab {
+                generation: slab.generation(),
+                dirt: slab.dirt().as_ref().map(|tenant| tenant.to_string()),
+                scrubbing: slab.place() == crate::core::account::Place::Scrubbing,
             });
             oracle.regions.push(ORegion {
-                id: region.id,
-                donor: region.donor,
-                device: state.devices.uuid(region.device).clone(),
-                allocation: region.allocation,
-                offset: region.offset,
+                id: region.id(),
+                donor: region.donor(),
+                device: books.devices.uuid(region.device()).clone(),
+                allocation: region.outline().allocation,
+                offset: region.outline().offset,
                 handle: false,
-                withdrawing: region.withdrawing,
-                drained: region.drained,
+                withdrawing: region.is_withdrawing(),
+                drained: region.is_drained(),
                 slabs: slabs.collect(),
             });
         }
-        for (_, lease) in state.leases.iter() {
-            let namespace = state.index.namespace(lease.namespace);
+        for (key, lease) in books.leases.iter() {
+            let terms = lease.terms();
+            let namespace = books.index.namespace(terms.namespace);
             oracle.leases.push(OLease {
-                id: lease.id,
-                region: state.regions[lease.region].id,
-                slab: lease.slab,
-                generation: lease.generation,
-                lessee: lease.lessee,
-                tenant: namespace.tenant.to_string(),
-                namespace: namespace.name.to_string(),
-                device: state.devices.uuid(lease.device).clone(),
-                slots: lease.blocks.slots(),
+                id: terms.id,
+                region: books.regions.get(terms.region).id(),
+                slab: terms.slab,
+                generation: terms.generation.0,
+                lessee: terms.lessee,
+                tenant: namespace.tenant().to_string(),
+                namespace: namespace.name().to_string(),
+                device: books.devices.uuid(terms.device).clone(),
+                slots: books.index.slots(key),
                 holders: lease.parties().collect(),
                 revoked: lease.revocation().map(|revocation| (revocation.reason, 0)),
                 zombie: false,

@@ -285,7 +285,7 @@ fn leaving_gives_everything_up_and_returns_what_it_can() {
     bench.done(Event::Leave(borrower));
     // The stream is still up: the last region comes back on it.
     assert_eq!(bench.heard(donor), [Outgoing::Returned(grant.region)]);
-    assert_eq!(bench.state.sessions.len(), 0);
+    assert_eq!(bench.state.books.sessions.len(), 0);
     let refusal = bench.refused(Event::Lease(Bench::demand(borrower, 1)));
     assert!(matches!(refusal, Refusal::Unknown { .. }), "{refusal:?}");
 }

@@ -1,0 +1,394 @@
+//! Claims: who holds how much, who waits for how much, and which leases are the cheapest to lose.
+//!
+//! Kept as sums and ordered sets, so that a demand looks at no lease that it does not take. They count *active* leases:
+//! those whose lessees hold them and need not let go.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+    sync::Arc,
+};
+
+use swiftcache_proto::domain::{LeaseId, SessionId};
+
+use super::{
+    arena::{Beside, LeaseKey, NamespaceKey, OfLease},
+    check::hold,
+    shares::scaled,
+};
+
+/// Whose share a slab counts towards: a tenant's namespace.
+pub(super) type Party = (Arc<str>, Arc<str>);
+
+/// What a session lacked when it last asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Claim {
+    pub(super) missing: u64,
+    /// The device it computes on.
+    pub(super) device: usize,
+    pub(super) block_bytes: u64,
+    pub(super) party: Party,
+}
+
+/// A claim, and until when it is remembered, milliseconds.
+#[derive(Clone, Debug)]
+struct Wait {
+    claim: Claim,
+    until: u64,
+}
+
+/// How cheap a lease is to lose, the cheapest first: with the fewest blocks, then found longest ago.
+pub(super) type Worth = (u32, u64, LeaseId, LeaseKey);
+
+/// An active lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stake {
+    pub(super) id: LeaseId,
+    pub(super) namespace: NamespaceKey,
+    pub(super) session: SessionId,
+    /// The device that holds its slab.
+    pub(super) device: usize,
+    pub(super) bytes: u64,
+    /// Its slab could be lent to somebody else.
+    pub(super) takeable: bool,
+    /// Its published blocks.
+    pub(super) blocks: u32,
+    /// When a lookup last found a block in it, milliseconds; or earlier.
+    pub(super) last_hit: u64,
+}
+
+impl Stake {
+    fn worth(&self, key: LeaseKey) -> Worth {
+        (self.blocks, self.last_hit, self.id, key)
+    }
+}
+
+/// Leases of slabs of one size on one device, the cheapest to lose first.
+type Pile = BTreeSet<Worth>;
+
+/// What a session holds in a namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Holding {
+    bytes: u64,
+    leases: u64,
+    /// Those that could be lent to somebody else, by device and size.
+    piles: BTreeMap<(usize, u64), Pile>,
+}
+
+/// What a namespace holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Holdings {
+    bytes: u64,
+    weight: u64,
+    by_session: BTreeMap<SessionId, Holding>,
+    /// Its sessions by what each holds in all namespaces, the largest holder first.
+    largest: BTreeSet<(Reverse<u64>, SessionId)>,
+}
+
+impl Holdings {
+    /// What it holds for its weight: the most first.
+    fn wealth(&self) -> Reverse<u64> {
+        Reverse(scaled(self.bytes, 1 << 20, self.weight))
+    }
+}
+
+/// What a session holds in all namespaces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Total {
+    bytes: u64,
+    namespaces: BTreeSet<NamespaceKey>,
+}
+
+/// All claims.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Claims {
+    /// By name; 1 where there is none.
+    weights: BTreeMap<String, u32>,
+    waits: BTreeMap<SessionId, Wait>,
+    stakes: Beside<OfLease, Stake>,
+    namespaces: BTreeMap<NamespaceKey, Holdings>,
+    /// Namespaces by what each holds for its weight, the most first.
+    wealthiest: BTreeSet<(Reverse<u64>, NamespaceKey)>,
+    sessions: BTreeMap<SessionId, Total>,
+}
+
+impl Claims {
+    pub(super) fn new(weights: BTreeMap<String, u32>) -> Self {
+        Self {
+            weights,
+            ..Self::default()
+        }
+    }
+
+    /// How much more than others a namespace of this name gets when there is not enough for all.
+    pub(super) fn weight(&self, name: &str) -> u64 {
+        let weight = self.weights.get(name);
+        weight.map_or(1, |weight| u64::from(*weight).max(1))
+    }
+
+    // Who waits.
+
+    pub(super) fn wait(&mut self, session: SessionId, claim: Claim, until: u64) {
+        self.waits.insert(session, Wait { claim, until });
+    }
+
+    pub(super) fn stop_waiting(&mut self, session: SessionId) {
+        self.waits.remove(&session);
+    }
+
+    pub(super) fn expire_waits(&mut self, now: u64) {
+        self.waits.retain(|_, wait| wait.until > now);
+    }
+
+    /// What those who wait lacked when they last asked.
+    pub(super) fn waits(&self) -> impl Iterator<Item = (SessionId, &Claim)> {
+        self.waits.iter().map(|(id, wait)| (*id, &wait.claim))
+    }
+
+    // Who holds what.
+
+    /// What a session holds in all namespaces, bytes.
+    pub(super) fn held(&self, session: SessionId) -> u64 {
+        self.sessions.get(&session).map_or(0, |total| total.bytes)
+    }
+
+    /// What a namespace holds, bytes.
+    pub(super) fn holds(&self, namespace: NamespaceKey) -> u64 {
+        self.namespaces.get(&namespace).map_or(0, |its| its.bytes)
+    }
+
+    /// The namespaces that hold something, what holds the most for its weight first; each with its bytes.
+    pub(super) fn wealthiest(&self) -> impl Iterator<Item = (NamespaceKey, u64)> {
+        let keys = self.wealthiest.iter();
+        keys.map(|(_, key)| (*key, self.namespaces[key].bytes))
+    }
+
+    /// The namespace that holds the most for its weight, or the next one after another, and what it holds, bytes.
+    pub(super) fn next_wealthiest(
+        &self,
+        after: Option<NamespaceKey>,
+    ) -> Option<(NamespaceKey, u64)> {
+        let from = match after {
+            Some(after) => Bound::Excluded((self.namespaces.get(&after)?.wealth(), after)),
+            None => Bound::Unbounded,
+        };
+        let (_, key) = self.wealthiest.range((from, Bound::Unbounded)).next()?;
+        Some((*key, self.namespaces[key].bytes))
+    }
+
+    /// The largest holder among the sessions that hold leases of a namespace, or the next one after another, and what it
+    /// holds in all, bytes.
+    pub(super) fn next_largest(
+        &self,
+        namespace: NamespaceKey,
+        after: Option<SessionId>,
+    ) -> Option<(SessionId, u64)> {
+        let its = self.namespaces.get(&namespace)?;
+        let from = match after {
+            Some(after) => Bound::Excluded((Reverse(self.held(after)), after)),
+            None => Bound::Unbounded,
+        };
+        let (Reverse(bytes), session) = its.largest.range((from, Bound::Unbounded)).next()?;
+        Some((*session, *bytes))
+    }
+
+    /// The sessions that hold leases of a namespace, the largest holder first; each with what it holds in all.
+    pub(super) fn largest(
+        &self,
+        namespace: NamespaceKey,
+    ) -> impl Iterator<Item = (SessionId, u64)> {
+        let its = self.namespaces.get(&namespace);
+        let holders = its.into_iter().flat_map(|its| &its.largest);
+        holders.map(|(Reverse(bytes), session)| (*session, *bytes))
+    }
+
+    /// An active lease more. `name` is its namespace's.
+    pub(super) fn add(&mut self, lease: LeaseKey, stake: Stake, name: &str) {
+        let weight = self.weight(name);
+        self.change_total(stake.session, |total| {
+            total.bytes += stake.bytes;
+            total.namespaces.insert(stake.namespace);
+        });
+        let its = self.namespaces.entry(stake.namespace);
+        let its = its.or_insert_with(|| Holdings {
+            bytes: 0,
+            weight,
+            by_session: BTreeMap::new(),
+            largest: BTreeSet::new(),
+        });
+        self.wealthiest.remove(&(its.wealth(), stake.namespace));
+        its.bytes += stake.bytes;
+        self.wealthiest.insert((its.wealth(), stake.namespace));
+        let total = &self.sessions[&stake.session];
+        its.largest.insert((Reverse(total.bytes), stake.session));
+        let holding = its.by_session.entry(stake.session).or_default();
+        holding.bytes += stake.bytes;
+        holding.leases += 1;
+        self.stakes.insert(lease, stake);
+        self.pile(lease, true);
+    }
+
+    /// A lease is not active any more.
+    pub(super) fn remove(&mut self, lease: LeaseKey) {
+        if self.stakes.get(lease).is_none() {
+            return;
+        }
+        self.pile(lease, false);
+        let Some(stake) = self.stakes.remove(lease) else {
+            return;
+        };
+        let (session, namespace) = (stake.session, stake.namespace);
+        let mut last = false;
+        if let Some(its) = self.namespaces.get_mut(&namespace) {
+            self.wealthiest.remove(&(its.wealth(), namespace));
+            its.bytes -= stake.bytes;
+            if let Some(holding) = its.by_session.get_mut(&session) {
+                holding.bytes -= stake.bytes;
+                holding.leases -= 1;
+                last = holding.leases == 0;
+            }
+            if last {
+                its.by_session.remove(&session);
+                let total = self.sessions.get(&session).map_or(0, |total| total.bytes);
+                its.largest.remove(&(Reverse(total), session));
+            }
+            if its.by_session.is_empty() {
+                self.namespaces.remove(&namespace);
+            } else {
+                self.wealthiest.insert((its.wealth(), namespace));
+            }
+        }
+        self.change_total(session, |total| {
+            total.bytes -= stake.bytes;
+            if last {
+                total.namespaces.remove(&namespace);
+            }
+        });
+    }
+
+    /// Changes what a session holds in all, and its place among the holders of each of its namespaces.
+    fn change_total(&mut self, session: SessionId, change: impl FnOnce(&mut Total)) {
+        let total = self.sessions.entry(session).or_default();
+        let before = Reverse(total.bytes);
+        let namespaces = total.namespaces.clone();
+        change(total);
+        let after = Reverse(total.bytes);
+        let over = total.namespaces.is_empty();
+        for namespace in namespaces {
+            if let Some(its) = self.namespaces.get_mut(&namespace)
+                && its.largest.remove(&(before, session))
+            {
+                its.largest.insert((after, session));
+            }
+        }
+        if over {
+            self.sessions.remove(&session);
+        }
+    }
+
+    /// A lease has so many published blocks now.
+    pub(super) fn set_blocks(&mut self, lease: LeaseKey, blocks: u32) {
+        self.change(lease, |stake| stake.blocks = blocks);
+    }
+
+    /// The slab of a lease could be lent to somebody else from now on.
+    pub(super) fn make_takeable(&mut self, lease: LeaseKey) {
+        self.change(lease, |stake| stake.takeable = true);
+    }
+
+    /// Changes a stake and its place among those that are cheap to lose.
+    fn change(&mut self, lease: LeaseKey, change: impl FnOnce(&mut Stake)) {
+        if self.stakes.get(lease).is_some() {
+            self.pile(lease, false);
+            change(&mut self.stakes[lease]);
+            self.pile(lease, true);
+        }
+    }
+
+    /// Puts a lease that can be taken on its pile, or takes it off.
+    fn pile(&mut self, lease: LeaseKey, on: bool) {
+        let stake = self.stakes[lease];
+        let its = self.namespaces.get_mut(&stake.namespace);
+        let holding = its.and_then(|its| its.by_session.get_mut(&stake.session));
+        let Some(holding) = holding.filter(|_| stake.takeable) else {
+            return;
+        };
+        let at = (stake.device, stake.bytes);
+        let worth = stake.worth(lease);
+        if on {
+            holding.piles.entry(at).or_default().insert(worth);
+        } else if let Some(pile) = holding.piles.get_mut(&at) {
+            pile.remove(&worth);
+            if pile.is_empty() {
+                holding.piles.remove(&at);
+            }
+        }
+    }
+
+    /// The lease of a session in a namespace that is cheapest to lose, of those on piles and with slabs that are
+    /// `wanted`. `last_hit` says when a lookup last found a block in one: lookups do not tell, so what is told late is
+    /// caught up with here, once for each lease that lookups hit since.
+    pub(super) fn cheapest(
+        &mut self,
+        session: SessionId,
+        namespace: NamespaceKey,
+        piles: impl Fn(usize, u64) -> bool,
+        wanted: impl Fn(LeaseKey) -> bool,
+        last_hit: impl Fn(LeaseKey) -> u64,
+    ) -> Option<LeaseKey> {
+        loop {
+            let holding = (self.namespaces.get(&namespace)?.by_session).get(&session)?;
+            let able = (holding.piles.iter()).filter(|((device, bytes), _)| piles(*device, *bytes));
+            let first = |pile: &Pile| pile.iter().find(|worth| wanted(worth.3)).copied();
+            let (_, before, _, lease) = able.filter_map(|(_, pile)| first(pile)).min()?;
+            let now = last_hit(lease);
+            if now == before {
+                return Some(lease);
+            }
+            self.change(lease, |stake| stake.last_hit = now);
+        }
+    }
+
+    /// Verifies all sums and sets against the active leases, and that whoever waits `lives`.
+    pub(super) fn check(
+        &self,
+        active: BTreeMap<LeaseKey, (Stake, &str)>,
+        lives: impl Fn(SessionId) -> bool,
+    ) -> Result<(), String> {
+        let mut counted = Self::new(self.weights.clone());
+        for (key, (mut stake, name)) in active {
+            let Some(known) = self.stakes.get(key) else {
+                return Err(format!("nobody has a stake in {}", stake.id));
+            };
+            hold!(
+                known.last_hit <= stake.last_hit,
+                "{} was found before it was",
+                stake.id
+            );
+            stake.last_hit = known.last_hit;
+            hold!(*known == stake, "the stake in {} is another", stake.id);
+            counted.add(key, stake, name);
+        }
+        let stakes = self.stakes.iter().count();
+        hold!(
+            stakes == counted.stakes.iter().count(),
+            "somebody has a stake in a lease that is not active"
+        );
+        hold!(
+            self.namespaces == counted.namespaces,
+            "what namespaces hold is miscounted"
+        );
+        hold!(
+            self.wealthiest == counted.wealthiest,
+            "namespaces are in the wrong order"
+        );
+        hold!(
+            self.sessions == counted.sessions,
+            "what sessions hold is miscounted"
+        );
+        let waiting = self.waits.keys().all(|id| lives(*id));
+        hold!(waiting, "somebody who is gone waits");
+        Ok(())
+    }
+}

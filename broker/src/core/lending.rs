@@ -1,0 +1,273 @@
+//! Which slabs a demand is granted.
+//!
+//! Best link first, then most bandwidth; among equals the device with the most free bytes, so that transfers spread;
+//! on a device, regions in use before whole ones, so that whole ones stay cheap to give back.
+
+use swiftcache_proto::domain::{Generation, LinkKind, RevokeReason, Shortfall};
+
+use super::{
+    arena::RegionKey,
+    books::{Books, NewLease},
+    effect::{Grant, Note, Refusal, Reply},
+    event::LeaseDemand,
+    fairness::{Demand, fair, on_its_way_to, slab_to_take, wait},
+    record::Record,
+    region::{Dirt, Rank},
+    revocation::revoke,
+    scrubs::scrub,
+    sharing::grant_of,
+};
+
+/// The most slabs taken from others on account of one demand: a session that lacks more asks again.
+const TAKEN_AT_ONCE: usize = 64;
+
+/// Why no further slab is granted.
+enum Stop {
+    Quota,
+    Fairness,
+    NoSlab,
+}
+
+/// A free slab, and the link over which the demand's device reaches it.
+struct Found {
+    region: RegionKey,
+    slab: u32,
+    link: LinkKind,
+}
+
+pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Refusal> {
+    let session = books.sessions.of(demand.caller)?;
+    let (name, tenant) = (session.name().to_string(), session.tenant().clone());
+    let device = books.devices.number(&demand.device)?;
+    for (field, value) in [("bytes", demand.bytes), ("block_bytes", demand.block_bytes)] {
+        if value == 0 {
+            return Err(Refusal::Invalid {
+                field,
+                problem: "is 0".to_owned(),
+            });
+        }
+    }
+    let asked_bytes = demand.bytes;
+    let mut demand = Demand {
+        session: demand.caller.session,
+        tenant,
+        namespace: demand.namespace.into(),
+        device,
+        block_bytes: demand.block_bytes,
+        tiers: books.devices.tiers(device),
+        missing: demand.bytes,
+    };
+    let (grants, stop) = grant_slabs(books, &mut demand);
+    let shortfall = shortfall(books, &demand, stop);
+    books.counters.leases_granted += grants.len() as u64;
+    if shortfall != Shortfall::None {
+        books.counters.leases_refused += u64::from(grants.is_empty());
+        books.note(Note::LeaseShort {
+            session: demand.session,
+            name,
+            tenant: demand.tenant.to_string(),
+            namespace: demand.namespace.to_string(),
+            device: books.devices.uuid(device).clone(),
+            asked_bytes,
+            granted_bytes: asked_bytes - demand.missing,
+            shortfall,
+        });
+    }
+    Ok(Reply::Leased { grants, shortfall })
+}
+
+fn grant_slabs(books: &mut Books, demand: &mut Demand) -> (Vec<Grant>, Option<Stop>) {
+    books.claims.expire_waits(books.now);
+    books.claims.stop_waiting(demand.session);
+    let mut grants: Vec<Grant> = Vec::new();
+    while demand.missing > 0 {
+        let Some(found) = best_slab(books, demand) else {
+            return (grants, Some(Stop::NoSlab));
+        };
+        let region = books.regions.get(found.region);
+        let (bytes, device) = (region.slab_bytes(), region.device());
+        if grants.len() >= books.config.max_grants || over_quota(books, demand, bytes) {
+            return (grants, Some(Stop::Quota));
+        }
+        if !fair(books, demand, device, bytes) {
+            return (grants, Some(Stop::Fairness));
+        }
+        grants.extend(grant(books, demand, &found));
+        demand.missing = demand.missing.saturating_sub(bytes);
+    }
+    (grants, None)
+}
+
+/// Whether a slab more of so many bytes would be beyond a quota or a bound.
+fn over_quota(books: &Books, demand: &Demand, bytes: u64) -> bool {
+    let Some(session) = books.sessions.get(demand.session) else {
+        return true;
+    };
+    let beyond = |held: u64, quota: Option<u64>| quota.is_some_and(|most| held + bytes > most);
+    let namespace = books
+        .index
+        .find_namespace(&demand.tenant, &demand.namespace);
+    let held = namespace.map_or(0, |key| books.index.namespace(key).leased_bytes());
+    let of_tenant = books.quotas.of_tenant(&demand.tenant);
+    beyond(session.held_bytes(), books.config.session_quota_bytes)
+        || beyond(held, books.quotas.of_namespace(&demand.namespace))
+        // Only who has a tenant quota pays for the sum.
+        || of_tenant.is_some() && beyond(books.index.held_by(&demand.tenant), of_tenant)
+        || session.leases().len() >= books.config.max_leases_per_session
+        || books.leases.len() >= books.config.max_leases
+}
+
+/// The best free slab that the demand's tenant may have as it is.
+fn best_slab(books: &Books, demand: &Demand) -> Option<Found> {
+    let own = Some(demand.tenant.clone());
+    demand.tiers.iter().find_map(|(link, devices)| {
+        let candidates = devices.iter().filter_map(|number| {
+            let usable = [&own, &None]
+                .into_iter()
+                .filter_map(|dirt| Some((first_fitting(books, *number, dirt, demand)?, dirt)));
+            // Whole regions last; then the tenant's own leavings, which cost nobody a scrub.
+            let best = usable.min_by_key(|(rank, dirt)| (rank.0, dirt.is_none(), *rank))?;
+            Some((*number, best))
+        });
+        let most_free = |(number, _): &(usize, _)| {
+            let free = books.regions.shelf(*number).lendable().free;
+            (free, std::cmp::Reverse(*number))
+        };
+        let (_, ((.., region), dirt)) = candidates.max_by_key(most_free)?;
+        Some(Found {
+            region,
+            slab: books.regions.get(region).first_free(dirt)?,
+            link: *link,
+        })
+    })
+}
+
+fn first_fitting(books: &Books, device: usize, dirt: &Dirt, demand: &Demand) -> Option<Rank> {
+    let mut ranks = books.regions.shelf(device).with_free(dirt);
+    ranks.find(|(.., key)| demand.can_use(books, *key))
+}
+
+fn grant(books: &mut Books, demand: &Demand, found: &Found) -> Option<Grant> {
+    let id = books.leases.next_id();
+    let region = books.regions.get(found.region);
+    let (region_id, device) = (region.id(), region.device());
+    let bytes = region.slab_bytes();
+    let generation = region.slab(found.slab)?.generation() + 1;
+    let key = books.take_slab(NewLease {
+        id,
+        lessee: demand.session,
+        tenant: demand.tenant.clone(),
+        namespace: demand.namespace.clone(),
+        device: demand.device,
+        block_bytes: demand.block_bytes,
+        region: found.region,
+        slab: found.slab,
+        generation,
+    });
+    books.record(Record::Lease {
+        lease: id,
+        generation: Generation(generation),
+        lessee: demand.session,
+        region: region_id,
+        slab: found.slab,
+        tenant: demand.tenant.to_string(),
+        namespace: demand.namespace.to_string(),
+        device: books.devices.uuid(demand.device).clone(),
+        block_bytes: demand.block_bytes,
+    });
+    books.note(Note::Leased {
+        lease: id,
+        region: region_id,
+        device: books.devices.uuid(device).clone(),
+        bytes,
+        link: found.link,
+    });
+    grant_of(books, key, found.link)
+}
+
+/// Says why the demand was not met in full, and does what can be done about it: has slabs zeroed, and asks
+/// borrowers above their share to let go.
+fn shortfall(books: &mut Books, demand: &Demand, stop: Option<Stop>) -> Shortfall {
+    match stop {
+        None => Shortfall::None,
+        Some(Stop::Quota) => Shortfall::Quota,
+        Some(Stop::Fairness) => {
+            wait(books, demand);
+            Shortfall::Fairness
+        }
+        Some(Stop::NoSlab) if block_too_large(books, demand) => Shortfall::BlockTooLarge,
+        Some(Stop::NoSlab) => {
+            wait(books, demand);
+            let scrubbing = scrub_for(books, demand);
+            reclaim_for(books, demand);
+            match scrubbing {
+                true => Shortfall::Scrubbing,
+                false => Shortfall::NoFreeSlab,
+            }
+        }
+    }
+}
+
+fn block_too_large(books: &Books, demand: &Demand) -> bool {
+    let devices = demand.tiers.iter().flat_map(|(_, devices)| devices);
+    let largest = devices
+        .filter_map(|number| books.regions.shelf(*number).slab_sizes().next_back())
+        .max();
+    largest.is_some_and(|bytes| bytes < demand.block_bytes)
+}
+
+/// Has free slabs that other tenants used zeroed, as many as the demand misses; says whether any are under way.
+fn scrub_for(books: &mut Books, demand: &Demand) -> bool {
+    let devices: Vec<_> = demand
+        .tiers
+        .iter()
+        .flat_map(|(_, devices)| devices.iter().copied())
+        .collect();
+    let lendable = devices.iter().map(|number| books.regions.shelf(*number));
+    let mut scrubbing: u64 = lendable.map(|shelf| shelf.lendable().scrubbing).sum();
+    for number in &devices {
+        while scrubbing < demand.missing {
+            let Some((region, slab)) = dirty_slab(books, *number, demand) else {
+                break;
+            };
+            let bytes = books.regions.get(region).slab_bytes();
+            if !fair(books, demand, *number, bytes) {
+                break;
+            }
+            scrub(books, region, slab);
+            scrubbing += bytes;
+        }
+    }
+    scrubbing > 0
+}
+
+/// A free slab that only lacks zeroing, in a region whose donor can be told.
+fn dirty_slab(books: &Books, device: usize, demand: &Demand) -> Option<(RegionKey, u32)> {
+    let mut dirty = books.regions.shelf(device).with_dirty(&demand.tenant);
+    dirty.find_map(|(dirt, (.., key))| {
+        let region = books.regions.get(key);
+        let donor = books.sessions.get(region.donor())?;
+        let fits = donor.is_attached() && demand.can_use(books, key);
+        let slab = region.first_free(dirt)?;
+        fits.then_some((key, slab))
+    })
+}
+
+/// Asks the largest holders to let go of what the demand lacks and may have.
+fn reclaim_for(books: &mut Books, demand: &Demand) {
+    let mut coming = on_its_way_to(books, demand);
+    let mut lacking = demand.missing.saturating_sub(coming);
+    for _ in 0..TAKEN_AT_ONCE {
+        if lacking == 0 {
+            return;
+        }
+        let Some(lease) = slab_to_take(books, demand, coming) else {
+            return;
+        };
+        let bytes = books.leases.get(lease).terms().bytes;
+        let drain_ms = books.config.default_drain_ms;
+        revoke(books, lease, RevokeReason::Fairness, drain_ms, None);
+        coming += bytes;
+        lacking = lacking.saturating_sub(bytes);
+    }
+}

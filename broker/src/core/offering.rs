@@ -1,0 +1,76 @@
+//! Offering: a region comes in, or its donor says once more how it is mapped.
+
+use swiftcache_proto::domain::Handle;
+
+use super::{
+    arena::RegionKey,
+    books::Books,
+    effect::{Note, Refusal, Reply},
+    event::Offer,
+    record::Record,
+    region::Outline,
+};
+
+pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
+    let donor = books.sessions.of(offer.caller)?;
+    let outline = Outline {
+        id: offer.region,
+        donor: offer.caller.session,
+        device: books.devices.number(&offer.device)?,
+        allocation: offer.allocation,
+        offset: offer.offset,
+        bytes: offer.bytes,
+        slab_bytes: offer.slab_bytes,
+    };
+    if let Some(key) = books.regions.key(offer.region) {
+        return offer_again(books, key, &outline, offer.handle);
+    }
+    if donor.returned().contains(&outline.id) {
+        return Err(Refusal::Stale(format!(
+            "region {} was returned; zero its bytes and offer them under a new id",
+            outline.id
+        )));
+    }
+    let room = books.room();
+    books.regions.admissible(&outline, &books.devices, room)?;
+    let key = books.admit(outline);
+    books.set_handle(key, offer.handle);
+    books.record(Record::Region {
+        donor: offer.caller.session,
+        region: offer.region,
+        device: offer.device.clone(),
+        allocation: offer.allocation,
+        offset: offer.offset,
+        bytes: offer.bytes,
+        slab_bytes: offer.slab_bytes,
+    });
+    books.note(Note::Offered {
+        region: offer.region,
+        device: offer.device,
+        bytes: offer.bytes,
+    });
+    Ok(Reply::Done)
+}
+
+fn offer_again(
+    books: &mut Books,
+    key: RegionKey,
+    outline: &Outline,
+    handle: Handle,
+) -> Result<Reply, Refusal> {
+    let region = books.regions.get(key);
+    if region.outline() != outline {
+        return Err(Refusal::Overlap {
+            region: outline.id,
+            with: region.id(),
+        });
+    }
+    if region.is_withdrawing() {
+        return Err(Refusal::Stale(format!(
+            "region {} is on its way back; offer the bytes again under a new id once it is returned",
+            region.id()
+        )));
+    }
+    books.set_handle(key, handle);
+    Ok(Reply::Done)
+}

@@ -1,0 +1,157 @@
+//! Publishing: lessees say which blocks lie in which slots of their leases, and which do so no more.
+
+use std::collections::BTreeSet;
+
+use swiftcache_proto::domain::{BlockHash, Generation, LeaseId};
+
+use super::{
+    arena::LeaseKey,
+    books::Books,
+    effect::{Note, Refusal, Reply},
+    event::{Caller, Publish},
+    index::Location,
+    lookup::Asker,
+};
+
+/// The lease, if the caller is its lessee, the generation is its own and it is not being revoked.
+fn active_lease_of(
+    books: &Books,
+    caller: Caller,
+    id: LeaseId,
+    generation: Generation,
+) -> Result<LeaseKey, Refusal> {
+    books.sessions.of(caller)?;
+    let (key, lease) = books.leases.known(id)?;
+    if lease.terms().lessee != caller.session {
+        return Err(Refusal::NotYours {
+            what: "lease",
+            which: id.to_string(),
+        });
+    }
+    let held = lease.terms().generation;
+    if held != generation {
+        return Err(Refusal::Stale(format!(
+            "lease {id} is generation {}, not {}",
+            held.0, generation.0
+        )));
+    }
+    if let Some(revocation) = lease.revocation() {
+        return Err(Refusal::Stale(format!(
+            "lease {id} is being revoked: {}",
+            revocation.reason
+        )));
+    }
+    Ok(key)
+}
+
+pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refusal> {
+    let lease = active_lease_of(books, publish.caller, publish.lease, publish.generation)?;
+    publishable(books, lease, &publish.blocks)?;
+    let terms = books.leases.get(lease).terms();
+    let (namespace, region) = (terms.namespace, terms.region);
+    let publisher = Asker::publisher(books, lease);
+    let mut duplicates = Vec::new();
+    let mut published = 0;
+    for (number, (hash, slot)) in (0..).zip(publish.blocks) {
+        let at = Location { lease, slot };
+        // Said again.
+        if books.index.block(at) == Some(&hash) {
+            continue;
+        }
+        let mut places = books.index.find(namespace, &hash);
+        if places.any(|other| publisher.rank(books, other.lease).is_some()) {
+            duplicates.push(number);
+            continue;
+        }
+        drop(places);
+        books.index.insert(hash, at);
+        published += 1;
+    }
+    books.regions.published_more(region, u64::from(published));
+    books.claims.set_blocks(lease, books.index.published(lease));
+    books.counters.published_blocks += u64::from(published);
+    books.note(Note::Published { blocks: published });
+    Ok(Reply::Published { duplicates })
+}
+
+/// Whether every block has an empty slot of its own, or lies there already.
+fn publishable(books: &Books, lease: LeaseKey, blocks: &[(BlockHash, u32)]) -> Result<(), Refusal> {
+    let invalid = |problem| {
+        Err(Refusal::Invalid {
+            field: "slots",
+            problem,
+        })
+    };
+    let most = books.index.slots(lease);
+    for (hash, slot) in blocks {
+        if *slot >= most {
+            return invalid(format!("names slot {slot} of {most}"));
+        }
+        let at = Location { lease, slot: *slot };
+        if books.index.block(at).is_some_and(|held| held != hash) {
+            return invalid(format!(
+                "names slot {slot}, which holds another block; unpublish it first"
+            ));
+        }
+    }
+    let mut named: Vec<_> = blocks.iter().map(|(_, slot)| *slot).collect();
+    named.sort_unstable();
+    if let Some(twice) = named.windows(2).find(|pair| pair[0] == pair[1]) {
+        return invalid(format!("names slot {} twice", twice[0]));
+    }
+    may_index(books, blocks.len())
+}
+
+/// Whether so many blocks more may be known.
+pub(super) fn may_index(books: &Books, more: usize) -> Result<(), Refusal> {
+    let known = books.index.blocks() + books.borrowers.kept();
+    let limit = books.config.max_blocks;
+    match known + more as u64 > limit {
+        true => Err(Refusal::Limit {
+            what: "indexed blocks",
+            limit,
+        }),
+        false => Ok(()),
+    }
+}
+
+pub(super) fn unpublish(
+    books: &mut Books,
+    caller: Caller,
+    id: LeaseId,
+    generation: Generation,
+    slots: &[u32],
+) -> Result<Reply, Refusal> {
+    let lease = active_lease_of(books, caller, id, generation)?;
+    let most = books.index.slots(lease);
+    if let Some(slot) = slots.iter().find(|slot| **slot >= most) {
+        return Err(Refusal::Invalid {
+            field: "slots",
+            problem: format!("names slot {slot} of {most}"),
+        });
+    }
+    let mut blocks = 0;
+    for slot in slots {
+        let at = Location { lease, slot: *slot };
+        blocks += u32::from(books.index.remove(at));
+    }
+    let region = books.leases.get(lease).terms().region;
+    books.regions.published_less(region, u64::from(blocks));
+    books.claims.set_blocks(lease, books.index.published(lease));
+    let (pinned, retry_ms) = pinned_among(books, lease, slots);
+    books.note(Note::Unpublished { blocks });
+    Ok(Reply::Unpublished { pinned, retry_ms })
+}
+
+/// Which of these slots must not be written yet, and for how long, milliseconds.
+fn pinned_among(books: &Books, lease: LeaseKey, slots: &[u32]) -> (Vec<u32>, u32) {
+    let asked: BTreeSet<_> = slots.iter().copied().collect();
+    let (mut pinned, mut until) = books.pins.among(lease, &asked);
+    // Pins of the broker before this one are unknown, and may all still be read under.
+    if books.leases.get(lease).is_restored() && books.now < books.grace_until {
+        pinned = asked;
+        until = until.max(books.grace_until);
+    }
+    let left = u32::try_from(until.saturating_sub(books.now)).unwrap_or(u32::MAX);
+    (pinned.into_iter().collect(), left)
+}
