@@ -4,7 +4,7 @@ use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
 
 use pyo3::prelude::*;
 use swiftcache_client::{
-    borrower::{BorrowerConfig, Layout},
+    cache::{BorrowerConfig, Layout},
     device::{Choice, Ticket},
 };
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
@@ -178,7 +178,9 @@ impl Cache {
             let (asked, layers) = (hashes.len(), self.layers());
             let load = self.0.with_open(|open| {
                 let kv = open.kv()?;
-                let hit = open.borrower.lookup(&hashes);
+                // Whoever loads was promised these blocks.
+                let patience = open.borrower.config().lookup_limit;
+                let hit = open.borrower.lookup_within(&hashes, patience);
                 let found = hit.blocks();
                 let blocks = &blocks[..found as usize];
                 let load = match &after {

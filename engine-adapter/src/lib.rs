@@ -36,7 +36,7 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::log();
-        let lookup_limit = swiftcache_client::borrower::BorrowerConfig::LOOKUP_LIMIT;
+        let lookup_limit = swiftcache_client::cache::BorrowerConfig::LOOKUP_LIMIT;
         module.add("DEFAULT_LOOKUP_MS", lookup_limit.as_millis() as u64)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

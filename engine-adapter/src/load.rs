@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::borrower;
+use swiftcache_client::cache;
 
 use crate::{
     arguments,
@@ -27,14 +27,14 @@ pub(crate) struct Load {
 
 #[derive(Debug)]
 enum State {
-    Running(borrower::Load, Arc<Place>),
+    Running(cache::Load, Arc<Place>),
     /// The failed positions.
     Over(Vec<u32>),
 }
 
 impl Load {
     pub(crate) fn running(
-        load: borrower::Load,
+        load: cache::Load,
         place: &Arc<Place>,
         found: u32,
         asked: usize,

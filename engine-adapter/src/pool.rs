@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use swiftcache_client::{
-    borrower::{Layout, PagedKv, PagedLayer, PoolSpan},
+    cache::{Layout, PagedKv, PagedLayer, PoolSpan},
     device::{DeviceLayer, Memory},
 };
 use swiftcache_proto::domain::DeviceUuid;

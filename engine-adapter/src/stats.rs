@@ -1,7 +1,7 @@
 //! Numbers, flat and named with their units.
 
 use swiftcache_client::{
-    borrower::{BlocksByTier, BytesByLink, Latency, Stats},
+    cache::{BlocksByTier, BytesByLink, Latency, Stats},
     donor::DonorStatus,
 };
 use swiftcache_proto::domain::LinkKind;

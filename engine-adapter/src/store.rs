@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::borrower::{self, Stored};
+use swiftcache_client::cache::{self, Stored};
 
 use crate::unlocked::{drop_unlocked, unlocked};
 
@@ -15,12 +15,12 @@ pub(crate) struct Store(RwLock<State>);
 
 #[derive(Debug)]
 enum State {
-    Running(borrower::Store),
+    Running(cache::Store),
     Over(Stored),
 }
 
 impl Store {
-    pub(crate) fn running(store: borrower::Store) -> Self {
+    pub(crate) fn running(store: cache::Store) -> Self {
         Self(RwLock::new(State::Running(store)))
     }
 

@@ -10,7 +10,7 @@ use std::{
 use parking_lot::{Condvar, Mutex, RwLock};
 use swiftcache_client::{
     Error,
-    borrower::{Borrower, BorrowerConfig, PagedKv},
+    cache::{Borrower, BorrowerConfig, PagedKv},
     device::{Choice, DeviceLayer, Ticket, open_node},
     donor::{NotLent, PoolLender},
     session::{Connected, Observer, Session},

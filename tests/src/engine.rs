@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
-    borrower::{Borrower, BorrowerConfig, Hit, Layout, PagedKv, PagedLayer, Stored},
+    cache::{Borrower, BorrowerConfig, Hit, Layout, PagedKv, PagedLayer, Stored},
     device::{CopyStream, DeviceLayer},
     session::Session,
 };
@@ -191,10 +191,10 @@ impl Engine {
         self.borrower.store(&blocks, &self.kv, &|_| None).finish()
     }
 
-    /// Looks a sequence up.
+    /// Looks a sequence up. Waits until replicas' slabs are mapped.
     pub fn lookup(&self, sequence: &[u32]) -> Hit {
         let hashes: Vec<_> = sequence.iter().map(|n| hash(*n)).collect();
-        self.borrower.lookup(&hashes)
+        self.borrower.lookup_within(&hashes, PATIENCE)
     }
 
     /// Looks a sequence up, loads the blocks that are found, and checks every byte of the blocks that did not fail.

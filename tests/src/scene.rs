@@ -5,7 +5,7 @@ use std::{fmt, process::Command, sync::Arc};
 
 use anyhow::{Result, ensure};
 use swiftcache_client::{
-    borrower::{BorrowerConfig, Load, Store},
+    cache::{BorrowerConfig, Load, Store},
     device::{DeviceLayer, cuda::CudaLayer},
     session::{Session, SessionConfig},
 };

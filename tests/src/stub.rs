@@ -200,7 +200,9 @@ impl Stub {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).context("the stub driver's trace"),
         };
-        text.lines().map(Call::read).collect()
+        // A process may be writing the last line just now.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole.lines().map(Call::read).collect()
     }
 
     /// Waits until `holds` is true for the recorded calls, and returns them.

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use swiftcache_client::{
-    borrower::{Borrower, BorrowerConfig, Tier},
+    cache::{Borrower, BorrowerConfig, Hold, Medium},
     donor::{Donor, DonorConfig},
 };
 use swiftcache_proto::domain::LinkKind;
@@ -66,7 +66,7 @@ fn blocks_come_back_from_a_donor_byte_for_byte() -> Result<()> {
     ensure!(stored.stored == 20, "{stored:?}");
     ensure!(stored.bytes[LinkKind::Nvlink] == 20 * BLOCK_BYTES);
     let hit = engine.lookup(&conversation);
-    ensure!(hit.runs().len() == 1 && hit.runs()[0].tier == Tier::Donor);
+    ensure!(hit.runs().len() == 1 && hit.runs()[0].medium == Medium::Hbm);
     ensure!(hit.runs()[0].link == LinkKind::Nvlink);
     ensure!(engine.fetch(&conversation)? == all(20));
     Ok(())
@@ -108,7 +108,7 @@ fn without_room_at_donors_blocks_go_to_the_host_tier() -> Result<()> {
     let engine = borrower(&node, "engine", 4, 8)?;
     let stored = engine.store(&sequence(1, 6))?;
     ensure!(stored.stored == 6, "{stored:?}");
-    ensure!(engine.lookup(&sequence(1, 6)).runs()[0].tier == Tier::Host);
+    ensure!(engine.lookup(&sequence(1, 6)).runs()[0].medium == Medium::Host);
     ensure!(engine.fetch(&sequence(1, 6))? == all(6));
     Ok(())
 }
@@ -150,7 +150,7 @@ fn replicas_read_each_others_blocks() -> Result<()> {
     let conversation = sequence(1, 20);
     writer.store(&conversation)?;
     ensure!(reader.fetch(&conversation)? == all(20));
-    ensure!(reader.lookup(&conversation).runs()[0].tier == Tier::Shared);
+    ensure!(reader.lookup(&conversation).runs()[0].hold == Hold::Shared);
     // The reader's own blocks are the prefix, and the writer's blocks are the rest.
     reader.reserve(2)?;
     let mine = sequence(2, 6);
@@ -387,7 +387,7 @@ fn closing_gives_leases_back() -> Result<()> {
 #[test]
 fn settings_that_cannot_work_are_named() -> Result<()> {
     let node = Node::start(&[])?;
-    let refusal = |change: &dyn Fn(&mut swiftcache_client::borrower::BorrowerConfig)| {
+    let refusal = |change: &dyn Fn(&mut swiftcache_client::cache::BorrowerConfig)| {
         let mut config = engine::config(node.device(0), 1);
         change(&mut config);
         let opened = Borrower::open(None, node.layer()?, config);

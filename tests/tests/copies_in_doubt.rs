@@ -5,7 +5,7 @@
 use std::{sync::mpsc, thread};
 
 use anyhow::{Context, Result, ensure};
-use swiftcache_client::borrower::{Load, Loaded};
+use swiftcache_client::cache::{Load, Loaded};
 use swiftcache_tests::{
     PATIENCE,
     crew::BorrowerProcess,

@@ -16,7 +16,7 @@ use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
     Error,
-    borrower::BorrowerConfig,
+    cache::BorrowerConfig,
     session::{Asker, Demand, Session, SessionConfig},
 };
 use swiftcache_proto::domain::BlockHash;

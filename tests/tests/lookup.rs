@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use swiftcache_client::{
-    borrower::{Borrower, BorrowerConfig, Tier},
+    cache::{Borrower, BorrowerConfig, Medium},
     donor::{Donor, DonorConfig},
     session::{Asker, Session},
 };
@@ -182,7 +182,7 @@ fn what_only_an_unreachable_replica_has_is_stored_and_found_where_it_can_be_reac
     let stored = far.store(&sequence())?;
     ensure!(stored.stored == BLOCKS, "{stored:?}");
     let hit = far.lookup(&sequence());
-    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].tier == Tier::Donor);
+    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].medium == Medium::Hbm);
     ensure!(far.fetch(&sequence())? == all(BLOCKS));
     let scheduler = node.session("scheduler")?;
     eventually("the far borrower's promise", || {
@@ -313,6 +313,41 @@ fn what_a_process_cannot_map_is_not_granted_to_it_again() -> Result<()> {
 }
 
 #[test]
+fn a_lookup_misses_what_is_not_mapped_yet_and_waits_for_nobody() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let _donor = donor(&node, 1, 1)?;
+    let writer = engine_on(&node, node.session("writer")?, 0)?;
+    writer.reserve(1)?;
+    ensure!(writer.store(&sequence())?.stored == BLOCKS);
+    let reader = engine_on(&node, gate.session("reader")?, 0)?;
+    gate.hold("Share");
+    // The lease cannot be opened now, and the lookup returns.
+    ensure!(reader.borrower.lookup(&hashes()).blocks() == 0);
+    eventually("the share to be asked for", || {
+        Ok(gate.count("Share", Stage::Arrived) == 1)
+    })?;
+    ensure!(reader.borrower.lookup(&hashes()).blocks() == 0);
+    // The twin: one that was promised the blocks waits for them.
+    std::thread::scope(|scope| -> Result<()> {
+        let asked = gate.count("Lookup", Stage::Answered);
+        let patient = scope.spawn(|| reader.lookup(&sequence()).blocks());
+        eventually("the broker to have answered it", || {
+            Ok(gate.count("Lookup", Stage::Answered) > asked)
+        })?;
+        ensure!(!patient.is_finished(), "it has not waited");
+        gate.open();
+        ensure!(patient.join().is_ok_and(|blocks| blocks == BLOCKS));
+        Ok(())
+    })?;
+    // It was opened once, and whoever comes later finds it at once.
+    ensure!(reader.borrower.lookup(&hashes()).blocks() == BLOCKS);
+    ensure!(gate.count("Share", Stage::Arrived) == 1, "{:?}", gate.log());
+    ensure!(reader.fetch(&sequence())? == all(BLOCKS));
+    Ok(())
+}
+
+#[test]
 fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
     let node = Node::start(&[])?;
     let (operator, gate) = (Operator::of(&node)?, Gate::before(&node)?);
@@ -333,7 +368,7 @@ fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
     gate.fail("Keep", Fault::Refuse(Code::Unimplemented), usize::MAX);
     let unknown = other()?;
     for _ in 0..3 {
-        ensure!(unknown.lookup(&hashes()).blocks() == 0);
+        ensure!(unknown.lookup_within(&hashes(), PATIENCE).blocks() == 0);
     }
     ensure!(
         gate.count("Share", Stage::Answered) == 1,
@@ -349,7 +384,7 @@ fn a_lease_of_other_blocks_is_opened_once_and_given_back() -> Result<()> {
     eventually("the borrower to be known", || {
         Ok(gate.count("Keep", Stage::Answered) > kept)
     })?;
-    ensure!(known.lookup(&hashes()).blocks() == 0);
+    ensure!(known.lookup_within(&hashes(), PATIENCE).blocks() == 0);
     ensure!(
         gate.count("Share", Stage::Answered) == 1,
         "{:?}",
@@ -519,7 +554,7 @@ fn what_only_the_host_tier_has_goes_to_donors_when_they_come() -> Result<()> {
     eventually("the broker to be asked for room again", || {
         Ok(gate.count("Lease", Stage::Answered) > asked + 2)
     })?;
-    ensure!(worker.lookup(&sequence()).runs()[0].tier == Tier::Host);
+    ensure!(worker.lookup(&sequence()).runs()[0].medium == Medium::Host);
     ensure!(replica.fetch(&sequence())? == all(0));
     // One slab for each of them.
     let _donor = donor(&node, 1, 2)?;
@@ -527,7 +562,7 @@ fn what_only_the_host_tier_has_goes_to_donors_when_they_come() -> Result<()> {
         Ok(worker.borrower.stats().promoted_blocks == u64::from(BLOCKS))
     })?;
     let hit = worker.lookup(&sequence());
-    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].tier == Tier::Donor);
+    ensure!(hit.blocks() == BLOCKS && hit.runs()[0].medium == Medium::Hbm);
     ensure!(worker.fetch(&sequence())? == all(BLOCKS));
     ensure!(worker.borrower.stats().host_blocks == 0);
     // Others find them now, byte for byte, and the scheduler finds each once.

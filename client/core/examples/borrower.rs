@@ -7,7 +7,7 @@
 use std::{env, error::Error, path::PathBuf, sync::Arc, time::Duration};
 
 use swiftcache_client::{
-    borrower::{Borrower, BorrowerConfig, Layout, PagedKv, PagedLayer},
+    cache::{Borrower, BorrowerConfig, Layout, PagedKv, PagedLayer},
     device::{self, Choice},
     session::{Session, SessionConfig},
 };

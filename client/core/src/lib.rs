@@ -1,9 +1,11 @@
 //! SwiftCache's client, which engines link: sessions with the broker, donors and borrowers.
 
-pub mod borrower;
+pub mod cache;
 pub mod donor;
 pub mod error;
+mod leases;
 pub mod session;
+mod threads;
 mod transfer;
 
 /// The device layer, whose types this crate's functions take and give.

@@ -16,7 +16,7 @@ use super::{
     trace::{BLOCK_TOKENS, Request, unbounded_hits},
 };
 use swiftcache_client::{
-    borrower::{Borrower, BorrowerConfig, BytesByLink, DrainPolicy, Layout, Stats},
+    cache::{Borrower, BorrowerConfig, BytesByLink, DrainPolicy, Layout, Stats},
     device::DeviceLayer,
     session::Session,
 };

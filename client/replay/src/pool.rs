@@ -6,7 +6,7 @@ use swiftcache_proto::domain::{BlockHash, DeviceUuid};
 
 use super::{ReplayError, pattern::Pattern};
 use swiftcache_client::{
-    borrower::{Layout, PagedKv, PagedLayer},
+    cache::{Layout, PagedKv, PagedLayer},
     device::{CopyStream, DeviceError, DeviceLayer, Memory, Piece},
 };
 

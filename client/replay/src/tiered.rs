@@ -18,7 +18,7 @@ use super::{
     prefix_cache::Allocation,
     serving::{Arm, Fetched, Tier},
 };
-use swiftcache_client::borrower::{Borrower, Hit, Tier as FoundIn};
+use swiftcache_client::cache::{Borrower, Hit, Medium};
 
 /// The longest single sleep. An interruption is noticed at most this late.
 const NAP: Duration = Duration::from_millis(20);
@@ -143,9 +143,9 @@ impl Tiered {
 fn by_tier(hit: &Hit, good: usize) -> Vec<Fetched> {
     let mut left = good as u64;
     let runs = hit.runs().iter().map(|run| {
-        let tier = match run.tier {
-            FoundIn::Donor | FoundIn::Shared => Tier::of_donor(run.link),
-            FoundIn::Host => Tier::Host,
+        let tier = match run.medium {
+            Medium::Hbm => Tier::of_donor(run.link),
+            Medium::Host => Tier::Host,
         };
         let count = left.min(u64::from(run.blocks));
         left -= count;
@@ -177,7 +177,9 @@ impl Arm for Tiered {
         let placed: Vec<(BlockHash, u32)> = blocks.iter().copied().zip(slots).collect();
         let (local, missing) = placed.split_at(allocation.hits);
         self.moved.verified_local_bytes += self.pool.verify(local, "local pool")?;
-        let hit = self.borrower.lookup(&blocks[allocation.hits..]);
+        // A replay counts what is there, and not how soon it was mapped.
+        let patience = self.borrower.config().lookup_limit;
+        let hit = (self.borrower).lookup_within(&blocks[allocation.hits..], patience);
         let good = self.load(&hit, missing)?;
         self.pool.compute(&missing[good..])?;
         // Store the whole prompt, not only its new blocks. Blocks that a revocation took are stored again while the

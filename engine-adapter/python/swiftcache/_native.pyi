@@ -106,8 +106,8 @@ class Cache:
             backend: "cuda", "host" (shared memory; the devices are what the broker says), or "auto": what fits the
                 broker's devices.
             share: also load blocks that other processes published in this namespace; None: yes.
-            lookup_ms: how long the broker may take to find those; past it they are not loaded. None:
-                `DEFAULT_LOOKUP_MS`.
+            lookup_ms: how long the broker may take to find those, and how long their memory may take to be mapped, the
+                first time; past it they are not loaded. None: `DEFAULT_LOOKUP_MS`.
             lend_drain_ms: how long borrowers may take to move blocks away from what the engine lends and asks back; 0 or
                 None: the broker's default.
             borrower_id: 16 bytes that name the cache to `Connection.count_hits`, drawn at random by the engine. A cache

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use swiftcache_client::{
-    borrower::BorrowerConfig,
+    cache::BorrowerConfig,
     device::{DeviceLayer, cuda::CudaLayer, host::HostLayer},
     session::{Session, SessionConfig},
 };

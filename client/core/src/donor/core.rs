@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    borrower::Latency,
+    cache::Latency,
     device::DeviceLayer,
     session::{Connected, Observer, Scrub, Session},
 };

@@ -38,7 +38,7 @@ pub use pool::{NotLent, PoolLender, PoolRange};
 use self::core::{Core, Source, Task};
 use crate::{
     Error, Result,
-    borrower::Latency,
+    cache::Latency,
     device::DeviceLayer,
     session::{Observer, Session},
 };

@@ -4,13 +4,13 @@ use std::{
     any::Any,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use swiftcache_proto::domain::LinkKind;
 
-use super::routes::Route;
+use super::route::Route;
 use crate::device::Memory;
 
 /// An area's number. Never used again in this process: who holds on to the number of an area that is gone finds nothing.
@@ -34,6 +34,7 @@ pub(crate) struct BlockArea {
     pub(crate) slots: u32,
     pub(crate) link: LinkKind,
     pub(crate) route: Arc<Route>,
+    open: AtomicBool,
     /// Keeps the memory mapped, where that takes more than the memory itself.
     _mapping: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -64,6 +65,7 @@ impl BlockArea {
             slots,
             link,
             route,
+            open: AtomicBool::new(true),
             _mapping: None,
         }
     }
@@ -72,5 +74,15 @@ impl BlockArea {
     pub(crate) fn keeping(mut self, mapping: impl Any + Send + Sync) -> Self {
         self._mapping = Some(Box::new(mapping));
         self
+    }
+
+    /// Whether new transfers may touch it, as far as is known: whoever registers them knows for certain.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// From now on new transfers may touch it, or may not.
+    pub(crate) fn set_open(&self, open: bool) {
+        self.open.store(open, Ordering::Release);
     }
 }

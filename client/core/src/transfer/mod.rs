@@ -11,12 +11,12 @@
 
 mod area;
 mod breaker;
-
 mod pace;
 mod pipeline;
 mod plan;
 mod pool;
 mod queueing;
+mod route;
 mod routes;
 
 pub(crate) use area::{AreaId, BlockArea};
@@ -26,8 +26,11 @@ pub(crate) use pipeline::{
     LayerTickets, LoadOrder, Move, MoveLead, MoveStep, Refused, issue_load, issue_move,
     issue_probe, issue_store,
 };
-pub(crate) use plan::{Direction, Plan, Plans};
+pub(crate) use plan::{Plan, Plans};
 pub(crate) use pool::check_pool;
 pub use pool::{PagedKv, PagedLayer, PoolSpan};
 pub(crate) use queueing::{Queueing, Transfer};
-pub(crate) use routes::{Route, Routes, Source};
+pub(crate) use route::Direction;
+#[cfg(test)]
+pub(crate) use route::Route;
+pub(crate) use routes::Routes;

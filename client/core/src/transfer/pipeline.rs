@@ -4,15 +4,9 @@
 
 use std::{ops::Range, sync::Arc};
 
-use swiftcache_proto::traffic::BytesByLink;
+use swiftcache_proto::{domain::Medium, traffic::BytesByLink};
 
-use super::{
-    area::BlockArea,
-    plan::Plan,
-    pool::PagedKv,
-    queueing::Queueing,
-    routes::{Route, Source},
-};
+use super::{area::BlockArea, plan::Plan, pool::PagedKv, queueing::Queueing, route::Route};
 use crate::device::{DeviceError, Memory, Piece, Ticket};
 
 /// Tickets of a load, layer by layer.
@@ -229,8 +223,8 @@ impl Move {
     fn suspect(&self) -> Option<&Arc<Route>> {
         match (&self.from.route, &self.to.route) {
             (from, to) if Arc::ptr_eq(from, to) => Some(from),
-            (from, to) if to.source == Source::Host => Some(from),
-            (from, to) if from.source == Source::Host => Some(to),
+            (from, to) if to.medium == Medium::Host => Some(from),
+            (from, to) if from.medium == Medium::Host => Some(to),
             _ => None,
         }
     }

@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use super::{
     area::{AreaId, BlockArea},
     pool::PagedLayer,
+    route::Direction,
 };
 use crate::device::{Part, Piece};
 
@@ -35,15 +36,6 @@ pub(crate) struct Plan {
     pub(super) parts: Vec<Part>,
     pub(super) pieces: Vec<Piece>,
     spare: Vec<Vec<Run>>,
-}
-
-/// Which way a transfer goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    /// Out of areas, into the engine's pool.
-    Load,
-    /// Into areas.
-    Store,
 }
 
 impl Plan {
@@ -159,13 +151,13 @@ mod tests {
 
     use proptest::prelude::*;
     use swiftcache_device::host::HostLayer;
-    use swiftcache_proto::{domain::LinkKind, topology::Topology};
+    use swiftcache_proto::{
+        domain::{LinkKind, Medium},
+        topology::Topology,
+    };
 
     use super::*;
-    use crate::{
-        device::DeviceLayer,
-        transfer::{Routes, Source},
-    };
+    use crate::{device::DeviceLayer, transfer::Routes};
 
     const LAYERS: [u64; 3] = [64, 16, 128];
     const SLOTS: u32 = 32;
@@ -178,7 +170,8 @@ mod tests {
             Arc::new(HostLayer::from_topology(&topology, false).unwrap());
         let bytes = base + u64::from(SLOTS) * LAYERS.iter().sum::<u64>();
         let memory = layer.allocate_host(&device, bytes).unwrap();
-        let route = Routes::new(layer, device).to(Source::Host).unwrap();
+        let routes = Routes::new(layer, device.clone());
+        let route = routes.to(Medium::Host, &device).unwrap();
         let link = LinkKind::Nvlink;
         Arc::new(BlockArea::new(memory, base, SLOTS, &LAYERS, link, route))
     }

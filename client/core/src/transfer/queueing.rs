@@ -11,7 +11,10 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{pace::Pace, plan::Direction, routes::Route};
+use super::{
+    pace::Pace,
+    route::{Direction, Route},
+};
 use crate::device::{CopyStream, Result, Ticket};
 
 /// The end of what was queued on one stream.

@@ -10,58 +10,19 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::domain::{DeviceUuid, Medium};
 use tracing::{info, warn};
 
 use super::{
     breaker::{Breakers, RouteIndex, RouteNews, RouteSet},
-    plan::Direction,
+    pipeline::Refused,
+    queueing::Transfer,
+    route::Route,
 };
 use crate::{
     Result,
-    device::{CopyStream, DeviceLayer},
+    device::{self, DeviceLayer},
 };
-
-/// Where bytes come from or go to: one pair of streams for each, so that links work side by side.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    Device(DeviceUuid),
-    Host,
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Device(device) => device.fmt(f),
-            Self::Host => f.write_str("host memory"),
-        }
-    }
-}
-
-/// The way to a source. It lasts as long as the routes it belongs to.
-#[derive(Debug)]
-pub(crate) struct Route {
-    pub(crate) source: Source,
-    index: RouteIndex,
-    load: Arc<dyn CopyStream>,
-    store: Arc<dyn CopyStream>,
-}
-
-impl Route {
-    /// The stream for copies out of the source, or the one for copies into it. Copies that must precede a write are queued with
-    /// the writes: a slot whose old bytes are still being copied away on that stream can be taken again at once.
-    pub(crate) fn stream(&self, direction: Direction) -> &Arc<dyn CopyStream> {
-        match direction {
-            Direction::Load => &self.load,
-            Direction::Store => &self.store,
-        }
-    }
-
-    /// Whether it is one of `routes`.
-    pub(crate) fn is_in(&self, routes: RouteSet) -> bool {
-        routes.contains(self.index)
-    }
-}
 
 /// The routes from one device, and which of them work.
 pub(crate) struct Routes {
@@ -85,18 +46,20 @@ impl Routes {
         }
     }
 
-    /// The way to a source.
+    /// The way to the memory of `device`, or to host memory.
     ///
     /// # Errors
     /// When the device gives no streams.
-    pub(crate) fn to(&self, source: Source) -> Result<Arc<Route>> {
+    pub(crate) fn to(&self, medium: Medium, device: &DeviceUuid) -> Result<Arc<Route>> {
         let mut list = self.list.lock();
-        if let Some(route) = list.iter().find(|route| route.source == source) {
+        let same = |route: &&Arc<Route>| route.medium == medium && route.device == *device;
+        if let Some(route) = list.iter().find(same) {
             return Ok(Arc::clone(route));
         }
         let stream = || self.layer.stream(&self.device);
         let route = Arc::new(Route {
-            source,
+            medium,
+            device: device.clone(),
             index: RouteIndex(list.len()),
             load: stream()?,
             store: stream()?,
@@ -115,11 +78,11 @@ impl Routes {
         self.breakers.lock().down()
     }
 
-    /// What the routes lead to that are not among these.
-    pub(crate) fn sources_but(&self, routes: RouteSet) -> Vec<Source> {
+    /// The routes that are not among these.
+    pub(crate) fn all_but(&self, routes: RouteSet) -> Vec<Arc<Route>> {
         let list = self.list.lock();
         let others = list.iter().filter(|route| !route.is_in(routes));
-        others.map(|route| route.source.clone()).collect()
+        others.cloned().collect()
     }
 
     /// Whether a route is down and to be tried now. Whoever is told so tries it: others are not, for a while.
@@ -132,19 +95,25 @@ impl Routes {
         due
     }
 
-    /// Copies have worked on these routes.
-    pub(crate) fn worked(&self, routes: &[Arc<Route>]) {
-        self.note(routes, Breakers::worked);
+    /// Some copies of a transfer could not be queued: it is worth nothing. True when nobody has noted a failure of it before.
+    pub(crate) fn note_refusal(&self, transfer: &Transfer, refused: &Refused) -> bool {
+        transfer.poison();
+        self.note(refused.suspect.as_slice(), Breakers::failed);
+        transfer.note_failure()
     }
 
-    /// Copies have failed on these routes.
-    pub(crate) fn failed(&self, routes: &[Arc<Route>]) {
-        self.note(routes, Breakers::failed);
-    }
-
-    /// Whether none has failed since it last worked.
-    pub(crate) fn all_work(&self) -> bool {
-        self.breakers.lock().all_work()
+    /// A transfer that is over has worked or failed on every route that it used. True when it has failed, and nobody has noted
+    /// that before.
+    pub(crate) fn note_outcome(&self, transfer: &Transfer, outcome: &device::Result<()>) -> bool {
+        if outcome.is_err() {
+            self.note(&transfer.failed_on(), Breakers::failed);
+            return transfer.note_failure();
+        }
+        // What is known of a poisoned one is only that it is not in flight any more.
+        if !transfer.is_poisoned() && !self.breakers.lock().all_work() {
+            self.note(&transfer.worked_on(), Breakers::worked);
+        }
+        false
     }
 
     /// Takes all for up: nobody uses them any more.
@@ -165,10 +134,10 @@ impl Routes {
             drop(breakers);
             match news {
                 Some(RouteNews::Down { pause }) => warn!(
-                    source = %route.source, ?pause,
+                    source = %route, ?pause,
                     "copies fail repeatedly: nothing is found or stored there until one works"
                 ),
-                Some(RouteNews::Up) => info!(source = %route.source, "copies work again"),
+                Some(RouteNews::Up) => info!(source = %route, "copies work again"),
                 None => {}
             }
         }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::serving::{Outcome, Tier};
-use swiftcache_client::borrower::{Latency, Stats};
+use swiftcache_client::cache::{Latency, Stats};
 
 pub use text::{bytes, table};
 

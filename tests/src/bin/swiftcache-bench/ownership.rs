@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use swiftcache_client::{
-    borrower::Borrower,
+    cache::Borrower,
     device::DeviceLayer,
     donor::{Donor, DonorConfig},
 };

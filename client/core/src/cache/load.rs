@@ -1,0 +1,279 @@
+//! Loads: from slabs into the engine's pool, layer by layer.
+
+use std::{
+    fmt,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use parking_lot::Mutex;
+use tracing::warn;
+
+use super::{
+    BytesByLink, Hit, PagedKv,
+    core::{Core, Leftover},
+    hit::{HitBlock, HitBlocks},
+};
+use crate::{
+    device::Ticket,
+    leases::Flight,
+    transfer::{Direction, LayerTickets, LoadOrder, Plan, Queueing, issue_load},
+};
+
+/// Copies on their way from slabs into the engine's pool.
+///
+/// Dropping a load leaves its copies running: the engine's blocks must not be used for anything else until they are
+/// over. [`finish`](Self::finish) has the last word on which blocks hold.
+pub struct Load {
+    hit: Arc<HitBlocks>,
+    flight: Arc<Flight>,
+    /// How many of the hit's blocks were asked for.
+    blocks: usize,
+    /// How many of them could not be planned.
+    missing: usize,
+    tickets: LayerTickets,
+    bytes: BytesByLink,
+    verdict: Mutex<Verdict>,
+    /// Every copy was over before any pin ran out.
+    in_time: AtomicBool,
+    ended: bool,
+}
+
+/// What is known to have failed.
+#[derive(Debug, Default)]
+struct Verdict {
+    /// Indexes into the load's blocks, ascending.
+    failed: Vec<u32>,
+    late: u64,
+}
+
+/// Blocks that could not be loaded by the time a layer was waited for. Recompute them.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} blocks could not be loaded; recompute them", failed.len())]
+pub struct LoadError {
+    /// Indexes into the load's blocks, ascending.
+    pub failed: Vec<u32>,
+}
+
+/// How a load ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Indexes into the load's blocks whose bytes must not be used, ascending. Recompute them.
+    pub failed: Vec<u32>,
+    /// What crossed each link.
+    pub bytes: BytesByLink,
+}
+
+impl Core {
+    /// Plans a load, registers it with every slab it reads, and queues its copies.
+    pub(super) fn load(
+        self: &Arc<Self>,
+        hit: &Hit,
+        layers: Range<usize>,
+        blocks: &[u32],
+        kv: &PagedKv,
+        after: Option<&Ticket>,
+    ) -> Load {
+        let hit = Arc::clone(&hit.0);
+        let layout = &self.config.layout;
+        let blocks = &blocks[..blocks.len().min(hit.blocks.len())];
+        let layers = layers.start..layers.end.min(layout.layer_bytes.len());
+        let mut verdict = Verdict::default();
+        let mut plan = self.plans.take();
+        let flight = match kv.check(&layout.layer_bytes) {
+            Ok(()) => self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict),
+            Err(error) => {
+                warn!(%error, "nothing is loaded into a pool that does not fit the layout");
+                verdict.failed.extend(0..blocks.len() as u32);
+                self.leases.registering().begin(Vec::new())
+            }
+        };
+        let mut bytes = BytesByLink::default();
+        let mut queueing = Queueing::new(&flight.transfer, Direction::Load);
+        let issued = issue_load(
+            &mut plan,
+            LoadOrder { layers, after },
+            &layout.layer_bytes,
+            kv,
+            &mut queueing,
+            &mut bytes,
+        );
+        let tickets = issued.unwrap_or_else(|refused| {
+            self.refused(&flight, &refused);
+            LayerTickets::default()
+        });
+        // The plan keeps its slabs mapped: a revocation that finds the transfer queued must not find it holding on.
+        self.plans.put_back(plan);
+        drop(queueing);
+        Load {
+            hit,
+            flight,
+            blocks: blocks.len(),
+            missing: verdict.failed.len(),
+            tickets,
+            bytes,
+            verdict: Mutex::new(verdict),
+            in_time: AtomicBool::new(false),
+            ended: false,
+        }
+    }
+
+    fn plan_load(
+        &self,
+        hit: &HitBlocks,
+        blocks: &[u32],
+        kv: &PagedKv,
+        plan: &mut Plan,
+        verdict: &mut Verdict,
+    ) -> Arc<Flight> {
+        let now = Instant::now();
+        let state = self.state.lock();
+        let mut registering = self.leases.registering();
+        for ((block, to), number) in hit.blocks.iter().zip(blocks).zip(0..) {
+            let from = match *block {
+                HitBlock::Own(id) => state.place_of(id).map(|(place, shelf)| (shelf, place.slot)),
+                HitBlock::Shared { slab, slot, pin } => state
+                    .shelves
+                    .get(slab)
+                    .filter(|shelf| shelf.is_open() && now < hit.pins[pin as usize].until)
+                    .map(|found| (found, slot)),
+            };
+            match from {
+                Some((shelf, slot)) if *to < kv.blocks => {
+                    plan.add(&shelf.area, slot, *to);
+                }
+                _ => verdict.failed.push(number),
+            }
+        }
+        registering.begin(plan.areas().collect())
+    }
+}
+
+impl Load {
+    /// Layers up to the last one queued.
+    pub fn layers(&self) -> usize {
+        self.tickets.layers()
+    }
+
+    /// Tickets to wait for before layer `layer` may be read, one for each stream in use: for an engine whose compute
+    /// stream waits on the device. Which blocks hold is known only after [`finish`](Self::finish).
+    pub fn layer_tickets(&self, layer: usize) -> &[Ticket] {
+        self.tickets.of(layer)
+    }
+
+    /// Blocks until layer `layer` is in the engine's pool. When copies have failed, blocks until none of this load is in
+    /// flight any more: whoever is told computes blocks anew, and nothing may land in them after that.
+    ///
+    /// # Errors
+    /// Names the blocks to recompute; all others of this layer are there.
+    pub fn wait_layer(&self, layer: usize) -> Result<(), LoadError> {
+        let outcomes: Vec<_> = (self.tickets.of(layer).iter()).map(Ticket::wait).collect();
+        // The clock is read after the copies are over.
+        let verdict = self.judge(outcomes.iter().any(Result::is_err));
+        match verdict.failed.len() {
+            0 => return Ok(()),
+            // Nothing was ever on its way to these.
+            missing if missing == self.missing => {
+                let failed = verdict.failed.clone();
+                return Err(LoadError { failed });
+            }
+            _ => drop(verdict),
+        }
+        let failed = self.flight.transfer.wait().is_err();
+        Err(LoadError {
+            failed: self.judge(failed).failed.clone(),
+        })
+    }
+
+    /// Whether it is known that every copy is over, well or not.
+    pub fn is_done(&self) -> bool {
+        self.flight.transfer.is_over()
+    }
+
+    /// Waits until it is known that every copy is over, also of a load that failed half-way, and says which blocks hold.
+    /// From then on the engine may use its blocks for anything.
+    pub fn finish(mut self) -> Loaded {
+        let outcome = self.flight.transfer.wait();
+        let verdict = std::mem::take(&mut *self.judge(outcome.is_err()));
+        self.ended = true;
+        let mut state = self.hit.core.state.lock();
+        state.counts.failed_blocks += verdict.failed.len() as u64;
+        state.counts.late_blocks += verdict.late;
+        state.counts.loaded += self.bytes;
+        drop(state);
+        self.hit.core.ended(&self.flight, &outcome);
+        Loaded {
+            failed: verdict.failed,
+            bytes: self.bytes,
+        }
+    }
+
+    /// Decides what holds of what is over by now.
+    fn judge(&self, copies_failed: bool) -> parking_lot::MutexGuard<'_, Verdict> {
+        let mut verdict = self.verdict.lock();
+        if copies_failed || self.flight.transfer.is_poisoned() {
+            verdict.fail_all(self.blocks);
+            return verdict;
+        }
+        if self.hit.pins.is_empty() || self.in_time.load(Ordering::Relaxed) {
+            return verdict;
+        }
+        let over_well = |last: &Ticket| matches!(last.outcome(), Some(Ok(())));
+        let all_over = self.tickets.last().iter().all(over_well);
+        let now = Instant::now();
+        let mut all_in_time = true;
+        for (number, pin) in (0..).zip(&self.hit.pins) {
+            if now >= pin.until {
+                all_in_time = false;
+                verdict.fail_pin(number, &self.hit.blocks[..self.blocks]);
+            }
+        }
+        if all_over && all_in_time {
+            self.in_time.store(true, Ordering::Relaxed);
+        }
+        verdict
+    }
+}
+
+impl Verdict {
+    fn fail_all(&mut self, blocks: usize) {
+        self.failed.clear();
+        self.failed.extend(0..blocks as u32);
+    }
+
+    /// Everything read under this pin came too late.
+    fn fail_pin(&mut self, late: u32, blocks: &[HitBlock]) {
+        let before = self.failed.len();
+        let of_pin = (0..).zip(blocks).filter_map(|(number, block)| match block {
+            HitBlock::Shared { pin, .. } if *pin == late => Some(number),
+            _ => None,
+        });
+        self.failed.extend(of_pin);
+        self.failed.sort_unstable();
+        self.failed.dedup();
+        self.late += (self.failed.len() - before) as u64;
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        if !self.ended {
+            let core = Arc::clone(&self.hit.core);
+            core.state.lock().counts.loaded += self.bytes;
+            core.leave(Leftover::Load {
+                flight: Arc::clone(&self.flight),
+                hit: Arc::clone(&self.hit) as _,
+            });
+        }
+    }
+}
+
+impl fmt::Debug for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Load({} blocks)", self.blocks)
+    }
+}

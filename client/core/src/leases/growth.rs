@@ -1,0 +1,333 @@
+//! The leasing thread: takes leases in steps and maps each once, opens replicas' leases, tries routes that are down, and gives
+//! back what nobody uses. Imports happen here, and on no request's path.
+
+use std::{
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::domain::{Hold, LeaseId, Medium, RegionId, Shortfall};
+use tracing::{debug, info, warn};
+
+use super::{
+    core::{GrowthTask, Leases, RecallTask},
+    holder::{Arrival, Holder},
+    probe::Prober,
+    slabs::{Draining, LeaseKey, Slab},
+    state::{Pending, State},
+};
+use crate::{
+    Error, Result,
+    session::{Call, Demand, Grant, Session},
+    transfer::{AreaId, BlockArea},
+};
+
+/// How often it is looked whether there is room, and whether slabs are of use.
+const TICK: Duration = Duration::from_millis(50);
+/// How often copies that try routes are looked after.
+const PROBING: Duration = Duration::from_millis(5);
+
+/// When to ask again after the broker had nothing to lend.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// When to ask again at most after slabs were granted that cannot be mapped here: twice as long each time.
+const ASK_AGAIN_UNMAPPED: Duration = Duration::from_secs(10);
+/// When to ask again while slabs are being zeroed for this tenant.
+const ASK_AGAIN_SCRUBBING: Duration = Duration::from_millis(20);
+
+/// Regions that could not be mapped, remembered at a time.
+const UNMAPPED_REMEMBERED: usize = 65_536;
+
+/// What became of a grant.
+#[derive(Debug)]
+pub(super) enum Adopted {
+    /// It is in use.
+    Yes,
+    /// It must not be used, or not any more.
+    No,
+    /// It cannot be mapped in this process.
+    Unmapped(Error),
+}
+
+impl Leases {
+    /// The leasing thread. Ends when it is told so.
+    pub(super) fn growth_loop(&self, holder: &dyn Holder, inbox: &mpsc::Receiver<GrowthTask>) {
+        let mut prober = Prober::default();
+        loop {
+            let pause = match prober.is_busy() {
+                true => PROBING,
+                false => TICK,
+            };
+            match inbox.recv_timeout(pause) {
+                Ok(GrowthTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Ok(GrowthTask::Reserve { bytes, reply }) => {
+                    while self.open_bytes() < bytes && self.grow(holder) {}
+                    // The caller may have given up.
+                    let _ = reply.send(self.open_bytes());
+                }
+                Ok(GrowthTask::Open(lease)) => self.open_share(holder, lease),
+                Ok(GrowthTask::Grow) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            while holder.wants_more() && self.grow(holder) {}
+            prober.advance(self);
+            if self.connected().is_some() {
+                self.give_back_unused(holder);
+            }
+        }
+        // Nobody opens any more.
+        self.state.lock().opening.clear();
+        self.opened.notify_all();
+    }
+
+    /// Bytes of own leases that can be used.
+    fn open_bytes(&self) -> u64 {
+        self.state.lock().slabs.totals().open_bytes
+    }
+
+    /// Leases one step more. True when something was granted.
+    fn grow(&self, holder: &dyn Holder) -> bool {
+        let Some(session) = self.connected() else {
+            return false;
+        };
+        let demand = {
+            let mut state = self.state.lock();
+            let left = (self.settings.max_bytes).saturating_sub(state.leased_bytes());
+            if !self.has_room(&state) {
+                return false;
+            }
+            state.grants_in_flight += 1;
+            Demand {
+                namespace: self.settings.namespace.clone(),
+                device: self.settings.device.clone(),
+                bytes: self.settings.step_bytes.min(left),
+                block_bytes: self.settings.block_bytes(),
+            }
+        };
+        let leased = session.lease(demand).wait();
+        let mut adopted = 0;
+        let mut unmapped = None;
+        let mut again = None;
+        match leased {
+            Ok(leased) => {
+                let mut turned_down = Vec::new();
+                let mut regions = Vec::new();
+                for grant in leased.grants {
+                    let unmappable =
+                        match self.adopt(holder, session, &grant, Hold::Own, leased.epoch) {
+                            Adopted::Yes => {
+                                adopted += 1;
+                                continue;
+                            }
+                            Adopted::No => false,
+                            Adopted::Unmapped(error) => {
+                                regions.push(grant.region);
+                                let unmappable = matches!(error, Error::Device(_));
+                                unmapped = Some(error);
+                                unmappable
+                            }
+                        };
+                    turned_down.push((grant.lease, unmappable));
+                }
+                if adopted == 0
+                    && let Some(error) = &unmapped
+                {
+                    let pause = self.state.lock().pause_after(&regions);
+                    let slabs = turned_down.len();
+                    warn!(%error, slabs, ?pause, "granted slabs cannot be mapped");
+                    again = Some(pause);
+                } else if leased.shortfall == Shortfall::Scrubbing {
+                    again = Some(ASK_AGAIN_SCRUBBING);
+                } else if adopted == 0 {
+                    debug!(shortfall = ?leased.shortfall, "the broker has nothing to lend");
+                    again = Some(ASK_AGAIN);
+                }
+                for (lease, unmappable) in turned_down {
+                    // One by one: some may be over already, which the broker says and nobody minds.
+                    let _ = give_back(session, lease, unmappable).wait();
+                }
+            }
+            Err(error) => {
+                debug!(%error, "no lease");
+                again = Some(ASK_AGAIN);
+            }
+        }
+        let mut state = self.state.lock();
+        if let Some(again) = again {
+            state.grow_after = Instant::now() + again;
+        }
+        state.end_grant_call();
+        adopted > 0
+    }
+
+    /// Maps a granted slab and hands it to the holder. Otherwise an own lease is the caller's to release.
+    pub(super) fn adopt(
+        &self,
+        holder: &dyn Holder,
+        session: &Session,
+        grant: &Grant,
+        hold: Hold,
+        epoch: u64,
+    ) -> Adopted {
+        {
+            let mut state = self.state.lock();
+            let most = self.settings.max_bytes;
+            state.slab_bytes = Some(
+                (state.slab_bytes).map_or(grant.slab_bytes, |seen| seen.min(grant.slab_bytes)),
+            );
+            let own = hold == Hold::Own;
+            let too_much = own && state.leased_bytes() + grant.slab_bytes > most;
+            // A grant of an earlier connection: the broker has been told since that it is not held.
+            let stale = session.epoch() != epoch;
+            let revoked = state.revoked_early.contains(&grant.lease);
+            let known = state.slabs.of_lease(grant.lease).is_some()
+                || state.pending.contains_key(&grant.lease);
+            if too_much || stale || revoked || known {
+                return if known && !own {
+                    Adopted::Yes
+                } else {
+                    Adopted::No
+                };
+            }
+            let pending = Pending {
+                hold,
+                bytes: grant.slab_bytes,
+                revoked: false,
+                refused: false,
+            };
+            state.pending.insert(grant.lease, pending);
+        }
+        // From here on the lease is claimed when the session resumes, and its revocations are remembered.
+        let key = LeaseKey {
+            lease: grant.lease,
+            generation: grant.generation,
+        };
+        let mapped = self.map(session, grant);
+        if let Ok(area) = &mapped {
+            // Closed until it is in the table: a holder that is told to forget it has heard of it before.
+            area.set_open(false);
+            let area = Arc::clone(area);
+            holder.granted(Arrival { area, key, hold });
+        }
+        let mut state = self.state.lock();
+        let pending = state.pending.remove(&grant.lease);
+        let taken = pending.is_none_or(|pending| pending.revoked || pending.refused);
+        match mapped {
+            Ok(area) if !taken => {
+                info!(
+                    lease = %grant.lease, bytes = grant.slab_bytes, device = %grant.device,
+                    link = %grant.link, slots = grant.slots, ?hold, "lease mapped"
+                );
+                area.set_open(true);
+                let slab = Slab::new(Some(key), hold, grant.slab_bytes, area);
+                state.slabs.insert(slab);
+                state.map_pause = Duration::ZERO;
+                Adopted::Yes
+            }
+            outcome => {
+                drop(state);
+                // Unmaps before anyone is told.
+                let error = match outcome {
+                    Ok(area) => {
+                        holder.forget(area.id);
+                        None
+                    }
+                    Err(error) => Some(error),
+                };
+                if pending.is_some_and(|pending| pending.revoked) {
+                    session.acknowledge(grant.lease, grant.generation);
+                }
+                error.map_or(Adopted::No, Adopted::Unmapped)
+            }
+        }
+    }
+
+    fn map(&self, session: &Session, grant: &Grant) -> Result<Arc<BlockArea>> {
+        let route = self.routes.to(Medium::Hbm, &grant.device)?;
+        let (layer, device) = (self.layer.as_ref(), &self.settings.device);
+        let mapping = self.mappings.open(session, layer, device, grant)?;
+        let layers = &self.settings.layer_bytes;
+        let memory = mapping.memory.clone();
+        let (base, slots, link) = (grant.offset, grant.slots, grant.link);
+        let area = BlockArea::new(memory, base, slots, layers, link, route);
+        Ok(Arc::new(area.keeping(mapping)))
+    }
+
+    /// Begins to give back what the holder does not use.
+    fn give_back_unused(&self, holder: &dyn Holder) {
+        let unused = holder.give_up_unused();
+        if unused.is_empty() {
+            return;
+        }
+        info!(leases = unused.len(), "giving unused leases back");
+        let mut state = self.state.lock();
+        // The others are asked back already.
+        let given: Vec<AreaId> = (unused.into_iter())
+            .filter(|slab| state.slabs.close(*slab, Draining::now()))
+            .collect();
+        drop(state);
+        for slab in given {
+            let revoked = false;
+            // A draining thread that is gone means that the holder is closing.
+            let _ = self.recalls.send(RecallTask::LetGo { slab, revoked });
+        }
+    }
+}
+
+/// Tells the broker that a lease is not held, or not read; perhaps because its memory cannot be mapped.
+pub(super) fn give_back(session: &Session, lease: LeaseId, unmappable: bool) -> Call<()> {
+    match unmappable {
+        true => session.cannot_map(vec![lease]),
+        false => session.release(vec![lease]),
+    }
+}
+
+impl State {
+    /// How long to leave the broker alone after slabs of these regions were granted, which cannot be mapped. A broker
+    /// that is told so grants others next. An older one grants the same again, and what keeps this process from them
+    /// may last.
+    fn pause_after(&mut self, regions: &[RegionId]) -> Duration {
+        if self.unmapped.len() > UNMAPPED_REMEMBERED {
+            self.unmapped.clear();
+        }
+        let known = self.unmapped.len();
+        self.unmapped.extend(regions);
+        match self.unmapped.len() > known {
+            true => ASK_AGAIN,
+            false => self.longer_map_pause(),
+        }
+    }
+
+    /// How long to leave the broker alone after slabs were granted that cannot be mapped: longer each time in a row.
+    fn longer_map_pause(&mut self) -> Duration {
+        let longer = (2 * self.map_pause).clamp(ASK_AGAIN, ASK_AGAIN_UNMAPPED);
+        self.map_pause = longer;
+        longer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn while_others_are_granted_the_broker_is_asked_soon() {
+        let mut state = State::new();
+        let region = |n| RegionId([n; 16]);
+        for n in 0..5 {
+            assert_eq!(state.pause_after(&[region(n), region(0)]), ASK_AGAIN);
+        }
+        // The twin: a broker that grants the same again.
+        let pauses: Vec<u128> = (0..3)
+            .map(|_| state.pause_after(&[region(0), region(4)]).as_millis())
+            .collect();
+        assert_eq!(pauses, [200, 400, 800]);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_asked_for_less_and_less_often() {
+        let mut state = State::new();
+        let pauses: Vec<u128> = (0..8)
+            .map(|_| state.longer_map_pause().as_millis())
+            .collect();
+        assert_eq!(pauses, [200, 400, 800, 1_600, 3_200, 6_400, 10_000, 10_000]);
+    }
+}

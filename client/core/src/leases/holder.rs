@@ -1,0 +1,58 @@
+//! What leases ask of whoever uses the slabs.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use swiftcache_proto::domain::Hold;
+
+use super::slabs::LeaseKey;
+use crate::transfer::{AreaId, BlockArea};
+
+/// A slab that is mapped. It is not open before [`Holder::granted`] has returned.
+#[derive(Clone, Debug)]
+pub(crate) struct Arrival {
+    pub(crate) area: Arc<BlockArea>,
+    pub(crate) key: LeaseKey,
+    pub(crate) hold: Hold,
+}
+
+/// How far a holder got in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Nothing is under way.
+    Idle,
+    /// Something is under way, and nothing has changed.
+    Waiting,
+    /// Something has changed: more may follow soon.
+    Changed,
+}
+
+/// Uses slabs. Called from the threads of [`Leases`](super::Leases), with none of their locks held. No method waits for copies.
+///
+/// The course of a slab that is asked back: it is closed; [`evacuate`](Self::evacuate); [`advance`](Self::advance) as long as the holder
+/// [`is_moving`](Self::is_moving) something out and there is time; [`forget`](Self::forget); unmapped.
+pub(crate) trait Holder: Send + Sync {
+    /// A slab has arrived.
+    fn granted(&self, slab: Arrival);
+
+    /// Whether more slabs would be used.
+    fn wants_more(&self) -> bool;
+
+    /// Gives up slabs of its own that have held nothing for a while, and does not use them any more.
+    fn give_up_unused(&self) -> Vec<AreaId>;
+
+    /// An own slab is asked back, with so much time left to give it back. Begins to move out what is worth moving. Says until when it
+    /// wants to do so, if at all.
+    fn evacuate(&self, slab: AreaId, window: Duration) -> Option<Instant>;
+
+    /// Whether it is not through with moving out of the slab: something waits, or is on its way, or is not known yet where it went.
+    fn is_moving(&self, slab: AreaId) -> bool;
+
+    /// Takes what is moved out one step further.
+    fn advance(&self) -> Progress;
+
+    /// Nothing in the slab is worth anything any more. It keeps nothing of the slab, and begins nothing with it.
+    fn forget(&self, slab: AreaId);
+}
