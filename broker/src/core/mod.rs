@@ -1,9 +1,8 @@
 //! The broker's state machine: no I/O, no clock, no async. Everything that happens is an [`Event`]; everything
 //! the broker does about it is an [`Effect`].
 //!
-//! The books come first: [`Sessions`](sessions::Sessions), [`Regions`](regions::Regions),
-//! [`Leases`](leases::Leases), [`Index`](index::Index), [`Claims`](claims::Claims) and smaller ones each own what they
-//! know, and check it. `books` keeps them in step. Above it is one file for each thing that happens, and at the top
+//! The books come first: `Sessions`, `Regions`, `Leases`, `Index`, `Claims` and smaller ones each own what they know, and
+//! check it. `books` keeps them in step. Above it is one file for each thing that happens, and at the top
 //! [`State`], which hands events out. Files use only what is below them.
 
 // What everything is made of.

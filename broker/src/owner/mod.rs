@@ -312,7 +312,7 @@ impl Owner {
         self.read(|state| state.check_caller(caller).is_ok())
     }
 
-    /// Calls `look` with the state. Everybody waits meanwhile, so a list of any length is read with [`Self::list`].
+    /// Calls `look` with the state. Everybody waits meanwhile, so a list of any length is read with `list`.
     pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.state.lock())
     }

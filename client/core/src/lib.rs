@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod donor;
 pub mod error;
+mod latency;
 mod leases;
 pub mod session;
 mod threads;

@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     Error, Result,
-    cache::Latency,
     device::DeviceLayer,
+    latency::Latency,
     session::{Connected, Observer, Scrub, Session},
 };
 

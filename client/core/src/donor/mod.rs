@@ -38,8 +38,8 @@ pub use pool::{NotLent, PoolLender, PoolRange};
 use self::core::{Core, Source, Task};
 use crate::{
     Error, Result,
-    cache::Latency,
     device::DeviceLayer,
+    latency::Latency,
     session::{Observer, Session},
 };
 
