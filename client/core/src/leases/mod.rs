@@ -19,6 +19,8 @@ mod recall;
 mod sharing;
 mod slabs;
 mod state;
+#[cfg(test)]
+mod tests;
 mod unreadable;
 
 use std::sync::Arc;
