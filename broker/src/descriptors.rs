@@ -2,16 +2,19 @@
 //! lessees fetch them with a grant token.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use swiftcache_proto::domain::{AllocationId, SessionId};
+use swiftcache_proto::domain::{AllocationId, LeaseId, SessionId};
 
-use crate::{core::Process, error::Refused};
+use crate::{
+    core::{Caller, Process},
+    error::Refused,
+};
 
 /// A grant token. With it a lessee fetches a descriptor on the fd socket.
 pub type Token = [u8; 16];
@@ -21,17 +24,21 @@ pub type Token = [u8; 16];
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
 /// How long an uploaded descriptor waits for its offer, which is the donor's next message.
 const UPLOAD_LIFE: Duration = Duration::from_secs(60);
-/// The most tokens that are kept: more than the slabs that one lease request can get. The oldest is dropped first.
-const MAX_TOKENS: usize = 1 << 17;
+/// The most tokens of one user that are kept: more than the slabs that one lease request can get. The oldest of the user
+/// is dropped first, so that nobody's grants cost another user its tokens.
+const MAX_TOKENS: usize = 1 << 15;
 /// The most descriptors that one session may have uploaded but not offered yet, so that a broken donor cannot use up
 /// the descriptors of others.
 const MAX_WAITING_PER_SESSION: usize = 256;
+/// The same for all sessions of one user, so that many sessions do not help.
+const MAX_WAITING_PER_USER: usize = 1_024;
 
 /// An upload was refused, because no more descriptors may be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
 struct Upload {
+    uid: u32,
     descriptor: Arc<OwnedFd>,
     expires: Instant,
 }
@@ -42,7 +49,8 @@ struct Kept {
 }
 
 struct Grant {
-    process: Process,
+    caller: Caller,
+    lease: LeaseId,
     allocation: AllocationId,
     expires: Instant,
 }
@@ -58,8 +66,23 @@ struct Inner {
     waiting: HashMap<(SessionId, AllocationId), Upload>,
     kept: HashMap<AllocationId, Kept>,
     tokens: HashMap<Token, Grant>,
-    /// Tokens in the order in which they were made, with those that are used.
-    order: VecDeque<(Instant, Token)>,
+    /// The tokens of each user in the order in which they were made, with those that are used.
+    order: HashMap<u32, VecDeque<(Instant, Token)>>,
+    /// The tokens of each lease.
+    of_lease: HashMap<LeaseId, HashSet<Token>>,
+}
+
+impl Inner {
+    fn remove(&mut self, token: Token) -> Option<Grant> {
+        let grant = self.tokens.remove(&token)?;
+        if let Some(its) = self.of_lease.get_mut(&grant.lease) {
+            its.remove(&token);
+            if its.is_empty() {
+                self.of_lease.remove(&grant.lease);
+            }
+        }
+        Some(grant)
+    }
 }
 
 impl Descriptors {
@@ -79,6 +102,7 @@ impl Descriptors {
     pub fn upload(
         &self,
         session: SessionId,
+        uid: u32,
         allocation: AllocationId,
         descriptor: OwnedFd,
         now: Instant,
@@ -87,11 +111,18 @@ impl Descriptors {
         let key = (session, allocation);
         let of_session = inner.waiting.keys().filter(|(of, _)| *of == session);
         let full = inner.waiting.len() + inner.kept.len() >= self.limit
-            || of_session.count() >= MAX_WAITING_PER_SESSION;
+            || of_session.count() >= MAX_WAITING_PER_SESSION
+            || inner
+                .waiting
+                .values()
+                .filter(|upload| upload.uid == uid)
+                .count()
+                >= MAX_WAITING_PER_USER;
         if full && !inner.waiting.contains_key(&key) {
             return Err(Full);
         }
         let upload = Upload {
+            uid,
             descriptor: Arc::new(descriptor),
             expires: now + UPLOAD_LIFE,
         };
@@ -128,31 +159,46 @@ impl Descriptors {
         self.inner.lock().kept.remove(&allocation);
     }
 
-    /// Drops what a session that is over has uploaded but not offered.
+    /// Drops the tokens of a session that is over, and what it has uploaded but not offered.
     pub fn forget(&self, session: SessionId) {
-        self.inner
-            .lock()
-            .waiting
-            .retain(|(of, _), _| *of != session);
+        let mut inner = self.inner.lock();
+        inner.waiting.retain(|(of, _), _| *of != session);
+        let its = inner
+            .tokens
+            .iter()
+            .filter(|(_, grant)| grant.caller.session == session);
+        for token in its.map(|(token, _)| *token).collect::<Vec<_>>() {
+            inner.remove(token);
+        }
     }
 
-    /// Makes a token with which only `process` can fetch the allocation's descriptor, once.
-    pub fn grant(&self, process: Process, allocation: AllocationId, now: Instant) -> Token {
+    /// Makes a token with which only the caller's process can fetch the allocation's descriptor, once, while its session may
+    /// use the lease.
+    pub fn grant(
+        &self,
+        caller: Caller,
+        lease: LeaseId,
+        allocation: AllocationId,
+        now: Instant,
+    ) -> Token {
         let mut inner = self.inner.lock();
-        while inner.tokens.len() >= MAX_TOKENS
-            && let Some((_, oldest)) = inner.order.pop_front()
-        {
-            inner.tokens.remove(&oldest);
+        let its = inner.order.entry(caller.process.uid).or_default();
+        let oldest = (its.len() >= MAX_TOKENS).then(|| its.pop_front()).flatten();
+        if let Some((_, oldest)) = oldest {
+            inner.remove(oldest);
         }
         let token: Token = rand::random();
         let expires = now + TOKEN_LIFE;
         let grant = Grant {
-            process,
+            caller,
+            lease,
             allocation,
             expires,
         };
         inner.tokens.insert(token, grant);
-        inner.order.push_back((expires, token));
+        inner.of_lease.entry(lease).or_default().insert(token);
+        let its = inner.order.entry(caller.process.uid).or_default();
+        its.push_back((expires, token));
         token
     }
 
@@ -162,10 +208,10 @@ impl Descriptors {
         let mut inner = self.inner.lock();
         // An attempt by another process must not use the token up.
         let grant = inner.tokens.get(&token)?;
-        if grant.process != process {
+        if grant.caller.process != process {
             return None;
         }
-        let grant = inner.tokens.remove(&token)?;
+        let grant = inner.remove(token)?;
         if grant.expires <= now {
             return None;
         }
@@ -173,14 +219,46 @@ impl Descriptors {
         Some(Arc::clone(&kept.descriptor))
     }
 
+    /// Drops the tokens of a lease that nobody holds any more.
+    pub fn lease_over(&self, lease: LeaseId) {
+        let mut inner = self.inner.lock();
+        for token in inner.of_lease.remove(&lease).unwrap_or_default() {
+            inner.tokens.remove(&token);
+        }
+    }
+
+    /// Drops the session's tokens of leases that it has let go of.
+    pub fn let_go(&self, session: SessionId, leases: &[LeaseId]) {
+        let mut inner = self.inner.lock();
+        for lease in leases {
+            let its = inner.of_lease.get(lease).cloned().unwrap_or_default();
+            for token in its {
+                if inner
+                    .tokens
+                    .get(&token)
+                    .is_some_and(|grant| grant.caller.session == session)
+                {
+                    inner.remove(token);
+                }
+            }
+        }
+    }
+
     /// Drops tokens and uploads that are too old.
     pub fn expire(&self, now: Instant) {
         let mut inner = self.inner.lock();
-        while let Some((expires, token)) = inner.order.front().copied()
-            && expires <= now
-        {
-            inner.order.pop_front();
-            inner.tokens.remove(&token);
+        let mut over = Vec::new();
+        inner.order.retain(|_, its| {
+            while let Some((expires, token)) = its.front().copied()
+                && expires <= now
+            {
+                over.push(token);
+                its.pop_front();
+            }
+            !its.is_empty()
+        });
+        for token in over {
+            inner.remove(token);
         }
         inner.waiting.retain(|_, upload| upload.expires > now);
     }
@@ -200,11 +278,19 @@ mod tests {
 
     const DONOR: SessionId = SessionId(1);
     const ALLOCATION: AllocationId = AllocationId([1; 16]);
+    const LEASE: LeaseId = LeaseId(7);
     const LESSEE: Process = Process {
         pid: 10,
         birth: 1,
         uid: 0,
     };
+
+    fn lessee() -> Caller {
+        Caller {
+            session: SessionId(2),
+            process: LESSEE,
+        }
+    }
 
     fn descriptor() -> OwnedFd {
         File::open("/dev/null").unwrap().into()
@@ -213,7 +299,7 @@ mod tests {
     fn on_offer(now: Instant) -> Descriptors {
         let descriptors = Descriptors::new(2);
         descriptors
-            .upload(DONOR, ALLOCATION, descriptor(), now)
+            .upload(DONOR, 1_000, ALLOCATION, descriptor(), now)
             .unwrap();
         descriptors.check_offer(DONOR, ALLOCATION).unwrap();
         descriptors.offered(DONOR, ALLOCATION);
@@ -224,7 +310,7 @@ mod tests {
     fn a_token_is_good_once_and_only_for_its_process() {
         let now = Instant::now();
         let descriptors = on_offer(now);
-        let token = descriptors.grant(LESSEE, ALLOCATION, now);
+        let token = descriptors.grant(lessee(), LEASE, ALLOCATION, now);
         let reborn = Process { birth: 2, ..LESSEE };
         assert!(descriptors.fetch(reborn, token, now).is_none());
         assert!(descriptors.fetch(LESSEE, [0; 16], now).is_none());
@@ -236,12 +322,42 @@ mod tests {
     fn a_token_ends_with_its_time_or_with_the_offer() {
         let now = Instant::now();
         let descriptors = on_offer(now);
-        let token = descriptors.grant(LESSEE, ALLOCATION, now);
+        let token = descriptors.grant(lessee(), LEASE, ALLOCATION, now);
         assert!(descriptors.fetch(LESSEE, token, now + TOKEN_LIFE).is_none());
-        let token = descriptors.grant(LESSEE, ALLOCATION, now);
+        let token = descriptors.grant(lessee(), LEASE, ALLOCATION, now);
         descriptors.discard(ALLOCATION);
         assert!(descriptors.fetch(LESSEE, token, now).is_none());
         assert_eq!(descriptors.count(), 0);
+    }
+
+    /// A token ends with its lease, and for a session that lets go of the lease or leaves. The twins: tokens of another
+    /// lease, and of another session, stay.
+    #[test]
+    fn a_token_ends_with_its_lease() {
+        let now = Instant::now();
+        let descriptors = on_offer(now);
+        let other = LeaseId(8);
+        let reader = Caller {
+            session: SessionId(3),
+            ..lessee()
+        };
+        let grant = |caller, lease| descriptors.grant(caller, lease, ALLOCATION, now);
+        let works = |token| descriptors.fetch(LESSEE, token, now).is_some();
+        let tokens = [
+            grant(lessee(), LEASE),
+            grant(lessee(), other),
+            grant(reader, LEASE),
+        ];
+        descriptors.let_go(lessee().session, &[LEASE]);
+        assert_eq!(tokens.map(works), [false, true, true]);
+        let late = [grant(reader, LEASE), grant(reader, other)];
+        descriptors.lease_over(LEASE);
+        assert_eq!(late.map(works), [false, true]);
+        let left = [grant(lessee(), other), grant(reader, other)];
+        descriptors.forget(reader.session);
+        assert_eq!(left.map(works), [true, false]);
+        let inner = descriptors.inner.lock();
+        assert!(inner.tokens.is_empty() && inner.of_lease.is_empty());
     }
 
     #[test]
@@ -265,7 +381,7 @@ mod tests {
         let descriptors = on_offer(now);
         let second = AllocationId([2; 16]);
         let third = AllocationId([3; 16]);
-        let upload = |allocation| descriptors.upload(DONOR, allocation, descriptor(), now);
+        let upload = |allocation| descriptors.upload(DONOR, 1_000, allocation, descriptor(), now);
         upload(second).unwrap();
         assert_eq!(upload(third), Err(Full));
         upload(second).unwrap();
@@ -275,15 +391,53 @@ mod tests {
         assert_eq!(descriptors.count(), 1, "what is on offer stays");
     }
 
+    /// Another user's grants cost nobody a token. The twin: the user's own do.
+    #[test]
+    fn a_flood_of_grants_costs_nobody_else_a_token() {
+        let now = Instant::now();
+        for (uid, kept) in [(LESSEE.uid + 1, true), (LESSEE.uid, false)] {
+            let descriptors = on_offer(now);
+            let token = descriptors.grant(lessee(), LEASE, ALLOCATION, now);
+            let flood = Caller {
+                session: SessionId(3),
+                process: Process {
+                    pid: 11,
+                    birth: 1,
+                    uid,
+                },
+            };
+            for _ in 0..MAX_TOKENS {
+                descriptors.grant(flood, LEASE, ALLOCATION, now);
+            }
+            assert_eq!(descriptors.fetch(LESSEE, token, now).is_some(), kept);
+        }
+    }
+
+    #[test]
+    fn uploads_of_many_sessions_of_one_user_are_bounded_together() {
+        let now = Instant::now();
+        let descriptors = Descriptors::new(1 << 14);
+        let upload = |session: u64, uid| {
+            let id = AllocationId((u128::from(session) << 64 | u128::from(uid)).to_le_bytes());
+            descriptors.upload(SessionId(session), uid, id, descriptor(), now)
+        };
+        let room = MAX_WAITING_PER_USER as u64;
+        for session in 0..room {
+            upload(session, 1_000).unwrap();
+        }
+        assert_eq!(upload(room, 1_000), Err(Full));
+        upload(room, 2_000).unwrap();
+    }
+
     #[test]
     fn expired_tokens_leave_nothing_behind() {
         let now = Instant::now();
         let descriptors = on_offer(now);
         for _ in 0..10 {
-            descriptors.grant(LESSEE, ALLOCATION, now);
+            descriptors.grant(lessee(), LEASE, ALLOCATION, now);
         }
         descriptors.expire(now + TOKEN_LIFE);
         let inner = descriptors.inner.lock();
-        assert!(inner.tokens.is_empty() && inner.order.is_empty());
+        assert!(inner.tokens.is_empty() && inner.order.is_empty() && inner.of_lease.is_empty());
     }
 }

@@ -99,6 +99,28 @@ pub enum Refused {
          at the other end, and TCP does not tell which process that is"
     )]
     NotOverTcp,
+    /// PERMISSION_DENIED: only operators change what belongs to others.
+    #[error(
+        "uid {uid} may not {doing}: only root, the broker's own user (uid {broker_uid}) and members of the group in the \
+         broker's setting `admin_group` may"
+    )]
+    NotAnOperator {
+        /// The user who asks.
+        uid: u32,
+        /// What was asked: "drain", "evict", ...
+        doing: &'static str,
+        /// The broker's own user.
+        broker_uid: u32,
+    },
+    /// PERMISSION_DENIED: nobody can tell who asks.
+    #[error(
+        "nobody may {doing} over TCP without a client certificate, because TCP does not tell who asks: use the broker's \
+         Unix socket, or mutual TLS (`tls_cert`, `tls_key`, `tls_client_ca`)"
+    )]
+    Anonymous {
+        /// What was asked: "drain", "evict", ...
+        doing: &'static str,
+    },
     /// FAILED_PRECONDITION: the broker could not see the peer's death.
     #[error("{0}")]
     Unwatchable(String),
@@ -140,7 +162,9 @@ impl From<Refused> for Status {
                 Self::invalid_argument(text)
             }
             Refused::Core(Refusal::Unknown { .. }) => Self::not_found(text),
-            Refused::Core(Refusal::NotYours { .. }) => Self::permission_denied(text),
+            Refused::Core(Refusal::NotYours { .. })
+            | Refused::NotAnOperator { .. }
+            | Refused::Anonymous { .. } => Self::permission_denied(text),
             Refused::Core(Refusal::Overlap { .. }) => Self::already_exists(text),
             Refused::Core(Refusal::Limit { .. }) | Refused::Unrecorded { .. } => {
                 Self::resource_exhausted(text)

@@ -17,11 +17,19 @@ use swiftcache_proto::fd_socket::{REQUEST_BYTES, Request, Status};
 use tokio::{
     io::Interest,
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{owner::Owner, peer::Peer};
+use crate::{
+    listen::{Admission, Limits},
+    logging::Sparse,
+    owner::Owner,
+    peer::Peer,
+};
+
+/// Anybody who may connect can cause these warnings, so they are rate-limited.
+static TOO_MANY: Sparse = Sparse::new();
+static NOT_ACCEPTED: Sparse = Sparse::new();
 
 /// The longest time of one connection. A frame and its answer take microseconds; this is enough for a peer that is
 /// swapped out.
@@ -33,7 +41,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves connections until `stop`.
 pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: CancellationToken) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let admission = Admission::new(Limits {
+        all: MAX_CONNECTIONS,
+        of_user: MAX_CONNECTIONS / 4,
+        reserved: MAX_CONNECTIONS / 16,
+    });
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -42,21 +54,30 @@ pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: Cancellation
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "a connection to the fd socket could not be accepted");
+                if let Some(withheld) = NOT_ACCEPTED.turn() {
+                    tracing::warn!(%error, withheld, "a connection to the fd socket could not be accepted");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
-            tracing::warn!(
-                limit = MAX_CONNECTIONS,
-                "too many connections to the fd socket"
-            );
+        let Ok(peer) = Peer::of(&stream) else {
+            // The process is gone already.
+            continue;
+        };
+        let Some(permit) = admission.admit(peer.process.uid) else {
+            if let Some(withheld) = TOO_MANY.turn() {
+                tracing::warn!(
+                    limit = MAX_CONNECTIONS,
+                    withheld,
+                    "too many connections to the fd socket"
+                );
+            }
             continue;
         };
         let owner = Arc::clone(&owner);
         tokio::spawn(async move {
-            match tokio::time::timeout(DEADLINE, converse(&stream, &owner)).await {
+            match tokio::time::timeout(DEADLINE, converse(&stream, &peer, &owner)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "a connection to the fd socket failed")
@@ -68,13 +89,12 @@ pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: Cancellation
     }
 }
 
-async fn converse(stream: &UnixStream, owner: &Owner) -> io::Result<()> {
-    let peer = Peer::of(stream)?;
+async fn converse(stream: &UnixStream, peer: &Peer, owner: &Owner) -> io::Result<()> {
     let (frame, descriptor) = match receive(stream).await? {
         Some(received) => received,
         None => return reply(stream, Status::Malformed, None).await,
     };
-    let (status, descriptor) = answer(owner, &peer, &frame, descriptor);
+    let (status, descriptor) = answer(owner, peer, &frame, descriptor);
     reply(stream, status, descriptor).await
 }
 
@@ -96,9 +116,10 @@ fn answer(
                 return (Status::NotYours, None);
             }
             let now = Instant::now();
-            let kept = owner
-                .descriptors()
-                .upload(session, allocation, descriptor, now);
+            let kept =
+                owner
+                    .descriptors()
+                    .upload(session, peer.process.uid, allocation, descriptor, now);
             (kept.map_or(Status::Full, |()| Status::Ok), None)
         }
         (Some(Request::Fetch { token }), None) => {

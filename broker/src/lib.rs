@@ -4,6 +4,7 @@
 //! finds out who connected, [`service`] checks the message, and [`owner`] applies the event to the core. Then it writes
 //! what must not be forgotten to the [`ledger`], and only after that it sends the answer.
 
+pub mod authority;
 pub mod config;
 pub mod core;
 pub mod death;
@@ -14,6 +15,7 @@ pub mod fd_socket;
 pub mod ledger;
 pub mod listen;
 pub mod logging;
+mod malformed;
 pub mod metrics;
 pub mod owner;
 pub mod peer;
@@ -23,3 +25,4 @@ pub mod serve;
 pub mod service;
 mod streams;
 pub mod traces;
+mod unread;

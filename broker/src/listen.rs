@@ -1,6 +1,7 @@
 //! Sockets: binds them safely, and tells the services of every connection who is at its other end.
 
 use std::{
+    collections::HashMap,
     fs, io,
     net::SocketAddr,
     os::unix::{
@@ -10,9 +11,11 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
+use parking_lot::Mutex;
 use rustix::{
     fs::{Gid, Mode, chmod, chown, fchmod},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
@@ -21,21 +24,31 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, UnixListener},
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::Sleep,
 };
 use tokio_stream::{
     Stream, StreamExt,
     wrappers::{TcpListenerStream, UnixListenerStream},
 };
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::server::Connected;
 
 use crate::{
     error::BrokerError,
     ledger::{Lock, create_directory},
+    logging::Sparse,
     peer::Peer,
 };
 
+/// Anybody who may connect can cause these warnings, so they are rate-limited.
+static UNKNOWN: Sparse = Sparse::new();
+static TOO_MANY: Sparse = Sparse::new();
+static NOT_ACCEPTED: Sparse = Sparse::new();
+
 /// How many connections may wait to be accepted. The kernel's own limit may be lower.
 const BACKLOG: i32 = 4096;
+/// How long a new connection may be silent. Every client of gRPC speaks first.
+const SILENCE: Duration = Duration::from_secs(10);
 /// Only owner and group may connect.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -70,7 +83,9 @@ pub fn bind_unix(
     let what = format!("socket {}", path.display());
     let lock = Lock::take(lock_path.into(), what.clone(), key)?;
     clear_stale(path, what, key)?;
-    let group = group.map(group_id).transpose()?;
+    let group = group
+        .map(|name| group_id("socket_group", name))
+        .transpose()?;
 
     let listener =
         bind_closed(path).map_err(|error| BrokerError::file("bind", path)(error.into()))?;
@@ -122,18 +137,20 @@ fn clear_stale(path: &Path, what: String, key: &'static str) -> Result<(), Broke
     fs::remove_file(path).map_err(BrokerError::file("remove the stale socket", path))
 }
 
-fn group_id(name: &str) -> Result<Gid, BrokerError> {
+/// The id of a group, which `key` names or has the number of.
+///
+/// # Errors
+/// When there is no group of this name.
+pub fn group_id(key: &'static str, name: &str) -> Result<Gid, BrokerError> {
     if let Ok(id) = name.parse() {
         return Ok(Gid::from_raw(id));
     }
     match nix::unistd::Group::from_name(name) {
         Ok(Some(group)) => Ok(Gid::from_raw(group.gid.as_raw())),
         Ok(None) => Err(BrokerError::Config(format!(
-            "socket_group: there is no group {name:?}"
+            "{key}: there is no group {name:?}"
         ))),
-        Err(error) => Err(BrokerError::Config(format!(
-            "socket_group: {name:?}: {error}"
-        ))),
+        Err(error) => Err(BrokerError::Config(format!("{key}: {name:?}: {error}"))),
     }
 }
 
@@ -151,32 +168,134 @@ pub async fn bind_tcp(address: SocketAddr, key: &'static str) -> Result<TcpListe
         })
 }
 
-/// A connection with information for its services about the other end.
-pub struct Connection<S, I> {
-    stream: S,
-    info: I,
-    _permit: OwnedSemaphorePermit,
+/// How many connections there may be, in all and of one user, so that nobody takes them all.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// All connections.
+    pub all: usize,
+    /// Those of one user who is neither root nor the broker's own. Those two always have [`Self::reserved`] left.
+    pub of_user: usize,
+    /// How many only root and the broker's own user may take: for operators and probes.
+    pub reserved: usize,
 }
 
-/// Connections to the gRPC Unix socket, each with its [`Peer`]. Closes connections beyond the limit, and those whose
+/// Lets connections in. Clones count together.
+#[derive(Clone)]
+pub struct Admission {
+    limits: Limits,
+    broker_uid: u32,
+    /// The open connections of each user.
+    open: Arc<Mutex<HashMap<u32, usize>>>,
+}
+
+impl Admission {
+    /// Lets connections in up to these limits.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            broker_uid: rustix::process::geteuid().as_raw(),
+            open: Arc::default(),
+        }
+    }
+
+    /// Lets a connection of the user in, if there is room.
+    pub fn admit(&self, uid: u32) -> Option<Permit> {
+        let mut open = self.open.lock();
+        let all: usize = open.values().sum();
+        let its = open.get(&uid).copied().unwrap_or(0);
+        let trusted = uid == 0 || uid == self.broker_uid;
+        let room = match trusted {
+            true => all < self.limits.all,
+            false => {
+                all < self.limits.all.saturating_sub(self.limits.reserved)
+                    && its < self.limits.of_user
+            }
+        };
+        if !room {
+            return None;
+        }
+        *open.entry(uid).or_default() += 1;
+        Some(Permit {
+            open: Arc::clone(&self.open),
+            uid,
+        })
+    }
+}
+
+/// An open connection. Drop makes room for another one.
+pub struct Permit {
+    open: Arc<Mutex<HashMap<u32, usize>>>,
+    uid: u32,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut open = self.open.lock();
+        if let Some(its) = open.get_mut(&self.uid) {
+            *its -= 1;
+            if *its == 0 {
+                open.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// A connection with information for its services about the other end.
+pub struct Connection<S, I, P> {
+    stream: S,
+    info: I,
+    /// When the other end must have said something, until it has.
+    speaks_by: Option<Pin<Box<Sleep>>>,
+    /// Comes when the connection is to end.
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    _permit: P,
+}
+
+/// What services know of a connection over TCP.
+#[derive(Clone, Debug, Default)]
+pub struct TcpPeer {
+    /// Ends the connection.
+    pub cut: CancellationToken,
+}
+
+impl<S, I, P> Connection<S, I, P> {
+    fn new(stream: S, info: I, permit: P, cut: CancellationToken, silence: Duration) -> Self {
+        Self {
+            stream,
+            info,
+            cut: Box::pin(cut.cancelled_owned()),
+            speaks_by: Some(Box::pin(tokio::time::sleep(silence))),
+            _permit: permit,
+        }
+    }
+}
+
+/// Connections to the gRPC Unix socket, each with its [`Peer`]. Closes connections beyond the limits, and those whose
 /// process cannot be identified.
 pub fn unix_connections(
     listener: UnixListener,
-    limit: Arc<Semaphore>,
-) -> impl Stream<Item = io::Result<Connection<tokio::net::UnixStream, Peer>>> {
+    admission: Admission,
+) -> impl Stream<Item = io::Result<Connection<tokio::net::UnixStream, Peer, Permit>>> {
     UnixListenerStream::new(listener).filter_map(move |accepted| {
-        let (stream, permit) = admit(accepted, &limit)?;
-        match Peer::of(&stream) {
-            Ok(info) => Some(Ok(Connection {
-                stream,
-                info,
-                _permit: permit,
-            })),
+        let stream = accepted_or_said(accepted)?;
+        let info = match Peer::of(&stream) {
+            Ok(info) => info,
             Err(error) => {
-                tracing::warn!(%error, "a connection was closed, because its process cannot be identified");
-                None
+                if let Some(withheld) = UNKNOWN.turn() {
+                    tracing::warn!(%error, withheld, "a connection was closed, because its process cannot be identified");
+                }
+                return None;
             }
-        }
+        };
+        let permit = admission.admit(info.process.uid).or_else(|| {
+            if let Some(withheld) = TOO_MANY.turn() {
+                let uid = info.process.uid;
+                tracing::warn!(uid, withheld, "too many connections: one was closed");
+            }
+            None
+        })?;
+        let cut = info.cut.clone();
+        Some(Ok(Connection::new(stream, info, permit, cut, SILENCE)))
     })
 }
 
@@ -184,35 +303,35 @@ pub fn unix_connections(
 pub fn tcp_connections(
     listener: TcpListener,
     limit: Arc<Semaphore>,
-) -> impl Stream<Item = io::Result<Connection<tokio::net::TcpStream, TcpConnectInfo>>> {
+) -> impl Stream<Item = io::Result<Connection<tokio::net::TcpStream, TcpPeer, OwnedSemaphorePermit>>>
+{
     TcpListenerStream::new(listener).filter_map(move |accepted| {
-        let (stream, permit) = admit(accepted, &limit)?;
+        let stream = accepted_or_said(accepted)?;
+        let Ok(permit) = Arc::clone(&limit).try_acquire_owned() else {
+            if let Some(withheld) = TOO_MANY.turn() {
+                tracing::warn!(withheld, "too many TCP connections: one was closed");
+            }
+            return None;
+        };
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY cannot be set");
         }
-        let info = stream.connect_info();
-        Some(Ok(Connection {
-            stream,
-            info,
-            _permit: permit,
-        }))
+        let info = TcpPeer::default();
+        let cut = info.cut.clone();
+        Some(Ok(Connection::new(stream, info, permit, cut, SILENCE)))
     })
 }
 
-fn admit<S>(accepted: io::Result<S>, limit: &Arc<Semaphore>) -> Option<(S, OwnedSemaphorePermit)> {
-    let stream = accepted
-        .inspect_err(|error| tracing::warn!(%error, "a connection could not be accepted"))
-        .ok()?;
-    match Arc::clone(limit).try_acquire_owned() {
-        Ok(permit) => Some((stream, permit)),
-        Err(_) => {
-            tracing::warn!("too many connections: one was closed");
-            None
+fn accepted_or_said<S>(accepted: io::Result<S>) -> Option<S> {
+    let said = accepted.inspect_err(|error| {
+        if let Some(withheld) = NOT_ACCEPTED.turn() {
+            tracing::warn!(%error, withheld, "a connection could not be accepted");
         }
-    }
+    });
+    said.ok()
 }
 
-impl<S, I: Clone + Send + Sync + 'static> Connected for Connection<S, I> {
+impl<S, I: Clone + Send + Sync + 'static, P> Connected for Connection<S, I, P> {
     type ConnectInfo = I;
 
     fn connect_info(&self) -> I {
@@ -220,17 +339,30 @@ impl<S, I: Clone + Send + Sync + 'static> Connected for Connection<S, I> {
     }
 }
 
-impl<S: AsyncRead + Unpin, I: Unpin> AsyncRead for Connection<S, I> {
+impl<S: AsyncRead + Unpin, I: Unpin, P: Unpin> AsyncRead for Connection<S, I, P> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        if self.cut.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        match (&read, &mut self.speaks_by) {
+            (Poll::Ready(Ok(())), _) if buffer.filled().len() > before => self.speaks_by = None,
+            (Poll::Pending, Some(speaks_by)) => {
+                ready!(speaks_by.as_mut().poll(context));
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            _ => {}
+        }
+        read
     }
 }
 
-impl<S: AsyncWrite + Unpin, I: Unpin> AsyncWrite for Connection<S, I> {
+impl<S: AsyncWrite + Unpin, I: Unpin, P: Unpin> AsyncWrite for Connection<S, I, P> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -314,9 +446,83 @@ mod tests {
     }
 
     #[test]
+    fn one_user_cannot_take_all_connections_and_operators_always_get_in() {
+        let limits = Limits {
+            all: 10,
+            of_user: 4,
+            reserved: 2,
+        };
+        let mut admission = Admission::new(limits);
+        admission.broker_uid = 900;
+        let taken = |uid| -> Vec<_> { (0..100).map_while(|_| admission.admit(uid)).collect() };
+        let first = taken(1_000);
+        assert_eq!(first.len(), 4);
+        let others: Vec<_> = (2_000..2_100).map(taken).collect();
+        assert_eq!(
+            others.iter().flatten().count(),
+            4,
+            "what is reserved is left"
+        );
+        for operator in [0, 900] {
+            assert_eq!(taken(operator).len(), 2, "uid {operator}");
+        }
+        drop(others);
+        assert_eq!(taken(3_000).len(), 4, "who leaves makes room");
+        assert_eq!(admission.open.lock().len(), 1);
+        // The twin: without a bound of its own, the first user takes everything.
+        let limits = Limits {
+            of_user: 10,
+            reserved: 0,
+            ..limits
+        };
+        let all = Admission::new(limits);
+        let taken: Vec<_> = (0..100).map_while(|_| all.admit(1_000)).collect();
+        assert_eq!((taken.len(), all.admit(2_000).is_none()), (10, true));
+        drop(first);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_never_speaks_is_closed_and_one_that_has_spoken_is_not() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let silence = Duration::from_millis(1);
+        let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
+        let mut silent = Connection::new(stream, (), (), CancellationToken::new(), silence);
+        let closed = silent.read_u8().await.unwrap_err();
+        assert_eq!(closed.kind(), io::ErrorKind::TimedOut);
+        let (mut other, stream) = tokio::net::UnixStream::pair().unwrap();
+        other.write_u8(1).await.unwrap();
+        let mut speaks = Connection::new(stream, (), (), CancellationToken::new(), silence);
+        assert_eq!(speaks.read_u8().await.unwrap(), 1);
+        tokio::time::sleep(silence * 10).await;
+        let read = tokio::spawn(async move { speaks.read_u8().await });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!read.is_finished(), "it was closed although it has spoken");
+        other.write_u8(2).await.unwrap();
+        assert_eq!(read.await.unwrap().unwrap(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_cut_ends_whatever_its_other_end_does() {
+        use tokio::io::AsyncReadExt;
+        let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
+        let cut = CancellationToken::new();
+        let mut connection = Connection::new(stream, (), (), cut.clone(), SILENCE);
+        let read = tokio::spawn(async move { connection.read_u8().await });
+        tokio::task::yield_now().await;
+        assert!(!read.is_finished());
+        cut.cancel();
+        let ended = read.await.unwrap().unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::ConnectionAborted);
+    }
+
+    #[test]
     fn a_group_that_is_not_there_is_named() {
-        let refused = group_id("no-such-group-here").unwrap_err().to_string();
+        let refused = group_id("socket_group", "no-such-group-here")
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("socket_group") && refused.contains("no-such-group-here"));
-        assert_eq!(group_id("0").unwrap().as_raw(), 0);
+        assert_eq!(group_id("socket_group", "0").unwrap().as_raw(), 0);
     }
 }

@@ -48,6 +48,7 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
     let served = runtime.block_on(traced(&config, started));
     // Waits for no thread: one may be writing the ledger to a disk that does not answer.
     runtime.shutdown_background();
+    logging::flush();
     served
 }
 

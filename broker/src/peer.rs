@@ -16,6 +16,8 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use crate::core::Process;
 
 /// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9). With pidfs, the inode of a pidfd identifies one process
@@ -27,8 +29,12 @@ const PIDFS_MAGIC: i128 = 0x5049_4446;
 pub struct Peer {
     /// The process, as the core knows it.
     pub process: Process,
+    /// Its group when it connected.
+    pub gid: u32,
     /// Becomes readable when the process is gone.
     pub pidfd: Arc<OwnedFd>,
+    /// Ends the connection.
+    pub cut: CancellationToken,
 }
 
 impl Peer {
@@ -64,9 +70,33 @@ impl Peer {
                 birth,
                 uid: credentials.uid(),
             },
+            gid: credentials.gid(),
             pidfd: Arc::new(pidfd),
+            cut: CancellationToken::new(),
         })
     }
+
+    /// Whether the process is a member of the group. For a process whose pid the broker cannot see, only the group that it
+    /// connected with counts.
+    pub fn is_in_group(&self, group: u32) -> bool {
+        if self.gid == group {
+            return true;
+        }
+        let status = format!("/proc/{}/status", self.process.pid);
+        let Some(status) = (self.process.pid != 0).then(|| fs::read_to_string(status)) else {
+            return false;
+        };
+        let member = status.is_ok_and(|status| lists_group(&status, group));
+        // While the process lives, its pid is nobody else's.
+        member && is_gone(&self.pidfd).is_ok_and(|gone| !gone)
+    }
+}
+
+/// Whether `/proc/<pid>/status` lists a supplementary group.
+fn lists_group(status: &str, group: u32) -> bool {
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let mut groups = groups.unwrap_or_default().split_ascii_whitespace();
+    groups.any(|listed| listed.parse() == Ok(group))
 }
 
 /// Opens a pidfd of a process that the ledger names. `None`: the process is gone.
@@ -169,6 +199,21 @@ mod tests {
         assert_eq!(parse_birth(&format!("42 (cat) {tail}")), Some(4711));
         assert_eq!(parse_birth(&format!("42 (a) S 1) {tail}")), Some(4711));
         assert_eq!(parse_birth("42 (cat) S 1 2"), None);
+    }
+
+    #[test]
+    fn supplementary_groups_are_read_whole_and_nothing_else() {
+        let status = "Name:\tGroups: 7\nGid:\t8\t8\t8\t8\nGroups:\t4 27 1000 \nNStgid:\t9\n";
+        for (group, listed) in [
+            (27, true),
+            (1_000, true),
+            (2, false),
+            (8, false),
+            (9, false),
+        ] {
+            assert_eq!(lists_group(status, group), listed, "{group}");
+        }
+        assert!(!lists_group("Groups:\t\n", 0));
     }
 
     #[test]

@@ -12,7 +12,14 @@ use hyper_util::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{core::Account, owner::Owner};
+use crate::{
+    core::Account,
+    logging::{self, Sparse},
+    owner::Owner,
+};
+
+/// Rate-limits a warning that anybody who may connect can cause.
+static NOT_ACCEPTED: Sparse = Sparse::new();
 
 /// The most connections at one time.
 const MAX_CONNECTIONS: usize = 16;
@@ -32,7 +39,9 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "a scrape could not be accepted");
+                if let Some(withheld) = NOT_ACCEPTED.turn() {
+                    tracing::warn!(%error, withheld, "a scrape could not be accepted");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -111,6 +120,7 @@ pub(crate) fn render(owner: &Owner) -> String {
     for (name, value) in gauges {
         metrics.set(name, vec![], value);
     }
+    metrics.set("swiftcache_log_lines_dropped", vec![], logging::dropped());
     let (streams, _) = owner.connections();
     metrics.set("swiftcache_attached_sessions", vec![], streams as u64);
     metrics.render()

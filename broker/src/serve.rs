@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::Response;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use swiftcache_proto::{
     convert::MAX_MESSAGE_BYTES,
@@ -21,25 +22,35 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{
+    body::Body,
     service::Routes,
     transport::{self as tls, Server, ServerTlsConfig},
 };
 use tonic_health::server::HealthReporter;
-use tower::layer::util::{Identity, Stack};
+use tower::{
+    layer::util::{Identity, Stack},
+    util::MapResponseLayer,
+};
 
 use crate::{
+    authority::Operators,
     config::Config,
     core::{CoreConfig, Node, Record, State},
     error::BrokerError,
     fd_socket,
     ledger::{self, Ledger, Lock},
-    listen::{BoundSocket, bind_tcp, bind_unix, tcp_connections, unix_connections},
+    listen::{
+        Admission, BoundSocket, Limits, bind_tcp, bind_unix, group_id, tcp_connections,
+        unix_connections,
+    },
+    malformed,
     metrics::Metrics,
     owner::{Owner, Parts},
     probe::Probe,
     scrape,
     service::{AdminService, BrokerService, NodeFacts},
     traces::SpanLayer,
+    unread::Unread,
 };
 
 /// How often the core gets the time. Drain windows and pins may end this much too late.
@@ -75,7 +86,7 @@ pub struct Broker {
     tcp_address: Option<SocketAddr>,
     metrics_address: Option<SocketAddr>,
     _sockets: [BoundSocket; 2],
-    _state_lock: Lock,
+    _state_locks: [Lock; 2],
 }
 
 impl Broker {
@@ -88,12 +99,22 @@ impl Broker {
         let state_dir = config.state_dir();
         ledger::create_directory(state_dir)?;
         let what = format!("state directory {}", state_dir.display());
-        let state_lock = Lock::take(state_dir.join("ledger.lock"), what, "state_dir")?;
+        // Brokers before this one lock only the file. Anybody who may write here can delete it.
+        let state_locks = [
+            Lock::take(state_dir.join("ledger.lock"), what.clone(), "state_dir")?,
+            Lock::take_directory(state_dir, what, "state_dir")?,
+        ];
         let group = config.socket_group.as_deref();
+        let admins = config.admin_group.as_deref();
+        let admins = admins
+            .map(|name| group_id("admin_group", name))
+            .transpose()?;
+        let operators = Operators::new(admins.map(|group| group.as_raw()));
         let (unix, unix_socket) = bind_unix(&config.socket, group, "socket")?;
         let (descriptors, fd_socket) = bind_unix(&config.fd_socket(), group, "fd_socket")?;
         let traced = config.otlp_endpoint.is_some();
-        let tcp_server = with_tls(grpc(traced), config)?;
+        let unread = Unread::new();
+        let tcp_server = with_tls(grpc(traced, unread.clone()), config)?;
         let tcp = match config.listen_tcp {
             Some(address) => Some(bind_tcp(address, "listen_tcp").await?),
             None => None,
@@ -126,7 +147,7 @@ impl Broker {
             config.drain_ms,
             config.pin_ms,
         );
-        let (health, routes) = routes(&owner, probe, facts, config.drain_ms).await?;
+        let (health, routes) = routes(&owner, probe, facts, operators, config.drain_ms).await?;
         let mut broker = Self {
             tcp_address: tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()),
             metrics_address: scrapes.as_ref().and_then(|tcp| tcp.local_addr().ok()),
@@ -136,12 +157,19 @@ impl Broker {
             servers: JoinSet::new(),
             patience: Duration::from_millis(config.shutdown_ms),
             _sockets: [unix_socket, fd_socket],
-            _state_lock: state_lock,
+            _state_locks: state_locks,
         };
         broker.spawn_clock(deaths);
-        let connections = Arc::new(Semaphore::new(UNIX_CONNECTIONS.min(budget / 4)));
-        let incoming = unix_connections(unix, connections);
-        let mut server = grpc(traced);
+        let all = UNIX_CONNECTIONS.min(budget / 4);
+        let incoming = unix_connections(
+            unix,
+            Admission::new(Limits {
+                all,
+                of_user: all / 4,
+                reserved: all / 16,
+            }),
+        );
+        let mut server = grpc(traced, unread);
         let server = server.add_routes(routes.clone());
         let stop = broker.stop.clone();
         broker.spawn("unix", async move {
@@ -339,6 +367,7 @@ async fn routes(
     owner: &Arc<Owner>,
     probe: Arc<dyn Probe>,
     facts: NodeFacts,
+    operators: Operators,
     drain_ms: u32,
 ) -> Result<(HealthReporter, Routes), BrokerError> {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -355,8 +384,13 @@ async fn routes(
     let broker = BrokerServer::new(BrokerService::new(Arc::clone(owner), facts))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let admin = AdminServer::new(AdminService::new(Arc::clone(owner), probe, drain_ms))
-        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let admin = AdminServer::new(AdminService::new(
+        Arc::clone(owner),
+        probe,
+        operators,
+        drain_ms,
+    ))
+    .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let routes = Routes::new(broker)
         .add_service(admin)
         .add_service(health_service)
@@ -366,9 +400,13 @@ async fn routes(
 }
 
 /// A server whose outermost layer makes the spans, so that a span begins before the request is read.
-type TracedServer = Server<Stack<SpanLayer, Identity>>;
+type TracedServer =
+    Server<Stack<Unread, Stack<MapResponseLayer<Answer>, Stack<SpanLayer, Identity>>>>;
 
-fn grpc(traced: bool) -> TracedServer {
+/// Changes an answer.
+type Answer = fn(Response<Body>) -> Response<Body>;
+
+fn grpc(traced: bool, unread: Unread) -> TracedServer {
     Server::builder()
         .timeout(RPC_DEADLINE)
         .concurrency_limit_per_connection(RPCS_PER_CONNECTION as usize)
@@ -378,6 +416,8 @@ fn grpc(traced: bool) -> TracedServer {
         .max_frame_size(FRAME)
         .http2_max_header_list_size(HEADERS)
         .layer(SpanLayer { on: traced })
+        .layer(MapResponseLayer::new(malformed::answer as Answer))
+        .layer(unread)
 }
 
 /// Adds mutual TLS, if the settings ask for it.

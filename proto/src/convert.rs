@@ -79,6 +79,12 @@ pub fn device_uuid(field: &'static str, text: &str) -> Checked<DeviceUuid> {
         .map_err(|problem: String| InvalidField::new(field, problem))
 }
 
+/// Whether a character changes how the text around it is shown: the formatting characters of bidirectional text. With them
+/// a name could look like another one in every list.
+fn reorders(character: char) -> bool {
+    matches!(character, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// Text of `1..=max` bytes without control characters.
 pub fn text(field: &'static str, text: &str, max: usize) -> Checked<String> {
     if text.is_empty() {
@@ -98,6 +104,10 @@ pub fn optional_text(field: &'static str, text: &str, max: usize) -> Checked<Str
     }
     if text.chars().any(char::is_control) {
         return Err(InvalidField::new(field, "holds a control character"));
+    }
+    if text.chars().any(reorders) {
+        let problem = "holds a character that changes the direction of text";
+        return Err(InvalidField::new(field, problem));
     }
     Ok(text.to_owned())
 }

@@ -170,12 +170,14 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 10] = [
+const UNBOUNDED: [&str; 12] = [
     "Release.unmappable",
     "Lookup.unpinned",
     "Keep.shares",
     "Keep.anew",
     "Keep.closed",
+    "Keep.host_memory_down",
+    "Report.routes_down",
     "ListEvents.after_sequence",
     "ListEvents.limit",
     "ListEvents.kinds",
@@ -254,7 +256,8 @@ fn session_in_ledger(node: &Node, pid: u32) -> Result<Option<u64>> {
         .lines()
         .filter(|line| line.contains("\"record\":\"session\""))
     {
-        let record: serde_json::Value = serde_json::from_str(line)?;
+        let (record, _checksum) = line.split_once('\t').context("no checksum")?;
+        let record: serde_json::Value = serde_json::from_str(record)?;
         if record["process"]["pid"] == pid {
             return Ok(record["session"].as_u64());
         }

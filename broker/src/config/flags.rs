@@ -51,6 +51,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket_group: Option<String>,
 
+    /// Group whose members may drain, undrain, evict and set quotas, beside root and the broker's own user
+    /// [default: nobody]
+    #[arg(long, value_name = "NAME|GID")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_group: Option<String>,
+
     /// Directory of the ledger [default: the socket's directory]
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]

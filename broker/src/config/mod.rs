@@ -45,6 +45,10 @@ pub struct Config {
     /// The group whose members may connect, by name or number. None: the broker's own group.
     #[serde(deserialize_with = "text_or_number")]
     pub socket_group: Option<String>,
+    /// The group whose members may drain, undrain, evict and set quotas, by name or number. None: only root and the
+    /// broker's own user may.
+    #[serde(deserialize_with = "text_or_number")]
+    pub admin_group: Option<String>,
     /// The directory of the ledger. None: the directory of `socket`.
     pub state_dir: Option<PathBuf>,
     /// The TCP address for Admin, health and reflection. None: they are not served over TCP.
@@ -99,6 +103,7 @@ impl Default for Config {
             socket: "/run/swiftcache/broker.sock".into(),
             fd_socket: None,
             socket_group: None,
+            admin_group: None,
             state_dir: None,
             listen_tcp: None,
             tls_cert: None,
@@ -111,9 +116,9 @@ impl Default for Config {
             drain_ms: core.default_drain_ms,
             pin_ms: core.pin_ms,
             wait_ms: core.wait_ms,
-            max_sessions: 1_024,
-            max_regions: 65_536,
-            max_leases: 262_144,
+            max_sessions: limit(core.max_sessions),
+            max_regions: limit(core.max_regions),
+            max_leases: limit(core.max_leases),
             max_blocks: core.max_blocks,
             namespace_quota_bytes: core.namespace_quota_bytes,
             session_quota_bytes: core.session_quota_bytes,
@@ -123,6 +128,11 @@ impl Default for Config {
             log_format: LogFormat::Text,
         }
     }
+}
+
+/// A limit of the core as a setting.
+fn limit(core: usize) -> u32 {
+    u32::try_from(core).unwrap_or(u32::MAX)
 }
 
 impl Config {

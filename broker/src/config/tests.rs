@@ -147,6 +147,7 @@ fn every_setting_has_a_flag_and_every_flag_a_setting() {
     let set = Config {
         fd_socket: Some("a".into()),
         socket_group: Some("a".to_owned()),
+        admin_group: Some("a".to_owned()),
         state_dir: Some("a".into()),
         listen_tcp: Some(([127, 0, 0, 1], 1).into()),
         tls_cert: Some("a".into()),

@@ -31,6 +31,14 @@ fn open(books: &mut Books, register: Register) -> Result<Reply, Refusal> {
             limit: books.config.max_sessions as u64,
         });
     }
+    let user = register.process.uid;
+    let most = books.config.max_sessions_per_user;
+    if user != 0 && books.sessions.of_user(user).count() >= most {
+        return Err(Refusal::Limit {
+            what: "sessions of one user",
+            limit: most as u64,
+        });
+    }
     if books.sessions.get(session).is_some() {
         return Err(Refusal::Stale(
             "the session id drawn is in use; register again".to_owned(),

@@ -100,6 +100,12 @@ impl Borrowers {
         self.known.get(&id)
     }
 
+    /// The blocks in the host memory of a session's borrowers.
+    pub(super) fn kept_by(&self, session: SessionId) -> u64 {
+        let its = self.of(session).map(|(_, borrower)| borrower.kept.len());
+        its.sum::<usize>() as u64
+    }
+
     /// The blocks in the host memory of all borrowers.
     pub(super) fn kept(&self) -> u64 {
         self.kept

@@ -36,6 +36,8 @@ pub struct CoreConfig {
     pub namespace_weights: BTreeMap<String, u32>,
     /// Sessions at a time.
     pub max_sessions: usize,
+    /// Sessions of one user at a time. Root has no such bound.
+    pub max_sessions_per_user: usize,
     /// Regions at a time.
     pub max_regions: usize,
     /// Slabs at a time.
@@ -54,6 +56,8 @@ pub struct CoreConfig {
     pub max_pinned_extents_per_session: usize,
     /// Blocks in the index, and in the host memory that borrowers tell of.
     pub max_blocks: u64,
+    /// The same for the blocks of one user. Root has no such bound.
+    pub max_blocks_per_user: u64,
     /// Borrowers that one session tells of at a time.
     pub max_borrowers_per_session: usize,
     /// Slots in one lease; a slab of smaller blocks has fewer slots than would fit.
@@ -70,7 +74,8 @@ impl Default for CoreConfig {
             session_quota_bytes: None,
             namespace_quota_bytes: None,
             namespace_weights: BTreeMap::new(),
-            max_sessions: 16_384,
+            max_sessions: 1_024,
+            max_sessions_per_user: 256,
             max_regions: 65_536,
             max_slabs: 1 << 20,
             max_leases: 262_144,
@@ -80,6 +85,7 @@ impl Default for CoreConfig {
             max_pins_per_session: 1_024,
             max_pinned_extents_per_session: 262_144,
             max_blocks: 16 << 20,
+            max_blocks_per_user: 12 << 20,
             max_borrowers_per_session: 64,
             max_slots: 1 << 20,
         }

@@ -18,6 +18,7 @@ use swiftcache_proto::domain::BlockHash;
 use super::{
     arena::{Arena, Beside, LeaseKey, NamespaceKey, OfLease, OfNamespace},
     check::hold,
+    quotas::is_of,
     slots::BlockSlots,
 };
 
@@ -153,11 +154,22 @@ impl Index {
         self.names.get(tenant)?.get(name).copied()
     }
 
-    /// What all namespaces of a tenant hold, bytes.
+    /// What all namespaces of a tenant hold, bytes. A user's own tenant includes those under the user's labels.
     pub(super) fn held_by(&self, tenant: &str) -> u64 {
-        let names = self.names.get(tenant);
-        let keys = names.into_iter().flat_map(BTreeMap::values);
+        let tenants = self
+            .names
+            .range::<str, _>((Bound::Included(tenant), Bound::Unbounded));
+        let tenants = tenants.take_while(|(name, _)| name.starts_with(tenant));
+        let its = tenants.filter(|(name, _)| is_of(name, tenant));
+        let keys = its.flat_map(|(_, names)| names.values());
         keys.map(|key| self.namespaces[*key].leased_bytes).sum()
+    }
+
+    /// The blocks in all namespaces of a user, under all labels.
+    pub(super) fn blocks_of(&self, user: &str) -> u64 {
+        let of_user = |namespace: &&Namespace| is_of(&namespace.tenant, user);
+        let its = self.after(None).map(|(_, namespace)| namespace);
+        its.filter(of_user).map(Namespace::blocks).sum()
     }
 
     /// The namespace, made known if it was not.

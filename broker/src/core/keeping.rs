@@ -29,7 +29,7 @@ pub(super) fn keep(books: &mut Books, keep: Keep) -> Result<Reply, Refusal> {
             limit: most as u64,
         });
     }
-    may_index(books, keep.kept.len())?;
+    may_index(books, session, keep.kept.len())?;
     let nature = Nature {
         session,
         namespace: keep.namespace.into(),

@@ -108,11 +108,11 @@ fn over_quota(books: &Books, demand: &Demand, bytes: u64) -> bool {
         .index
         .find_namespace(&demand.tenant, &demand.namespace);
     let held = namespace.map_or(0, |key| books.index.namespace(key).leased_bytes());
-    let of_tenant = books.quotas.of_tenant(&demand.tenant);
+    // Only who has such a quota pays for the sum.
+    let mut of_tenant = books.quotas.of_tenant(&demand.tenant);
     beyond(session.held_bytes(), books.config.session_quota_bytes)
         || beyond(held, books.quotas.of_namespace(&demand.namespace))
-        // Only who has a tenant quota pays for the sum.
-        || of_tenant.is_some() && beyond(books.index.held_by(&demand.tenant), of_tenant)
+        || of_tenant.any(|(of, quota)| beyond(books.index.held_by(of), Some(quota)))
         || session.leases().len() >= books.config.max_leases_per_session
         || books.leases.len() >= books.config.max_leases
 }

@@ -8,6 +8,7 @@ use super::{
     effect::{Note, Refusal, Reply},
     event::{DrainTarget, EvictTarget, QuotaTarget, SetQuota},
     index::Namespace,
+    quotas::{is_of, user_of},
     record::Record,
     revocation::revoke,
 };
@@ -71,10 +72,18 @@ fn targeted(books: &Books, target: &DrainTarget) -> Result<Vec<RegionKey>, Refus
             Ok(here.map(|(key, _)| key).collect())
         }
         DrainTarget::Donor(label) => {
-            let mut donors = books.sessions.labelled(label).peekable();
-            donors.peek().ok_or_else(|| unknown("donor"))?;
-            let regions = donors.flat_map(|(_, donor)| donor.regions());
-            Ok(keys_of(books, regions))
+            let donors: Vec<_> = books.sessions.labelled(label).collect();
+            match donors[..] {
+                [] => Err(unknown("donor")),
+                [(_, donor)] => Ok(keys_of(books, donor.regions())),
+                _ => Err(Refusal::Invalid {
+                    field: "donor_label",
+                    problem: format!(
+                        "is {label:?}, which {} sessions have; name the regions instead",
+                        donors.len()
+                    ),
+                }),
+            }
         }
         DrainTarget::Region(id) => {
             let key = books.regions.key(*id).ok_or_else(|| unknown("region"))?;
@@ -85,15 +94,15 @@ fn targeted(books: &Books, target: &DrainTarget) -> Result<Vec<RegionKey>, Refus
 
 /// Marks the target, if there is one; says whether that changed anything.
 pub(super) fn set_drained(books: &mut Books, target: &DrainTarget, drained: bool) -> bool {
-    if targeted(books, target).is_err() {
-        return false;
-    }
     match target {
         DrainTarget::Device(uuid) => {
             let number = books.devices.number(uuid);
             number.is_ok_and(|number| books.regions.drain_device(number, drained))
         }
-        DrainTarget::Donor(label) => books.regions.drain_donor(label, drained),
+        DrainTarget::Donor(label) => {
+            let known = books.sessions.labelled(label).next().is_some();
+            known && books.regions.drain_donor(label, drained)
+        }
         DrainTarget::Region(id) => {
             let key = books.regions.key(*id);
             key.is_some_and(|key| books.regions.drain_region(key, drained))
@@ -137,6 +146,9 @@ fn evict_lease(books: &mut Books, id: LeaseId) -> Result<(u64, u32), Refusal> {
 
 pub(super) fn set_quota(books: &mut Books, set: SetQuota) -> Result<Reply, Refusal> {
     let SetQuota { target, bytes } = set;
+    if let (QuotaTarget::Tenant(tenant), Some(_)) = (&target, bytes) {
+        known_tenant(books, tenant)?;
+    }
     books.quotas.may_set(&target, bytes)?;
     if books.quotas.set(target.clone(), bytes) {
         books.record(Record::Quota {
@@ -146,13 +158,33 @@ pub(super) fn set_quota(books: &mut Books, set: SetQuota) -> Result<Reply, Refus
     }
     let bounded = |namespace: &&Namespace| match &target {
         QuotaTarget::Namespace(name) => **namespace.name() == **name,
-        QuotaTarget::Tenant(tenant) => **namespace.tenant() == **tenant,
+        QuotaTarget::Tenant(tenant) => is_of(namespace.tenant(), tenant),
     };
     let namespaces = books.index.iter().map(|(_, namespace)| namespace);
     let leased = namespaces.filter(bounded).map(Namespace::leased_bytes);
     let leased_bytes = leased.sum();
     books.note(Note::QuotaSet { target, bytes });
     Ok(Reply::QuotaSet { leased_bytes })
+}
+
+/// Checks that a tenant is a user, or a label under which a user has a session now. Otherwise a slip of the pen would be
+/// a quota that bounds nobody.
+fn known_tenant(books: &Books, tenant: &str) -> Result<(), Refusal> {
+    let user = user_of(tenant);
+    if user.parse::<u32>().is_err() {
+        return Err(Refusal::Invalid {
+            field: "tenant",
+            problem: format!("is {tenant:?}; takes a uid, or a uid, a slash and a label"),
+        });
+    }
+    let mut sessions = books.sessions.live_after(None);
+    if user == tenant || sessions.any(|(_, session)| **session.tenant() == *tenant) {
+        return Ok(());
+    }
+    Err(Refusal::Unknown {
+        what: "tenant",
+        which: tenant.to_owned(),
+    })
 }
 
 fn named(target: &DrainTarget) -> String {

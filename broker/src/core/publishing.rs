@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use swiftcache_proto::domain::{BlockHash, Generation, LeaseId};
+use swiftcache_proto::domain::{BlockHash, Generation, LeaseId, SessionId};
 
 use super::{
     arena::LeaseKey,
@@ -11,6 +11,7 @@ use super::{
     event::{Caller, Publish},
     index::Location,
     lookup::Asker,
+    quotas::user_of,
 };
 
 /// The lease, if the caller is its lessee, the generation is its own and it is not being revoked.
@@ -99,20 +100,43 @@ fn publishable(books: &Books, lease: LeaseKey, blocks: &[(BlockHash, u32)]) -> R
     if let Some(twice) = named.windows(2).find(|pair| pair[0] == pair[1]) {
         return invalid(format!("names slot {} twice", twice[0]));
     }
-    may_index(books, blocks.len())
+    may_index(books, books.leases.get(lease).terms().lessee, blocks.len())
 }
 
-/// Whether so many blocks more may be known.
-pub(super) fn may_index(books: &Books, more: usize) -> Result<(), Refusal> {
+/// Checks that so many blocks more of a session may be known.
+pub(super) fn may_index(books: &Books, session: SessionId, more: usize) -> Result<(), Refusal> {
     let known = books.index.blocks() + books.borrowers.kept();
+    let after = |known: u64| known + more as u64;
     let limit = books.config.max_blocks;
-    match known + more as u64 > limit {
-        true => Err(Refusal::Limit {
+    if after(known) > limit {
+        return Err(Refusal::Limit {
             what: "indexed blocks",
             limit,
-        }),
-        false => Ok(()),
+        });
     }
+    let limit = books.config.max_blocks_per_user;
+    // Nobody has more than all have together: only a full index costs the sum.
+    if after(known) > limit && after(known_of_user(books, session)) > limit {
+        return Err(Refusal::Limit {
+            what: "indexed blocks of one user",
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// The blocks that the session's user has published and keeps; 0 for root.
+fn known_of_user(books: &Books, session: SessionId) -> u64 {
+    let Some(session) = books.sessions.get(session) else {
+        return 0;
+    };
+    let uid = session.process().uid;
+    if uid == 0 {
+        return 0;
+    }
+    let sessions = books.sessions.of_user(uid);
+    let kept: u64 = sessions.map(|id| books.borrowers.kept_by(id)).sum();
+    books.index.blocks_of(user_of(session.tenant())) + kept
 }
 
 pub(super) fn unpublish(

@@ -7,6 +7,16 @@ use super::{effect::Refusal, event::QuotaTarget};
 /// Quotas set at a time.
 const MAX_QUOTAS: usize = 4_096;
 
+/// The user of a tenant: `1000` of `1000/batch` and of `1000`.
+pub(super) fn user_of(tenant: &str) -> &str {
+    tenant.split_once('/').map_or(tenant, |(user, _)| user)
+}
+
+/// Whether a tenant is another one, or has it as its user.
+pub(super) fn is_of(tenant: &str, other: &str) -> bool {
+    tenant == other || user_of(tenant) == other
+}
+
 /// All quotas.
 #[derive(Clone, Debug)]
 pub(super) struct Quotas {
@@ -50,10 +60,16 @@ impl Quotas {
         set.copied().or(self.of_namespaces)
     }
 
-    /// The most all namespaces of a tenant may hold together, bytes.
-    pub(super) fn of_tenant(&self, tenant: &str) -> Option<u64> {
-        let set = self.set.get(&QuotaTarget::Tenant(tenant.to_owned()));
-        set.copied()
+    /// What bounds a tenant: the most that its user may hold under all labels together, and the most that it may hold
+    /// itself, bytes. Each with the tenant whose holdings count.
+    pub(super) fn of_tenant<'a>(&self, tenant: &'a str) -> impl Iterator<Item = (&'a str, u64)> {
+        let user = user_of(tenant);
+        let own = (user != tenant).then_some(tenant);
+        let bounds = [Some(user), own].into_iter().flatten();
+        bounds.filter_map(|of| {
+            let set = self.set.get(&QuotaTarget::Tenant(of.to_owned()));
+            Some((of, *set?))
+        })
     }
 
     /// What operators set, bytes.

@@ -151,6 +151,13 @@ impl Sessions {
         self.processes.contains_key(&process)
     }
 
+    /// The sessions of a user that are not over.
+    pub(super) fn of_user(&self, uid: u32) -> impl Iterator<Item = SessionId> {
+        let processes = self.processes.iter();
+        let its = processes.filter(move |(process, _)| process.uid == uid);
+        its.flat_map(|(_, sessions)| sessions.iter().copied())
+    }
+
     pub(super) fn processes(&self) -> impl Iterator<Item = Process> {
         self.processes.keys().copied()
     }

@@ -12,13 +12,15 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::{Ledger, Storage};
+use super::{Ledger, Storage, seal};
 use crate::{core::Record, error::BrokerError};
 
 /// The name of the format in the header.
 const FORMAT: &str = "swiftcache-ledger";
-/// The version of the format. A ledger of another version is moved aside.
-const VERSION: u32 = 1;
+/// The version of the format. A ledger of a later version is moved aside.
+const VERSION: u32 = 2;
+/// The version whose lines have no checksums. It is read and never written.
+const UNSEALED: u32 = 1;
 /// Only the owner may read the file, because it names sessions and processes.
 const MODE: u32 = 0o600;
 
@@ -49,6 +51,20 @@ impl Drop for Lock {
 }
 
 impl Lock {
+    /// Locks a directory itself. Nobody can take that lock away by deleting a lock file. The arguments are as for
+    /// [`Self::take`].
+    ///
+    /// # Errors
+    /// [`BrokerError::Taken`] when another process holds it.
+    pub fn take_directory(
+        path: &Path,
+        what: String,
+        key: &'static str,
+    ) -> Result<Self, BrokerError> {
+        let directory = File::open(path).map_err(BrokerError::file("open", path))?;
+        Self::hold(directory, path.to_owned(), what, key)
+    }
+
     /// Takes the lock at `path`. `what` is the thing that it guards and `key` is its setting, for the error.
     ///
     /// # Errors
@@ -61,6 +77,15 @@ impl Lock {
             .mode(MODE)
             .open(&path)
             .map_err(BrokerError::file("open", &path))?;
+        Self::hold(file, path, what, key)
+    }
+
+    fn hold(
+        file: File,
+        path: PathBuf,
+        what: String,
+        key: &'static str,
+    ) -> Result<Self, BrokerError> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { held: file }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(BrokerError::Taken {
@@ -142,33 +167,42 @@ fn parse(bytes: &[u8], here: &Header) -> Result<Vec<Record>, String> {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     // After the last newline there is nothing, or a line that a crash of the broker has cut.
     let torn = lines.next_back().unwrap_or_default();
-    let Some(header) = lines.next() else {
+    let Some(first) = lines.next() else {
         return Ok(Vec::new());
     };
-    let header: Header =
-        serde_json::from_slice(header).map_err(|error| format!("line 1: {error}"))?;
-    if (&header.format, header.version) != (&here.format, here.version) {
+    let header: Header = serde_json::from_slice(seal::open(first).unwrap_or(first))
+        .map_err(|error| format!("line 1: {error}"))?;
+    if header.format != here.format || !(UNSEALED..=VERSION).contains(&header.version) {
         return Err(format!(
-            "line 1: is {} version {}; takes {FORMAT} version {VERSION}",
+            "line 1: is {} version {}; takes {FORMAT} version {UNSEALED} to {VERSION}",
             header.format, header.version
         ));
     }
+    let sealed = header.version != UNSEALED;
+    let opened = |number: u64, line| match sealed {
+        true => seal::open(line).map_err(|problem| format!("line {number}: {problem}")),
+        false => Ok(line),
+    };
+    opened(1, first)?;
     if header.boot != here.boot {
         tracing::info!(
             "the ledger is from before the last boot of this machine, so its records are dropped"
         );
         return Ok(Vec::new());
     }
-    if !torn.is_empty() {
+    // A crash can cut only the newline off. Then the line is whole, or it is damaged.
+    let whole = (sealed && !seal::is_torn(torn)).then_some(torn);
+    if whole.is_none() && !torn.is_empty() {
         tracing::warn!(
             bytes = torn.len(),
             "the ledger's last line is incomplete and was dropped; its request was never answered"
         );
     }
     let records: Vec<Record> = (2_u64..)
-        .zip(lines)
+        .zip(lines.chain(whole))
         .map(|(number, line)| {
-            serde_json::from_slice(line).map_err(|error| format!("line {number}: {error}"))
+            let text = opened(number, line)?;
+            serde_json::from_slice(text).map_err(|error| format!("line {number}: {error}"))
         })
         .collect::<Result<_, _>>()?;
     if header.pid_namespace != here.pid_namespace && names_a_pid(&records) {
@@ -231,7 +265,32 @@ impl Disk {
 }
 
 impl Storage for Disk {
+    fn check(&self) -> io::Result<()> {
+        let found = match fs::symlink_metadata(&self.path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(io::Error::other("somebody deleted it"));
+            }
+            Err(error) => return Err(error),
+        };
+        let ours = self.file.metadata()?;
+        if (found.dev(), found.ino()) != (ours.dev(), ours.ino()) {
+            return Err(io::Error::other("somebody put another file in its place"));
+        }
+        if ours.len() != self.bytes {
+            let problem = format!(
+                "somebody changed it: it has {} bytes, not {}",
+                ours.len(),
+                self.bytes
+            );
+            return Err(io::Error::other(problem));
+        }
+        Ok(())
+    }
+
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // What is appended to a file that nobody finds is lost.
+        self.check()?;
         let written = self.file.write_all(bytes);
         match &written {
             Ok(()) => self.bytes += bytes.len() as u64,
@@ -244,7 +303,7 @@ impl Storage for Disk {
     fn replace(&mut self, records: &[u8]) -> io::Result<u64> {
         let fresh = self.path.with_extension("new");
         let mut bytes = serde_json::to_vec(&self.header)?;
-        bytes.push(b'\n');
+        seal::seal(&mut bytes, 0)?;
         bytes.extend_from_slice(records);
         // Never write to a file or link that somebody else left there.
         match fs::remove_file(&fresh) {
@@ -292,6 +351,17 @@ mod tests {
         file.write_all(text.as_bytes()).unwrap();
     }
 
+    /// Ends every line of a text with the checksum that it should have.
+    fn sealed(text: &str) -> String {
+        let mut lines = Vec::new();
+        for line in text.lines() {
+            let start = lines.len();
+            lines.extend_from_slice(line.split('\t').next().unwrap().as_bytes());
+            seal::seal(&mut lines, start).unwrap();
+        }
+        String::from_utf8(lines).unwrap()
+    }
+
     fn asides(directory: &Path) -> usize {
         let names = fs::read_dir(directory).unwrap();
         names
@@ -337,14 +407,14 @@ mod tests {
     #[test]
     fn a_foreign_header_moves_the_ledger_aside_and_an_earlier_boot_voids_it() {
         for (from, to, set_aside) in [
-            ("\"version\":1", "\"version\":9", 1),
+            ("\"version\":2", "\"version\":9", 1),
             ("\"boot\":\"", "\"boot\":\"0", 0),
         ] {
             let directory = written();
             let path = directory.path().join("ledger");
             let text = fs::read_to_string(&path).unwrap();
             assert!(text.contains(from));
-            fs::write(&path, text.replace(from, to)).unwrap();
+            fs::write(&path, sealed(&text.replace(from, to))).unwrap();
             let (_, records) = open(directory.path()).unwrap();
             assert!(records.is_empty());
             assert_eq!(asides(directory.path()), set_aside);
@@ -372,7 +442,7 @@ mod tests {
             let ours = Header::here().unwrap().pid_namespace;
             let (from, to) = (format!(":{ours}}}"), format!(":{}}}", ours + 1));
             assert!(text.contains(&from));
-            fs::write(&path, text.replacen(&from, &to, 1)).unwrap();
+            fs::write(&path, sealed(&text.replacen(&from, &to, 1))).unwrap();
             let (_, records) = open(directory.path()).unwrap();
             assert_eq!(records.is_empty(), !kept, "pid {pid}");
             assert_eq!(asides(directory.path()), usize::from(!kept));
@@ -386,6 +456,116 @@ mod tests {
         assert!(ledger.rewrite(&[over(9)]) && ledger.append(&[over(10)]));
         let (_, records) = open(directory.path()).unwrap();
         assert_eq!(records, [over(9), over(10)]);
+    }
+
+    /// Every way in which one bit of a ledger can flip. `reads` reads a ledger. Returns in how many of them it read
+    /// other records than were written.
+    fn mistaken(text: &str, reads: impl Fn(&[u8]) -> Result<Vec<Record>, String>) -> usize {
+        let written = reads(text.as_bytes()).unwrap();
+        assert!(written.len() > 2);
+        let flips = (0..text.len()).flat_map(|at| (0..8).map(move |bit| (at, bit)));
+        let mistaken = flips.filter(|(at, bit)| {
+            let mut damaged = text.as_bytes().to_vec();
+            damaged[*at] ^= 1 << bit;
+            reads(&damaged).is_ok_and(|records| records != written)
+        });
+        mistaken.count()
+    }
+
+    #[test]
+    fn no_flipped_bit_is_taken_for_what_was_written() {
+        let directory = written();
+        let (mut ledger, _) = open(directory.path()).unwrap();
+        assert!(ledger.append(&[over(4_711)]));
+        let text = fs::read_to_string(directory.path().join("ledger")).unwrap();
+        let here = Header::here().unwrap();
+        assert_eq!(mistaken(&text, |bytes| parse(bytes, &here)), 0);
+        // The twin: without checksums some are.
+        let lines = text.lines().map(|line| line.split('\t').next().unwrap());
+        let unsealed = lines.map(|line| format!("{line}\n")).collect::<String>();
+        let unsealed = unsealed.replace("\"version\":2", "\"version\":1");
+        assert!(mistaken(&unsealed, |bytes| parse(bytes, &here)) > 0);
+    }
+
+    #[test]
+    fn a_ledger_without_checksums_of_the_broker_before_is_read_and_sealed() {
+        let directory = written();
+        let path = directory.path().join("ledger");
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| line.split('\t').next().unwrap());
+        let unsealed = lines.map(|line| format!("{line}\n")).collect::<String>();
+        fs::write(&path, unsealed.replace("\"version\":2", "\"version\":1")).unwrap();
+        let (_, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(1), over(2)]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn a_line_that_lacks_only_its_newline_counts() {
+        let directory = written();
+        let path = directory.path().join("ledger");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.trim_end()).unwrap();
+        let (_, records) = open(directory.path()).unwrap();
+        assert_eq!(records, [over(1), over(2)]);
+    }
+
+    #[test]
+    fn a_ledger_that_somebody_took_away_or_changed_is_noticed_and_written_anew() {
+        type Deed = fn(&Path);
+        let deeds: [Deed; 4] = [
+            |path| fs::remove_file(path).unwrap(),
+            |path| {
+                let copy = path.with_extension("copy");
+                fs::copy(path, &copy).unwrap();
+                fs::rename(copy, path).unwrap();
+            },
+            |path| {
+                OpenOptions::new()
+                    .write(true)
+                    .open(path)
+                    .unwrap()
+                    .set_len(10)
+                    .unwrap()
+            },
+            |path| append(path.parent().unwrap(), "more\n"),
+        ];
+        for deed in deeds {
+            for check in [true, false] {
+                let directory = written();
+                let (mut ledger, _) = open(directory.path()).unwrap();
+                ledger.check();
+                assert_eq!(ledger.behind(), None);
+                deed(&directory.path().join("ledger"));
+                if check {
+                    ledger.check();
+                } else {
+                    assert!(!ledger.append(&[over(3)]), "it was appended to a lost file");
+                }
+                assert!(ledger.behind().unwrap().contains("somebody"));
+                assert!(ledger.rewrite(&[over(1), over(2), over(3)]));
+                let (_, records) = open(directory.path()).unwrap();
+                assert_eq!(records, [over(1), over(2), over(3)]);
+                assert_eq!(asides(directory.path()), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_deleted_lock_file_lets_nobody_into_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let what = || "the directory".to_owned();
+        let take = || Lock::take_directory(directory.path(), what(), "state_dir");
+        let held = take().unwrap();
+        assert!(matches!(take(), Err(BrokerError::Taken { .. })));
+        // The twin: a lock file is another one once it was deleted.
+        let file = directory.path().join("lock");
+        let _first = Lock::take(file.clone(), what(), "state_dir").unwrap();
+        fs::remove_file(&file).unwrap();
+        let _second = Lock::take(file, what(), "state_dir").unwrap();
+        assert!(matches!(take(), Err(BrokerError::Taken { .. })));
+        drop(held);
+        take().unwrap();
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The ledger file records who may be accessing which slab, so that a restarted broker knows which bytes are lent to
-//! whom before it listens. Each [`Record`] is a line of JSON. The file is written at once but never synced: it only has
+//! whom before it listens. Each [`Record`] is a line of JSON with a checksum. The file is written at once but never synced: it only has
 //! to survive the broker, because a crash of the machine ends every process that the ledger names.
 
 mod disk;
+mod seal;
 
 use std::{
     io,
@@ -31,6 +32,14 @@ pub trait Storage: Send {
     /// # Errors
     /// When the storage is full or broken.
     fn replace(&mut self, records: &[u8]) -> io::Result<u64>;
+
+    /// Checks that what was written is still where a restarted broker reads it.
+    ///
+    /// # Errors
+    /// When it is not: somebody deleted, replaced or changed it.
+    fn check(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The open ledger.
@@ -81,6 +90,14 @@ impl Ledger {
         self.note(written)
     }
 
+    /// Notices that somebody deleted, replaced or changed what was written. Then the ledger is behind.
+    pub fn check(&mut self) {
+        if self.behind.is_none() {
+            let checked = self.storage.check();
+            self.note(checked);
+        }
+    }
+
     /// Whether the owner should call [`Self::rewrite`], because the ledger has grown enough or is behind.
     pub fn wants_rewrite(&self) -> bool {
         self.behind.is_some()
@@ -126,8 +143,9 @@ impl Ledger {
 fn lines(records: &[Record]) -> io::Result<Vec<u8>> {
     let mut lines = Vec::with_capacity(records.len() * 256);
     for record in records {
+        let start = lines.len();
         serde_json::to_writer(&mut lines, record)?;
-        lines.push(b'\n');
+        seal::seal(&mut lines, start)?;
     }
     Ok(lines)
 }

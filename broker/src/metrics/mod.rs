@@ -219,7 +219,7 @@ impl Metrics {
 }
 
 /// What is read from the state at each scrape.
-pub const GAUGES: [(&str, Unit, &str); 8] = [
+pub const GAUGES: [(&str, Unit, &str); 9] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
@@ -238,6 +238,11 @@ pub const GAUGES: [(&str, Unit, &str); 8] = [
         "Leases, revoked ones included.",
     ),
     ("swiftcache_regions", Unit::Count, "Regions on offer."),
+    (
+        "swiftcache_log_lines_dropped",
+        Unit::Count,
+        "Log lines dropped since the start, because standard error was not read.",
+    ),
     (
         "swiftcache_indexed_blocks",
         Unit::Count,

@@ -10,6 +10,7 @@ use crate::{
     death::DeathWatch,
     error::Refused,
     ledger::Ledger,
+    logging::Sparse,
     streams::{Streams, wire},
 };
 
@@ -41,6 +42,9 @@ fn lost(problem: &str) {
         "a bug in swiftcache: the copy of the ledger in memory is given up"
     );
 }
+
+/// Rate-limits a warning that any member can cause.
+static SLOW: Sparse = Sparse::new();
 
 /// Keeps a message from a session's queue, or passes it on.
 type Divert<'a> = dyn FnMut(SessionId, v1::SessionResponse) -> Option<v1::SessionResponse> + 'a;
@@ -104,11 +108,14 @@ impl Desk {
                     if let Some(message) = divert(session, wire(outgoing))
                         && !self.streams.send(session, message)
                     {
-                        tracing::warn!(
-                            ?session,
-                            "a stream that its client reads too slowly was closed; the client gets the outstanding \
+                        if let Some(withheld) = SLOW.turn() {
+                            tracing::warn!(
+                                ?session,
+                                withheld,
+                                "a stream that its client reads too slowly was closed; the client gets the outstanding \
                              messages when it attaches again"
-                        );
+                            );
+                        }
                         fallen.push(session);
                     }
                 }
@@ -120,6 +127,9 @@ impl Desk {
                         self.streams.close(*session);
                         self.withheld.remove(session);
                         owner.descriptors.forget(*session);
+                    }
+                    if let Note::LeaseEnded { lease, .. } = &note {
+                        owner.descriptors.lease_over(*lease);
                     }
                     owner.tell(&note);
                 }
@@ -143,6 +153,7 @@ impl Desk {
         if records.is_empty() {
             return true;
         }
+        let was_whole = self.ledger.behind().is_none();
         let written = self.ledger.append(&records);
         if let Some(recorded) = &mut self.recorded
             && let Some(problem) = records.into_iter().find_map(|it| recorded.add(it).err())
@@ -150,7 +161,12 @@ impl Desk {
             lost(&problem);
             self.recorded = None;
         }
-        written
+        if written || !was_whole {
+            return written;
+        }
+        // Somebody may have deleted the file: then a new one takes everything.
+        let all = self.recorded.as_ref().map(Recorded::records);
+        all.is_some_and(|all| self.ledger.rewrite(&all))
     }
 
     /// Rewrites the ledger. Returns whether it is whole. Then it closes the streams from which a message was withheld,

@@ -34,12 +34,17 @@ use crate::{
     error::Refused,
     events::{EventLog, Wanted, describe, detail, unix_ms},
     ledger::Ledger,
+    logging::Sparse,
     metrics::Metrics,
     peer::Peer,
 };
 
 pub(crate) use attach::Attached;
 pub(crate) use reports::{Reported, Reports};
+
+/// Any member can cause these warnings, so they are rate-limited.
+static ZOMBIES: Sparse = Sparse::new();
+static GONE: Sparse = Sparse::new();
 
 /// The most entries of a list that are read while the state is locked once.
 pub(crate) const PAGE: usize = 256;
@@ -245,7 +250,19 @@ impl Owner {
         }
         if let Some((kind, text)) = describe(note) {
             match note {
-                Note::Zombie { .. } | Note::Gone { .. } => tracing::warn!(kind, "{text}"),
+                Note::Zombie { .. } => match ZOMBIES.turn() {
+                    Some(withheld) => tracing::warn!(kind, withheld, "{text}"),
+                    None => tracing::debug!(kind, "{text}"),
+                },
+                Note::Gone { .. } => match GONE.turn() {
+                    Some(withheld) => tracing::warn!(kind, withheld, "{text}"),
+                    None => tracing::debug!(kind, "{text}"),
+                },
+                // One for each lease: thousands a second on a busy node. `ListEvents` and `swiftcache top` show them.
+                Note::Leased { .. }
+                | Note::LeaseShort { .. }
+                | Note::Revoked { .. }
+                | Note::LeaseEnded { .. } => tracing::debug!(kind, "{text}"),
                 _ => tracing::info!(kind, "{text}"),
             }
             self.events.lock().push(kind, text, detail(note));
@@ -286,6 +303,7 @@ impl Owner {
         self.descriptors.expire(Instant::now());
         let ticked = self.at_desk(|owner, desk| {
             desk.apply(owner, Event::Tick);
+            desk.ledger.check();
             if desk.ledger.wants_rewrite() {
                 desk.rewrite(owner);
             }

@@ -82,7 +82,10 @@ impl Paper {
         let lines = lines.split(|byte| *byte == b'\n');
         lines
             .filter(|line| !line.is_empty())
-            .map(|line| serde_json::from_slice(line).unwrap())
+            .map(|line| {
+                let text = line.split(|byte| *byte == b'\t').next().unwrap();
+                serde_json::from_slice(text).unwrap()
+            })
             .collect()
     }
 }

@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::view::{self, NodeView};
 use crate::{
+    authority::Operators,
     core::{
         DrainTarget, Event, EvictTarget, HoldDemand, HoldId, LeaseView, NamespaceView, Need,
         QuotaTarget, RegionView, Reply, SessionView, SetQuota,
@@ -35,15 +36,22 @@ const MAX_HOLD_MS: u32 = 3_600_000;
 pub struct AdminService {
     owner: Arc<Owner>,
     probe: Arc<dyn Probe>,
+    operators: Operators,
     drain_ms: u32,
 }
 
 impl AdminService {
     /// Serves the owner's state; `drain_ms` is the drain window when nobody names one.
-    pub fn new(owner: Arc<Owner>, probe: Arc<dyn Probe>, drain_ms: u32) -> Self {
+    pub fn new(
+        owner: Arc<Owner>,
+        probe: Arc<dyn Probe>,
+        operators: Operators,
+        drain_ms: u32,
+    ) -> Self {
         Self {
             owner,
             probe,
+            operators,
             drain_ms,
         }
     }
@@ -326,6 +334,7 @@ impl Admin for AdminService {
         request: Request<v1::DrainRequest>,
     ) -> Result<Response<v1::DrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Drain");
+        self.operators.check(&request, "drain")?;
         Ok(Response::new(self.do_drain(request.into_inner()).await?))
     }
 
@@ -334,6 +343,7 @@ impl Admin for AdminService {
         request: Request<v1::UndrainRequest>,
     ) -> Result<Response<v1::UndrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Undrain");
+        self.operators.check(&request, "undrain")?;
         self.do_undrain(request.into_inner()).await?;
         Ok(Response::new(v1::UndrainResponse {}))
     }
@@ -343,6 +353,7 @@ impl Admin for AdminService {
         request: Request<v1::EvictRequest>,
     ) -> Result<Response<v1::EvictResponse>, Status> {
         let _timer = self.owner.metrics().time("Evict");
+        self.operators.check(&request, "evict")?;
         Ok(Response::new(self.do_evict(request.into_inner()).await?))
     }
 
@@ -360,6 +371,7 @@ impl Admin for AdminService {
         request: Request<v1::SetQuotaRequest>,
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         let _timer = self.owner.metrics().time("SetQuota");
+        self.operators.check(&request, "set quotas")?;
         Ok(Response::new(
             self.do_set_quota(request.into_inner()).await?,
         ))
@@ -370,6 +382,13 @@ impl Admin for AdminService {
         request: Request<v1::HoldRequest>,
     ) -> Result<Response<v1::HoldResponse>, Status> {
         let _timer = self.owner.metrics().time("Hold");
+        // Whoever starts an engine may ask for room, and end what it asked for. Another's hold is an operator's to end.
+        match request.get_ref().hold_id {
+            0 => self
+                .operators
+                .check(&request, "end a hold of somebody else")?,
+            _ => Operators::check_known(&request, "hold")?,
+        }
         self.do_hold(&request.into_inner()).await?;
         Ok(Response::new(v1::HoldResponse {}))
     }

@@ -264,8 +264,9 @@ impl BrokerService {
     ) -> Result<v1::LeaseResponse, Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
+        let caller = caller(&peer, request.session_id);
         let demand = LeaseDemand {
-            caller: caller(&peer, request.session_id),
+            caller,
             namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
             bytes: at_least_one("bytes", request.bytes)?,
@@ -276,7 +277,7 @@ impl BrokerService {
                 let grants = grants.into_iter();
                 Ok(v1::LeaseResponse {
                     grants: grants
-                        .map(|grant| node::grant(&self.owner, grant, peer.process))
+                        .map(|grant| node::grant(&self.owner, grant, caller))
                         .collect(),
                     shortfall: v1::Shortfall::from(shortfall).into(),
                 })
@@ -289,12 +290,14 @@ impl BrokerService {
         let peer = peer(&request)?;
         let request = request.into_inner();
         let caller = caller(&peer, request.session_id);
+        let leases = leases("lease_ids", &request.lease_ids)?;
         let release = Event::Release {
             caller,
-            leases: leases("lease_ids", &request.lease_ids)?,
+            leases: leases.clone(),
             unmappable: request.unmappable,
         };
         self.owner.apply(release).await?;
+        self.owner.descriptors().let_go(caller.session, &leases);
         Ok(())
     }
 
@@ -304,14 +307,15 @@ impl BrokerService {
     ) -> Result<v1::ShareResponse, Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
+        let caller = caller(&peer, request.session_id);
         let event = Event::Share {
-            caller: caller(&peer, request.session_id),
+            caller,
             lease: LeaseId(request.lease_id),
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
         };
         match self.owner.apply(event).await? {
             Reply::Shared(grant) => Ok(v1::ShareResponse {
-                grant: Some(node::grant(&self.owner, grant, peer.process)),
+                grant: Some(node::grant(&self.owner, grant, caller)),
             }),
             _ => Err(Refused::OutOfTurn),
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use swiftcache_proto::{domain::Handle, v1};
 
 use crate::{
-    core::{Grant, Process},
+    core::{Caller, Grant},
     owner::Owner,
     probe::Probe,
 };
@@ -32,8 +32,8 @@ impl NodeFacts {
     }
 }
 
-/// The message of a grant. If the handle is a descriptor, the message has a token that only `process` can use.
-pub(super) fn grant(owner: &Owner, grant: Grant, process: Process) -> v1::Grant {
+/// The message of a grant. If the handle is a descriptor, the message has a token that only the caller's process can use.
+pub(super) fn grant(owner: &Owner, grant: Grant, caller: Caller) -> v1::Grant {
     let mut handle = v1::Handle {
         kind: v1::HandleKind::from(grant.handle.kind()).into(),
         ..Default::default()
@@ -44,7 +44,7 @@ pub(super) fn grant(owner: &Owner, grant: Grant, process: Process) -> v1::Grant 
         }
         Handle::PosixFd => {
             let descriptors = owner.descriptors();
-            let token = descriptors.grant(process, grant.allocation, Instant::now());
+            let token = descriptors.grant(caller, grant.lease, grant.allocation, Instant::now());
             handle.grant_token = token.to_vec().into();
         }
     }

@@ -22,6 +22,7 @@ use super::caller;
 use crate::{
     core::{Caller, Event},
     error::Refused,
+    malformed,
     owner::{Attached, Owner},
     peer::Peer,
 };
@@ -125,7 +126,7 @@ async fn read(
             match next.and_then(|request| request.map(|it| read_one(caller, it)).transpose()) {
                 Ok(Some(event)) => events.extend(event),
                 Ok(None) => break Some(Ok(())),
-                Err(status) => break Some(Err(status)),
+                Err(status) => break Some(Err(malformed::status(status))),
             }
         };
         if !events.is_empty() {

@@ -25,6 +25,9 @@ async fn bad_input_is_refused_and_names_its_field() {
         (hello(""), invalid, "name: "),
         (hello(&long), invalid, "name: "),
         (hello("a\nb"), invalid, "name: "),
+        (hello("a\u{1b}[2J"), invalid, "name: "),
+        (hello("a\u{202e}b"), invalid, "name: "),
+        (hello("a\u{2066}b"), invalid, "name: "),
         (
             v1::RegisterRequest {
                 tenant: long.clone(),

@@ -33,12 +33,20 @@ async fn tcp_with_tls_lets_in_only_clients_with_a_certificate() {
         let endpoint = Endpoint::try_from(format!("https://localhost:{port}")).unwrap();
         let channel = endpoint.tls_config(tls).unwrap().connect_lazy();
         let mut admin = v1::admin_client::AdminClient::new(channel);
-        admin.get_node(v1::GetNodeRequest {}).await
+        // Whoever has a certificate is an operator.
+        admin.drain(drain_a_device()).await
     };
     let identity = Identity::from_pem(read("client.pem"), read("client-key.pem"));
     ask(Some(identity)).await.unwrap();
     ask(None).await.unwrap_err();
     node.stop().await;
+}
+
+fn drain_a_device() -> v1::DrainRequest {
+    v1::DrainRequest {
+        target: Some(v1::drain_request::Target::DeviceUuid("SIM-1".to_owned())),
+        ..Default::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,6 +180,18 @@ async fn tcp_serves_admin_and_health_and_sends_sessions_to_the_unix_socket() {
 
     let mut admin = v1::admin_client::AdminClient::new(channel.clone());
     admin.get_node(v1::GetNodeRequest {}).await.unwrap();
+    // Nobody can tell who asks.
+    let status = admin.drain(drain_a_device()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("TCP"), "{status:?}");
+    let hold = v1::HoldRequest {
+        device_uuid: "SIM-1".to_owned(),
+        hold_id: 7,
+        for_ms: 1_000,
+        ..Default::default()
+    };
+    let status = admin.hold(hold).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     for service in ["", "swiftcache.v1.Broker", "swiftcache.v1.Admin"] {
         let request = tonic_health::pb::HealthCheckRequest {

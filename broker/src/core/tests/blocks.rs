@@ -202,6 +202,43 @@ fn the_index_is_bounded() {
     assert!(matches!(refusal, Refusal::Limit { .. }), "{refusal:?}");
 }
 
+/// Of two users one publishes all it may; what is left is the other's. The twin: without a bound nothing is left.
+#[test]
+fn one_user_cannot_fill_the_index_alone() {
+    for (max_blocks_per_user, left) in [(2, true), (3, false)] {
+        let mut bench = Bench::with(CoreConfig {
+            max_blocks: 3,
+            max_blocks_per_user,
+            ..CoreConfig::default()
+        });
+        let donor = bench.join("donor", "1000");
+        bench.offer(donor, 1, 1, 2);
+        let mut other = donor.process;
+        (other.uid, other.pid) = (2_000, 4_711);
+        let other = bench.join_as(other, "other", "2000");
+        // The labels of a user do not help it.
+        let greedy = bench.join("greedy", "1000/a");
+        let grants = [greedy, other].map(|lessee| {
+            let demand = LeaseDemand {
+                block_bytes: SLAB / 4,
+                ..Bench::demand(lessee, 1)
+            };
+            bench.demanded(demand).0.remove(0)
+        });
+        bench.publish(greedy, &grants[0], &[(1, 0), (2, 1)]);
+        let third = Bench::publish_event(greedy, &grants[0], &[(3, 2)]);
+        if left {
+            let refusal = bench.refused(third);
+            assert!(refusal.to_string().contains("one user"), "{refusal}");
+            bench.publish(other, &grants[1], &[(4, 0)]);
+        } else {
+            bench.publish(greedy, &grants[0], &[(3, 2)]);
+            let refusal = bench.refused(Bench::publish_event(other, &grants[1], &[(4, 0)]));
+            assert!(matches!(refusal, Refusal::Limit { .. }), "{refusal:?}");
+        }
+    }
+}
+
 #[test]
 fn time_going_back_is_harmless_and_leaping_forward_too() {
     let (mut bench, lessee, reader, grants) = bench();

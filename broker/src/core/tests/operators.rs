@@ -1,11 +1,11 @@
 //! What operators ask and set: what a withdrawal would do, quotas, and holds.
 
-use swiftcache_proto::domain::{RegionId, Shortfall};
+use swiftcache_proto::domain::{RegionId, SessionId, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, HoldDemand, HoldId, LeaseDemand, Need, Note, Outgoing,
-    QuotaTarget, Record, Refusal, Reply, SetQuota, WithdrawWhat,
+    Caller, CoreConfig, DrainTarget, Effect, Event, HoldDemand, HoldId, LeaseDemand, Need, Note,
+    Outgoing, Process, QuotaTarget, Record, Refusal, Register, Reply, SetQuota, WithdrawWhat,
 };
 
 fn need(donor: Option<Caller>, slabs: u64) -> Need {
@@ -178,6 +178,100 @@ fn a_tenant_quota_bounds_its_namespaces_together_and_nobody_else() {
     let (grants, shortfall) = bench.demanded(second);
     assert_eq!((grants.len(), shortfall), (1, Shortfall::Quota));
     bench.lease(other, 3);
+}
+
+/// Labels are the caller's own invention, so a user has one quota under all of them.
+#[test]
+fn a_users_quota_bounds_all_labels_of_the_user_together() {
+    let (mut bench, _, borrower) = bounded();
+    let labelled: Vec<_> = (0..8)
+        .map(|number| bench.join("labelled", &format!("1000/{number}")))
+        .collect();
+    let other = bench.join("other", "10001");
+    // The twin: quotas of the labels alone add up.
+    let label = QuotaTarget::Tenant("1000/0".to_owned());
+    assert_eq!(set(&mut bench, label.clone(), Some(1)), 0);
+    let granted = |bench: &mut Bench, caller| bench.ask(caller, 1).0.len();
+    assert_eq!(granted(&mut bench, labelled[0]), 1);
+    assert_eq!(granted(&mut bench, labelled[1]), 1);
+    assert_eq!(granted(&mut bench, borrower), 1);
+    let user = QuotaTarget::Tenant("1000".to_owned());
+    assert_eq!(set(&mut bench, user, Some(4)), 3);
+    assert_eq!(granted(&mut bench, labelled[2]), 1);
+    for caller in labelled.iter().copied().chain([borrower]) {
+        assert_eq!(bench.ask(caller, 1), (Vec::new(), Shortfall::Quota));
+    }
+    // A uid that begins with the same digits is another user.
+    assert_eq!(granted(&mut bench, other), 1);
+}
+
+#[test]
+fn a_quota_is_set_for_a_user_or_for_a_label_that_has_a_session() {
+    let (mut bench, ..) = bounded();
+    let of = |tenant: &str, bytes| {
+        let target = QuotaTarget::Tenant(tenant.to_owned());
+        Event::SetQuota(SetQuota { target, bytes })
+    };
+    for nobody in ["1000/batch", "batch", "", "/", "-1", "1000x"] {
+        let refused = bench.refused(of(nobody, Some(1)));
+        let fits = matches!(
+            refused,
+            Refusal::Unknown { what: "tenant", .. }
+                | Refusal::Invalid {
+                    field: "tenant",
+                    ..
+                }
+        );
+        assert!(fits, "{nobody:?}: {refused:?}");
+        // It can be taken back, since one may have been set before its sessions ended.
+        assert!(bench.apply(of(nobody, None)).is_some());
+    }
+    bench.join("labelled", "1000/batch");
+    for somebody in ["1000/batch", "1000", "77"] {
+        let set = bench.apply(of(somebody, Some(1)));
+        assert!(
+            matches!(set, Some(Reply::QuotaSet { .. })),
+            "{somebody}: {set:?}"
+        );
+    }
+}
+
+#[test]
+fn a_label_that_two_sessions_have_is_refused_as_ambiguous() {
+    let (mut bench, donor, _) = bounded();
+    let label = donor.session.label();
+    let drain = |label: &str| Event::Drain {
+        target: DrainTarget::Donor(label.to_owned()),
+        drain_ms: 100,
+    };
+    let twin = SessionId(donor.session.0 + 1);
+    assert_eq!(twin.label(), label);
+    let register = Register {
+        process: Process {
+            pid: 4_711,
+            birth: 7,
+            uid: 1_000,
+        },
+        fresh_id: twin,
+        name: "twin".to_owned(),
+        tenant: "1000".to_owned(),
+        resume: None,
+        held: Vec::new(),
+        shared: Vec::new(),
+    };
+    bench.apply(Event::Register(register)).unwrap();
+    let refused = bench.refused(drain(&label)).to_string();
+    assert!(refused.contains("2 sessions"), "{refused}");
+    let leave = Caller {
+        session: twin,
+        process: Process {
+            pid: 4_711,
+            birth: 7,
+            uid: 1_000,
+        },
+    };
+    bench.done(Event::Leave(leave));
+    assert!(bench.apply(drain(&label)).is_some());
 }
 
 #[test]

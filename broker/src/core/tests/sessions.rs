@@ -4,7 +4,7 @@ use swiftcache_proto::domain::{RevokeReason, SessionId};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, Note, Outgoing, Process, Refusal, Register, Withdraw,
+    Caller, CoreConfig, Effect, Event, Note, Outgoing, Process, Refusal, Register, Reply, Withdraw,
     WithdrawWhat,
 };
 
@@ -306,6 +306,43 @@ fn each_process_is_watched_once() {
     bench.done(Event::Leave(second));
     assert_eq!(watched(&bench), 1);
     assert_eq!(bench.state.processes().count(), 0);
+}
+
+/// One user takes as many as it may; others are let in, root without such a bound. The twin: without it nobody is.
+#[test]
+fn one_user_cannot_take_all_sessions() {
+    for (max_sessions_per_user, left) in [(2, true), (4, false)] {
+        let mut bench = Bench::with(CoreConfig {
+            max_sessions: 4,
+            max_sessions_per_user,
+            ..CoreConfig::default()
+        });
+        let first = bench.join("first", "1000");
+        let register = |uid: u32, number: u64| {
+            Event::Register(Register {
+                process: Process {
+                    pid: number as u32,
+                    uid,
+                    ..first.process
+                },
+                fresh_id: SessionId(number),
+                name: "more".to_owned(),
+                tenant: uid.to_string(),
+                resume: None,
+                held: Vec::new(),
+                shared: Vec::new(),
+            })
+        };
+        let mut joins = |uid, number| match bench.apply(register(uid, number)) {
+            Some(Reply::Registered { .. }) => true,
+            Some(Reply::Refused(Refusal::Limit { .. })) => false,
+            other => panic!("{other:?}"),
+        };
+        let taken = (10..20).filter(|number| joins(1_000, *number)).count();
+        assert_eq!(taken + 1, max_sessions_per_user);
+        assert_eq!(joins(2_000, 20), left);
+        assert_eq!(joins(0, 21), left);
+    }
 }
 
 #[test]
