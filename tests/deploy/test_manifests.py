@@ -122,6 +122,17 @@ def test_engines_can_use_the_sockets():
     assert engine["securityContext"]["runAsUser"] != broker["securityContext"]["runAsUser"]
 
 
+def test_engines_have_every_device_node_and_enumerate_one_gpu():
+    """Memory is lent by descriptor: it opens where its GPU's node is, whatever CUDA enumerates."""
+    [(_, engine)] = pod_specs(documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text()))
+    [container] = containers(engine)
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert environment["CUDA_VISIBLE_DEVICES"].isdigit(), "one GPU, the engine's own"
+    resources = container["resources"]
+    assert not any("gpu" in name for kind in resources.values() for name in kind), "a claim would hide the other nodes"
+
+
 def test_the_donor_stops_before_the_broker():
     """A sidecar ends after the pod's other containers, so the donor can still give its regions back."""
     spec = daemonset(committed())["spec"]["template"]["spec"]

@@ -11,7 +11,7 @@ use swiftcache_client::{
     device::{CopyStream, DeviceLayer},
     session::Session,
 };
-use swiftcache_proto::domain::{BlockHash, DeviceUuid};
+use swiftcache_proto::domain::{BlockHash, DeviceUuid, HandleKind};
 
 use crate::PATIENCE;
 
@@ -103,9 +103,10 @@ impl Engine {
                 let bytes = u64::from(POOL) * layer_bytes;
                 Ok(PagedLayer {
                     // The HBM of a simulated device is counted, and tests expect that only donors use it.
-                    memory: match layer.handle_kinds().first() {
-                        Some(kind) if real => layer.allocate(&device, bytes, *kind)?,
-                        _ => layer.allocate_host(&device, bytes)?,
+                    memory: match real {
+                        // As most engines allocate: with `cudaMalloc`.
+                        true => layer.allocate(&device, bytes, HandleKind::CudaIpc)?,
+                        false => layer.allocate_host(&device, bytes)?,
                     },
                     offset: 0,
                     block_stride: *layer_bytes,

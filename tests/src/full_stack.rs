@@ -14,7 +14,7 @@ use crate::{
     PATIENCE,
     crew::{BorrowerProcess, Job},
     engine::{SLAB_BYTES, eventually},
-    node::{Node, Setup},
+    node::{Node, Setup, Sight},
     programs::{Program, program},
 };
 
@@ -41,6 +41,18 @@ pub struct Places {
     pub donor: usize,
     /// The borrower's device.
     pub borrower: usize,
+    /// Each process enumerates its own device and no other.
+    pub apart: bool,
+}
+
+impl Places {
+    /// What a process on `device` enumerates.
+    fn sight(&self, node: &Node, device: usize) -> Sight {
+        match self.apart {
+            true => Sight::of(&node.device(device)),
+            false => Sight::All,
+        }
+    }
 }
 
 /// Runs the full stack once. `handle` is the name of the handle kind in `swiftcache donate --handle`.
@@ -49,14 +61,16 @@ pub struct Places {
 /// When a process does not start, a block is lost, a byte is wrong, or the donor does not get everything back.
 pub fn run(setup: Setup, places: Places, handle: &str) -> Result<Outcome> {
     let node = Node::start_with(setup)?;
-    let mut donor = donate(&node, places.donor, handle)?;
+    let sight = places.sight(&node, places.donor);
+    let mut donor = donate_seeing(&node, places.donor, Some(handle), &sight)?;
     offered(&node, &mut donor)?;
     let job = Job {
         slabs: SLABS,
         host_blocks: 0,
         ..Job::new("borrower", 1)
     };
-    let mut borrower = BorrowerProcess::start(&node, places.borrower, &job)?;
+    let sight = places.sight(&node, places.borrower);
+    let mut borrower = BorrowerProcess::start_seeing(&node, places.borrower, &job, &sight)?;
     borrower.run(&format!("reserve {SLABS}"))?;
     let stored = borrower.run("sweep-store")?.stored;
     let fetched = borrower.run("sweep-fetch")?;
@@ -111,14 +125,31 @@ pub fn offered(node: &Node, donor: &mut Program) -> Result<()> {
 /// # Errors
 /// When it cannot be started.
 pub fn donate(node: &Node, device: usize, handle: &str) -> Result<Program> {
+    donate_seeing(node, device, Some(handle), &Sight::All)
+}
+
+/// As [`donate`], in a process that enumerates these GPUs, and by the default kind of handle where none is named.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn donate_seeing(
+    node: &Node,
+    device: usize,
+    handle: Option<&str>,
+    sight: &Sight,
+) -> Result<Program> {
     let mut command = Command::new(program("swiftcache")?);
     command
         .envs(node.environment())
+        .envs(sight.environment())
         .args(["donate", "--device", node.device(device).as_str()])
         .args(["--bytes", &(SLABS * SLAB_BYTES).to_string()])
         .args(["--slab", &SLAB_BYTES.to_string()])
         .args(["--leave-within", &format!("{}s", PATIENCE.as_secs())])
-        .args(["--handle", handle, "--drain", "2s", "--socket"])
+        .args(["--drain", "2s", "--socket"])
         .arg(node.socket());
+    if let Some(handle) = handle {
+        command.args(["--handle", handle]);
+    }
     Program::start(&mut command)
 }

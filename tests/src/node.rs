@@ -53,6 +53,31 @@ pub enum Devices {
     Gpus(Vec<Device>),
 }
 
+/// Which GPUs a process enumerates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Sight {
+    /// As many as this process.
+    #[default]
+    All,
+    /// Those that `CUDA_VISIBLE_DEVICES` names: numbers or UUIDs with commas between them.
+    Only(String),
+}
+
+impl Sight {
+    /// One GPU.
+    pub fn of(device: &DeviceUuid) -> Self {
+        Self::Only(device.to_string())
+    }
+
+    /// What the process has in its environment.
+    pub fn environment(&self) -> Option<(&'static str, &str)> {
+        match self {
+            Self::All => None,
+            Self::Only(devices) => Some(("CUDA_VISIBLE_DEVICES", devices)),
+        }
+    }
+}
+
 /// How to run a node's broker.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {

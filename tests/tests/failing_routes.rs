@@ -114,14 +114,14 @@ fn mapped(stub: &Stub) -> Result<(usize, usize)> {
             .filter(|call| call.is(std::process::id(), symbol));
         its.filter(|call| call.result == Some(0)).count()
     };
-    Ok((count("cuIpcOpenMemHandle_v2"), count("cuIpcCloseMemHandle")))
+    Ok((count("cuMemImportFromShareableHandle"), count("cuMemUnmap")))
 }
 
 #[test]
 fn what_a_failed_copy_needed_is_unmapped_when_its_slab_is_acknowledged() -> Result<()> {
     let test = "what_a_failed_copy_needed_is_unmapped_when_its_slab_is_acknowledged";
     alone(test, |stub| {
-        stub.trace(&["cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle"])?;
+        stub.trace(&["cuMemImportFromShareableHandle", "cuMemUnmap"])?;
         let mut scene = Scene::new(stub, 1)?;
         let engine = scene.engine(1, 0)?;
         compute(&engine, &sequence(0..8))?;

@@ -60,8 +60,8 @@ pub(super) struct DonateArgs {
     /// How long borrowers may take to move blocks away [default: the broker's]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     drain: Option<Duration>,
-    /// How borrowers open what is lent; on GPUs posix-fd also works where legacy IPC is refused [default: the
-    /// backend's best: cuda-ipc on GPUs]
+    /// How borrowers open what is lent; cuda-ipc opens only in processes that enumerate this GPU and share the PID
+    /// namespace [default: posix-fd, or cuda-ipc where the driver exports no descriptors]
     #[arg(long, value_name = "KIND", value_enum)]
     handle: Option<Opened>,
     /// How long to wait for everything to come back in the end [default: what borrowers may take, and 5s]

@@ -15,7 +15,8 @@ pub enum DeviceError {
     },
     /// No such device in this process.
     #[error(
-        "device {uuid} is not visible to this process; start it with every GPU of the node visible"
+        "device {uuid} is not visible to this process: list it in CUDA_VISIBLE_DEVICES, and give a container \
+         NVIDIA_VISIBLE_DEVICES=all"
     )]
     UnknownDevice {
         /// The device asked for.

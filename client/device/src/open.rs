@@ -53,8 +53,8 @@ pub fn open_node(
 ) -> Result<Arc<dyn DeviceLayer>> {
     let real = (devices.iter()).all(|device| device.uuid.as_str().starts_with("GPU-"));
     match choice {
-        Choice::Cuda => Ok(Arc::new(CudaLayer::open()?)),
-        Choice::Auto if real => Ok(Arc::new(CudaLayer::open()?)),
+        Choice::Cuda => Ok(Arc::new(CudaLayer::open_on(links)?)),
+        Choice::Auto if real => Ok(Arc::new(CudaLayer::open_on(links)?)),
         Choice::Auto | Choice::Host => {
             let options = HostOptions {
                 usage_dir,

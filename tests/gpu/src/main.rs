@@ -66,6 +66,9 @@ enum Command {
         /// A topology file that names these GPUs, in place of NVML.
         #[arg(long)]
         topology: Option<PathBuf>,
+        /// Each process enumerates its own GPU only. Handles are descriptors then.
+        #[arg(long)]
+        apart: bool,
     },
     /// Captures a CUDA graph while a borrower in this process leases, stores, loads and gives back, and launches it.
     GraphCapture {
@@ -127,9 +130,10 @@ fn run() -> Result<ExitCode> {
                 _ => ExitCode::FAILURE,
             })
         }
-        Command::FullStack { topology } => {
+        Command::FullStack { topology, apart } => {
             let subject = Subject::cuda(program)?;
-            full_stack::run(&*subject.layer, topology, &mut tell_line).map(|()| ExitCode::SUCCESS)
+            full_stack::run(&*subject.layer, topology, apart, &mut tell_line)
+                .map(|()| ExitCode::SUCCESS)
         }
         Command::GraphCapture { topology } => {
             let subject = Subject::cuda(program)?;

@@ -19,6 +19,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::{domain::DeviceUuid, topology::Topology};
 use swiftcache_tests::{
+    PATIENCE,
     crew::Report,
     engine::{self, BLOCK_BYTES, Engine},
 };
@@ -93,13 +94,13 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: Flags) -> Result<()> {
-    let layer = open(flags.topology.as_deref())?;
     // The session does not wait for a connection, because the broker may be away.
     let session = Session::start(SessionConfig {
         socket: flags.socket,
         name: flags.name,
         tenant: flags.tenant,
     })?;
+    let layer = open(flags.topology.as_deref(), &session)?;
     let mut config = engine::config(flags.device, flags.slabs);
     // The usual limit, so that the borrower goes on when the broker is stopped.
     config.lookup_limit = BorrowerConfig::LOOKUP_LIMIT;
@@ -130,16 +131,19 @@ fn run(flags: Flags) -> Result<()> {
     Ok(())
 }
 
-fn open(topology: Option<&str>) -> Result<Arc<dyn DeviceLayer>> {
+/// On GPUs, the broker says which links there are to those that this process does not enumerate.
+fn open(topology: Option<&str>, session: &Session) -> Result<Arc<dyn DeviceLayer>> {
     let topology = topology.map(Topology::load).transpose()?;
     let simulated = topology.filter(|topology| {
         let mut devices = topology.devices.iter();
         !devices.all(|device| device.uuid.as_str().starts_with("GPU-"))
     });
-    Ok(match simulated {
-        Some(topology) => Arc::new(HostLayer::from_topology(&topology, false)?),
-        None => Arc::new(CudaLayer::open()?),
-    })
+    if let Some(topology) = simulated {
+        return Ok(Arc::new(HostLayer::from_topology(&topology, false)?));
+    }
+    session.wait_connected(PATIENCE)?;
+    let (_, links) = session.node().context("the broker is gone again")?;
+    Ok(Arc::new(CudaLayer::open_on(&links)?))
 }
 
 impl Command {

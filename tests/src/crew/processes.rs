@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use crate::{
     PATIENCE,
     engine::{self, SLAB_BYTES},
-    node::Node,
+    node::{Node, Sight},
     programs::{Program, program},
 };
 
@@ -144,9 +144,18 @@ impl BorrowerProcess {
     /// # Errors
     /// When it cannot be started.
     pub fn start(node: &Node, device: usize, job: &Job) -> Result<Self> {
+        Self::start_seeing(node, device, job, &Sight::All)
+    }
+
+    /// Starts a borrower that enumerates these GPUs.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_seeing(node: &Node, device: usize, job: &Job, sight: &Sight) -> Result<Self> {
         let mut command = Command::new(program("swiftcache-test-borrower")?);
         command
             .envs(node.environment())
+            .envs(sight.environment())
             .env("RUST_LOG", &job.log)
             .arg("--socket")
             .arg(node.socket())

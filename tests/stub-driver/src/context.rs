@@ -11,14 +11,14 @@ thread_local! {
     static STACK: RefCell<Vec<c_int>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The device whose context is current.
+/// The device whose context is current, by its number in the machine.
 pub(crate) fn current() -> Result<c_int, Code> {
     STACK
         .with_borrow(|stack| stack.last().copied())
         .ok_or(INVALID_CONTEXT)
 }
 
-/// Contexts are devices' numbers, from 1 on.
+/// Contexts are devices' numbers in the machine, from 1 on.
 pub(crate) fn device_of(context: usize) -> Result<c_int, Code> {
     let device = c_int::try_from(context).map_err(|_| INVALID_CONTEXT)? - 1;
     let retained = world().retained.get(&device).copied().unwrap_or(0);
@@ -47,7 +47,7 @@ fn take_hbm(device: c_int) -> Result<(), Code> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c_int) -> Code {
     call("cuDevicePrimaryCtxRetain", || {
-        device::check(number)?;
+        let number = device::known(number)?;
         let mut world = world();
         let retained = world.retained.entry(number).or_default();
         *retained += 1;
@@ -63,6 +63,7 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, number: c
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> Code {
     call("cuDevicePrimaryCtxRelease_v2", || {
+        let number = device::known(number)?;
         let mut world = world();
         let retained = world.retained.get_mut(&number).filter(|count| **count > 0);
         let retained = retained.ok_or(INVALID_CONTEXT)?;

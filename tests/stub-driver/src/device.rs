@@ -12,20 +12,77 @@ const DESCRIPTORS_SUPPORTED: c_int = 103;
 const MULTIPROCESSORS: c_int = 16;
 const NATIVE_ATOMICS: c_int = 3;
 
-fn count() -> c_int {
+/// The variable that says which devices a process enumerates, in which order.
+const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
+
+/// The machine's devices whose nodes this process has, in the machine's order.
+fn nodes() -> Vec<c_int> {
     let devices = faults::setting("devices").and_then(|count| count.parse().ok());
-    devices.unwrap_or(2)
+    let all = 0..devices.unwrap_or(2);
+    let Some(nodes) = faults::setting("nodes") else {
+        return all.collect();
+    };
+    let nodes: Vec<c_int> = (nodes.split(','))
+        .filter_map(|node| node.trim().parse().ok())
+        .collect();
+    all.filter(|device| nodes.contains(device)).collect()
 }
 
-/// Checks a device's number.
-pub(crate) fn check(device: c_int) -> Result<(), Code> {
-    (0..count())
-        .contains(&device)
-        .then_some(())
-        .ok_or(INVALID_DEVICE)
+/// The devices that this process enumerates, by their numbers in the machine. As the real driver does, it counts those
+/// whose nodes are there, takes the beginning of a UUID for the whole, and stops at the first that it does not know.
+fn visible() -> Vec<c_int> {
+    let nodes = nodes();
+    let Ok(chosen) = std::env::var(VISIBLE) else {
+        return nodes;
+    };
+    let find = |name: &str| match name.parse::<usize>() {
+        Ok(number) => nodes.get(number).copied(),
+        Err(_) => (nodes.iter().copied())
+            .find(|device| !name.is_empty() && uuid_text(*device).starts_with(name)),
+    };
+    chosen
+        .split(',')
+        .map_while(|name| find(name.trim()))
+        .collect()
 }
 
-/// Whether `from` can reach `to`.
+/// The number in the machine of a device that this process calls `ordinal`.
+pub(crate) fn known(ordinal: c_int) -> Result<c_int, Code> {
+    let ordinal = usize::try_from(ordinal).map_err(|_| INVALID_DEVICE)?;
+    visible().get(ordinal).copied().ok_or(INVALID_DEVICE)
+}
+
+/// What this process calls a device of the machine, if it enumerates it.
+pub(crate) fn ordinal(device: c_int) -> Result<c_int, Code> {
+    let found = visible().iter().position(|visible| *visible == device);
+    let found = found.and_then(|found| c_int::try_from(found).ok());
+    found.ok_or(INVALID_DEVICE)
+}
+
+/// Whether this process has the node of a device of the machine. Without it, the driver maps none of its memory.
+pub(crate) fn has_node(device: c_int) -> bool {
+    nodes().contains(&device)
+}
+
+fn uuid(device: c_int) -> [u8; 16] {
+    let mut bytes = *b"\x5a\x5astub-driver-0\0";
+    bytes[15] = device as u8;
+    bytes
+}
+
+/// As `nvidia-smi` prints it.
+fn uuid_text(device: c_int) -> String {
+    let mut text = "GPU-".to_owned();
+    for (at, byte) in uuid(device).iter().enumerate() {
+        if [4, 6, 8, 10].contains(&at) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+/// Whether `from` can reach `to`, both by their numbers in the machine.
 pub(crate) fn peers(from: c_int, to: c_int) -> bool {
     from == to || faults::setting("peers").is_none_or(|peers| peers != "none")
 }
@@ -76,7 +133,7 @@ pub unsafe extern "C" fn cuGetErrorString(error: Code, text: *mut *const c_char)
 pub unsafe extern "C" fn cuDeviceGetCount(devices: *mut c_int) -> Code {
     call("cuDeviceGetCount", || {
         // SAFETY: the caller gives room for one int.
-        unsafe { devices.write(count()) };
+        unsafe { devices.write(visible().len() as c_int) };
         Ok(())
     })
 }
@@ -84,7 +141,7 @@ pub unsafe extern "C" fn cuDeviceGetCount(devices: *mut c_int) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
     call("cuDeviceGet", || {
-        check(ordinal)?;
+        known(ordinal)?;
         // SAFETY: the caller gives room for one device.
         unsafe { device.write(ordinal) };
         Ok(())
@@ -94,7 +151,7 @@ pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> Code {
     call("cuDeviceGetName", || {
-        check(device)?;
+        known(device)?;
         let text = c"stub GPU".to_bytes_with_nul();
         if (length as usize) < text.len() {
             return Err(INVALID_VALUE);
@@ -108,9 +165,7 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, devic
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Code {
     call("cuDeviceGetUuid_v2", || {
-        check(device)?;
-        let mut bytes = *b"\x5a\x5astub-driver-0\0";
-        bytes[15] = device as u8;
+        let bytes = self::uuid(known(device)?);
         // SAFETY: the caller gives room for one UUID.
         unsafe { uuid.write(bytes) };
         Ok(())
@@ -120,7 +175,7 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> Code {
     call("cuDeviceTotalMem_v2", || {
-        check(device)?;
+        known(device)?;
         // SAFETY: the caller gives room for one number.
         unsafe { bytes.write(HBM_BYTES) };
         Ok(())
@@ -134,7 +189,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     device: c_int,
 ) -> Code {
     call("cuDeviceGetAttribute", || {
-        check(device)?;
+        known(device)?;
         let found = match attribute {
             VIRTUAL_MEMORY_SUPPORTED | DESCRIPTORS_SUPPORTED => 1,
             MULTIPROCESSORS => 4,
@@ -153,8 +208,7 @@ pub unsafe extern "C" fn cuDeviceCanAccessPeer(
     peer: c_int,
 ) -> Code {
     call("cuDeviceCanAccessPeer", || {
-        check(device)?;
-        check(peer)?;
+        let (device, peer) = (known(device)?, known(peer)?);
         // SAFETY: the caller gives room for one int.
         unsafe { can.write(c_int::from(device != peer && peers(device, peer))) };
         Ok(())
@@ -169,8 +223,8 @@ pub unsafe extern "C" fn cuDeviceGetP2PAttribute(
     to: c_int,
 ) -> Code {
     call("cuDeviceGetP2PAttribute", || {
-        check(from)?;
-        check(to)?;
+        known(from)?;
+        known(to)?;
         if attribute != NATIVE_ATOMICS {
             return Err(INVALID_VALUE);
         }

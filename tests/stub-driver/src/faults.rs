@@ -10,11 +10,12 @@ use std::{
 use crate::Code;
 
 /// What a line may be about, apart from entry points and `*`.
-const SETTINGS: [&str; 7] = [
+const SETTINGS: [&str; 8] = [
     "execute",
     "peer_copies",
     "peers",
     "devices",
+    "nodes",
     "hold",
     "trace",
     "capture_mode",

@@ -3,9 +3,10 @@
 use std::fs::File;
 
 use crate::{
-    Code, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED, call,
+    Code, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED,
+    call,
     context::current,
-    device::peers,
+    device::{ordinal, peers},
     faults,
     memory::{Allocation, Kind, is_alive, map_file},
     world,
@@ -65,6 +66,7 @@ pub unsafe extern "C" fn cuIpcOpenMemHandle_v2(
         if !is_alive(process) {
             return Err(INVALID_HANDLE);
         }
+        ordinal(owner).map_err(|_| INVALID_DEVICE)?;
         if !peers(device, owner) {
             return Err(PEER_ACCESS_UNSUPPORTED);
         }

@@ -30,7 +30,12 @@
 //! capture_mode=ignored     # threads' capture modes do not count: each is as strict as new ones are
 //! peers=none               # no peer access (pcie: peer access without native atomics; nvlink: the default)
 //! devices=1                # how many devices there are (default 2)
+//! nodes=0                  # the device nodes that there are, by the devices' numbers (default: all)
 //! ```
+//!
+//! `CUDA_VISIBLE_DEVICES` says which of these a process enumerates, by number or by UUID, as it does for the real driver.
+//! A descriptor opens whatever device it is of, if its node is there. A legacy handle opens only if the process enumerates
+//! the device.
 //!
 //! * `PROCESS/` in front limits any line to one process.
 //! * `@` counts the calls of one process from when it first sees the line. It sees a line at its first call of any entry

@@ -8,8 +8,10 @@ use std::{
 };
 
 use crate::{
-    Code, INVALID_VALUE, OUT_OF_MEMORY, World, call, context::current, device::HBM_BYTES, faults,
-    world,
+    Code, INVALID_VALUE, OUT_OF_MEMORY, World, call,
+    context::current,
+    device::{HBM_BYTES, ordinal},
+    faults, world,
 };
 
 /// A range of addresses.
@@ -79,14 +81,14 @@ impl World {
         }
     }
 
-    /// HBM of `device` in use: every live process's files, and this one's virtual memory.
-    fn used(&self, device: c_int) -> usize {
+    /// HBM of `device` in use: the files of every process that lives.
+    fn used(device: c_int) -> usize {
         let Some(directory) = faults::directory() else {
             return 0;
         };
         let prefix = format!("{device}-");
         let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-        let plain: u64 = entries
+        let bytes: u64 = entries
             .filter(|entry| {
                 let name = entry.file_name();
                 let name = name.to_string_lossy();
@@ -98,16 +100,12 @@ impl World {
             .filter_map(|entry| entry.metadata().ok())
             .map(|data| data.len())
             .sum();
-        let own = self
-            .physical
-            .values()
-            .filter(|physical| physical.own(device));
-        plain as usize + own.map(|physical| physical.size).sum::<usize>()
+        bytes as usize
     }
 
     /// Fails if `bytes` more do not fit.
-    pub(crate) fn check_room(&self, device: c_int, bytes: usize) -> Result<(), Code> {
-        let sum = self.used(device).checked_add(bytes);
+    pub(crate) fn check_room(device: c_int, bytes: usize) -> Result<(), Code> {
+        let sum = Self::used(device).checked_add(bytes);
         sum.filter(|sum| *sum <= HBM_BYTES)
             .map(|_| ())
             .ok_or(OUT_OF_MEMORY)
@@ -164,7 +162,7 @@ pub(crate) fn reserve_at(address: *mut c_void, size: usize) -> u64 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code {
     call("cuMemGetInfo_v2", || {
-        let used = world().used(current()?);
+        let used = World::used(current()?);
         // SAFETY: the caller gives room for two numbers.
         unsafe {
             free.write(HBM_BYTES.saturating_sub(used));
@@ -182,7 +180,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, size: usize) -> Code {
         if size == 0 {
             return Err(INVALID_VALUE);
         }
-        world.check_room(device, size)?;
+        World::check_room(device, size)?;
         let number = world.number();
         let directory = faults::directory().ok_or(OUT_OF_MEMORY)?;
         let path = directory.join(format!("{device}-{}-{number}", std::process::id()));
@@ -286,6 +284,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
     address: u64,
 ) -> Code {
     const DEVICE_ORDINAL: u32 = 9;
+    const UNKNOWN_DEVICE: c_int = -1;
     call("cuPointerGetAttribute", || {
         let world = world();
         let (_, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
@@ -301,8 +300,9 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
         if attribute != DEVICE_ORDINAL {
             return Err(INVALID_VALUE);
         }
+        let ordinal = ordinal(device).unwrap_or(UNKNOWN_DEVICE);
         // SAFETY: the attribute is an int, and the caller gives room for it.
-        unsafe { data.write(device) };
+        unsafe { data.write(ordinal) };
         Ok(())
     })
 }

@@ -4,10 +4,12 @@ use std::{
     ffi::c_int,
     fs::File,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd},
+    path::PathBuf,
 };
 
 use crate::{
-    Code, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, OUT_OF_MEMORY, call, device,
+    Code, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, OUT_OF_MEMORY, World, call, device,
+    faults,
     memory::{Allocation, Kind, reserve_at},
     world,
 };
@@ -24,13 +26,16 @@ pub(crate) struct Physical {
     file: File,
     pub(crate) size: usize,
     device: c_int,
-    imported: bool,
+    /// What accounts for it, if it is this process's own: a file like those of plain allocations, empty on disk.
+    account: Option<PathBuf>,
 }
 
-impl Physical {
-    /// Whether it is this process's memory of `device`.
-    pub(crate) fn own(&self, device: c_int) -> bool {
-        !self.imported && self.device == device
+impl Drop for Physical {
+    fn drop(&mut self) {
+        if let Some(account) = &self.account {
+            // The machine may be gone already: its directory is a test's.
+            let _ = std::fs::remove_file(account);
+        }
     }
 }
 
@@ -60,7 +65,7 @@ impl Properties {
         if self.kind != PINNED || self.location.kind != ON_DEVICE || self.flags != [0; 8] {
             return Err(INVALID_VALUE);
         }
-        device::check(self.location.id).map(|()| self.location.id)
+        device::known(self.location.id)
     }
 }
 
@@ -80,6 +85,14 @@ pub unsafe extern "C" fn cuMemGetAllocationGranularity(
     })
 }
 
+fn account(device: c_int, number: u64, size: usize) -> Result<PathBuf, Code> {
+    let name = format!("{device}-{}-{number}", std::process::id());
+    let path = faults::directory().ok_or(OUT_OF_MEMORY)?.join(name);
+    let file = File::create(&path).map_err(|_| OUT_OF_MEMORY)?;
+    file.set_len(size as u64).map_err(|_| OUT_OF_MEMORY)?;
+    Ok(path)
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemCreate(
     handle: *mut u64,
@@ -96,7 +109,7 @@ pub unsafe extern "C" fn cuMemCreate(
             return Err(INVALID_VALUE);
         }
         let mut world = world();
-        world.check_room(device, size)?;
+        World::check_room(device, size)?;
         let name = format!("{NAME}{device}\0");
         // SAFETY: the name is NUL-terminated.
         let descriptor = unsafe { libc::memfd_create(name.as_ptr().cast(), libc::MFD_CLOEXEC) };
@@ -108,10 +121,10 @@ pub unsafe extern "C" fn cuMemCreate(
         file.set_len(size as u64).map_err(|_| OUT_OF_MEMORY)?;
         let number = world.number();
         let physical = Physical {
+            account: Some(account(device, number, size)?),
             file,
             size,
             device,
-            imported: false,
         };
         world.physical.insert(number, physical);
         // SAFETY: the caller gives room for one handle.
@@ -162,7 +175,9 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
         let ours = name.split_once(NAME).map(|(_, rest)| rest);
         let device = ours.and_then(|rest| rest.split(' ').next()?.parse().ok());
         let device: c_int = device.filter(|_| kind == DESCRIPTOR).ok_or(INVALID_VALUE)?;
-        device::check(device).map_err(|_| INVALID_DEVICE)?;
+        if !device::has_node(device) {
+            return Err(INVALID_DEVICE);
+        }
         // SAFETY: the link above shows that it is open, and the caller keeps it open during the call.
         let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
         let file = File::from(borrowed.try_clone_to_owned().map_err(|_| INVALID_HANDLE)?);
@@ -173,7 +188,7 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
             file,
             size,
             device,
-            imported: true,
+            account: None,
         };
         world.physical.insert(number, physical);
         // SAFETY: the caller gives room for one handle.
@@ -307,8 +322,7 @@ pub unsafe extern "C" fn cuMemSetAccess(
             return Err(INVALID_VALUE);
         }
         for access in access {
-            let device = access.location.id;
-            device::check(device)?;
+            let device = device::known(access.location.id)?;
             if access.location.kind != ON_DEVICE || access.flags != READ_WRITE {
                 return Err(INVALID_VALUE);
             }

@@ -10,23 +10,36 @@ use std::{
 };
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use swiftcache_proto::v1::GetNodeResponse;
+use swiftcache_proto::v1::{GetNodeResponse, RegionStatus};
 
 use super::{
     super::admin::{self, Admin},
     report::{Finding, Report},
 };
 
-/// Checks the sockets and the broker. Returns what the broker says of the node, if it answers.
-pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<GetNodeResponse> {
+/// What the broker says.
+pub(super) struct Answers {
+    pub(super) node: GetNodeResponse,
+    /// What is on offer.
+    pub(super) regions: Vec<RegionStatus>,
+}
+
+/// Checks the sockets and the broker. Returns what the broker says, if it answers.
+pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<Answers> {
     if !directory(socket, report) || !connects(socket, report) {
         return None;
     }
-    match Admin::connect(socket).and_then(|admin| admin.node()) {
-        Ok(node) => {
-            report.add(speaks(&node));
-            report.add(devices(&node));
-            Some(node)
+    let asked = Admin::connect(socket).and_then(|admin| {
+        Ok(Answers {
+            node: admin.node()?,
+            regions: admin.regions()?,
+        })
+    });
+    match asked {
+        Ok(answers) => {
+            report.add(speaks(&answers.node));
+            report.add(devices(&answers.node));
+            Some(answers)
         }
         Err(error) => {
             report.add(Finding::fail(

@@ -55,7 +55,7 @@ fn absent(check: &'static str, problem: &str, simulated: bool) -> Finding {
 fn driver(version: i32, absent: &[&'static str], devices: usize) -> Finding {
     const CHECK: &str = "cuda-driver";
     let found = format!(
-        "CUDA {}.{}, {devices} GPUs visible",
+        "CUDA {}.{}, {devices} GPUs enumerated",
         version / 1_000,
         version % 1_000 / 10
     );

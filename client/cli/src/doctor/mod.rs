@@ -27,9 +27,10 @@ pub(super) struct DoctorArgs {
 pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
     let mut report = Report::default();
     host::examine(&mut report);
-    let node = broker::examine(&args.socket.socket, &mut report);
-    let seen = gpus::examine(node.as_ref(), &mut report);
-    visibility::examine(node.as_ref(), seen.as_deref(), &mut report);
+    let answers = broker::examine(&args.socket.socket, &mut report);
+    let node = answers.as_ref().map(|answers| &answers.node);
+    let enumerated = gpus::examine(node, &mut report);
+    visibility::examine(answers.as_ref(), enumerated.as_deref(), &mut report);
     if args.json {
         output::print_json(&report)?;
     } else {

@@ -53,8 +53,8 @@ pub struct DonorConfig {
     pub slab_bytes: u64,
     /// How long borrowers may take to move blocks away when slabs are withdrawn; zero for the broker's default.
     pub drain: Duration,
-    /// How borrowers open the slabs; the backend's best way when not set. On CUDA that is `CudaIpc`, which does not
-    /// work between all containers, where `PosixFd` does.
+    /// How borrowers open the slabs; the backend's best way when not set. That is `PosixFd` wherever the driver exports
+    /// descriptors: a `CudaIpc` handle opens only in processes that enumerate the device and share the PID namespace.
     pub handle: Option<HandleKind>,
 }
 

@@ -37,11 +37,12 @@ pub use driver::LIBRARY_VARIABLE;
 pub use route::Route;
 pub use stream::Method;
 
-/// The GPUs that this process sees.
+/// The GPUs that this process enumerates, and how far those of its node are that it does not.
 #[derive(Debug)]
 pub struct CudaLayer {
     driver: Arc<Driver>,
     devices: Vec<Device>,
+    /// Those between the devices are the driver's. Those to others of the node are what the opener said.
     links: Vec<Link>,
     kinds: Vec<HandleKind>,
     /// The driver's number for each device.
@@ -58,6 +59,15 @@ impl CudaLayer {
     /// # Errors
     /// [`DeviceError::Unavailable`] when there is no driver or no GPU, naming what is missing.
     pub fn open() -> Result<Self> {
+        Self::open_on(&[])
+    }
+
+    /// As [`open`](Self::open), on a node whose broker named these links. A process needs them for GPUs that it does not
+    /// enumerate: it can map their memory by descriptor, and the driver tells nothing about them.
+    ///
+    /// # Errors
+    /// As those of [`open`](Self::open).
+    pub fn open_on(node: &[Link]) -> Result<Self> {
         let driver = Driver::load()?;
         let unlisted = |code| {
             let problem = driver.describe(code);
@@ -86,7 +96,11 @@ impl CudaLayer {
             numbers.insert(device.uuid.clone(), number);
             devices.push(device);
         }
-        let links = find_links(&calls, &devices, &numbers)?;
+        let mut links = find_links(&calls, &devices, &numbers)?;
+        let hidden = node
+            .iter()
+            .filter(|link| numbers.contains_key(&link.from) != numbers.contains_key(&link.to));
+        links.extend(hidden.cloned());
         let kinds = find_kinds(&calls, &numbers);
         drop(calls);
         Ok(Self {
@@ -132,8 +146,11 @@ impl CudaLayer {
 
     /// How far `device` is from memory of `owner` that is to be imported for it.
     fn route(&self, device: &DeviceUuid, owner: &DeviceUuid, kind: HandleKind) -> Result<Route> {
-        self.number(owner)?;
-        match self.link_kind(device, owner) {
+        let link = match self.numbers.contains_key(owner) {
+            true => self.link_kind(device, owner),
+            false => self.hidden_link(device, owner, kind)?,
+        };
+        match link {
             LinkKind::SameDevice => Ok(Route::Device),
             LinkKind::Nvlink => Ok(Route::Nvlink),
             LinkKind::Pcie => Ok(Route::Pcie),
@@ -144,6 +161,29 @@ impl CudaLayer {
                 ),
             )),
         }
+    }
+
+    /// The link to a GPU that this process does not enumerate: PCIe if nobody said, since the driver refuses the import
+    /// where there is no peer access.
+    fn hidden_link(
+        &self,
+        device: &DeviceUuid,
+        owner: &DeviceUuid,
+        kind: HandleKind,
+    ) -> Result<LinkKind> {
+        if kind != HandleKind::PosixFd {
+            return Err(refuse_import(
+                kind,
+                format!(
+                    "this process does not enumerate {owner}, and a legacy handle is opened only by one that does: \
+                     have the donor lend by descriptor (swiftcache donate --handle posix-fd), or list that GPU in \
+                     CUDA_VISIBLE_DEVICES"
+                ),
+            ));
+        }
+        let mut links = self.links.iter();
+        let link = links.find(|link| link.from == *device && link.to == *owner);
+        Ok(link.map_or(LinkKind::Pcie, |link| link.kind))
     }
 }
 
@@ -338,7 +378,8 @@ fn find_links(
     Ok(links)
 }
 
-/// Legacy handles always; descriptors where the driver has virtual memory management and every device exports it.
+/// Descriptors, where the driver has virtual memory management and every device exports it: they open also in processes
+/// that do not enumerate the device, and between PID namespaces. Then legacy handles, which every driver has.
 fn find_kinds(calls: &Calls<'_>, numbers: &HashMap<DeviceUuid, sys::CUdevice>) -> Vec<HandleKind> {
     let attribute =
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
@@ -349,11 +390,10 @@ fn find_kinds(calls: &Calls<'_>, numbers: &HashMap<DeviceUuid, sys::CUdevice>) -
             unsafe { (calls.core().device_attribute)(&raw mut supported, attribute, *number) };
         code == driver::SUCCESS && supported != 0
     });
-    let mut kinds = vec![HandleKind::CudaIpc];
-    if exports && calls.virtual_memory().is_some() {
-        kinds.push(HandleKind::PosixFd);
+    match exports && calls.virtual_memory().is_some() {
+        true => vec![HandleKind::PosixFd, HandleKind::CudaIpc],
+        false => vec![HandleKind::CudaIpc],
     }
-    kinds
 }
 
 #[cfg(test)]

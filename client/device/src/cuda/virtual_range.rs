@@ -66,12 +66,15 @@ impl VirtualRange {
         if code != SUCCESS {
             let problem = context.driver.describe(code);
             return Err(refuse(format!(
-                "{problem}; the descriptor must be the donor's CUDA export, and the donor's GPU visible here"
+                "{problem}; the descriptor must be the donor's CUDA export, and this process must have the device node \
+                 of the donor's GPU (/dev/nvidiaN; in a container NVIDIA_VISIBLE_DEVICES=all, with \
+                 CUDA_VISIBLE_DEVICES for the engine's own GPU)"
             )));
         }
         Self::map(context, entered, handle, size, false).map_err(|error| {
             refuse(format!(
-                "{error}; perhaps it holds fewer than the {bytes} bytes promised"
+                "{error}; perhaps it holds fewer than the {bytes} bytes promised, or {} has no peer access to its GPU",
+                context.uuid
             ))
         })
     }

@@ -42,7 +42,7 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
 {{- end }}
 {{- end }}
 
-{{/* Makes every GPU visible without claiming one from the device plugin. */}}
+{{/* Gives the device nodes of every GPU without claiming one from the device plugin. */}}
 {{- define "swiftcache.gpuEnv" -}}
 - name: NVIDIA_VISIBLE_DEVICES
   value: {{ ternary "all" "/var/run/nvidia-container-devices" (eq .Values.gpu.exposure "env") }}

@@ -102,6 +102,10 @@ pub const PEER_CHECKS: &[Check] = &[
         "an importer makes no context on a peer device",
         peers::no_context,
     ),
+    (
+        "a peer device that a process does not enumerate is mapped by descriptor",
+        peers::not_enumerated,
+    ),
 ];
 
 /// Runs the check with this name.

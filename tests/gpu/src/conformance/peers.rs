@@ -1,13 +1,13 @@
 //! Memory of another process on another device, which is reached over the link between the two.
 
-use std::sync::Arc;
+use std::{process::Command, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::device::{
     CopyStream, DeviceLayer, Memory, Piece,
     cuda::{CudaLayer, Method},
 };
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 
 use crate::{
     pattern,
@@ -189,6 +189,52 @@ pub(super) fn no_context(subject: &Subject) -> Result<()> {
             after.saturating_sub(with_context) >= CONTEXT_BYTES,
             "{kind:?}: a context on the donor's device was not noticed: {after} bytes free without, \
              {with_context} with it"
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn not_enumerated(subject: &Subject) -> Result<()> {
+    if let Backend::Host { .. } = subject.backend {
+        return Ok(()); // Simulated devices are not enumerated by a driver.
+    }
+    let (device, owner) = (subject.device()?, neighbour(subject)?);
+    let peer = |sees: &DeviceUuid| {
+        let mut command = Command::new(&subject.peer_program);
+        command.env("CUDA_VISIBLE_DEVICES", sees.as_str());
+        Peer::start_as(command, subject)
+    };
+    for &kind in subject.layer.handle_kinds() {
+        let (mut donor, mut borrower) = (peer(&owner)?, peer(&device)?);
+        ensure!(
+            borrower.free_hbm(&owner).is_err() && donor.free_hbm(&device).is_err(),
+            "{kind:?}: a process enumerates a device that it was not shown"
+        );
+        let (number, export) = donor.donate(&owner, SIZE, kind, Some(1))?;
+        let imported = borrower.import(&device, &owner, export, SIZE);
+        if kind != HandleKind::PosixFd {
+            let error = imported.err().context("a legacy handle was opened")?;
+            let told = format!("{error:#}");
+            for advice in ["--handle posix-fd", "CUDA_VISIBLE_DEVICES"] {
+                ensure!(told.contains(advice), "{kind:?}: {told}");
+            }
+            // The twin: a process that enumerates both opens it.
+            let (_, export) = donor.donate(&owner, SIZE, kind, Some(1))?;
+            let memory = Peer::start(subject)?.import(&device, &owner, export, SIZE)?;
+            ensure!(memory > 0);
+            continue;
+        }
+        let memory = imported.with_context(|| format!("{kind:?}"))?;
+        borrower.ask(Request::Verify { memory, seed: 1 })?;
+        borrower.ask(Request::Fill { memory, seed: 2 })?;
+        let verify = |seed| Request::Verify {
+            memory: number,
+            seed,
+        };
+        donor.ask(verify(2))?;
+        ensure!(
+            donor.ask(verify(1)).is_err(),
+            "the donor would verify anything"
         );
     }
     Ok(())

@@ -79,8 +79,8 @@ fn copies_between_devices_are_measured_both_ways() {
     ] {
         let cases = cases(&report, group);
         for way in [
-            "from a peer (NVLink, CudaIpc)",
-            "to a peer (NVLink, CudaIpc)",
+            "from a peer (NVLink, PosixFd)",
+            "to a peer (NVLink, PosixFd)",
         ] {
             let found = cases.iter().any(|case| case.starts_with(way));
             assert!(found, "{group} has nothing {way}: {cases:?}");
@@ -88,7 +88,7 @@ fn copies_between_devices_are_measured_both_ways() {
     }
     let extents = cases(&report, "peer extent");
     assert!(
-        extents.iter().any(|case| case.contains("PosixFd")),
+        extents.iter().any(|case| case.contains("CudaIpc")),
         "{extents:?}"
     );
     assert!(!cases(&report, "peer latency").is_empty());
@@ -173,4 +173,51 @@ fn links_are_compared_with_the_brokers() {
     let output = run.arguments(&["links", "--probe", "simulated", "--topology", "hgx-8"]);
     assert!(text(&output.stdout).contains("does not show it"));
     assert!(!output.status.success());
+}
+
+/// Which devices the check program enumerates, by their last letters.
+fn enumerated(run: &Run, visible: Option<&str>) -> Vec<char> {
+    let topology = run.stub.topology_file().expect("a directory");
+    let mut command = run.command(&["links", "--probe", "simulated", "--topology"]);
+    command.arg(topology).env_remove("CUDA_VISIBLE_DEVICES");
+    if let Some(visible) = visible {
+        command.env("CUDA_VISIBLE_DEVICES", visible);
+    }
+    let output = command.output().expect("the check program runs");
+    let said = text(&output.stdout);
+    let lines = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("ok      GPU-"));
+    let uuids = lines.filter_map(|line| {
+        line.strip_suffix(" (stub GPU): simulated (two stub GPUs) shows it too")
+    });
+    uuids.filter_map(|uuid| uuid.chars().next_back()).collect()
+}
+
+#[test]
+fn processes_enumerate_what_the_variable_names() {
+    let run = Run::new("");
+    let uuid = |number: u32| format!("GPU-5a5a7374-7562-2d64-7269-7665722d300{number}");
+    let both = format!("{},{}", uuid(1), uuid(0));
+    for (visible, expected) in [
+        (None, "01"),
+        (Some("0"), "0"),
+        (Some("1"), "1"),
+        (Some("1,0"), "10"),
+        (Some("0,7,1"), "0"),
+        (Some(uuid(1).as_str()), "1"),
+        (Some(both.as_str()), "10"),
+        (Some(""), ""),
+        (Some("none"), ""),
+    ] {
+        let found: String = enumerated(&run, visible).into_iter().collect();
+        assert_eq!(found, expected, "{visible:?}");
+    }
+    let one = Run::new("nodes=1");
+    assert_eq!(enumerated(&one, None), ['1']);
+    assert_eq!(
+        enumerated(&one, Some("0")),
+        ['1'],
+        "the only one is number 0"
+    );
 }
