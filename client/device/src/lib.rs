@@ -12,6 +12,7 @@
     reason = "devices are raw addresses and driver calls; this is the only room that may touch them"
 )]
 
+mod address_space;
 pub mod cuda;
 mod error;
 pub mod foreign;
@@ -26,6 +27,9 @@ use std::sync::Arc;
 
 use swiftcache_proto::domain::{Device, DeviceUuid, Handle, HandleKind, Link, LinkKind};
 
+pub use address_space::{
+    AddressSpace, AddressSpaces, Change, Left, NotReplaced, SpacePiece, Standstill,
+};
 pub use error::DeviceError;
 pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
@@ -98,6 +102,9 @@ pub trait DeviceLayer: Send + Sync {
         export: Export,
         bytes: u64,
     ) -> Result<Memory>;
+
+    /// Ranges of addresses in which memories are mapped side by side. None where the driver has no virtual memory.
+    fn address_spaces(&self) -> Option<&dyn AddressSpaces>;
 
     /// A queue of copies on `device`, run in order, independent of other streams.
     fn stream(&self, device: &DeviceUuid) -> Result<Arc<dyn CopyStream>>;

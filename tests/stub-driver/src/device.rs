@@ -10,6 +10,7 @@ pub(crate) const HBM_BYTES: usize = 1 << 30;
 const VIRTUAL_MEMORY_SUPPORTED: c_int = 102;
 const DESCRIPTORS_SUPPORTED: c_int = 103;
 const MULTIPROCESSORS: c_int = 16;
+const HOST_NUMA_ID: c_int = 134;
 const NATIVE_ATOMICS: c_int = 3;
 
 /// The variable that says which devices a process enumerates, in which order.
@@ -193,6 +194,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
         let found = match attribute {
             VIRTUAL_MEMORY_SUPPORTED | DESCRIPTORS_SUPPORTED => 1,
             MULTIPROCESSORS => 4,
+            HOST_NUMA_ID => 0,
             _ => return Err(INVALID_VALUE),
         };
         // SAFETY: the caller gives room for one int.

@@ -107,7 +107,7 @@ pub(crate) struct World {
     pub(crate) initialised: bool,
     /// By first address.
     pub(crate) allocations: BTreeMap<u64, memory::Allocation>,
-    pub(crate) physical: HashMap<u64, virtual_memory::Physical>,
+    pub(crate) physical: HashMap<u64, Arc<virtual_memory::Physical>>,
     pub(crate) streams: HashMap<usize, Arc<stream::Stream>>,
     /// How often each device's primary context is retained.
     pub(crate) retained: HashMap<i32, u32>,

@@ -11,7 +11,9 @@ use crate::{
     Code, INVALID_VALUE, OUT_OF_MEMORY, World, call,
     context::current,
     device::{HBM_BYTES, ordinal},
-    faults, world,
+    faults,
+    virtual_memory::Pieces,
+    world,
 };
 
 /// A range of addresses.
@@ -25,11 +27,8 @@ pub(crate) enum Kind {
     Plain { device: c_int, file: PathBuf },
     /// Another process's file, opened for one device.
     Opened { device: c_int, owner: c_int },
-    /// A reserved range, and what is mapped there for which devices.
-    Virtual {
-        mapped: Option<(u64, c_int)>,
-        admitted: Vec<c_int>,
-    },
+    /// A reserved range, and what is mapped there.
+    Virtual(Pieces),
     /// Pinned host memory.
     Host,
     /// Freed. The addresses stay taken, so that a late copy is noticed.
@@ -49,7 +48,7 @@ impl World {
         match &self.find(address, 1)?.1.kind {
             Kind::Plain { device, .. } => Some(*device),
             Kind::Opened { owner, .. } => Some(*owner),
-            Kind::Virtual { mapped, .. } => mapped.map(|(_, device)| device),
+            Kind::Virtual(pieces) => pieces.device_at(address),
             Kind::Host | Kind::Gone => None,
         }
     }
@@ -75,7 +74,7 @@ impl World {
                 !kernel || *owner == device || self.peers.contains(&(device, *owner))
             }
             Kind::Opened { device: opener, .. } => *opener == device,
-            Kind::Virtual { mapped, admitted } => mapped.is_some() && admitted.contains(&device),
+            Kind::Virtual(pieces) => pieces.admits(device, address, bytes),
             Kind::Host => true,
             Kind::Gone => false,
         }
@@ -259,19 +258,21 @@ pub unsafe extern "C" fn cuMemFreeHost(address: u64) -> Code {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetAddressRange_v2(
     base: *mut u64,
-    size: *mut usize,
+    length: *mut usize,
     address: u64,
 ) -> Code {
     call("cuMemGetAddressRange_v2", || {
         let world = world();
         let (start, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
-        if matches!(found.kind, Kind::Gone) {
-            return Err(INVALID_VALUE);
-        }
+        let (start, size) = match &found.kind {
+            Kind::Gone => return Err(INVALID_VALUE),
+            Kind::Virtual(pieces) => pieces.at(address).ok_or(INVALID_VALUE)?,
+            _ => (start, found.size),
+        };
         // SAFETY: the caller gives room for two numbers.
         unsafe {
             base.write(start);
-            size.write(found.size);
+            length.write(size);
         }
         Ok(())
     })
@@ -288,14 +289,11 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
     call("cuPointerGetAttribute", || {
         let world = world();
         let (_, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
-        let device = match found.kind {
-            Kind::Plain { device, .. } => device,
-            Kind::Opened { owner, .. } => owner,
-            Kind::Virtual {
-                mapped: Some((_, device)),
-                ..
-            } => device,
-            Kind::Virtual { .. } | Kind::Host | Kind::Gone => return Err(INVALID_VALUE),
+        let device = match &found.kind {
+            Kind::Plain { device, .. } => *device,
+            Kind::Opened { owner, .. } => *owner,
+            Kind::Virtual(pieces) => pieces.device_at(address).ok_or(INVALID_VALUE)?,
+            Kind::Host | Kind::Gone => return Err(INVALID_VALUE),
         };
         if attribute != DEVICE_ORDINAL {
             return Err(INVALID_VALUE);

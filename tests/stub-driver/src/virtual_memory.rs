@@ -1,10 +1,12 @@
 //! Virtual memory management: physical memory in memfds, mapped in reserved ranges.
 
 use std::{
+    collections::BTreeMap,
     ffi::c_int,
     fs::File,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd},
     path::PathBuf,
+    sync::Arc,
 };
 
 use crate::{
@@ -17,17 +19,22 @@ use crate::{
 const GRANULARITY: usize = 2 << 20;
 const PINNED: u32 = 1;
 const ON_DEVICE: u32 = 1;
+const ON_HOST_NODE: u32 = 3;
+const NOT_SHARED: u32 = 0;
 const DESCRIPTOR: u32 = 1;
 const READ_WRITE: u32 = 3;
 const NAME: &str = "swiftcache-stub-";
 
-/// Memory of a device.
+/// Memory of a device, or of the host. It lives as long as it has a handle or is mapped.
 pub(crate) struct Physical {
     file: File,
-    pub(crate) size: usize,
-    device: c_int,
+    size: usize,
+    /// None: the host's.
+    device: Option<c_int>,
     /// What accounts for it, if it is this process's own: a file like those of plain allocations, empty on disk.
     account: Option<PathBuf>,
+    /// Whether it was made to be exported.
+    shared: bool,
 }
 
 impl Drop for Physical {
@@ -36,6 +43,78 @@ impl Drop for Physical {
             // The machine may be gone already: its directory is a test's.
             let _ = std::fs::remove_file(account);
         }
+    }
+}
+
+/// What is mapped in a reserved range, by address.
+#[derive(Default)]
+pub(crate) struct Pieces(BTreeMap<u64, Piece>);
+
+struct Piece {
+    physical: Arc<Physical>,
+    /// Of the mapping, bytes.
+    size: usize,
+    /// The devices that may touch it.
+    admitted: Vec<c_int>,
+}
+
+impl Pieces {
+    fn find(&self, address: u64) -> Option<(u64, &Piece)> {
+        let (start, piece) = self.0.range(..=address).next_back()?;
+        (address < start + piece.size as u64).then_some((*start, piece))
+    }
+
+    /// Where the piece at an address starts, and its size.
+    pub(crate) fn at(&self, address: u64) -> Option<(u64, usize)> {
+        let (start, piece) = self.find(address)?;
+        Some((start, piece.size))
+    }
+
+    /// The device whose memory is at an address.
+    pub(crate) fn device_at(&self, address: u64) -> Option<c_int> {
+        self.find(address)?.1.physical.device
+    }
+
+    /// Whether a device may touch all of a range.
+    pub(crate) fn admits(&self, device: c_int, address: u64, bytes: usize) -> bool {
+        let mut reached = address;
+        while reached < address + bytes as u64 {
+            match self.find(reached) {
+                Some((start, piece)) if piece.admitted.contains(&device) => {
+                    reached = start + piece.size as u64;
+                }
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// The addresses of the pieces that make up exactly a range.
+    fn exactly(&self, address: u64, size: usize) -> Result<Vec<u64>, Code> {
+        let end = address + size as u64;
+        let mut reached = address;
+        let mut found = Vec::new();
+        for (start, piece) in self.0.range(address..end) {
+            if *start != reached {
+                return Err(INVALID_VALUE);
+            }
+            found.push(*start);
+            reached += piece.size as u64;
+        }
+        if found.is_empty() || reached != end {
+            return Err(INVALID_VALUE);
+        }
+        Ok(found)
+    }
+}
+
+/// What is mapped in the reservation that holds a range.
+fn pieces(world: &mut World, address: u64, size: usize) -> Result<&mut Pieces, Code> {
+    let (base, _) = world.find(address, size).ok_or(INVALID_VALUE)?;
+    let range = world.allocations.get_mut(&base).ok_or(INVALID_VALUE)?;
+    match &mut range.kind {
+        Kind::Virtual(pieces) => Ok(pieces),
+        _ => Err(INVALID_VALUE),
     }
 }
 
@@ -61,11 +140,16 @@ pub struct Access {
 }
 
 impl Properties {
-    fn device(&self) -> Result<c_int, Code> {
-        if self.kind != PINNED || self.location.kind != ON_DEVICE || self.flags != [0; 8] {
+    /// The device that it is about; none for the host.
+    fn device(&self) -> Result<Option<c_int>, Code> {
+        if self.kind != PINNED || self.flags != [0; 8] {
             return Err(INVALID_VALUE);
         }
-        device::known(self.location.id)
+        match self.location.kind {
+            ON_DEVICE => device::known(self.location.id).map(Some),
+            ON_HOST_NODE if self.location.id == 0 => Ok(None),
+            _ => Err(INVALID_VALUE),
+        }
     }
 }
 
@@ -105,12 +189,16 @@ pub unsafe extern "C" fn cuMemCreate(
         let properties = unsafe { &*properties };
         let device = properties.device()?;
         let odd = size == 0 || !size.is_multiple_of(GRANULARITY) || flags != 0;
-        if odd || properties.handle_types != DESCRIPTOR {
+        let shared = properties.handle_types == DESCRIPTOR;
+        if odd || !(shared || properties.handle_types == NOT_SHARED) {
             return Err(INVALID_VALUE);
         }
         let mut world = world();
-        World::check_room(device, size)?;
-        let name = format!("{NAME}{device}\0");
+        if let Some(device) = device {
+            World::check_room(device, size)?;
+        }
+        let owner = device.map_or_else(|| "host".to_owned(), |device| device.to_string());
+        let name = format!("{NAME}{owner}\0");
         // SAFETY: the name is NUL-terminated.
         let descriptor = unsafe { libc::memfd_create(name.as_ptr().cast(), libc::MFD_CLOEXEC) };
         if descriptor < 0 {
@@ -121,12 +209,16 @@ pub unsafe extern "C" fn cuMemCreate(
         file.set_len(size as u64).map_err(|_| OUT_OF_MEMORY)?;
         let number = world.number();
         let physical = Physical {
-            account: Some(account(device, number, size)?),
+            account: match device {
+                Some(device) => Some(account(device, number, size)?),
+                None => None,
+            },
             file,
             size,
             device,
+            shared,
         };
-        world.physical.insert(number, physical);
+        world.physical.insert(number, Arc::new(physical));
         // SAFETY: the caller gives room for one handle.
         unsafe { handle.write(number) };
         Ok(())
@@ -151,7 +243,7 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
     call("cuMemExportToShareableHandle", || {
         let world = world();
         let physical = world.physical.get(&handle).ok_or(INVALID_VALUE)?;
-        if kind != DESCRIPTOR || flags != 0 {
+        if kind != DESCRIPTOR || flags != 0 || !physical.shared {
             return Err(INVALID_VALUE);
         }
         let file = physical.file.try_clone().map_err(|_| OUT_OF_MEMORY)?;
@@ -187,10 +279,11 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
         let physical = Physical {
             file,
             size,
-            device,
+            device: Some(device),
             account: None,
+            shared: true,
         };
-        world.physical.insert(number, physical);
+        world.physical.insert(number, Arc::new(physical));
         // SAFETY: the caller gives room for one handle.
         unsafe { handle.write(number) };
         Ok(())
@@ -214,10 +307,7 @@ pub unsafe extern "C" fn cuMemAddressReserve(
         if base == libc::MAP_FAILED as u64 {
             return Err(OUT_OF_MEMORY);
         }
-        let kind = Kind::Virtual {
-            mapped: None,
-            admitted: Vec::new(),
-        };
+        let kind = Kind::Virtual(Pieces::default());
         world().allocations.insert(base, Allocation { size, kind });
         // SAFETY: the caller gives room for one address.
         unsafe { address.write(base) };
@@ -233,7 +323,11 @@ pub unsafe extern "C" fn cuMemAddressFree(address: u64, size: usize) -> Code {
             .allocations
             .get(&address)
             .filter(|found| found.size == size);
-        if !reserved.is_some_and(|found| matches!(found.kind, Kind::Virtual { mapped: None, .. })) {
+        let empty = |found: &Allocation| match &found.kind {
+            Kind::Virtual(pieces) => pieces.0.is_empty(),
+            _ => false,
+        };
+        if !reserved.is_some_and(empty) {
             return Err(INVALID_VALUE);
         }
         world.retire(address).map(|_| ())
@@ -250,20 +344,22 @@ pub unsafe extern "C" fn cuMemMap(
 ) -> Code {
     call("cuMemMap", || {
         let mut world = world();
-        let physical = world.physical.get(&handle).ok_or(INVALID_VALUE)?;
-        if offset != 0 || flags != 0 || size > physical.size {
+        let physical = world.physical.get(&handle).map(Arc::clone);
+        let physical = physical.ok_or(INVALID_VALUE)?;
+        let (base, _) = world.find(address, size).ok_or(INVALID_VALUE)?;
+        let place = (address - base) as usize;
+        let odd = !size.is_multiple_of(GRANULARITY) || !place.is_multiple_of(GRANULARITY);
+        if offset != 0 || flags != 0 || size == 0 || size > physical.size || odd {
             return Err(INVALID_VALUE);
         }
-        let (device, descriptor) = (physical.device, physical.file.as_raw_fd());
-        let range = world.allocations.get_mut(&address).ok_or(INVALID_VALUE)?;
-        let Kind::Virtual { mapped, .. } = &mut range.kind else {
-            return Err(INVALID_VALUE);
-        };
-        if range.size != size || mapped.is_some() {
+        let descriptor = physical.file.as_raw_fd();
+        let pieces = pieces(&mut world, address, size)?;
+        let last = pieces.0.range(..address + size as u64).next_back();
+        if last.is_some_and(|(start, piece)| start + piece.size as u64 > address) {
             return Err(INVALID_VALUE);
         }
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-        // SAFETY: replaces a reservation of the stub's own, of this very size.
+        // SAFETY: replaces a part of a reservation of the stub's own, where nothing is mapped.
         let base = unsafe {
             libc::mmap(
                 address as *mut _,
@@ -277,7 +373,12 @@ pub unsafe extern "C" fn cuMemMap(
         if base == libc::MAP_FAILED {
             return Err(OUT_OF_MEMORY);
         }
-        *mapped = Some((handle, device));
+        let piece = Piece {
+            physical,
+            size,
+            admitted: Vec::new(),
+        };
+        pieces.0.insert(address, piece);
         Ok(())
     })
 }
@@ -286,14 +387,10 @@ pub unsafe extern "C" fn cuMemMap(
 pub unsafe extern "C" fn cuMemUnmap(address: u64, size: usize) -> Code {
     call("cuMemUnmap", || {
         let mut world = world();
-        let range = world.allocations.get_mut(&address).ok_or(INVALID_VALUE)?;
-        let Kind::Virtual { mapped, admitted } = &mut range.kind else {
-            return Err(INVALID_VALUE);
-        };
-        if range.size != size || mapped.take().is_none() {
-            return Err(INVALID_VALUE);
+        let pieces = pieces(&mut world, address, size)?;
+        for start in pieces.exactly(address, size)? {
+            pieces.0.remove(&start);
         }
-        admitted.clear();
         reserve_at(address as *mut _, size);
         Ok(())
     })
@@ -310,28 +407,23 @@ pub unsafe extern "C" fn cuMemSetAccess(
         // SAFETY: the caller gives `count` complete descriptions.
         let access = unsafe { std::slice::from_raw_parts(access, count) };
         let mut world = world();
-        let range = world.allocations.get_mut(&address).ok_or(INVALID_VALUE)?;
-        let Kind::Virtual {
-            mapped: Some((_, owner)),
-            admitted,
-        } = &mut range.kind
-        else {
-            return Err(INVALID_VALUE);
-        };
-        if range.size != size {
-            return Err(INVALID_VALUE);
-        }
+        let pieces = pieces(&mut world, address, size)?;
+        let covered = pieces.exactly(address, size)?;
         for access in access {
             let device = device::known(access.location.id)?;
             if access.location.kind != ON_DEVICE || access.flags != READ_WRITE {
                 return Err(INVALID_VALUE);
             }
-            if !device::peers(device, *owner) {
-                return Err(INVALID_DEVICE);
+            for start in &covered {
+                let piece = pieces.0.get_mut(start).ok_or(INVALID_VALUE)?;
+                let owner = piece.physical.device;
+                if owner.is_some_and(|owner| !device::peers(device, owner)) {
+                    return Err(INVALID_DEVICE);
+                }
+                piece.admitted.push(device);
             }
-            admitted.push(device);
         }
-        // SAFETY: a mapping of the stub's own, of this very size.
+        // SAFETY: mappings of the stub's own, which make up this range.
         unsafe {
             libc::mprotect(address as *mut _, size, libc::PROT_READ | libc::PROT_WRITE);
         }

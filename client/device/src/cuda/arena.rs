@@ -29,15 +29,17 @@ pub(super) struct Arena {
     address: u64,
     pub(super) kind: Kind,
     /// How far the bytes are from the context's device.
-    route: Route,
+    pub(super) route: Route,
 }
 
 #[derive(Debug)]
 pub(super) enum Kind {
     /// `cuMemAlloc`: exported by legacy IPC.
     Plain,
-    /// `cuMemCreate`, own or imported, mapped in its own address range.
+    /// `cuMemCreate`, own or imported, of HBM or of host memory, mapped in its own address range.
     Virtual(VirtualRange),
+    /// A range of an address space, which keeps what is mapped there.
+    Space,
     /// `cuMemHostAlloc`.
     Host,
     /// Another process's plain allocation.
@@ -96,6 +98,16 @@ impl Arena {
         // SAFETY: the range was just allocated, `size` long, in this process's own address space.
         unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, size) };
         Ok(Self::new(context, address as u64, Kind::Host, Route::Pcie).into_memory(bytes))
+    }
+
+    /// Zeroed host memory that can be mapped in an address space.
+    pub(super) fn host_piece(context: &Arc<Context>, bytes: u64) -> Result<Memory> {
+        let entered = context.enter()?;
+        let range = VirtualRange::create_on_host(context, &entered, bytes)?;
+        drop(entered);
+        let arena = Self::new(context, range.address(), Kind::Virtual(range), Route::Pcie);
+        arena.zero(bytes)?;
+        Ok(arena.into_memory(bytes))
     }
 
     /// Maps another process's plain allocation, which is `route` away.
@@ -255,7 +267,7 @@ impl Arena {
                 range.admit(context, entered)?;
                 Ok(Some(self.route.max(context.route(&self.context, entered)?)))
             }
-            Kind::Opened => Err(self.foreign(&context.uuid)),
+            Kind::Opened | Kind::Space => Err(self.foreign(&context.uuid)),
         }
     }
 
@@ -264,7 +276,7 @@ impl Arena {
             operation: "copying",
             device: device.clone(),
             problem: format!(
-                "the memory was imported for {}: import it for this device too",
+                "the memory was imported or reserved for {}: do the same for this device",
                 self.context.uuid
             ),
         }
@@ -303,7 +315,7 @@ impl Arena {
                 // SAFETY: the driver made this descriptor for us a moment ago; nobody else owns it.
                 Ok(Export::Fd(unsafe { OwnedFd::from_raw_fd(descriptor) }))
             }
-            Kind::Host | Kind::Opened => Err(refuse_export(
+            Kind::Host | Kind::Opened | Kind::Space => Err(refuse_export(
                 HandleKind::CudaIpc,
                 "only HBM can be exported, by the process that allocated it",
             )),
@@ -348,7 +360,7 @@ impl Drop for Arena {
                 ),
                 Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
                 Kind::Virtual(range) => (range.unmap(&self.context, &entered), "cuMemUnmap"),
-                Kind::Adopted => return,
+                Kind::Adopted | Kind::Space => return,
                 Kind::Lent(bytes) => {
                     drop(entered);
                     return self.zero_returned(*bytes);

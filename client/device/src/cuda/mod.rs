@@ -12,6 +12,7 @@ mod gather;
 mod lane;
 mod lent;
 mod route;
+mod space;
 mod stream;
 mod ticket;
 mod virtual_range;
@@ -27,7 +28,9 @@ use swiftcache_proto::domain::{
     Device, DeviceUuid, Handle, HandleKind, Link, LinkKind, OpaqueHandle,
 };
 
-use super::{Base, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
+use super::{
+    AddressSpaces, Base, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result,
+};
 use arena::{Arena, refuse_import};
 use context::Context;
 use driver::{Calls, Driver, sys, unavailable};
@@ -278,6 +281,11 @@ impl DeviceLayer for CudaLayer {
                 "the cuda backend opens CudaIpc handles and descriptors".to_owned(),
             )),
         }
+    }
+
+    fn address_spaces(&self) -> Option<&dyn AddressSpaces> {
+        let has = self.kinds.contains(&HandleKind::PosixFd);
+        has.then_some(self as &dyn AddressSpaces)
     }
 
     fn stream(&self, device: &DeviceUuid) -> Result<Arc<dyn CopyStream>> {

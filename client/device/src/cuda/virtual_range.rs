@@ -15,15 +15,15 @@ use crate::{DeviceError, Result};
 const FD: sys::CUmemAllocationHandleType =
     sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
 
-/// Physical memory of one device, mapped in an address range of its own.
+/// Physical memory of one device or of the host, mapped in an address range of its own.
 #[derive(Debug)]
 pub(super) struct VirtualRange {
     handle: sys::CUmemGenericAllocationHandle,
     address: u64,
-    /// A multiple of the device's granularity.
+    /// A multiple of the granularity.
     size: usize,
-    /// Whether the physical memory is ours, and not another process's.
-    own: bool,
+    /// Whether it can be exported: HBM that this process allocated.
+    exportable: bool,
     /// The devices that may touch it.
     admitted: Mutex<Vec<sys::CUdevice>>,
 }
@@ -31,18 +31,38 @@ pub(super) struct VirtualRange {
 impl VirtualRange {
     /// Takes physical memory of `context`'s device and maps it.
     pub(super) fn create(context: &Context, entered: &Entered<'_>, bytes: u64) -> Result<Self> {
+        Self::create_with(context, entered, bytes, &properties(context))
+    }
+
+    /// Takes host memory of the node that is nearest to `context`'s device, and maps it.
+    pub(super) fn create_on_host(
+        context: &Context,
+        entered: &Entered<'_>,
+        bytes: u64,
+    ) -> Result<Self> {
+        let properties = host_properties(context, entered);
+        Self::create_with(context, entered, bytes, &properties)
+    }
+
+    fn create_with(
+        context: &Context,
+        entered: &Entered<'_>,
+        bytes: u64,
+        properties: &sys::CUmemAllocationProp,
+    ) -> Result<Self> {
         let calls = calls(context, entered)?;
-        let properties = properties(context);
-        let size = round_up(context, calls, bytes)?.ok_or_else(|| DeviceError::OutOfMemory {
+        let size = round_up(context, calls, bytes, properties)?;
+        let size = size.ok_or_else(|| DeviceError::OutOfMemory {
             uuid: context.uuid.clone(),
             bytes,
             problem: "no device has as much".to_owned(),
         })?;
         let mut handle = 0;
         // SAFETY: the context is current; the properties are ours and complete; one handle is written.
-        let code = unsafe { (calls.create)(&raw mut handle, size, &raw const properties, 0) };
+        let code = unsafe { (calls.create)(&raw mut handle, size, properties, 0) };
         allocated(context, code, "cuMemCreate", bytes)?;
-        Self::map(context, entered, handle, size, true)
+        let exportable = properties.requestedHandleTypes == FD;
+        Self::map(context, entered, handle, size, exportable)
     }
 
     /// Maps what another process exported as a descriptor.
@@ -56,7 +76,7 @@ impl VirtualRange {
         let calls = calls(context, entered)?;
         let size = match bytes {
             0 => None,
-            bytes => round_up(context, calls, bytes)?,
+            bytes => round_up(context, calls, bytes, &properties(context))?,
         };
         let size = size.ok_or_else(|| refuse(format!("{bytes} bytes cannot be mapped")))?;
         let mut handle = 0;
@@ -84,7 +104,7 @@ impl VirtualRange {
         entered: &Entered<'_>,
         handle: sys::CUmemGenericAllocationHandle,
         size: usize,
-        own: bool,
+        exportable: bool,
     ) -> Result<Self> {
         let calls = calls(context, entered)?;
         let undo_create = || {
@@ -112,7 +132,7 @@ impl VirtualRange {
             handle,
             address,
             size,
-            own,
+            exportable,
             admitted: Mutex::default(),
         };
         if let Err(error) = range.admit(context, entered) {
@@ -127,16 +147,23 @@ impl VirtualRange {
         self.address
     }
 
+    /// What the driver maps elsewhere too.
+    pub(super) fn handle(&self) -> sys::CUmemGenericAllocationHandle {
+        self.handle
+    }
+
+    /// The allocation's size, bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size as u64
+    }
+
     /// Lets `context`'s device touch the range.
     pub(super) fn admit(&self, context: &Context, entered: &Entered<'_>) -> Result<()> {
         let mut admitted = self.admitted.lock();
         if admitted.contains(&context.device) {
             return Ok(());
         }
-        let access = sys::CUmemAccessDesc {
-            location: location(context),
-            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
+        let access = access(context);
         let calls = calls(context, entered)?;
         // SAFETY: the range is ours and mapped; the description is ours and complete.
         let code = unsafe { (calls.set_access)(self.address, self.size, &raw const access, 1) };
@@ -152,8 +179,8 @@ impl VirtualRange {
             kind: HandleKind::PosixFd,
             problem,
         };
-        if !self.own {
-            let problem = "only the process that allocated memory exports it";
+        if !self.exportable {
+            let problem = "only HBM can be exported, by the process that allocated it";
             return Err(refuse(problem.to_owned()));
         }
         let calls = calls(context, entered)?;
@@ -187,7 +214,8 @@ impl VirtualRange {
     }
 }
 
-fn calls<'a>(context: &Context, entered: &'a Entered<'_>) -> Result<&'a VirtualMemory> {
+/// The driver's entry points.
+pub(super) fn calls<'a>(context: &Context, entered: &'a Entered<'_>) -> Result<&'a VirtualMemory> {
     let calls = entered.virtual_memory();
     calls.ok_or_else(|| {
         let absent = &context.driver.absent;
@@ -195,6 +223,14 @@ fn calls<'a>(context: &Context, entered: &'a Entered<'_>) -> Result<&'a VirtualM
             "this driver has no {absent:?}, which PosixFd handles need: use CudaIpc"
         ))
     })
+}
+
+/// Reading and writing by `context`'s device.
+pub(super) fn access(context: &Context) -> sys::CUmemAccessDesc {
+    sys::CUmemAccessDesc {
+        location: location(context),
+        flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+    }
 }
 
 fn location(context: &Context) -> sys::CUmemLocation {
@@ -219,14 +255,53 @@ fn properties(context: &Context) -> sys::CUmemAllocationProp {
     }
 }
 
-/// The size of a mapping that holds `bytes`; none if no number is that large.
-fn round_up(context: &Context, calls: &VirtualMemory, bytes: u64) -> Result<Option<usize>> {
-    let properties = properties(context);
+/// Host memory of the node that is nearest to `context`'s device. It is not exported.
+fn host_properties(context: &Context, entered: &Entered<'_>) -> sys::CUmemAllocationProp {
+    let mut node: c_int = 0;
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID;
+    // SAFETY: one int is written, to one of ours.
+    let code =
+        unsafe { (entered.core().device_attribute)(&raw mut node, attribute, context.device) };
+    // A machine without such nodes, or a driver that does not know them, has one.
+    let node = if code == SUCCESS { node.max(0) } else { 0 };
+    sys::CUmemAllocationProp {
+        requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
+        location: sys::CUmemLocation {
+            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA,
+            id: node,
+        },
+        ..properties(context)
+    }
+}
+
+/// Pieces of an address space start and end at multiples of this, wherever their memory is.
+pub(super) fn granularity_of_all(context: &Context, entered: &Entered<'_>) -> Result<u64> {
+    let calls = calls(context, entered)?;
+    let hbm = granularity(context, calls, &properties(context))?;
+    let host = granularity(context, calls, &host_properties(context, entered))?;
+    Ok(hbm.max(host))
+}
+
+fn granularity(
+    context: &Context,
+    calls: &VirtualMemory,
+    properties: &sys::CUmemAllocationProp,
+) -> Result<u64> {
     let mut granularity = 0;
     let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
     // SAFETY: the properties are ours and complete; one number is written, to one of ours.
-    let code = unsafe { (calls.granularity)(&raw mut granularity, &raw const properties, option) };
+    let code = unsafe { (calls.granularity)(&raw mut granularity, properties, option) };
     context.check(code, "cuMemGetAllocationGranularity")?;
-    let size = bytes.checked_next_multiple_of((granularity as u64).max(1));
+    Ok((granularity as u64).max(1))
+}
+
+/// The size of a mapping that holds `bytes`; none if no number is that large.
+fn round_up(
+    context: &Context,
+    calls: &VirtualMemory,
+    bytes: u64,
+    properties: &sys::CUmemAllocationProp,
+) -> Result<Option<usize>> {
+    let size = bytes.checked_next_multiple_of(granularity(context, calls, properties)?);
     Ok(size.and_then(|size| usize::try_from(size).ok()))
 }

@@ -20,13 +20,27 @@ pub(super) enum Place {
     Host(DeviceUuid),
 }
 
+/// Whose the bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// This backend's: they can be exported.
+    Exportable,
+    /// This backend's, or another process's.
+    Private,
+    /// The caller's, who keeps them mapped.
+    Adopted,
+    /// Of the pieces of an address space.
+    Space,
+}
+
 /// What keeps a range of shared memory mapped.
 #[derive(Debug)]
 pub(super) struct Arena {
     place: Place,
-    /// None for memory that the caller maps (adopted) itself; what is lent of it has one in its place.
+    origin: Origin,
+    /// None for memory that somebody else keeps mapped. What is lent of it has one in its place.
     mapping: Option<Mapping>,
-    /// Exportable memory's descriptor.
+    /// What holds the pages, if a file does.
     memfd: Option<OwnedFd>,
     /// Gives the HBM back after the mapping is gone: fields drop in order.
     _claim: Option<Claim>,
@@ -40,6 +54,7 @@ impl Arena {
             Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", device, &error))?;
         Ok(Self {
             place: Place::Device(device.clone()),
+            origin: Origin::Exportable,
             mapping: Some(mapping),
             memfd: Some(memfd),
             _claim: Some(claim),
@@ -52,8 +67,24 @@ impl Arena {
         let mapping = Mapping::anonymous(bytes).map_err(|error| failed("mmap", device, &error))?;
         Ok(Self {
             place: Place::Host(device.clone()),
+            origin: Origin::Private,
             mapping: Some(mapping),
             memfd: None,
+            _claim: None,
+        }
+        .into_memory(device))
+    }
+
+    /// Zeroed host memory near `device` that can be mapped in an address space.
+    pub(super) fn host_piece(device: &DeviceUuid, bytes: u64) -> Result<Memory> {
+        let memfd = sealed(device, bytes)?;
+        let mapping =
+            Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", device, &error))?;
+        Ok(Self {
+            place: Place::Host(device.clone()),
+            origin: Origin::Private,
+            mapping: Some(mapping),
+            memfd: Some(memfd),
             _claim: None,
         }
         .into_memory(device))
@@ -63,7 +94,7 @@ impl Arena {
     pub(super) fn import(
         device: &DeviceUuid,
         owner: &DeviceUuid,
-        memfd: &OwnedFd,
+        memfd: OwnedFd,
         bytes: u64,
     ) -> Result<Memory> {
         let refuse = |problem: String| DeviceError::Handle {
@@ -71,9 +102,9 @@ impl Arena {
             kind: HandleKind::PosixFd,
             problem,
         };
-        let stat = rustix::fs::fstat(memfd).map_err(|error| refuse(error.to_string()))?;
-        let seals = rustix::fs::fcntl_get_seals(memfd).unwrap_or(SealFlags::empty());
-        let tmpfs = rustix::fs::fstatfs(memfd)
+        let stat = rustix::fs::fstat(&memfd).map_err(|error| refuse(error.to_string()))?;
+        let seals = rustix::fs::fcntl_get_seals(&memfd).unwrap_or(SealFlags::empty());
+        let tmpfs = rustix::fs::fstatfs(&memfd)
             .is_ok_and(|filesystem| filesystem.f_type as u64 == TMPFS_MAGIC);
         if !tmpfs || !seals.contains(SealFlags::SHRINK) {
             return Err(refuse(
@@ -86,21 +117,33 @@ impl Arena {
                 "{bytes} bytes were promised, but it holds {size}"
             )));
         }
-        let mapping = Mapping::shared(memfd, bytes)
+        let mapping = Mapping::shared(&memfd, bytes)
             .map_err(|error| refuse(format!("mmap of {bytes} bytes: {error}")))?;
         Ok(Self {
             place: Place::Device(owner.clone()),
+            origin: Origin::Private,
             mapping: Some(mapping),
-            memfd: None,
+            memfd: Some(memfd),
             _claim: None,
         }
         .into_memory(device))
     }
 
     /// Memory that the caller keeps mapped.
-    pub(super) fn adopt(device: &DeviceUuid, place: Place, address: u64, bytes: u64) -> Memory {
+    pub(super) fn adopt(device: &DeviceUuid, address: u64, bytes: u64) -> Memory {
+        let place = Place::Device(device.clone());
+        Self::kept(Origin::Adopted, device, place, address, bytes)
+    }
+
+    /// A range of an address space, whose farthest bytes are at `place`.
+    pub(super) fn of_space(device: &DeviceUuid, place: Place, address: u64, bytes: u64) -> Memory {
+        Self::kept(Origin::Space, device, place, address, bytes)
+    }
+
+    fn kept(origin: Origin, device: &DeviceUuid, place: Place, address: u64, bytes: u64) -> Memory {
         let arena = Self {
             place,
+            origin,
             mapping: None,
             memfd: None,
             _claim: None,
@@ -120,7 +163,7 @@ impl Arena {
             problem,
         };
         let pool = Self::of(memory)?;
-        if pool.mapping.is_some() {
+        if pool.origin != Origin::Adopted {
             let problem = "only an engine's own memory is lent in place";
             return Err(refuse(problem.to_owned()));
         }
@@ -140,6 +183,7 @@ impl Arena {
             .map_err(|error| failed("mmap", device, &error))?;
         Ok(Self {
             place: pool.place.clone(),
+            origin: Origin::Exportable,
             mapping: Some(mapping),
             memfd: Some(memfd),
             _claim: None,
@@ -169,6 +213,11 @@ impl Arena {
         &self.place
     }
 
+    /// The file that holds the bytes, if one does.
+    pub(super) fn file(&self) -> Option<&OwnedFd> {
+        self.memfd.as_ref()
+    }
+
     /// A descriptor that opens the same bytes.
     pub(super) fn descriptor(&self) -> Result<OwnedFd> {
         let refuse = |problem: String| DeviceError::Handle {
@@ -176,7 +225,11 @@ impl Arena {
             kind: HandleKind::PosixFd,
             problem,
         };
-        let memfd = self.memfd.as_ref().ok_or_else(|| {
+        let own = self
+            .memfd
+            .as_ref()
+            .filter(|_| self.origin == Origin::Exportable);
+        let memfd = own.ok_or_else(|| {
             refuse(
                 "only memory of `allocate` can be exported, by the process that allocated it"
                     .to_owned(),

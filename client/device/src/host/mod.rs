@@ -8,6 +8,7 @@ mod arena;
 mod mapping;
 mod maps;
 mod pacing;
+mod space;
 mod stream;
 mod usage;
 
@@ -22,8 +23,8 @@ use swiftcache_proto::{
     topology::Topology,
 };
 
-use super::{CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
-use arena::{Arena, Place};
+use super::{AddressSpaces, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
+use arena::Arena;
 use pacing::LinkModel;
 use stream::HostStream;
 use usage::Usage;
@@ -203,7 +204,7 @@ impl DeviceLayer for HostLayer {
         self.device(device)?;
         self.device(owner)?;
         match export {
-            Export::Fd(descriptor) => Arena::import(device, owner, &descriptor, bytes),
+            Export::Fd(descriptor) => Arena::import(device, owner, descriptor, bytes),
             Export::Opaque(handle) => Err(DeviceError::Handle {
                 action: "import",
                 kind: handle.kind(),
@@ -226,18 +227,17 @@ impl DeviceLayer for HostLayer {
             device: device.clone(),
             problem,
         })?;
-        Ok(Arena::adopt(
-            device,
-            Place::Device(device.clone()),
-            address,
-            bytes,
-        ))
+        Ok(Arena::adopt(device, address, bytes))
     }
 
     unsafe fn lend(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<Memory> {
         self.device(memory.device())?;
         // SAFETY: the caller promises the same.
         unsafe { Arena::lend(memory, offset, bytes) }
+    }
+
+    fn address_spaces(&self) -> Option<&dyn AddressSpaces> {
+        Some(self)
     }
 
     fn has_foreign_streams(&self) -> bool {

@@ -6,6 +6,7 @@ mod graphs;
 mod memory;
 mod peers;
 mod processes;
+mod spaces;
 mod streams;
 
 use anyhow::Result;
@@ -77,6 +78,22 @@ pub const CHECKS: &[Check] = &[
     (
         "an engine's graph capture goes on while others map, copy, poll and let go",
         graphs::captured_while_others_work,
+    ),
+    (
+        "an address space holds memories of every kind side by side",
+        spaces::side_by_side,
+    ),
+    (
+        "bytes of an address space move, and its addresses stay",
+        spaces::moved,
+    ),
+    (
+        "an address space refuses what it cannot map",
+        spaces::refused,
+    ),
+    (
+        "an address space gives its memories back",
+        spaces::given_back,
     ),
     (
         "a lost device fails its streams for good",

@@ -17,7 +17,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use libloading::Library;
 use swiftcache_client::device::{
-    CopyStream, DeviceLayer, Memory, Ticket, cuda::LIBRARY_VARIABLE, foreign,
+    AddressSpace, CopyStream, DeviceLayer, Memory, Standstill, Ticket, cuda::LIBRARY_VARIABLE,
+    foreign,
 };
 use swiftcache_proto::domain::DeviceUuid;
 
@@ -324,4 +325,11 @@ impl Engine {
         // SAFETY: the stream is of the first device's primary context, and the engine never destroys it.
         Ok(unsafe { layer.adopt_stream(device, stream.raw()) }?)
     }
+}
+
+/// What an engine promises between two steps. The checks queue nothing that touches a piece which they move.
+pub fn still(space: &AddressSpace) -> Standstill<'_> {
+    // SAFETY: every check waits for its copies before it moves or unmaps a piece, and uses no memory of it until something is
+    // mapped there again.
+    unsafe { space.stand_still() }
 }

@@ -2,6 +2,7 @@
 
 mod peers;
 mod run;
+mod spaces;
 
 use std::{path::PathBuf, process::Command};
 
