@@ -6,6 +6,7 @@ pub mod error;
 mod latency;
 mod leases;
 pub mod session;
+pub mod stream;
 mod threads;
 mod transfer;
 
