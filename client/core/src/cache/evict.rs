@@ -36,9 +36,11 @@ struct Room {
 
 impl Core {
     /// Tries to have `want` free slots. Blocks the caller for one round trip to the broker when published blocks
-    /// must go.
+    /// must go. The slots are [`awaited`](State::awaited), so that no promotion takes them, until the caller takes `want` off
+    /// again.
     pub(super) fn make_room(self: &Arc<Self>, want: u32) {
         let mut state = self.state.lock();
+        state.awaited += want;
         let routes = state.routes_up();
         let donor = state.free_slots(Medium::Hbm, routes);
         if donor >= want {

@@ -116,11 +116,12 @@ impl Core {
 
 impl State {
     /// Blocks of the host tier that donors have room for, the hottest first, each with its place. Making room leaves some
-    /// slots free: taking those would only have the next store make room again.
+    /// slots free: taking those would only have the next store make room again. What a store is making room for is not there
+    /// to be taken at all.
     fn worth_promoting(&self) -> Vec<(BlockId, Place)> {
         let routes = self.routes_up();
         let slack = (self.slots(Medium::Hbm, routes) / 16).min(MOST_SLACK);
-        let room = (self.free_slots(Medium::Hbm, routes)).saturating_sub(slack);
+        let room = (self.free_slots(Medium::Hbm, routes)).saturating_sub(slack + self.awaited);
         let most = room.min(BATCH) as usize;
         let worth = |id: BlockId| {
             let block = self.blocks.get(id);
@@ -135,5 +136,42 @@ impl State {
         let newest = self.blocks.newest(Medium::Host);
         let looked_at = newest.take(LOOKED_AT);
         looked_at.filter_map(worth).take(most).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use swiftcache_proto::domain::BlockHash;
+
+    use super::*;
+    use crate::{
+        cache::{
+            shelf::tests::{HOST, OWN, SLOTS, shelf},
+            tests::{device, layer},
+        },
+        transfer::Routes,
+    };
+
+    #[test]
+    fn a_promotion_leaves_what_a_store_has_made_room_for() {
+        let routes = Arc::new(Routes::new(layer(), device()));
+        let mut state = State::new(Arc::clone(&routes));
+        state.shelves.insert(shelf(&routes, OWN, 1));
+        let host = shelf(&routes, HOST, 0);
+        let slab = host.area.id;
+        state.shelves.insert(host);
+        for slot in 0..SLOTS {
+            let place = Place { slab, slot };
+            let hash = BlockHash([slot as u8; 16]);
+            let id = state.blocks.insert(hash, place, Medium::Host);
+            state.shelves.occupy(place, id);
+            state.blocks.get_mut(id).ready = true;
+            state.blocks.touch(id);
+            state.blocks.unpin(id);
+        }
+        for (awaited, worth) in [(0, SLOTS), (1, SLOTS - 1), (SLOTS, 0), (SLOTS + 1, 0)] {
+            state.awaited = awaited;
+            assert_eq!(state.worth_promoting().len() as u32, worth, "{awaited}");
+        }
     }
 }

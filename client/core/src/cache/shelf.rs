@@ -204,7 +204,7 @@ impl Shelves {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
     use swiftcache_proto::domain::{Generation, LinkKind};
 
@@ -214,12 +214,16 @@ mod tests {
         transfer::Routes,
     };
 
-    const SLOTS: u32 = 4;
+    pub(in crate::cache) const SLOTS: u32 = 4;
+    /// Kinds of shelves.
+    const SHARED: u8 = 0;
+    pub(in crate::cache) const HOST: u8 = 1;
+    pub(in crate::cache) const OWN: u8 = 2;
 
-    fn shelf(routes: &Routes, kind: u8, lease: u64) -> Shelf {
+    pub(in crate::cache) fn shelf(routes: &Routes, kind: u8, lease: u64) -> Shelf {
         let (medium, hold) = match kind {
-            0 => (Medium::Hbm, Hold::Shared),
-            1 => (Medium::Host, Hold::Own),
+            SHARED => (Medium::Hbm, Hold::Shared),
+            HOST => (Medium::Host, Hold::Own),
             _ => (Medium::Hbm, Hold::Own),
         };
         let memory = layer().allocate_host(&device(), 4_096).unwrap();

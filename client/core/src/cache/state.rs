@@ -25,6 +25,8 @@ pub(super) struct State {
     pub(super) told: Told,
     /// Which routes work.
     routes: Arc<Routes>,
+    /// Slots that stores are making room for at present.
+    pub(super) awaited: u32,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
@@ -38,6 +40,7 @@ impl State {
             shelves: Shelves::default(),
             told: Told::default(),
             routes,
+            awaited: 0,
             counts: Stats::default(),
             reported: Traffic::default(),
             reported_down: 0,

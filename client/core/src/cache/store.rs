@@ -162,6 +162,7 @@ impl Core {
             self.make_room(want);
         }
         let mut state = self.state.lock();
+        state.awaited -= want;
         let mut registering = self.leases.registering();
         let mut sequence = Vec::with_capacity(blocks.len());
         let mut writes = Vec::with_capacity(want as usize);
