@@ -94,8 +94,8 @@ impl Descriptors {
         }
     }
 
-    /// Takes the descriptor of an allocation that a donor will offer next. Another upload for the allocation replaces
-    /// it.
+    /// Takes the descriptor of an allocation that a donor will offer next, or offers again. It replaces what the donor has
+    /// uploaded for the allocation before.
     ///
     /// # Errors
     /// [`Full`] when no more descriptors may be kept.
@@ -109,16 +109,20 @@ impl Descriptors {
     ) -> Result<(), Full> {
         let mut inner = self.inner.lock();
         let key = (session, allocation);
+        let waits = inner.waiting.contains_key(&key);
+        // One that takes the place of one that is kept needs no room: an offer that is made again must not fail because
+        // the broker is full.
+        let replaces = |(session, allocation): &(SessionId, AllocationId)| {
+            let kept = inner.kept.get(allocation);
+            kept.is_some_and(|kept| kept.donor == *session)
+        };
+        let more = inner.waiting.keys().filter(|key| !replaces(key)).count();
+        let full = inner.kept.len() + more >= self.limit && !replaces(&key);
         let of_session = inner.waiting.keys().filter(|(of, _)| *of == session);
-        let full = inner.waiting.len() + inner.kept.len() >= self.limit
-            || of_session.count() >= MAX_WAITING_PER_SESSION
-            || inner
-                .waiting
-                .values()
-                .filter(|upload| upload.uid == uid)
-                .count()
-                >= MAX_WAITING_PER_USER;
-        if full && !inner.waiting.contains_key(&key) {
+        let of_user = (inner.waiting.values()).filter(|upload| upload.uid == uid);
+        let busy = of_session.count() >= MAX_WAITING_PER_SESSION
+            || of_user.count() >= MAX_WAITING_PER_USER;
+        if (full || busy) && !waits {
             return Err(Full);
         }
         let upload = Upload {
@@ -154,9 +158,18 @@ impl Descriptors {
         }
     }
 
+    /// The offer was refused: what was uploaded for it would only keep the donor's memory from being free.
+    pub fn refused(&self, session: SessionId, allocation: AllocationId) {
+        self.inner.lock().waiting.remove(&(session, allocation));
+    }
+
     /// Drops the descriptor of an allocation of which nothing is on offer any more.
     pub fn discard(&self, allocation: AllocationId) {
-        self.inner.lock().kept.remove(&allocation);
+        let mut inner = self.inner.lock();
+        if let Some(kept) = inner.kept.remove(&allocation) {
+            // Uploaded to be offered again, which it was not.
+            inner.waiting.remove(&(kept.donor, allocation));
+        }
     }
 
     /// Drops the tokens of a session that is over, and what it has uploaded but not offered.
@@ -427,6 +440,23 @@ mod tests {
         }
         assert_eq!(upload(room, 1_000), Err(Full));
         upload(room, 2_000).unwrap();
+    }
+
+    #[test]
+    fn what_is_refused_or_returned_is_held_no_longer() {
+        let now = Instant::now();
+        let descriptors = on_offer(now);
+        let refused = AllocationId([2; 16]);
+        for allocation in [ALLOCATION, refused] {
+            descriptors
+                .upload(DONOR, LESSEE.uid, allocation, descriptor(), now)
+                .unwrap();
+        }
+        descriptors.refused(DONOR, refused);
+        assert!(descriptors.check_offer(DONOR, refused).is_err());
+        assert_eq!(descriptors.count(), 2, "what is on offer stays");
+        descriptors.discard(ALLOCATION);
+        assert_eq!(descriptors.count(), 0);
     }
 
     #[test]

@@ -6,12 +6,14 @@
 )]
 
 use std::{
-    sync::{Arc, Weak, mpsc},
+    collections::BTreeSet,
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, mpsc},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
+use rand::Rng;
 use swiftcache_client::{
     device::{CopyStream, DeviceLayer, Memory, foreign},
     donor::Lender,
@@ -21,9 +23,13 @@ use swiftcache_proto::domain::RegionId;
 use swiftcache_tests::{
     PATIENCE,
     engine::{self, Engine, SLAB_BYTES, eventually},
+    gate::{Fault, Gate, Stage},
     node::Node,
+    operator::Operator,
+    seed::Course,
     wire::Wire,
 };
+use tonic::Code;
 
 const PAGE: u64 = 4096;
 /// The byte that fills the engine's own KV.
@@ -41,6 +47,18 @@ struct Pool {
 struct Part {
     region: RegionId,
     back: Weak<()>,
+}
+
+/// Does something when it is dropped.
+struct Then<F: Fn()>(
+    F,
+    #[allow(dead_code, reason = "it is told of by its end")] Arc<()>,
+);
+
+impl<F: Fn()> Drop for Then<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 impl Part {
@@ -77,8 +95,14 @@ impl Pool {
 
     /// Lends the first slab or the second.
     fn lend(&self, number: u64) -> Result<Part> {
+        self.lend_and(number, || {})
+    }
+
+    /// Lends the first slab or the second. When it is back, the engine does this.
+    fn lend_and(&self, number: u64, then: impl Fn() + Send + Sync + 'static) -> Result<Part> {
         let token = Arc::new(());
         let back = Arc::downgrade(&token);
+        let token = Then(then, token);
         let at = number * (SLAB_BYTES + PAGE);
         let (layer, token) = (&*self.layer, Box::new(token));
         // SAFETY: the engine only reads what it lends, by copies and to check it.
@@ -240,6 +264,105 @@ fn closing_waits_as_long_as_borrowers_may_take() -> Result<()> {
         eventually("the part", || Ok(part.is_back()))?;
         drop(closing.join());
     }
+    Ok(())
+}
+
+/// What the broker refuses to take is the engine's again at once. What it may have taken is not.
+#[test]
+fn what_is_refused_is_back_and_what_may_be_lent_is_not() -> Result<()> {
+    let mut node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let pool = Pool::new(&node, gate.session("lender")?)?;
+    let operator = Operator::of(&node)?;
+    gate.fail("Offer", Fault::Refuse(Code::ResourceExhausted), 1);
+    let part = pool.lend(0)?;
+    eventually("the part", || Ok(part.is_back()))?;
+    ensure!(pool.lender.status().offered_bytes == 0);
+    for fault in [Fault::CutAfter, Fault::Deny(Code::Internal)] {
+        gate.hold("Register");
+        gate.fail("Offer", fault, usize::MAX);
+        let part = pool.lend(0)?;
+        eventually("the offer to be taken", || {
+            Ok(gate.count("Offer", Stage::Done) > 0 && !operator.regions()?.is_empty())
+        })?;
+        // The broker has it and is gone: its donor must not believe that it has not.
+        node.kill_broker()?;
+        gate.cut();
+        pool.lender.take_back(&[part.region]);
+        ensure!(!pool.lender.take_all_back(Duration::ZERO));
+        ensure!(!part.is_back(), "{fault:?}");
+        ensure!(pool.lender.status().withdrawing_bytes == SLAB_BYTES);
+        gate.mend();
+        gate.open();
+        node.start_broker()?;
+        eventually("the part", || Ok(part.is_back()))?;
+        ensure!(operator.regions()?.is_empty());
+    }
+    Ok(())
+}
+
+/// Random loans and losses: what the engine has back, the broker never has.
+#[test]
+fn what_is_back_is_on_offer_never_again_whatever_is_lost() -> Result<()> {
+    let mut course = Course::new("a lender's unknown outcomes", 40);
+    let mut node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let session = gate.session("lender")?;
+    let pool = Pool::new(&node, session.clone())?;
+    let operator = Operator::of(&node)?;
+    let back: Arc<Mutex<BTreeSet<String>>> = Arc::default();
+    let mut parts: [Option<Part>; 2] = [None, None];
+    while course.goes_on() {
+        let rng = &mut course.rng;
+        if rng.random_bool(0.8) {
+            session.wait_connected(PATIENCE)?;
+        }
+        let lost = [
+            Fault::CutBefore,
+            Fault::CutAfter,
+            Fault::Deny(Code::Internal),
+            Fault::Refuse(Code::ResourceExhausted),
+        ][rng.random_range(0..4)];
+        match rng.random_range(0..8) {
+            0 | 1 => gate.fail("Offer", lost, 1),
+            2 => gate.fail("Withdraw", lost, 1),
+            3 => gate.fail("Register", Fault::CutAfter, 1),
+            4 => gate.fail("Returned", Fault::CutBefore, 1),
+            5 => gate.cut(),
+            6 => {
+                node.kill_broker()?;
+                node.start_broker()?;
+            }
+            _ => {}
+        }
+        for (number, place) in (0..).zip(&mut parts) {
+            if place.as_ref().is_some_and(Part::is_back) {
+                *place = None;
+            }
+            match place {
+                Some(part) if rng.random_bool(0.5) => pool.lender.take_back(&[part.region]),
+                None if rng.random_bool(0.5) => {
+                    let name: Arc<OnceLock<String>> = Arc::default();
+                    let (its, list) = (Arc::clone(&name), Arc::clone(&back));
+                    let part = pool.lend_and(number, move || {
+                        let mut list = list.lock().unwrap_or_else(PoisonError::into_inner);
+                        list.extend(its.get().cloned());
+                    })?;
+                    name.get_or_init(|| part.region.to_string());
+                    *place = Some(part);
+                }
+                _ => {}
+            }
+        }
+        let back = (back.lock().unwrap_or_else(PoisonError::into_inner)).clone();
+        for region in operator.regions()? {
+            ensure!(!back.contains(&region.region_id), "{region:?} is back");
+        }
+    }
+    gate.mend();
+    ensure!(pool.lender.take_all_back(PATIENCE));
+    ensure!(parts.iter().flatten().all(Part::is_back) && operator.regions()?.is_empty());
+    ensure!(pool.holds_only(0, 0)? || pool.holds_only(0, OWN)?);
     Ok(())
 }
 

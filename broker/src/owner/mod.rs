@@ -175,19 +175,24 @@ impl Owner {
         .await?
     }
 
-    /// Puts a region on offer. If `by_descriptor`, the descriptor that the donor has uploaded is kept from now on.
+    /// Puts a region on offer. If `by_descriptor`, the descriptor that the donor has uploaded is kept from now on. If the
+    /// offer is refused, the descriptor is closed.
     ///
     /// # Errors
     /// When the core refuses.
     pub async fn offer(self: &Arc<Self>, offer: Offer, by_descriptor: bool) -> Result<(), Refused> {
         self.at_desk(move |owner, desk| {
-            let (session, allocation) = (offer.caller.session, offer.allocation);
-            desk.handle(owner, Event::Offer(offer))?;
-            // Before the next event, which may give the allocation back.
-            if by_descriptor {
-                owner.descriptors.offered(session, allocation);
+            let (caller, allocation) = (offer.caller, offer.allocation);
+            let outcome = desk.handle(owner, Event::Offer(offer));
+            match &outcome {
+                // Before the next event, which may give the allocation back.
+                Ok(_) if by_descriptor => owner.descriptors.offered(caller.session, allocation),
+                Err(_) if owner.is_session_of(caller.session, caller.process) => {
+                    owner.descriptors.refused(caller.session, allocation);
+                }
+                _ => {}
             }
-            Ok(())
+            outcome.map(drop)
         })
         .await?
     }

@@ -89,7 +89,8 @@ impl Error {
     /// Whether the broker may have done what was asked, or may yet do it. Otherwise it has not, and will not.
     ///
     /// Whoever asked must assume the worse of the two: memory that may be on offer is kept, and blocks that may be
-    /// findable are made unfindable before their slots are written.
+    /// findable are made unfindable before their slots are written. What settles each call stands in
+    /// docs/decisions/0027-unknown-outcomes.md.
     pub fn may_be_done(&self) -> bool {
         match self {
             // The call was on its way.

@@ -43,6 +43,7 @@ impl Core {
                 Some(_) => PROMOTING,
                 None => TICK,
             };
+            self.publish_due();
             self.unpublish_due();
             self.report();
         }

@@ -11,6 +11,7 @@ use tracing::debug;
 use super::{
     blocks::{BlockId, Place, Published},
     core::Core,
+    state::State,
 };
 use crate::{
     Error,
@@ -19,8 +20,8 @@ use crate::{
     transfer::AreaId,
 };
 
-/// When to ask again after an unpublishing whose outcome is not known: later than any call's deadline, so that
-/// nothing sent before can arrive after.
+/// When to ask again after a publishing or an unpublishing whose outcome is not known: later than any call's deadline, so
+/// that nothing sent before can arrive after.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// Slots of one lease whose blocks are gone, and which the broker must forget before they are written.
@@ -176,8 +177,10 @@ impl Core {
             }
             Err(error) => {
                 debug!(%error, lease = %batch.key.lease, "blocks not published");
-                // A refusal is certain; after anything else the broker may know them.
-                if matches!(error, Error::Refused { .. }) {
+                if error.may_be_done() {
+                    let again = Instant::now() + ASK_AGAIN;
+                    state.publish_after.get_or_insert(again);
+                } else {
                     for index in here {
                         let block = state.blocks.get_mut(batch.ids[index]);
                         block.published = batch.before[index];
@@ -193,27 +196,28 @@ impl Core {
 
     /// After a connection: makes known what the broker does not know, everything if it restarted.
     pub(super) fn publish_again(&self, restarted: bool) {
-        let mut unknown = Vec::new();
-        {
-            let mut state = self.state.lock();
-            let mut own = Vec::new();
-            for shelf in state.shelves.iter() {
-                if shelf.is_open() && shelf.own_lease().is_some() {
-                    own.extend(shelf.occupants.iter().flatten().copied());
-                }
-            }
-            for id in own {
-                let block = state.blocks.get_mut(id);
-                if restarted && block.published == Published::Yes {
-                    block.published = Published::Maybe;
-                }
-                if block.ready && block.published != Published::Yes {
-                    block.pins += 1;
-                    unknown.push(id);
-                }
-            }
-        }
+        let unknown = self.state.lock().pin_unknown(restarted);
         debug!(blocks = unknown.len(), restarted, "publishing again");
+        self.publish(unknown);
+    }
+
+    /// Makes known again, after a while, what the broker may not know by this connection.
+    pub(super) fn publish_due(&self) {
+        let unknown = {
+            let mut state = self.state.lock();
+            let due = state
+                .publish_after
+                .is_some_and(|when| when <= Instant::now());
+            if !due || self.connected().is_none() {
+                return;
+            }
+            state.publish_after = None;
+            state.pin_unknown(false)
+        };
+        debug!(
+            blocks = unknown.len(),
+            "publishing again what was not answered"
+        );
         self.publish(unknown);
     }
 
@@ -291,6 +295,30 @@ impl Core {
             }
         }
         self.unpublish(due);
+    }
+}
+
+impl State {
+    /// Pins the blocks in own leases that the broker may not know. If it restarted, it knows none.
+    fn pin_unknown(&mut self, restarted: bool) -> Vec<BlockId> {
+        let mut own = Vec::new();
+        for shelf in self.shelves.iter() {
+            if shelf.is_open() && shelf.own_lease().is_some() {
+                own.extend(shelf.occupants.iter().flatten().copied());
+            }
+        }
+        own.retain(|id| {
+            let block = self.blocks.get_mut(*id);
+            if restarted && block.published == Published::Yes {
+                block.published = Published::Maybe;
+            }
+            let unknown = block.ready && block.published != Published::Yes;
+            if unknown {
+                block.pins += 1;
+            }
+            unknown
+        });
+        own
     }
 }
 

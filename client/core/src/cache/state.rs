@@ -27,6 +27,8 @@ pub(super) struct State {
     routes: Arc<Routes>,
     /// Slots that stores are making room for at present.
     pub(super) awaited: u32,
+    /// When to publish again what the broker may not know: a publishing was not answered, and the connection lasts.
+    pub(super) publish_after: Option<Instant>,
     pub(super) counts: Stats,
     /// What of it the session was told.
     pub(super) reported: Traffic,
@@ -41,6 +43,7 @@ impl State {
             told: Told::default(),
             routes,
             awaited: 0,
+            publish_after: None,
             counts: Stats::default(),
             reported: Traffic::default(),
             reported_down: 0,

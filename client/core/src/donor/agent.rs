@@ -245,7 +245,11 @@ impl Shared {
                 let target = goal.target;
                 drop(goal);
                 match self.donor.offer_one() {
-                    Ok(()) => debug!(target, "a slab more on offer"),
+                    Ok(true) => debug!(target, "a slab more on offer"),
+                    Ok(false) => {
+                        debug!(target, "a slab more, once the broker answers");
+                        break;
+                    }
                     Err(error) => {
                         warn!(%error, "no more slabs on offer for now");
                         break;

@@ -1,7 +1,8 @@
-//! A donor's regions, and what the broker says about them.
+//! A donor: its regions, its thread, and what the broker says about them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    mem,
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -9,20 +10,18 @@ use std::{
 use hdrhistogram::Histogram;
 use parking_lot::{Condvar, Mutex};
 use swiftcache_proto::domain::{DeviceUuid, HandleKind, RegionId};
-use tonic::Code;
-use tracing::{debug, error, warn};
 
 use super::{
     DonorStatus,
-    region::{Phase, Region},
+    region::{Known, Phase, Region},
+    resume::Sequel,
     scrub::Scrubs,
     withdrawal::Asking,
 };
 use crate::{
-    Error, Result,
     device::DeviceLayer,
     latency::Latency,
-    session::{Connected, Observer, Scrub, Session},
+    session::{Connected, Observer, Orphan, Scrub, Session},
 };
 
 /// How often offers and withdrawals that failed on the way are made again.
@@ -31,7 +30,8 @@ const TICK: Duration = Duration::from_millis(200);
 /// What the donor's thread is told.
 #[derive(Debug)]
 pub(super) enum Task {
-    Connected(Connected),
+    /// A connection is up, and what it says has been taken note of.
+    Connected(Sequel),
     Returned(RegionId),
     Scrub(Scrub),
     /// Regions were added or asked back.
@@ -40,7 +40,7 @@ pub(super) enum Task {
 }
 
 /// Where regions' memory comes from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Source {
     /// An allocation for each, which is freed when it comes back.
     Allocations {
@@ -65,21 +65,47 @@ pub(super) struct Core {
 
 pub(super) struct State {
     pub(super) regions: HashMap<RegionId, Region>,
+    /// The last connection whose list of regions was taken note of. Offers are made on no other, or a list that is older
+    /// than an offer could be taken for what the broker says of it.
+    pub(super) connection: u64,
     /// When bytes were last asked for: a region may come back before the answer says which.
     pub(super) asked: Option<Instant>,
     pub(super) asking: Vec<Asking>,
     pub(super) give_back: Histogram<u64>,
     pub(super) returned: u64,
     /// Regions that are this donor's own again, and whose memory is being freed.
-    pub(super) freeing: u64,
+    pub(super) freeing: usize,
     pub(super) scrubbed: u64,
     pub(super) failed_scrubs: u64,
 }
 
-/// Called on the session's thread: passes everything on.
+impl State {
+    pub(super) fn new() -> Self {
+        Self {
+            regions: HashMap::new(),
+            connection: 0,
+            asked: None,
+            asking: Vec::new(),
+            // One microsecond to an hour.
+            give_back: Histogram::new_with_max(3_600_000_000, 3)
+                .expect("constants that hdrhistogram accepts"),
+            returned: 0,
+            freeing: 0,
+            scrubbed: 0,
+            failed_scrubs: 0,
+        }
+    }
+}
+
+/// Called on the session's thread: takes note under a lock, and passes on what takes longer.
 impl Observer for Core {
+    fn regions(&self) -> Vec<RegionId> {
+        self.state.lock().regions.keys().copied().collect()
+    }
+
     fn connected(&self, connected: &Connected) {
-        self.tell(Task::Connected(connected.clone()));
+        let sequel = self.state.lock().take_note(connected, self.source);
+        self.tell(Task::Connected(sequel));
     }
 
     fn returned(&self, region: RegionId) {
@@ -100,29 +126,24 @@ impl Core {
         source: Source,
     ) -> (Arc<Self>, mpsc::Receiver<Task>) {
         let (tasks, inbox) = mpsc::channel();
-        let state = State {
-            regions: HashMap::new(),
-            asked: None,
-            asking: Vec::new(),
-            // One microsecond to an hour.
-            give_back: Histogram::new_with_max(3_600_000_000, 3)
-                .expect("constants that hdrhistogram accepts"),
-            returned: 0,
-            freeing: 0,
-            scrubbed: 0,
-            failed_scrubs: 0,
-        };
-        let core = Self {
+        let core = Arc::new(Self {
             session,
             layer,
             device,
             drain,
             source,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new()),
             returned: Condvar::new(),
             tasks,
-        };
-        (Arc::new(core), inbox)
+        });
+        let observer: Arc<dyn Observer> = Arc::clone(&core) as _;
+        core.session.observe(&observer);
+        // It is told of connections from the next one on. Nothing was offered on this one or before it.
+        let epoch = core.session.epoch();
+        let mut state = core.state.lock();
+        state.connection = state.connection.max(epoch);
+        drop(state);
+        (core, inbox)
     }
 
     pub(super) fn tell(&self, task: Task) {
@@ -130,176 +151,43 @@ impl Core {
         let _ = self.tasks.send(task);
     }
 
-    /// The donor's thread.
+    /// The donor's thread. Between two offers it looks whether there is something else: somebody waits for what is asked
+    /// back.
     pub(super) fn work(&self, inbox: &mpsc::Receiver<Task>) {
         let mut scrubs = Scrubs::default();
+        let mut due = VecDeque::new();
         let mut ticked = Instant::now();
         loop {
-            let tick = TICK.saturating_sub(ticked.elapsed());
+            let tick = match due.is_empty() {
+                true => TICK.saturating_sub(ticked.elapsed()),
+                false => Duration::ZERO,
+            };
             let pause = scrubs.pause().map_or(tick, |pause| pause.min(tick));
+            let mut told = false;
             match inbox.recv_timeout(pause) {
-                Ok(Task::Connected(connected)) => self.after_connection(&connected),
                 Ok(Task::Returned(region)) => self.take_back(region),
                 Ok(Task::Scrub(scrub)) => scrubs.ask(self, &scrub),
-                Ok(Task::Tell) => self.tell_again(),
+                Ok(Task::Connected(sequel)) => {
+                    self.follow_up(sequel, self.source);
+                    told = true;
+                }
+                Ok(Task::Tell) => told = true,
                 Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    if let Some(region) = due.pop_front() {
+                        self.offer_again(region);
+                    }
+                }
             }
-            scrubs.advance(self);
-            if ticked.elapsed() >= TICK {
-                self.tell_again();
+            if told || ticked.elapsed() >= TICK {
+                self.withdraw_unheard();
+                scrubs.clean_soiled(self);
+                if told || due.is_empty() {
+                    due = self.due_offers();
+                }
                 ticked = Instant::now();
             }
-        }
-    }
-
-    /// Tells the broker what it has not heard. What is asked back comes first: somebody waits for it.
-    fn tell_again(&self) {
-        self.withdraw_unheard();
-        self.offer_unconfirmed();
-    }
-
-    /// Allocates one slab and offers it.
-    pub(super) fn offer_one(&self, slab_bytes: u64, handle: Option<HandleKind>) -> Result<()> {
-        let best = || self.layer.handle_kinds().first().copied();
-        let kind = handle.or_else(best).ok_or_else(|| {
-            let problem = format!("the {} backend exports nothing", self.layer.name());
-            Error::config("device", problem)
-        })?;
-        let memory = self.layer.allocate(&self.device, slab_bytes, kind)?;
-        let region = Region::new(memory, self.session.epoch());
-        let id = region.id;
-        // Known before it is offered, so that it can come back at any time.
-        self.state.lock().regions.insert(id, region);
-        match self.offer(id) {
-            // Perhaps it is offered: it must stay, and is offered again when the broker is back.
-            Err(Error::Deadline { .. }) | Ok(()) => Ok(()),
-            Err(error) => {
-                self.state.lock().regions.remove(&id);
-                Err(error)
-            }
-        }
-    }
-
-    pub(super) fn offer(&self, id: RegionId) -> Result<()> {
-        let (offer, memory, heard_before) = {
-            let mut state = self.state.lock();
-            let Some(region) = state.regions.get_mut(&id) else {
-                return Ok(());
-            };
-            let heard_before = std::mem::replace(&mut region.maybe_known, true);
-            (region.offer(), region.memory.clone(), heard_before)
-        };
-        let export = self.layer.export(&memory)?;
-        let answer = self.session.offer(offer, &export).wait();
-        if let Some(region) = self.state.lock().regions.get_mut(&id) {
-            region.confirmed |= answer.is_ok();
-            // Refused at its first offer, it is not known now either.
-            region.maybe_known = heard_before || !matches!(answer, Err(Error::Refused { .. }));
-        }
-        answer?;
-        debug!(region = %id, "region offered");
-        Ok(())
-    }
-
-    fn after_connection(&self, connected: &Connected) {
-        if connected.replaced {
-            self.start_over(connected.epoch);
-            return;
-        }
-        let mut gone = Vec::new();
-        {
-            let mut state = self.state.lock();
-            for (id, region) in &mut state.regions {
-                if region.since_epoch >= connected.epoch {
-                    // Offered since: the broker's list is older.
-                    continue;
-                }
-                let known = connected.regions.contains(id);
-                match &mut region.phase {
-                    Phase::Offered => region.confirmed &= known && !connected.restarted,
-                    // It was returned, and the word got lost.
-                    Phase::Withdrawing { .. } if !known && region.confirmed => gone.push(*id),
-                    Phase::Withdrawing { heard, .. } => *heard = false,
-                    Phase::Stranded => {}
-                }
-            }
-        }
-        for id in gone {
-            self.take_back(id);
-        }
-        self.offer_unconfirmed();
-        self.withdraw_unheard();
-    }
-
-    /// The broker knows nothing of what this donor offered before that connection.
-    fn start_over(&self, epoch: u64) {
-        match self.source {
-            Source::Allocations { slab_bytes, handle } => self.replace_all(slab_bytes, handle),
-            Source::Pool => {
-                self.strand_before(epoch);
-                self.offer_unconfirmed();
-            }
-        }
-    }
-
-    /// Frees everything, and offers as much anew. Safe whoever may still have the old allocations mapped, since an
-    /// allocation outlives its importers' mappings.
-    fn replace_all(&self, slab_bytes: u64, handle: Option<HandleKind>) {
-        let old = std::mem::take(&mut self.state.lock().regions);
-        let offered = (old.values())
-            .filter(|region| region.phase == Phase::Offered)
-            .count();
-        warn!(
-            regions = old.len(),
-            "the broker forgot this donor; offering fresh memory"
-        );
-        drop(old);
-        self.returned.notify_all();
-        for _ in 0..offered {
-            if let Err(error) = self.offer_one(slab_bytes, handle) {
-                warn!(%error, "a slab is not on offer again");
-            }
-        }
-    }
-
-    /// Nobody can tell any more who has the pool's lent parts mapped and still writes there, so they stay unused.
-    fn strand_before(&self, epoch: u64) {
-        let mut stranded = 0;
-        for region in self.state.lock().regions.values_mut() {
-            let lost = region.maybe_known && region.since_epoch < epoch;
-            if lost && region.phase != Phase::Stranded {
-                region.phase = Phase::Stranded;
-                stranded += region.memory.bytes();
-            }
-        }
-        if stranded > 0 {
-            error!(
-                bytes = stranded,
-                "the broker lost its records of what this engine lent; it stays out of use until the engine restarts"
-            );
-        }
-    }
-
-    /// Offers what the broker has not confirmed.
-    fn offer_unconfirmed(&self) {
-        if !self.session.is_connected() {
-            return;
-        }
-        let unconfirmed: Vec<RegionId> = (self.state.lock().regions.values())
-            .filter(|region| region.phase == Phase::Offered && !region.confirmed)
-            .map(|region| region.id)
-            .collect();
-        for id in unconfirmed {
-            match self.offer(id) {
-                Ok(()) => {}
-                Err(error) if is_refused(&error, Code::FailedPrecondition) => {
-                    debug!(%error, region = %id, "the broker takes it for given back");
-                    self.mark_withdrawing(&[id], Instant::now(), false);
-                    self.withdraw_these(vec![id]);
-                }
-                Err(error) => debug!(%error, region = %id, "not offered again yet"),
-            }
+            scrubs.advance(self);
         }
     }
 
@@ -313,10 +201,16 @@ impl Core {
             ..DonorStatus::default()
         };
         for region in state.regions.values() {
+            let bytes = region.memory.bytes();
             match region.phase {
-                Phase::Offered => status.offered_bytes += region.memory.bytes(),
-                Phase::Withdrawing { .. } => status.withdrawing_bytes += region.memory.bytes(),
-                Phase::Stranded => status.stranded_bytes += region.memory.bytes(),
+                Phase::Offered => {
+                    status.offered_bytes += bytes;
+                    if !region.confirmed {
+                        status.unconfirmed_bytes += bytes;
+                    }
+                }
+                Phase::Withdrawing { .. } => status.withdrawing_bytes += bytes,
+                Phase::Stranded => status.stranded_bytes += bytes,
             }
         }
         status
@@ -326,9 +220,8 @@ impl Core {
     pub(super) fn wait_returned(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
         let all_back = |state: &State| {
-            state.freeing == 0
-                && !(state.regions.values())
-                    .any(|region| matches!(region.phase, Phase::Withdrawing { .. }))
+            let mut regions = state.regions.values();
+            state.freeing == 0 && !regions.any(Region::may_be_on_its_way_back)
         };
         while !all_back(&state) {
             if (self.returned.wait_until(&mut state, deadline)).timed_out() {
@@ -339,6 +232,32 @@ impl Core {
     }
 }
 
-pub(super) fn is_refused(error: &Error, code: Code) -> bool {
-    matches!(error, Error::Refused { status, .. } if status.code() == code)
+/// What the broker may still lend is the session's to see to: it has it withdrawn, and keeps the memory until it is back.
+/// An engine's pool is kept for as long as the process runs, since its borrowers may be writing to it.
+impl Drop for Core {
+    fn drop(&mut self) {
+        let regions = mem::take(&mut self.state.get_mut().regions);
+        let mut orphans = Vec::new();
+        for region in regions.into_values() {
+            if region.known == Known::No {
+                continue;
+            }
+            let memory = match self.source {
+                Source::Allocations { .. } => Some(region.memory),
+                Source::Pool => {
+                    mem::forget(region.memory);
+                    None
+                }
+            };
+            if region.phase != Phase::Stranded {
+                orphans.push(Orphan {
+                    region: region.id,
+                    memory,
+                    known: region.known == Known::Yes,
+                    drain: self.drain,
+                });
+            }
+        }
+        self.session.adopt(orphans);
+    }
 }

@@ -23,7 +23,9 @@ use crate::{
 /// Lends parts of an engine's pool. Nothing here waits for the broker: what is lent is offered when the broker is there,
 /// and what is asked back comes when everybody has let go of it.
 ///
-/// The memory is [`lend_pool`](crate::device::foreign::lend_pool)'s, whose `back` is dropped when it has come back.
+/// The memory is [`lend_pool`](crate::device::foreign::lend_pool)'s, whose `back` is dropped when it has come back. What the
+/// broker refuses has come back at once. When the lender is dropped, what is out stays as it is until the process ends, and
+/// keeps the pool: its borrowers may be reading it.
 pub struct Lender {
     core: Arc<Core>,
     /// Allocations of the pool that were exported: borrowers open each once.
@@ -64,7 +66,7 @@ impl Lender {
         }
         let allocation = self.allocation(self.core.layer.export(&memory)?);
         let offset = self.core.layer.base(&memory)?.offset;
-        let region = Region::within(allocation, offset, memory, self.core.session.epoch());
+        let region = Region::within(allocation, offset, memory);
         let id = region.id;
         self.core.state.lock().regions.insert(id, region);
         self.core.tell(Task::Tell);
@@ -110,15 +112,6 @@ impl Lender {
         let all: Vec<RegionId> = self.core.state.lock().regions.keys().copied().collect();
         self.take_back(&all);
         self.core.wait_returned(deadline) && self.core.status().stranded_bytes == 0
-    }
-}
-
-impl Drop for Lender {
-    /// What is out stays as it is until the process ends, and keeps the pool: its borrowers may be reading it.
-    fn drop(&mut self) {
-        for region in std::mem::take(&mut self.core.state.lock().regions).into_values() {
-            std::mem::forget(region.memory);
-        }
     }
 }
 

@@ -9,11 +9,13 @@ mod agent;
 mod core;
 mod lender;
 mod loans;
+mod offer;
 mod policy;
 #[cfg(test)]
 mod policy_tests;
 mod pool;
 mod region;
+mod resume;
 mod scrub;
 mod withdrawal;
 
@@ -36,12 +38,7 @@ pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
 pub use pool::{NotLent, PoolLender, PoolRange};
 
 use self::core::{Core, Source, Task};
-use crate::{
-    Error, Result,
-    device::DeviceLayer,
-    latency::Latency,
-    session::{Observer, Session},
-};
+use crate::{Error, Result, device::DeviceLayer, latency::Latency, session::Session};
 
 /// What a donor lends.
 #[derive(Clone, Debug)]
@@ -63,6 +60,8 @@ pub struct DonorConfig {
 pub struct DonorStatus {
     /// On offer, lent or not, bytes.
     pub offered_bytes: u64,
+    /// Of these: what the broker has not confirmed yet, since it is away or its answer never came, bytes.
+    pub unconfirmed_bytes: u64,
     /// On its way back, bytes.
     pub withdrawing_bytes: u64,
     /// Lent out of an engine's pool when the broker lost its records: not used by anybody ever again, bytes.
@@ -77,7 +76,8 @@ pub struct DonorStatus {
     pub failed_scrubs: u64,
 }
 
-/// HBM on offer. Dropping it leaves the session to give back what is lent: see [`close`](Self::close).
+/// HBM on offer. Dropping it leaves the session to ask back what is lent, and to keep its memory until the broker has
+/// given it back or has heard that the session is over: see [`close`](Self::close).
 pub struct Donor {
     core: Arc<Core>,
     config: DonorConfig,
@@ -92,8 +92,6 @@ struct CoreThread {
 
 impl CoreThread {
     fn start(core: &Arc<Core>, inbox: mpsc::Receiver<Task>) -> Result<Self> {
-        let observer: Arc<dyn Observer> = Arc::clone(core) as _;
-        core.session.observe(&observer);
         let its_core = Arc::clone(core);
         let thread = thread::Builder::new()
             .name("swiftcache-donor".to_owned())
@@ -155,7 +153,9 @@ impl Donor {
         })
     }
 
-    /// Takes and offers up to `bytes` more, in whole slabs. Returns what was added, bytes.
+    /// Takes and offers up to `bytes` more, in whole slabs. Returns what was added, bytes. Nothing more is added after an
+    /// offer whose answer never came, which counts: its slab is kept, and offered again (`unconfirmed_bytes` in
+    /// [`status`](Self::status)).
     ///
     /// # Errors
     /// When not one slab could be taken or offered: what the first one met.
@@ -163,7 +163,12 @@ impl Donor {
         let mut added = 0;
         for _ in 0..bytes / self.config.slab_bytes {
             match self.offer_one() {
-                Ok(()) => added += self.config.slab_bytes,
+                Ok(confirmed) => {
+                    added += self.config.slab_bytes;
+                    if !confirmed {
+                        break;
+                    }
+                }
                 Err(error) if added == 0 => return Err(error),
                 Err(_) => break,
             }
@@ -171,7 +176,7 @@ impl Donor {
         Ok(added)
     }
 
-    fn offer_one(&self) -> Result<()> {
+    fn offer_one(&self) -> Result<bool> {
         let DonorConfig {
             slab_bytes, handle, ..
         } = self.config;
@@ -182,7 +187,8 @@ impl Donor {
     /// freed when nobody can touch it any more.
     ///
     /// # Errors
-    /// When the broker is absent: nothing can come back safely without it.
+    /// When the broker is absent: nothing can come back safely without it. When its answer never came, it may have begun:
+    /// the donor finds out, and [`status`](Self::status) shows what is on its way.
     pub fn shrink(&self, bytes: u64) -> Result<u64> {
         self.core.withdraw(bytes)
     }
@@ -202,13 +208,15 @@ impl Donor {
         self.core.session.drain_window(self.config.drain)
     }
 
-    /// Blocks until nothing is on its way back, for at most `limit`. True when that is so.
+    /// Blocks until nothing is on its way back, nor may be after a [`shrink`](Self::shrink) whose answer never came, for at
+    /// most `limit`. True when that is so.
     pub fn wait_returned(&self, limit: Duration) -> bool {
         self.core.wait_returned(Instant::now() + limit)
     }
 
     /// Asks for everything back and waits for it, for at most `limit`. True when all of it came: nobody's bytes are
-    /// lost. Otherwise what is still lent stays mapped by its borrowers, who will be told to let go.
+    /// lost. Otherwise what is still lent stays mapped by its borrowers, who will be told to let go, and its memory stays
+    /// taken until they have.
     pub fn close(self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         self.core.withdraw_all();

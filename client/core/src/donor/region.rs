@@ -22,6 +22,17 @@ pub(super) enum Phase {
     Stranded,
 }
 
+/// Whether the broker knows a region, as far as its donor can tell. While it may, the memory stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    /// No: it was never offered, or the only offer was refused. It is nobody's but the donor's.
+    No,
+    /// An offer's answer never came. Offering again settles it.
+    Perhaps,
+    /// Yes, as it has said. If it knows it no more, the region was returned.
+    Yes,
+}
+
 #[derive(Debug)]
 pub(super) struct Region {
     pub(super) id: RegionId,
@@ -30,38 +41,42 @@ pub(super) struct Region {
     offset: u64,
     pub(super) memory: Memory,
     pub(super) phase: Phase,
-    /// The broker has confirmed the offer since it started.
+    pub(super) known: Known,
+    /// The broker has the region on offer, with its handle, and nothing has happened since that could have changed it.
     pub(super) confirmed: bool,
-    /// The broker may have heard of it.
-    pub(super) maybe_known: bool,
-    /// The first connection that it may be known on.
-    pub(super) since_epoch: u64,
+    /// It may be on its way back: a withdrawal that left the choice to the broker was not answered.
+    pub(super) doubted: bool,
+    /// The connection that it was last offered on.
+    pub(super) epoch: u64,
+    /// A thread waits for the answer to its offer. There is one offer of a region at a time, or the refusal of one would
+    /// not prove that the broker does not know it by another.
+    pub(super) offering: bool,
+    /// It may have been lent and returned without a word, and still hold a borrower's bytes: zeroed before it is offered.
+    pub(super) soiled: bool,
     /// The last generation that was zeroed after. A second zeroing could hit the next lessee's bytes.
     scrubbed: Option<Generation>,
 }
 
 impl Region {
     /// A region around fresh memory, under ids nobody has used.
-    pub(super) fn new(memory: Memory, epoch: u64) -> Self {
-        Self::within(AllocationId(rand::rng().random()), 0, memory, epoch)
+    pub(super) fn new(memory: Memory) -> Self {
+        Self::within(AllocationId(rand::rng().random()), 0, memory)
     }
 
     /// A region that starts at `offset` of an allocation.
-    pub(super) fn within(
-        allocation: AllocationId,
-        offset: u64,
-        memory: Memory,
-        epoch: u64,
-    ) -> Self {
+    pub(super) fn within(allocation: AllocationId, offset: u64, memory: Memory) -> Self {
         Self {
             id: RegionId(rand::rng().random()),
             allocation,
             offset,
             memory,
             phase: Phase::Offered,
+            known: Known::No,
             confirmed: false,
-            maybe_known: false,
-            since_epoch: epoch,
+            doubted: false,
+            epoch: 0,
+            offering: false,
+            soiled: false,
             scrubbed: None,
         }
     }
@@ -77,6 +92,20 @@ impl Region {
         }
     }
 
+    /// Whether an offer is due: the first, or another whose answer settles what the broker knows.
+    pub(super) fn wants_offer(&self) -> bool {
+        !self.confirmed && !self.offering && !self.soiled
+    }
+
+    /// Whether it is waited for: it was asked back, or the broker may have chosen it.
+    pub(super) fn may_be_on_its_way_back(&self) -> bool {
+        match self.phase {
+            Phase::Offered => self.doubted,
+            Phase::Withdrawing { .. } => true,
+            Phase::Stranded => false,
+        }
+    }
+
     /// Whether it was zeroed for this scrub, or for a later one.
     pub(super) fn is_scrubbed(&self, scrub: &Scrub) -> bool {
         self.scrubbed.is_some_and(|done| done >= scrub.generation)
@@ -85,5 +114,13 @@ impl Region {
     /// It holds nobody's bytes any more. To be called only when the zeroing is known to be over.
     pub(super) fn note_scrubbed(&mut self, scrub: &Scrub) {
         self.scrubbed = self.scrubbed.max(Some(scrub.generation));
+    }
+
+    /// No broker knows it any more, but one may have lent it. It will be offered as if it were new, so that its generations
+    /// are counted from the start.
+    pub(super) fn soil(&mut self) {
+        self.known = Known::No;
+        self.soiled = true;
+        self.scrubbed = None;
     }
 }

@@ -1,6 +1,7 @@
-//! Zeroing of slabs for other tenants. The broker is told that a slab is zeroed only when that is known. A driver that fails for a
-//! moment must not keep a slab out of use for good: it is tried again until it works, or until the region is no longer this
-//! donor's to zero. The donor's thread waits for none of it.
+//! Zeroing of slabs for other tenants: because the broker asks, or before a slab that may hold a tenant's bytes is offered again. It
+//! counts as done only when that is known. A driver that fails for a moment must not keep a slab out of use for good: it is
+//! tried again until it works, or until the region is no longer this donor's to zero. The donor's thread waits for none of
+//! it.
 
 use std::{
     mem,
@@ -8,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use swiftcache_proto::domain::RegionId;
 use tracing::warn;
 
-use super::core::Core;
+use super::core::{Core, Task};
 use crate::{
     Error, Result,
     device::{CopyStream, Memory, Ticket, nap},
@@ -32,10 +34,19 @@ pub(super) struct Scrubs {
 }
 
 struct Pending {
-    scrub: Scrub,
+    cause: Cause,
     /// The pause after the next failure.
     pause: Duration,
     step: Step,
+}
+
+/// Why a region is zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The broker asks for it.
+    Asked(Scrub),
+    /// It is [`soiled`](super::region::Region::soiled).
+    Soiled(RegionId),
 }
 
 enum Step {
@@ -57,14 +68,36 @@ impl Scrubs {
         let Some(region) = state.regions.get(&scrub.region) else {
             return;
         };
+        if region.soiled {
+            // It is zeroed for a new offer, and the broker that asks is gone.
+            return;
+        }
         let done = region.is_scrubbed(scrub);
         drop(state);
         if done {
             // It was said, and the word got lost.
             core.session.scrubbed(scrub);
-        } else if !self.list.iter().any(|pending| pending.scrub == *scrub) {
+        } else {
+            self.begin(Cause::Asked(*scrub));
+        }
+    }
+
+    /// Takes all regions that must not be offered as they are.
+    pub(super) fn clean_soiled(&mut self, core: &Core) {
+        let state = core.state.lock();
+        for region in state.regions.values().filter(|region| region.soiled) {
+            // What an earlier broker asked for must not be tried again after the next offer.
+            self.list.retain(|pending| {
+                !matches!(pending.cause, Cause::Asked(scrub) if scrub.region == region.id)
+            });
+            self.begin(Cause::Soiled(region.id));
+        }
+    }
+
+    fn begin(&mut self, cause: Cause) {
+        if !self.list.iter().any(|pending| pending.cause == cause) {
             self.list.push(Pending {
-                scrub: *scrub,
+                cause,
                 pause: FIRST_PAUSE,
                 step: Step::Due(Instant::now()),
             });
@@ -95,7 +128,7 @@ impl Scrubs {
             if Instant::now() < when {
                 return true;
             }
-            let Some(memory) = core.to_scrub(&pending.scrub) else {
+            let Some(memory) = core.to_zero(pending.cause) else {
                 return false;
             };
             match self.stream(core) {
@@ -114,7 +147,7 @@ impl Scrubs {
         };
         match mem::replace(queued, Ok(())).and(ended.map_err(Into::into)) {
             Ok(()) => {
-                core.scrubbed(&pending.scrub);
+                core.zeroed(pending.cause);
                 false
             }
             Err(error) => {
@@ -146,7 +179,7 @@ impl Step {
 impl Pending {
     /// It is tried again later. Until then the slab stays out of other tenants' hands, because nothing is said.
     fn failed(&mut self, core: &Core, error: &Error) {
-        let (region, pause) = (self.scrub.region, self.pause);
+        let (region, pause) = (self.cause.region(), self.pause);
         warn!(%error, %region, ?pause, "a slab could not be zeroed; it is tried again after the pause");
         core.state.lock().failed_scrubs += 1;
         self.step = Step::Due(Instant::now() + pause);
@@ -154,22 +187,45 @@ impl Pending {
     }
 }
 
+impl Cause {
+    fn region(self) -> RegionId {
+        match self {
+            Self::Asked(scrub) => scrub.region,
+            Self::Soiled(region) => region,
+        }
+    }
+}
+
 impl Core {
-    /// The memory to zero. Nothing when the region has come back, or was zeroed.
-    fn to_scrub(&self, scrub: &Scrub) -> Option<Memory> {
+    /// The memory to zero. Nothing when there is no cause any more.
+    fn to_zero(&self, cause: Cause) -> Option<Memory> {
         let state = self.state.lock();
-        let region = state.regions.get(&scrub.region)?;
-        (!region.is_scrubbed(scrub)).then(|| region.memory.clone())
+        let region = state.regions.get(&cause.region())?;
+        let wanted = match cause {
+            Cause::Asked(scrub) => !region.soiled && !region.is_scrubbed(&scrub),
+            Cause::Soiled(_) => region.soiled,
+        };
+        wanted.then(|| region.memory.clone())
     }
 
-    fn scrubbed(&self, scrub: &Scrub) {
+    fn zeroed(&self, cause: Cause) {
         let mut state = self.state.lock();
-        let Some(region) = state.regions.get_mut(&scrub.region) else {
+        let Some(region) = state.regions.get_mut(&cause.region()) else {
             return;
         };
-        region.note_scrubbed(scrub);
-        state.scrubbed += 1;
-        drop(state);
-        self.session.scrubbed(scrub);
+        match cause {
+            Cause::Asked(_) if region.soiled => {}
+            Cause::Asked(scrub) => {
+                region.note_scrubbed(&scrub);
+                state.scrubbed += 1;
+                drop(state);
+                self.session.scrubbed(&scrub);
+            }
+            Cause::Soiled(_) => {
+                region.soiled = false;
+                drop(state);
+                self.tell(Task::Tell);
+            }
+        }
     }
 }

@@ -1,25 +1,33 @@
 //! Regions on their way back.
 
-use std::time::Instant;
+use std::{mem, time::Instant};
 
 use swiftcache_proto::domain::RegionId;
 use tonic::Code;
 use tracing::{debug, info, warn};
 
 use super::{
-    core::{Core, Task, is_refused},
-    region::Phase,
+    core::{Core, State, Task},
+    offer::is_refused,
+    region::{Known, Phase, Region},
 };
 use crate::{
-    Result,
+    Error, Result,
     session::{Call, WithdrawWhat, Withdrawing},
 };
 
-/// A withdrawal that has not been answered.
+/// A withdrawal of so many bytes whose outcome is not known.
 pub(super) struct Asking {
     since: Instant,
     bytes: u64,
-    call: Call<Withdrawing>,
+    answer: Answer,
+}
+
+enum Answer {
+    /// It is on its way.
+    Awaited(Call<Withdrawing>),
+    /// It never came. Offering these regions again tells which of them are on their way back.
+    Lost(Vec<RegionId>),
 }
 
 impl Core {
@@ -28,7 +36,12 @@ impl Core {
             return Ok(0);
         }
         let (asked, call) = self.ask(bytes);
-        let withdrawing = call.wait()?;
+        let answer = call.wait();
+        if answer.as_ref().is_err_and(Error::may_be_done) {
+            self.state.lock().doubt();
+            self.tell(Task::Tell);
+        }
+        let withdrawing = answer?;
         self.mark_withdrawing(&withdrawing.regions, asked, true);
         Ok(withdrawing.bytes)
     }
@@ -46,10 +59,15 @@ impl Core {
     /// Asks for bytes back without waiting for the answer, which [`hear`](Self::hear) takes.
     pub(super) fn ask_back(&self, bytes: u64) {
         let (since, call) = self.ask(bytes);
-        self.state.lock().asking.push(Asking { since, bytes, call });
+        let answer = Answer::Awaited(call);
+        self.state.lock().asking.push(Asking {
+            since,
+            bytes,
+            answer,
+        });
     }
 
-    /// Bytes asked for whose answer has not been heard.
+    /// Bytes asked for that are not known to be on their way, nor known not to be.
     pub(super) fn asking(&self) -> u64 {
         (self.state.lock().asking.iter())
             .map(|asking| asking.bytes)
@@ -60,13 +78,28 @@ impl Core {
     pub(super) fn hear(&self) -> Vec<Result<u64>> {
         let mut answers = Vec::new();
         let mut state = self.state.lock();
-        (state.asking).retain_mut(|asking| match asking.call.try_take() {
-            None => true,
-            Some(answer) => {
-                answers.push((asking.since, answer));
-                false
+        for mut asking in mem::take(&mut state.asking) {
+            let since = asking.since;
+            match asking.answer {
+                Answer::Awaited(ref mut call) => match call.try_take() {
+                    None => state.asking.push(asking),
+                    Some(answer) => {
+                        if answer.as_ref().is_err_and(Error::may_be_done) {
+                            asking.answer = Answer::Lost(state.doubt());
+                            state.asking.push(asking);
+                            self.tell(Task::Tell);
+                        }
+                        answers.push((since, answer));
+                    }
+                },
+                // Asked for again before it is known what came of it, twice as much could come back.
+                Answer::Lost(ref regions) => {
+                    if regions.iter().any(|id| state.is_in_doubt(*id)) {
+                        state.asking.push(asking);
+                    }
+                }
             }
-        });
+        }
         drop(state);
         let heard = answers.into_iter().map(|(since, answer)| {
             let withdrawing = answer?;
@@ -84,25 +117,29 @@ impl Core {
         }
         let asked = Instant::now();
         self.state.lock().asked = Some(asked);
-        self.mark_withdrawing(&all, asked, false);
+        self.mark_asked_back(&all, asked);
         self.withdraw_unheard();
     }
 
     /// Has the donor's thread ask for regions back. Those that the broker cannot have heard of are back at once.
     pub(super) fn ask_back_these(&self, ids: &[RegionId]) {
-        let mut unknown = Vec::new();
+        self.mark_asked_back(ids, Instant::now());
+        self.tell(Task::Tell);
+    }
+
+    fn mark_asked_back(&self, ids: &[RegionId], asked: Instant) {
+        let mut unknown: Vec<Region> = Vec::new();
         {
             let mut state = self.state.lock();
             for id in ids {
-                if (state.regions.get(id)).is_some_and(|region| !region.maybe_known) {
+                if (state.regions.get(id)).is_some_and(|region| region.known == Known::No) {
                     unknown.extend(state.regions.remove(id));
                 }
             }
         }
         drop(unknown);
         self.returned.notify_all();
-        self.mark_withdrawing(ids, Instant::now(), false);
-        self.tell(Task::Tell);
+        self.mark_withdrawing(ids, asked, false);
     }
 
     pub(super) fn mark_withdrawing(&self, regions: &[RegionId], since: Instant, heard: bool) {
@@ -123,23 +160,25 @@ impl Core {
             return;
         }
         let mut unheard = Vec::new();
-        let mut never_known = Vec::new();
+        let mut unsettled = Vec::new();
         for region in self.state.lock().regions.values() {
-            if matches!(region.phase, Phase::Withdrawing { heard: false, .. }) {
+            let waits = matches!(region.phase, Phase::Withdrawing { heard: false, .. });
+            // What another thread offers is asked for when that is over.
+            if waits && !region.offering {
                 unheard.push(region.id);
-                if !region.confirmed {
-                    never_known.push(region.id);
+                if region.known != Known::Yes {
+                    unsettled.push(region.id);
                 }
             }
         }
         // An offer whose outcome is unknown may still be on its way. Once it has been answered, or refused, none
         // that comes later can put freed memory on offer.
-        for id in never_known {
+        for id in unsettled {
             match self.offer(id) {
-                Ok(()) => {}
-                Err(error) if is_refused(&error, Code::FailedPrecondition) => {}
-                Err(error) => {
-                    debug!(%error, region = %id, "not withdrawn yet");
+                Some(Ok(())) => {}
+                Some(Err(error)) if is_refused(&error, Code::FailedPrecondition) => {}
+                outcome => {
+                    debug!(?outcome, region = %id, "not withdrawn yet");
                     unheard.retain(|other| *other != id);
                 }
             }
@@ -189,10 +228,18 @@ impl Core {
             // Told twice after a lost stream; or by a broker that cannot know.
             None | Some(Phase::Stranded) => return,
         };
-        let region = state.regions.remove(&id);
-        // Freeing or zeroing takes the driver a while. It counts as given back when it is done.
+        let Some(region) = state.regions.remove(&id) else {
+            return;
+        };
         state.freeing += 1;
         drop(state);
+        self.own_again(region, asked);
+    }
+
+    /// Frees the memory of a region that is no longer listed and is counted as being freed, or lets the engine have it.
+    pub(super) fn own_again(&self, region: Region, asked: Option<Instant>) {
+        let id = region.id;
+        // Freeing or zeroing takes the driver a while. It counts as given back when it is done.
         drop(region);
         let mut state = self.state.lock();
         state.freeing -= 1;
@@ -206,5 +253,24 @@ impl Core {
         }
         drop(state);
         self.returned.notify_all();
+    }
+}
+
+impl State {
+    /// The broker may have begun to give back some of the regions on offer. Which, it says when they are offered again.
+    fn doubt(&mut self) -> Vec<RegionId> {
+        let certain = (self.regions.values_mut())
+            .filter(|region| region.phase == Phase::Offered && region.confirmed);
+        let doubted = certain.map(|region| {
+            region.confirmed = false;
+            region.doubted = true;
+            region.id
+        });
+        doubted.collect()
+    }
+
+    fn is_in_doubt(&self, id: RegionId) -> bool {
+        let region = self.regions.get(&id);
+        region.is_some_and(|region| region.phase == Phase::Offered && region.doubted)
     }
 }

@@ -16,7 +16,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Held, SessionConfig};
+use super::{Held, SessionConfig, run::Past};
 
 /// Flow-control windows and frames large enough that a lookup's 128 KiB of hashes never waits for an update.
 const WINDOW_BYTES: u32 = 4 << 20;
@@ -75,11 +75,12 @@ impl From<tonic::Status> for OpenError {
 }
 
 impl Connection {
-    /// Opens a connection and a session on it, or resumes `resume` with what is still `held`.
+    /// Opens a connection and a session on it, or resumes that of the `past` with what is still `held`. The session counts
+    /// as past as soon as the broker has opened it.
     pub(super) async fn open(
         config: &SessionConfig,
         epoch: u64,
-        resume: Option<SessionId>,
+        past: &mut Option<Past>,
         held: Held,
     ) -> Result<Opened, OpenError> {
         let channel = channel(config).await.map_err(OpenError::Failed)?;
@@ -89,14 +90,14 @@ impl Connection {
         let request = v1::RegisterRequest {
             name: config.name.clone(),
             tenant: config.tenant.clone(),
-            resume_session_id: resume.map_or(0, |session| session.0),
+            resume_session_id: past.map_or(0, |past| past.session.0),
             held_lease_ids: held.leases.iter().map(|lease| lease.0).collect(),
             shared_lease_ids: held.shared.iter().map(|lease| lease.0).collect(),
         };
         let registered = match client.register(request).await {
             Ok(registered) => registered.into_inner(),
             Err(status)
-                if resume.is_some()
+                if past.is_some()
                     && matches!(status.code(), Code::NotFound | Code::PermissionDenied) =>
             {
                 return Err(OpenError::SessionOver);
@@ -104,6 +105,7 @@ impl Connection {
             Err(status) => return Err(status.into()),
         };
         let session = SessionId(registered.session_id);
+        past.get_or_insert(Past::opened(session));
         let (outgoing, requests) = mpsc::unbounded_channel();
         let attach = Message::Attach(v1::Attach {
             session_id: session.0,

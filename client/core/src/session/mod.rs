@@ -13,6 +13,7 @@ mod fd;
 mod grant;
 mod messages;
 mod observer;
+mod orphans;
 mod report;
 mod rpc;
 mod run;
@@ -45,6 +46,8 @@ pub use messages::{
 };
 use observer::Observers;
 pub use observer::{Connected, Held, Hold, Observer, Revocation, Scrub};
+pub(crate) use orphans::Orphan;
+use orphans::Orphans;
 use report::Tally;
 pub use rpc::is_lost;
 
@@ -85,6 +88,7 @@ pub(crate) struct Shared {
     /// As the broker told them; some may be over.
     holds: Mutex<HashMap<DeviceUuid, Hold>>,
     tally: Tally,
+    orphans: Orphans,
     runtime: tokio::runtime::Handle,
     thread: Mutex<Option<thread::ThreadId>>,
 }
@@ -153,6 +157,7 @@ impl Session {
             observers: Observers::default(),
             holds: Mutex::default(),
             tally: Tally::default(),
+            orphans: Orphans::default(),
             runtime: runtime.handle().clone(),
             thread: Mutex::new(None),
         });

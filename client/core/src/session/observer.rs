@@ -1,6 +1,7 @@
 //! What the broker says unasked.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Weak},
     time::Instant,
 };
@@ -73,6 +74,12 @@ pub trait Observer: Send + Sync {
         Held::default()
     }
 
+    /// The regions that are this observer's, offered or not. Those of this session that the broker has and no observer
+    /// names are withdrawn.
+    fn regions(&self) -> Vec<RegionId> {
+        Vec::new()
+    }
+
     /// A connection is up, and calls work.
     fn connected(&self, _connected: &Connected) {}
 
@@ -108,6 +115,11 @@ impl Observers {
         let mut observers = self.0.lock();
         observers.retain(|observer| observer.strong_count() > 0);
         observers.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(super) fn regions(&self) -> HashSet<RegionId> {
+        let alive = self.alive().into_iter();
+        alive.flat_map(|observer| observer.regions()).collect()
     }
 
     pub(super) fn held(&self) -> Held {

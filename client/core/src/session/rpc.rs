@@ -3,17 +3,14 @@
 use std::{
     error::Error as _,
     future::Future,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use swiftcache_proto::{
     convert,
-    domain::{
-        AllocationId, BlockHash, DeviceUuid, FoundRun, Generation, Handle, HandleKind, LeaseId,
-        PinId,
-    },
+    domain::{BlockHash, DeviceUuid, FoundRun, Generation, Handle, HandleKind, LeaseId, PinId},
     fd_socket, v1,
 };
 use tokio::time::timeout;
@@ -69,7 +66,7 @@ pub fn is_lost(status: &Status) -> bool {
 
 /// Whether the broker says that it has not done what was asked: one of the codes that it refuses with before it changes
 /// anything (`broker/src/error.rs`). Whatever else comes, from it or from what lies between, proves nothing.
-fn is_refusal(status: &Status) -> bool {
+pub(super) fn is_refusal(status: &Status) -> bool {
     let refuses = matches!(
         status.code(),
         Code::InvalidArgument
@@ -302,11 +299,26 @@ impl Session {
         })
     }
 
-    /// Offers a region. Its descriptor, if it has one, goes over the fd socket first, on the calling thread.
-    pub fn offer(&self, offer: OfferedRegion, export: &Export) -> Call<()> {
+    /// Offers a region on the connection of that number, and on no other. Its descriptor, if it has one, goes over the fd
+    /// socket first, on the calling thread.
+    pub fn offer(&self, offer: OfferedRegion, export: &Export, epoch: u64) -> Call<()> {
+        let connection = match self.connection() {
+            Ok(connection) if connection.epoch == epoch => connection,
+            Ok(_) => {
+                let problem = "there is another connection now".to_owned();
+                let socket = self.shared.config.socket.clone();
+                return Call::failed("Offer", Error::Disconnected { socket, problem });
+            }
+            Err(error) => return Call::failed("Offer", error),
+        };
         let (kind, opaque) = match export {
             Export::Fd(descriptor) => {
-                if let Err(error) = self.upload(offer.allocation, descriptor) {
+                let request = fd_socket::Request::Upload {
+                    session: connection.session,
+                    allocation: offer.allocation,
+                };
+                let uploaded = fd::upload(&connection.fd_socket, request, descriptor.as_fd());
+                if let Err(error) = uploaded {
                     return Call::failed("Offer", error);
                 }
                 (HandleKind::PosixFd, Vec::new())
@@ -321,7 +333,8 @@ impl Session {
                 }
             },
         };
-        self.call(
+        self.call_on(
+            &connection,
             "Offer",
             CALL_LIMIT,
             Settled::ByCaller,
@@ -399,15 +412,6 @@ impl Session {
         }
     }
 
-    fn upload(&self, allocation: AllocationId, descriptor: &OwnedFd) -> Result<()> {
-        let connection = self.connection()?;
-        let request = fd_socket::Request::Upload {
-            session: connection.session,
-            allocation,
-        };
-        fd::upload(&connection.fd_socket, request, descriptor.as_fd())
-    }
-
     fn connection(&self) -> Result<Arc<Connection>> {
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Ok(Arc::clone(connection)),
@@ -427,10 +431,25 @@ impl Session {
         T: Send + 'static,
         Work: Future<Output = std::result::Result<T, Fault>> + Send + 'static,
     {
-        let connection = match self.connection() {
-            Ok(connection) => connection,
-            Err(error) => return Call::failed(name, error),
-        };
+        match self.connection() {
+            Ok(connection) => self.call_on(&connection, name, limit, settled, work),
+            Err(error) => Call::failed(name, error),
+        }
+    }
+
+    fn call_on<T, Work>(
+        &self,
+        connection: &Arc<Connection>,
+        name: &'static str,
+        limit: Duration,
+        settled: Settled,
+        work: impl FnOnce(Arc<Connection>) -> Work,
+    ) -> Call<T>
+    where
+        T: Send + 'static,
+        Work: Future<Output = std::result::Result<T, Fault>> + Send + 'static,
+    {
+        let connection = Arc::clone(connection);
         let work = work(Arc::clone(&connection));
         let task = self.shared.runtime.spawn(async move {
             let outcome = match timeout(limit, work).await {
@@ -443,5 +462,33 @@ impl Session {
             outcome
         });
         Call::running(name, task, *self.shared.thread.lock())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(status: Status) -> Error {
+        Fault::from(status).error("Offer")
+    }
+
+    #[test]
+    fn only_a_brokers_own_no_says_that_nothing_was_done() {
+        for number in 0..=16 {
+            let code = Code::from_i32(number);
+            // What `broker/src/error.rs` refuses with, and what gRPC says of a method that is not there.
+            let refuses = matches!(number, 3 | 5 | 6 | 7 | 8 | 9 | 12 | 16);
+            let error = of(Status::new(code, "said"));
+            assert_eq!(error.may_be_done(), !refuses, "{code:?}: {error}");
+            assert_eq!(matches!(error, Error::Refused { .. }), refuses);
+            // The same code, made up below gRPC when the connection was lost.
+            let mut lost = Status::new(code, "said");
+            lost.set_source(Arc::new(std::io::Error::other("reset")));
+            let error = of(lost);
+            assert!(matches!(error, Error::Lost { .. }) && error.may_be_done());
+        }
+        let unreadable = Fault::Answer("no grant".to_owned()).error("Share");
+        assert!(unreadable.may_be_done());
     }
 }

@@ -18,7 +18,9 @@ use super::{
     Connected, Held, Hold, LinkState, Revocation, Scrub, Shared,
     backoff::Backoff,
     connection::{Connection, OpenError, Opened},
+    orphans::Withdrawer,
     report::Reporter,
+    rpc::is_refusal,
 };
 
 /// The longest one attempt to connect may take: a stopped broker accepts and never answers.
@@ -28,10 +30,23 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a good one: the next pause is short again.
 const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 
-/// The session as the last connection left it.
-struct Past {
-    session: SessionId,
-    boot_id: u64,
+/// The session as the broker may know it.
+#[derive(Clone, Copy)]
+pub(super) struct Past {
+    pub(super) session: SessionId,
+    /// The boot id of the broker of the last connection that was served.
+    boot_id: Option<u64>,
+}
+
+impl Past {
+    /// A session that the broker has just opened. It is resumed from here on, also if the connection is lost before it is
+    /// served: nothing else would end it while this process lives.
+    pub(super) fn opened(session: SessionId) -> Self {
+        Self {
+            session,
+            boot_id: None,
+        }
+    }
 }
 
 /// Connects, serves, and connects again, until `life` is over; then leaves.
@@ -42,16 +57,17 @@ pub(super) async fn run(shared: &Arc<Shared>, life: CancellationToken) {
     while !life.is_cancelled() {
         let attempt = tokio::select! {
             () = life.cancelled() => break,
-            attempt = timeout(ATTEMPT_LIMIT, open(shared, past.as_ref())) => attempt,
+            attempt = timeout(ATTEMPT_LIMIT, open(shared, &mut past)) => attempt,
         };
         match attempt {
             Ok(Ok(opened)) => {
                 let since = Instant::now();
-                let restarted =
-                    (past.as_ref()).is_some_and(|past| past.boot_id != opened.connection.boot_id);
+                let boot_id = opened.connection.boot_id;
+                let before = past.and_then(|past| past.boot_id);
+                let restarted = before.is_some_and(|before| before != boot_id);
                 past = Some(Past {
                     session: opened.connection.session,
-                    boot_id: opened.connection.boot_id,
+                    boot_id: Some(boot_id),
                 });
                 let connected = Connected {
                     epoch: opened.connection.epoch,
@@ -69,8 +85,8 @@ pub(super) async fn run(shared: &Arc<Shared>, life: CancellationToken) {
                 warn!(
                     "the broker does not know this session; opening a new one, which holds nothing"
                 );
+                replaced |= past.is_some_and(|past| past.boot_id.is_some());
                 past = None;
-                replaced = true;
                 continue;
             }
             Ok(Err(OpenError::Refused(problem))) => set_down(shared, problem, true),
@@ -83,16 +99,16 @@ pub(super) async fn run(shared: &Arc<Shared>, life: CancellationToken) {
             () = sleep(pause) => {}
         }
     }
-    leave(shared).await;
+    leave(shared, past).await;
 }
 
-async fn open(shared: &Shared, past: Option<&Past>) -> Result<Opened, OpenError> {
+async fn open(shared: &Shared, past: &mut Option<Past>) -> Result<Opened, OpenError> {
     let held = match past {
         Some(_) => shared.observers.held(),
         None => Held::default(),
     };
     let epoch = shared.epoch.load(Ordering::SeqCst);
-    Connection::open(&shared.config, epoch, past.map(|past| past.session), held).await
+    Connection::open(&shared.config, epoch, past, held).await
 }
 
 /// Serves one connection until it is lost or the session is over.
@@ -114,6 +130,12 @@ async fn serve(
         "connected to the broker"
     );
     let connection = Arc::new(connection);
+    if connected.replaced {
+        shared.let_go(shared.orphans.forgotten());
+    }
+    let claimed = shared.observers.regions();
+    let nobodys = (connected.regions.iter().copied()).filter(|region| !claimed.contains(region));
+    shared.orphans.found(nobodys);
     (shared.drain_ms).store(connection.drain_ms, Ordering::Relaxed);
     *shared.link.lock() = LinkState::Up(Arc::clone(&connection));
     for observer in shared.observers.alive() {
@@ -127,6 +149,8 @@ async fn serve(
     shared.changed.notify_all();
     let reporter = Reporter::new(&connection);
     let given_up = connection.given_up.clone();
+    let withdrawer = Withdrawer::new(&connection);
+    let _withdrawals = AbortOnDropHandle::new(tokio::spawn(withdrawer.run(Arc::clone(shared))));
     drop(connection);
     let its_shared = Arc::clone(shared);
     let _reports = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -178,6 +202,9 @@ fn dispatch(shared: &Shared, message: Message) {
                 for observer in shared.observers.alive() {
                     observer.returned(region);
                 }
+                if let Some(memory) = shared.orphans.returned(region) {
+                    shared.let_go(memory);
+                }
             }
             Err(invalid) => warn!(%invalid, "ignored a Returned"),
         },
@@ -217,22 +244,60 @@ fn set_down(shared: &Shared, problem: String, refused: bool) {
     shared.changed.notify_all();
 }
 
-async fn leave(shared: &Shared) {
+/// Tells the broker that the session is over. What became of it is not known until the broker has said so, and until then
+/// it keeps the session with all it holds, for as long as this process lives: so it is told again, on a new connection if
+/// need be, for just as long.
+async fn leave(shared: &Shared, mut past: Option<Past>) {
     let link = std::mem::replace(&mut *shared.link.lock(), LinkState::Closed);
     shared.changed.notify_all();
-    if let LinkState::Up(connection) = link {
-        let request = v1::LeaveRequest {
-            session_id: connection.session.0,
+    let mut up = match link {
+        LinkState::Up(connection) => Some(connection),
+        LinkState::Down { .. } | LinkState::Closed => None,
+    };
+    let mut backoff = Backoff::default();
+    while past.is_some() {
+        let connection = match up.take() {
+            Some(connection) => Ok(connection),
+            None => match timeout(ATTEMPT_LIMIT, open(shared, &mut past)).await {
+                Ok(Ok(opened)) => Ok(Arc::new(opened.connection)),
+                Ok(Err(OpenError::SessionOver | OpenError::Refused(_))) => return,
+                Ok(Err(OpenError::Failed(problem))) => Err(problem),
+                Err(_) => Err("it does not answer".to_owned()),
+            },
         };
-        let leaving = async {
-            // What was moved last is lost with the session otherwise.
-            Reporter::new(&connection).tell(&shared.tally).await;
-            connection.client.clone().leave(request).await
-        };
-        match timeout(LEAVE_LIMIT, leaving).await {
-            Ok(Ok(_)) => info!("left the broker"),
-            Ok(Err(status)) => debug!(%status, "the broker did not take the leave"),
-            Err(_) => debug!("the broker did not answer the leave"),
+        match connection {
+            Ok(connection) if left(shared, &connection).await => return,
+            Ok(_) => {}
+            Err(problem) => debug!(
+                problem,
+                "the broker cannot be told that the session is over"
+            ),
+        }
+        sleep(backoff.next(&mut rand::rng())).await;
+    }
+}
+
+/// Leaves by a connection. False when nobody knows what became of it.
+async fn left(shared: &Shared, connection: &Connection) -> bool {
+    let request = v1::LeaveRequest {
+        session_id: connection.session.0,
+    };
+    let leaving = async {
+        // What was moved last is lost with the session otherwise.
+        Reporter::new(connection).tell(&shared.tally).await;
+        connection.client.clone().leave(request).await
+    };
+    match timeout(LEAVE_LIMIT, leaving).await {
+        Ok(Ok(_)) => info!("left the broker"),
+        Ok(Err(status)) if is_refusal(&status) => debug!(%status, "the broker refused the leave"),
+        Ok(Err(status)) => {
+            debug!(%status, "the broker did not take the leave");
+            return false;
+        }
+        Err(_) => {
+            debug!("the broker did not answer the leave");
+            return false;
         }
     }
+    true
 }
