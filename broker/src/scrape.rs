@@ -25,6 +25,8 @@ static NOT_ACCEPTED: Sparse = Sparse::new();
 const MAX_CONNECTIONS: usize = 16;
 /// The longest time that a connection may last. Scrapers connect again.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How long a connection may take to ask. Without it, connections that say nothing would keep scrapers out.
+const SILENCE: Duration = Duration::from_secs(5);
 /// The pause after a failed accept. Without it, a full descriptor table would make the loop spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -57,7 +59,10 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
                     async move { Ok::<_, Infallible>(answer(request.uri().path(), owner).await) }
                 }));
             let mut server = auto::Builder::new(hyper_util::rt::TokioExecutor::new()).http1_only();
-            server.http1().timer(TokioTimer::new());
+            server
+                .http1()
+                .timer(TokioTimer::new())
+                .header_read_timeout(SILENCE);
             let serving = server.serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}

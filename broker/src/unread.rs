@@ -1,5 +1,5 @@
-//! Answers that nobody reads. The answer to a list may have megabytes. They stay in the broker's memory until the client
-//! reads them, so each user may have few such answers at a time, and who leaves one unread for long loses its connection.
+//! Answers that nobody reads. The answer to a list may have a megabyte. It stays in the broker's memory until the client
+//! reads it, so each user may have few such answers at a time, and who leaves one unread for long loses its connection.
 
 use std::{
     pin::Pin,
@@ -23,7 +23,7 @@ use crate::{
 const LISTS: &str = "/swiftcache.v1.Admin/";
 /// How long an answer may stay unread.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The most such answers at a time. 61,000 leases, the most that were ever seen, are 10 MB.
+/// The most such answers at a time. A page of a list is about a megabyte.
 const ANSWERS: Limits = Limits {
     all: 64,
     of_user: 8,

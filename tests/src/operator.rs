@@ -53,9 +53,16 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn regions(&self) -> Result<Vec<v1::RegionStatus>> {
-        let answer = self
-            .ask(async |mut admin| admin.list_regions(v1::ListRegionsRequest::default()).await)?;
-        Ok(answer.regions)
+        let mut request = v1::ListRegionsRequest::default();
+        let mut all = Vec::new();
+        loop {
+            let page = self.ask(async |mut admin| admin.list_regions(request.clone()).await)?;
+            all.extend(page.regions);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            request.page_token = page.next_page_token;
+        }
     }
 
     /// Every lease.
@@ -63,9 +70,16 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn leases(&self) -> Result<Vec<v1::LeaseStatus>> {
-        let answer =
-            self.ask(async |mut admin| admin.list_leases(v1::ListLeasesRequest::default()).await)?;
-        Ok(answer.leases)
+        let mut request = v1::ListLeasesRequest::default();
+        let mut all = Vec::new();
+        loop {
+            let page = self.ask(async |mut admin| admin.list_leases(request.clone()).await)?;
+            all.extend(page.leases);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            request.page_token = page.next_page_token;
+        }
     }
 
     /// Every namespace.
@@ -73,9 +87,16 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn namespaces(&self) -> Result<Vec<v1::NamespaceStatus>> {
-        let answer =
-            self.ask(async |mut admin| admin.list_namespaces(v1::ListNamespacesRequest {}).await)?;
-        Ok(answer.namespaces)
+        let mut request = v1::ListNamespacesRequest::default();
+        let mut all = Vec::new();
+        loop {
+            let page = self.ask(async |mut admin| admin.list_namespaces(request.clone()).await)?;
+            all.extend(page.namespaces);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            request.page_token = page.next_page_token;
+        }
     }
 
     /// The last events.

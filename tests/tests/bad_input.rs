@@ -170,7 +170,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 12] = [
+const UNBOUNDED: [&str; 15] = [
     "Release.unmappable",
     "Lookup.unpinned",
     "Keep.shares",
@@ -178,6 +178,9 @@ const UNBOUNDED: [&str; 12] = [
     "Keep.closed",
     "Keep.host_memory_down",
     "Report.routes_down",
+    "ListRegions.page_size",
+    "ListLeases.page_size",
+    "ListNamespaces.page_size",
     "ListEvents.after_sequence",
     "ListEvents.limit",
     "ListEvents.kinds",

@@ -157,6 +157,10 @@ fn a_reader_too_slow_for_its_revocations_gets_them_again() -> Result<()> {
     let account = operator.account()?;
     ensure!(account.leased_bytes == slabs * SLAB, "{account:?}");
 
+    ensure!(
+        operator.leases()?.len() as u64 == slabs,
+        "pages are missing"
+    );
     // The status of so many leases can be shown. It is tried again, because the program waits only seconds for an
     // answer.
     let mut said = String::new();

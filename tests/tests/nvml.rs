@@ -421,6 +421,7 @@ fn leases_on(machine: &Machine, number: u32) -> Result<usize> {
     let mut admin = wire.admin();
     let request = v1::ListLeasesRequest {
         device_uuid: uuid(number),
+        ..Default::default()
     };
     Ok(wire
         .wait(admin.list_leases(request))?

@@ -340,16 +340,34 @@ impl Owner {
         look(&self.state.lock())
     }
 
-    /// Reads a list of any length, [`PAGE`] entries at a time, and lets others have their turn in between: what changes
-    /// meanwhile may show as before or as after. `page` reads the entries after one of them.
-    pub(crate) async fn list<T>(&self, page: impl Fn(&State, Option<&T>) -> Vec<T>) -> Vec<T> {
-        let mut all: Vec<T> = Vec::new();
+    /// Reads entries of a list, and lets others have their turn after every [`PAGE`] of them: what changes meanwhile may
+    /// show as before or as after. `page` reads the entries after the one with a key.
+    ///
+    /// Returns at most `most` entries that are `wanted`, from the one after `after` on. If there may be more behind them,
+    /// also returns the key after which to go on.
+    pub(crate) async fn list<K, T>(
+        &self,
+        mut after: Option<K>,
+        most: usize,
+        page: impl Fn(&State, Option<&K>) -> Vec<T>,
+        key: impl Fn(&T) -> K,
+        wanted: impl Fn(&T) -> bool,
+    ) -> (Vec<T>, Option<K>) {
+        let mut found = Vec::new();
         loop {
-            let next = self.read(|state| page(state, all.last()));
-            let last = next.len() < PAGE;
-            all.extend(next);
+            let entries = self.read(|state| page(state, after.as_ref()));
+            let last = entries.len() < PAGE;
+            for entry in entries {
+                if found.len() >= most {
+                    return (found, after);
+                }
+                after = Some(key(&entry));
+                if wanted(&entry) {
+                    found.push(entry);
+                }
+            }
             if last {
-                return all;
+                return (found, None);
             }
             tokio::task::yield_now().await;
         }

@@ -10,8 +10,8 @@ use std::{
 };
 
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, Device, FoundRun, Handle, Link, LinkKind, OpaqueHandle, RegionId,
-    Shortfall,
+    AllocationId, BlockHash, Device, FoundRun, Handle, LeaseId, Link, LinkKind, OpaqueHandle,
+    RegionId, Shortfall,
 };
 
 use super::*;
@@ -534,17 +534,17 @@ async fn a_lookup_is_answered_between_two_pages_of_a_list() {
         held += grants(world.lease(borrower, slabs - held).await).len() as u64;
     }
     let read = AtomicUsize::new(0);
-    let list = world.owner.list(|state, last: Option<&LeaseView>| {
-        let after = last.map(|view| view.id);
-        let page: Vec<_> = state.leases_after(after).take(PAGE).collect();
+    let page = |state: &State, after: Option<&LeaseId>| {
+        let page: Vec<_> = state.leases_after(after.copied()).take(PAGE).collect();
         read.fetch_add(page.len(), Ordering::Relaxed);
         page
-    });
+    };
+    let list = (world.owner).list(None, usize::MAX, page, |view: &LeaseView| view.id, |_| true);
     let lookup = async {
         world.found(borrower).await;
         read.load(Ordering::Relaxed)
     };
-    let (list, before) = tokio::join!(list, lookup);
+    let ((list, _), before) = tokio::join!(list, lookup);
     assert_eq!(
         before, PAGE,
         "how much of the list was read before the lookup"

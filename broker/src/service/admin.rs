@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
-    domain::{DeviceUuid, LeaseId, RegionId},
+    domain::{DeviceUuid, LeaseId, RegionId, SessionId},
     v1::{
         self, admin_server::Admin, drain_request, evict_request, set_quota_request, undrain_request,
     },
@@ -17,7 +17,7 @@ use crate::{
     authority::Operators,
     core::{
         DrainTarget, Event, EvictTarget, HoldDemand, HoldId, LeaseView, NamespaceView, Need,
-        QuotaTarget, RegionView, Reply, SessionView, SetQuota,
+        QuotaTarget, RegionView, Reply, SessionView, SetQuota, State,
     },
     error::Refused,
     events::Wanted,
@@ -29,6 +29,8 @@ use crate::{
 const LABEL_BYTES: usize = 4;
 /// A uid, a slash and a label.
 const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
+/// The most entries in one page of a list: about a megabyte, which also clients that know no pages can read.
+const MOST_LISTED: usize = 8_192;
 /// The longest hold, milliseconds.
 const MAX_HOLD_MS: u32 = 3_600_000;
 
@@ -217,6 +219,26 @@ fn region(id: &str) -> Result<RegionId, InvalidField> {
         .map_err(|problem: String| InvalidField::new("region_id", problem))
 }
 
+/// How many entries a page has.
+fn page_size(asked: u32) -> usize {
+    match asked as usize {
+        0 => MOST_LISTED,
+        asked => asked.min(MOST_LISTED),
+    }
+}
+
+/// The entry after which a page begins; `None`: it begins with the first.
+fn page_token<K>(token: &str, read: impl Fn(&str) -> Option<K>) -> Result<Option<K>, Refused> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let problem = format!("is {token:?}; takes the next_page_token of an answer");
+    match read(token) {
+        Some(key) => Ok(Some(key)),
+        None => Err(InvalidField::new("page_token", problem).into()),
+    }
+}
+
 /// The device a list is narrowed to; empty is every device.
 fn narrowed(uuid: &str) -> Result<(), Refused> {
     if !uuid.is_empty() {
@@ -241,13 +263,17 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         let _timer = self.owner.metrics().time("ListSessions");
         let started = self.owner.started_unix_ms();
-        let views = self
-            .owner
-            .list(|state, last: Option<&SessionView>| {
-                let after = last.map(|view| view.id);
-                state.sessions_after(after).take(PAGE).collect()
-            })
-            .await;
+        let page = |state: &State, after: Option<&SessionId>| {
+            state.sessions_after(after.copied()).take(PAGE).collect()
+        };
+        let all = self.owner.list(
+            None,
+            usize::MAX,
+            page,
+            |view: &SessionView| view.id,
+            |_| true,
+        );
+        let (views, _) = all.await;
         let reports = self.owner.reports();
         let sessions = views.iter().map(|it| view::session(it, &reports, started));
         let sessions = sessions.collect();
@@ -259,19 +285,21 @@ impl Admin for AdminService {
         request: Request<v1::ListRegionsRequest>,
     ) -> Result<Response<v1::ListRegionsResponse>, Status> {
         let _timer = self.owner.metrics().time("ListRegions");
-        let device = request.into_inner().device_uuid;
+        let request = request.into_inner();
+        let device = request.device_uuid;
         narrowed(&device)?;
-        let views = self
-            .owner
-            .list(|state, last: Option<&RegionView>| {
-                let after = last.map(|view| view.id);
-                state.regions_after(after).take(PAGE).collect()
-            })
-            .await;
-        let views = views.into_iter();
-        let here = views.filter(|view| device.is_empty() || view.device.as_str() == device);
-        let regions = here.map(view::region).collect();
-        Ok(Response::new(v1::ListRegionsResponse { regions }))
+        let after = page_token(&request.page_token, |token| token.parse().ok())?;
+        let page = |state: &State, after: Option<&RegionId>| {
+            state.regions_after(after.copied()).take(PAGE).collect()
+        };
+        let wanted = |view: &RegionView| device.is_empty() || view.device.as_str() == device;
+        let most = page_size(request.page_size);
+        let listed = self.owner.list(after, most, page, |view| view.id, wanted);
+        let (views, next) = listed.await;
+        Ok(Response::new(v1::ListRegionsResponse {
+            regions: views.into_iter().map(view::region).collect(),
+            next_page_token: next.map_or_else(String::new, |id| id.to_string()),
+        }))
     }
 
     async fn list_leases(
@@ -279,36 +307,46 @@ impl Admin for AdminService {
         request: Request<v1::ListLeasesRequest>,
     ) -> Result<Response<v1::ListLeasesResponse>, Status> {
         let _timer = self.owner.metrics().time("ListLeases");
-        let device = request.into_inner().device_uuid;
+        let request = request.into_inner();
+        let device = request.device_uuid;
         narrowed(&device)?;
+        let after = page_token(&request.page_token, |token| token.parse().ok().map(LeaseId))?;
+        let page = |state: &State, after: Option<&LeaseId>| {
+            state.leases_after(after.copied()).take(PAGE).collect()
+        };
+        let wanted = |view: &LeaseView| device.is_empty() || view.device.as_str() == device;
+        let most = page_size(request.page_size);
+        let listed = self.owner.list(after, most, page, |view| view.id, wanted);
+        let (views, next) = listed.await;
         let started = self.owner.started_unix_ms();
-        let views = self
-            .owner
-            .list(|state, last: Option<&LeaseView>| {
-                let after = last.map(|view| view.id);
-                state.leases_after(after).take(PAGE).collect()
-            })
-            .await;
-        let views = views.into_iter();
-        let here = views.filter(|view| device.is_empty() || view.device.as_str() == device);
-        let leases = here.map(|it| view::lease(it, started)).collect();
-        Ok(Response::new(v1::ListLeasesResponse { leases }))
+        let leases = views.into_iter().map(|it| view::lease(it, started));
+        Ok(Response::new(v1::ListLeasesResponse {
+            leases: leases.collect(),
+            next_page_token: next.map_or_else(String::new, |id| id.0.to_string()),
+        }))
     }
 
     async fn list_namespaces(
         &self,
-        _: Request<v1::ListNamespacesRequest>,
+        request: Request<v1::ListNamespacesRequest>,
     ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
         let _timer = self.owner.metrics().time("ListNamespaces");
-        let views = self
-            .owner
-            .list(|state, last: Option<&NamespaceView>| {
-                let after = last.map(|view| (&*view.tenant, &*view.name));
-                state.namespaces_after(after).take(PAGE).collect()
-            })
-            .await;
+        let request = request.into_inner();
+        // Neither a tenant nor a name has a line break.
+        let after = page_token(&request.page_token, |token| {
+            let (tenant, name) = token.split_once('\n')?;
+            Some((tenant.to_owned(), name.to_owned()))
+        })?;
+        let first = after.is_none();
+        let page = |state: &State, after: Option<&(String, String)>| {
+            let after = after.map(|(tenant, name)| (tenant.as_str(), name.as_str()));
+            state.namespaces_after(after).take(PAGE).collect()
+        };
+        let key = |view: &NamespaceView| (view.tenant.to_string(), view.name.to_string());
+        let most = page_size(request.page_size);
+        let (views, next) = self.owner.list(after, most, page, key, |_| true).await;
         let quotas: Vec<_> = self.owner.read(|state| {
-            let quotas = state.quotas();
+            let quotas = state.quotas().filter(|_| first);
             quotas
                 .map(|(target, bytes)| (target.clone(), bytes))
                 .collect()
@@ -316,6 +354,8 @@ impl Admin for AdminService {
         Ok(Response::new(v1::ListNamespacesResponse {
             namespaces: views.into_iter().map(view::namespace).collect(),
             quotas: quotas.into_iter().map(view::quota).collect(),
+            next_page_token: next
+                .map_or_else(String::new, |(tenant, name)| format!("{tenant}\n{name}")),
         }))
     }
 

@@ -423,6 +423,7 @@ async fn admin_refuses_bad_input_and_shows_no_secret() {
     assert!(status.message().contains("namespace: "));
     let request = v1::ListLeasesRequest {
         device_uuid: "a b".to_owned(),
+        ..Default::default()
     };
     let status = admin.list_leases(request).await.unwrap_err();
     assert!(status.message().contains("device_uuid: "));
@@ -442,6 +443,7 @@ async fn admin_refuses_bad_input_and_shows_no_secret() {
     assert_eq!(sessions[0].label, format!("{:04x}", donor.session >> 48));
     let regions = v1::ListRegionsRequest {
         device_uuid: "SIM-1".to_owned(),
+        ..Default::default()
     };
     let regions = admin.list_regions(regions).await.unwrap().into_inner();
     assert!(regions.regions.is_empty(), "they are on SIM-0");

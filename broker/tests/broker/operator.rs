@@ -106,7 +106,7 @@ async fn quotas_are_set_shown_obeyed_and_outlive_the_broker() {
 
     let mut admin = node.admin().await;
     let listed = admin
-        .list_namespaces(v1::ListNamespacesRequest {})
+        .list_namespaces(v1::ListNamespacesRequest::default())
         .await
         .unwrap();
     let listed = listed.into_inner();
@@ -198,6 +198,62 @@ async fn a_zombie_names_the_process_that_holds_it() {
     );
     let leases = admin.list_leases(v1::ListLeasesRequest::default()).await;
     assert!(leases.unwrap().into_inner().leases.is_empty());
+    drop(admin);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_come_in_pages_that_together_are_the_whole() {
+    let node = Node::start().await;
+    let _donor = node.donor(7).await;
+    let mut borrower = node.member("borrower").await;
+    borrower.lease(7 * SLAB).await;
+    let mut admin = node.admin().await;
+    let whole = admin.list_leases(v1::ListLeasesRequest::default()).await;
+    let whole = whole.unwrap().into_inner();
+    assert_eq!(
+        (whole.leases.len(), whole.next_page_token.as_str()),
+        (7, "")
+    );
+    let mut request = v1::ListLeasesRequest {
+        page_size: 3,
+        ..Default::default()
+    };
+    let (mut pages, mut leases) = (Vec::new(), Vec::new());
+    loop {
+        let page = admin.list_leases(request.clone()).await.unwrap();
+        let page = page.into_inner();
+        pages.push(page.leases.len());
+        leases.extend(page.leases);
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(pages, [3, 3, 1]);
+    assert_eq!(leases, whole.leases);
+
+    let token = || "no token of any answer".to_owned();
+    let leases = v1::ListLeasesRequest {
+        page_token: token(),
+        ..Default::default()
+    };
+    let regions = v1::ListRegionsRequest {
+        page_token: token(),
+        ..Default::default()
+    };
+    let namespaces = v1::ListNamespacesRequest {
+        page_token: token(),
+        ..Default::default()
+    };
+    for status in [
+        admin.list_leases(leases).await.unwrap_err(),
+        admin.list_regions(regions).await.unwrap_err(),
+        admin.list_namespaces(namespaces).await.unwrap_err(),
+    ] {
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains("page_token"), "{status:?}");
+    }
     drop(admin);
     node.stop().await;
 }

@@ -115,10 +115,7 @@ impl Admin {
     }
 
     pub(super) fn regions(&self) -> Result<Vec<v1::RegionStatus>, CliError> {
-        self.ask(async |mut client| {
-            let request = v1::ListRegionsRequest::default();
-            Ok(client.list_regions(request).await?.into_inner().regions)
-        })
+        self.ask(async |mut client| all_regions(&mut client).await)
     }
 
     /// The newest events, at most `limit`, oldest first.
@@ -146,23 +143,55 @@ impl Admin {
                     .await?
                     .into_inner()
                     .sessions,
-                regions: client
-                    .list_regions(v1::ListRegionsRequest::default())
-                    .await?
-                    .into_inner()
-                    .regions,
-                leases: client
-                    .list_leases(v1::ListLeasesRequest::default())
-                    .await?
-                    .into_inner()
-                    .leases,
-                namespaces: client
-                    .list_namespaces(v1::ListNamespacesRequest {})
-                    .await?
-                    .into_inner()
-                    .namespaces,
+                regions: all_regions(&mut client).await?,
+                leases: all_leases(&mut client).await?,
+                namespaces: all_namespaces(&mut client).await?,
             })
         })
+    }
+}
+
+/// Every page of the regions. A broker that knows no pages has everything in the first.
+async fn all_regions(client: &mut AdminClient<Channel>) -> Result<Vec<v1::RegionStatus>, Status> {
+    let mut request = v1::ListRegionsRequest::default();
+    let mut all = Vec::new();
+    loop {
+        let page = client.list_regions(request.clone()).await?.into_inner();
+        all.extend(page.regions);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+/// The same for leases.
+async fn all_leases(client: &mut AdminClient<Channel>) -> Result<Vec<v1::LeaseStatus>, Status> {
+    let mut request = v1::ListLeasesRequest::default();
+    let mut all = Vec::new();
+    loop {
+        let page = client.list_leases(request.clone()).await?.into_inner();
+        all.extend(page.leases);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+/// The same for namespaces.
+async fn all_namespaces(
+    client: &mut AdminClient<Channel>,
+) -> Result<Vec<v1::NamespaceStatus>, Status> {
+    let mut request = v1::ListNamespacesRequest::default();
+    let mut all = Vec::new();
+    loop {
+        let page = client.list_namespaces(request.clone()).await?.into_inner();
+        all.extend(page.namespaces);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        request.page_token = page.next_page_token;
     }
 }
 
