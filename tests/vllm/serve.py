@@ -36,6 +36,9 @@ class Spy:
         self.lose: list[int] = []
         self.at_once = False
         """Stores end before the engine goes on."""
+        self.repeat = False
+        """Loads put the first block's bytes into all blocks. Another order would change nothing: attention sums over
+        keys, which have their positions in them."""
         self.spoiled = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +58,12 @@ class Spy:
                 changed[16 * position : 16 * position + 16] = os.urandom(16)
                 self.spoiled += 1
         self.lose = []
-        return self._cache.load(bytes(changed), blocks, after)
+        load = self._cache.load(bytes(changed), blocks, after)
+        if self.repeat:
+            load.finish()
+            for block in blocks[1:]:
+                self._cache.load(keys[:16], [block]).finish()
+        return load
 
     def flush(self) -> dict[str, int]:
         outcome: dict[str, int] = {}
@@ -110,6 +118,24 @@ def at_once(worker: Any, on: bool) -> None:
     _side(worker)._cache.at_once = on
 
 
+def enliven(worker: Any) -> None:
+    """Gives a model of dummy weights random ones of a usual size. vLLM's dummy weights are so small, those of its norms
+    too, that not a bit of the answer depends on the KV cache."""
+    import torch
+
+    source = torch.Generator().manual_seed(1)
+    for parameter in worker.get_model().parameters():
+        if parameter.dim() > 1:
+            made = torch.randn(parameter.shape, generator=source) * 0.08
+            parameter.data.copy_(made.to(parameter.dtype))
+        else:
+            parameter.data.fill_(1.0)
+
+
+def repeat(worker: Any, on: bool) -> None:
+    _side(worker)._cache.repeat = on
+
+
 def held(worker: Any) -> dict[str, Any]:
     side = _side(worker)
     return {
@@ -118,6 +144,10 @@ def held(worker: Any) -> dict[str, Any]:
         "namespace": side.namespace,
         "spoiled": side._cache.spoiled,
     }
+
+
+def _logprob(one: Any) -> float:
+    return one.logprob
 
 
 class Engine:
@@ -206,13 +236,17 @@ class Engine:
             self.llm = None
             gc.collect()
 
-    def add(self, name: str, tokens: list[int], max_tokens: int, salt: str | None = None) -> None:
+    def add(
+        self, name: str, tokens: list[int], max_tokens: int, salt: str | None = None, logprobs: bool = False
+    ) -> None:
         from vllm import SamplingParams
 
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt:
             prompt["cache_salt"] = salt
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        if logprobs:
+            parameters.logprobs = 1
         self.llm.llm_engine.add_request(name, prompt, parameters)
 
     def step(self, count: int = 0) -> dict[str, Any]:
@@ -232,6 +266,8 @@ class Engine:
                         "cached": output.num_cached_tokens,
                         "reason": output.outputs[0].finish_reason,
                     }
+                    if (of := output.outputs[0].logprobs) is not None:
+                        done[output.request_id]["logprobs"] = [max(at.values(), key=_logprob).logprob for at in of]
         return {"finished": done, "left": engine.has_unfinished_requests(), "seconds": seconds, "hooks": hooks}
 
     def settle(self) -> dict[str, int]:
@@ -256,6 +292,12 @@ class Engine:
 
     def lose(self, positions: list[int]) -> None:
         self.llm.collective_rpc(lose, args=(positions,))
+
+    def enliven(self) -> None:
+        self.llm.collective_rpc(enliven)
+
+    def repeat(self, on: bool) -> None:
+        self.llm.collective_rpc(repeat, args=(on,))
 
     def leave(self, rank: int) -> None:
         """Has one rank let go of its pool."""

@@ -1,0 +1,269 @@
+"""Time to the first token of a conversation's next turn, on real vLLM, by where the prefix comes from.
+
+Arms: computed again; vLLM's OffloadingConnector (pinned host memory); SwiftCache from a neighbour's HBM, `async` and
+`sync`, from its host tier, and while the donor takes everything back every few seconds; resident in the engine's own
+pool. All see the same conversations. The result is a table, bench.json, and bench.svg where matplotlib is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import shapes
+from ground import ENGINE_ENVIRONMENT, HERE, Ground
+
+V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+EAGER, GRAPHS = {"enforce_eager": True}, {"enforce_eager": False}
+SYNC = {"async_scheduling": False}
+
+ARMS: dict[str, dict[str, Any]] = {
+    "computed again, eager": {"options": EAGER, "environment": V2},
+    "resident, eager": {"options": EAGER, "environment": V2, "resident": True},
+    "SwiftCache async, eager": {"options": EAGER, "environment": V2, "settings": {}},
+    "OffloadingConnector, eager": {"options": EAGER, "environment": V2, "offload": True},
+    "resident, CUDA graphs": {"options": GRAPHS, "environment": V2, "resident": True},
+    "SwiftCache async, CUDA graphs": {"options": GRAPHS, "environment": V2, "settings": {}},
+    "SwiftCache sync, V1, eager": {"options": EAGER | SYNC, "environment": V1, "settings": {"load": "sync"}},
+    "SwiftCache host tier, eager": {"options": EAGER, "environment": V2, "settings": {}, "host": True},
+    "SwiftCache async, withdrawn every 5 s, eager": {
+        "options": EAGER,
+        "environment": V2,
+        "settings": {},
+        "withdraw": 5.0,
+    },
+}
+
+
+def arms_without_gpu() -> dict[str, dict[str, Any]]:
+    return {name: arm | {"environment": {}, "options": arm["options"] | EAGER} for name, arm in ARMS.items()}
+
+
+class Size:
+    """How much of everything."""
+
+    def __init__(self, cpu: bool) -> None:
+        self.shape = "tiny" if cpu else "qwen3-8b"
+        self.conversations = 4 if cpu else 12
+        self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
+        self.new, self.answer = (32, 8) if cpu else (256, 32)
+        self.rounds = 1 if cpu else 2
+        self.local = 64 << 20 if cpu else 12 << 30
+        self.resident = 64 << 20 if cpu else 56 << 30
+        self.lent = 256 << 20 if cpu else 72 << 30
+        self.slab = 8 << 20 if cpu else 256 << 20
+
+
+def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any] | None:
+    if arm.get("offload"):
+        extra = {"cpu_bytes_to_use": size.lent}
+        return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    if "settings" not in arm:
+        return None
+    settings = {"socket": ground.socket, "max_leased_bytes": size.lent, "lease_step_bytes": size.lent}
+    if arm.get("host"):
+        settings |= {"max_leased_bytes": 0, "host_tier_bytes": size.lent}
+        del settings["lease_step_bytes"]
+    return {
+        "kv_connector": "SwiftCacheConnector",
+        "kv_connector_module_path": "swiftcache.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": settings | arm["settings"],
+    }
+
+
+class Withdrawals:
+    """A donor that takes everything back every few seconds, and offers it again."""
+
+    def __init__(self, ground: Ground, donor: subprocess.Popen[bytes], every: float, size: Size) -> None:
+        self._ground, self._every, self._size = ground, every, size
+        self.donor = donor
+        self.count = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._go)
+        self._thread.start()
+
+    def _go(self) -> None:
+        while not self._over.wait(self._every):
+            self._ground.withdraw(self.donor)
+            self.donor.wait()
+            self.donor = self._ground.lend(self._size.lent, self._size.slab)
+            self.count += 1
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
+    directory = ground.directory
+    model = shapes.make(size.shape, directory)
+    options = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": size.longest + 16 * (size.new + size.answer),
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": size.resident if arm.get("resident") else size.local,
+        "gpu_memory_utilization": 0.9,
+    } | arm["options"]
+    if args.cpu:
+        options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024}
+    task = {
+        "options": options,
+        "connector": connector(arm, ground, size),
+        "seed": "bench",
+        "conversations": size.conversations,
+        "shortest": size.shortest,
+        "longest": size.longest,
+        "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
+        "new": size.new,
+        "answer": size.answer,
+        "rounds": size.rounds,
+        "clients": args.clients,
+        "result": str(directory / "result.json"),
+    }
+    log = args.report / f"bench-{''.join(c if c.isalnum() else '-' for c in name)}.log"
+    donor = None if "settings" not in arm or arm.get("host") else ground.lend(size.lent, size.slab)
+    back = Withdrawals(ground, donor, arm["withdraw"], size) if donor is not None and "withdraw" in arm else None
+    try:
+        with log.open("ab") as into:
+            subprocess.run(
+                [sys.executable, str(HERE / "talk.py")],
+                input=json.dumps(task),
+                stdout=into,
+                stderr=into,
+                env=os.environ | ENGINE_ENVIRONMENT | arm["environment"],
+                text=True,
+                check=True,
+                timeout=args.arm_limit,
+            )
+        result = json.loads(Path(task["result"]).read_text())
+        if back is not None:
+            result["withdrawals"] = back.count
+        return result
+    except (subprocess.SubprocessError, OSError) as reason:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        return {"error": f"{reason}\n{tail}"}
+    finally:
+        if back is not None:
+            back.end()
+            donor = back.donor
+        if donor is not None:
+            donor.kill()
+            donor.wait()
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def summary(rounds: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By clients."""
+    found = {}
+    for clients, of in rounds.items():
+        first = [turn["first_ms"] for turn in of["turns"]]
+        found[clients] = {
+            "p50": statistics.median(first),
+            "p90": quantile(first, 0.9),
+            "max": max(first),
+            "per_token": statistics.median(turn["per_token_ms"] for turn in of["turns"]),
+            "turns_per_second": len(first) / of["seconds"],
+            "cached": sum(turn["cached"] for turn in of["turns"]) / sum(turn["prompt"] for turn in of["turns"]),
+        }
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = ["| arm | clients | first token: p50 | p90 | max | time per token | turns a second | of the prompt found |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, of in results.items():
+        if "error" in of:
+            rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | |")
+            continue
+        for clients, one in summary(of["rounds"]).items():
+            rows.append(
+                f"| {name} | {clients} | {one['p50']:.0f} ms | {one['p90']:.0f} | {one['max']:.0f} | "
+                f"{one['per_token']:.1f} ms | {one['turns_per_second']:.1f} | {100 * one['cached']:.0f} % |"
+            )
+    return "\n".join(rows)
+
+
+def plot(results: dict[str, Any], file: Path, title: str) -> bool:
+    """Medians as bars, with whiskers up to the slowest. Returns whether matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = {name: summary(of["rounds"]) for name, of in results.items() if "error" not in of}
+    if not measured:
+        return True
+    clients = list(next(iter(measured.values())))
+    figure, axes = pyplot.subplots(1, len(clients), figsize=(6 * len(clients), 0.5 * len(measured) + 1.5), sharey=True)
+    for axis, count in zip([axes] if len(clients) == 1 else axes, clients, strict=True):
+        names = list(measured)
+        medians = [measured[name][count]["p50"] for name in names]
+        worst = [measured[name][count]["max"] - measured[name][count]["p50"] for name in names]
+        axis.barh(names, medians, xerr=[[0] * len(names), worst], color="#4878a8", ecolor="#888888", capsize=3)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("ms to the first token (bar: median, whisker: slowest)")
+        axis.set_title(f"{count} client{'s' if str(count) != '1' else ''}")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
+    parser.add_argument("report", type=Path, help="the directory for results and logs")
+    parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
+    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--within", type=float, default=float("inf"), help="begin no arm after this many seconds")
+    parser.add_argument("--arm-limit", type=float, default=600, help="the longest that an arm may take, seconds")
+    args = parser.parse_args()
+    args.report.mkdir(parents=True, exist_ok=True)
+    size, began = Size(args.cpu), time.monotonic()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        ground = Ground(Path(directory), args.programs, cpu=args.cpu)
+        try:
+            ground.start_broker()
+            for name, arm in (arms_without_gpu() if args.cpu else ARMS).items():
+                if args.only not in name:
+                    continue
+                if time.monotonic() - began > args.within:
+                    results[name] = {"error": "the time was over before it began"}
+                    continue
+                results[name] = measure(ground, size, name, arm, args)
+                print(f"{time.monotonic() - began:.0f} s\n{table({name: results[name]})}", flush=True)
+                said = {"on": ground.hardware, "shape": size.shape, "arms": results}
+                (args.report / "bench.json").write_text(json.dumps(said))
+        finally:
+            ground.close()
+    title = (
+        f"Next turn of {size.conversations} conversations of {size.shortest:,}-{size.longest:,} tokens, {size.shape}"
+    )
+    plot(results, args.report / "bench.svg", f"{title}\n{ground.hardware}")
+    print(table(results))
+    sys.exit(any("error" in of for of in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The node that engines and donors share here: this machine's GPUs, or simulated ones to try the scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1] / "vllm")]
+
+from engine import Engine  # noqa: E402
+from node import Node, eventually  # noqa: E402
+
+__all__ = ["ENGINE_ENVIRONMENT", "Engine", "Ground", "eventually", "hbm_used"]
+
+ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+}
+
+
+def _smi(field: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def hbm_used() -> list[int]:
+    """HBM in use of each GPU, MiB."""
+    return [int(used) for used in _smi("memory.used")]
+
+
+class Ground(Node):
+    """Engines compute on the first device. Memory of the last one is lent."""
+
+    def __init__(self, directory: Path, programs: Path, *, cpu: bool) -> None:
+        self.cpu = cpu
+        self.devices = ["SIM-0", "SIM-1"] if cpu else _smi("uuid")
+        self.hardware = "simulated devices" if cpu else ", ".join(_smi("name"))
+        if len(self.devices) < 2:
+            sys.exit(f"two GPUs are needed, and nvidia-smi names {len(self.devices)}")
+        super().__init__(directory, programs.resolve(), () if cpu else ("--probe", "nvml"))
+
+    @property
+    def donor_device(self) -> str:
+        return self.devices[-1]
+
+    def lend(self, amount: int, slab: int, device: str | None = None) -> subprocess.Popen[bytes]:
+        """Starts a donor of `amount` bytes in slabs of `slab` bytes."""
+        return self.start_donor(device or self.donor_device, amount // slab, slab)

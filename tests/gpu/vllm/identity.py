@@ -1,0 +1,294 @@
+"""Tokens and logprobs of loaded KV against those of a local prefix hit, on real vLLM, in every way that loads can run.
+
+For each configuration: prompts are computed; answered again from the engine's own prefix cache, which is the truth;
+and again after the engine has forgotten its own prefixes, from donors' HBM. One at a time they must be equal, and so
+must equal batches where loads are synchronous. The control loads the first block's bytes into all blocks, and must
+differ. In the configuration `faults` the broker and donors are killed and withdrawn between prompts as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import random
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import shapes
+from ground import ENGINE_ENVIRONMENT, Engine, Ground, eventually, hbm_used
+
+ANSWER = 24
+"""Tokens of each answer."""
+FAULTS = "faults"
+
+Result = dict[str, dict[str, Any]]
+
+
+def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
+    """By name: options of vLLM, SwiftCache's settings, and the environment."""
+    if cpu:
+        plain = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 256}
+        return {
+            "sync": {"options": plain | {"async_scheduling": False}, "settings": {"load": "sync"}},
+            "async": {"options": plain, "settings": {"load": "async"}},
+            FAULTS: {"options": plain, "settings": {"load": "async"}},
+        }
+    v1, v2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    eager = {"enforce_eager": True, "block_size": 16}
+    alone = {"async_scheduling": False}
+    return {
+        "V2 async, eager": {"options": eager, "settings": {}, "environment": v2},
+        "V2 async, CUDA graphs": {"options": eager | {"enforce_eager": False}, "settings": {}, "environment": v2},
+        "V1 async, eager": {"options": eager, "settings": {"load": "async"}, "environment": v1},
+        "V1 sync, eager": {"options": eager | alone, "settings": {"load": "sync"}, "environment": v1},
+        "V1 sync, CUDA graphs": {
+            "options": eager | alone | {"enforce_eager": False},
+            "settings": {"load": "sync"},
+            "environment": v1,
+        },
+        "V2 async, pages of 32": {"options": eager | {"block_size": 32}, "settings": {}, "environment": v2},
+        "V2 async, fp8 KV": {"options": eager | {"kv_cache_dtype": "fp8"}, "settings": {}, "environment": v2},
+        "V2 async, TP 2": {"options": eager | {"tensor_parallel_size": 2}, "settings": {}, "environment": v2},
+        FAULTS: {"options": eager, "settings": {}, "environment": v2},
+    }
+
+
+class Place:
+    """What all configurations share: the node, its donor, the model, where logs go, and how long prompts are."""
+
+    def __init__(self, directory: Path, programs: Path, report: Path, *, cpu: bool) -> None:
+        self.ground = Ground(directory, programs, cpu=cpu)
+        self.shape = "tiny" if cpu else "qwen3-0.6b"
+        self.model = shapes.make(self.shape, directory)
+        self.report = report
+        self.shortest, self.longest, self.count = (100, 300, 3) if cpu else (800, 3000, 8)
+        self._lent = (256 << 20, 8 << 20) if cpu else (24 << 30, 64 << 20)
+        self.ground.start_broker()
+        self.donor = self.lend()
+
+    def lend(self) -> Any:
+        self.donor = self.ground.lend(*self._lent)
+        return self.donor
+
+    def prompts(self, name: str, count: int) -> dict[str, list[int]]:
+        source, vocabulary = random.Random(name), shapes.SHAPES[self.shape]["vocab_size"]
+        return {
+            f"{name}-{number}": [
+                source.randrange(vocabulary) for _ in range(source.randint(self.shortest, self.longest))
+            ]
+            for number in range(count)
+        }
+
+
+class Trial:
+    """One configuration on an engine of its own."""
+
+    def __init__(self, place: Place, name: str, of: dict[str, Any]) -> None:
+        ground = self.ground = place.ground
+        self.place, self.name = place, name
+        options = {
+            "model": str(place.model),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": place.longest + ANSWER + 64,
+            "max_num_batched_tokens": 2048,
+            # Without this, vLLM measures the GPU's free memory, which other engines change meanwhile.
+            "kv_cache_memory_bytes": 8 << 30,
+            "gpu_memory_utilization": 0.2,
+            "disable_log_stats": True,
+        } | of["options"]
+        if options.get("tensor_parallel_size", 1) == 1:
+            options |= {"distributed_executor_backend": "uni"}
+        settings = {
+            "socket": ground.socket,
+            "salt": name,
+            # All at once: what is stored while leases still grow is not kept.
+            "max_leased_bytes": "4GiB",
+            "lease_step_bytes": "4GiB",
+            "lookup_ms": 60_000,
+        } | of["settings"]
+        if ground.cpu:
+            del options["kv_cache_memory_bytes"]
+            settings |= {"max_leased_bytes": "64MiB", "lease_step_bytes": "8MiB"}
+        log = place.report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
+        self.sync = settings.get("load") == "sync"
+        self.engine = Engine(log, ENGINE_ENVIRONMENT | of.get("environment", {}))
+        try:
+            self.engine.start(**options, connector=settings)
+            self.engine.ask("enliven")
+            eventually("a lease", lambda: self.engine.ask("leased"))
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def answer(self, batch: dict[str, list[int]]) -> Result:
+        for name, tokens in batch.items():
+            self.engine.ask("add", name=name, tokens=tokens, max_tokens=ANSWER, logprobs=True)
+        return self.engine.finish()
+
+    def one_by_one(self, batch: dict[str, list[int]]) -> Result:
+        found: Result = {}
+        for name, tokens in batch.items():
+            found |= self.answer({name: tokens})
+        return found
+
+    def forget(self) -> None:
+        eventually("the engine to forget its prefixes", lambda: self.engine.ask("reset"))
+
+
+def equal(one: Result, other: Result) -> int:
+    """Answers with the same tokens and logprobs."""
+    same = (
+        one[name]["tokens"] == other[name]["tokens"] and one[name]["logprobs"] == other[name]["logprobs"]
+        for name in one
+    )
+    return sum(same)
+
+
+def compare(trial: Trial) -> dict[str, Any]:
+    work = trial.place.prompts(trial.name, trial.place.count)
+    batch = trial.place.prompts(f"{trial.name}, batch", 4)
+    trial.one_by_one(work)
+    truth = trial.one_by_one(work)
+    trial.answer(batch)
+    together = trial.answer(batch)
+    trial.forget()
+    loaded = trial.one_by_one(work)
+    trial.forget()
+    at_once = trial.answer(batch)
+    trial.forget()
+    trial.engine.ask("repeat", on=True)
+    control = trial.one_by_one(work)
+    trial.engine.ask("repeat", on=False)
+    found = {
+        "prompts": len(work),
+        "equal": equal(truth, loaded),
+        "cached_tokens": sum(of["cached"] for of in loaded.values()),
+        "cached_tokens_locally": sum(of["cached"] for of in truth.values()),
+        "batch": len(batch),
+        "batch_equal": equal(together, at_once),
+        "control_equal": equal(truth, control),
+    }
+    right = found["equal"] == len(work) and 0 < found["cached_tokens"] == found["cached_tokens_locally"]
+    if trial.sync:
+        right = right and found["batch_equal"] == len(batch)
+    found["passed"] = right and found["control_equal"] < len(work)
+    return found
+
+
+def survive(trial: Trial) -> dict[str, Any]:
+    """Prompts in turn while what serves them goes away. Nothing may change a token."""
+    place, ground = trial.place, trial.ground
+    work = place.prompts(trial.name, place.count)
+    computed = trial.one_by_one(work)
+    found = trial.one_by_one(work)
+    steps: list[dict[str, Any]] = []
+
+    def check(what: str) -> None:
+        trial.forget()
+        now = trial.one_by_one(work)
+        # A prompt that is computed again is summed in other shapes than one whose prefix is found.
+        truth = {name: (found if of["cached"] else computed)[name] for name, of in now.items()}
+        cached = sum(of["cached"] for of in now.values())
+        steps.append({"after": what, "equal": equal(truth, now), "cached_tokens": cached})
+
+    def stored_again() -> None:
+        place.lend()
+        eventually("a lease", lambda: trial.engine.ask("leased"))
+        trial.forget()
+        trial.one_by_one(work)
+
+    check("nothing")
+    ground.withdraw(place.donor)
+    place.donor.wait()
+    check("the donor took everything back")
+    stored_again()
+    check("a new donor")
+    place.donor.kill()
+    place.donor.wait()
+    check("the donor was killed")
+    ground.kill_broker()
+    check("the broker was killed")
+    ground.start_broker()
+    stored_again()
+    check("broker and donor are back")
+    passed = all(step["equal"] == len(work) for step in steps)
+    passed = passed and steps[0]["cached_tokens"] > 0 and steps[-1]["cached_tokens"] > 0
+    return {"prompts": len(work), "steps": steps, "passed": passed}
+
+
+def run(place: Place, name: str, of: dict[str, Any]) -> dict[str, Any]:
+    trial: Trial | None = None
+    try:
+        trial = Trial(place, name, of)
+        return survive(trial) if name == FAULTS else compare(trial)
+    except Exception as reason:
+        traceback.print_exc()
+        return {"passed": False, "error": str(reason)[-2000:]}
+    finally:
+        if trial is not None:
+            trial.engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
+    parser.add_argument("report", type=Path, help="the directory for identity.json and logs")
+    parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--at-once", type=int, default=3, help="engines that run at a time")
+    args = parser.parse_args()
+    args.report.mkdir(parents=True, exist_ok=True)
+    before = hbm_used()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        place = Place(Path(directory), args.programs, args.report, cpu=args.cpu)
+        try:
+            wanted = {name: of for name, of in configurations(args.cpu).items() if args.only in name}
+            # What kills the broker and the donor runs alone, at the end.
+            last = {name: wanted.pop(name) for name in [FAULTS] if name in wanted}
+
+            def one(name: str, of: dict[str, Any]) -> None:
+                results[name] = run(place, name, of)
+                print(name, json.dumps(results[name]), flush=True)
+
+            with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+                list(pool.map(lambda item: one(*item), wanted.items()))
+            for name, of in last.items():
+                one(name, of)
+            hardware = place.ground.hardware
+        finally:
+            place.ground.close()
+    results["HBM used before and after, MiB"] = {"before": before, "after": hbm_used()}
+    leak = [after - was for was, after in zip(before, results["HBM used before and after, MiB"]["after"], strict=True)]
+    results["HBM used before and after, MiB"]["passed"] = all(more < 64 for more in leak)
+    (args.report / "identity.json").write_text(json.dumps({"on": hardware, "results": results}, indent=1))
+    print(table(results))
+    sys.exit(not all(of["passed"] for of in results.values()))
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = ["| configuration | equal to a local hit | tokens from donors | equal in batches | control equal | |"]
+    rows.append("|---|---:|---:|---:|---:|---|")
+    for name, of in results.items():
+        said = "passed" if of["passed"] else f"FAILED {of.get('error', '')[:80]}"
+        if "steps" in of:
+            worst = min(step["equal"] for step in of["steps"])
+            cached = "; ".join(f"{step['after']}: {step['cached_tokens']}" for step in of["steps"])
+            rows.append(f"| {name} | {worst} of {of['prompts']} at least | {cached} | | | {said} |")
+        elif "equal" in of:
+            rows.append(
+                f"| {name} | {of['equal']} of {of['prompts']} | {of['cached_tokens']} | {of['batch_equal']} of "
+                f"{of['batch']} | {of['control_equal']} of {of['prompts']} | {said} |"
+            )
+        else:
+            rows.append(f"| {name} | | | | | {said} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

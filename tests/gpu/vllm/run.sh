@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Real vLLM on two GPUs of this machine: tokens of loaded KV against local prefix hits, then time to the first token by where
+# the prefix comes from.
+#
+#     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [identity|bench] [ARGUMENTS OF THAT SCRIPT]
+#
+# SITE: a folder of `site.sh`, or empty ("") where vLLM and SwiftCache's wheel are installed. PROGRAMS: the directory of
+# swiftcache-broker and swiftcache. REPORT gets identity.json, bench.json, bench.svg and logs.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+site=$1 programs=$2 report=$3
+what=${4:-all}
+shift $(($# < 4 ? $# : 4))
+export PYTHONDONTWRITEBYTECODE=1
+if [ -n "$site" ]; then
+    export PYTHONPATH=$site
+    libraries=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia
+    for name in cu13 cudnn nccl cusparselt nvshmem; do
+        LD_LIBRARY_PATH=$libraries/$name/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    done
+    export LD_LIBRARY_PATH=$site/nvidia/nccl/lib:$LD_LIBRARY_PATH
+fi
+status=0
+if [ "$what" = identity ] || [ "$what" = all ]; then
+    python3 "$here/identity.py" "$programs" "$report" "$@" || status=1
+fi
+if [ "$what" = bench ] || [ "$what" = all ]; then
+    python3 "$here/bench.py" "$programs" "$report" "$@" || status=1
+fi
+exit $status

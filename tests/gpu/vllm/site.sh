@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Builds a folder of Python packages that runs vLLM on a GPU machine that has PyTorch's CUDA libraries and Python 3.12, but no
+# package registry. Where there is one, `pip install vllm==0.32.0` and SwiftCache's wheel do the same.
+#
+#     tests/gpu/vllm/site.sh OUT [WHEEL]     needs uv, zstd and 8 GB of disk; makes OUT (2.6 GB) and OUT.tzst (1 GB)
+#
+# There: zstd -dc OUT.tzst | tar xf - -C SITE, and tests/gpu/vllm/run.sh SITE PROGRAMS REPORT
+set -euo pipefail
+out=$1
+wheel=${2:-}
+version=0.32.0
+target=(--python-version 3.12 --python-platform x86_64-manylinux_2_35)
+# The machine's own PyTorch environment has these, or only other models and kernels use them.
+present='nvidia-|cuda-|numpy|networkx|sympy|setuptools|pillow|numba|llvmlite|grpcio|nvtx|nccl'
+unused='tilelang|z3-solver|humming|tokenspeed|quack|flashinfer|opencv|pynvvideo|fastsafetensors|instanttensor|hf-xet'
+unused+='|mistral-common|sentry|agent-detector|detect-installer|fastapi-cloud'
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cat >"$work/overrides" <<END
+torchaudio ; sys_platform == 'never'
+torchcodec ; sys_platform == 'never'
+torchvision==0.28.0
+END
+printf '%s\n' "vllm==$version" torchvision==0.28.0 >"$work/wanted"
+uv pip compile "$work/wanted" --override "$work/overrides" "${target[@]}" --quiet --output-file "$work/all"
+grep -vE '^ *#' "$work/all" | grep -vE "^($present|$unused)" >"$work/needed"
+uv pip install --target "$out" "${target[@]}" --no-deps --quiet --requirement "$work/needed"
+# This PyTorch needs symbols of its own NCCL even on one GPU.
+uv pip install --target "$work/nccl" "${target[@]}" --no-deps --quiet nvidia-nccl-cu13==2.29.7
+mkdir -p "$out/nvidia/nccl/lib"
+cp "$work"/nccl/nvidia/nccl/lib/libnccl.so.2 "$out/nvidia/nccl/lib/"
+cd "$out"
+# Headers, tests and kernels for other hardware: half of the bytes.
+rm -rf torch/include torch/test torch/bin torch/lib/*.a triton/backends/nvidia/lib/cupti \
+    triton/backends/nvidia/bin/ptxas-blackwell vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so vllm/vllm-rs vllm/_flashmla*.so \
+    vllm/_qutlass_C.abi3.so anthropic
+mkdir torch/bin
+printf '#!/bin/sh\nexit 0\n' >torch/bin/torch_shm_manager
+chmod +x torch/bin/torch_shm_manager
+find . -name '*.pyc' -delete
+[ -z "$wheel" ] || python3 -m zipfile --extract "$wheel" .
+tar --create --file - . | zstd -9 -T0 --quiet --force -o "$out.tzst"
