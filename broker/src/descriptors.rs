@@ -288,6 +288,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+    use crate::core::Connection;
 
     const DONOR: SessionId = SessionId(1);
     const ALLOCATION: AllocationId = AllocationId([1; 16]);
@@ -302,6 +303,7 @@ mod tests {
         Caller {
             session: SessionId(2),
             process: LESSEE,
+            connection: Connection::default(),
         }
     }
 
@@ -418,6 +420,7 @@ mod tests {
                     birth: 1,
                     uid,
                 },
+                connection: Connection::default(),
             };
             for _ in 0..MAX_TOKENS {
                 descriptors.grant(flood, LEASE, ALLOCATION, now);

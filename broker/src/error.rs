@@ -165,6 +165,7 @@ impl From<Refused> for Status {
             Refused::Core(Refusal::NotYours { .. })
             | Refused::NotAnOperator { .. }
             | Refused::Anonymous { .. } => Self::permission_denied(text),
+            Refused::Core(Refusal::LateConnection(_)) => Self::aborted(text),
             Refused::Core(Refusal::Overlap { .. }) => Self::already_exists(text),
             Refused::Core(Refusal::Limit { .. }) | Refused::Unrecorded { .. } => {
                 Self::resource_exhausted(text)

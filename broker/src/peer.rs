@@ -7,7 +7,10 @@
 use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::sys::socket::{getsockopt, sockopt};
@@ -18,7 +21,7 @@ use rustix::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::core::Process;
+use crate::core::{Connection, Process};
 
 /// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9). With pidfs, the inode of a pidfd identifies one process
 /// until the next boot. Before, all pidfds have the same inode.
@@ -35,10 +38,16 @@ pub struct Peer {
     pub pidfd: Arc<OwnedFd>,
     /// Ends the connection.
     pub cut: CancellationToken,
+    /// The connection.
+    pub connection: Connection,
 }
 
+/// The number of the last connection.
+static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+
 impl Peer {
-    /// Asks the kernel which process connected `socket`.
+    /// Asks the kernel which process connected `socket`, and gives the connection the next number. To be called in the order in
+    /// which connections are accepted.
     ///
     /// # Errors
     /// When the kernel does not say, or the process is already gone.
@@ -72,6 +81,7 @@ impl Peer {
             },
             gid: credentials.gid(),
             pidfd: Arc::new(pidfd),
+            connection: Connection(1 + CONNECTIONS.fetch_add(1, Ordering::Relaxed)),
             cut: CancellationToken::new(),
         })
     }

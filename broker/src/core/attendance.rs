@@ -54,6 +54,7 @@ fn open(books: &mut Books, register: Register) -> Result<Reply, Refusal> {
         books.out.push(Effect::Watch(register.process));
     }
     books.enrol(session, register.process, &register.name, &register.tenant);
+    books.sessions.registered(session, register.connection);
     books.note(Note::Registered {
         session,
         name: register.name,
@@ -70,6 +71,7 @@ fn resume(books: &mut Books, id: SessionId, register: Register) -> Result<Reply,
     let session = books.sessions.of(Caller {
         session: id,
         process: register.process,
+        connection: register.connection,
     })?;
     if **session.tenant() != *register.tenant {
         return Err(Refusal::Invalid {
@@ -88,6 +90,7 @@ fn resume(books: &mut Books, id: SessionId, register: Register) -> Result<Reply,
     let unread: Vec<_> = session.reads().difference(&shared).copied().collect();
     let regions = session.regions().iter().copied().collect();
     let name = session.name().to_string();
+    books.sessions.registered(id, register.connection);
     for lease in unread {
         if let Some(key) = books.leases.key(lease) {
             let_go(books, key, id);

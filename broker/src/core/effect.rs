@@ -209,6 +209,12 @@ pub enum Refusal {
         /// The limit.
         limit: u64,
     },
+    /// ABORTED: it came by a connection that the session's process has left. Whatever it asks for is old.
+    #[error(
+        "session {0} was registered again on a newer connection; what comes by this one is too late and changes nothing. \
+         Use the newer connection, or resume the session on a new one"
+    )]
+    LateConnection(String),
     /// FAILED_PRECONDITION: the lease is being revoked, the region withdrawn, or the generation is stale.
     #[error("{0}")]
     Stale(String),

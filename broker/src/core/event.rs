@@ -20,7 +20,14 @@ pub struct Caller {
     pub session: SessionId,
     /// The process that sent it.
     pub process: Process,
+    /// The connection that it came by.
+    pub connection: Connection,
 }
+
+/// A connection's number. Connections are numbered as they are accepted, from 1, so that what comes by an older one can be
+/// told from what its process says now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Connection(pub u64);
 
 /// Everything that can happen.
 #[derive(Clone, Debug)]
@@ -127,6 +134,8 @@ pub enum Event {
 pub struct Register {
     /// The process at the other end.
     pub process: Process,
+    /// The connection that it came by.
+    pub connection: Connection,
     /// A fresh random id, used when a new session is opened.
     pub fresh_id: SessionId,
     /// For people.

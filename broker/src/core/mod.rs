@@ -67,8 +67,8 @@ pub use config::{CoreConfig, Node};
 pub use counters::Counters;
 pub use effect::{Effect, Grant, Note, Outgoing, Refusal, Reply};
 pub use event::{
-    Caller, DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Keep, LeaseDemand, Lookup, Now,
-    Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
+    Caller, Connection, DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Keep, LeaseDemand,
+    Lookup, Now, Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
 };
 pub use process::Process;
 pub use record::Record;

@@ -8,7 +8,12 @@ use std::{
 
 use swiftcache_proto::domain::{LeaseId, RegionId, SessionId};
 
-use super::{check::hold, effect::Refusal, event::Caller, process::Process};
+use super::{
+    check::hold,
+    effect::Refusal,
+    event::{Caller, Connection},
+    process::Process,
+};
 
 /// The returned regions a session is told of again when it attaches; a donor that missed older ones learns of them
 /// from the regions listed when it resumes.
@@ -18,6 +23,8 @@ const RETURNED_REMEMBERED: usize = 4_096;
 #[derive(Clone, Debug)]
 pub(super) struct Session {
     process: Process,
+    /// The connection that it was last registered on, or 0 after a restart.
+    connection: Connection,
     name: Arc<str>,
     tenant: Arc<str>,
     /// Its stream is up.
@@ -142,7 +149,18 @@ impl Sessions {
                 what: "session",
                 which: which(),
             }),
+            // A request may arrive long after its connection was lost, and after its process has said anew what it holds.
+            Some(session) if caller.connection < session.connection => {
+                Err(Refusal::LateConnection(which()))
+            }
             Some(session) => Ok(session),
+        }
+    }
+
+    /// The session was registered on a connection: what comes by an older one is too late from now on.
+    pub(super) fn registered(&mut self, id: SessionId, connection: Connection) {
+        if let Some(session) = self.known.get_mut(&id) {
+            session.connection = connection;
         }
     }
 
@@ -183,6 +201,7 @@ impl Sessions {
     ) {
         let session = Session {
             process,
+            connection: Connection::default(),
             name,
             tenant,
             attached: false,

@@ -28,7 +28,7 @@ use swiftcache_proto::{domain::SessionId, v1};
 use tokio::sync::mpsc;
 
 use crate::{
-    core::{Caller, Effect, Event, Note, Now, Offer, Process, Register, Reply, State},
+    core::{Caller, Connection, Effect, Event, Note, Now, Offer, Process, Register, Reply, State},
     death::DeathWatch,
     descriptors::Descriptors,
     error::Refused,
@@ -331,7 +331,11 @@ impl Owner {
 
     /// Whether the session belongs to this process.
     pub fn is_session_of(&self, session: SessionId, process: Process) -> bool {
-        let caller = Caller { session, process };
+        let caller = Caller {
+            session,
+            process,
+            connection: Connection(u64::MAX),
+        };
         self.read(|state| state.check_caller(caller).is_ok())
     }
 

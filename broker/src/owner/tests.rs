@@ -17,8 +17,8 @@ use swiftcache_proto::domain::{
 use super::*;
 use crate::{
     core::{
-        CoreConfig, Grant, LeaseDemand, LeaseView, Lookup, Node, Offer, Publish, Record, Withdraw,
-        WithdrawWhat,
+        Connection, CoreConfig, Grant, LeaseDemand, LeaseView, Lookup, Node, Offer, Publish,
+        Record, Withdraw, WithdrawWhat,
     },
     ledger::Storage,
     scrape,
@@ -165,10 +165,12 @@ impl World {
             resume: None,
             held: vec![],
             shared: vec![],
+            connection: Connection::default(),
         };
         match self.owner.register(self.peer.clone(), register).await {
             Ok(Reply::Registered { session, .. }) => Caller {
                 session,
+                connection: Connection::default(),
                 process: self.peer.process,
             },
             other => panic!("{other:?}"),

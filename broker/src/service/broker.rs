@@ -178,6 +178,7 @@ impl BrokerService {
         let resume = request.resume_session_id;
         let register = Register {
             process: peer.process,
+            connection: peer.connection,
             // 0 is "none" on the wire.
             fresh_id: SessionId(rand::random_range(1..=u64::MAX)),
             name: convert::text("name", &request.name, MAX_NAME_BYTES)?,

@@ -27,5 +27,6 @@ fn caller(peer: &Peer, session: u64) -> Caller {
     Caller {
         session: SessionId(session),
         process: peer.process,
+        connection: peer.connection,
     }
 }

@@ -1,7 +1,7 @@
 //! The oracle on sessions and on letting go.
 
 use super::oracle::{Answer, No, OSession, Oracle};
-use crate::core::{Caller, Outgoing, Process, Register, Reply};
+use crate::core::{Caller, Connection, Outgoing, Process, Register, Reply};
 use swiftcache_proto::domain::{Generation, LeaseId, RegionId, RevokeReason, SessionId};
 
 impl Oracle {
@@ -179,6 +179,7 @@ impl Oracle {
         self.session(Caller {
             session: id,
             process,
+            connection: Connection::default(),
         })?;
         let of = |lessee: bool| {
             let held = self

@@ -2,7 +2,9 @@
 
 use super::{fixture::hash, history::History, world::SlotUse};
 use crate::core::leases::{Lease, Phase};
-use crate::core::{Caller, Effect, Event, Keep, Lookup, Now, Outgoing, Process, Publish};
+use crate::core::{
+    Caller, Connection, Effect, Event, Keep, Lookup, Now, Outgoing, Process, Publish,
+};
 use swiftcache_proto::domain::SessionId;
 
 /// The process of a session that nobody knows.
@@ -172,7 +174,11 @@ impl History {
     pub(super) fn caller(&self, session: SessionId) -> Caller {
         let known = self.state.books.sessions.get(session);
         let process = known.map_or(GONE, |known| known.process());
-        Caller { session, process }
+        Caller {
+            session,
+            process,
+            connection: Connection::default(),
+        }
     }
 
     fn letting_go(&self, session: SessionId, lease: &Lease) -> Event {

@@ -8,8 +8,9 @@ use swiftcache_proto::domain::{
 };
 
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, Grant, Keep, LeaseDemand, Lookup, Node, Now, Offer,
-    Outgoing, Process, Publish, Record, Refusal, Register, Reply, State, Withdraw, WithdrawWhat,
+    Caller, Connection, CoreConfig, Effect, Event, Grant, Keep, LeaseDemand, Lookup, Node, Now,
+    Offer, Outgoing, Process, Publish, Record, Refusal, Register, Reply, State, Withdraw,
+    WithdrawWhat,
 };
 
 /// The slabs that tests offer, bytes.
@@ -164,9 +165,14 @@ impl Bench {
             resume: None,
             held: Vec::new(),
             shared: Vec::new(),
+            connection: Connection::default(),
         };
         match self.apply(Event::Register(register)) {
-            Some(Reply::Registered { session, .. }) => Caller { session, process },
+            Some(Reply::Registered { session, .. }) => Caller {
+                session,
+                process,
+                connection: Connection::default(),
+            },
             other => panic!("{other:?}"),
         }
     }
@@ -192,6 +198,7 @@ impl Bench {
             resume: Some(caller.session),
             held: held.to_vec(),
             shared: shared.to_vec(),
+            connection: Connection::default(),
         };
         match self.apply(Event::Register(register)) {
             Some(Reply::Registered {

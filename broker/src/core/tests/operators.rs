@@ -4,8 +4,9 @@ use swiftcache_proto::domain::{RegionId, SessionId, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, DrainTarget, Effect, Event, HoldDemand, HoldId, LeaseDemand, Need, Note,
-    Outgoing, Process, QuotaTarget, Record, Refusal, Register, Reply, SetQuota, WithdrawWhat,
+    Caller, Connection, CoreConfig, DrainTarget, Effect, Event, HoldDemand, HoldId, LeaseDemand,
+    Need, Note, Outgoing, Process, QuotaTarget, Record, Refusal, Register, Reply, SetQuota,
+    WithdrawWhat,
 };
 
 fn need(donor: Option<Caller>, slabs: u64) -> Need {
@@ -258,6 +259,7 @@ fn a_label_that_two_sessions_have_is_refused_as_ambiguous() {
         resume: None,
         held: Vec::new(),
         shared: Vec::new(),
+        connection: Connection::default(),
     };
     bench.apply(Event::Register(register)).unwrap();
     let refused = bench.refused(drain(&label)).to_string();
@@ -269,6 +271,7 @@ fn a_label_that_two_sessions_have_is_refused_as_ambiguous() {
             birth: 7,
             uid: 1_000,
         },
+        connection: Connection::default(),
     };
     bench.done(Event::Leave(leave));
     assert!(bench.apply(drain(&label)).is_some());

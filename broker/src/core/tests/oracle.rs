@@ -86,6 +86,7 @@ pub(super) enum No {
     Invalid,
     Overlap,
     Stale,
+    Late,
 }
 
 fn kind(refusal: &Refusal) -> Option<No> {
@@ -95,6 +96,7 @@ fn kind(refusal: &Refusal) -> Option<No> {
         Refusal::Invalid { .. } => Some(No::Invalid),
         Refusal::Overlap { .. } => Some(No::Overlap),
         Refusal::Stale(_) => Some(No::Stale),
+        Refusal::LateConnection(_) => Some(No::Late),
         Refusal::Limit { .. } => None,
     }
 }

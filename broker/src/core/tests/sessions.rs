@@ -4,8 +4,8 @@ use swiftcache_proto::domain::{RevokeReason, SessionId};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, Effect, Event, Note, Outgoing, Process, Refusal, Register, Reply, Withdraw,
-    WithdrawWhat,
+    Caller, Connection, CoreConfig, Effect, Event, Note, Outgoing, Process, Refusal, Register,
+    Reply, Withdraw, WithdrawWhat,
 };
 
 fn revoked(message: &Outgoing) -> Option<RevokeReason> {
@@ -25,10 +25,12 @@ fn only_its_own_process_speaks_for_a_session() {
     let thief = Caller {
         session: borrower.session,
         process: donor.process,
+        connection: Connection::default(),
     };
     let stranger = Caller {
         session: SessionId(1),
         process: donor.process,
+        connection: Connection::default(),
     };
     for (caller, unknown) in [(thief, false), (stranger, true)] {
         let events = [
@@ -95,6 +97,7 @@ fn a_refusal_never_shows_a_session_id() {
             birth: 1,
             uid: 1,
         },
+        connection: Connection::default(),
     };
     let text = format!("{:?}", bench.refused(Event::Leave(caller)));
     assert!(text.contains("abcd"), "{text}");
@@ -174,6 +177,7 @@ fn a_session_is_resumed_by_its_process_and_tenant_only() {
             resume: Some(resume),
             held: Vec::new(),
             shared: Vec::new(),
+            connection: Connection::default(),
         })
     };
     let other = Process {
@@ -331,6 +335,7 @@ fn one_user_cannot_take_all_sessions() {
                 resume: None,
                 held: Vec::new(),
                 shared: Vec::new(),
+                connection: Connection::default(),
             })
         };
         let mut joins = |uid, number| match bench.apply(register(uid, number)) {
@@ -360,6 +365,7 @@ fn sessions_are_bounded() {
         resume: None,
         held: Vec::new(),
         shared: Vec::new(),
+        connection: Connection::default(),
     };
     let refusal = bench.refused(Event::Register(register));
     assert_eq!(

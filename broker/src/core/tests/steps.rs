@@ -7,7 +7,9 @@ use super::{
     history::{Act, History, Outcome, Step, pick},
     world::{Client, Mapping},
 };
-use crate::core::{Caller, Event, Outgoing, Process, Publish, Register, Reply, WithdrawWhat};
+use crate::core::{
+    Caller, Connection, Event, Outgoing, Process, Publish, Register, Reply, WithdrawWhat,
+};
 
 pub(super) const TENANTS: [&str; 2] = ["1000", "1001/blue"];
 /// Processes at a time.
@@ -256,9 +258,14 @@ impl History {
             resume: None,
             held: Vec::new(),
             shared: Vec::new(),
+            connection: Connection::default(),
         };
         if let Some(Reply::Registered { session, .. }) = self.apply(Event::Register(register))? {
-            let caller = Caller { session, process };
+            let caller = Caller {
+                session,
+                process,
+                connection: Connection::default(),
+            };
             self.world.enter(caller, tenant);
             self.apply(Event::Attach(caller))?;
         }
@@ -300,6 +307,7 @@ impl History {
             resume: Some(client.caller.session),
             held,
             shared: ids(shared),
+            connection: Connection::default(),
         };
         let client = client.clone();
         self.call(Event::Register(register), move |history, reply| {
@@ -351,6 +359,7 @@ impl History {
         let stolen = Caller {
             session: other.caller.session,
             process: client.caller.process,
+            connection: Connection::default(),
         };
         if stolen == other.caller {
             return Ok(());
