@@ -200,7 +200,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], file: Path, title: str) -> bool:
-    """Medians as bars, with whiskers up to the slowest. Returns whether matplotlib is there."""
+    """Medians as points, with whiskers up to the slowest. Returns whether matplotlib is there."""
     try:
         import matplotlib
     except ImportError:
@@ -217,11 +217,14 @@ def plot(results: dict[str, Any], file: Path, title: str) -> bool:
         names = list(measured)
         medians = [measured[name][count]["p50"] for name in names]
         worst = [measured[name][count]["max"] - measured[name][count]["p50"] for name in names]
-        axis.barh(names, medians, xerr=[[0] * len(names), worst], color="#4878a8", ecolor="#888888", capsize=3)
-        axis.invert_yaxis()
+        axis.errorbar(
+            medians, names, xerr=[[0] * len(names), worst], fmt="o", color="#4878a8", ecolor="#888888", capsize=3
+        )
+        axis.grid(axis="x", which="both", alpha=0.3)
         axis.set_xscale("log")
-        axis.set_xlabel("ms to the first token (bar: median, whisker: slowest)")
+        axis.set_xlabel("ms to the first token (point: median, whisker: slowest)")
         axis.set_title(f"{count} client{'s' if str(count) != '1' else ''}")
+    figure.axes[0].invert_yaxis()
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(file)
