@@ -49,7 +49,9 @@ def test_status_says_who_holds_what_and_what_moved(env, lent):
     status = json.loads(done.stdout)
     [lease] = [found for found in status["leases"] if found["namespace"] == lent.namespace]
     assert lease["waiting_for_pids"] == [], "nothing is revoked"
-    assert set(status["traffic"]) == {"links", "lookup_blocks", "own_blocks", "replica_blocks", "host_blocks"}
+    found = {"lookup_blocks", "own_blocks", "replica_blocks", "host_blocks"}
+    assert set(status["traffic"]) == found | {"links", "failed_operations", "routes_down"}
+    assert status["traffic"]["failed_operations"] == 0 and status["traffic"]["routes_down"] == 0
     table = run(CLI, "status", env=env).stdout
     assert lent.namespace in table and "a borrower" in table
 
