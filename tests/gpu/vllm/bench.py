@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, Ground
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, log_file
 
-V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 EAGER, GRAPHS = {"enforce_eager": True}, {"enforce_eager": False}
 SYNC = {"async_scheduling": False}
 
@@ -132,7 +131,7 @@ def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: An
         "clients": args.clients,
         "result": str(directory / "result.json"),
     }
-    log = args.report / f"bench-{''.join(c if c.isalnum() else '-' for c in name)}.log"
+    log = log_file(args.report, f"bench {name}")
     donor = None if "settings" not in arm or arm.get("host") else ground.lend(size.lent, size.slab)
     back = Withdrawals(ground, donor, arm["withdraw"], size) if donor is not None and "withdraw" in arm else None
     try:

@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1]
 from engine import Engine  # noqa: E402
 from node import Node, eventually  # noqa: E402
 
-__all__ = ["ENGINE_ENVIRONMENT", "Engine", "Ground", "eventually", "hbm_used"]
+__all__ = ["ENGINE_ENVIRONMENT", "V1", "V2", "Engine", "Ground", "eventually", "hbm_used", "log_file"]
 
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -21,6 +21,15 @@ ENGINE_ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
 }
+
+
+V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+"""vLLM's model runners, as an engine's environment chooses them."""
+
+
+def log_file(report: Path, name: str) -> Path:
+    """Where an engine writes that runs what is called `name`."""
+    return report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
 
 
 def _smi(field: str) -> list[str]:

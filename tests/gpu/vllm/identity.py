@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, Engine, Ground, eventually, hbm_used
+from ground import ENGINE_ENVIRONMENT, V1, V2, Engine, Ground, eventually, hbm_used, log_file
 
 ANSWER = 24
 """Tokens of each answer."""
@@ -37,23 +37,22 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
             "async": {"options": plain, "settings": {"load": "async"}},
             FAULTS: {"options": plain, "settings": {"load": "async"}},
         }
-    v1, v2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
     eager = {"enforce_eager": True, "block_size": 16}
     alone = {"async_scheduling": False}
     return {
-        "V2 async, eager": {"options": eager, "settings": {}, "environment": v2},
-        "V2 async, CUDA graphs": {"options": eager | {"enforce_eager": False}, "settings": {}, "environment": v2},
-        "V1 async, eager": {"options": eager, "settings": {"load": "async"}, "environment": v1},
-        "V1 sync, eager": {"options": eager | alone, "settings": {"load": "sync"}, "environment": v1},
+        "V2 async, eager": {"options": eager, "settings": {}, "environment": V2},
+        "V2 async, CUDA graphs": {"options": eager | {"enforce_eager": False}, "settings": {}, "environment": V2},
+        "V1 async, eager": {"options": eager, "settings": {"load": "async"}, "environment": V1},
+        "V1 sync, eager": {"options": eager | alone, "settings": {"load": "sync"}, "environment": V1},
         "V1 sync, CUDA graphs": {
             "options": eager | alone | {"enforce_eager": False},
             "settings": {"load": "sync"},
-            "environment": v1,
+            "environment": V1,
         },
-        "V2 async, pages of 32": {"options": eager | {"block_size": 32}, "settings": {}, "environment": v2},
-        "V2 async, fp8 KV": {"options": eager | {"kv_cache_dtype": "fp8"}, "settings": {}, "environment": v2},
-        "V2 async, TP 2": {"options": eager | {"tensor_parallel_size": 2}, "settings": {}, "environment": v2},
-        FAULTS: {"options": eager, "settings": {}, "environment": v2},
+        "V2 async, pages of 32": {"options": eager | {"block_size": 32}, "settings": {}, "environment": V2},
+        "V2 async, fp8 KV": {"options": eager | {"kv_cache_dtype": "fp8"}, "settings": {}, "environment": V2},
+        "V2 async, TP 2": {"options": eager | {"tensor_parallel_size": 2}, "settings": {}, "environment": V2},
+        FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 
 
@@ -114,9 +113,8 @@ class Trial:
         if ground.cpu:
             del options["kv_cache_memory_bytes"]
             settings |= {"max_leased_bytes": "64MiB", "lease_step_bytes": "8MiB"}
-        log = place.report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
         self.sync = settings.get("load") == "sync"
-        self.engine = Engine(log, ENGINE_ENVIRONMENT | of.get("environment", {}))
+        self.engine = Engine(log_file(place.report, name), ENGINE_ENVIRONMENT | of.get("environment", {}))
         try:
             self.engine.start(**options, connector=settings)
             self.engine.ask("enliven")

@@ -65,9 +65,3 @@ def make(name: str, directory: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(SHAPES[name]))
     return target
-
-
-def bytes_per_token(name: str, element: int = 2) -> int:
-    """Bytes of KV of a token in all layers; `element`: bytes of a number."""
-    shape = SHAPES[name]
-    return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * element
