@@ -64,6 +64,42 @@ fn what_may_have_been_offered_is_offered_before_it_is_withdrawn() -> Result<()> 
     Ok(())
 }
 
+/// Whoever waits for an agent to have done what a neighbour's growth asks for reads that in its status, however long the
+/// broker takes to answer.
+#[test]
+fn what_is_asked_back_shows_until_the_broker_has_answered() -> Result<()> {
+    let node = Node::start(&[])?;
+    let gate = Gate::before(&node)?;
+    let mut policy = PolicyConfig::new(GIB, GIB / 32);
+    policy.settle = Duration::ZERO;
+    let donor = DonorConfig {
+        slab_bytes: policy.slab_bytes,
+        ..config(&node)
+    };
+    let agent = AgentConfig {
+        policy,
+        period: Duration::from_millis(5),
+    };
+    let agent = Agent::start(gate.session("agent")?, node.layer()?, donor, agent)?;
+    eventually("most of it to be on offer", || {
+        Ok(agent.status().offered_bytes > GIB / 2)
+    })?;
+    gate.hold("Withdraw");
+    node.neighbour_uses(1, GIB / 2)?;
+    eventually("some of it to be asked back", || {
+        Ok(agent.status().asked_bytes > 0)
+    })?;
+    // The twin: on its way back is what the broker has said is.
+    ensure!(agent.status().withdrawing_bytes == 0);
+    gate.open();
+    eventually("it to be back", || {
+        let status = agent.status();
+        Ok(status.asked_bytes + status.withdrawing_bytes == 0 && status.offered_bytes <= GIB / 2)
+    })?;
+    ensure!(agent.stop(PATIENCE));
+    Ok(())
+}
+
 /// An offer that hangs must not delay a withdrawal for a neighbour that needs its HBM now.
 #[test]
 fn a_neighbours_demand_does_not_wait_for_an_offer() -> Result<()> {

@@ -159,7 +159,9 @@ fn free_hbm_never_rises_while_an_engine_starts() -> Result<()> {
             let seen = format!("{free:.2} GiB of 1.00 GiB free");
             let text = agent.explain();
             let done = text.ends_with("nothing to change") || text.contains("has lasted");
-            Ok(agent.status().withdrawing_bytes == 0 && done && text.starts_with(&seen))
+            let status = agent.status();
+            let over = status.asked_bytes + status.withdrawing_bytes == 0;
+            Ok(over && done && text.starts_with(&seen))
         })
     };
     eventually("the offer to rise", || {

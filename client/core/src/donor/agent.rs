@@ -203,9 +203,7 @@ impl Shared {
             total: hbm.total,
             donated: status.offered_bytes + status.withdrawing_bytes,
             // Asked for once is enough.
-            offered: status
-                .offered_bytes
-                .saturating_sub(self.donor.core.asking()),
+            offered: status.offered_bytes.saturating_sub(status.asked_bytes),
             held: (self.donor.core.session.hold(device)).map(|hold| hold.free_bytes),
         })
     }

@@ -198,6 +198,7 @@ impl Core {
             give_back: Latency::from(&state.give_back),
             scrubbed: state.scrubbed,
             failed_scrubs: state.failed_scrubs,
+            asked_bytes: state.asked_bytes(),
             ..DonorStatus::default()
         };
         for region in state.regions.values() {

@@ -62,6 +62,8 @@ pub struct DonorStatus {
     pub offered_bytes: u64,
     /// Of these: what the broker has not confirmed yet, since it is away or its answer never came, bytes.
     pub unconfirmed_bytes: u64,
+    /// Of what is on offer: asked back, and it is not known yet whether it is on its way, bytes.
+    pub asked_bytes: u64,
     /// On its way back, bytes.
     pub withdrawing_bytes: u64,
     /// Lent out of an engine's pool when the broker lost its records: not used by anybody ever again, bytes.

@@ -67,13 +67,6 @@ impl Core {
         });
     }
 
-    /// Bytes asked for that are not known to be on their way, nor known not to be.
-    pub(super) fn asking(&self) -> u64 {
-        (self.state.lock().asking.iter())
-            .map(|asking| asking.bytes)
-            .sum()
-    }
-
     /// Takes the answers that have come: bytes on their way back, or why not.
     pub(super) fn hear(&self) -> Vec<Result<u64>> {
         let mut answers = Vec::new();
@@ -84,12 +77,19 @@ impl Core {
                 Answer::Awaited(ref mut call) => match call.try_take() {
                     None => state.asking.push(asking),
                     Some(answer) => {
-                        if answer.as_ref().is_err_and(Error::may_be_done) {
-                            asking.answer = Answer::Lost(state.doubt());
-                            state.asking.push(asking);
-                            self.tell(Task::Tell);
+                        // Under the same lock, so that a status shows bytes as asked for or as on their way.
+                        match &answer {
+                            Ok(withdrawing) => {
+                                state.mark_withdrawing(&withdrawing.regions, since, true);
+                            }
+                            Err(error) if error.may_be_done() => {
+                                asking.answer = Answer::Lost(state.doubt());
+                                state.asking.push(asking);
+                                self.tell(Task::Tell);
+                            }
+                            Err(_) => {}
                         }
-                        answers.push((since, answer));
+                        answers.push(answer.map(|withdrawing| withdrawing.bytes));
                     }
                 },
                 // Asked for again before it is known what came of it, twice as much could come back.
@@ -100,13 +100,7 @@ impl Core {
                 }
             }
         }
-        drop(state);
-        let heard = answers.into_iter().map(|(since, answer)| {
-            let withdrawing = answer?;
-            self.mark_withdrawing(&withdrawing.regions, since, true);
-            Ok(withdrawing.bytes)
-        });
-        heard.collect()
+        answers
     }
 
     /// Asks for everything back.
@@ -143,14 +137,7 @@ impl Core {
     }
 
     pub(super) fn mark_withdrawing(&self, regions: &[RegionId], since: Instant, heard: bool) {
-        let mut state = self.state.lock();
-        for id in regions {
-            if let Some(region) = state.regions.get_mut(id)
-                && region.phase == Phase::Offered
-            {
-                region.phase = Phase::Withdrawing { since, heard };
-            }
-        }
+        (self.state.lock()).mark_withdrawing(regions, since, heard);
     }
 
     /// Asks again for what the broker has not said it knows to be asked for: a call that failed may never have
@@ -257,6 +244,21 @@ impl Core {
 }
 
 impl State {
+    fn mark_withdrawing(&mut self, regions: &[RegionId], since: Instant, heard: bool) {
+        for id in regions {
+            if let Some(region) = self.regions.get_mut(id)
+                && region.phase == Phase::Offered
+            {
+                region.phase = Phase::Withdrawing { since, heard };
+            }
+        }
+    }
+
+    /// Asked for, and not known to be on its way back, nor known not to be, bytes.
+    pub(super) fn asked_bytes(&self) -> u64 {
+        self.asking.iter().map(|asking| asking.bytes).sum()
+    }
+
     /// The broker may have begun to give back some of the regions on offer. Which, it says when they are offered again.
     fn doubt(&mut self) -> Vec<RegionId> {
         let certain = (self.regions.values_mut())
