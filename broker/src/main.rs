@@ -40,8 +40,10 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
         return Ok(());
     }
     // One thread, because requests take microseconds. To hand them between threads costs more than that, and makes the
-    // slowest of a hundred ten times slower.
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    // slowest of a hundred ten times slower. Only while that thread waits for a disk does another one serve.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("swiftcache-serve")
         .enable_all()
         .build()
         .map_err(BrokerError::file("start", "the runtime"))?;

@@ -93,6 +93,8 @@ pub struct Setup {
     pub shell: Option<String>,
     /// HBM of each device, bytes. None: 1 GiB.
     pub hbm_bytes: Option<u64>,
+    /// Where the node's directory is made. None: where the system keeps temporary files.
+    pub parent: Option<PathBuf>,
     /// What every process of the node has in its environment in addition to the test's own, for example which driver to
     /// load.
     pub environment: BTreeMap<String, OsString>,
@@ -115,7 +117,8 @@ impl Node {
     /// # Errors
     /// When the broker is not built or cannot start.
     pub fn start_with(setup: Setup) -> Result<Self> {
-        let directory = tempfile::tempdir().context("a directory for the node")?;
+        let parent = setup.parent.clone().unwrap_or_else(std::env::temp_dir);
+        let directory = tempfile::tempdir_in(parent).context("a directory for the node")?;
         let usage = directory.path().join("usage");
         fs::create_dir(&usage)?;
         let hbm_bytes = setup.hbm_bytes.unwrap_or(1 << 30);

@@ -9,7 +9,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::{Ledger, Storage, seal};
@@ -21,6 +21,8 @@ const FORMAT: &str = "swiftcache-ledger";
 const VERSION: u32 = 2;
 /// The version whose lines have no checksums. It is read and never written.
 const UNSEALED: u32 = 1;
+/// The file systems that keep files in memory, by their numbers in Linux's `magic.h`: tmpfs and ramfs.
+const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 /// Only the owner may read the file, because it names sessions and processes.
 const MODE: u32 = 0o600;
 
@@ -288,6 +290,11 @@ impl Storage for Disk {
         Ok(())
     }
 
+    fn is_memory(&self) -> bool {
+        // What cannot be told is taken for a disk.
+        fstatfs(&self.file).is_ok_and(|found| IN_MEMORY.contains(&(found.f_type as u64)))
+    }
+
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         // What is appended to a file that nobody finds is lost.
         self.check()?;
@@ -381,6 +388,16 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let (_, records) = open(directory.path()).unwrap();
         assert_eq!(records, [over(1), over(2)]);
+    }
+
+    /// Linux mounts tmpfs at /dev/shm. What no file system of this kind holds is the twin.
+    #[test]
+    fn a_ledger_on_tmpfs_never_waits_for_a_device() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (ledger, _) = open(directory.path()).unwrap();
+        assert!(ledger.is_memory());
+        let elsewhere = fstatfs(File::open("/proc/self/stat").unwrap()).unwrap();
+        assert!(!IN_MEMORY.contains(&(elsewhere.f_type as u64)));
     }
 
     #[test]

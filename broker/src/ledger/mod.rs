@@ -33,6 +33,11 @@ pub trait Storage: Send {
     /// When the storage is full or broken.
     fn replace(&mut self, records: &[u8]) -> io::Result<u64>;
 
+    /// Whether writing never waits for a device, because the storage is memory.
+    fn is_memory(&self) -> bool {
+        false
+    }
+
     /// Checks that what was written is still where a restarted broker reads it.
     ///
     /// # Errors
@@ -75,6 +80,11 @@ impl Ledger {
     /// The error because of which the ledger is behind, if it is.
     pub fn behind(&self) -> Option<&str> {
         self.behind.as_deref()
+    }
+
+    /// Whether writing never waits for a device.
+    pub fn is_memory(&self) -> bool {
+        self.storage.is_memory()
     }
 
     /// Appends records, unless the ledger is behind. Returns false if it is behind afterwards.

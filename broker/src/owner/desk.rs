@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use swiftcache_proto::{domain::SessionId, v1};
+use tokio::task::block_in_place;
 
 use super::{Owner, answer};
 use crate::{
@@ -176,7 +177,8 @@ impl Desk {
             Some(recorded) => recorded.records(),
             None => owner.state.lock().records(),
         };
-        let whole = self.ledger.rewrite(&records);
+        // Also where it goes to memory: all of it takes long.
+        let whole = block_in_place(|| self.ledger.rewrite(&records));
         if whole {
             for session in std::mem::take(&mut self.withheld) {
                 if self.streams.close(session) {

@@ -5,9 +5,9 @@
 //!   messages. It is taken before the state's lock, so that effects are carried out in the order in which their events
 //!   were applied.
 //!
-//! The broker serves on one thread. The desk may have to wait for a disk, so its work is done on another thread, one
-//! event at a time. Some events have no effect but an answer: lookups, and what borrowers say of their blocks. They take
-//! the state's lock only, on the serving thread. So a lookup never waits for a disk, and lists and scrapes let it through
+//! One thread serves at a time. Work at the desk may have to wait for a disk: then another thread goes on serving. One
+//! event at a time is at the desk. Some events have no effect but an answer: lookups, and what borrowers say of their
+//! blocks. They take the state's lock only. So a lookup never waits for a disk, and lists and scrapes let it through
 //! between two of their pages. Why it is built this way: `docs/decisions/0022-two-locks.md`.
 
 mod attach;
@@ -15,6 +15,7 @@ mod desk;
 mod reports;
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -25,7 +26,7 @@ use std::{
 use desk::Desk;
 use parking_lot::Mutex;
 use swiftcache_proto::{domain::SessionId, v1};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::block_in_place};
 
 use crate::{
     core::{Caller, Connection, Effect, Event, Note, Now, Offer, Process, Register, Reply, State},
@@ -52,8 +53,10 @@ pub(crate) const PAGE: usize = 256;
 /// The owner of the broker's state.
 pub struct Owner {
     /// Whose turn at the desk it is. Callers wait here without a thread, so at most one thread waits for a disk.
-    turn: Arc<tokio::sync::Mutex<()>>,
+    turn: tokio::sync::Mutex<()>,
     desk: Mutex<Desk>,
+    /// Nothing at the desk waits for a device.
+    ledger_is_memory: bool,
     state: Mutex<State>,
     reports: Mutex<Reports>,
     events: Mutex<EventLog>,
@@ -85,10 +88,12 @@ impl Owner {
     /// An owner of the state. Draws the broker's boot id.
     pub fn new(parts: Parts) -> Self {
         let deaths = DeathWatch::new(parts.deaths);
+        let ledger_is_memory = parts.ledger.is_memory();
         let desk = Desk::new(&parts.state, parts.ledger, deaths);
         Self {
-            turn: Arc::default(),
+            turn: tokio::sync::Mutex::default(),
             desk: Mutex::new(desk),
+            ledger_is_memory,
             state: Mutex::new(parts.state),
             reports: Mutex::default(),
             events: Mutex::default(),
@@ -197,31 +202,28 @@ impl Owner {
         .await?
     }
 
-    /// Does work at the desk, on a thread that may wait for a disk, in the order of the calls. It is done to its end,
-    /// also when the caller stops waiting for it.
+    /// Does work at the desk, in the order of the calls. If it may wait for a disk, another thread serves meanwhile. It is
+    /// done to its end, also when the caller stops waiting for it.
     ///
     /// # Errors
-    /// When the work panicked, or the broker ends.
-    async fn at_desk<T: Send + 'static>(
+    /// When the work panicked.
+    async fn at_desk<T>(
         self: &Arc<Self>,
-        work: impl FnOnce(&Arc<Self>, &mut Desk) -> T + Send + 'static,
+        work: impl FnOnce(&Arc<Self>, &mut Desk) -> T,
     ) -> Result<T, Refused> {
-        let turn = Arc::clone(&self.turn).lock_owned().await;
-        let owner = Arc::clone(self);
-        let done = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            let mut desk = owner.desk.lock();
-            let done = work(&owner, &mut desk);
-            owner
-                .attached
-                .store(desk.streams.count(), Ordering::Relaxed);
-            owner.watched.store(desk.deaths.count(), Ordering::Relaxed);
-            done
-        });
-        done.await.map_err(|error| match error.is_panic() {
-            true => Refused::Bug,
-            false => Refused::ShuttingDown,
-        })
+        let _turn = self.turn.lock().await;
+        let at_desk = || {
+            let mut desk = self.desk.lock();
+            let done = catch_unwind(AssertUnwindSafe(|| work(self, &mut desk)));
+            self.attached.store(desk.streams.count(), Ordering::Relaxed);
+            self.watched.store(desk.deaths.count(), Ordering::Relaxed);
+            done.map_err(|_| Refused::Bug)
+        };
+        // To wake another thread takes longer than most work at the desk.
+        match self.ledger_is_memory {
+            true => at_desk(),
+            false => block_in_place(at_desk),
+        }
     }
 
     /// Has the core decide what an event leads to.

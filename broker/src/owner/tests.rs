@@ -5,7 +5,6 @@ use std::{
     sync::{
         Condvar, Mutex as StdMutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::channel,
     },
 };
 
@@ -156,6 +155,32 @@ impl World {
         }
     }
 
+    /// A world with slabs on offer, and who wants to lease them.
+    async fn with_slabs(slabs: u64) -> (Arc<Self>, Caller) {
+        let world = Self::new();
+        let (donor, borrower) = (world.register("1").await, world.register("1").await);
+        world.offer(donor, slabs).await;
+        (Arc::new(world), borrower)
+    }
+
+    /// From now on the ledger's disk does not answer. Returns when a lease of one slab waits for it.
+    async fn lease_and_wait(
+        self: &Arc<Self>,
+        caller: Caller,
+    ) -> tokio::task::JoinHandle<Result<Reply, Refused>> {
+        let before = self.paper.begun();
+        self.paper.set_busy(true);
+        let lease = self.spawn_lease(caller);
+        self.paper.wait_for_a_write_after(before).await;
+        lease
+    }
+
+    /// Leases a slab on the threads that serve.
+    fn spawn_lease(&self, caller: Caller) -> tokio::task::JoinHandle<Result<Reply, Refused>> {
+        let owner = Arc::clone(&self.owner);
+        tokio::spawn(async move { owner.apply(demand(caller, 1)).await })
+    }
+
     async fn register(&self, tenant: &str) -> Caller {
         let register = Register {
             process: self.peer.process,
@@ -244,7 +269,8 @@ impl World {
 
     /// Waits until everything that was begun at the desk is over.
     async fn settle(&self) {
-        tokio::task::yield_now().await;
+        // What was spawned before this has had its turn.
+        tokio::spawn(async {}).await.unwrap();
         self.owner.tick().await;
     }
 
@@ -275,7 +301,7 @@ fn grants(reply: Result<Reply, Refused>) -> Vec<Grant> {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_lease_that_cannot_be_recorded_is_not_granted() {
     let world = World::new();
     let (donor, borrower) = (world.register("1").await, world.register("1").await);
@@ -294,7 +320,7 @@ async fn a_lease_that_cannot_be_recorded_is_not_granted() {
     assert_eq!(world.restarted().leases().count(), 2);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_share_that_cannot_be_recorded_is_not_granted() {
     let world = World::new();
     let (donor, writer) = (world.register("1").await, world.register("1").await);
@@ -316,7 +342,7 @@ async fn a_share_that_cannot_be_recorded_is_not_granted() {
     assert_eq!(world.restarted().leases().next().unwrap().readers, 1);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn letting_go_works_while_nothing_can_be_recorded_and_the_ledger_catches_up() {
     let world = World::new();
     let (donor, borrower) = (world.register("1").await, world.register("1").await);
@@ -340,7 +366,7 @@ async fn letting_go_works_while_nothing_can_be_recorded_and_the_ledger_catches_u
     assert_eq!(world.restarted().leases().count(), 0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_scrub_that_is_not_recorded_waits_until_it_is() {
     let world = World::new();
     let donor = world.register("1").await;
@@ -380,7 +406,7 @@ async fn a_scrub_that_is_not_recorded_waits_until_it_is() {
     assert_eq!(shortfall, Shortfall::Scrubbing);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_reader_too_slow_loses_its_stream_and_gets_everything_from_the_next() {
     let slabs = 16_384 + 1;
     let world = World::new();
@@ -416,7 +442,7 @@ async fn a_reader_too_slow_loses_its_stream_and_gets_everything_from_the_next() 
     assert!(!attached());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_broker_on_its_way_out_takes_nobody_in() {
     let world = World::new();
     let member = world.register("1").await;
@@ -427,36 +453,31 @@ async fn a_broker_on_its_way_out_takes_nobody_in() {
     assert_eq!(refused, Some(Refused::ShuttingDown));
 }
 
-/// Another grant waits for the first one, so the ledger's order is the order of the grants.
-#[tokio::test]
+/// The thread that serves waits for the disk, so another one has taken its place. Another grant waits for the first one,
+/// so the ledger's order is the order of the grants.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_lookup_is_answered_while_a_grant_is_being_recorded() {
-    let world = World::new();
-    let (donor, borrower) = (world.register("1").await, world.register("1").await);
-    world.offer(donor, 3).await;
+    let (world, borrower) = World::with_slabs(3).await;
     let grant = grants(world.lease(borrower, 1).await).remove(0);
-    let before = world.paper.begun();
-    world.paper.set_busy(true);
-    let lease = || {
-        let owner = Arc::clone(&world.owner);
-        tokio::spawn(async move { owner.apply(demand(borrower, 1)).await })
-    };
-    let recorded = lease();
-    world.paper.wait_for_a_write_after(before).await;
-    let next = lease();
-    let meanwhile = async {
-        assert_eq!(world.found(borrower).await, 0);
-        world.publish(borrower, &grant).await.unwrap();
-        assert_eq!(world.found(borrower).await, 1);
-        let seen = world.owner.read(|state| state.leases().count());
-        assert_eq!(seen, 2, "a list shows what is being recorded");
-        world.owner.connections();
-        scrape::render(&world.owner);
-    };
+    let recorded = world.lease_and_wait(borrower).await;
+    let next = world.spawn_lease(borrower);
+    let meanwhile = tokio::spawn({
+        let world = Arc::clone(&world);
+        async move {
+            assert_eq!(world.found(borrower).await, 0);
+            world.publish(borrower, &grant).await.unwrap();
+            assert_eq!(world.found(borrower).await, 1);
+            let seen = world.owner.read(|state| state.leases().count());
+            assert_eq!(seen, 2, "a list shows what is being recorded");
+            world.owner.connections();
+            scrape::render(&world.owner);
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        }
+    });
     let answered = tokio::time::timeout(PATIENCE, meanwhile).await;
-    assert!(answered.is_ok(), "a lookup waits for the ledger");
-    for _ in 0..100 {
-        tokio::task::yield_now().await;
-    }
+    answered.expect("a lookup waits for the ledger").unwrap();
     assert!(!recorded.is_finished(), "a grant left unrecorded");
     assert!(
         !next.is_finished(),
@@ -469,43 +490,45 @@ async fn a_lookup_is_answered_while_a_grant_is_being_recorded() {
     assert_eq!(world.restarted().leases().count(), 3);
 }
 
-/// The twin: with the desk on the thread that serves, a lookup waits for the ledger.
-#[tokio::test]
-async fn at_a_desk_on_the_serving_thread_a_lookup_waits_for_the_ledger() {
-    let world = World::new();
-    let (donor, borrower) = (world.register("1").await, world.register("1").await);
-    world.offer(donor, 1).await;
+/// The twin: where no other thread takes the place of the one that serves, a lookup waits for the ledger.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn at_a_desk_that_keeps_its_thread_a_lookup_waits_for_the_ledger() {
+    let (world, borrower) = World::with_slabs(1).await;
     let before = world.paper.begun();
     world.paper.set_busy(true);
-    let (say, hear) = channel();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let serving = tokio::runtime::Builder::new_current_thread()
-                .build()
-                .unwrap();
-            serving.block_on(async {
-                let lease = async {
-                    let mut desk = world.owner.desk.lock();
-                    grants(desk.handle(&world.owner, demand(borrower, 1)))
-                };
-                let lookup = async { say.send(world.found(borrower).await).unwrap() };
-                tokio::join!(lease, lookup)
-            });
-        });
-        while world.paper.begun() == before {
-            std::thread::yield_now();
+    let lease = tokio::spawn({
+        let world = Arc::clone(&world);
+        async move {
+            let mut desk = world.owner.desk.lock();
+            grants(desk.handle(&world.owner, demand(borrower, 1)))
         }
-        assert!(hear.try_recv().is_err(), "the twin shows nothing");
-        world.paper.set_busy(false);
-        assert_eq!(hear.recv_timeout(PATIENCE), Ok(0));
     });
+    world.paper.wait_for_a_write_after(before).await;
+    let lookup = tokio::spawn({
+        let world = Arc::clone(&world);
+        async move { world.found(borrower).await }
+    });
+    for _ in 0..1_000 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!lookup.is_finished(), "the twin shows nothing");
+    world.paper.set_busy(false);
+    assert_eq!(lookup.await.unwrap(), 0);
+    assert_eq!(lease.await.unwrap().len(), 1);
 }
 
-#[tokio::test]
+/// What goes wrong with one event leaves the desk to the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_panic_at_the_desk_is_that_callers_alone() {
+    let (world, borrower) = World::with_slabs(1).await;
+    let broken = world.owner.at_desk(|_, _| panic!("a bug")).await;
+    assert_eq!(broken, Err::<(), _>(Refused::Bug));
+    assert_eq!(grants(world.lease(borrower, 1).await).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_lookup_is_answered_while_the_ledger_is_rewritten() {
-    let world = World::new();
-    let (donor, borrower) = (world.register("1").await, world.register("1").await);
-    world.offer(donor, 2).await;
+    let (world, borrower) = World::with_slabs(2).await;
     let grant = grants(world.lease(borrower, 1).await).remove(0);
     world.publish(borrower, &grant).await.unwrap();
     world.paper.set_full(true);
@@ -516,8 +539,12 @@ async fn a_lookup_is_answered_while_the_ledger_is_rewritten() {
     let owner = Arc::clone(&world.owner);
     let tick = tokio::spawn(async move { owner.tick().await });
     world.paper.wait_for_a_write_after(before).await;
-    let found = tokio::time::timeout(PATIENCE, world.found(borrower)).await;
-    assert_eq!(found, Ok(1));
+    let lookup = tokio::spawn({
+        let world = Arc::clone(&world);
+        async move { world.found(borrower).await }
+    });
+    let found = tokio::time::timeout(PATIENCE, lookup).await;
+    assert_eq!(found.expect("a lookup waits for the ledger").unwrap(), 1);
     assert!(!tick.is_finished());
     world.paper.set_busy(false);
     tick.await.unwrap();
@@ -525,7 +552,7 @@ async fn a_lookup_is_answered_while_the_ledger_is_rewritten() {
 }
 
 /// A list lets a lookup through after its first page. The twin within reads it at once, and does not.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_lookup_is_answered_between_two_pages_of_a_list() {
     let slabs = 2 * PAGE as u64 + 1;
     let world = World::new();
@@ -568,19 +595,13 @@ async fn a_lookup_is_answered_between_two_pages_of_a_list() {
     assert_eq!(ids, all);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_a_caller_stops_waiting_for_happens_all_the_same() {
-    let world = World::new();
-    let (donor, borrower) = (world.register("1").await, world.register("1").await);
-    world.offer(donor, 1).await;
-    let before = world.paper.begun();
-    world.paper.set_busy(true);
-    let owner = Arc::clone(&world.owner);
-    let lease = tokio::spawn(async move { owner.apply(demand(borrower, 1)).await });
-    world.paper.wait_for_a_write_after(before).await;
+    let (world, borrower) = World::with_slabs(1).await;
+    let lease = world.lease_and_wait(borrower).await;
     lease.abort();
-    assert!(lease.await.unwrap_err().is_cancelled());
     world.paper.set_busy(false);
+    drop(lease.await);
     world.settle().await;
     assert_eq!(world.restarted().leases().count(), 1);
 }

@@ -24,6 +24,8 @@ use crate::report::{Latencies, Line};
 
 /// HBM of each simulated device, bytes. It has room for every offered region, and nothing touches it.
 const HBM: u64 = 1 << 40;
+/// A tmpfs that every Linux has.
+const TMPFS: &str = "/dev/shm";
 
 /// Measures SwiftCache's budgets on this machine, and compares each with a baseline from the same run.
 /// Exits with 0 when it could measure, also when a budget is missed, and with 1 when it could not measure.
@@ -82,10 +84,11 @@ fn run(flags: &Flags) -> Result<String> {
     Ok(format!("{machine}\n{}", report::table(&lines)))
 }
 
-/// Starts a new broker.
+/// Starts a new broker, with its ledger on tmpfs as on a node.
 fn start() -> Result<Node> {
     Node::start_with(Setup {
         hbm_bytes: Some(HBM),
+        parent: Some(TMPFS.into()),
         ..Setup::default()
     })
 }
