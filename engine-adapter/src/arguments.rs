@@ -1,6 +1,6 @@
 //! Python arguments, checked: what does not fit is a `ValueError` that names the argument.
 
-use std::time::Duration;
+use std::{str::FromStr, time::Duration};
 
 use pyo3::{
     exceptions::{PyOverflowError, PyTypeError},
@@ -84,10 +84,25 @@ pub(crate) fn sequence(
     Ok((hashes, blocks))
 }
 
+/// Text that names something, or says that nothing is named.
+pub(crate) fn named<T>(argument: &str, text: Option<&str>) -> Result<Option<T>>
+where
+    T: FromStr<Err = String>,
+{
+    let text = text.filter(|text| !text.is_empty());
+    let named = text.map(str::parse).transpose();
+    named.map_err(|problem| Failure::argument(argument, problem))
+}
+
 /// How long to wait.
 pub(crate) fn seconds(seconds: f64) -> Result<Duration> {
+    duration("seconds", seconds)
+}
+
+/// So many seconds, by the argument's name.
+pub(crate) fn duration(argument: &str, seconds: f64) -> Result<Duration> {
     Duration::try_from_secs_f64(seconds.min(LONGEST_SECONDS))
-        .map_err(|error| Failure::argument("seconds", error))
+        .map_err(|error| Failure::argument(argument, error))
 }
 
 /// How long to wait.

@@ -1,6 +1,6 @@
 //! `Cache`: a worker's cache, and `Mark`: a point on its engine's stream.
 
-use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use pyo3::prelude::*;
 use swiftcache_client::{
@@ -10,7 +10,7 @@ use swiftcache_client::{
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use crate::{
-    arguments,
+    arguments::{self, named},
     connection::Connection,
     failure::{Failure, Result},
     load::Load,
@@ -18,6 +18,7 @@ use crate::{
     promised::{EngineMemory, EngineStream, UnusedRange},
     stats,
     store::Store,
+    stream::StreamPool,
     unlocked::{drop_unlocked, unlocked},
     worker::{Opened, Settings, Worker},
 };
@@ -79,16 +80,6 @@ impl Wanted {
     }
 }
 
-/// Text that names something, or says that nothing is named.
-fn named<T>(argument: &str, text: Option<&str>) -> Result<Option<T>>
-where
-    T: FromStr<Err = String>,
-{
-    let text = text.filter(|text| !text.is_empty());
-    let named = text.map(str::parse).transpose();
-    named.map_err(|problem| Failure::argument(argument, problem))
-}
-
 #[pymethods]
 impl Cache {
     #[new]
@@ -136,14 +127,24 @@ impl Cache {
         })
     }
 
+    #[pyo3(signature = (layers, blocks, owner, *, stream_pool = None))]
     fn register_pool(
         &self,
         py: Python<'_>,
         layers: &Bound<'_, PyAny>,
         blocks: &Bound<'_, PyAny>,
         owner: Py<PyAny>,
+        stream_pool: Option<&Bound<'_, StreamPool>>,
     ) -> PyResult<()> {
-        let layers = EngineMemory::read(layers, owner)?;
+        let steps = match stream_pool {
+            Some(pool) => {
+                let steps = pool.get().steps();
+                let missing = || Failure::argument("stream_pool", "is not laid out");
+                Some(steps.ok_or_else(missing)?)
+            }
+            None => None,
+        };
+        let layers = EngineMemory::read(layers, owner, steps.as_ref())?;
         let blocks = arguments::number("blocks", blocks)?;
         unlocked(py, || {
             let layout = &self.0.settings.config.layout;

@@ -14,6 +14,7 @@ mod pool;
 mod promised;
 mod stats;
 mod store;
+mod stream;
 mod unlocked;
 mod worker;
 
@@ -31,6 +32,7 @@ mod _native {
         load::Load,
         loans::Loans,
         store::Store,
+        stream::StreamPool,
     };
 
     #[pymodule_init]

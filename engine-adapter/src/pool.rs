@@ -51,6 +51,10 @@ impl Pool {
 
     /// Ranges of it that are to be lent, if all of them lie in its memories.
     pub(crate) fn lendable(&self, ranges: &[UnusedRange]) -> Result<Vec<Lendable>> {
+        if self.layers.iter().any(|(memory, _)| memory.is_stitched()) {
+            let problem = "nothing of a stitched pool can be lent";
+            return Err(Failure::argument("ranges", problem));
+        }
         let lendable = |(number, range): (usize, &UnusedRange)| {
             let mut found = (self.layers.iter()).filter_map(|(memory, _)| memory.part(*range));
             found.next().ok_or_else(|| {

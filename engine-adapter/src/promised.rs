@@ -15,7 +15,7 @@ use std::{any::Any, fmt, sync::Arc};
 
 use pyo3::prelude::*;
 use swiftcache_client::{
-    device::{self, DeviceLayer, Memory, Ticket, foreign},
+    device::{self, DeviceLayer, EngineWord, Memory, Steps, Ticket, foreign},
     donor::PoolRange,
 };
 use swiftcache_proto::domain::DeviceUuid;
@@ -30,6 +30,8 @@ pub(crate) struct EngineMemory {
     bytes: u64,
     /// The tensors. Let go of without the GIL: Python's side forgets them when a thread next has it.
     owner: Arc<Py<PyAny>>,
+    /// It lies in a stitched pool, which has these steps.
+    steps: Option<Arc<Steps>>,
 }
 
 /// A layer as Python says it: address, bytes, offset of block 0, block stride.
@@ -43,6 +45,7 @@ impl EngineMemory {
     pub(crate) fn read(
         layers: &Bound<'_, PyAny>,
         owner: Py<PyAny>,
+        steps: Option<&Arc<Steps>>,
     ) -> PyResult<Vec<(Self, Blocks)>> {
         let said: Vec<Said> = arguments::number("layers", layers)?;
         let owner = Arc::new(owner);
@@ -52,6 +55,7 @@ impl EngineMemory {
                 address,
                 bytes,
                 owner,
+                steps: steps.cloned(),
             };
             (memory, (offset, block_stride))
         };
@@ -66,6 +70,11 @@ impl EngineMemory {
         self.bytes
     }
 
+    /// Whether it lies in a stitched pool.
+    pub(crate) fn is_stitched(&self) -> bool {
+        self.steps.is_some()
+    }
+
     /// A range of it, if all of that lies in it.
     pub(crate) fn part(&self, range: UnusedRange) -> Option<Lendable> {
         let at = range.address.checked_sub(self.address)?;
@@ -75,6 +84,7 @@ impl EngineMemory {
                 address: range.address,
                 bytes: range.bytes,
                 owner: Arc::clone(&self.owner),
+                steps: None,
             })
         })
     }
@@ -85,6 +95,15 @@ impl EngineMemory {
         layer: &dyn DeviceLayer,
         device: &DeviceUuid,
     ) -> device::Result<Memory> {
+        if let Some(steps) = &self.steps {
+            let outside = device::DeviceError::OutOfRange {
+                offset: self.address,
+                bytes: self.bytes,
+                size: steps.space().bytes(),
+            };
+            let offset = self.address.checked_sub(steps.space().address());
+            return steps.memory(offset.ok_or(outside)?, self.bytes);
+        }
         let owner = Box::new(Arc::clone(&self.owner));
         // SAFETY: `Cache.register_pool` promises that the bytes stay allocated as long as the owner lives, which is held
         // here and by the memory. Rust sees Python's bytes through raw pointers only.
@@ -145,6 +164,14 @@ impl fmt::Display for Lendable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes at {:#x}", self.0.bytes, self.0.address)
     }
+}
+
+/// An engine's word that it touches a stitched pool within steps only.
+pub(crate) fn engine_word() -> EngineWord {
+    // SAFETY: `StreamPool.lay_out` promises it: the engine touches the tensors between `begin_step` and `end_step` only, what it has
+    // queued on other streams than the one that `end_step` is told is over by then, and nothing follows `close`. The adapter's own
+    // copies use `Steps::memory`.
+    unsafe { EngineWord::given() }
 }
 
 /// A stream of the engine's, or the default one.

@@ -3,6 +3,7 @@
 use swiftcache_client::{
     cache::{BlocksByTier, BytesByLink, Latency, Stats},
     donor::DonorStatus,
+    stream::StreamStats,
 };
 use swiftcache_proto::domain::LinkKind;
 
@@ -60,6 +61,42 @@ pub(crate) fn lent(status: &DonorStatus) -> Vec<(&'static str, u64)> {
     flat.extend(took(&status.give_back, GIVE_BACK));
     flat
 }
+
+/// Where a stitched pool's units are, and what has become of them.
+pub(crate) fn stitched(stats: &StreamStats) -> Vec<(&'static str, u64)> {
+    let homes = &stats.homes;
+    let mut flat = vec![
+        ("units", stats.units.into()),
+        ("unit_bytes", stats.unit_bytes),
+        ("in_slabs", homes.in_slabs.into()),
+        ("in_spares", homes.in_spares.into()),
+        ("on_floor", homes.on_floor.into()),
+        ("free_slabs", homes.free_slabs.into()),
+        ("to_vacate", homes.to_vacate.into()),
+        ("leased_bytes", stats.leased_bytes),
+        ("floor_bytes", stats.floor_bytes),
+        ("connected", stats.connected.into()),
+        ("moved_units", stats.moved_units),
+        ("failed_moves", stats.failed_moves),
+        ("revocations", stats.revocations),
+        ("refused_leases", stats.refused_leases),
+    ];
+    flat.extend(stats.by_link.iter().map(|(link, units)| {
+        let name = match link {
+            LinkKind::SameDevice => "same_device_units",
+            LinkKind::Nvlink => "nvlink_units",
+            LinkKind::Pcie => "pcie_units",
+            LinkKind::Host => "host_units",
+        };
+        (name, u64::from(*units))
+    }));
+    flat.extend(took(&stats.steps, STEP));
+    flat.extend(took(&stats.drain, DRAIN));
+    flat.extend(took(&stats.acknowledge, ACKNOWLEDGE));
+    flat
+}
+
+const STEP: [&str; 4] = ["step_count", "step_p50_us", "step_p99_us", "step_max_us"];
 
 const LOADED: [&str; 4] = [
     "loaded_same_device_bytes",

@@ -15,6 +15,7 @@ pub mod programs;
 pub mod rescue;
 pub mod scene;
 pub mod seed;
+pub mod stitched;
 pub mod stub;
 pub mod wire;
 

@@ -80,6 +80,12 @@ pub enum Error {
     /// The device layer failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A stitched pool cannot be had, or cannot go on.
+    #[error("the stitched pool: {problem}")]
+    Pool {
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// The operating system refused a thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -105,6 +111,7 @@ impl Error {
             | Self::Closed
             | Self::Config { .. }
             | Self::Device(_)
+            | Self::Pool { .. }
             | Self::Thread(_) => false,
         }
     }
@@ -113,6 +120,12 @@ impl Error {
     pub(crate) fn config(setting: &'static str, problem: impl Into<String>) -> Self {
         Self::Config {
             setting,
+            problem: problem.into(),
+        }
+    }
+    /// A stitched pool cannot be had, or cannot go on.
+    pub(crate) fn pool(problem: impl Into<String>) -> Self {
+        Self::Pool {
             problem: problem.into(),
         }
     }

@@ -31,6 +31,12 @@ pub trait AddressSpaces: Send + Sync {
     /// # Errors
     /// When `bytes` is 0 or no multiple of the granularity, or there is no room.
     fn allocate_host_piece(&self, device: &DeviceUuid, bytes: u64) -> Result<Memory>;
+
+    /// Checks that a memory can be mapped in a space of `device`, as far as its kind goes.
+    ///
+    /// # Errors
+    /// When it cannot, and says which memory can.
+    fn accepts(&self, device: &DeviceUuid, memory: &Memory) -> Result<()>;
 }
 
 /// A backend's range of addresses. A call that fails has changed nothing.

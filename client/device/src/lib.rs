@@ -19,6 +19,7 @@ pub mod foreign;
 pub mod host;
 mod memory;
 mod open;
+mod steps;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -33,6 +34,7 @@ pub use address_space::{
 pub use error::DeviceError;
 pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
+pub use steps::{EngineWord, StepEnd, Steps, Still, Touching};
 pub use stream::{CopyStream, Part, Piece, Ticket, nap};
 
 /// The result of every device operation.

@@ -1,11 +1,15 @@
 //! Memory on a device: an address range that stays mapped as long as anyone holds it.
 
-use std::{any::Any, fmt, sync::Arc};
+use std::{
+    any::Any,
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use parking_lot::Mutex;
 use swiftcache_proto::domain::DeviceUuid;
 
-use super::{DeviceError, Result};
+use super::{DeviceError, Result, Steps};
 
 /// A range of device (or pinned host) memory. Clones share it; the last one to go unmaps or frees it.
 #[derive(Clone)]
@@ -19,6 +23,8 @@ struct Range {
     owner: Box<dyn Any + Send + Sync>,
     /// What else goes only after that: whoever allocated the bytes that an adopted range lies in.
     kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
+    /// An engine's steps, between which what is mapped here may change.
+    steps: OnceLock<Arc<Steps>>,
 }
 
 impl Memory {
@@ -35,12 +41,24 @@ impl Memory {
             device,
             owner,
             kept: Mutex::default(),
+            steps: OnceLock::new(),
         }))
     }
 
     /// Keeps `kept` alive until the last clone is gone.
     pub(crate) fn keep(&self, kept: Box<dyn Any + Send + Sync>) {
         self.0.kept.lock().push(kept);
+    }
+
+    /// What is mapped here changes between these steps.
+    pub(crate) fn set_steps(&self, steps: Arc<Steps>) {
+        let _ = self.0.steps.set(steps);
+    }
+
+    /// An engine's steps, between which what is mapped here may change. Copies with this memory are queued under
+    /// [`Steps::touch`] then.
+    pub fn steps(&self) -> Option<&Arc<Steps>> {
+        self.0.steps.get()
     }
 
     /// The range's size, bytes.

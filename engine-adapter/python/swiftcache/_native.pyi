@@ -115,7 +115,12 @@ class Cache:
         """
 
     def register_pool(
-        self, layers: Sequence[tuple[int, int, int, int]], blocks: int, owner: object
+        self,
+        layers: Sequence[tuple[int, int, int, int]],
+        blocks: int,
+        owner: object,
+        *,
+        stream_pool: StreamPool | None = None,
     ) -> None:
         """Says where the engine's KV pool is; a later call replaces it for copies that start later.
 
@@ -128,6 +133,9 @@ class Cache:
             blocks: blocks in the pool.
             owner: kept alive as long as copies may touch the memory: until the cache is closed (or the pool
                 replaced) and every copy is over.
+            stream_pool: the stitched pool that all the memories lie in, if they do. Loads and stores then wait at their
+                beginning for units that move, and no unit moves before their copies are known to be over. Close the cache
+                first. Nothing of such a pool can be lent.
         """
 
     def is_open(self) -> bool:
@@ -304,3 +312,131 @@ class Store:
             Blocks by outcome: `stored`; `known`: kept already; `unplaced`: no room, no open cache or no pool; `lost`:
             revoked, failed, or a replica was first.
         """
+
+@final
+class StreamPool:
+    """A KV cache whose tensors begin in local HBM and end in leased slabs: a context longer than local HBM has room for.
+
+    One range of addresses for each worker process. A tensor of it has local bytes, and units behind them:
+    `[ local | unit | unit | ... ]`. A unit is as large as donors' slabs and keeps its address. Its bytes are at one *home*: a
+    leased slab, a spare slab of local HBM, or the host floor, which has a place for every unit. When a slab is asked back, its
+    unit moves between two steps of the engine: to another slab, a spare one, or the floor. When there is room again, units on
+    the floor move back.
+
+    Any thread may call. Besides what is said at each method, every method raises `RuntimeError` once the pool is lost: a unit is
+    mapped nowhere and cannot be mapped again, or the broker lost its records, and units' bytes may be another's. An engine must
+    stop then, rather than answer wrongly.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        namespace: str,
+        stream_bytes: int,
+        unit_bytes: int | None = None,
+        spare_units: int | None = None,
+        device: str | None = None,
+        backend: str = "auto",
+        step_ms: float = 10.0,
+        patience_s: float = 30.0,
+    ) -> None:
+        """Waits for the broker, leases slabs, and takes as much host memory: until all is leased, or the broker has nothing more
+        to lend. Fewer slabs than asked for are no error, none are.
+
+        Args:
+            connection: one of the pool's own. Slabs that cannot be units are not granted to it again. The pool keeps its session.
+            namespace: names the leases in quotas and status; 1 to 256 bytes. Not that of the cache.
+            stream_bytes: the most to lease, bytes; whole units of it are used.
+            unit_bytes: the size of a unit, bytes: the donors' `--slab`. None: that of the first slab that can be had.
+            spare_units: slabs of local HBM to keep for units whose slabs are asked back; None: none.
+            device, backend: as for `Cache`.
+            step_ms: what moving units may cost one step, milliseconds. One unit is moved in any case.
+            patience_s: how long to wait for the broker and for slabs, seconds.
+
+        Raises:
+            ValueError: names the argument.
+            RuntimeError: the broker is not there, nothing can be leased, the driver cannot stitch, or there is no room for the
+                host floor or the spare units. Nothing is held then.
+        """
+
+    @property
+    def unit_bytes(self) -> int:
+        """The size of a unit, bytes."""
+
+    @property
+    def units(self) -> int:
+        """How many units can be laid out: as many as slabs were leased when it was opened."""
+
+    @property
+    def granularity(self) -> int:
+        """Local parts are multiples of this, bytes."""
+
+    @property
+    def device(self) -> str:
+        """UUID of the device that computes in it."""
+
+    def lay_out(
+        self, tensors: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int, int]]:
+        """Lays tensors out, once: takes the local memory, reserves the addresses and maps every unit. All bytes are zero. Slabs
+        that no unit needs are given back.
+
+        By this call the engine promises, until it has called `close`: it touches the tensors only between `begin_step` and
+        `end_step`, but for work that it has queued in between; such work is over, or is waited for by the stream that
+        `end_step` is told. A `Cache` whose pool lies in them is told so (`register_pool`).
+
+        Args:
+            tensors: size of each, bytes, and how many units lie at its end. At least one granule stays local.
+
+        Returns:
+            For each: its address, its size, and how many of its bytes are local for ever: size less units, rounded up to the
+            granularity. What is behind those is in units.
+
+        Raises:
+            ValueError: sizes do not fit, there are more units than slabs, or it is laid out already.
+            RuntimeError: no room for the local parts.
+        """
+
+    def begin_step(self) -> int:
+        """Begins a step: no unit moves before `end_step`. Steps nest and overlap. If units are to be moved, and no step is begun,
+        waits for what earlier steps have queued, and moves units now, for at most `step_ms`, or one.
+
+        Returns:
+            How many units have moved.
+
+        Raises:
+            RuntimeError: the pool is lost or closed. No step has begun then.
+        """
+
+    def end_step(self, stream: int) -> None:
+        """Ends a step. No unit moves before what was queued on the stream is over. Call it when a capture into a CUDA graph is
+        over: what a captured stream has to do cannot be marked, and then nothing moves before the next step's end.
+
+        Args:
+            stream: as in `Cache.mark`.
+
+        Raises:
+            RuntimeError: no step was begun.
+        """
+
+    def homes(self) -> bytes:
+        """Where each unit is, in the order in which they were laid out: 0 in a leased slab, 1 in a spare one, 2 on the host
+        floor. Units move outside steps only."""
+
+    def generation(self) -> int:
+        """Grows whenever units have moved."""
+
+    def stats(self) -> dict[str, float]:
+        """Where units are now, and what has become of them since it was opened.
+
+        Units now: units, in_slabs, in_spares, on_floor, to_vacate (their slabs are asked back), and by the way to them
+        {same_device,nvlink,pcie,host}_units. Slabs: free_slabs. Bytes: unit_bytes, leased_bytes, floor_bytes. connected (0 or 1).
+        Counts: moved_units, failed_moves, revocations, refused_leases, {step,drain,acknowledge}_count.
+        Microseconds: {step,drain,acknowledge}_{p50,p99,max}_us: of the batches of moves, and of slabs from when they are asked
+        back until no unit is in them, and until the broker knows.
+        """
+
+    def close(self) -> None:
+        """Unmaps everything and gives the leases back. The engine touches the tensors no more, and its work in them is over, or
+        is waited for: for ten seconds at most, then in the background. Close the cache first."""

@@ -11,6 +11,7 @@ use swiftcache_proto::domain::Medium;
 
 use super::{core::Core, publish::Publishing, rescue::Rescue, shelf::Shelf, write::Write};
 use crate::{
+    Result,
     leases::{Arrival, Holder, Progress},
     transfer::{AreaId, RouteSet},
 };
@@ -48,10 +49,13 @@ impl CacheHolder {
 }
 
 impl Holder for CacheHolder {
-    fn granted(&self, slab: Arrival) {
-        let Arrival { area, key, hold } = slab;
+    fn granted(&self, slab: Arrival) -> Result<()> {
+        let Arrival {
+            area, key, hold, ..
+        } = slab;
         let shelf = Shelf::new(area, hold, Some(key));
         self.core.state.lock().shelves.insert(shelf);
+        Ok(())
     }
 
     fn wants_more(&self) -> bool {

@@ -84,12 +84,15 @@ impl Core {
         let layers = layers.start..layers.end.min(layout.layer_bytes.len());
         let mut verdict = Verdict::default();
         let mut plan = self.plans.take();
-        let flight = match kv.check(&layout.layer_bytes) {
-            Ok(()) => self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict),
+        let (flight, touching) = match kv.touch(&layout.layer_bytes) {
+            Ok(touching) => {
+                let flight = self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict);
+                (flight, touching)
+            }
             Err(error) => {
-                warn!(%error, "nothing is loaded into a pool that does not fit the layout");
+                warn!(%error, "nothing is loaded into a pool that cannot be used");
                 verdict.failed.extend(0..blocks.len() as u32);
-                self.leases.registering().begin(Vec::new())
+                (self.leases.registering().begin(Vec::new()), None)
             }
         };
         let mut bytes = BytesByLink::default();
@@ -109,6 +112,10 @@ impl Core {
         // The plan keeps its slabs mapped: a revocation that finds the transfer queued must not find it holding on.
         self.plans.put_back(plan);
         drop(queueing);
+        if let Some(touching) = touching {
+            let flight = Arc::clone(&flight);
+            touching.until(move || flight.transfer.is_over());
+        }
         Load {
             hit,
             flight,

@@ -118,13 +118,16 @@ impl Core {
         let layout = &self.config.layout;
         let mut stored = Stored::default();
         let mut plan = self.plans.take();
-        let write = match kv.check(&layout.layer_bytes) {
-            Ok(()) => self.plan_store(blocks, kv, &mut plan, &mut stored),
+        let (write, touching) = match kv.touch(&layout.layer_bytes) {
+            Ok(touching) => {
+                let write = self.plan_store(blocks, kv, &mut plan, &mut stored);
+                (write, touching)
+            }
             Err(error) => {
-                warn!(%error, "nothing is stored from a pool that does not fit the layout");
+                warn!(%error, "nothing is stored from a pool that cannot be used");
                 stored.unplaced = blocks.len() as u32;
                 let flight = self.leases.registering().begin(Vec::new());
-                Write::new(flight, true, Vec::new())
+                (Write::new(flight, true, Vec::new()), None)
             }
         };
         let mut queueing = Queueing::new(&write.flight.transfer, Direction::Store);
@@ -141,6 +144,10 @@ impl Core {
         // See `load`: whoever waits for the transfer counts on the plan having let go of its slabs.
         self.plans.put_back(plan);
         drop(queueing);
+        if let Some(touching) = touching {
+            let flight = Arc::clone(&write.flight);
+            touching.until(move || flight.transfer.is_over());
+        }
         Store {
             core: Arc::clone(self),
             write,

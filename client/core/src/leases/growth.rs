@@ -200,13 +200,17 @@ impl Leases {
             lease: grant.lease,
             generation: grant.generation,
         };
-        let mapped = self.map(session, grant);
-        if let Ok(area) = &mapped {
+        let mapped = self.map(session, grant).and_then(|area| {
             // Closed until it is in the table: a holder that is told to forget it has heard of it before.
             area.set_open(false);
-            let area = Arc::clone(area);
-            holder.granted(Arrival { area, key, hold });
-        }
+            holder.granted(Arrival {
+                area: Arc::clone(&area),
+                key,
+                region: grant.region,
+                hold,
+            })?;
+            Ok(area)
+        });
         let mut state = self.state.lock();
         let pending = state.pending.remove(&grant.lease);
         let taken = pending.is_none_or(|pending| pending.revoked || pending.refused);

@@ -5,16 +5,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::Hold;
+use swiftcache_proto::domain::{Hold, RegionId};
 
 use super::slabs::LeaseKey;
-use crate::transfer::{AreaId, BlockArea};
+use crate::{
+    Result,
+    transfer::{AreaId, BlockArea},
+};
 
 /// A slab that is mapped. It is not open before [`Holder::granted`] has returned.
 #[derive(Clone, Debug)]
 pub(crate) struct Arrival {
     pub(crate) area: Arc<BlockArea>,
     pub(crate) key: LeaseKey,
+    pub(crate) region: RegionId,
     pub(crate) hold: Hold,
 }
 
@@ -35,7 +39,11 @@ pub(crate) enum Progress {
 /// [`is_moving`](Self::is_moving) something out and there is time; [`forget`](Self::forget); unmapped.
 pub(crate) trait Holder: Send + Sync {
     /// A slab has arrived.
-    fn granted(&self, slab: Arrival);
+    ///
+    /// # Errors
+    /// When it is of no use. It is given back, and nothing more is said of it. A device's error means that no slab of its
+    /// region is.
+    fn granted(&self, slab: Arrival) -> Result<()>;
 
     /// Whether more slabs would be used.
     fn wants_more(&self) -> bool;

@@ -48,7 +48,9 @@ impl Notebook {
 }
 
 impl Holder for Notebook {
-    fn granted(&self, _: Arrival) {}
+    fn granted(&self, _: Arrival) -> Result<()> {
+        Ok(())
+    }
 
     fn wants_more(&self) -> bool {
         false

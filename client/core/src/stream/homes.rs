@@ -1,31 +1,12 @@
-//! The home table: which unit is where, which places are free, and which slabs are asked back.
+//! The home table: which unit is where, which places are free, which slabs are asked back, and what to move at a step boundary.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use super::plan::{Costs, Landed, Move};
+use super::home::{Costs, Home, Landed, Move, SlabId, UnitId};
 use crate::{Error, Result};
 
 /// How often a slab may refuse a unit before it is given back as unusable.
 const TRIES: u32 = 3;
-
-/// A unit: a piece of the pool behind its local part, which keeps its address. The first is 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct UnitId(pub u32);
-
-/// A leased slab as large as a unit, by a number that its holder gives it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SlabId(pub u64);
-
-/// Where a unit's bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Home {
-    /// In a leased slab.
-    Slab(SlabId),
-    /// In a spare slab of local HBM, by its number.
-    Spare(u32),
-    /// In host memory. Every unit has its own place there, so this is never full.
-    Floor,
-}
 
 /// What a stitched pool has of its own.
 #[derive(Clone, Copy, Debug)]
@@ -56,26 +37,33 @@ pub struct Counts {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Unit {
+struct Unit {
     /// Where its bytes are. A unit that is adrift has them at the end of its way too.
-    pub(super) home: Home,
-    /// Whether its bytes matter. Those of others need not be copied.
-    pub(super) live: bool,
+    home: Home,
+    /// Whether its bytes matter. Others are zeroed at their new home.
+    live: bool,
     /// Where it goes, as long as that is not settled.
-    pub(super) way: Option<Home>,
+    way: Option<Home>,
     /// Neither end of its way is mapped.
-    pub(super) adrift: bool,
+    adrift: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Slab {
+struct Slab {
     /// Who is there or on the way there.
-    pub(super) unit: Option<UnitId>,
+    unit: Option<UnitId>,
     /// It is to be vacated, by this time if there is a hurry.
-    pub(super) asked_back: Option<u64>,
+    asked_back: Option<u64>,
     /// How often it refused a unit, one time after another.
     tries: u32,
 }
+
+const NEW_UNIT: Unit = Unit {
+    home: Home::Floor,
+    live: false,
+    way: None,
+    adrift: false,
+};
 
 /// Where the bytes of a stitched pool are.
 ///
@@ -84,26 +72,20 @@ pub(super) struct Slab {
 /// can be acknowledged.
 #[derive(Debug)]
 pub struct Homes {
-    pub(super) costs: Costs,
-    pub(super) units: Vec<Unit>,
-    pub(super) slabs: BTreeMap<SlabId, Slab>,
+    costs: Costs,
+    units: Vec<Unit>,
+    slabs: BTreeMap<SlabId, Slab>,
     pub(super) spares: Vec<Option<UnitId>>,
     /// The moves of the last plan, until they are settled.
-    pub(super) planned: Vec<Move>,
+    planned: Vec<Move>,
 }
 
 impl Homes {
     /// All units are in host memory, and hold nothing that matters.
     pub fn new(config: HomesConfig) -> Self {
-        let unit = Unit {
-            home: Home::Floor,
-            live: false,
-            way: None,
-            adrift: false,
-        };
         Self {
             costs: config.costs,
-            units: vec![unit; config.units as usize],
+            units: vec![NEW_UNIT; config.units as usize],
             slabs: BTreeMap::new(),
             spares: vec![None; config.spares as usize],
             planned: Vec::new(),
@@ -187,7 +169,7 @@ impl Homes {
     }
 
     /// Puts a unit into a place, or takes it out.
-    pub(super) fn occupy(&mut self, place: Home, unit: Option<UnitId>) {
+    fn occupy(&mut self, place: Home, unit: Option<UnitId>) {
         match place {
             Home::Slab(slab) => {
                 if let Some(slab) = self.slabs.get_mut(&slab) {
@@ -215,7 +197,7 @@ impl Homes {
             unit.adrift = *landed == Landed::Adrift;
             let left = match landed {
                 Landed::Moved => std::mem::replace(&mut unit.home, moved.to),
-                Landed::Stayed => moved.to,
+                Landed::Stayed | Landed::Later => moved.to,
                 // Both places are taken until it is known which one it has.
                 Landed::Adrift => continue,
             };
@@ -226,7 +208,8 @@ impl Homes {
             {
                 slab.tries = match landed {
                     Landed::Stayed => slab.tries + 1,
-                    _ => 0,
+                    Landed::Later => slab.tries,
+                    Landed::Moved | Landed::Adrift => 0,
                 };
                 if slab.tries >= TRIES {
                     // Whoever granted it can have it back: nothing can be mapped from it.
@@ -235,6 +218,159 @@ impl Homes {
             }
         }
         Ok(())
+    }
+
+    /// What to move at this step boundary, for at most `budget`, or one move if that alone costs more. Every plan is
+    /// settled before the next one.
+    ///
+    /// Units that are adrift come first, whatever they cost. Then come those whose slabs are asked back, by deadline. Then, if
+    /// none of these is left, come units in host memory for which there is room again.
+    pub fn plan(&mut self, budget: Duration) -> Vec<Move> {
+        if !self.planned.is_empty() {
+            // An unsettled plan holds places. Nobody moves before it is known who has them.
+            return Vec::new();
+        }
+        let adrift: Vec<Move> = self.adrift().collect();
+        if !adrift.is_empty() {
+            self.planned = adrift;
+            return self.planned.clone();
+        }
+        let mut left = budget;
+        let mut leaving: Vec<(u64, UnitId)> = (self.slabs.values())
+            .filter_map(|slab| Some((slab.asked_back?, slab.unit?)))
+            .collect();
+        leaving.sort_unstable();
+        for (_, unit) in leaving {
+            let to = self.room().unwrap_or(Home::Floor);
+            if !self.send(unit, to, &mut left) {
+                return self.planned.clone();
+            }
+        }
+        // Whose bytes matter is read slowly as long as it stays there.
+        let mut returning: Vec<(bool, UnitId)> = ((0..).map(UnitId).zip(&self.units))
+            .filter(|(_, unit)| unit.home == Home::Floor && unit.way.is_none())
+            .map(|(id, unit)| (!unit.live, id))
+            .collect();
+        returning.sort_unstable();
+        for (_, unit) in returning {
+            let Some(to) = self.room() else { break };
+            if !self.send(unit, to, &mut left) {
+                break;
+            }
+        }
+        self.planned.clone()
+    }
+
+    /// Every unit that is mapped nowhere, as a move along its way.
+    fn adrift(&self) -> impl Iterator<Item = Move> {
+        let units = (0..).map(UnitId).zip(&self.units);
+        units
+            .filter(|(_, unit)| unit.adrift)
+            .filter_map(|(id, unit)| {
+                Some(Move {
+                    unit: id,
+                    from: unit.home,
+                    to: unit.way?,
+                    copies: false,
+                    adrift: true,
+                })
+            })
+    }
+
+    /// The best free place but the floor: a leased slab that nobody wants back, or a spare one.
+    fn room(&self) -> Option<Home> {
+        let free = |slab: &SlabId| Home::Slab(*slab);
+        let mut slabs = self.slabs.iter();
+        let slab = slabs.find(|(_, slab)| slab.unit.is_none() && slab.asked_back.is_none());
+        let spare = || {
+            let spare = self.spares.iter().position(Option::is_none)?;
+            u32::try_from(spare).ok().map(Home::Spare)
+        };
+        slab.map(|(slab, _)| free(slab)).or_else(spare)
+    }
+
+    /// Adds a move to the plan, unless it costs more than is left.
+    fn send(&mut self, id: UnitId, to: Home, left: &mut Duration) -> bool {
+        let unit = &mut self.units[id.0 as usize];
+        let cost = self.costs.of(unit.home, to);
+        if cost > *left && !self.planned.is_empty() {
+            return false;
+        }
+        *left = left.saturating_sub(cost);
+        unit.way = Some(to);
+        self.planned.push(Move {
+            unit: id,
+            from: unit.home,
+            to,
+            copies: unit.live,
+            adrift: false,
+        });
+        self.occupy(to, Some(id));
+        true
+    }
+
+    /// Whether a plan would move anything.
+    pub fn is_due(&self) -> bool {
+        let leaving = |slab: &Slab| slab.asked_back.is_some() && slab.unit.is_some();
+        self.is_adrift()
+            || self.slabs.values().any(leaving)
+            || (self.room().is_some() && self.units.iter().any(|unit| unit.home == Home::Floor))
+    }
+
+    /// Whether a unit is mapped nowhere.
+    pub fn is_adrift(&self) -> bool {
+        self.units.iter().any(|unit| unit.adrift)
+    }
+
+    /// There are no units any more, and no slabs.
+    pub fn clear(&mut self) {
+        self.units.clear();
+        self.slabs.clear();
+        self.spares.clear();
+        self.planned.clear();
+    }
+
+    /// Who is in a slab, or on the way in or out.
+    pub fn occupant(&self, slab: SlabId) -> Option<UnitId> {
+        self.slabs.get(&slab)?.unit
+    }
+
+    /// Takes as many units as there are to be from now on. They are in host memory, and hold nothing that matters.
+    ///
+    /// # Errors
+    /// When there are some already.
+    pub fn add_units(&mut self, units: u32) -> Result<()> {
+        if !self.units.is_empty() {
+            return Err(Error::config("units", "are there already"));
+        }
+        self.units = vec![NEW_UNIT; units as usize];
+        Ok(())
+    }
+
+    /// Takes slabs that no unit needs: they are free, and there are more than units.
+    pub fn take_surplus(&mut self) -> Vec<SlabId> {
+        let mut surplus = self.usable_slabs().saturating_sub(self.units.len());
+        let unneeded = |_: &SlabId, slab: &mut Slab| {
+            let taken = surplus > 0 && slab.unit.is_none() && slab.asked_back.is_none();
+            surplus -= usize::from(taken);
+            taken
+        };
+        self.slabs
+            .extract_if(.., unneeded)
+            .map(|(slab, _)| slab)
+            .collect()
+    }
+
+    /// Slabs that nobody wants back.
+    pub fn usable_slabs(&self) -> usize {
+        (self.slabs.values())
+            .filter(|slab| slab.asked_back.is_none())
+            .count()
+    }
+
+    /// A move has taken so long: what later ones are expected to cost.
+    pub fn learn(&mut self, moved: &Move, took: Duration) {
+        self.costs.learn(moved.from, moved.to, took);
     }
 
     /// Finds what contradicts itself: a bug here.

@@ -134,7 +134,9 @@ impl Machine {
 
     fn step(&mut self, budget: Duration, landed: &[Landed]) -> Result<(), TestCaseError> {
         let before = self.homes.counts();
+        let due = self.homes.is_due();
         let plan = self.homes.plan(budget);
+        prop_assert_eq!(due, !plan.is_empty());
         prop_assert!(self.homes.plan(budget).is_empty(), "one plan at a time");
         self.check_plan(&plan, before, budget)?;
         let landed: Vec<Landed> = (0..plan.len())
@@ -166,7 +168,7 @@ impl Machine {
         }
         let (mapped, left) = match landed {
             Landed::Moved => (Some(to), Some(from)),
-            Landed::Stayed => (Some(from), Some(to)),
+            Landed::Stayed | Landed::Later => (Some(from), Some(to)),
             Landed::Adrift => (None, None),
         };
         self.mapped[moved.unit.0 as usize] = mapped;
@@ -190,10 +192,9 @@ impl Machine {
             prop_assert!(plan.iter().all(|moved| moved.adrift && !moved.copies));
             return Ok(());
         }
-        let cost = |moved: &Move| match (moved.copies, moved.from, moved.to) {
-            (false, ..) => COSTS.remap,
-            (true, Home::Floor, _) | (true, _, Home::Floor) => COSTS.remap + COSTS.over_host,
-            (true, ..) => COSTS.remap + COSTS.over_link,
+        let cost = |moved: &Move| match (moved.from, moved.to) {
+            (Home::Floor, _) | (_, Home::Floor) => COSTS.remap + COSTS.over_host,
+            _ => COSTS.remap + COSTS.over_link,
         };
         let total: Duration = plan.iter().map(cost).sum();
         prop_assert!(
@@ -255,6 +256,7 @@ fn landed() -> impl Strategy<Value = Landed> {
     prop_oneof![
         4 => Just(Landed::Moved),
         1 => Just(Landed::Stayed),
+        1 => Just(Landed::Later),
         1 => Just(Landed::Adrift),
     ]
 }

@@ -30,7 +30,5 @@ pub(crate) use plan::{Plan, Plans};
 pub(crate) use pool::check_pool;
 pub use pool::{PagedKv, PagedLayer, PoolSpan};
 pub(crate) use queueing::{Queueing, Transfer};
-pub(crate) use route::Direction;
-#[cfg(test)]
-pub(crate) use route::Route;
+pub(crate) use route::{Direction, Route};
 pub(crate) use routes::Routes;

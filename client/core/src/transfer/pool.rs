@@ -1,6 +1,9 @@
 //! The engine's own paged KV pool: where its blocks are.
 
-use crate::{Error, Result, device::Memory};
+use crate::{
+    Error, Result,
+    device::{Memory, Touching},
+};
 
 /// The engine's own paged KV pool.
 #[derive(Clone, Debug)]
@@ -47,6 +50,26 @@ impl PagedKv {
             })
             .collect();
         check_pool(layer_bytes, &spans, self.blocks)
+    }
+
+    /// Checks it as [`check`](Self::check) does. Where what is mapped in it changes between an engine's steps, waits until it does not,
+    /// and keeps it so: copies are queued under the result, which is told how to know their end.
+    ///
+    /// # Errors
+    /// Names what does not fit, or says that the engine has closed the pool.
+    pub(crate) fn touch(&self, layer_bytes: &[u64]) -> Result<Option<Touching>> {
+        self.check(layer_bytes)?;
+        let mut steps = self.layers.iter().filter_map(|layer| layer.memory.steps());
+        let Some(steps) = steps.next() else {
+            return Ok(None);
+        };
+        match steps.touch() {
+            Some(touching) => Ok(Some(touching)),
+            None => Err(Error::config(
+                "kv.layers",
+                "lie in a stitched pool that is closed",
+            )),
+        }
     }
 }
 

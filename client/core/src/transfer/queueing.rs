@@ -15,7 +15,7 @@ use super::{
     pace::Pace,
     route::{Direction, Route},
 };
-use crate::device::{CopyStream, Result, Ticket};
+use crate::device::{CopyStream, Memory, Piece, Result, Ticket};
 
 /// The end of what was queued on one stream.
 #[derive(Clone, Debug)]
@@ -168,6 +168,27 @@ impl<'a> Queueing<'a> {
             }
         };
         self.lanes[at].route.stream(self.direction)
+    }
+
+    /// Queues the copy of a whole memory into another one of as many bytes.
+    pub(crate) fn copy(
+        &mut self,
+        route: &Arc<Route>,
+        from: &Memory,
+        to: &Memory,
+        bytes: u64,
+    ) -> Result<()> {
+        let whole = Piece {
+            from: 0,
+            to: 0,
+            bytes,
+        };
+        self.on(route, None).copy(from, to, &[whole])
+    }
+
+    /// Queues zeroing of a memory's first bytes.
+    pub(crate) fn zero(&mut self, route: &Arc<Route>, memory: &Memory, bytes: u64) -> Result<()> {
+        self.on(route, None).zero(memory, 0, bytes)
     }
 
     /// The routes in use.

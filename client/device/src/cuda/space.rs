@@ -57,30 +57,31 @@ impl Reservation {
     fn at(&self, offset: u64) -> u64 {
         self.address + offset
     }
+}
 
-    fn range<'a>(&self, memory: &'a Memory) -> Result<&'a VirtualRange> {
-        let refuse = |problem: String| DeviceError::Failed {
-            operation: "mapping a piece",
-            device: self.context.uuid.clone(),
-            problem,
-        };
-        let Kind::Virtual(range) = &Arena::of(memory)?.kind else {
-            return Err(refuse(
-                "only memory that was allocated as PosixFd, imported by descriptor or allocated as a host piece can be mapped in \
-                 an address space"
-                    .to_owned(),
-            ));
-        };
-        // The driver maps whole allocations.
-        if range.size() != memory.bytes() {
-            return Err(refuse(format!(
-                "its allocation has {} bytes, and the memory only {}",
-                range.size(),
-                memory.bytes()
-            )));
-        }
-        Ok(range)
+/// What is mapped of a memory: an allocation, whole.
+fn range<'a>(context: &Context, memory: &'a Memory) -> Result<&'a VirtualRange> {
+    let refuse = |problem: String| DeviceError::Failed {
+        operation: "mapping a piece",
+        device: context.uuid.clone(),
+        problem,
+    };
+    let Kind::Virtual(range) = &Arena::of(memory)?.kind else {
+        return Err(refuse(
+            "only memory that was allocated as PosixFd, imported by descriptor or allocated as a host piece can be mapped in \
+             an address space"
+                .to_owned(),
+        ));
+    };
+    // The driver maps whole allocations.
+    if range.size() != memory.bytes() {
+        return Err(refuse(format!(
+            "its allocation has {} bytes, and the memory only {}",
+            range.size(),
+            memory.bytes()
+        )));
     }
+    Ok(range)
 }
 
 impl RawSpace for Reservation {
@@ -101,11 +102,14 @@ impl RawSpace for Reservation {
     }
 
     fn accept(&self, memory: &Memory) -> Result<()> {
-        self.range(memory).map(|_| ())
+        range(&self.context, memory).map(|_| ())
     }
 
     unsafe fn map(&self, offset: u64, memory: &Memory) -> Result<()> {
-        let (handle, size) = (self.range(memory)?.handle(), memory.bytes() as usize);
+        let (handle, size) = (
+            range(&self.context, memory)?.handle(),
+            memory.bytes() as usize,
+        );
         self.call("cuMemMap", |calls| {
             // SAFETY: the caller promises that the range is in the reservation and that nothing is mapped there. The handle is
             // the memory's, which outlives the mapping.
@@ -165,6 +169,11 @@ impl AddressSpaces for CudaLayer {
     fn allocate_host_piece(&self, device: &DeviceUuid, bytes: u64) -> Result<Memory> {
         self.whole(device, bytes)?;
         Arena::host_piece(&self.context(device)?, bytes)
+    }
+
+    fn accepts(&self, device: &DeviceUuid, memory: &Memory) -> Result<()> {
+        let context = self.context(device)?;
+        range(&context, memory).map(|_| ())
     }
 }
 

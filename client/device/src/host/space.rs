@@ -43,15 +43,6 @@ impl Reservation {
         (self.address + offset as usize) as *mut _
     }
 
-    /// What holds the pages of a memory.
-    fn file<'a>(&self, memory: &'a Memory) -> Result<&'a OwnedFd> {
-        Arena::of(memory)?.file().ok_or_else(|| DeviceError::Failed {
-            operation: "mapping a piece",
-            device: self.device.clone(),
-            problem: "only exportable memory, imports and host pieces can be mapped in an address space".to_owned(),
-        })
-    }
-
     fn answer(&self, operation: &'static str, answer: Answer<()>) -> Result<()> {
         answer.map_err(|error| DeviceError::Failed {
             operation,
@@ -59,6 +50,19 @@ impl Reservation {
             problem: error.to_string(),
         })
     }
+}
+
+/// What holds the pages of a memory.
+fn file<'a>(device: &DeviceUuid, memory: &'a Memory) -> Result<&'a OwnedFd> {
+    Arena::of(memory)?
+        .file()
+        .ok_or_else(|| DeviceError::Failed {
+            operation: "mapping a piece",
+            device: device.clone(),
+            problem:
+                "only exportable memory, imports and host pieces can be mapped in an address space"
+                    .to_owned(),
+        })
 }
 
 const NOTHING: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
@@ -81,11 +85,11 @@ impl RawSpace for Reservation {
     }
 
     fn accept(&self, memory: &Memory) -> Result<()> {
-        self.file(memory).map(|_| ())
+        file(&self.device, memory).map(|_| ())
     }
 
     unsafe fn map(&self, offset: u64, memory: &Memory) -> Result<()> {
-        let file = self.file(memory)?;
+        let file = file(&self.device, memory)?;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         let bytes = memory.bytes() as usize;
         // SAFETY: the caller promises that the range is in the reservation, where nothing is mapped that anybody uses.
@@ -164,5 +168,8 @@ impl AddressSpaces for HostLayer {
         self.device(device)?;
         check_whole(device, bytes)?;
         Arena::host_piece(device, bytes)
+    }
+    fn accepts(&self, device: &DeviceUuid, memory: &Memory) -> Result<()> {
+        file(device, memory).map(|_| ())
     }
 }
