@@ -6,9 +6,9 @@
 )]
 
 use std::{
-    collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -179,7 +179,7 @@ fn first_wrong(bytes: &[u8], tensor: usize, version: u64) -> Option<usize> {
     wrong.map(|(index, _)| index * 8)
 }
 
-/// A donor of this process, which fills memory with [`POISON`] the moment that it is its own again.
+/// A donor of this process, which fills memory with 0xff the moment that it is its own again.
 pub struct Poisoner {
     session: Session,
     layer: Arc<dyn DeviceLayer>,
@@ -195,8 +195,10 @@ impl fmt::Debug for Poisoner {
 }
 
 struct Lent {
+    its: Weak<Self>,
     stream: Arc<dyn CopyStream>,
-    regions: Mutex<BTreeMap<RegionId, Memory>>,
+    /// In the order in which they were offered.
+    regions: Mutex<Vec<(RegionId, Memory)>>,
     /// What has come back, and is overwritten.
     back: Mutex<Vec<Memory>>,
 }
@@ -204,18 +206,32 @@ struct Lent {
 impl Observer for Lent {
     fn regions(&self) -> Vec<RegionId> {
         let regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
-        regions.keys().copied().collect()
+        regions.iter().map(|(region, _)| *region).collect()
     }
 
     fn returned(&self, region: RegionId) {
-        let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(memory) = regions.remove(&region) else {
+        // A write may have to wait for a copy that is held, and this is the session's thread.
+        let its = self.its.upgrade();
+        thread::spawn(move || its.map(|its| its.poison(region)));
+    }
+}
+
+impl Lent {
+    /// Overwrites a slab, which is out until then.
+    fn poison(&self, region: RegionId) {
+        let regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = regions.iter().find(|(known, _)| *known == region);
+        let memory = found.map(|(_, memory)| memory.clone());
+        drop(regions);
+        let Some(memory) = memory else {
             return;
         };
-        drop(regions);
         let poison = vec![POISON; memory.bytes() as usize];
         // A write that fails leaves the bytes as they are, which nobody else may see either.
         let _ = self.stream.write(&memory, 0, &poison);
+        let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        regions.retain(|(known, _)| *known != region);
+        drop(regions);
         let mut back = self.back.lock().unwrap_or_else(PoisonError::into_inner);
         back.push(memory);
     }
@@ -232,8 +248,10 @@ impl Poisoner {
         device: DeviceUuid,
         slab_bytes: u64,
     ) -> Result<Self> {
-        let lent = Arc::new(Lent {
-            stream: layer.stream(&device)?,
+        let stream = layer.stream(&device)?;
+        let lent = Arc::new_cyclic(|its| Lent {
+            its: Weak::clone(its),
+            stream,
             regions: Mutex::default(),
             back: Mutex::default(),
         });
@@ -263,7 +281,7 @@ impl Poisoner {
                 .regions
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            regions.insert(region, memory);
+            regions.push((region, memory));
             drop(regions);
             let offered = OfferedRegion {
                 region,
@@ -290,7 +308,7 @@ impl Poisoner {
         regions.len()
     }
 
-    /// Asks for one slab back, the one that was offered first of those that are out, and says which.
+    /// Asks for one slab back, the one that was offered first of those that are out.
     ///
     /// # Errors
     /// When nothing is out, or the broker does not take it.
@@ -300,7 +318,10 @@ impl Poisoner {
             .regions
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let first = regions.keys().next().copied().context("nothing is out")?;
+        let first = regions
+            .first()
+            .map(|(region, _)| *region)
+            .context("nothing is out")?;
         drop(regions);
         self.ask_back(vec![first])
     }

@@ -399,7 +399,7 @@ class StreamPool:
         """
 
     def begin_step(self) -> int:
-        """Begins a step: no unit moves before `end_step`. Steps nest and overlap. If units are to be moved, and no step is begun,
+        """Begins a step: no unit moves before `end_step`. Steps nest and overlap, and none moves while they do. If units are to be moved, and no step is begun,
         waits for what earlier steps have queued, and moves units now, for at most `step_ms`, or one.
 
         Returns:

@@ -26,8 +26,7 @@ pub(super) struct Core {
     pub(super) unit_bytes: u64,
     /// Deadlines are counted from here.
     pub(super) opened: Instant,
-    /// None where a test hands slabs out itself.
-    pub(super) session: Option<Session>,
+    pub(super) session: Session,
     pub(super) layer: Arc<dyn DeviceLayer>,
     pub(super) leases: Arc<Leases>,
     /// All copies are made on its stream, one after another: a copy that is late is over before the next one into its place begins.
@@ -46,9 +45,6 @@ pub(super) struct Core {
     pub(super) dead: AtomicBool,
     /// Grows when a unit has changed its home.
     pub(super) generation: AtomicU64,
-    /// What goes wrong on purpose, to see that it is noticed.
-    #[cfg(test)]
-    pub(super) copies_nothing: AtomicBool,
 }
 
 impl Core {

@@ -20,8 +20,6 @@ mod open;
 mod pool;
 mod state;
 mod stats;
-#[cfg(test)]
-mod tests;
 
 pub use config::{LaidOut, StreamConfig, Tensor};
 pub use home::{Costs, Home, Landed, Move, SlabId, UnitId};

@@ -137,7 +137,7 @@ fn with_slabs(
         config,
         unit_bytes,
         opened: Instant::now(),
-        session: Some(session.clone()),
+        session: session.clone(),
         layer,
         leases,
         route,
@@ -148,8 +148,6 @@ fn with_slabs(
         adrift: AtomicBool::new(false),
         dead: AtomicBool::new(false),
         generation: AtomicU64::new(0),
-        #[cfg(test)]
-        copies_nothing: AtomicBool::new(false),
     });
     core.leases.observe(&session);
     let holder: Arc<dyn Holder> = Arc::new(StreamHolder(Arc::clone(&core)));

@@ -321,7 +321,7 @@ impl StreamPool {
             by_link,
             leased_bytes: leases.own_bytes,
             floor_bytes: u64::from(units) * core.unit_bytes,
-            connected: core.session.as_ref().is_some_and(Session::is_connected),
+            connected: core.session.is_connected(),
             moved_units: state.happened.moved_units,
             failed_moves: state.happened.failed_moves,
             revocations: leases.revocations,
