@@ -2,6 +2,8 @@
 
 use std::{
     env,
+    fs::{self, File},
+    path::Path,
     process::Command,
     sync::{
         Arc, Mutex,
@@ -16,17 +18,19 @@ use rand::Rng;
 use rustix::process::Signal;
 use swiftcache_client::{
     Error,
-    device::StepEnd,
+    device::{DeviceLayer, StepEnd, host::HostLayer},
     donor::{Donor, DonorConfig},
     session::{Session, SessionConfig},
     stream::StreamPool,
 };
+use swiftcache_proto::topology::Topology;
 use swiftcache_tests::{
     PATIENCE,
     crew::donor_process,
     engine::{SLAB_BYTES, eventually},
-    node::Node,
+    node::{Node, connect},
     operator::Operator,
+    programs::Program,
     seed::Course,
     stitched::{Poisoner, Stitched, config},
 };
@@ -398,36 +402,49 @@ fn slabs_come_and_go_at_any_time_under_two_threads() -> Result<()> {
     Ok(())
 }
 
-/// The environment variable that makes this test's program an engine that says nothing of its steps.
+/// The environment variable that makes this test's program an engine that says nothing of its steps: the directory of its node.
 const UNANNOUNCED: &str = "SWIFTCACHE_TEST_UNANNOUNCED";
 
-/// The twin of the tests above: an engine that does not say when it touches its pool loses bytes, or dies.
+/// The engine of the test below. It runs until a byte is wrong.
+fn run_unannounced(directory: &Path) -> Result<()> {
+    let topology = fs::read_to_string(directory.join("topology.toml"))?;
+    let topology = Topology::parse(&topology, "the test's topology")?;
+    let layer: Arc<dyn DeviceLayer> = Arc::new(HostLayer::from_topology(&topology, false)?);
+    let device = topology.devices[0].uuid.clone();
+    let session = connect(directory.join("broker.sock"), "engine")?;
+    let settings = config(device, 4, SLAB_BYTES);
+    let mut engine = Stitched::new(session, &layer, settings, &[2, 2])?;
+    loop {
+        engine.step_unannounced()?;
+    }
+}
+
+/// The twin of the tests above: an engine that does not say when it touches its pool loses bytes, or dies. It is a process of its own.
 #[test]
 fn an_engine_that_does_not_announce_its_steps_loses_bytes() -> Result<()> {
-    if env::var_os(UNANNOUNCED).is_some() {
-        let node = Node::start(&[])?;
-        let donor = poisoner(&node, 4)?;
-        let mut engine = engine(&node, 4)?;
-        let stepping = thread::spawn(move || -> Result<()> {
-            loop {
-                engine.step_unannounced()?;
-            }
-        });
-        while !stepping.is_finished() {
-            donor.ask_back_all()?;
-            donor.wait_out(0)?;
-            donor.offer(4)?;
-        }
-        return stepping.join().expect("no panic");
+    if let Some(directory) = env::var_os(UNANNOUNCED) {
+        return run_unannounced(Path::new(&directory));
     }
+    let node = Node::start(&[])?;
+    let donor = poisoner(&node, 4)?;
     let test = "an_engine_that_does_not_announce_its_steps_loses_bytes";
-    let output = Command::new(env::current_exe()?)
-        .args([test, "--exact", "--nocapture"])
-        .env(UNANNOUNCED, "1")
-        .output()?;
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    ensure!(!output.status.success(), "{said}");
-    let crashed = output.status.code().is_none();
+    let log = node.directory().join("engine.log");
+    let mut engine = Program::start(
+        Command::new(env::current_exe()?)
+            .args([test, "--exact", "--nocapture"])
+            .env(UNANNOUNCED, node.directory())
+            .stdout(File::options().create(true).append(true).open(&log)?)
+            .stderr(File::options().append(true).open(&log)?),
+    )?;
+    while !engine.has_ended()? {
+        if donor.out() > 0 {
+            donor.ask_back_all()?;
+        }
+        donor.wait_out(0)?;
+        donor.offer(4)?;
+    }
+    let said = fs::read_to_string(&log)?;
+    let crashed = !said.contains("test result");
     ensure!(crashed || said.contains("of tensor"), "{said}");
     Ok(())
 }
