@@ -65,12 +65,22 @@ def test_shares(value: object, share: float) -> None:
         ("lend_reserve", -0.1),
         ("lend_after_ms", -1),
         ("lend_drain_ms", 0),
+        ("stream_bytes", "plenty"),
+        ("stream_bytes", -1),
+        ("stream_window_bytes", 0),
+        ("stream_spare_units", "1.5"),
+        ("stream_step_ms", 0),
         ("sokcet", "/x"),
     ],
 )
 def test_a_bad_setting_is_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: .*{key}"):
         read({key: value}, {})
+
+
+def test_a_worker_does_not_lend_from_a_pool_that_it_leases_for() -> None:
+    with pytest.raises(ValueError, match=f"{WHERE}: lend and stream_bytes"):
+        read({"lend": 0.5}, {"SWIFTCACHE_STREAM_BYTES": "1GiB"})
 
 
 def test_a_bad_variable_is_named() -> None:

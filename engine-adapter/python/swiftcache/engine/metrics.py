@@ -35,6 +35,7 @@ COUNTERS = {
     "give_backs": "Runs that came back.",
     "late_give_backs": "Runs that came back later than borrowers should take.",
     "give_back_ms": "Milliseconds between asking for runs and having them back.",
+    "stitched_moves": "Parts of stitched pools that moved: their slab was asked back, or room came back.",
 }
 GAUGES = {
     "leased_bytes": "HBM leased from donors now.",
@@ -49,6 +50,8 @@ GAUGES = {
     "give_back_max_ms": "The longest that a run took to come back, milliseconds.",
     "lent_bytes": "HBM of this engine on offer to others now.",
     "stranded_bytes": "HBM that was lent when the broker lost its records: out of use until the engine restarts.",
+    "stitched_leased_bytes": "HBM leased for stitched pools now.",
+    "stitched_floor_bytes": "Bytes of stitched pools that are in host memory now.",
 }
 LINKS = ("same_device", "nvlink", "pcie", "host")
 

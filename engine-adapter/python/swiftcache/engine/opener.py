@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from swiftcache.engine.quiet import logger
 
 if TYPE_CHECKING:
-    from swiftcache._native import Cache, Connection
+    from swiftcache._native import Cache, Connection, StreamPool
     from swiftcache.engine.layout import Layout
     from swiftcache.engine.settings import Settings
 
@@ -24,9 +24,18 @@ class CacheOpener:
         self._settings, self._name = settings, name
         self._connection: Connection | None = None
 
-    def open(self, namespace: str, layout: Layout, *, owner: Any, gpu: str | None, block_tokens: int) -> Cache:
+    def open(
+        self,
+        namespace: str,
+        layout: Layout,
+        *,
+        owner: Any,
+        gpu: str | None,
+        block_tokens: int,
+        stitched: StreamPool | None = None,
+    ) -> Cache:
         """Opens a cache over the pool that `owner` keeps alive. `gpu`: UUID of the GPU that the pool is on, None for
-        host memory. Raises ValueError for settings that cannot work."""
+        host memory. `stitched`: the engine's pool is in this one. Raises ValueError for settings that cannot work."""
         from swiftcache import _native
 
         settings = self._settings
@@ -54,7 +63,11 @@ class CacheOpener:
             lend_drain_ms=settings.lend_drain_ms,
             borrower_id=self.borrower_id,
         )
-        cache.register_pool([entry.place() for entry in layout.entries], layout.blocks, owner)
+        places = [entry.place() for entry in layout.entries]
+        if stitched is None:
+            cache.register_pool(places, layout.blocks, owner)
+        else:
+            cache.register_pool(places, layout.blocks, owner, stream_pool=stitched)
         logger.info(
             "SwiftCache: %d blocks of %d tokens, %d bytes each in %d layers; up to %d bytes leased; namespace %s",
             layout.blocks,

@@ -57,6 +57,15 @@ class Settings:
     """For how long the engine must be quiet before it lends."""
     lend_drain_ms: int = 500
     """How long borrowers may take to move their blocks away when lent ones are asked back."""
+    stream_bytes: int = 0
+    """How much a worker leases to make its KV cache larger than its own memory: a stitched pool; 0: nothing."""
+    stream_window_bytes: int = 256 << 20
+    """Local memory through which a layer's leased blocks are read while prompts are computed. There are two of it."""
+    stream_spare_units: int = 0
+    """Slabs of local memory for parts of a stitched pool whose slabs are asked back. What does not fit moves to host
+    memory."""
+    stream_step_ms: int = 10
+    """How long a step of the engine may wait while parts of a stitched pool move, milliseconds."""
 
     @staticmethod
     def read(where: str, extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -77,21 +86,31 @@ class Settings:
                 values[name] = _convert(name, f"{where}: {name}", extra[name])
             elif environment.get(variable, "") != "":
                 values[name] = _convert(name, variable, environment[variable])
-        return Settings(**values)
+        settings = Settings(**values)
+        if settings.lend and settings.stream_bytes:
+            raise ValueError(
+                f"{where}: lend and stream_bytes are both set: a worker whose own KV cache is too small for it has "
+                "nothing to lend. Drop one of them"
+            )
+        return settings
 
 
 def _convert(name: str, key: str, value: Any) -> Any:
-    if name in ("max_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
+    if name.endswith("_bytes"):
         if name == "lease_step_bytes" and value is None:
             return None
         size = _size(key, value)
-        if name == "lease_step_bytes" and size == 0:
+        if name in ("lease_step_bytes", "stream_window_bytes") and size == 0:
             raise ValueError(f"{key} must be positive")
         return size
-    if name in ("lookup_ms", "lend_after_ms", "lend_drain_ms"):
+    if name in ("lookup_ms", "lend_after_ms", "lend_drain_ms", "stream_step_ms"):
         least = 0 if name == "lend_after_ms" else 1
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)) or int(value) < least:
             raise ValueError(f"{key} is {value!r}; it must be a whole number of milliseconds, at least {least}")
+        return int(value)
+    if name == "stream_spare_units":
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)):
+            raise ValueError(f"{key} is {value!r}; it must be a whole number of slabs")
         return int(value)
     if name in ("lend", "lend_reserve"):
         if isinstance(value, bool) or not re.fullmatch(r"0|0?\.\d+|1(\.0+)?|0\.0", str(value)):

@@ -8,6 +8,7 @@ one group is all that is served, that changes nothing for the models it takes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -31,6 +32,7 @@ from swiftcache.vllm.metadata import Handshake, StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
 from swiftcache.vllm.pool import LentBlocks, Unsupported
 from swiftcache.vllm.scheduler import SchedulerSide
+from swiftcache.vllm.stream.pool import StitchedPool, stitched_pool
 from swiftcache.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._lending: tuple[Settings, Terms, int] | None = None
+        self._streams = False
+        self._stitched: StitchedPool | None = None
+        self._kv_bytes = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
         if role == KVConnectorRole.SCHEDULER:
             from swiftcache import _native
 
@@ -81,6 +86,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     kept=kept,
                 )
                 self._lending = (settings, agreed, workers)
+            self._streams = settings.stream_bytes > 0
             self._scheduler = SchedulerSide(
                 settings,
                 _native.Connection(settings.socket, name="vllm-scheduler", tenant=settings.tenant),
@@ -92,13 +98,16 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 events=Events(publishes),
             )
         else:
+            self._stitched = stitched_pool(settings)
             self._worker = WorkerSide(
                 vllm_config,
                 settings,
                 kv_cache_config,
                 block_tokens=block_tokens,
                 sync=sync,
-                publish_outcome=publishes,
+                # Local blocks that are kept elsewhere too are the first to be used again, so the scheduler must know.
+                publish_outcome=publishes or self._stitched is not None,
+                stitched=self._stitched,
                 # Other connectors exchange handshakes too, and vLLM passes on the first one's only.
                 reports_itself=safety.surrounding(vllm_config) is not None,
             )
@@ -126,6 +135,10 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def worker(self) -> WorkerSide:
         assert self._worker is not None, "a hook of the worker, called in the scheduler"
         return self._worker
+
+    def get_mem_pool_context(self) -> AbstractContextManager | None:
+        """What vLLM allocates its KV cache in: a stitched pool, if this worker has one."""
+        return self._stitched.allocation(self._kv_bytes) if self._stitched is not None else None
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self.worker.register(kv_caches)
@@ -192,6 +205,10 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self.scheduler.bind(kv_cache_manager)
+        if self._streams:
+            from swiftcache.vllm.stream.inside import FreeBlocks
+
+            self.scheduler.stitch(FreeBlocks(kv_cache_manager.block_pool))
         if self._lending is None:
             return
         settings, agreed, workers = self._lending

@@ -43,6 +43,8 @@ class StepMetadata(KVConnectorMetadata):
     lend: list[LendJob] = field(default_factory=list)
     take_back: list[int] = field(default_factory=list)
     """Loans."""
+    staged: int = 0
+    """Blocks of all contexts of this step if a part of them is in leased slabs, else 0."""
     idle: bool = False
     """Every request is over, and so are its stores: nothing of theirs comes after this step."""
     doubt: int = 0
@@ -92,3 +94,5 @@ class Handshake(KVConnectorHandshakeMetadata):
     namespace: str
     borrower_id: bytes
     """Names the worker's cache, whose own blocks and devices the broker knows."""
+    local_blocks: int | None = None
+    """The first blocks of a stitched pool, of which every byte is local; None where all of the pool is."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from swiftcache._native import Connection
     from swiftcache.engine.loans import Loans
     from swiftcache.engine.settings import Settings
+    from swiftcache.vllm.stream.inside import FreeBlocks
+    from swiftcache.vllm.stream.placement import Placement
 
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
@@ -74,6 +76,10 @@ class SchedulerSide:
         self._kept_back: set[str] = set()
         self._key = Keys()
         self._loans: Loans | None = None
+        self._free: FreeBlocks | None = None
+        self._placement: Placement | None = None
+        self._offered: dict[int, list[tuple[int, Any]]] = {}
+        """The blocks of each store, with what they hold, where local ones are to be given away first."""
         self._quiet = Quiet()
         self._doubt = Doubt(recovers=recovers, block_tokens=block_tokens, quiet=self._quiet)
         self.stats = SwiftCacheStats()
@@ -85,9 +91,18 @@ class SchedulerSide:
         """Lends part of the engine's own pool from now on."""
         self._loans = loans
 
+    def stitch(self, free: FreeBlocks) -> None:
+        """The engine's pool is stitched: local blocks are to be used first, once workers have said which these are."""
+        self._free = free
+
     def meet(self, workers: Iterable[Handshake]) -> None:
         """All workers. Without them nothing is looked up."""
         self._ranks = list(workers)
+        local = [of.local_blocks for of in self._ranks if of.local_blocks is not None]
+        if self._free is not None and self._placement is None and local:
+            from swiftcache.vllm.stream.placement import Placement
+
+            self._placement = Placement(self._free, min(local))
 
     def _introduced(self, workers: dict[tuple[int, int], Handshake]) -> None:
         """Some workers, who say in their first report who they are."""
@@ -139,6 +154,7 @@ class SchedulerSide:
             # The second call for an asynchronous load: the blocks are known already.
             return
         self._doubt.admitted(tracked)
+        tracked.looked, tracked.leased = 0, False
         first = hit.computed // self._block_tokens
         count = external // self._block_tokens
         tracked.kept = first + count
@@ -209,10 +225,26 @@ class SchedulerSide:
                 continue
             if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
                 step.stores.append(job)
+        if self._placement is not None:
+            step.staged = self._staged(output, self._placement)
         if self._loans is not None:
             orders = self._loans.step(lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
             step.lend, step.take_back = orders.lend, orders.take_back
         return step
+
+    def _staged(self, output: SchedulerOutput, placement: Placement) -> int:
+        """Blocks of all contexts of a step if any is leased, else 0."""
+        total, leased, blocks_of = 0, False, output.kv_connector_block_state
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            total += -(-(tracked.request.num_computed_tokens + scheduled) // self._block_tokens)
+            if not tracked.leased and blocks_of is not None and (tables := blocks_of.get_block_ids(request_id)):
+                tracked.leased = placement.is_leased(tables[0][tracked.looked :])
+                tracked.looked = len(tables[0])
+            leased = leased or tracked.leased
+        return total if leased else 0
 
     def _wanted(self, output: SchedulerOutput) -> int:
         """Blocks that requests will need soon and do not have: those of their tokens, and the next one."""
@@ -232,6 +264,8 @@ class SchedulerSide:
         tracked.kept = full
         tracked.stores.add(number)
         self._jobs[number] = (request.request_id, 0)
+        if self._placement is not None:
+            self._offered[number] = self._placement.holding(blocks[first:full])
         self._events.offered(
             number, lambda: events.stored(request, first, full, self._hashes_per_block, self._block_tokens)
         )
@@ -265,11 +299,14 @@ class SchedulerSide:
             return
         if lost:
             self._events.gone(number)
+            self._offered.pop(number, None)
         if so_far + workers < self._workers:
             self._jobs[number] = (request_id, so_far + workers)
             return
         del self._jobs[number]
         self._events.kept(number)
+        if self._placement is not None and (offered := self._offered.pop(number, None)):
+            self._placement.kept_elsewhere(offered)
         if tracked := self._tracked.get(request_id):
             tracked.stores.discard(number)
 
@@ -286,6 +323,7 @@ class SchedulerSide:
         if tracked := self._tracked.pop(request_id, None):
             for number in tracked.stores:
                 self._jobs.pop(number, None)
+                self._offered.pop(number, None)
                 self._events.gone(number)
 
     def frees_pending(self) -> bool:

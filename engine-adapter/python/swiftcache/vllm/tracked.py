@@ -37,6 +37,10 @@ class Tracked:
     """From this block on its KV is wrong, or not known to be right."""
     failed: bool = False
     """A load failed: whatever is promised, this request does not try again."""
+    looked: int = 0
+    """Leading blocks of which it is known whether they are leased."""
+    leased: bool = False
+    """A block of it is in leased slabs."""
     closed: bool = False
     """Nothing more of it is stored: its KV is older than a reset."""
     finished: bool = False

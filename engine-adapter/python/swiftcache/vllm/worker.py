@@ -23,6 +23,7 @@ from swiftcache.vllm.facts import backends, facts, ranks_here
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
+from swiftcache.vllm.stream.pool import StitchedPool
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from swiftcache._native import Cache, Load, Mark, Store
     from swiftcache.engine.settings import Settings
+    from swiftcache.vllm.stream.staging import Staging
 
 STATS_SECONDS = 1.0
 """Reading the client's counters each step would cost more than a step's hooks do."""
@@ -46,6 +48,7 @@ class WorkerSide:
         sync: bool,
         publish_outcome: bool,
         reports_itself: bool = False,
+        stitched: StitchedPool | None = None,
         ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -54,6 +57,8 @@ class WorkerSide:
         self._sync = sync
         self._publish_outcome = publish_outcome
         self._reports_itself = reports_itself
+        self._stitched = stitched
+        self._staging: Staging | None = None
         self._ranks = ranks or ranks_here()
         self._clock = clock
         self._quiet = Quiet()
@@ -100,17 +105,41 @@ class WorkerSide:
         )
         self.namespace = namespace(known, self._ranks)
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
-        self._cache = self._opener.open(self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens)
+        native = None
+        if self._stitched is not None:
+            native = self._stitched.native
+            self._stitch(self._stitched, layout)
+        self._cache = self._opener.open(
+            self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens, stitched=native
+        )
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
         logger.info("SwiftCache: loads are %s", "layer by layer" if self._sync else "asynchronous")
+
+    def _stitch(self, stitched: StitchedPool, layout: Layout) -> None:
+        from swiftcache.vllm.stream.staging import Staging
+
+        assert stitched.layout is not None, "vLLM registers a KV cache that it has not allocated"
+        speed = float("inf")
+        if stitched.layout.units:
+            # As the layer itself sees its pages: a kernel may cut a block into several.
+            name = next(iter(layout.by_layer))
+            layer = self._config.compilation_config.static_forward_context.get(name)
+            pages = layer.kv_cache if layer is not None else self._caches[name]
+            self._staging = Staging(list(layout.by_layer), layout.blocks, stitched.windows)
+            self._staging.prepare(pages)
+            with stitched.guarded():
+                local = stitched.layout.local_blocks * (pages.shape[0] // layout.blocks)
+                speed = self._staging.measure(pages, local)
+        stitched.say(block_tokens=self._block_tokens, longest=self._config.model_config.max_model_len, speed=speed)
 
     def handshake(self) -> Handshake | None:
         """Who this worker is, unless its first report says it."""
         return None if self._reports_itself else self._introduction()
 
     def _introduction(self) -> Handshake:
-        return Handshake(self.namespace, self._opener.borrower_id)
+        layout = self._stitched.layout if self._stitched is not None else None
+        return Handshake(self.namespace, self._opener.borrower_id, layout.local_blocks if layout is not None else None)
 
     def unregister(self) -> None:
         """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
@@ -152,6 +181,9 @@ class WorkerSide:
     def bind(self, step: StepMetadata | None) -> None:
         self._step = step
         self._marks.clear()
+        if self._staging is not None:
+            ahead = step is not None and not any(job.sync for job in step.loads)
+            self._staging.begin(step.staged if step is not None else 0, ahead)
         if step is not None:
             self._retained.update(step.retained)
             self._report.settled = step.doubt
@@ -187,6 +219,13 @@ class WorkerSide:
                 self._loading.append((job, load))
 
     def wait_for_layer(self, name: str) -> None:
+        """The layer has written its new KV and is about to read."""
+        self._wait_for_loads(name)
+        if self._staging is not None:
+            # What cannot be staged is read where it is.
+            self._attempt("a layer's leased KV could not be staged", self._staging.enter, name)
+
+    def _wait_for_loads(self, name: str) -> None:
         if not self._loading or self._layout is None:
             return
         self._awaited = True
@@ -204,6 +243,8 @@ class WorkerSide:
 
     def layer_computed(self, name: str) -> None:
         """Lets this layer's write-back start while later layers compute."""
+        if self._staging is not None:
+            self._staging.leave()
         if not self._cuda or self._step is None or not self._step.stores or self._layout is None:
             return
         mark = self._attempt("the engine's stream could not be marked", self._mark)
@@ -280,6 +321,8 @@ class WorkerSide:
         totals = self._attempt("the client's counters could not be read", self._cache.stats)
         if totals is None:
             return None
+        if self._stitched is not None:
+            totals |= self._attempt("the stitched pool's counters could not be read", self._stitched.totals) or {}
         stats = SwiftCacheStats()
         self._meter.read(totals, stats)
         return stats
