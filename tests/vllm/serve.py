@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import rig
 from meter import Meter
 
 # vLLM writes to standard output, which the answers need.
@@ -197,6 +198,10 @@ class Engine:
             )
         if options.pop("events", False):
             options["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        # vLLM's old variable would win over the option.
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        if "kv_cache_memory_bytes" in options:
+            del os.environ["VLLM_CPU_KVCACHE_SPACE"]
         self.llm = LLM(**options)
         self.preemptions = 0
         preempt = self._scheduler._preempt_request
@@ -237,9 +242,17 @@ class Engine:
             gc.collect()
 
     def add(
-        self, name: str, tokens: list[int], max_tokens: int, salt: str | None = None, logprobs: bool = False
+        self,
+        name: str,
+        tokens: list[int],
+        max_tokens: int,
+        salt: str | None = None,
+        logprobs: bool = False,
+        n: int = 1,
     ) -> None:
+        """`n`: so many answers."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt:
@@ -247,6 +260,17 @@ class Engine:
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         if logprobs:
             parameters.logprobs = 1
+        if n > 1:
+            # vLLM refuses several greedy answers; the likeliest token alone is as greedy.
+            parameters = SamplingParams(
+                n=n,
+                temperature=1.0,
+                top_k=1,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
         self.llm.llm_engine.add_request(name, prompt, parameters)
 
     def step(self, count: int = 0) -> dict[str, Any]:
@@ -265,6 +289,7 @@ class Engine:
                         "tokens": list(output.outputs[0].token_ids),
                         "cached": output.num_cached_tokens,
                         "reason": output.outputs[0].finish_reason,
+                        "others": [list(other.token_ids) for other in output.outputs[1:]],
                     }
                     if (of := output.outputs[0].logprobs) is not None:
                         done[output.request_id]["logprobs"] = [max(at.values(), key=_logprob).logprob for at in of]
@@ -342,6 +367,14 @@ class Engine:
             return orders
 
         loans.step = impatient
+
+    def stitched(self) -> list[dict[str, Any]]:
+        """Of each worker's stitched pool: where its units are, what it has done, and how often windows were used."""
+        return self.llm.collective_rpc(rig.look)
+
+    def rig(self, **how: Any) -> None:
+        """Does something to the workers' stitched pools; see `rig`."""
+        self.llm.collective_rpc(rig.do, kwargs=how)
 
     def order(self, **orders: Any) -> None:
         """What the connector beside SwiftCache is to do."""
