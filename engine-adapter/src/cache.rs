@@ -1,11 +1,11 @@
-//! `Cache`: a worker's cache, and `Mark`: a point on its engine's stream.
+//! `Cache`: a worker's cache.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use pyo3::prelude::*;
 use swiftcache_client::{
     cache::{BorrowerConfig, Layout},
-    device::{Choice, Ticket},
+    device::Choice,
 };
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
@@ -13,34 +13,22 @@ use crate::{
     arguments::{self, named},
     connection::Connection,
     failure::{Failure, Result},
+    hit::Hit,
     load::Load,
+    mark::{Mark, Point},
     pool::Pool,
     promised::{EngineMemory, EngineStream, UnusedRange},
     stats,
     store::Store,
     stream::StreamPool,
     unlocked::{drop_unlocked, unlocked},
-    worker::{Opened, Settings, Worker},
+    worker::{Settings, Worker},
 };
 
 /// A worker's cache in leased HBM, and host memory.
 #[pyclass(frozen, module = "swiftcache")]
 #[derive(Debug)]
 pub(crate) struct Cache(Arc<Worker>);
-
-/// A point on an engine's stream.
-#[pyclass(frozen, module = "swiftcache")]
-#[derive(Debug)]
-pub(crate) struct Mark(Point);
-
-#[derive(Clone, Debug)]
-enum Point {
-    /// Already over.
-    Over,
-    At(Ticket),
-    /// Nobody can say when it is over.
-    Unknown,
-}
 
 /// What Python says a cache is to be. What it leaves out is as the client would have it.
 #[derive(Debug)]
@@ -174,31 +162,40 @@ impl Cache {
         after: Option<&Bound<'_, Mark>>,
     ) -> PyResult<Load> {
         let (hashes, blocks) = arguments::sequence(hashes, blocks)?;
-        let after = after.map_or(Point::Over, |mark| mark.get().0.clone());
+        let after = Point::of(after);
         unlocked(py, || {
-            let (asked, layers) = (hashes.len(), self.layers());
+            let (asked, layers) = (hashes.len(), self.0.layers());
             let load = self.0.with_open(|open| {
-                let kv = open.kv()?;
                 // Whoever loads was promised these blocks.
                 let patience = open.borrower.config().lookup_limit;
                 let hit = open.borrower.lookup_within(&hashes, patience);
-                let found = hit.blocks();
-                let blocks = &blocks[..found as usize];
-                let load = match &after {
-                    Point::Unknown => return None,
-                    Point::Over => open.borrower.load(&hit, blocks, &kv),
-                    Point::At(ticket) => open.borrower.load_after(&hit, blocks, &kv, ticket),
-                };
-                Some(Load::running(load, &open.place, found, asked, layers))
+                let found = &blocks[..hit.blocks() as usize];
+                Load::start(open, &hit, found, &after, asked)
             });
             Ok(load.unwrap_or_else(|| Load::miss(asked, layers)))
+        })
+    }
+
+    #[pyo3(signature = (hashes, *, ask = true))]
+    fn lookup(&self, py: Python<'_>, hashes: &[u8], ask: bool) -> PyResult<Hit> {
+        let hashes = arguments::hashes(hashes)?;
+        unlocked(py, || {
+            let found = self.0.with_open(|open| {
+                let patience = open.borrower.config().lookup_limit;
+                Some(if ask {
+                    open.borrower.lookup_within(&hashes, patience)
+                } else {
+                    open.borrower.lookup_own(&hashes)
+                })
+            });
+            Ok(Hit::new(&self.0, found))
         })
     }
 
     fn mark(&self, py: Python<'_>, stream: &Bound<'_, PyAny>) -> PyResult<Mark> {
         let stream = EngineStream::read(stream)?;
         unlocked(py, || {
-            let point = self.0.with_open(|open| Some(point(open, stream)));
+            let point = self.0.with_open(|open| Some(Point::on(open, stream)));
             Ok(Mark(point.unwrap_or(Point::Unknown)))
         })
     }
@@ -212,8 +209,8 @@ impl Cache {
         marks: Vec<Bound<'_, Mark>>,
     ) -> PyResult<Store> {
         let (hashes, blocks) = arguments::sequence(hashes, blocks)?;
-        if !marks.is_empty() && marks.len() != self.layers() {
-            let problem = format!("has {} entries for {} layers", marks.len(), self.layers());
+        if !marks.is_empty() && marks.len() != self.0.layers() {
+            let problem = format!("has {} entries for {} layers", marks.len(), self.0.layers());
             return Err(Failure::argument("marks", problem).into());
         }
         let marks: Vec<Point> = marks.iter().map(|mark| mark.get().0.clone()).collect();
@@ -289,12 +286,6 @@ impl Cache {
     }
 }
 
-impl Cache {
-    fn layers(&self) -> usize {
-        self.0.settings.config.layout.layer_bytes.len()
-    }
-}
-
 impl Drop for Cache {
     fn drop(&mut self) {
         let worker = Arc::clone(&self.0);
@@ -308,16 +299,5 @@ struct Closing(Arc<Worker>);
 impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
-    }
-}
-
-fn point(open: &Opened, stream: EngineStream) -> Point {
-    match stream.mark(&open.place) {
-        Ok(Some(ticket)) => Point::At(ticket),
-        Ok(None) => Point::Over,
-        Err(error) => {
-            tracing::warn!(%error, "the engine's stream cannot be marked: nothing is stored from it");
-            Point::Unknown
-        }
     }
 }

@@ -8,8 +8,10 @@ mod arguments;
 mod cache;
 mod connection;
 mod failure;
+mod hit;
 mod load;
 mod loans;
+mod mark;
 mod pool;
 mod promised;
 mod stats;
@@ -27,10 +29,12 @@ mod _native {
 
     #[pymodule_export]
     use crate::{
-        cache::{Cache, Mark},
+        cache::Cache,
         connection::Connection,
+        hit::Hit,
         load::Load,
         loans::Loans,
+        mark::Mark,
         store::Store,
         stream::StreamPool,
     };

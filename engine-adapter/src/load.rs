@@ -9,9 +9,10 @@ use swiftcache_client::cache;
 use crate::{
     arguments,
     failure::{Failure, Result},
+    mark::Point,
     promised::EngineStream,
     unlocked::{drop_unlocked, unlocked},
-    worker::Place,
+    worker::{Opened, Place},
 };
 
 /// Blocks on their way into the pool.
@@ -33,19 +34,27 @@ enum State {
 }
 
 impl Load {
-    pub(crate) fn running(
-        load: cache::Load,
-        place: &Arc<Place>,
-        found: u32,
+    /// Starts to load the first blocks of a hit, of `asked` in all. Nothing without a pool, or when nobody can say when the
+    /// engine is done with its blocks.
+    pub(crate) fn start(
+        open: &Opened,
+        hit: &cache::Hit,
+        blocks: &[u32],
+        after: &Point,
         asked: usize,
-        layers: usize,
-    ) -> Self {
-        Self {
-            state: RwLock::new(State::Running(load, Arc::clone(place))),
-            found,
+    ) -> Option<Self> {
+        let kv = open.kv()?;
+        let load = match after {
+            Point::Unknown => return None,
+            Point::Over => open.borrower.load(hit, blocks, &kv),
+            Point::At(ticket) => open.borrower.load_after(hit, blocks, &kv, ticket),
+        };
+        Some(Self {
+            state: RwLock::new(State::Running(load, Arc::clone(&open.place))),
+            found: blocks.len() as u32,
             asked: asked as u32,
-            layers,
-        }
+            layers: open.borrower.config().layout.layer_bytes.len(),
+        })
     }
 
     pub(crate) fn miss(asked: usize, layers: usize) -> Self {
@@ -75,6 +84,15 @@ impl Load {
 
 #[pymethods]
 impl Load {
+    fn missing(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        unlocked(py, || {
+            Ok(match &*self.state.read() {
+                State::Running(load, _) => self.with_missing(load.missing()),
+                State::Over(failed) => failed.clone(),
+            })
+        })
+    }
+
     fn wait_layer(&self, py: Python<'_>, layer: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         let layer = arguments::number("layer", layer)?;
         unlocked(py, || {

@@ -45,6 +45,15 @@ impl Store {
         })
     }
 
+    fn unplaced(&self, py: Python<'_>) -> PyResult<u32> {
+        unlocked(py, || {
+            Ok(match &*self.0.read() {
+                State::Running(store) => store.unplaced(),
+                State::Over(stored) => stored.unplaced,
+            })
+        })
+    }
+
     fn finish(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, u32>> {
         unlocked(py, || {
             let mut state = self.0.write();

@@ -118,6 +118,11 @@ impl Worker {
         Ok(worker)
     }
 
+    /// Layers of a block.
+    pub(crate) fn layers(&self) -> usize {
+        self.settings.config.layout.layer_bytes.len()
+    }
+
     /// Uses it, if it is open.
     pub(crate) fn with_open<T>(&self, using: impl FnOnce(&Opened) -> Option<T>) -> Option<T> {
         self.opened.read().as_ref().and_then(using)

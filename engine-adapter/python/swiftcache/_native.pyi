@@ -160,6 +160,16 @@ class Cache:
             after: copies start after this point of the engine's stream; None: at once.
         """
 
+    def lookup(self, hashes: bytes, *, ask: bool = True) -> Hit:
+        """Finds the first blocks that can be loaded, and holds them in place: for an engine whose scheduler and worker are one
+        process. Waits for one lookup at most. Nothing while the cache is not open.
+
+        Args:
+            hashes: 16 bytes for each block, in prefix order.
+            ask: also find what other processes published, which takes a question to the broker. Without it nothing is
+                waited for.
+        """
+
     def mark(self, stream: int) -> Mark:
         """Marks the present end of an engine's stream. While the stream is captured into a CUDA graph its work does not
         run, so there is nothing to mark: nothing is stored from such a mark. The capture goes on.
@@ -228,11 +238,39 @@ class Cache:
         go of the pool. Loads and stores still held end here."""
 
 @final
+class Hit:
+    """What a lookup found: `len` says how many blocks, the first ones of its hashes.
+
+    Own blocks stay where they are as long as it lives, unless their donor takes them back; those of other processes for a
+    bounded time. So keep it for the time between a lookup and its load, not longer: what it holds makes no room for others.
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def own_blocks(self) -> int:
+        """How many of the first blocks are this cache's own. A load of these, once started with nothing `missing`, fails only if
+        a copy does."""
+
+    def load(self, blocks: Sequence[int], after: Mark | None = None) -> Load:
+        """Queues the copies of its first blocks into the pool, layer by layer, and returns at once.
+
+        The pool's blocks belong to the copies until the load is finished.
+
+        Args:
+            blocks: where each goes: block numbers of the pool, at most `len` of the hit.
+            after: copies start after this point of the engine's stream; None: at once.
+        """
+
+@final
 class Load:
     """Blocks on their way into the pool. Positions are indexes into the hashes that were asked for.
 
     Dropping it leaves its copies running.
     """
+
+    def missing(self) -> list[int]:
+        """The positions known to have failed by now, ascending, without waiting: right after the start, blocks that had been
+        given up since they were found."""
 
     def wait_layer(self, layer: int) -> list[int]:
         """Waits until a layer is in the pool. Returns the positions known to have failed so far, ascending: their
@@ -304,6 +342,9 @@ class Store:
 
     def is_done(self) -> bool:
         """Whether the pool's blocks have been read and may change."""
+
+    def unplaced(self) -> int:
+        """Blocks for which there was no room, no open cache or no pool. Known from the beginning."""
 
     def finish(self) -> dict[str, int]:
         """Waits until what is kept can be found by others. The same at every call.

@@ -60,6 +60,13 @@ impl Hit {
         self.0.blocks.len() as u32
     }
 
+    /// How many of the first blocks were the borrower's own. Only their donor can take these back, and no copy of theirs can
+    /// come too late.
+    pub fn own_blocks(&self) -> u32 {
+        let own = self.0.runs.iter().take_while(|run| run.hold == Hold::Own);
+        own.map(|run| run.blocks).sum()
+    }
+
     /// Where they lay at the time of the lookup, in prefix order.
     pub fn runs(&self) -> &[HitRun] {
         &self.0.runs

@@ -172,6 +172,12 @@ impl Load {
         self.tickets.of(layer)
     }
 
+    /// The blocks known to have failed by now, as indexes into the load's blocks, ascending: right after the call that made
+    /// the load, those whose memory had been given up since the lookup. Waits for nothing.
+    pub fn missing(&self) -> Vec<u32> {
+        self.judge(false).failed.clone()
+    }
+
     /// Blocks until layer `layer` is in the engine's pool. When copies have failed, blocks until none of this load is in
     /// flight any more: whoever is told computes blocks anew, and nothing may land in them after that.
     ///

@@ -17,8 +17,8 @@ use crate::session::{Asker, Session};
 const MAX_ROUNDS: u32 = 4;
 
 impl Core {
-    /// Waits until `deadline` at most for replicas' slabs that are not mapped yet.
-    pub(super) fn lookup(self: &Arc<Self>, hashes: &[BlockHash], deadline: Instant) -> Hit {
+    /// Waits until `deadline` at most for replicas' slabs that are not mapped yet. Without one, asks nobody.
+    pub(super) fn lookup(self: &Arc<Self>, hashes: &[BlockHash], deadline: Option<Instant>) -> Hit {
         let mut hit = HitBlocks {
             core: Arc::clone(self),
             blocks: Vec::with_capacity(hashes.len()),
@@ -28,6 +28,7 @@ impl Core {
         self.add_own(hashes, &mut hit);
         if self.config.share
             && let Some(session) = &self.session
+            && let Some(deadline) = deadline
         {
             for _ in 0..MAX_ROUNDS {
                 let whole = hit.blocks.len() == hashes.len();

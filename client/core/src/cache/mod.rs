@@ -170,13 +170,18 @@ impl Borrower {
     /// [`share`](BorrowerConfig::share) is set. Blocks in a replica's slab that is not mapped here yet are a miss, and the slab is
     /// mapped in the background.
     pub fn lookup(&self, hashes: &[BlockHash]) -> Hit {
-        self.core.lookup(hashes, Instant::now())
+        self.core.lookup(hashes, Some(Instant::now()))
     }
 
     /// Like [`lookup`](Self::lookup), but waits for the mapping, once for each replica's slab and for at most `patience` in all. For
     /// blocks that somebody was promised: computing them anew would take longer.
     pub fn lookup_within(&self, hashes: &[BlockHash], patience: Duration) -> Hit {
-        self.core.lookup(hashes, Instant::now() + patience)
+        self.core.lookup(hashes, Some(Instant::now() + patience))
+    }
+
+    /// Like [`lookup`](Self::lookup), but over own leases and the host tier only: asks nobody and waits for nothing.
+    pub fn lookup_own(&self, hashes: &[BlockHash]) -> Hit {
+        self.core.lookup(hashes, None)
     }
 
     /// Queues the copies of the first `blocks.len()` blocks of `hit` into the engine's `blocks`, layer by layer,

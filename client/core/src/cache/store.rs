@@ -242,6 +242,11 @@ impl Store {
         self.stored
     }
 
+    /// Blocks for which there was no room. Known from the beginning.
+    pub fn unplaced(&self) -> u32 {
+        self.stored.unplaced
+    }
+
     /// Whether it is known that the engine's blocks have been read, or are not read any more: they may change.
     pub fn is_done(&self) -> bool {
         self.write.flight.transfer.is_over()

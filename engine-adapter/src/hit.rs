@@ -1,0 +1,73 @@
+//! `Hit`: what a lookup found, held in place.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use swiftcache_client::cache;
+
+use crate::{
+    arguments,
+    failure::Failure,
+    load::Load,
+    mark::{Mark, Point},
+    unlocked::{drop_unlocked, unlocked},
+    worker::Worker,
+};
+
+/// The first blocks of a lookup's hashes that can be loaded.
+#[pyclass(frozen, module = "swiftcache")]
+#[derive(Debug)]
+pub(crate) struct Hit {
+    worker: Arc<Worker>,
+    /// Nothing while the cache was not open.
+    found: Option<cache::Hit>,
+}
+
+impl Hit {
+    pub(crate) fn new(worker: &Arc<Worker>, found: Option<cache::Hit>) -> Self {
+        let worker = Arc::clone(worker);
+        Self { worker, found }
+    }
+}
+
+#[pymethods]
+impl Hit {
+    fn __len__(&self) -> usize {
+        self.found.as_ref().map_or(0, |hit| hit.blocks() as usize)
+    }
+
+    #[getter]
+    fn own_blocks(&self) -> u32 {
+        self.found.as_ref().map_or(0, cache::Hit::own_blocks)
+    }
+
+    #[pyo3(signature = (blocks, after = None))]
+    fn load(
+        &self,
+        py: Python<'_>,
+        blocks: &Bound<'_, PyAny>,
+        after: Option<&Bound<'_, Mark>>,
+    ) -> PyResult<Load> {
+        let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
+        let after = Point::of(after);
+        unlocked(py, || {
+            let (asked, found) = (blocks.len(), self.__len__());
+            if asked > found {
+                let problem = format!("has {asked} entries for {found} blocks that were found");
+                return Err(Failure::argument("blocks", problem));
+            }
+            let load = self.found.as_ref().and_then(|hit| {
+                (self.worker).with_open(|open| Load::start(open, hit, &blocks, &after, asked))
+            });
+            Ok(load.unwrap_or_else(|| Load::miss(asked, self.worker.layers())))
+        })
+    }
+}
+
+impl Drop for Hit {
+    fn drop(&mut self) {
+        if let Some(found) = self.found.take() {
+            drop_unlocked(found);
+        }
+    }
+}
