@@ -15,9 +15,9 @@ PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target" / "debug"
 TOPOLOGY = pathlib.Path(__file__).with_name("topology.toml")
 
 
-def eventually(what: str, holds: Callable[[], Any]) -> Any:
+def eventually(what: str, holds: Callable[[], Any], seconds: float = 120) -> Any:
     """Calls `holds` until its result is true, and returns the result. The time limit is only for a hang."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while True:
         found = holds()
         if found:

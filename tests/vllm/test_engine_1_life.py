@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from neighbours import corrupt, donate
+from donors import corrupt
+from neighbours import donate
 from node import eventually
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from neighbours import Tenant, corrupt
+from donors import corrupt
+from neighbours import Tenant
 from node import eventually
 
 LONGEST = 3744

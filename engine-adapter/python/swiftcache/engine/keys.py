@@ -21,6 +21,11 @@ class Keys:
             return b"".join(blake2b(one, key=self._reset, digest_size=KEY_BYTES).digest() for one in hashes)
         return b"".join(bytes(one[:KEY_BYTES]) for one in hashes)
 
+    @staticmethod
+    def private() -> str:
+        """What no other engine has."""
+        return os.urandom(KEY_BYTES).hex()
+
     def reset(self) -> None:
         """What was stored until now is found no more, by this engine. Others find it."""
         self._reset = os.urandom(KEY_BYTES)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 class CacheOpener:
     """Opens a worker's cache, and again after the engine has taken its pool away for a while."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        """`name`: for people, in status and logs."""
+    def __init__(self, settings: Settings, name: str, *, promises: bool = False) -> None:
+        """`name`: for people, in status and logs. `promises`: the cache's own lookups are what requests are scheduled
+        by; else a scheduler has looked up before."""
         self.borrower_id = os.urandom(16)
         """Names the cache to a scheduler's lookup. It is the same for every cache that this opens, since a scheduler
         hears it once."""
-        self._settings, self._name = settings, name
+        self._settings, self._name, self._promises = settings, name, promises
         self._connection: Connection | None = None
 
     def open(
@@ -58,8 +59,8 @@ class CacheOpener:
             device=settings.device or gpu,
             backend="host" if settings.backend == "auto" and gpu is None else settings.backend,
             share=settings.share,
-            # The scheduler has promised these blocks: a miss costs more now than it did there.
-            lookup_ms=max(settings.lookup_ms, _native.DEFAULT_LOOKUP_MS),
+            # Of blocks that a scheduler has promised, a miss costs more now than it did there.
+            lookup_ms=settings.lookup_ms if self._promises else max(settings.lookup_ms, _native.DEFAULT_LOOKUP_MS),
             lend_drain_ms=settings.lend_drain_ms,
             borrower_id=self.borrower_id,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ _MOST = 1 << 50
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 LOAD_MODES = ("auto", "sync", "async")
+"""sync: layer by layer while the forward runs; async: before the request is scheduled."""
 BACKENDS = ("auto", "cuda", "host")
 
 
@@ -45,8 +46,7 @@ class Settings:
     model_id: str = ""
     """Says which weights these are, instead of the path, revision and files of the model."""
     load: str = "auto"
-    """sync: layer by layer while the forward runs; async: before the request is scheduled; auto: what fits the
-    engine."""
+    """When blocks are loaded. Which modes there are is an engine's matter; auto: what fits it."""
     lookup_ms: int = 50
     """The longest the scheduler waits for one lookup, milliseconds."""
     lend: float = 0.0
@@ -68,9 +68,15 @@ class Settings:
     """How long a step of the engine may wait while parts of a stitched pool move, milliseconds."""
 
     @staticmethod
-    def read(where: str, extra: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Settings:
-        """Reads and checks settings. `where` is what operators call the place of `extra`. Raises ValueError naming the
-        key at fault."""
+    def read(
+        where: str,
+        extra: Mapping[str, Any] | None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        loads: Sequence[str] = LOAD_MODES,
+    ) -> Settings:
+        """Reads and checks settings. `where` is what operators call the place of `extra`, `loads` are the engine's
+        modes of `load`. Raises ValueError naming the key at fault."""
         environment = os.environ if environment is None else environment
         extra = dict(extra or {})
         known = {field.name for field in fields(Settings)}
@@ -83,9 +89,9 @@ class Settings:
         for name in known:
             variable = f"SWIFTCACHE_{name.upper()}"
             if name in extra:
-                values[name] = _convert(name, f"{where}: {name}", extra[name])
+                values[name] = _convert(name, f"{where}: {name}", extra[name], loads)
             elif environment.get(variable, "") != "":
-                values[name] = _convert(name, variable, environment[variable])
+                values[name] = _convert(name, variable, environment[variable], loads)
         settings = Settings(**values)
         if settings.lend and settings.stream_bytes:
             raise ValueError(
@@ -95,7 +101,7 @@ class Settings:
         return settings
 
 
-def _convert(name: str, key: str, value: Any) -> Any:
+def _convert(name: str, key: str, value: Any, loads: Sequence[str]) -> Any:
     if name.endswith("_bytes"):
         if name == "lease_step_bytes" and value is None:
             return None
@@ -123,7 +129,7 @@ def _convert(name: str, key: str, value: Any) -> Any:
         return truth
     if not isinstance(value, str):
         raise ValueError(f"{key} is {value!r}; it must be text")
-    for choice, allowed in (("load", LOAD_MODES), ("backend", BACKENDS)):
+    for choice, allowed in (("load", loads), ("backend", BACKENDS)):
         if name == choice and value not in allowed:
             raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
     if name == "socket" and not value:
