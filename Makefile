@@ -1,7 +1,7 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs.
 CARGO ?= cargo
 
-.PHONY: demo test quick soak test-python test-vllm bench-vllm test-deploy wheel check build bench gpu ptx sbom image
+.PHONY: demo test quick soak test-python test-vllm test-sglang bench-vllm test-deploy wheel check build bench gpu ptx sbom image
 
 ## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
 demo: setup
@@ -14,6 +14,7 @@ test: setup check
 	$(CARGO) test --workspace --locked
 	$(MAKE) test-python
 	$(MAKE) test-vllm
+	$(MAKE) test-sglang
 	$(MAKE) test-deploy
 
 ## The inner loop: formatting, lints, the broker's state machine, the client's unit tests. Under two minutes when warm.
@@ -39,6 +40,11 @@ test-python:
 ## The connector on the real engine, vLLM's CPU build (6 GB in target/vllm). Needs the binaries of `make test`.
 test-vllm:
 	tests/vllm/run.sh
+
+## The linker on the real engine, SGLang's CPU engine (5 GB in target/sglang, most of them target/vllm's files). Needs the
+## binaries of `make test`.
+test-sglang:
+	tests/sglang/run.sh
 
 ## Time to the first token of a next turn: SwiftCache, computed again, vLLM's ExampleConnector; docs/vllm.md.
 bench-vllm:

@@ -10,6 +10,7 @@ is_there() {
         python3-dev) "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
         libnuma1) "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' ;;
         g++) command -v g++ ;;
+        libssl-dev) echo '#include <openssl/sha.h>' | "${CC:-cc}" -E -x c - ;;
     esac >/dev/null 2>&1
 }
 

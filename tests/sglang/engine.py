@@ -38,7 +38,11 @@ class Nursery:
         with self._log.open("ab") as log:
             command = [sys.executable, str(HERE / "serve.py"), str(self._address)]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory)} | environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory)} | environment,
             )
 
     def connect(self) -> socket.socket:

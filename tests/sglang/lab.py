@@ -30,7 +30,9 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
     "TORCH_EXTENSIONS_DIR": str(HOME / "cache"),
-    "PYTHONPATH": ":".join(str(REPO / part) for part in ("tests/sglang/stubs", "tests/sglang", "engine-adapter/python")),
+    "PYTHONPATH": ":".join(
+        str(REPO / part) for part in ("tests/sglang/stubs", "tests/sglang", "engine-adapter/python")
+    ),
 }
 
 

@@ -9,24 +9,35 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from swiftcache.sglang import SwiftCacheLinker
+from swiftcache.sglang import linker
 
 DOORS = "SWIFTCACHE_TEST_DOORS"
 """The directory of the doors' sockets."""
 
 
-class ProbedLinker(SwiftCacheLinker):
+class ProbedLinker(linker.SwiftCacheLinker):
     def __init__(self, server_args: Any, params: Any, **more: Any) -> None:
         self.refusals_wanted, self.refused_here = 0, 0
         self._may_load = threading.Event()
         self._may_load.set()
         self.waiting = False
+        self.known: dict[str, Any] = {}
+        facts, linker.facts = linker.facts, self._keep(linker.facts)
         super().__init__(server_args, params, **more)
+        linker.facts = facts
         door = Path(os.environ[DOORS]) / f"{os.getpid()}.sock"
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(door))
         listening.listen()
         threading.Thread(target=self._answer, args=(listening,), daemon=True).start()
+
+    def _keep(self, facts: Any) -> Any:
+        def kept(*arguments: Any, **named: Any) -> dict[str, Any]:
+            known = facts(*arguments, **named)
+            self.known = json.loads(json.dumps(known, default=str))
+            return known
+
+        return kept
 
     def _start(self, rid: str, transfer: Any) -> Any:
         if self.refusals_wanted > 0:
@@ -62,6 +73,7 @@ class ProbedLinker(SwiftCacheLinker):
             "proven": self.layer_done_counter.proven,
             "refused_here": self.refused_here,
             "waiting": self.waiting,
+            "facts": self.known,
         }
 
     def _cache_rank(self) -> int:

@@ -1,7 +1,7 @@
 """SGLang engines behind a socket: for each connection an engine; a line of JSON in, a line of JSON out.
 
-The process imports SGLang once. Each engine is a child that it forks, and so are the engine's own processes: they need not
-import it again. That is not how SGLang starts its processes; the engine itself is as it is.
+The process imports SGLang once. Each engine is a child that it forks, and so are the engine's own processes: they need
+not import it again. That is not how SGLang starts its processes; the engine itself is as it is.
 """
 
 from __future__ import annotations
@@ -35,24 +35,28 @@ class Driver:
         self._engine.loop.set_exception_handler(lambda loop, context: None)
 
     def do_generate(
-        self,
-        prompts: dict[str, list[int]],
-        max_tokens: int,
-        salt: str | None = None,
-        lora: str | None = None,
-        abort: dict[str, int] | None = None,
-        at_once: bool = True,
+        self, *, prompts: dict[str, list[int]], abort: dict[str, int] | None = None, at_once: bool = True, **way: Any
     ) -> dict[str, Any]:
         """`abort`: which requests are aborted once they have said so many tokens."""
-        run = self._all(prompts, max_tokens, salt, lora, abort or {}, at_once)
-        return self._engine.loop.run_until_complete(run)
+        return self._engine.loop.run_until_complete(self._all(prompts, abort or {}, at_once, way))
 
-    async def _all(self, prompts, max_tokens, salt, lora, abort, at_once) -> dict[str, Any]:
-        one = [self._one(name, tokens, max_tokens, salt, lora, abort.get(name)) for name, tokens in prompts.items()]
+    async def _all(
+        self, prompts: dict[str, list[int]], abort: dict[str, int], at_once: bool, way: dict[str, Any]
+    ) -> dict[str, Any]:
+        one = [self._one(name, tokens, abort.get(name), **way) for name, tokens in prompts.items()]
         answers = await asyncio.gather(*one) if at_once else [await each for each in one]
         return dict(zip(prompts, answers, strict=True))
 
-    async def _one(self, name, tokens, max_tokens, salt, lora, abort) -> dict[str, Any]:
+    async def _one(
+        self,
+        name: str,
+        tokens: list[int],
+        abort: int | None,
+        *,
+        max_tokens: int,
+        salt: str | None = None,
+        lora: str | None = None,
+    ) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
         more: dict[str, Any] = {"lora_path": lora} if lora else {}
         if salt is not None:
@@ -83,7 +87,9 @@ class Driver:
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         wanted = UpdateWeightFromDiskReqInput(model_path=model, flush_cache=flush)
-        done = self._engine.loop.run_until_complete(self._engine.tokenizer_manager.update_weights_from_disk(wanted, None))
+        done = self._engine.loop.run_until_complete(
+            self._engine.tokenizer_manager.update_weights_from_disk(wanted, None)
+        )
         return bool(done[0])
 
     def do_metrics(self) -> str:
@@ -146,6 +152,7 @@ def main() -> None:
     import sglang.srt.managers.scheduler  # noqa: F401
 
     multiprocessing.set_start_method("fork", force=True)
+    # SGLang would set it to "spawn".
     multiprocessing.set_start_method = lambda *_, **__: None
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listening = socket.socket(socket.AF_UNIX)

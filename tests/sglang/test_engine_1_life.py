@@ -1,6 +1,6 @@
 """One engine's life: no broker, a broker, hits, and everything that can be taken away from it. Its tokens are those of
-an engine without SwiftCache throughout, and no request fails. Tests run in the order of this file; the engine is started
-once, with prompts in chunks and the scheduling policy that matches every waiting request at every step.
+an engine without SwiftCache throughout, and no request fails. Tests run in the order of this file; the engine is
+started once, with prompts in chunks and the scheduling policy that matches every waiting request at every step.
 """
 
 from __future__ import annotations
@@ -79,6 +79,13 @@ def test_own_blocks_are_loaded_layer_by_layer(engine, want) -> None:
     assert engine.count("aborted_loads") == engine.count("unwaited_batches") == 0
 
 
+def test_engines_are_told_apart_by_what_sglang_has_resolved(engine) -> None:
+    """On the command line these were left to SGLang."""
+    facts = engine.ranks()[0]["facts"]
+    assert facts["arguments"]["attention_backend"] == "torch_native"
+    assert facts["model"]["config"]["model_type"] == "llama" and facts["model"]["files"]
+
+
 def test_metrics(engine) -> None:
     from swiftcache.engine.metrics import COUNTERS, GAUGES
     from swiftcache.sglang.metrics import SGLANG_COUNTERS
@@ -91,6 +98,7 @@ def test_metrics(engine) -> None:
     shown = {line.split("{")[0]: float(line.split()[-1]) for line in lines}
     assert shown["sglang:swiftcache_hit_donor_blocks_total"] == engine.count("hit_donor_blocks")
     assert shown["sglang:swiftcache_leases"] == engine.native("leases") > 0
+    assert f'model_name="{of.model()}"' in lines[0] and 'tp_rank="0"' in lines[0]
 
 
 def test_a_cache_salt_keeps_requests_apart(engine) -> None:
@@ -239,7 +247,9 @@ def test_an_abort_storm_leaves_nothing_held(engine, node, donors, want) -> None:
         if number == 3:
             node.withdraw(donors[-1])
             donors.append(of.donate(node))
-    eventually("hits to be let go of", lambda: engine.generate({"nudge": [1, 2, 3]}, 1) and not engine.ranks()[0]["held"])
+    eventually(
+        "hits to be let go of", lambda: engine.generate({"nudge": [1, 2, 3]}, 1) and not engine.ranks()[0]["held"]
+    )
     rank = engine.ranks()[0]
     assert (rank["queued"], rank["offloads"]) == (0, 0)
     assert engine.ask("flush"), "nothing is in use"

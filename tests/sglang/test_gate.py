@@ -1,5 +1,5 @@
-"""The layer counter: it waits for every load of its batch, once for each layer and stream, and never raises. What a forward
-read without asking is noticed."""
+"""The layer counter: it waits for every load of its batch, once for each layer and stream, and never raises. What a
+forward read without asking is noticed."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_hits_are_bounded(stage) -> None:
 
 def test_a_broker_that_answers_late_is_not_asked_for_a_moment(stage) -> None:
     def late() -> None:
-        stage.clock.now += 0.05
+        stage.clock.now += 0.06
 
     stage.cache.takes = late
     for number in range(5):

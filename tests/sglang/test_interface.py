@@ -1,7 +1,7 @@
 """A pin on what the linker builds on: SGLang's abstract methods, and the code that calls them.
 
-It fails when any of that is other code than was read when this was written. Read the difference, change the linker if it
-has to be, and write the pin anew with SWIFTCACHE_WRITE_BASELINE=1.
+It fails when any of that is other code than was read when this was written. Read the difference, change the linker if
+it has to be, and write the pin anew with SWIFTCACHE_WRITE_BASELINE=1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sglang
+from sglang.srt.arg_groups import model_override_base
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -56,6 +57,9 @@ CALLERS = {
     "MLA's KV in memory": MLATokenToKVPool._create_buffers,
     "names of pages": utils.get_storage_hash_str,
     "the seed of names": utils.storage_namespace_seed,
+    # What the engine was told.
+    "arguments as they are resolved": model_override_base.resolving_view,
+    "the model's configuration": model_override_base.model_config_of,
     # Weight updates.
     "weights are loaded": SchedulerWeightUpdaterManager._observe_weight_load,
     "weights from a disk": SchedulerWeightUpdaterManager.update_weights_from_disk,

@@ -1,4 +1,4 @@
-"""Write-back: results in the order of the offloads, whatever became of each, and no page locked for longer than needed."""
+"""Write-back: results in the order of the offloads, whatever became of each; no page is locked longer than needed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ class Manager:
     """Of SGLang's manager, what the updates use."""
 
     metrics_collector = None
-    _observe_weight_load = property(lambda self: Updater._observe_weight_load.__get__(self))
 
 
 def test_every_attempt_is_told_and_nothing_is_wrapped_twice() -> None:

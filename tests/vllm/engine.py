@@ -19,11 +19,13 @@ class EngineError(Exception):
 class Engine:
     """An engine process. `start` may be called again after `stop`: the process, and its imports, stay."""
 
-    def __init__(self, log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, log: Path, environment: dict[str, str] | None = None, *, python: str | Path = sys.executable
+    ) -> None:
         self.log = log
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "serve.py")],
+                [python, str(HERE / "serve.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

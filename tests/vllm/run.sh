@@ -12,12 +12,7 @@ mkdir -p "$home"
 # vLLM's library needs the first, the configuration that it compiles the others.
 tests/system.sh libnuma1 g++ python3-dev
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    if ! uv=$(command -v uv); then
-        tests/system.sh python3-venv
-        "${PYTHON:-python3}" -m venv "$home/uv"
-        tests/retry.sh "$home/uv/bin/pip" install --quiet --disable-pip-version-check uv
-        uv=$home/uv/bin/uv
-    fi
+    uv=$(tests/uv.sh)
     [ -x "$venv/bin/python" ] || "$uv" venv --quiet --seed --python "${PYTHON:-python3}" "$venv"
     UV_HTTP_TIMEOUT=300 tests/retry.sh "$uv" pip install --quiet --python "$venv/bin/python" \
         --override tests/vllm/overrides.txt --requirement tests/vllm/requirements.txt

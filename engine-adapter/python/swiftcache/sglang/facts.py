@@ -1,5 +1,7 @@
 """What makes KV blocks of two SGLang engines interchangeable: everything that might change a byte of one.
 
+The arguments are those that SGLang has resolved: "auto" is not the same everywhere.
+
 What differs between requests of one engine is in SGLang's page hashes already: tokens, `cache_salt`, `extra_key`, and
 the LoRA adapter's id. That id is made of an adapter's name and path if it is given at the start, so the adapters'
 files are a fact; of adapters that are loaded later it is random, and their blocks stay with their engine.
@@ -90,8 +92,17 @@ def _model(server_args: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _adapters(server_args: Any) -> list[Any]:
-    paths = [adapter.lora_path for adapter in server_args.lora_paths or () if getattr(adapter, "lora_path", None)]
-    return [(path, weight_files(path, None)) for path in sorted(paths)]
+    paths = sorted(map(_path, server_args.lora_paths or ()))
+    return [(path, weight_files(path, None)) for path in paths]
+
+
+def _path(adapter: Any) -> str:
+    """Of an adapter as SGLang has read it, or as it was said: a path, a name and a path, or a dictionary."""
+    if isinstance(adapter, str):
+        return adapter.partition("=")[2] or adapter
+    if isinstance(adapter, dict):
+        return str(adapter.get("lora_path"))
+    return str(adapter.lora_path)
 
 
 def _file(path: str | None) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
@@ -58,6 +59,8 @@ class SwiftCacheLinker(UnifiedCacheLinker):
                 f"{WHERE}: lend is not served under SGLang. Give the engine a smaller --mem-fraction-static, and lend "
                 "what is left beside it: swiftcache donate --elastic"
             )
+        # As SGLang has resolved them; the record itself keeps what was said on the command line.
+        server_args = resolving_view(server_args)
         safety.check(server_args, params, components)
         pool = params.token_to_kv_pool_allocator.get_kvcache()
         device = torch.device(pool.device)

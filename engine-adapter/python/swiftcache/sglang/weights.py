@@ -8,6 +8,7 @@ No hook of a linker says that weights have changed, so this is the one place whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,7 @@ def watch(listener: Any) -> bool:
 
 def _wrap(observe: Callable[..., Any]) -> Callable[..., Any]:
     @contextlib.contextmanager
+    @functools.wraps(observe)
     def observed(self: Any, source: str) -> Iterator[None]:
         try:
             with observe(self, source):
