@@ -45,7 +45,7 @@ def options(**more: Any) -> dict[str, Any]:
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_batched_tokens": 256,
-        "num_gpu_blocks_override": 256,
+        "num_gpu_blocks_override": 640,
         "block_size": BLOCK,
         "distributed_executor_backend": "uni",
         "async_scheduling": False,

@@ -89,6 +89,8 @@ class SwiftCacheLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerGate(gates(layout), self._computing, self._quiet)
         # For copies of indices: the engine's own streams may be busy for long.
         self._aside = torch.cuda.Stream(device) if self._cuda else None
+        # It waits for all of the engine's streams, so that a mark on it is one on all of them.
+        self._behind = torch.cuda.Stream(device) if self._cuda else None
         self._offloads = Offloads(
             self._store, self._quiet, most_pages=max(1, layout.blocks // LOCKED_SHARE), tick=self._show
         )
@@ -236,10 +238,14 @@ class SwiftCacheLinker(UnifiedCacheLinker):
         return torch.cuda.current_stream().cuda_stream if self._cuda else 0
 
     def _mark(self) -> Mark:
-        """The present end of the engine's work: on CPUs it is always over."""
-        if self._cuda and self.forward_stream is not None:
-            return self._cache.mark(self.forward_stream.cuda_stream)
-        return self._cache.mark(self._computing())
+        """The present end of the engine's work, on whichever stream its forwards run: that depends on how it schedules.
+        On CPUs it is always over."""
+        if self._behind is None:
+            return self._cache.mark(0)
+        self._behind.wait_stream(torch.cuda.current_stream())
+        if self.forward_stream is not None:
+            self._behind.wait_stream(self.forward_stream)
+        return self._cache.mark(self._behind.cuda_stream)
 
     def _blocks(self, slots: torch.Tensor) -> list[int]:
         """The block of each page, from the slots of its tokens."""
