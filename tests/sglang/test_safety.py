@@ -111,6 +111,7 @@ def test_pools_that_are_not_known_are_refused(pool, says) -> None:
     ("extra", "says"),
     [
         ({"lend": 0.5}, "swiftcache donate --elastic"),
+        ({"stream_bytes": "1GiB"}, "stream_bytes is not served under SGLang"),
         ({"load": "sync"}, "one of auto, wait"),
         ({"sockte": "/x"}, "'sockte'"),
         ({"max_leased_bytes": "much"}, "max_leased_bytes"),

@@ -59,6 +59,10 @@ class SwiftCacheLinker(UnifiedCacheLinker):
                 f"{WHERE}: lend is not served under SGLang. Give the engine a smaller --mem-fraction-static, and lend "
                 "what is left beside it: swiftcache donate --elastic"
             )
+        if settings.stream_bytes:
+            raise ValueError(
+                f"{WHERE}: stream_bytes is not served under SGLang: its KV cache is local memory only. Drop it"
+            )
         # As SGLang has resolved them; the record itself keeps what was said on the command line.
         server_args = resolving_view(server_args)
         safety.check(server_args, params, components)
