@@ -29,14 +29,8 @@ mod _native {
 
     #[pymodule_export]
     use crate::{
-        cache::Cache,
-        connection::Connection,
-        hit::Hit,
-        load::Load,
-        loans::Loans,
-        mark::Mark,
-        store::Store,
-        stream::StreamPool,
+        cache::Cache, connection::Connection, hit::Hit, load::Load, loans::Loans, mark::Mark,
+        store::Store, stream::StreamPool,
     };
 
     #[pymodule_init]

@@ -14,7 +14,7 @@ def fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
     rms_norm(x, residual, weight, epsilon)
 
 
-def rotary_embedding(  # noqa: PLR0917
+def rotary_embedding(
     positions: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor | None,
