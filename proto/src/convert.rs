@@ -81,7 +81,7 @@ pub fn device_uuid(field: &'static str, text: &str) -> Checked<DeviceUuid> {
 
 /// Whether a character changes how the text around it is shown: the formatting characters of bidirectional text. With them
 /// a name could look like another one in every list.
-fn reorders(character: char) -> bool {
+pub fn reorders(character: char) -> bool {
     matches!(character, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 

@@ -8,9 +8,6 @@ use std::{
 
 use super::{CliError, output};
 
-/// Clears the screen and moves the cursor to the top left corner.
-const CLEAR: &str = "\x1b[2J\x1b[H";
-
 /// Prints the result of `text` once in every period `every`, until interrupted. On a terminal it replaces the last one.
 pub(super) fn repeat(
     every: Duration,
@@ -24,7 +21,11 @@ pub(super) fn repeat(
             Err(error @ CliError::NoBroker { .. }) => format!("{error}\n"),
             other => other?,
         };
-        if !output::print(&format!("{}{shown}", if terminal { CLEAR } else { "" }))? {
+        let read = match terminal {
+            true => output::print_anew(&shown)?,
+            false => output::print(&shown)?,
+        };
+        if !read {
             return Ok(());
         }
         let shown_at = Instant::now();

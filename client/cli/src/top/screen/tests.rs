@@ -220,3 +220,36 @@ fn no_size_breaks_it() {
     let narrow = drawn(&screen, 80, 16);
     assert!(narrow.contains("more devices"), "{narrow}");
 }
+
+/// A name or an event cannot turn the text around it, or move the cursor: the screen shows none of the characters that do.
+#[test]
+fn nobody_turns_the_screen() {
+    let deceiving = "a\u{202e}b\u{1b}[2Jc\u{2066}d";
+    let event = v1::EventRecord {
+        text: deceiving.to_owned(),
+        ..v1::EventRecord::default()
+    };
+    let lease = v1::LeaseStatus {
+        borrower_name: deceiving.to_owned(),
+        namespace: deceiving.to_owned(),
+        bytes: GB,
+        ..v1::LeaseStatus::default()
+    };
+    let mut screen = Screen::default();
+    let snapshot = Snapshot {
+        node: v1::GetNodeResponse::default(),
+        sessions: Vec::new(),
+        regions: Vec::new(),
+        leases: vec![lease],
+        namespaces: Vec::new(),
+    };
+    screen.update(snapshot, vec![event]);
+    let shown = drawn(&screen, 120, 40);
+    // The twin: the names are there.
+    assert!(shown.matches("ab[2Jcd").count() >= 2, "{shown}");
+    let turns = |character: char| {
+        character != '\n'
+            && (character.is_control() || swiftcache_proto::convert::reorders(character))
+    };
+    assert!(!shown.chars().any(turns), "{shown:?}");
+}
