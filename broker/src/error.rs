@@ -140,6 +140,11 @@ pub enum Refused {
         /// Why.
         problem: String,
     },
+    /// RESOURCE_EXHAUSTED: too many streams of the session are not over.
+    #[error(
+        "{0} streams of this session are not read to their ends; read them, or close their connections"
+    )]
+    Streams(usize),
     /// UNAVAILABLE: the broker is shutting down.
     #[error("the broker is shutting down; connect again shortly")]
     ShuttingDown,
@@ -167,9 +172,9 @@ impl From<Refused> for Status {
             | Refused::Anonymous { .. } => Self::permission_denied(text),
             Refused::Core(Refusal::LateConnection(_)) => Self::aborted(text),
             Refused::Core(Refusal::Overlap { .. }) => Self::already_exists(text),
-            Refused::Core(Refusal::Limit { .. }) | Refused::Unrecorded { .. } => {
-                Self::resource_exhausted(text)
-            }
+            Refused::Core(Refusal::Limit { .. })
+            | Refused::Unrecorded { .. }
+            | Refused::Streams(_) => Self::resource_exhausted(text),
             Refused::Core(Refusal::Stale(_))
             | Refused::NotOverTcp
             | Refused::Unwatchable(_)

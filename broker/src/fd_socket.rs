@@ -65,7 +65,7 @@ pub async fn serve(listener: UnixListener, owner: Arc<Owner>, stop: Cancellation
             // The process is gone already.
             continue;
         };
-        let Some(permit) = admission.admit(peer.process.uid) else {
+        let Some(permit) = admission.admit(peer.process) else {
             if let Some(withheld) = TOO_MANY.turn() {
                 tracing::warn!(
                     limit = MAX_CONNECTIONS,

@@ -25,4 +25,5 @@ pub mod serve;
 pub mod service;
 mod streams;
 pub mod traces;
+mod turns;
 mod unread;

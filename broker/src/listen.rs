@@ -1,7 +1,7 @@
 //! Sockets: binds them safely, and tells the services of every connection who is at its other end.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs, io,
     net::SocketAddr,
     os::unix::{
@@ -23,7 +23,6 @@ use rustix::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, UnixListener},
-    sync::{OwnedSemaphorePermit, Semaphore},
     time::Sleep,
 };
 use tokio_stream::{
@@ -34,10 +33,11 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
 use crate::{
+    core::{Connection, Process},
     error::BrokerError,
     ledger::{Lock, create_directory},
     logging::Sparse,
-    peer::Peer,
+    peer::{Peer, next_connection},
 };
 
 /// Anybody who may connect can cause these warnings, so they are rate-limited.
@@ -175,7 +175,8 @@ pub struct Limits {
     pub all: usize,
     /// Those of one user who is neither root nor the broker's own. Those two always have [`Self::reserved`] left.
     pub of_user: usize,
-    /// How many only root and the broker's own user may take: for operators and probes.
+    /// How many only root and the broker's own user may take: for operators and probes. No process of theirs takes these if
+    /// it has all the others.
     pub reserved: usize,
 }
 
@@ -184,8 +185,36 @@ pub struct Limits {
 pub struct Admission {
     limits: Limits,
     broker_uid: u32,
-    /// The open connections of each user.
-    open: Arc<Mutex<HashMap<u32, usize>>>,
+    open: Arc<Mutex<Open>>,
+}
+
+/// The open connections.
+#[derive(Default)]
+struct Open {
+    of_users: HashMap<u32, usize>,
+    of_processes: HashMap<Process, usize>,
+}
+
+impl Open {
+    fn add(&mut self, process: Process) {
+        *self.of_users.entry(process.uid).or_default() += 1;
+        *self.of_processes.entry(process).or_default() += 1;
+    }
+
+    fn subtract(&mut self, process: Process) {
+        if let Some(its) = self.of_users.get_mut(&process.uid) {
+            *its -= 1;
+            if *its == 0 {
+                self.of_users.remove(&process.uid);
+            }
+        }
+        if let Some(its) = self.of_processes.get_mut(&process) {
+            *its -= 1;
+            if *its == 0 {
+                self.of_processes.remove(&process);
+            }
+        }
+    }
 }
 
 impl Admission {
@@ -198,50 +227,98 @@ impl Admission {
         }
     }
 
-    /// Lets a connection of the user in, if there is room.
-    pub fn admit(&self, uid: u32) -> Option<Permit> {
+    /// Whether a user is root or the broker's own.
+    pub fn trusts(&self, uid: u32) -> bool {
+        uid == 0 || uid == self.broker_uid
+    }
+
+    /// Lets a connection of the process in, if there is room.
+    pub fn admit(&self, process: Process) -> Option<Permit> {
         let mut open = self.open.lock();
-        let all: usize = open.values().sum();
-        let its = open.get(&uid).copied().unwrap_or(0);
-        let trusted = uid == 0 || uid == self.broker_uid;
-        let room = match trusted {
-            true => all < self.limits.all,
+        let all: usize = open.of_users.values().sum();
+        let unreserved = self.limits.all.saturating_sub(self.limits.reserved);
+        let room = match self.trusts(process.uid) {
+            true => {
+                let its = open.of_processes.get(&process).copied().unwrap_or(0);
+                all < self.limits.all && its < unreserved
+            }
             false => {
-                all < self.limits.all.saturating_sub(self.limits.reserved)
-                    && its < self.limits.of_user
+                let its = open.of_users.get(&process.uid).copied().unwrap_or(0);
+                all < unreserved && its < self.limits.of_user
             }
         };
         if !room {
             return None;
         }
-        *open.entry(uid).or_default() += 1;
+        open.add(process);
         Some(Permit {
             open: Arc::clone(&self.open),
-            uid,
+            process,
         })
     }
 }
 
 /// An open connection. Drop makes room for another one.
 pub struct Permit {
-    open: Arc<Mutex<HashMap<u32, usize>>>,
-    uid: u32,
+    open: Arc<Mutex<Open>>,
+    process: Process,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut open = self.open.lock();
-        if let Some(its) = open.get_mut(&self.uid) {
-            *its -= 1;
-            if *its == 0 {
-                open.remove(&self.uid);
-            }
+        self.open.lock().subtract(self.process);
+    }
+}
+
+/// Places for connections of which nobody can tell whose they are. The newest always gets one: where all are taken, the oldest
+/// connection is cut. So whoever holds them all keeps nobody out who asks and leaves, as probes and scrapers do.
+#[derive(Clone)]
+pub struct Places {
+    most: usize,
+    /// What ends each connection that has a place, the oldest first.
+    taken: Arc<Mutex<BTreeMap<Connection, CancellationToken>>>,
+}
+
+impl Places {
+    /// So many places.
+    pub fn new(most: usize) -> Self {
+        Self {
+            most,
+            taken: Arc::default(),
         }
+    }
+
+    /// A place for a connection that is newer than all that have one. Says whether another was cut for it.
+    pub fn take(&self, connection: Connection, cut: CancellationToken) -> (Place, bool) {
+        let mut taken = self.taken.lock();
+        let oldest = (taken.len() >= self.most).then(|| taken.pop_first());
+        let oldest = oldest.flatten();
+        if let Some((_, cut)) = &oldest {
+            cut.cancel();
+        }
+        taken.insert(connection, cut);
+        let place = Place {
+            taken: Arc::clone(&self.taken),
+            connection,
+        };
+        (place, oldest.is_some())
+    }
+}
+
+/// The place of a connection. Drop makes room for another one.
+pub struct Place {
+    taken: Arc<Mutex<BTreeMap<Connection, CancellationToken>>>,
+    connection: Connection,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.taken.lock().remove(&self.connection);
     }
 }
 
 /// A connection with information for its services about the other end.
-pub struct Connection<S, I, P> {
+pub struct Known<S, I, P> {
     stream: S,
     info: I,
     /// When the other end must have said something, until it has.
@@ -254,11 +331,13 @@ pub struct Connection<S, I, P> {
 /// What services know of a connection over TCP.
 #[derive(Clone, Debug, Default)]
 pub struct TcpPeer {
+    /// The connection.
+    pub connection: Connection,
     /// Ends the connection.
     pub cut: CancellationToken,
 }
 
-impl<S, I, P> Connection<S, I, P> {
+impl<S, I, P> Known<S, I, P> {
     fn new(stream: S, info: I, permit: P, cut: CancellationToken, silence: Duration) -> Self {
         Self {
             stream,
@@ -275,7 +354,7 @@ impl<S, I, P> Connection<S, I, P> {
 pub fn unix_connections(
     listener: UnixListener,
     admission: Admission,
-) -> impl Stream<Item = io::Result<Connection<tokio::net::UnixStream, Peer, Permit>>> {
+) -> impl Stream<Item = io::Result<Known<tokio::net::UnixStream, Peer, Permit>>> {
     UnixListenerStream::new(listener).filter_map(move |accepted| {
         let stream = accepted_or_said(accepted)?;
         let info = match Peer::of(&stream) {
@@ -287,7 +366,7 @@ pub fn unix_connections(
                 return None;
             }
         };
-        let permit = admission.admit(info.process.uid).or_else(|| {
+        let permit = admission.admit(info.process).or_else(|| {
             if let Some(withheld) = TOO_MANY.turn() {
                 let uid = info.process.uid;
                 tracing::warn!(uid, withheld, "too many connections: one was closed");
@@ -295,30 +374,30 @@ pub fn unix_connections(
             None
         })?;
         let cut = info.cut.clone();
-        Some(Ok(Connection::new(stream, info, permit, cut, SILENCE)))
+        Some(Ok(Known::new(stream, info, permit, cut, SILENCE)))
     })
 }
 
-/// Connections to a TCP address. Closes connections beyond the limit.
+/// Connections to a TCP address. Cuts the oldest for one that finds no place.
 pub fn tcp_connections(
     listener: TcpListener,
-    limit: Arc<Semaphore>,
-) -> impl Stream<Item = io::Result<Connection<tokio::net::TcpStream, TcpPeer, OwnedSemaphorePermit>>>
-{
+    places: Places,
+) -> impl Stream<Item = io::Result<Known<tokio::net::TcpStream, TcpPeer, Place>>> {
     TcpListenerStream::new(listener).filter_map(move |accepted| {
         let stream = accepted_or_said(accepted)?;
-        let Ok(permit) = Arc::clone(&limit).try_acquire_owned() else {
-            if let Some(withheld) = TOO_MANY.turn() {
-                tracing::warn!(withheld, "too many TCP connections: one was closed");
-            }
-            return None;
+        let info = TcpPeer {
+            connection: next_connection(),
+            cut: CancellationToken::new(),
         };
+        let (place, full) = places.take(info.connection, info.cut.clone());
+        if full && let Some(withheld) = TOO_MANY.turn() {
+            tracing::warn!(withheld, "too many TCP connections: the oldest was closed");
+        }
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY cannot be set");
         }
-        let info = TcpPeer::default();
         let cut = info.cut.clone();
-        Some(Ok(Connection::new(stream, info, permit, cut, SILENCE)))
+        Some(Ok(Known::new(stream, info, place, cut, SILENCE)))
     })
 }
 
@@ -331,7 +410,7 @@ fn accepted_or_said<S>(accepted: io::Result<S>) -> Option<S> {
     said.ok()
 }
 
-impl<S, I: Clone + Send + Sync + 'static, P> Connected for Connection<S, I, P> {
+impl<S, I: Clone + Send + Sync + 'static, P> Connected for Known<S, I, P> {
     type ConnectInfo = I;
 
     fn connect_info(&self) -> I {
@@ -339,7 +418,7 @@ impl<S, I: Clone + Send + Sync + 'static, P> Connected for Connection<S, I, P> {
     }
 }
 
-impl<S: AsyncRead + Unpin, I: Unpin, P: Unpin> AsyncRead for Connection<S, I, P> {
+impl<S: AsyncRead + Unpin, I: Unpin, P: Unpin> AsyncRead for Known<S, I, P> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -362,7 +441,7 @@ impl<S: AsyncRead + Unpin, I: Unpin, P: Unpin> AsyncRead for Connection<S, I, P>
     }
 }
 
-impl<S: AsyncWrite + Unpin, I: Unpin, P: Unpin> AsyncWrite for Connection<S, I, P> {
+impl<S: AsyncWrite + Unpin, I: Unpin, P: Unpin> AsyncWrite for Known<S, I, P> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -454,7 +533,19 @@ mod tests {
         };
         let mut admission = Admission::new(limits);
         admission.broker_uid = 900;
-        let taken = |uid| -> Vec<_> { (0..100).map_while(|_| admission.admit(uid)).collect() };
+        // Each call stands for another process.
+        let pids = std::cell::Cell::new(0);
+        let process = |uid| {
+            pids.set(pids.get() + 1);
+            Process {
+                pid: pids.get(),
+                birth: 1,
+                uid,
+            }
+        };
+        let take =
+            |process| -> Vec<_> { (0..100).map_while(|_| admission.admit(process)).collect() };
+        let taken = |uid| take(process(uid));
         let first = taken(1_000);
         assert_eq!(first.len(), 4);
         let others: Vec<_> = (2_000..2_100).map(taken).collect();
@@ -468,7 +559,8 @@ mod tests {
         }
         drop(others);
         assert_eq!(taken(3_000).len(), 4, "who leaves makes room");
-        assert_eq!(admission.open.lock().len(), 1);
+        assert_eq!(admission.open.lock().of_users.len(), 1);
+        assert_eq!(admission.open.lock().of_processes.len(), 1);
         // The twin: without a bound of its own, the first user takes everything.
         let limits = Limits {
             of_user: 10,
@@ -476,9 +568,36 @@ mod tests {
             ..limits
         };
         let all = Admission::new(limits);
-        let taken: Vec<_> = (0..100).map_while(|_| all.admit(1_000)).collect();
-        assert_eq!((taken.len(), all.admit(2_000).is_none()), (10, true));
-        drop(first);
+        let (one, other) = (process(1_000), process(2_000));
+        let taken: Vec<_> = (0..100).map_while(|_| all.admit(one)).collect();
+        assert_eq!((taken.len(), all.admit(other).is_none()), (10, true));
+        drop((first, taken));
+        // A process of root that takes all it can leaves some for root's others. The twin: where none are reserved, it does not.
+        for (admission, left) in [(admission, 2), (all, 0)] {
+            let take =
+                |process| -> Vec<_> { (0..100).map_while(|_| admission.admit(process)).collect() };
+            let greedy = take(process(0));
+            assert_eq!((greedy.len(), take(process(0)).len()), (10 - left, left));
+        }
+    }
+
+    #[test]
+    fn the_newest_connection_always_finds_a_place() {
+        let cuts: Vec<_> = (0..6).map(|_| CancellationToken::new()).collect();
+        let places = Places::new(2);
+        let taken: Vec<_> = (1..)
+            .zip(&cuts)
+            .map(|(n, cut)| places.take(Connection(n), cut.clone()))
+            .collect();
+        let cut: Vec<_> = cuts.iter().map(CancellationToken::is_cancelled).collect();
+        assert_eq!(cut, [true, true, true, true, false, false]);
+        assert_eq!(taken.iter().filter(|(_, full)| *full).count(), 4);
+        // Who leaves makes room, and those that were cut leave nothing behind.
+        drop(taken);
+        assert!(places.taken.lock().is_empty());
+        let last = CancellationToken::new();
+        let (_place, full) = places.take(Connection(7), last.clone());
+        assert!(!full && !last.is_cancelled());
     }
 
     #[tokio::test]
@@ -486,12 +605,12 @@ mod tests {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let silence = Duration::from_millis(1);
         let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
-        let mut silent = Connection::new(stream, (), (), CancellationToken::new(), silence);
+        let mut silent = Known::new(stream, (), (), CancellationToken::new(), silence);
         let closed = silent.read_u8().await.unwrap_err();
         assert_eq!(closed.kind(), io::ErrorKind::TimedOut);
         let (mut other, stream) = tokio::net::UnixStream::pair().unwrap();
         other.write_u8(1).await.unwrap();
-        let mut speaks = Connection::new(stream, (), (), CancellationToken::new(), silence);
+        let mut speaks = Known::new(stream, (), (), CancellationToken::new(), silence);
         assert_eq!(speaks.read_u8().await.unwrap(), 1);
         tokio::time::sleep(silence * 10).await;
         let read = tokio::spawn(async move { speaks.read_u8().await });
@@ -508,7 +627,7 @@ mod tests {
         use tokio::io::AsyncReadExt;
         let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
         let cut = CancellationToken::new();
-        let mut connection = Connection::new(stream, (), (), cut.clone(), SILENCE);
+        let mut connection = Known::new(stream, (), (), cut.clone(), SILENCE);
         let read = tokio::spawn(async move { connection.read_u8().await });
         tokio::task::yield_now().await;
         assert!(!read.is_finished());

@@ -45,6 +45,11 @@ pub struct Peer {
 /// The number of the last connection.
 static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
 
+/// The number of the next connection. To be asked for in the order in which connections are accepted.
+pub(crate) fn next_connection() -> Connection {
+    Connection(1 + CONNECTIONS.fetch_add(1, Ordering::Relaxed))
+}
+
 impl Peer {
     /// Asks the kernel which process connected `socket`, and gives the connection the next number. To be called in the order in
     /// which connections are accepted.
@@ -81,7 +86,7 @@ impl Peer {
             },
             gid: credentials.gid(),
             pidfd: Arc::new(pidfd),
-            connection: Connection(1 + CONNECTIONS.fetch_add(1, Ordering::Relaxed)),
+            connection: next_connection(),
             cut: CancellationToken::new(),
         })
     }

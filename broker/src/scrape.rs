@@ -9,19 +9,21 @@ use hyper_util::{
     server::conn::auto,
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     core::Account,
+    listen::Places,
     logging::{self, Sparse},
     owner::Owner,
+    peer::next_connection,
 };
 
 /// Rate-limits a warning that anybody who may connect can cause.
 static NOT_ACCEPTED: Sparse = Sparse::new();
 
-/// The most connections at one time.
+/// The most connections at one time. The oldest is cut for one more.
 const MAX_CONNECTIONS: usize = 16;
 /// The longest time that a connection may last. Scrapers connect again.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -32,7 +34,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves `/metrics` until `stop`.
 pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationToken) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Places::new(MAX_CONNECTIONS);
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -48,9 +50,8 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
-            continue;
-        };
+        let cut = CancellationToken::new();
+        let (place, _) = places.take(next_connection(), cut.clone());
         let (owner, stop) = (Arc::clone(&owner), stop.clone());
         tokio::spawn(async move {
             let service =
@@ -66,13 +67,14 @@ pub async fn serve(listener: TcpListener, owner: Arc<Owner>, stop: CancellationT
             let serving = server.serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
+                () = cut.cancelled() => {}
                 served = tokio::time::timeout(DEADLINE, serving) => {
                     if let Ok(Err(error)) = served {
                         tracing::debug!(error, "a scrape broke off");
                     }
                 }
             }
-            drop(permit);
+            drop(place);
         });
     }
 }

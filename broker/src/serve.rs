@@ -16,10 +16,7 @@ use swiftcache_proto::{
     domain::{Device, DeviceUuid},
     v1::{self, admin_server::AdminServer, broker_server::BrokerServer},
 };
-use tokio::{
-    sync::{Semaphore, mpsc},
-    task::JoinSet,
-};
+use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
@@ -40,7 +37,7 @@ use crate::{
     fd_socket,
     ledger::{self, Ledger, Lock},
     listen::{
-        Admission, BoundSocket, Limits, bind_tcp, bind_unix, group_id, tcp_connections,
+        Admission, BoundSocket, Limits, Places, bind_tcp, bind_unix, group_id, tcp_connections,
         unix_connections,
     },
     malformed,
@@ -73,6 +70,8 @@ const HEADERS: u32 = 16 << 10;
 const UNIX_CONNECTIONS: usize = 4_096;
 /// The most connections to the TCP address at a time, for probes and dashboards.
 const TCP_CONNECTIONS: usize = 64;
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 /// The most descriptors that are kept for donors at a time: enough for 1 TiB in allocations of 64 MiB.
 const DESCRIPTORS: usize = 16_384;
 
@@ -179,7 +178,7 @@ impl Broker {
         if let Some(tcp) = tcp {
             let mut server = tcp_server;
             let server = server.add_routes(routes);
-            let incoming = tcp_connections(tcp, Arc::new(Semaphore::new(TCP_CONNECTIONS)));
+            let incoming = tcp_connections(tcp, Places::new(TCP_CONNECTIONS));
             let stop = broker.stop.clone();
             broker.spawn("tcp", async move {
                 let stopped = stop.cancelled_owned();
@@ -297,8 +296,9 @@ fn restore(
         pin_base: rand::random::<u64>() >> 1,
         session_quota_bytes: config.session_quota_bytes,
         namespace_quota_bytes: config.namespace_quota_bytes,
-        // This cannot fail: the weights were checked when the settings were loaded.
-        namespace_weights: config.weights().map_err(BrokerError::Config)?,
+        // These cannot fail: the weights were checked when the settings were loaded.
+        namespace_weights: config.namespace_weights().map_err(BrokerError::Config)?,
+        tenant_weights: config.tenant_weights().map_err(BrokerError::Config)?,
         max_sessions: config.max_sessions as usize,
         max_regions: config.max_regions as usize,
         max_leases: config.max_leases as usize,
@@ -429,6 +429,7 @@ fn with_tls(server: TracedServer, config: &Config) -> Result<TracedServer, Broke
     };
     let read = |path: &Path| fs::read(path).map_err(BrokerError::file("read", path));
     let tls = ServerTlsConfig::new()
+        .timeout(HANDSHAKE)
         .identity(tls::Identity::from_pem(read(cert)?, read(key)?))
         .client_ca_root(tls::Certificate::from_pem(read(ca)?));
     server

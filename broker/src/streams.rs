@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use swiftcache_proto::{domain::SessionId, v1};
 use tokio::sync::mpsc;
 
-use crate::core::Outgoing;
+use crate::{core::Outgoing, error::Refused};
 
 /// The most messages in a queue: the revocations of 1 TiB in slabs of 64 MiB. A reader that is slower loses its stream.
 /// It can attach again and then gets everything that is outstanding.
@@ -17,10 +17,16 @@ struct Outlet {
     sender: mpsc::Sender<v1::SessionResponse>,
 }
 
+/// The most streams of one session that were opened and are not over. A stream ends when another replaces it; one that nobody
+/// reads cannot, and keeps what it had to say.
+const OPEN: usize = 16;
+
 /// Every attached stream.
 #[derive(Default)]
 pub(crate) struct Streams {
     outlets: HashMap<SessionId, Outlet>,
+    /// How many streams of each session are not over.
+    open: HashMap<SessionId, usize>,
     serial: u64,
 }
 
@@ -35,7 +41,29 @@ impl Streams {
         self.serial += 1;
         let serial = self.serial;
         self.outlets.insert(session, Outlet { serial, sender });
+        *self.open.entry(session).or_default() += 1;
         (serial, receiver)
+    }
+
+    /// Whether another stream of the session may be opened.
+    ///
+    /// # Errors
+    /// When too many are not over.
+    pub(crate) fn may_open(&self, session: SessionId) -> Result<(), Refused> {
+        match self.open.get(&session) {
+            Some(open) if *open >= OPEN => Err(Refused::Streams(OPEN)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A stream of the session is over: nothing is left of it.
+    pub(crate) fn over(&mut self, session: SessionId) {
+        if let Some(open) = self.open.get_mut(&session) {
+            *open -= 1;
+            if *open == 0 {
+                self.open.remove(&session);
+            }
+        }
     }
 
     /// Sends a message, if the session is attached. Returns false if the queue was full; then the stream is closed.
@@ -156,5 +184,23 @@ mod tests {
         assert!(receiver.try_recv().is_ok());
         assert!(streams.close_serial(SESSION, new));
         assert!(!streams.close_serial(SESSION, new));
+    }
+
+    /// The twin: streams that are over make room.
+    #[test]
+    fn streams_that_nobody_reads_are_bounded() {
+        let mut streams = Streams::default();
+        let mut unread = Vec::new();
+        while streams.may_open(SESSION).is_ok() {
+            unread.push(streams.open(SESSION));
+        }
+        assert_eq!(unread.len(), OPEN);
+        assert!(streams.may_open(SessionId(2)).is_ok());
+        streams.over(SESSION);
+        assert!(streams.may_open(SESSION).is_ok());
+        for _ in 1..OPEN {
+            streams.over(SESSION);
+        }
+        assert!(streams.open.is_empty());
     }
 }

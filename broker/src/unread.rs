@@ -1,49 +1,251 @@
-//! Answers that nobody reads. The answer to a list may have a megabyte. It stays in the broker's memory until the client
-//! reads it, so each user may have few such answers at a time, and who leaves one unread for long loses its connection.
+//! Answers that nobody reads. An answer stays in the broker's memory until the kernel takes it, which is when its client
+//! reads. So what is unsent is counted, for each connection, process and user: who has too much of it gets no further answer,
+//! and who leaves one unread for long loses its connection. Lists, which may have a megabyte each, are counted besides.
 
 use std::{
-    pin::Pin,
+    collections::BTreeMap,
+    pin::{Pin, pin},
+    sync::{Arc, Weak},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use http::{Extensions, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use tokio::task::AbortHandle;
-use tokio_util::{either::Either, sync::CancellationToken};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, transport::server::TlsConnectInfo};
 use tower::{Layer, Service};
 
 use crate::{
+    core::{Connection, Process},
     listen::{Admission, Limits, Permit, TcpPeer},
     peer::Peer,
+    turns::{Kind, Turns},
 };
 
 /// The service whose answers are large.
 const LISTS: &str = "/swiftcache.v1.Admin/";
+/// How long a call waits until what was answered before is read.
+const WAIT: Duration = Duration::from_secs(2);
 /// How long an answer may stay unread.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The most such answers at a time. A page of a list is about a megabyte.
+/// The most answers to calls of Admin at a time. A page of a list is about a megabyte.
 const ANSWERS: Limits = Limits {
     all: 64,
     of_user: 8,
     reserved: 16,
 };
-/// Whom clients of plain TCP count as: nobody can tell who they are.
-const NOBODY: u32 = u32::MAX;
+/// An engine has some hundred KB unsent at times.
+const BUDGET: Budget = Budget {
+    connection: 8 << 20,
+    process: 16 << 20,
+    user: 32 << 20,
+    all: 128 << 20,
+    reserved: 32 << 20,
+};
+/// Who clients of plain TCP count as: nobody can tell who they are.
+const NOBODY: Process = Process {
+    pid: 0,
+    birth: 0,
+    uid: u32::MAX,
+};
 
-/// Bounds the answers of the `Admin` service that are not read yet. Clones count together.
+/// Unsent bytes from which on there are no further answers until some are read. The answers under way may exceed it, each by its own size.
+#[derive(Clone, Copy)]
+struct Budget {
+    connection: usize,
+    process: usize,
+    /// Root is bounded by process only.
+    user: usize,
+    all: usize,
+    /// Of `all`, what is for root and the broker's own user only.
+    reserved: usize,
+}
+
+/// Bounds the answers that are not read yet, and has calls take turns. Clones count together.
 #[derive(Clone)]
 pub(crate) struct Unread {
-    admission: Admission,
-    patience: Duration,
+    lists: Admission,
+    budget: Budget,
+    wait: Duration,
+    books: Arc<Books>,
+    turns: Turns,
 }
 
 impl Unread {
+    /// Must run inside a tokio runtime.
     pub(crate) fn new() -> Self {
+        Self::bounded(ANSWERS, BUDGET, WAIT, PATIENCE)
+    }
+
+    fn bounded(lists: Limits, budget: Budget, wait: Duration, patience: Duration) -> Self {
+        let books = Arc::default();
+        tokio::spawn(cut_late(Arc::downgrade(&books), patience));
         Self {
-            admission: Admission::new(ANSWERS),
-            patience: PATIENCE,
+            lists: Admission::new(lists),
+            budget,
+            wait,
+            books,
+            turns: Turns::default(),
+        }
+    }
+
+    /// Whether there is room for another answer to the reader.
+    fn has_room(&self, reader: &Reader) -> bool {
+        let trusted = self.lists.trusts(reader.process.uid);
+        (self.books.page.lock()).has_room(reader, trusted, &self.budget)
+    }
+
+    /// Waits for room, not for ever. Says whether there is.
+    async fn room(&self, reader: &Reader) -> bool {
+        if self.has_room(reader) {
+            return true;
+        }
+        let room = async {
+            loop {
+                let mut freed = pin!(self.books.freed.notified());
+                freed.as_mut().enable();
+                if self.has_room(reader) {
+                    return;
+                }
+                freed.await;
+            }
+        };
+        tokio::time::timeout(self.wait, room).await.is_ok()
+    }
+}
+
+/// Ends connections that leave an answer unread for longer than `patience`.
+async fn cut_late(books: Weak<Books>, patience: Duration) {
+    let mut ticks = tokio::time::interval((patience / 16).max(Duration::from_millis(1)));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(books) = books.upgrade() else { return };
+        let books = books.page.lock();
+        // The oldest comes first.
+        let late = books.answers.values();
+        for answer in late.take_while(|answer| answer.since.elapsed() >= patience) {
+            answer.reader.cut.cancel();
+        }
+    }
+}
+
+/// Who reads an answer.
+#[derive(Clone)]
+struct Reader {
+    process: Process,
+    connection: Connection,
+    /// Ends the connection.
+    cut: CancellationToken,
+}
+
+impl Reader {
+    /// The one whose request has these extensions.
+    fn of(extensions: &Extensions) -> Self {
+        if let Some(peer) = extensions.get::<Peer>() {
+            return Self {
+                process: peer.process,
+                connection: peer.connection,
+                cut: peer.cut.clone(),
+            };
+        }
+        let tls = extensions.get::<TlsConnectInfo<TcpPeer>>();
+        let tcp = tls.map(TlsConnectInfo::get_ref);
+        let tcp = tcp.or_else(|| extensions.get::<TcpPeer>());
+        let tcp = tcp.cloned().unwrap_or_default();
+        Self {
+            process: NOBODY,
+            connection: tcp.connection,
+            cut: tcp.cut,
+        }
+    }
+
+    fn shares(&self) -> [Share; 4] {
+        [
+            Share::Everybody,
+            Share::User(self.process.uid),
+            Share::Process(self.process),
+            Share::Connection(self.connection),
+        ]
+    }
+}
+
+/// Whose unsent bytes are counted together.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Share {
+    Everybody,
+    User(u32),
+    Process(Process),
+    Connection(Connection),
+}
+
+/// An answer, or a part of one, that the kernel has not taken yet.
+struct Answer {
+    reader: Reader,
+    bytes: usize,
+    since: Instant,
+}
+
+/// Everything that is unsent.
+#[derive(Default)]
+struct Books {
+    page: Mutex<Page>,
+    /// Tells that something was sent.
+    freed: Notify,
+}
+
+#[derive(Default)]
+struct Page {
+    /// The oldest first.
+    answers: BTreeMap<u64, Answer>,
+    last: u64,
+    unsent: BTreeMap<Share, usize>,
+}
+
+impl Page {
+    fn unsent(&self, share: Share) -> usize {
+        self.unsent.get(&share).copied().unwrap_or(0)
+    }
+
+    /// Whether there is room for another answer.
+    fn has_room(&self, reader: &Reader, trusted: bool, budget: &Budget) -> bool {
+        let all = budget.all - if trusted { 0 } else { budget.reserved };
+        let bounds = [all, budget.user, budget.process, budget.connection];
+        let shares = reader.shares().into_iter().zip(bounds);
+        let mut bounded = shares.filter(|(share, _)| *share != Share::User(0));
+        bounded.all(|(share, bound)| self.unsent(share) < bound)
+    }
+
+    fn add(&mut self, reader: Reader, bytes: usize) -> u64 {
+        for share in reader.shares() {
+            *self.unsent.entry(share).or_default() += bytes;
+        }
+        self.last += 1;
+        let since = Instant::now();
+        let answer = Answer {
+            reader,
+            bytes,
+            since,
+        };
+        self.answers.insert(self.last, answer);
+        self.last
+    }
+
+    fn remove(&mut self, number: u64) {
+        let Some(answer) = self.answers.remove(&number) else {
+            return;
+        };
+        for share in answer.reader.shares() {
+            if let Some(unsent) = self.unsent.get_mut(&share) {
+                *unsent -= answer.bytes;
+                if *unsent == 0 {
+                    self.unsent.remove(&share);
+                }
+            }
         }
     }
 }
@@ -77,70 +279,83 @@ where
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future = Either<S::Future, Answering<S::Error>>;
+    type Future = Answering<S::Error>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if !request.uri().path().starts_with(LISTS) {
-            return Either::Left(self.inner.call(request));
-        }
-        let (uid, cut) = who(request.extensions());
-        let Some(permit) = self.unread.admission.admit(uid) else {
-            let problem = "too many answers to calls of Admin are unread, yours or those of all users; read them, or \
-                           try again shortly";
-            let refused = Status::resource_exhausted(problem).into_http();
-            return Either::Right(Box::pin(std::future::ready(Ok(refused))));
-        };
-        let (answering, patience) = (self.inner.call(request), self.unread.patience);
-        Either::Right(Box::pin(async move {
+        let reader = Reader::of(request.extensions());
+        let path = request.uri().path();
+        let (kind, listed) = (Kind::of(path), path.starts_with(LISTS));
+        let lists = listed.then(|| self.unread.lists.clone());
+        let (answering, unread) = (self.inner.call(request), self.unread.clone());
+        Box::pin(async move {
+            let turn = loop {
+                if !unread.room(&reader).await {
+                    return Ok(refused("too many bytes of answers are unread"));
+                }
+                let turn = unread.turns.take(reader.process, kind).await;
+                // Meanwhile the answers before it have been counted.
+                if unread.has_room(&reader) {
+                    break turn;
+                }
+            };
+            let permit = match lists.map(|lists| lists.admit(reader.process)) {
+                None => None,
+                Some(Some(permit)) => Some(Arc::new(permit)),
+                Some(None) => return Ok(refused("too many answers to calls of Admin are unread")),
+            };
             let answer = answering.await?;
-            Ok(answer.map(|body| Body::new(Held::new(body, permit, cut, patience))))
-        }))
+            drop(turn);
+            Ok(answer.map(|body| {
+                Body::new(Counted {
+                    body,
+                    reader,
+                    books: unread.books,
+                    permit,
+                })
+            }))
+        })
     }
 }
 
-/// The user whose request has these extensions, and what ends its connection.
-fn who(extensions: &Extensions) -> (u32, CancellationToken) {
-    if let Some(peer) = extensions.get::<Peer>() {
-        return (peer.process.uid, peer.cut.clone());
-    }
-    let tls = extensions.get::<TlsConnectInfo<TcpPeer>>();
-    let tcp = tls.map(TlsConnectInfo::get_ref);
-    let tcp = tcp.or_else(|| extensions.get::<TcpPeer>());
-    (NOBODY, tcp.map(|tcp| tcp.cut.clone()).unwrap_or_default())
+fn refused(what: &str) -> Response<Body> {
+    let problem = format!("{what}, yours or those of all users; read them, or try again shortly");
+    Status::resource_exhausted(problem).into_http()
 }
 
-/// An answer that counts until it is read to its end.
-struct Held {
+/// A body whose data counts from when it is there until the kernel has taken it.
+struct Counted {
     body: Body,
-    _permit: Permit,
-    deadline: AbortHandle,
+    reader: Reader,
+    books: Arc<Books>,
+    permit: Option<Arc<Permit>>,
 }
 
-impl Held {
-    fn new(body: Body, permit: Permit, cut: CancellationToken, patience: Duration) -> Self {
-        let deadline = tokio::spawn(async move {
-            tokio::time::sleep(patience).await;
-            cut.cancel();
-        });
-        Self {
-            body,
-            _permit: permit,
-            deadline: deadline.abort_handle(),
-        }
+/// Data that counts until it is dropped. What sends it keeps it until then, whatever became of the body.
+struct Unsent {
+    data: Bytes,
+    books: Arc<Books>,
+    number: u64,
+    _permit: Option<Arc<Permit>>,
+}
+
+impl AsRef<[u8]> for Unsent {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
     }
 }
 
-impl Drop for Held {
+impl Drop for Unsent {
     fn drop(&mut self) {
-        self.deadline.abort();
+        self.books.page.lock().remove(self.number);
+        self.books.freed.notify_waiters();
     }
 }
 
-impl HttpBody for Held {
+impl HttpBody for Counted {
     type Data = <Body as HttpBody>::Data;
     type Error = Status;
 
@@ -148,7 +363,18 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        frame.map_ok(|frame| {
+            frame.map_data(|data| {
+                let number = self.books.page.lock().add(self.reader.clone(), data.len());
+                Bytes::from_owner(Unsent {
+                    data,
+                    books: Arc::clone(&self.books),
+                    number,
+                    _permit: self.permit.clone(),
+                })
+            })
+        })
     }
 
     fn is_end_stream(&self) -> bool {
@@ -166,92 +392,167 @@ mod tests {
 
     use super::*;
 
-    /// The answers to calls of this process, which counts as another user than the broker's.
-    struct Caller {
+    const LIST: &str = "/swiftcache.v1.Admin/ListEvents";
+    const SMALL: &str = "/swiftcache.v1.Broker/Lookup";
+    const LONG: Duration = Duration::from_secs(600);
+    const KIB: usize = 1 << 10;
+    /// Budgets for answers of a KiB.
+    const FEW: Budget = Budget {
+        connection: 4 * KIB,
+        process: 8 * KIB,
+        user: 12 * KIB,
+        all: 20 * KIB,
+        reserved: 4 * KIB,
+    };
+    const ANY: Limits = Limits {
+        all: usize::MAX,
+        of_user: usize::MAX,
+        reserved: 0,
+    };
+    const ANY_BYTES: Budget = Budget {
+        connection: usize::MAX,
+        process: usize::MAX,
+        user: usize::MAX,
+        all: usize::MAX,
+        reserved: 0,
+    };
+
+    /// A broker that answers every call with a KiB.
+    struct Broker {
         service: Bounded<tower::util::BoxCloneService<Request<()>, Response<Body>, Status>>,
+        books: Arc<Books>,
         peer: Peer,
         _socket: UnixStream,
     }
 
-    impl Caller {
-        fn new(limits: Limits, patience: Duration) -> Self {
-            let answer =
-                tower::service_fn(async |_| Ok(Response::new(Body::new("an answer".to_owned()))));
+    impl Broker {
+        fn new(lists: Limits, budget: Budget, patience: Duration) -> Self {
+            let answer = tower::service_fn(async |_| Ok(Response::new(Body::new("a".repeat(KIB)))));
             let (ours, theirs) = UnixStream::pair().unwrap();
             let mut peer = Peer::of(&ours).unwrap();
             peer.process.uid = 4_711;
-            let unread = Unread {
-                admission: Admission::new(limits),
-                patience,
-            };
+            let unread = Unread::bounded(lists, budget, Duration::from_millis(1), patience);
             Self {
+                books: Arc::clone(&unread.books),
                 service: unread.layer(tower::util::BoxCloneService::new(answer)),
                 peer,
                 _socket: theirs,
             }
         }
 
-        async fn call(&mut self, path: &str) -> Response<Body> {
+        /// The data of an answer, which is unsent until it is dropped; `None` when it was refused.
+        async fn call_as(&mut self, peer: &Peer, path: &str) -> Option<Bytes> {
             let mut request = Request::new(());
             *request.uri_mut() = path.parse().unwrap();
-            request.extensions_mut().insert(self.peer.clone());
-            self.service.call(request).await.unwrap()
+            request.extensions_mut().insert(peer.clone());
+            let mut answer = self.service.call(request).await.unwrap();
+            if let Some(status) = Status::from_header_map(answer.headers()) {
+                assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+                return None;
+            }
+            let body = answer.body_mut();
+            let frame = std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context));
+            let frame = frame.await;
+            Some(frame.unwrap().unwrap().into_data().unwrap())
+        }
+
+        async fn call(&mut self, path: &str) -> Option<Bytes> {
+            let peer = self.peer.clone();
+            self.call_as(&peer, path).await
+        }
+
+        /// As many answers as a reader gets that reads none of them, up to a hundred.
+        async fn unread(&mut self, peer: &Peer, path: &str) -> Vec<Bytes> {
+            let mut unread = Vec::new();
+            while unread.len() < 100
+                && let Some(answer) = self.call_as(peer, path).await
+            {
+                unread.push(answer);
+            }
+            unread
         }
     }
-
-    fn is_refused(answer: &Response<Body>) -> bool {
-        let status = Status::from_header_map(answer.headers());
-        status.is_some_and(|status| status.code() == tonic::Code::ResourceExhausted)
-    }
-
-    const LIST: &str = "/swiftcache.v1.Admin/ListEvents";
-    const LONG: Duration = Duration::from_secs(600);
 
     #[tokio::test]
-    async fn a_user_has_few_unread_answers_and_reading_makes_room() {
-        let mut caller = Caller::new(ANSWERS, LONG);
-        let mut unread = Vec::new();
-        for _ in 0..ANSWERS.of_user {
-            unread.push(caller.call(LIST).await);
-        }
-        assert!(!unread.iter().any(is_refused));
-        assert!(is_refused(&caller.call(LIST).await));
-        // Lookups and other small answers do not count.
-        assert!(!is_refused(
-            &caller.call("/swiftcache.v1.Broker/Lookup").await
-        ));
+    async fn a_user_has_few_unread_lists_and_reading_makes_room() {
+        let mut broker = Broker::new(ANSWERS, ANY_BYTES, LONG);
+        let peer = broker.peer.clone();
+        let mut unread = broker.unread(&peer, LIST).await;
+        assert_eq!(unread.len(), ANSWERS.of_user);
+        // Lookups and other small answers do not count as lists.
+        assert!(broker.call(SMALL).await.is_some());
         drop(unread.pop());
-        assert!(!is_refused(&caller.call(LIST).await));
+        assert!(broker.call(LIST).await.is_some());
         // The twin: without the bound, as many as are asked for.
-        let mut caller = Caller::new(
-            Limits {
-                all: usize::MAX,
-                of_user: usize::MAX,
-                reserved: 0,
-            },
-            LONG,
-        );
+        let mut broker = Broker::new(ANY, ANY_BYTES, LONG);
+        assert_eq!(broker.unread(&peer, LIST).await.len(), 100);
+    }
+
+    /// However small the answers, their bytes are bounded: of a connection, of a process with many, of a user with many
+    /// processes, and of all users. Whoever reads gets more, and root is answered in any case.
+    #[tokio::test]
+    async fn unsent_bytes_are_bounded_for_connection_process_user_and_all() {
+        let mut broker = Broker::new(ANY, FEW, LONG);
+        let first = broker.peer.clone();
+        let peer = |uid: u32, pid: u32, connection: u64| {
+            let mut peer = first.clone();
+            peer.process = Process { pid, birth: 1, uid };
+            peer.connection = Connection(connection);
+            peer
+        };
         let mut unread = Vec::new();
-        for _ in 0..1_000 {
-            unread.push(caller.call(LIST).await);
+        for (uid, pid, connection, answers) in [
+            (1_000, 1, 1, 4),
+            (1_000, 1, 2, 4),
+            // The process has all that it may.
+            (1_000, 1, 3, 0),
+            (1_000, 2, 4, 4),
+            // The user has.
+            (1_000, 3, 5, 0),
+            (2_000, 4, 6, 4),
+            // All but root have.
+            (3_000, 5, 7, 0),
+            (0, 6, 8, 4),
+        ] {
+            let its = broker.unread(&peer(uid, pid, connection), SMALL).await;
+            assert_eq!(its.len(), answers, "uid {uid}, connection {connection}");
+            unread.push(its);
         }
-        assert!(!unread.iter().any(is_refused));
+        // What is read makes room for who read it.
+        drop((unread.remove(0), unread.pop()));
+        assert_eq!(broker.unread(&peer(1_000, 1, 1), SMALL).await.len(), 4);
+        drop(unread);
+        assert!(
+            broker.books.page.lock().unsent.is_empty(),
+            "something is left"
+        );
+        // The twin: without budgets, as many as are asked for.
+        let mut broker = Broker::new(ANY, ANY_BYTES, LONG);
+        assert_eq!(broker.unread(&first, SMALL).await.len(), 100);
     }
 
     #[tokio::test]
     async fn an_answer_that_stays_unread_costs_its_connection() {
-        let mut caller = Caller::new(ANSWERS, Duration::from_millis(1));
-        let unread = caller.call(LIST).await;
-        caller.peer.cut.cancelled().await;
-        drop(unread);
+        for path in [LIST, SMALL] {
+            let mut broker = Broker::new(ANSWERS, BUDGET, Duration::from_millis(1));
+            let unread = broker.call(path).await;
+            broker.peer.cut.cancelled().await;
+            drop(unread);
+        }
     }
 
-    /// The twin: an answer that was read costs nothing.
+    /// The twin: an answer that was read costs nothing, however many came before.
     #[tokio::test]
     async fn an_answer_that_was_read_costs_nothing() {
-        let mut caller = Caller::new(ANSWERS, Duration::from_millis(1));
-        drop(caller.call(LIST).await);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        assert!(!caller.peer.cut.is_cancelled());
+        let mut broker = Broker::new(ANSWERS, BUDGET, Duration::from_millis(1));
+        for _ in 0..100 {
+            drop(broker.call(LIST).await);
+        }
+        let mut other = Broker::new(ANSWERS, BUDGET, Duration::from_millis(1));
+        let unread = other.call(LIST).await;
+        other.peer.cut.cancelled().await;
+        drop(unread);
+        assert!(!broker.peer.cut.is_cancelled());
+        assert!(broker.books.page.lock().answers.is_empty());
     }
 }

@@ -31,7 +31,11 @@ impl BytesByLink {
 
     /// Over all links.
     pub fn total(&self) -> u64 {
-        self.0.iter().sum()
+        self.0.into_iter().fold(0, u64::saturating_add)
+    }
+
+    fn at_most(&self, bytes: u64) -> Self {
+        Self(self.0.map(|its| its.min(bytes)))
     }
 
     fn since(&self, before: &Self) -> Self {
@@ -84,7 +88,32 @@ pub struct Traffic {
     pub failed_operations: u64,
 }
 
+/// Bytes a second and direction over a kind of link that no engine exceeds: more than twice NVLink 5.
+const MOST_BYTES: u64 = 1 << 42;
+/// Blocks a second that no engine looks up.
+const MOST_BLOCKS: u64 = 1 << 30;
+/// Operations a second that no engine makes.
+const MOST_OPERATIONS: u64 = 1 << 20;
+
 impl Traffic {
+    /// As much of this as one engine can have moved and found in so many milliseconds.
+    pub fn at_most_in(&self, ms: u64) -> Self {
+        let most = |a_second: u64| {
+            let most = u128::from(a_second) * u128::from(ms) / 1_000;
+            u64::try_from(most).unwrap_or(u64::MAX)
+        };
+        let (bytes, blocks) = (most(MOST_BYTES), most(MOST_BLOCKS));
+        Self {
+            loaded: self.loaded.at_most(bytes),
+            stored: self.stored.at_most(bytes),
+            lookup_blocks: self.lookup_blocks.min(blocks),
+            own_blocks: self.own_blocks.min(blocks),
+            replica_blocks: self.replica_blocks.min(blocks),
+            host_blocks: self.host_blocks.min(blocks),
+            failed_operations: self.failed_operations.min(most(MOST_OPERATIONS)),
+        }
+    }
+
     /// What came to it since `before`. A total that fell counts as unchanged.
     pub fn since(&self, before: &Self) -> Self {
         let more = u64::saturating_sub;

@@ -57,6 +57,14 @@ impl Wire {
         })
     }
 
+    /// A connection that has no room for any answer.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn reading_nothing(socket: &Path) -> Result<Self> {
+        Self::open(socket, |endpoint| endpoint.initial_stream_window_size(0))
+    }
+
     fn open(socket: &Path, adjust: impl FnOnce(Endpoint) -> Endpoint) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

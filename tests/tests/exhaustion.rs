@@ -20,8 +20,12 @@ use swiftcache_tests::{
     seed::Course,
 };
 
-/// Bytes of a slab. Blocks have one byte here, so it is also the number of the slab's slots.
-const SLAB: u64 = 64 << 10;
+/// Slots of a slab.
+const SLOTS: u64 = 64 << 10;
+/// The smallest block that the broker takes, bytes.
+const BLOCK: u64 = 64;
+/// Bytes of a slab.
+const SLAB: u64 = SLOTS * BLOCK;
 
 fn pid_of(pid: u32) -> Result<Pid> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
@@ -59,7 +63,7 @@ fn a_broker_out_of_memory_refuses_or_dies_and_forgets_no_lease() -> Result<()> {
     let donor = wire.member("donor", "")?;
     donor.offer([1; 16], "SIM-1", SLABS, SLAB)?;
     let lessee = wire.member("lessee", "")?;
-    let grants = lessee.lease("model", "SIM-0", SLABS * SLAB, 1)?.grants;
+    let grants = lessee.lease("model", "SIM-0", SLABS * SLAB, BLOCK)?.grants;
     ensure!(grants.len() as u64 == SLABS);
     let pid = node.broker()?.pid();
     limit(pid, Resource::As, Some(address_space(pid)? + (8 << 20)))?;
@@ -71,7 +75,7 @@ fn a_broker_out_of_memory_refuses_or_dies_and_forgets_no_lease() -> Result<()> {
             hash[8..].copy_from_slice(&slot.to_le_bytes());
             hash
         };
-        let hashes: Vec<_> = (0..SLAB).map(hash).collect();
+        let hashes: Vec<_> = (0..SLOTS).map(hash).collect();
         lessee
             .publish(grant.lease_id, grant.generation, &hashes)
             .err()

@@ -154,6 +154,11 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_weights: Option<String>,
 
+    /// Shares of users, and of the labels of one, when there is not enough for all: UID=3,UID/LABEL=2 [default: 1 each]
+    #[arg(long, value_name = "TENANT=WEIGHT,...")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_weights: Option<String>,
+
     /// Time that RPCs in flight have to finish after SIGTERM, milliseconds [default: 5000]
     #[arg(long, value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]

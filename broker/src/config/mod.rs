@@ -85,9 +85,11 @@ pub struct Config {
     pub namespace_quota_bytes: Option<u64>,
     /// The most bytes that one session may lease. None: unlimited.
     pub session_quota_bytes: Option<u64>,
-    /// Weights of namespaces, which decide their shares when there is not enough for all: "name=weight,...". A
-    /// namespace that is not named has weight 1.
+    /// Weights of namespaces, which decide their shares of what their tenant has when there is not enough for all:
+    /// "name=weight,...". A namespace that is not named has weight 1.
     pub namespace_weights: Option<String>,
+    /// Weights of users and their labels: "1000=weight,1000/batch=weight,...". Who is not named has weight 1.
+    pub tenant_weights: Option<String>,
     /// How long RPCs in flight may take to finish after SIGTERM, milliseconds.
     pub shutdown_ms: u64,
     /// The log filter, in the syntax of tracing's EnvFilter.
@@ -123,6 +125,7 @@ impl Default for Config {
             namespace_quota_bytes: core.namespace_quota_bytes,
             session_quota_bytes: core.session_quota_bytes,
             namespace_weights: None,
+            tenant_weights: None,
             shutdown_ms: 5_000,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
@@ -232,7 +235,8 @@ impl Config {
         within("drain_ms", self.drain_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("pin_ms", self.pin_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("wait_ms", self.wait_ms.into(), 0, MAX_DRAIN_MS.into())?;
-        self.weights()?;
+        self.namespace_weights()?;
+        self.tenant_weights()?;
         within("max_blocks", self.max_blocks, 1, 1 << 32)?;
         within("shutdown_ms", self.shutdown_ms, 0, MAX_DRAIN_MS.into())?;
         for (key, limit) in [

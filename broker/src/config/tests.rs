@@ -159,6 +159,7 @@ fn every_setting_has_a_flag_and_every_flag_a_setting() {
         namespace_quota_bytes: Some(1),
         session_quota_bytes: Some(1),
         namespace_weights: Some("a=1".to_owned()),
+        tenant_weights: Some("1000=1".to_owned()),
         ..Config::default()
     };
     let table: toml::Table = set.to_toml().unwrap().parse().unwrap();

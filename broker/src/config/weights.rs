@@ -1,10 +1,11 @@
-//! The setting `namespace_weights`: how much more a namespace gets than others when there is not enough for all.
+//! The settings `namespace_weights` and `tenant_weights`: how much more somebody gets than others when there is not enough
+//! for all.
 
 use std::collections::BTreeMap;
 
 use super::Config;
 
-/// The largest weight. With a larger one, the shares of other namespaces would be rounded to nothing.
+/// The largest weight. With a larger one, the shares of others would be rounded to nothing.
 const MOST: u32 = 1_000;
 
 impl Config {
@@ -12,46 +13,62 @@ impl Config {
     ///
     /// # Errors
     /// When the setting is not a list of names and weights. The error names the key.
-    pub fn weights(&self) -> Result<BTreeMap<String, u32>, String> {
-        let mut weights = BTreeMap::new();
-        for part in self.namespace_weights.iter().flat_map(|all| all.split(',')) {
-            let problem = |problem: &str| {
-                format!(
-                    "namespace_weights: {part:?} {problem}; takes NAME=WEIGHT, 1 to {MOST}, separated by commas"
-                )
-            };
-            // Split at the last =, because a name may contain =.
-            let (name, weight) = part.rsplit_once('=').ok_or_else(|| problem("has no ="))?;
-            let weight = weight.trim().parse().ok();
-            let weight = weight.filter(|weight| (1..=MOST).contains(weight));
-            let weight = weight.ok_or_else(|| problem("has no valid weight"))?;
-            let name = name.trim();
-            if name.is_empty() {
-                return Err(problem("has no name"));
-            }
-            if weights.insert(name.to_owned(), weight).is_some() {
-                return Err(problem("names a namespace twice"));
-            }
-        }
-        Ok(weights)
+    pub fn namespace_weights(&self) -> Result<BTreeMap<String, u32>, String> {
+        read("namespace_weights", self.namespace_weights.as_deref())
     }
+
+    /// The weights by user (`1000`) and by label of a user (`1000/batch`).
+    ///
+    /// # Errors
+    /// When the setting is not a list of tenants and weights. The error names the key.
+    pub fn tenant_weights(&self) -> Result<BTreeMap<String, u32>, String> {
+        let weights = read("tenant_weights", self.tenant_weights.as_deref())?;
+        let is_uid = |uid: &str| uid.parse::<u32>().is_ok();
+        let no_tenant = weights.keys().find(|tenant| match tenant.split_once('/') {
+            Some((uid, label)) => !is_uid(uid) || label.is_empty(),
+            None => !is_uid(tenant),
+        });
+        match no_tenant {
+            None => Ok(weights),
+            Some(name) => Err(format!(
+                "tenant_weights: {name:?} is no tenant; takes a uid, or a uid, a slash and a label"
+            )),
+        }
+    }
+}
+
+fn read(key: &str, text: Option<&str>) -> Result<BTreeMap<String, u32>, String> {
+    let mut weights = BTreeMap::new();
+    for part in text.iter().flat_map(|all| all.split(',')) {
+        let problem = |problem: &str| {
+            format!(
+                "{key}: {part:?} {problem}; takes NAME=WEIGHT, 1 to {MOST}, separated by commas"
+            )
+        };
+        // Split at the last =, because a name may contain =.
+        let (name, weight) = part.rsplit_once('=').ok_or_else(|| problem("has no ="))?;
+        let weight = weight.trim().parse().ok();
+        let weight = weight.filter(|weight| (1..=MOST).contains(weight));
+        let weight = weight.ok_or_else(|| problem("has no valid weight"))?;
+        let name = name.trim();
+        if name.is_empty() {
+            return Err(problem("has no name"));
+        }
+        if weights.insert(name.to_owned(), weight).is_some() {
+            return Err(problem("names the same twice"));
+        }
+    }
+    Ok(weights)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<BTreeMap<String, u32>, String> {
-        let config = Config {
-            namespace_weights: Some(text.to_owned()),
-            ..Config::default()
-        };
-        config.weights()
-    }
-
     #[test]
     fn weights_are_read_or_refused_by_name() {
-        assert_eq!(Config::default().weights().unwrap(), BTreeMap::new());
+        assert_eq!(Config::default().namespace_weights(), Ok(BTreeMap::new()));
+        let read = |text: &str| read("namespace_weights", Some(text));
         let read_well = read("qwen3-8b=3, llama=a=1").unwrap();
         assert_eq!(
             read_well,
@@ -69,6 +86,26 @@ mod tests {
         ] {
             let problem = read(bad).unwrap_err();
             assert!(problem.starts_with("namespace_weights: "), "{problem}");
+        }
+    }
+
+    #[test]
+    fn tenants_are_uids_and_their_labels() {
+        let read = |text: &str| {
+            let config = Config {
+                tenant_weights: Some(text.to_owned()),
+                ..Config::default()
+            };
+            config.tenant_weights()
+        };
+        let read_well = read("1000=3,1000/batch=2").unwrap();
+        assert_eq!(
+            read_well,
+            BTreeMap::from([("1000".to_owned(), 3), ("1000/batch".to_owned(), 2)])
+        );
+        for bad in ["alice=2", "1000/=2", "/batch=2", "-1=2", "1000=0"] {
+            let problem = read(bad).unwrap_err();
+            assert!(problem.starts_with("tenant_weights: "), "{problem}");
         }
     }
 }

@@ -23,6 +23,9 @@ pub(super) fn register(books: &mut Books, register: Register) -> Result<Reply, R
     }
 }
 
+/// Sessions that no process gets if it has all the others.
+const KEPT_FROM_ONE_PROCESS: usize = 16;
+
 fn open(books: &mut Books, register: Register) -> Result<Reply, Refusal> {
     let session = register.fresh_id;
     if books.sessions.len() >= books.config.max_sessions {
@@ -36,6 +39,15 @@ fn open(books: &mut Books, register: Register) -> Result<Reply, Refusal> {
     if user != 0 && books.sessions.of_user(user).count() >= most {
         return Err(Refusal::Limit {
             what: "sessions of one user",
+            limit: most as u64,
+        });
+    }
+    // Root has no bound of its own: who is root can end the broker anyway. But no process alone takes the last ones.
+    let most = books.config.max_sessions;
+    let most = most - (most / 16).min(KEPT_FROM_ONE_PROCESS);
+    if books.sessions.of_process(register.process).len() >= most {
+        return Err(Refusal::Limit {
+            what: "sessions of one process",
             limit: most as u64,
         });
     }

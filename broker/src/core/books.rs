@@ -15,6 +15,7 @@ use super::{
     counters::Counters,
     devices::Devices,
     effect::{Effect, Note, Outgoing},
+    holders::{self, Path, Weights},
     holds::Holds,
     index::Index,
     leases::{Leases, Party, Phase, Revocation, Terms},
@@ -85,7 +86,10 @@ impl Books {
             pins: Pins::new(config.pin_base),
             unmappable: Unmappable::default(),
             borrowers: Borrowers::default(),
-            claims: Claims::new(config.namespace_weights.clone()),
+            claims: Claims::new(Weights {
+                tenants: config.tenant_weights.clone(),
+                namespaces: config.namespace_weights.clone(),
+            }),
             quotas: Quotas::new(config.namespace_quota_bytes),
             holds: Holds::new(devices.count()),
             counters: Counters::default(),
@@ -136,8 +140,7 @@ impl Books {
 
     /// Takes an admissible region in, without its handle.
     pub(super) fn admit(&mut self, outline: Outline) -> RegionKey {
-        self.sessions
-            .donate(outline.donor, outline.id, outline.bytes);
+        self.sessions.donate(&outline);
         self.regions.admit(outline)
     }
 
@@ -155,8 +158,7 @@ impl Books {
     pub(super) fn remove_region(&mut self, key: RegionKey) -> Option<AllocationId> {
         self.unmappable.forget_region(key);
         let (region, allocation) = self.regions.remove(key);
-        self.sessions
-            .take_back(region.donor(), region.id(), region.bytes());
+        self.sessions.take_back(region.outline());
         allocation
     }
 
@@ -196,7 +198,8 @@ impl Books {
                 blocks: 0,
                 last_hit: self.now,
             };
-            self.claims.add(key, stake, &new.namespace);
+            let path = holders::path(&new.tenant, &new.namespace);
+            self.claims.add(key, stake, &path);
         } else {
             self.leases.drop_party(key, new.lessee);
         }
@@ -448,7 +451,7 @@ impl Books {
     }
 
     /// The stakes that there should be.
-    fn active(&self) -> BTreeMap<LeaseKey, (Stake, &str)> {
+    fn active(&self) -> BTreeMap<LeaseKey, (Stake, Path)> {
         let active = self.leases.iter().filter(|(_, lease)| lease.is_active());
         let stakes = active.map(|(key, lease)| {
             let terms = lease.terms();
@@ -463,10 +466,9 @@ impl Books {
                 blocks: self.index.published(key),
                 last_hit: lease.last_hit(),
             };
-            (
-                key,
-                (stake, &**self.index.namespace(terms.namespace).name()),
-            )
+            let namespace = self.index.namespace(terms.namespace);
+            let path = holders::path(namespace.tenant(), namespace.name());
+            (key, (stake, path))
         });
         stakes.collect()
     }

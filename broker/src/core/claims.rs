@@ -7,7 +7,6 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
-    sync::Arc,
 };
 
 use swiftcache_proto::domain::{LeaseId, SessionId};
@@ -15,11 +14,8 @@ use swiftcache_proto::domain::{LeaseId, SessionId};
 use super::{
     arena::{Beside, LeaseKey, NamespaceKey, OfLease},
     check::hold,
-    shares::scaled,
+    holders::{Holder, Holders, Path, Weights},
 };
-
-/// Whose share a slab counts towards: a tenant's namespace.
-pub(super) type Party = (Arc<str>, Arc<str>);
 
 /// What a session lacked when it last asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +24,8 @@ pub(super) struct Claim {
     /// The device it computes on.
     pub(super) device: usize,
     pub(super) block_bytes: u64,
-    pub(super) party: Party,
+    /// Whose share it counts towards.
+    pub(super) path: Path,
 }
 
 /// A claim, and until when it is remembered, milliseconds.
@@ -79,18 +76,10 @@ struct Holding {
 /// What a namespace holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Holdings {
-    bytes: u64,
-    weight: u64,
+    path: Path,
     by_session: BTreeMap<SessionId, Holding>,
     /// Its sessions by what each holds in all namespaces, the largest holder first.
     largest: BTreeSet<(Reverse<u64>, SessionId)>,
-}
-
-impl Holdings {
-    /// What it holds for its weight: the most first.
-    fn wealth(&self) -> Reverse<u64> {
-        Reverse(scaled(self.bytes, 1 << 20, self.weight))
-    }
 }
 
 /// What a session holds in all namespaces.
@@ -103,28 +92,25 @@ struct Total {
 /// All claims.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
-    /// By name; 1 where there is none.
-    weights: BTreeMap<String, u32>,
+    weights: Weights,
     waits: BTreeMap<SessionId, Wait>,
     stakes: Beside<OfLease, Stake>,
     namespaces: BTreeMap<NamespaceKey, Holdings>,
-    /// Namespaces by what each holds for its weight, the most first.
-    wealthiest: BTreeSet<(Reverse<u64>, NamespaceKey)>,
+    holders: Holders,
     sessions: BTreeMap<SessionId, Total>,
 }
 
 impl Claims {
-    pub(super) fn new(weights: BTreeMap<String, u32>) -> Self {
+    pub(super) fn new(weights: Weights) -> Self {
         Self {
             weights,
             ..Self::default()
         }
     }
 
-    /// How much more than others a namespace of this name gets when there is not enough for all.
-    pub(super) fn weight(&self, name: &str) -> u64 {
-        let weight = self.weights.get(name);
-        weight.map_or(1, |weight| u64::from(*weight).max(1))
+    /// How much more than others of its kind a holder gets when there is not enough for all.
+    pub(super) fn weight(&self, holder: &Holder) -> u64 {
+        self.weights.of(holder)
     }
 
     // Who waits.
@@ -153,28 +139,9 @@ impl Claims {
         self.sessions.get(&session).map_or(0, |total| total.bytes)
     }
 
-    /// What a namespace holds, bytes.
-    pub(super) fn holds(&self, namespace: NamespaceKey) -> u64 {
-        self.namespaces.get(&namespace).map_or(0, |its| its.bytes)
-    }
-
-    /// The namespaces that hold something, what holds the most for its weight first; each with its bytes.
-    pub(super) fn wealthiest(&self) -> impl Iterator<Item = (NamespaceKey, u64)> {
-        let keys = self.wealthiest.iter();
-        keys.map(|(_, key)| (*key, self.namespaces[key].bytes))
-    }
-
-    /// The namespace that holds the most for its weight, or the next one after another, and what it holds, bytes.
-    pub(super) fn next_wealthiest(
-        &self,
-        after: Option<NamespaceKey>,
-    ) -> Option<(NamespaceKey, u64)> {
-        let from = match after {
-            Some(after) => Bound::Excluded((self.namespaces.get(&after)?.wealth(), after)),
-            None => Bound::Unbounded,
-        };
-        let (_, key) = self.wealthiest.range((from, Bound::Unbounded)).next()?;
-        Some((*key, self.namespaces[key].bytes))
+    /// Who holds how much.
+    pub(super) fn holders(&self) -> &Holders {
+        &self.holders
     }
 
     /// The largest holder among the sessions that hold leases of a namespace, or the next one after another, and what it
@@ -203,23 +170,19 @@ impl Claims {
         holders.map(|(Reverse(bytes), session)| (*session, *bytes))
     }
 
-    /// An active lease more. `name` is its namespace's.
-    pub(super) fn add(&mut self, lease: LeaseKey, stake: Stake, name: &str) {
-        let weight = self.weight(name);
+    /// An active lease more, of the namespace at the end of this path.
+    pub(super) fn add(&mut self, lease: LeaseKey, stake: Stake, path: &Path) {
         self.change_total(stake.session, |total| {
             total.bytes += stake.bytes;
             total.namespaces.insert(stake.namespace);
         });
+        self.holders.add(path, stake.bytes, &self.weights);
         let its = self.namespaces.entry(stake.namespace);
         let its = its.or_insert_with(|| Holdings {
-            bytes: 0,
-            weight,
+            path: path.clone(),
             by_session: BTreeMap::new(),
             largest: BTreeSet::new(),
         });
-        self.wealthiest.remove(&(its.wealth(), stake.namespace));
-        its.bytes += stake.bytes;
-        self.wealthiest.insert((its.wealth(), stake.namespace));
         let total = &self.sessions[&stake.session];
         its.largest.insert((Reverse(total.bytes), stake.session));
         let holding = its.by_session.entry(stake.session).or_default();
@@ -241,8 +204,7 @@ impl Claims {
         let (session, namespace) = (stake.session, stake.namespace);
         let mut last = false;
         if let Some(its) = self.namespaces.get_mut(&namespace) {
-            self.wealthiest.remove(&(its.wealth(), namespace));
-            its.bytes -= stake.bytes;
+            self.holders.subtract(&its.path, stake.bytes);
             if let Some(holding) = its.by_session.get_mut(&session) {
                 holding.bytes -= stake.bytes;
                 holding.leases -= 1;
@@ -255,8 +217,6 @@ impl Claims {
             }
             if its.by_session.is_empty() {
                 self.namespaces.remove(&namespace);
-            } else {
-                self.wealthiest.insert((its.wealth(), namespace));
             }
         }
         self.change_total(session, |total| {
@@ -353,11 +313,11 @@ impl Claims {
     /// Verifies all sums and sets against the active leases, and that whoever waits `lives`.
     pub(super) fn check(
         &self,
-        active: BTreeMap<LeaseKey, (Stake, &str)>,
+        active: BTreeMap<LeaseKey, (Stake, Path)>,
         lives: impl Fn(SessionId) -> bool,
     ) -> Result<(), String> {
         let mut counted = Self::new(self.weights.clone());
-        for (key, (mut stake, name)) in active {
+        for (key, (mut stake, path)) in active {
             let Some(known) = self.stakes.get(key) else {
                 return Err(format!("nobody has a stake in {}", stake.id));
             };
@@ -368,7 +328,7 @@ impl Claims {
             );
             stake.last_hit = known.last_hit;
             hold!(*known == stake, "the stake in {} is another", stake.id);
-            counted.add(key, stake, name);
+            counted.add(key, stake, &path);
         }
         let stakes = self.stakes.iter().count();
         hold!(
@@ -380,8 +340,8 @@ impl Claims {
             "what namespaces hold is miscounted"
         );
         hold!(
-            self.wealthiest == counted.wealthiest,
-            "namespaces are in the wrong order"
+            self.holders == counted.holders,
+            "holders are miscounted or in the wrong order"
         );
         hold!(
             self.sessions == counted.sessions,

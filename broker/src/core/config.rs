@@ -32,11 +32,14 @@ pub struct CoreConfig {
     pub session_quota_bytes: Option<u64>,
     /// The most a tenant's namespace may hold, bytes; `None` is no quota.
     pub namespace_quota_bytes: Option<u64>,
-    /// How much more than others a namespace of this name gets when there is not enough for all; 1 when not named.
+    /// How much more than others a user (`1000`) gets when there is not enough for all, and a label (`1000/batch`) than the
+    /// user's other ones; 1 when not named.
+    pub tenant_weights: BTreeMap<String, u32>,
+    /// How much more than the tenant's others a namespace of this name gets then; 1 when not named.
     pub namespace_weights: BTreeMap<String, u32>,
     /// Sessions at a time.
     pub max_sessions: usize,
-    /// Sessions of one user at a time. Root has no such bound.
+    /// Sessions of one user at a time. Root has no such bound: of its sessions, one process gets all but a few.
     pub max_sessions_per_user: usize,
     /// Regions at a time.
     pub max_regions: usize,
@@ -56,10 +59,12 @@ pub struct CoreConfig {
     pub max_pinned_extents_per_session: usize,
     /// Blocks in the index, and in the host memory that borrowers tell of.
     pub max_blocks: u64,
-    /// The same for the blocks of one user. Root has no such bound.
+    /// The same for the blocks of one user, and for those of one process of root.
     pub max_blocks_per_user: u64,
     /// Borrowers that one session tells of at a time.
     pub max_borrowers_per_session: usize,
+    /// The smallest blocks, bytes. A smaller one would cost the broker more than it holds.
+    pub min_block_bytes: u64,
     /// Slots in one lease; a slab of smaller blocks has fewer slots than would fit.
     pub max_slots: u32,
 }
@@ -73,6 +78,7 @@ impl Default for CoreConfig {
             pin_base: 0,
             session_quota_bytes: None,
             namespace_quota_bytes: None,
+            tenant_weights: BTreeMap::new(),
             namespace_weights: BTreeMap::new(),
             max_sessions: 1_024,
             max_sessions_per_user: 256,
@@ -87,7 +93,9 @@ impl Default for CoreConfig {
             max_blocks: 16 << 20,
             max_blocks_per_user: 12 << 20,
             max_borrowers_per_session: 64,
-            max_slots: 1 << 20,
+            min_block_bytes: 64,
+            // As many as one message publishes. A slab has 64 MiB or more, and a model's block tens of KiB.
+            max_slots: 1 << 16,
         }
     }
 }

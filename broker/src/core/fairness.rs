@@ -1,25 +1,27 @@
 //! Who gets the next slab when there are not enough: whoever holds less for its weight.
 //!
 //! A session that was granted less than it asked for *waits*; its claim is remembered for `wait_ms` after it last
-//! asked. Holdings are counted in bytes of leases that are not revoked, at two levels. A tenant's *namespace* has a
-//! weight (`namespace_weights`; 1 unless configured), and namespaces share by what each holds for its weight, however
-//! many sessions it has: a model with ten replicas gets no ten shares. Within a namespace sessions share alike.
+//! asked. Holdings are counted in bytes of leases that are not revoked, at four levels: users, the tenants of each, the
+//! namespaces of each of those, and their sessions. The first three have weights (`tenant_weights`, `namespace_weights`; 1
+//! unless configured). Two claims are compared at the level where they part: what one user's namespaces take from each
+//! other is that user's own matter, and however many namespaces, labels or sessions a user makes up, another user's share
+//! stays the same. A model with ten replicas gets no ten shares either.
 //!
 //! * *Granting.* While others wait that would hold no more (for their weight) with another slab than the asker holds
 //!   without, the asker is granted a free slab only if enough free bytes remain for them to catch up with it.
-//! * *Taking.* When no free slab is left, the asker takes slabs from the namespace that holds the most for its weight,
-//!   if that is left with at least as much for its weight as the asker's then has; else from the largest holder of its
-//!   own namespace that is left with at least as much as the asker. As many as it lacks, less those already on their
-//!   way to it.
-//! * *Nobody starves.* A namespace that holds nothing may take a slab from any that is left with as much as it takes,
-//!   whatever the weights; and its only slab is never taken by these rules.
+//! * *Taking.* When no free slab is left, the asker takes slabs from the user that holds the most for its weight,
+//!   if that is left with at least as much for its weight as the asker's then has; else in the same way from another tenant of
+//!   its own user, else from another namespace of its own tenant; else from the largest holder of its own namespace that is
+//!   left with at least as much as the asker. As many as it lacks, less those already on their way to it.
+//! * *Nobody starves.* A user that holds nothing may take a slab from any that is left with as much as it takes,
+//!   whatever the weights; and its only slab is never taken by these rules. So with tenants of one user, and with namespaces
+//!   of one tenant, among themselves.
 //!
 //! The hysteresis is the slab between giver and taker: a giver ends no poorer than the taker, so it has no claim to
 //! take the slab back, and the granting rule keeps it from being handed the slab instead of the taker. Every slab that
-//! moves between namespaces lowers the sum of their holdings' squares by weight (or feeds one that had nothing, which
-//! happens once), and every slab that moves within one the sum of its sessions' squares. So however many borrowers want
-//! everything, slabs come to rest, spread as evenly as slabs can be: five between two borrowers at 3 and 2, whoever
-//! came first; eight between weights 3 and 1 at 6 and 2.
+//! moves lowers the sum of squared holdings by weight at the level where giver and taker part (or feeds one that had
+//! nothing, which happens once). So however many borrowers want everything, slabs come to rest, spread as evenly as slabs can
+//! be: five between two borrowers at 3 and 2, whoever came first; eight between weights 3 and 1 at 6 and 2.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -29,7 +31,8 @@ use super::{
     account::Account,
     arena::{LeaseKey, NamespaceKey, RegionKey},
     books::Books,
-    claims::{Claim, Party},
+    claims::Claim,
+    holders::{Holder, LEVELS, Path, path},
     shares::{Level, max_min_level, scaled},
 };
 
@@ -48,8 +51,8 @@ pub(super) struct Demand {
 
 impl Demand {
     /// Whose share it counts towards.
-    fn party(&self) -> Party {
-        (self.tenant.clone(), self.namespace.clone())
+    fn path(&self) -> Path {
+        path(&self.tenant, &self.namespace)
     }
 
     /// Whether it could use a slab of a region. An engine that lends part of its pool gains nothing by leasing it, and CUDA
@@ -68,19 +71,15 @@ pub(super) fn wait(books: &mut Books, demand: &Demand) {
         missing: demand.missing,
         device: demand.device,
         block_bytes: demand.block_bytes,
-        party: demand.party(),
+        path: demand.path(),
     };
     let until = books.now.saturating_add(books.config.wait_ms.into());
     books.claims.wait(demand.session, claim, until);
 }
 
-fn namespace_of(books: &Books, (tenant, name): &Party) -> Option<NamespaceKey> {
-    books.index.find_namespace(tenant, name)
-}
-
-/// What a namespace holds, bytes.
-fn holds(books: &Books, party: &Party) -> u64 {
-    namespace_of(books, party).map_or(0, |key| books.claims.holds(key))
+/// The level at which the paths of two claims part; `None` within one namespace.
+fn parting(one: &Path, other: &Path) -> Option<usize> {
+    (0..LEVELS).find(|level| one[*level] != other[*level])
 }
 
 fn lendable_bytes(books: &Books, column: impl Fn(&Account) -> u64) -> u64 {
@@ -97,12 +96,12 @@ fn free_within_reach(books: &Books, from: usize) -> u64 {
 
 /// Whether the demand may have a free slab on this device of this many bytes, given who else waits.
 pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) -> bool {
-    let own = demand.party();
+    let own = demand.path();
     let held = books.claims.held(demand.session);
     let mut claimed = 0;
     let mut free = u64::MAX;
-    // Slabs that other namespaces miss, and the free bytes within their reach.
-    let mut others: BTreeMap<&Party, (u64, u64)> = BTreeMap::new();
+    // By who parts from the asker, and where: the slabs that they miss, and the free bytes within their reach.
+    let mut others: BTreeMap<(usize, &Holder), (u64, u64)> = BTreeMap::new();
     for (session, claim) in books.claims.waits() {
         let useful =
             bytes >= claim.block_bytes && books.devices.path(claim.device, device).is_some();
@@ -110,8 +109,9 @@ pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) ->
             continue;
         }
         let missing = claim.missing.div_ceil(bytes);
-        if claim.party != own {
-            let (slabs, free) = others.entry(&claim.party).or_insert((0, u64::MAX));
+        if let Some(level) = parting(&own, &claim.path) {
+            let other = others.entry((level, &claim.path[level]));
+            let (slabs, free) = other.or_insert((0, u64::MAX));
             *slabs += missing;
             *free = (*free).min(free_within_reach(books, claim.device));
             continue;
@@ -123,11 +123,17 @@ pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) ->
             free = free.min(free_within_reach(books, claim.device));
         }
     }
-    let own_holds = holds(books, &own);
-    let own_weight = books.claims.weight(&own.1);
-    for (party, (missing, within_reach)) in others {
-        let even = scaled(own_holds, books.claims.weight(&party.1), own_weight);
-        let theirs = holds(books, party);
+    // From the namespaces up: what is claimed within the asker's side is its side's too, once it is granted.
+    let (mut within, mut below) = (claimed, LEVELS);
+    for ((level, other), (missing, within_reach)) in others.into_iter().rev() {
+        if level != below {
+            (within, below) = (claimed, level);
+        }
+        let own = &own[level];
+        let own_holds = books.claims.holders().bytes(own) + within;
+        let (weight, its) = (books.claims.weight(other), books.claims.weight(own));
+        let even = scaled(own_holds, weight, its);
+        let theirs = books.claims.holders().bytes(other);
         let behind = even.saturating_sub(theirs) / bytes;
         let starves = theirs == 0 && own_holds > 0;
         let slabs = missing.min(behind.max(starves.into()));
@@ -139,53 +145,104 @@ pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) ->
     free.saturating_sub(bytes) >= claimed
 }
 
-/// Bytes being drained or zeroed, less what others who wait may have of them.
-pub(super) fn on_its_way_to(books: &Books, demand: &Demand) -> u64 {
-    let coming = lendable_bytes(books, |account| account.draining + account.scrubbing);
+/// What holders of one kind hold, and what their sessions lack besides.
+type Wants = BTreeMap<Holder, (u64, u64)>;
+
+/// Bytes that are free only once they are zeroed, in slabs that the demand can use, of donors that can be told.
+fn to_be_zeroed(books: &Books, demand: &Demand) -> u64 {
+    let devices = demand.tiers.iter().flat_map(|(_, devices)| devices);
+    let dirty = devices.flat_map(|number| books.regions.shelf(*number).with_dirty(&demand.tenant));
+    let able = dirty.filter(|(_, (.., key))| {
+        let donor = books.sessions.get(books.regions.get(*key).donor());
+        donor.is_some_and(|donor| donor.is_attached()) && demand.can_use(books, *key)
+    });
+    able.map(|(dirt, (.., key))| books.regions.get(key).free_bytes(dirt))
+        .sum()
+}
+
+/// Bytes that are drained, zeroed, or to be zeroed, and will be somebody's who waits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Coming {
+    /// What the asker may have of them.
+    pub(super) to_asker: u64,
+    /// What others may have of them within the asker's user, within its tenant, and within its namespace.
+    within: [u64; LEVELS],
+}
+
+/// Who may have what is on its way.
+pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
+    let moving = lendable_bytes(books, |account| account.draining + account.scrubbing);
+    let coming = moving + to_be_zeroed(books, demand);
     let shelves = books.regions.shelves().iter();
     let Some(unit) = shelves.flat_map(|shelf| shelf.slab_sizes().next()).min() else {
-        return coming;
+        return Coming {
+            to_asker: coming,
+            ..Coming::default()
+        };
     };
-    let own = demand.party();
-    // What each namespace holds, and what its sessions lack besides.
-    let mut parties: BTreeMap<Party, (u64, u64)> = BTreeMap::new();
-    for (key, held) in books.claims.wealthiest() {
-        let namespace = books.index.namespace(key);
-        let party = (namespace.tenant().clone(), namespace.name().clone());
-        parties.insert(party, (held, 0));
+    let own = demand.path();
+    // Among whom the asker's share is divided, at each level.
+    let mut wants: [Wants; LEVELS] = Default::default();
+    let mut held = 0;
+    for (holder, bytes) in books.claims.holders().iter() {
+        let (level, beside) = match holder {
+            Holder::User(_) => {
+                held += bytes;
+                (0, true)
+            }
+            Holder::Tenant(tenant) => (1, own[0] == path(tenant, tenant)[0]),
+            Holder::Namespace(tenant, _) => (2, own[1] == Holder::Tenant(tenant.clone())),
+        };
+        if beside {
+            wants[level].entry(holder.clone()).or_default().0 = bytes;
+        }
     }
     for (_, claim) in books.claims.waits() {
-        let party = parties.entry(claim.party.clone()).or_default();
-        party.1 += claim.missing.div_ceil(unit) * unit;
+        let last = parting(&own, &claim.path).unwrap_or(LEVELS - 1);
+        for (wants, holder) in wants.iter_mut().zip(&claim.path).take(last + 1) {
+            let missing = claim.missing.div_ceil(unit) * unit;
+            wants.entry(holder.clone()).or_default().1 += missing;
+        }
     }
     let free = lendable_bytes(books, |account| account.free);
-    let held: u64 = parties.values().map(|(holds, _)| holds).sum();
-    let demands = parties
-        .iter()
-        .map(|(party, (holds, missing))| (holds + missing, books.claims.weight(&party.1)));
-    let level = max_min_level(demands.collect(), free + coming + held);
-    let mut claimed = 0;
-    for (party, (holds, missing)) in &parties {
-        let share = Level::share(level, books.claims.weight(&party.1));
-        claimed += if *party == own {
-            claimed_by_replicas(books, demand, share.min(holds + missing), unit)
-        } else {
-            let room = share.saturating_sub(*holds) / unit * unit;
-            (*missing).min(room)
-        };
+    let mut pool = free + moving + held;
+    // At each level, and among the sessions of the asker's namespace.
+    let mut claimed = [0; LEVELS + 1];
+    for ((wants, own), claimed) in wants.iter().zip(&own).zip(&mut claimed) {
+        let demands = (wants.iter())
+            .map(|(holder, (holds, missing))| (holds + missing, books.claims.weight(holder)));
+        let level = max_min_level(demands.collect(), pool);
+        pool = 0;
+        for (holder, (holds, missing)) in wants {
+            let share = Level::share(level, books.claims.weight(holder));
+            if holder == own {
+                pool = share.min(holds + missing);
+            } else {
+                let room = share.saturating_sub(*holds) / unit * unit;
+                *claimed += (*missing).min(room);
+            }
+        }
     }
-    coming.saturating_sub(claimed)
+    claimed[LEVELS] = claimed_by_replicas(books, demand, pool, unit);
+    let to_asker = coming.saturating_sub(claimed.iter().sum());
+    let mut within = [0; LEVELS];
+    for (level, within) in within.iter_mut().enumerate() {
+        let (outside, inside) = claimed.split_at(level + 1);
+        let left = coming.saturating_sub(outside.iter().sum::<u64>() + to_asker);
+        *within = left.min(inside.iter().sum());
+    }
+    Coming { to_asker, within }
 }
 
 /// What other sessions of the demand's namespace may have of what its share still brings it.
 fn claimed_by_replicas(books: &Books, demand: &Demand, share: u64, unit: u64) -> u64 {
-    let own = demand.party();
+    let own = demand.path();
     let waiting: BTreeMap<SessionId, u64> = (books.claims.waits())
-        .filter(|(_, claim)| claim.party == own)
+        .filter(|(_, claim)| claim.path == own)
         .map(|(id, claim)| (id, claim.missing))
         .collect();
     let mut demands: BTreeMap<SessionId, u64> = BTreeMap::new();
-    let key = namespace_of(books, &own);
+    let key = (books.index).find_namespace(&demand.tenant, &demand.namespace);
     for (id, held) in key.into_iter().flat_map(|key| books.claims.largest(key)) {
         demands.insert(id, held);
     }
@@ -205,36 +262,64 @@ fn claimed_by_replicas(books: &Books, demand: &Demand, share: u64, unit: u64) ->
         .sum()
 }
 
-/// The next slab to take for the asker, to whom `coming` bytes are on their way: of another namespace, else of
-/// another session of its own.
-pub(super) fn slab_to_take(books: &mut Books, demand: &Demand, coming: u64) -> Option<LeaseKey> {
-    let own = demand.party();
-    let own_key = namespace_of(books, &own);
-    let weight = books.claims.weight(&own.1);
-    let would_hold = holds(books, &own).saturating_add(coming);
-    let mut next = books.claims.next_wealthiest(None);
-    while let Some((key, bytes)) = next {
-        if Some(key) != own_key {
-            let theirs = books.claims.weight(books.index.namespace(key).name());
-            // What it can give and still hold as much for its weight as the asker's namespace then does.
-            let ahead = u128::from(weight) * u128::from(bytes);
-            let behind = u128::from(theirs) * u128::from(would_hold);
-            let most = ahead.saturating_sub(behind) / u128::from(weight + theirs);
-            let starves = if would_hold == 0 { bytes / 2 } else { 0 };
-            let most = u64::try_from(most).unwrap_or(u64::MAX).max(starves);
-            if let Some(lease) = take_from(books, demand, key, |_| Some(most)) {
-                return Some(lease);
+/// The next slab to take for the asker, given what is on its way: of another user, else of another tenant of
+/// its user, else of another namespace of its tenant, else of another session of its own namespace.
+pub(super) fn slab_to_take(
+    books: &mut Books,
+    demand: &Demand,
+    coming: &Coming,
+) -> Option<LeaseKey> {
+    let path = demand.path();
+    let mut within = None;
+    for (own, to_others) in path.iter().zip(coming.within) {
+        let weight = books.claims.weight(own);
+        let would_hold = books.claims.holders().bytes(own) + coming.to_asker + to_others;
+        let mut next = books.claims.holders().next_wealthiest(within, None);
+        while let Some((other, bytes)) = next {
+            if other != *own {
+                let theirs = books.claims.weight(&other);
+                // What it can give and still hold as much for its weight as the asker's side then does.
+                let ahead = u128::from(weight) * u128::from(bytes);
+                let behind = u128::from(theirs) * u128::from(would_hold);
+                let most = ahead.saturating_sub(behind) / u128::from(weight + theirs);
+                let starves = if would_hold == 0 { bytes / 2 } else { 0 };
+                let most = u64::try_from(most).unwrap_or(u64::MAX).max(starves);
+                if let Some(lease) = take_within(books, demand, &other, most) {
+                    return Some(lease);
+                }
             }
+            next = (books.claims.holders()).next_wealthiest(within, Some(&other));
         }
-        next = books.claims.next_wealthiest(Some(key));
+        within = Some(own);
     }
-    let asker_would_hold = books.claims.held(demand.session).saturating_add(coming);
-    take_from(books, demand, own_key?, |held| {
+    let own_key = (books.index).find_namespace(&demand.tenant, &demand.namespace)?;
+    let asker_would_hold = books.claims.held(demand.session) + coming.to_asker;
+    take_from(books, demand, own_key, |held| {
         let ahead = held
             .checked_sub(asker_would_hold)
             .filter(|ahead| *ahead > 0);
         Some(ahead? / 2)
     })
+}
+
+/// A lease of a holder that has one of use to the asker and of no more than `most` bytes: of whoever within it holds the
+/// most for its weight, if it has one.
+fn take_within(books: &mut Books, demand: &Demand, holder: &Holder, most: u64) -> Option<LeaseKey> {
+    if most == 0 {
+        return None;
+    }
+    if let Holder::Namespace(tenant, name) = holder {
+        let key = books.index.find_namespace(tenant, name)?;
+        return take_from(books, demand, key, |_| Some(most));
+    }
+    let mut next = books.claims.holders().next_wealthiest(Some(holder), None);
+    while let Some((inner, _)) = next {
+        if let Some(lease) = take_within(books, demand, &inner, most) {
+            return Some(lease);
+        }
+        next = (books.claims.holders()).next_wealthiest(Some(holder), Some(&inner));
+    }
+    None
 }
 
 /// A lease of the first session of a namespace, the largest holder first, that has one of use to the asker and no larger

@@ -10,7 +10,7 @@ use super::{
     books::{Books, NewLease},
     effect::{Grant, Note, Refusal, Reply},
     event::LeaseDemand,
-    fairness::{Demand, fair, on_its_way_to, slab_to_take, wait},
+    fairness::{Demand, fair, on_its_way, slab_to_take, wait},
     record::Record,
     region::{Dirt, Rank},
     revocation::revoke,
@@ -46,6 +46,13 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
                 problem: "is 0".to_owned(),
             });
         }
+    }
+    let least = books.config.min_block_bytes;
+    if demand.block_bytes < least {
+        return Err(Refusal::Invalid {
+            field: "block_bytes",
+            problem: format!("is {}; takes at least {least}", demand.block_bytes),
+        });
     }
     let asked_bytes = demand.bytes;
     let mut demand = Demand {
@@ -255,19 +262,19 @@ fn dirty_slab(books: &Books, device: usize, demand: &Demand) -> Option<(RegionKe
 
 /// Asks the largest holders to let go of what the demand lacks and may have.
 fn reclaim_for(books: &mut Books, demand: &Demand) {
-    let mut coming = on_its_way_to(books, demand);
-    let mut lacking = demand.missing.saturating_sub(coming);
+    let mut coming = on_its_way(books, demand);
+    let mut lacking = demand.missing.saturating_sub(coming.to_asker);
     for _ in 0..TAKEN_AT_ONCE {
         if lacking == 0 {
             return;
         }
-        let Some(lease) = slab_to_take(books, demand, coming) else {
+        let Some(lease) = slab_to_take(books, demand, &coming) else {
             return;
         };
         let bytes = books.leases.get(lease).terms().bytes;
         let drain_ms = books.config.default_drain_ms;
         revoke(books, lease, RevokeReason::Fairness, drain_ms, None);
-        coming += bytes;
+        coming.to_asker += bytes;
         lacking = lacking.saturating_sub(bytes);
     }
 }

@@ -22,6 +22,7 @@ mod slots;
 mod borrowers;
 mod claims;
 mod devices;
+mod holders;
 mod holds;
 mod index;
 mod leases;

@@ -33,6 +33,7 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
     }
     let room = books.room();
     books.regions.admissible(&outline, &books.devices, room)?;
+    fits_on_device(books, &outline, offer.caller.process.uid)?;
     let key = books.admit(outline);
     books.set_handle(key, offer.handle);
     books.record(Record::Region {
@@ -50,6 +51,24 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
         bytes: offer.bytes,
     });
     Ok(Reply::Done)
+}
+
+/// Nobody has more of a device to offer than there is. Counted for each user, since only one of those who together offer
+/// more than that can be believed, and the others must not be locked out by who lies.
+fn fits_on_device(books: &Books, offer: &Outline, uid: u32) -> Result<(), Refusal> {
+    let hbm_bytes = books.devices.get(offer.device).hbm_bytes;
+    let offered = books.sessions.donated_by(uid, offer.device);
+    // 0: unknown.
+    if hbm_bytes == 0 || offered.saturating_add(offer.bytes) <= hbm_bytes {
+        return Ok(());
+    }
+    Err(Refusal::Invalid {
+        field: "bytes",
+        problem: format!(
+            "is {}; uid {uid} offers {offered} there already, and the device has {hbm_bytes}",
+            offer.bytes
+        ),
+    })
 }
 
 fn offer_again(

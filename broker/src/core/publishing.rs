@@ -118,23 +118,35 @@ pub(super) fn may_index(books: &Books, session: SessionId, more: usize) -> Resul
     // Nobody has more than all have together: only a full index costs the sum.
     if after(known) > limit && after(known_of_user(books, session)) > limit {
         return Err(Refusal::Limit {
-            what: "indexed blocks of one user",
+            what: "indexed blocks of one user, or of one process of root",
             limit,
         });
     }
     Ok(())
 }
 
-/// The blocks that the session's user has published and keeps; 0 for root.
+/// The blocks that a session has published and keeps.
+fn known_of(books: &Books, id: SessionId) -> u64 {
+    let leases = books.sessions.get(id).into_iter();
+    let leases = leases.flat_map(|session| session.leases());
+    let keys = leases.filter_map(|lease| books.leases.find(*lease));
+    let published: u64 = keys
+        .map(|(key, _)| u64::from(books.index.published(key)))
+        .sum();
+    published + books.borrowers.kept_by(id)
+}
+
+/// The blocks that the session's user has published and keeps; of root, those of the session's process.
 fn known_of_user(books: &Books, session: SessionId) -> u64 {
     let Some(session) = books.sessions.get(session) else {
         return 0;
     };
-    let uid = session.process().uid;
-    if uid == 0 {
-        return 0;
+    let process = session.process();
+    if process.uid == 0 {
+        let sessions = books.sessions.of_process(process);
+        return sessions.into_iter().map(|id| known_of(books, id)).sum();
     }
-    let sessions = books.sessions.of_user(uid);
+    let sessions = books.sessions.of_user(process.uid);
     let kept: u64 = sessions.map(|id| books.borrowers.kept_by(id)).sum();
     books.index.blocks_of(user_of(session.tenant())) + kept
 }

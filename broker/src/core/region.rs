@@ -182,6 +182,12 @@ impl Region {
         self.free.keys()
     }
 
+    /// How many bytes of free slabs may still hold this.
+    pub(super) fn free_bytes(&self, dirt: &Dirt) -> u64 {
+        let slabs = self.free.get(dirt).map_or(0, |slabs| slabs.len());
+        slabs as u64 * self.outline.slab_bytes
+    }
+
     /// The first free slab that may still hold this.
     pub(super) fn first_free(&self, dirt: &Dirt) -> Option<u32> {
         self.free.get(dirt)?.first().copied()

@@ -13,6 +13,7 @@ use super::{
     effect::Refusal,
     event::{Caller, Connection},
     process::Process,
+    region::Outline,
 };
 
 /// The returned regions a session is told of again when it attaches; a donor that missed older ones learns of them
@@ -41,6 +42,8 @@ pub(super) struct Session {
     reads: BTreeSet<LeaseId>,
     /// Bytes of `regions`.
     donated_bytes: u64,
+    /// The same by device.
+    donated_on: BTreeMap<usize, u64>,
     /// Bytes of `leases`.
     held_bytes: u64,
     /// The last regions it got back, told again when it attaches.
@@ -211,6 +214,7 @@ impl Sessions {
             leases: BTreeSet::new(),
             reads: BTreeSet::new(),
             donated_bytes: 0,
+            donated_on: BTreeMap::new(),
             held_bytes: 0,
             returned: VecDeque::new(),
         };
@@ -279,24 +283,37 @@ impl Sessions {
         }
     }
 
+    /// What all sessions of a user donate on a device, those included that are over and have regions to get back; bytes.
+    pub(super) fn donated_by(&self, uid: u32, device: usize) -> u64 {
+        let its = self.known.values().filter(|its| its.process.uid == uid);
+        its.filter_map(|its| its.donated_on.get(&device)).sum()
+    }
+
     /// The session donates a region from now on.
-    pub(super) fn donate(&mut self, id: SessionId, region: RegionId, bytes: u64) {
-        if let Some(session) = self.known.get_mut(&id) {
-            session.regions.insert(region);
-            session.donated_bytes += bytes;
+    pub(super) fn donate(&mut self, region: &Outline) {
+        if let Some(session) = self.known.get_mut(&region.donor) {
+            session.regions.insert(region.id);
+            session.donated_bytes += region.bytes;
+            *session.donated_on.entry(region.device).or_default() += region.bytes;
         }
     }
 
     /// The session has a region back.
-    pub(super) fn take_back(&mut self, id: SessionId, region: RegionId, bytes: u64) {
-        if let Some(session) = self.known.get_mut(&id)
-            && session.regions.remove(&region)
+    pub(super) fn take_back(&mut self, region: &Outline) {
+        if let Some(session) = self.known.get_mut(&region.donor)
+            && session.regions.remove(&region.id)
         {
-            session.donated_bytes -= bytes;
+            session.donated_bytes -= region.bytes;
+            let left = session.donated_on.remove(&region.device);
+            let left = left.map(|bytes| bytes - region.bytes);
+            let left = left.filter(|bytes| *bytes > 0);
+            session
+                .donated_on
+                .extend(left.map(|bytes| (region.device, bytes)));
             if session.returned.len() >= RETURNED_REMEMBERED {
                 session.returned.pop_front();
             }
-            session.returned.push_back(region);
+            session.returned.push_back(region.id);
         }
     }
 

@@ -33,6 +33,7 @@ impl Drop for Attached {
         let (owner, session, serial) = (Arc::clone(&self.owner), self.session, self.serial);
         let detach = async move {
             let detached = owner.at_desk(move |owner, desk| {
+                desk.streams.over(session);
                 if desk.streams.close_serial(session, serial) {
                     desk.apply(owner, Event::Detach(session));
                 }
@@ -55,6 +56,7 @@ impl Owner {
             if desk.closing {
                 return Err(Refused::ShuttingDown);
             }
+            desk.streams.may_open(caller.session)?;
             let mut outstanding = Vec::new();
             let done =
                 desk.apply_diverting(owner, Event::Attach(caller), &mut |session, message| {

@@ -29,8 +29,9 @@ use crate::{
 const LABEL_BYTES: usize = 4;
 /// A uid, a slash and a label.
 const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
-/// The most entries in one page of a list: about a megabyte, which also clients that know no pages can read.
-const MOST_LISTED: usize = 8_192;
+/// The most entries in one page of a list. Everybody waits while the broker writes a page, which is a millisecond for these
+/// 250 KB.
+const MOST_LISTED: usize = 2_048;
 /// The longest hold, milliseconds.
 const MAX_HOLD_MS: u32 = 3_600_000;
 

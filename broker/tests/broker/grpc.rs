@@ -292,3 +292,80 @@ async fn metrics_are_text_for_prometheus() {
     drop(borrower);
     node.stop().await;
 }
+
+/// Whoever holds all connections over TCP, or all of those for metrics, keeps no probe and no scraper out: the oldest are closed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probes_and_scrapers_are_let_in_whoever_holds_the_other_connections() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    // More than there are places.
+    const HELD: usize = 80;
+    // What a client of HTTP/2 says first, and an empty SETTINGS frame.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let directory = tempfile::tempdir().unwrap();
+    let node = Node::start_in(directory, |config| {
+        config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
+        config.metrics_listen = Some(([127, 0, 0, 1], 0).into());
+    })
+    .await;
+    let (tcp, metrics) = (
+        node.broker.tcp_address().unwrap(),
+        node.broker.metrics_address().unwrap(),
+    );
+    let hold = async |address: std::net::SocketAddr, hello: &[u8]| {
+        let mut held = Vec::new();
+        for _ in 0..HELD {
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            stream.write_all(hello).await.unwrap();
+            held.push(stream);
+        }
+        held
+    };
+    let mut held = [hold(tcp, HELLO).await, hold(metrics, b"GET /").await];
+
+    let channel = tonic::transport::Endpoint::try_from(format!("http://{tcp}")).unwrap();
+    let channel = channel.connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let request = tonic_health::pb::HealthCheckRequest::default();
+    let answer = health.check(request).await.unwrap().into_inner();
+    assert_eq!(answer.status, 1);
+    let mut scrape = tokio::net::TcpStream::connect(metrics).await.unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    scrape.write_all(request).await.unwrap();
+    let mut text = String::new();
+    scrape.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    // The twin: there was no place left. The oldest gave theirs up.
+    for held in &mut held {
+        let mut rest = Vec::new();
+        // An error is an end too.
+        drop(held[0].read_to_end(&mut rest).await);
+    }
+    drop((held, health));
+    node.stop().await;
+}
+
+/// Who begins a TLS handshake and says no more is cut off. The twin is above: who ends it is served.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tls_handshake_has_a_deadline() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let file = |name: &str| {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/broker/tls");
+        std::path::Path::new(directory).join(name)
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let node = Node::start_in(directory, |config| {
+        config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
+        config.tls_cert = Some(file("server.pem"));
+        config.tls_key = Some(file("server-key.pem"));
+        config.tls_client_ca = Some(file("ca.pem"));
+    })
+    .await;
+    let address = node.broker.tcp_address().unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    // The first byte of a handshake record.
+    stream.write_all(&[22]).await.unwrap();
+    let mut rest = Vec::new();
+    // It ends, with or without an error, and not because the broker does.
+    drop(stream.read_to_end(&mut rest).await);
+    node.stop().await;
+}

@@ -1,5 +1,7 @@
 //! The oracle's verdict on offers, leases and what the core chose.
 
+use std::collections::BTreeMap;
+
 use swiftcache_proto::domain::{
     DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, Shortfall,
 };
@@ -10,6 +12,7 @@ use super::{
 };
 use crate::core::{
     Caller, Effect, Grant, LeaseDemand, Note, Offer, Outgoing, Record, Reply, Withdraw,
+    quotas::user_of,
 };
 
 pub(super) fn link(from: &DeviceUuid, to: &DeviceUuid) -> Option<LinkKind> {
@@ -350,8 +353,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// A slab is asked back for `asker`: within a namespace the giver then still holds no less, and between two no less
-    /// for its weight, or the asker's has nothing at all.
+    /// A slab is asked back for `asker`: within a namespace the giver then still holds no less, and above it no less
+    /// for its weight, or the asker's side has nothing at all.
     fn asked_back(
         &mut self,
         id: LeaseId,
@@ -367,20 +370,44 @@ impl Oracle {
             };
             self.leases.iter().filter(held).count() as u64
         };
-        let weight = |name: &str| {
-            let weight = self.config.namespace_weights.get(name);
-            weight.map_or(1, |weight| u64::from(*weight))
+        let weight = |of: &BTreeMap<String, u32>, name: &str| {
+            of.get(name).map_or(1, |weight| u64::from(*weight))
         };
-        let own = |other: &OLease| other.tenant == asker.tenant && other.namespace == namespace;
-        let same =
-            |other: &OLease| other.tenant == lease.tenant && other.namespace == lease.namespace;
-        let fair = if own(&lease) {
+        // Two sides share at the level where they part: by user, by tenant of one user, by namespace of one tenant.
+        let tenants = (lease.tenant.as_str(), asker.tenant.as_str());
+        let users = (user_of(tenants.0), user_of(tenants.1));
+        let fair_between = |of: &dyn Fn(&OLease, &str, &str) -> bool, weights: (u64, u64)| {
+            let theirs = active(&|held| of(held, tenants.0, &lease.namespace));
+            let ours = active(&|held| of(held, tenants.1, namespace));
+            let ahead = (theirs - 1) * weights.1;
+            ahead >= (ours + 1) * weights.0 || ours == 0 && theirs > 1
+        };
+        let config = &self.config;
+        let fair = if users.0 != users.1 {
+            let by = &config.tenant_weights;
+            fair_between(
+                &|held, tenant, _| user_of(&held.tenant) == user_of(tenant),
+                (weight(by, users.0), weight(by, users.1)),
+            )
+        } else if tenants.0 != tenants.1 {
+            // A user's own tenant, without a label, has the user's weight among users only.
+            let of = |tenant: &str| match tenant.contains('/') {
+                true => weight(&config.tenant_weights, tenant),
+                false => 1,
+            };
+            fair_between(
+                &|held, tenant, _| held.tenant == tenant,
+                (of(tenants.0), of(tenants.1)),
+            )
+        } else if lease.namespace != namespace {
+            let by = &config.namespace_weights;
+            fair_between(
+                &|held, tenant, name| held.tenant == tenant && held.namespace == name,
+                (weight(by, &lease.namespace), weight(by, namespace)),
+            )
+        } else {
             let of = |session| active(&|lease: &OLease| lease.lessee == session);
             of(lease.lessee) > of(asker.id)
-        } else {
-            let (theirs, ours) = (active(&same), active(&own));
-            let ahead = (theirs - 1) * weight(namespace);
-            ahead >= (ours + 1) * weight(&lease.namespace) || ours == 0 && theirs > 1
         };
         if reason != RevokeReason::Fairness || lease.lessee == asker.id || !fair {
             return Err(format!(

@@ -4,7 +4,7 @@ use swiftcache_proto::domain::Extent;
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, Event, EvictTarget, Grant, LeaseDemand, Lookup, Refusal, Reply,
+    Caller, CoreConfig, Event, EvictTarget, Grant, LeaseDemand, Lookup, Process, Refusal, Reply,
 };
 
 /// A donor's four slabs, and two sessions of one tenant; the first holds two slabs.
@@ -193,7 +193,7 @@ fn the_index_is_bounded() {
     let lessee = bench.join("lessee", "1000");
     bench.offer(donor, 1, 1, 1);
     let (grants, _) = bench.demanded(LeaseDemand {
-        block_bytes: 1,
+        block_bytes: bench.config.min_block_bytes,
         ..Bench::demand(lessee, 1)
     });
     assert_eq!(grants[0].slots, 3);
@@ -202,40 +202,81 @@ fn the_index_is_bounded() {
     assert!(matches!(refusal, Refusal::Limit { .. }), "{refusal:?}");
 }
 
+/// A few slabs have no room for all blocks that the index takes, however small their blocks are said to be. The twin: without
+/// the bounds, sixteen slabs of a megabyte do.
+#[test]
+fn sixteen_slabs_cannot_fill_the_index() {
+    const SLABS: u64 = 16;
+    let bounded = CoreConfig::default();
+    let unbounded = CoreConfig {
+        min_block_bytes: 1,
+        max_slots: 1 << 20,
+        ..CoreConfig::default()
+    };
+    for (config, fills) in [(bounded, false), (unbounded, true)] {
+        let mut bench = Bench::with(config);
+        let donor = bench.join("donor", "1000");
+        let lessee = bench.join("lessee", "1000");
+        bench.offer(donor, 1, 1, SLABS);
+        let demand = |block_bytes| LeaseDemand {
+            block_bytes,
+            ..Bench::demand(lessee, SLABS)
+        };
+        let least = bench.config.min_block_bytes;
+        let refusal = bench.refused(Event::Lease(demand(least - 1)));
+        assert!(refusal.to_string().starts_with("block_bytes"), "{refusal}");
+        let (grants, _) = bench.demanded(demand(least));
+        let slots: u64 = grants.iter().map(|grant| u64::from(grant.slots)).sum();
+        assert_eq!(grants.len() as u64, SLABS);
+        assert_eq!(slots >= bench.config.max_blocks, fills, "{slots} slots");
+    }
+}
+
 /// Of two users one publishes all it may; what is left is the other's. The twin: without a bound nothing is left.
 #[test]
 fn one_user_cannot_fill_the_index_alone() {
     for (max_blocks_per_user, left) in [(2, true), (3, false)] {
-        let mut bench = Bench::with(CoreConfig {
-            max_blocks: 3,
-            max_blocks_per_user,
-            ..CoreConfig::default()
-        });
-        let donor = bench.join("donor", "1000");
-        bench.offer(donor, 1, 1, 2);
-        let mut other = donor.process;
-        (other.uid, other.pid) = (2_000, 4_711);
-        let other = bench.join_as(other, "other", "2000");
-        // The labels of a user do not help it.
-        let greedy = bench.join("greedy", "1000/a");
-        let grants = [greedy, other].map(|lessee| {
-            let demand = LeaseDemand {
-                block_bytes: SLAB / 4,
-                ..Bench::demand(lessee, 1)
-            };
-            bench.demanded(demand).0.remove(0)
-        });
-        bench.publish(greedy, &grants[0], &[(1, 0), (2, 1)]);
-        let third = Bench::publish_event(greedy, &grants[0], &[(3, 2)]);
-        if left {
-            let refusal = bench.refused(third);
-            assert!(refusal.to_string().contains("one user"), "{refusal}");
-            bench.publish(other, &grants[1], &[(4, 0)]);
-        } else {
-            bench.publish(greedy, &grants[0], &[(3, 2)]);
-            let refusal = bench.refused(Bench::publish_event(other, &grants[1], &[(4, 0)]));
-            assert!(matches!(refusal, Refusal::Limit { .. }), "{refusal:?}");
-        }
+        index_by_two(max_blocks_per_user, left, [1_000, 2_000]);
+        // Of root, each process counts by itself.
+        index_by_two(max_blocks_per_user, left, [0, 0]);
+    }
+}
+
+fn index_by_two(max_blocks_per_user: u64, left: bool, users: [u32; 2]) {
+    let mut bench = Bench::with(CoreConfig {
+        max_blocks: 3,
+        max_blocks_per_user,
+        ..CoreConfig::default()
+    });
+    let donor = bench.join("donor", "1000");
+    bench.offer(donor, 1, 1, 2);
+    let process = |pid, uid| Process {
+        pid,
+        uid,
+        ..donor.process
+    };
+    let other = process(4_711, users[1]);
+    let other = bench.join_as(other, "other", &users[1].to_string());
+    // The labels of a user do not help it.
+    let greedy = process(4_712, users[0]);
+    let greedy = bench.join_as(greedy, "greedy", &format!("{}/a", users[0]));
+    let grants = [greedy, other].map(|lessee| {
+        let demand = LeaseDemand {
+            block_bytes: SLAB / 4,
+            ..Bench::demand(lessee, 1)
+        };
+        bench.demanded(demand).0.remove(0)
+    });
+    bench.publish(greedy, &grants[0], &[(1, 0), (2, 1)]);
+    let third = Bench::publish_event(greedy, &grants[0], &[(3, 2)]);
+    if left {
+        let refusal = bench.refused(third);
+        assert!(refusal.to_string().contains("one user"), "{refusal}");
+        bench.publish(other, &grants[1], &[(4, 0)]);
+    } else {
+        bench.publish(greedy, &grants[0], &[(3, 2)]);
+        let refusal = bench.refused(Bench::publish_event(other, &grants[1], &[(4, 0)]));
+        assert!(matches!(refusal, Refusal::Limit { .. }), "{refusal:?}");
     }
 }
 

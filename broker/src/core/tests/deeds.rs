@@ -14,7 +14,8 @@ pub(super) const BLOCKS: u64 = 6;
 
 /// The bytes of a block: no two tenants or namespaces have the same.
 pub(super) fn content(tenant: &str, namespace: &str, block: u64) -> u64 {
-    block | u64::from(tenant == TENANTS[0]) << 8 | u64::from(namespace == "model") << 9
+    let tenant = TENANTS.iter().position(|known| *known == tenant);
+    block | (tenant.map_or(3, |number| number as u64)) << 8 | u64::from(namespace == "model") << 10
 }
 
 impl History {

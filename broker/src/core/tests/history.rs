@@ -174,6 +174,7 @@ impl History {
             pin_ms: 400,
             default_drain_ms: 300,
             wait_ms: 500,
+            tenant_weights: [("1001".to_owned(), 2)].into(),
             namespace_weights: [("other".to_owned(), 3)].into(),
             ..CoreConfig::default()
         };

@@ -25,6 +25,45 @@ fn the_best_link_comes_first() {
     assert_eq!(links(&grants), best);
 }
 
+/// One user's offers of a device are no more than its HBM together, and what is returned makes room. Another user is not locked
+/// out. The twin: where nobody knows how much there is, nothing is refused.
+#[test]
+fn nobody_offers_more_than_the_device_has() {
+    const GIB: u64 = 1 << 30;
+    for known in [true, false] {
+        let mut bench = Bench::new();
+        let mut node = node();
+        for device in &mut node.devices {
+            device.hbm_bytes = if known { 10 * GIB } else { 0 };
+        }
+        bench.state = State::new(bench.config.clone(), node);
+        let offer = |donor, number, gib| {
+            let mut offer = Bench::offer_event(donor, number, 1, 0);
+            (offer.bytes, offer.slab_bytes) = (gib * GIB, GIB);
+            Event::Offer(offer)
+        };
+        let donors = [bench.join("one", "1000"), bench.join("two", "1000")];
+        bench.done(offer(donors[0], 1, 6));
+        if !known {
+            bench.done(offer(donors[1], 2, 6));
+            continue;
+        }
+        let refusal = bench.refused(offer(donors[1], 2, 6));
+        assert!(refusal.to_string().starts_with("bytes"), "{refusal}");
+        bench.done(offer(donors[1], 3, 4));
+        // On another device nothing is offered yet.
+        let mut elsewhere = Bench::offer_event(donors[0], 4, 2, 0);
+        (elsewhere.bytes, elsewhere.slab_bytes) = (10 * GIB, GIB);
+        bench.done(Event::Offer(elsewhere));
+        let mut other = donors[0].process;
+        (other.uid, other.pid) = (2_000, 4_711);
+        let other = bench.join_as(other, "other", "2000");
+        bench.done(offer(other, 5, 10));
+        bench.withdraw(donors[0], WithdrawWhat::Regions(vec![region(1)]));
+        bench.done(offer(donors[1], 6, 6));
+    }
+}
+
 #[test]
 fn devices_without_a_link_are_not_lent_from() {
     let mut bench = Bench::new();

@@ -25,5 +25,6 @@ mod restarts;
 mod service;
 mod sessions;
 mod steps;
+mod users;
 mod weights;
 mod world;

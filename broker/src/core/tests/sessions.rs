@@ -350,6 +350,41 @@ fn one_user_cannot_take_all_sessions() {
     }
 }
 
+/// One process of root takes all sessions but a few, which another one gets. The twin: where none are kept, nobody does.
+#[test]
+fn no_process_alone_takes_all_sessions() {
+    for (max_sessions, kept) in [(32, 2), (15, 0)] {
+        let mut bench = Bench::with(CoreConfig {
+            max_sessions,
+            ..CoreConfig::default()
+        });
+        let mut joins = |pid, number: u64| {
+            let register = Register {
+                process: Process {
+                    pid,
+                    birth: 7,
+                    uid: 0,
+                },
+                fresh_id: SessionId(number),
+                name: "more".to_owned(),
+                tenant: "0".to_owned(),
+                resume: None,
+                held: Vec::new(),
+                shared: Vec::new(),
+                connection: Connection::default(),
+            };
+            match bench.apply(Event::Register(register)) {
+                Some(Reply::Registered { .. }) => true,
+                Some(Reply::Refused(Refusal::Limit { .. })) => false,
+                other => panic!("{other:?}"),
+            }
+        };
+        let taken = (1..100).filter(|number| joins(1, *number)).count();
+        assert_eq!(taken + kept, max_sessions);
+        assert_eq!(joins(2, 1_000), kept > 0);
+    }
+}
+
 #[test]
 fn sessions_are_bounded() {
     let mut bench = Bench::with(CoreConfig {

@@ -11,7 +11,7 @@ use crate::core::{
     Caller, Connection, Event, Outgoing, Process, Publish, Register, Reply, WithdrawWhat,
 };
 
-pub(super) const TENANTS: [&str; 2] = ["1000", "1001/blue"];
+pub(super) const TENANTS: [&str; 3] = ["1000", "1001/blue", "1000/green"];
 /// Processes at a time.
 const CLIENTS: usize = 7;
 
@@ -249,7 +249,11 @@ impl History {
             return Ok(());
         }
         self.drawn += 1;
-        let tenant = TENANTS[usize::from(b.is_multiple_of(4))];
+        let tenant = match b % 8 {
+            0 => TENANTS[1],
+            4 => TENANTS[2],
+            _ => TENANTS[0],
+        };
         let register = Register {
             process,
             fresh_id: SessionId(self.drawn << 48),
