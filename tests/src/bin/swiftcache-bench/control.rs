@@ -33,13 +33,13 @@ const LOOKUP_HASHES: u32 = 8192;
 const BLOCK_BYTES: u64 = 64 << 10;
 const GIB: u64 = 1 << 30;
 
-type Client = v1::broker_client::BrokerClient<Channel>;
+pub(crate) type Client = v1::broker_client::BrokerClient<Channel>;
 
 /// A donor's or a borrower's session with its stream.
-struct Party {
-    client: Client,
-    id: u64,
-    device: String,
+pub(crate) struct Party {
+    pub(crate) client: Client,
+    pub(crate) id: u64,
+    pub(crate) device: String,
     outgoing: mpsc::Sender<v1::SessionRequest>,
     incoming: Streaming<v1::SessionResponse>,
     /// How many regions were offered so far. Each offer uses the next number as its id, so no id is used twice.
@@ -47,7 +47,7 @@ struct Party {
 }
 
 impl Party {
-    async fn join(channel: Channel, name: &str, device: usize) -> Result<Self> {
+    pub(crate) async fn join(channel: Channel, name: &str, device: usize) -> Result<Self> {
         let mut client = Client::new(channel)
             .max_decoding_message_size(swiftcache_proto::convert::MAX_MESSAGE_BYTES);
         let registered = client
@@ -94,7 +94,12 @@ impl Party {
     }
 
     /// Offers one region with the largest slabs that the protocol allows. Returns the region's id.
-    async fn offer(&mut self, bytes: u64) -> Result<Vec<u8>> {
+    pub(crate) async fn offer(&mut self, bytes: u64) -> Result<Vec<u8>> {
+        self.offer_slabs(bytes, bytes.min(*SLAB_BYTES.end())).await
+    }
+
+    /// Offers one region with slabs of this size. Returns the region's id.
+    pub(crate) async fn offer_slabs(&mut self, bytes: u64, slab_bytes: u64) -> Result<Vec<u8>> {
         self.offered += 1;
         let region = self.offered.to_le_bytes().to_vec();
         self.client
@@ -105,7 +110,7 @@ impl Party {
                 allocation_id: region.clone().into(),
                 offset: 0,
                 bytes,
-                slab_bytes: bytes.min(*SLAB_BYTES.end()),
+                slab_bytes,
                 handle: Some(v1::Handle {
                     kind: v1::HandleKind::CudaIpc.into(),
                     opaque: vec![1; 64].into(),
@@ -116,7 +121,7 @@ impl Party {
         Ok(region)
     }
 
-    async fn lease(&mut self, bytes: u64) -> Result<Vec<v1::Grant>> {
+    pub(crate) async fn lease(&mut self, bytes: u64) -> Result<Vec<v1::Grant>> {
         let response = self
             .client
             .lease(v1::LeaseRequest {
@@ -374,7 +379,7 @@ pub(crate) async fn fill_index(channel: Channel, messages: u32, per_message: u32
 
 /// The hash of a block. Hashes of consecutive blocks are far apart, like those of real hash functions, so that the
 /// index cannot profit from their order.
-fn spread(block: u32) -> [u8; 16] {
+pub(crate) fn spread(block: u32) -> [u8; 16] {
     u128::from(block + 1)
         .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
         .to_le_bytes()
@@ -382,9 +387,14 @@ fn spread(block: u32) -> [u8; 16] {
 
 /// Waits until a starting broker listens on its Unix socket, and returns a channel to it.
 pub(crate) async fn connect(socket: &Path) -> Result<Channel> {
+    connect_reading(socket, 4 << 20).await
+}
+
+/// The same for a channel whose other end may send so many bytes before somebody reads them.
+pub(crate) async fn connect_reading(socket: &Path, window: u32) -> Result<Channel> {
     let endpoint = Endpoint::from_static("http://localhost")
-        .initial_connection_window_size(4 << 20)
-        .initial_stream_window_size(4 << 20);
+        .initial_connection_window_size(window.max(1 << 16))
+        .initial_stream_window_size(window);
     let patience = Instant::now() + Duration::from_secs(10);
     loop {
         let socket: PathBuf = socket.into();

@@ -4,6 +4,7 @@
 mod broker;
 mod control;
 mod copies;
+mod floods;
 mod index;
 mod machine;
 mod ownership;
@@ -41,6 +42,14 @@ struct Flags {
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
+    /// Measure only what lookups take while others flood the broker.
+    #[arg(long, conflicts_with = "write")]
+    floods: bool,
+    /// Flood the broker at `--socket` until killed. The bench starts processes that do.
+    #[arg(long, hide = true, requires = "socket")]
+    flood: Option<floods::Flood>,
+    #[arg(long, hide = true)]
+    socket: Option<PathBuf>,
 }
 
 #[allow(
@@ -67,21 +76,42 @@ fn run(flags: &Flags) -> Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
+    if let (Some(flood), Some(socket)) = (flags.flood, &flags.socket) {
+        floods::flood(flood, socket, &runtime)?;
+        return Ok(String::new());
+    }
+    if flags.floods {
+        return Ok(text(flags, &flooded(flags.rounds, &runtime)?));
+    }
     let mut lines = process(flags.rounds, &runtime)?;
+    lines.extend(flooded(flags.rounds, &runtime)?);
     lines.extend(copies::run(flags.rounds.min(25))?);
     lines.extend(pipeline::run(9)?);
     lines.extend(ownership::run(flags.rounds.min(20))?);
     lines.extend(slowdown::run(flags.rounds.min(15))?);
-    let machine = machine::describe();
     if let Some(path) = &flags.write {
-        let text = format!("{machine}\n\n{}", report::markdown(&lines));
+        let text = format!("{}\n\n{}", machine::describe(), report::markdown(&lines));
         report::write_between_markers(path, &text)?;
     }
-    if flags.json {
-        let document = serde_json::json!({ "machine": machine, "lines": lines });
-        return Ok(serde_json::to_string_pretty(&document)?);
+    Ok(text(flags, &lines))
+}
+
+/// The lines as a table, or as JSON.
+fn text(flags: &Flags, lines: &[Line]) -> String {
+    let machine = machine::describe();
+    match flags.json {
+        true => {
+            let document = serde_json::json!({ "machine": machine, "lines": lines });
+            format!("{document:#}")
+        }
+        false => format!("{machine}\n{}", report::table(lines)),
     }
-    Ok(format!("{machine}\n{}", report::table(&lines)))
+}
+
+/// Lookups while others flood a new broker, which lets everybody in.
+fn flooded(rounds: u32, runtime: &tokio::runtime::Runtime) -> Result<Vec<Line>> {
+    let node = floods::node(HBM)?;
+    floods::run(rounds, runtime, &node)
 }
 
 /// Starts a new broker, with its ledger on tmpfs as on a node.
