@@ -79,6 +79,8 @@ pub(crate) fn node(hbm_bytes: u64) -> Result<Node> {
     let node = Node::start_with(Setup {
         hbm_bytes: Some(hbm_bytes),
         options: group.into_iter().filter(|_| member).collect(),
+        // HTTP/2 warns of each call that is given up before it is answered.
+        log: "error".to_owned(),
         ..Setup::default()
     })?;
     fs::set_permissions(node.directory(), Permissions::from_mode(0o755))?;
