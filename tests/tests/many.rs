@@ -22,8 +22,8 @@ const SLAB: u64 = 64 << 10;
 #[test]
 fn sessions_beyond_the_limit_are_refused_and_those_within_are_served() -> Result<()> {
     const SESSIONS: usize = 10_000;
-    // One process gets all but sixteen.
-    let node = Node::start(&["--max-sessions", &(SESSIONS + 16).to_string()])?;
+    // One process gets all but sixteen, and the donor is one of its sessions.
+    let node = Node::start(&["--max-sessions", &(SESSIONS + 17).to_string()])?;
     let operator = Operator::of(&node)?;
     let wire = operator.wire();
     let donor = wire.member("donor", "")?;
