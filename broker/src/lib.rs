@@ -25,5 +25,4 @@ pub mod serve;
 pub mod service;
 mod streams;
 pub mod traces;
-mod turns;
 mod unread;

@@ -23,7 +23,6 @@ use crate::{
     core::{Connection, Process},
     listen::{Admission, Limits, Permit, TcpPeer},
     peer::Peer,
-    turns::{Kind, Turns},
 };
 
 /// The service whose answers are large.
@@ -65,14 +64,13 @@ struct Budget {
     reserved: usize,
 }
 
-/// Bounds the answers that are not read yet, and has calls take turns. Clones count together.
+/// Bounds the answers that are not read yet. Clones count together.
 #[derive(Clone)]
 pub(crate) struct Unread {
     lists: Admission,
     budget: Budget,
     wait: Duration,
     books: Arc<Books>,
-    turns: Turns,
 }
 
 impl Unread {
@@ -89,7 +87,6 @@ impl Unread {
             budget,
             wait,
             books,
-            turns: Turns::default(),
         }
     }
 
@@ -287,28 +284,20 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let reader = Reader::of(request.extensions());
-        let path = request.uri().path();
-        let (kind, listed) = (Kind::of(path), path.starts_with(LISTS));
+        let listed = request.uri().path().starts_with(LISTS);
         let lists = listed.then(|| self.unread.lists.clone());
         let (answering, unread) = (self.inner.call(request), self.unread.clone());
         Box::pin(async move {
-            let turn = loop {
-                if !unread.room(&reader).await {
-                    return Ok(refused("too many bytes of answers are unread"));
-                }
-                let turn = unread.turns.take(reader.process, kind).await;
-                // Meanwhile the answers before it have been counted.
-                if unread.has_room(&reader) {
-                    break turn;
-                }
-            };
+            // Here, and not before: meanwhile the answers before it have been counted.
+            if !unread.room(&reader).await {
+                return Ok(refused("too many bytes of answers are unread"));
+            }
             let permit = match lists.map(|lists| lists.admit(reader.process)) {
                 None => None,
                 Some(Some(permit)) => Some(Arc::new(permit)),
                 Some(None) => return Ok(refused("too many answers to calls of Admin are unread")),
             };
             let answer = answering.await?;
-            drop(turn);
             Ok(answer.map(|body| {
                 Body::new(Counted {
                     body,
