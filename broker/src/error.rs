@@ -6,7 +6,21 @@ use std::{io, net::SocketAddr, path::PathBuf};
 use swiftcache_proto::{convert::InvalidField, domain::AllocationId, topology::TopologyError};
 use tonic::Status;
 
-use crate::{core::Refusal, probe::Unusable};
+use crate::core::Refusal;
+
+/// Why NVML cannot be used here. The text is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// There is no NVML here: the library cannot be loaded.
+    #[error("{0}")]
+    Absent(String),
+    /// NVML works, and lists no GPU.
+    #[error("{0}")]
+    NoDevice(String),
+    /// NVML is there and does not work, or none of the GPUs that it lists can be used.
+    #[error("{0}")]
+    Failed(String),
+}
 
 /// Why the broker cannot start.
 #[derive(Debug, thiserror::Error)]

@@ -101,8 +101,12 @@ pub(crate) fn seconds(seconds: f64) -> Result<Duration> {
 
 /// So many seconds, by the argument's name.
 pub(crate) fn duration(argument: &str, seconds: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(seconds.min(LONGEST_SECONDS))
-        .map_err(|error| Failure::argument(argument, error))
+    // `min` would take the longest for what is not a number.
+    let seconds = match seconds > LONGEST_SECONDS {
+        true => LONGEST_SECONDS,
+        false => seconds,
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|error| Failure::argument(argument, error))
 }
 
 /// How long to wait.

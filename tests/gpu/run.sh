@@ -62,6 +62,7 @@ if [ -x "$beside/swiftcache-broker" ] && [ -x "$beside/swiftcache" ] && [ -x "$b
     step 90 "full stack: broker over NVML, swiftcache donate, borrower" full-stack
     step 90 "full stack, each process enumerates its own GPU only (CUDA_VISIBLE_DEVICES)" full-stack --apart
     step 90 "a CUDA graph, captured in global mode while a borrower leases, stores and gives back" graph-capture
+    step 120 "a stitched pool: its slabs taken back and overwritten three times, every byte verified" stitched
 else
     echo "== full stack: not run, swiftcache-broker, swiftcache and swiftcache-test-borrower are not in $beside"
 fi

@@ -9,10 +9,10 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{Device, DeviceUuid, Link};
 
-pub use nvml::{Nvml, Unusable};
+pub use nvml::Nvml;
 pub use simulated::Simulated;
 
-use crate::error::BrokerError;
+use crate::error::{BrokerError, Unusable};
 
 /// The node that is simulated when there is no driver and no topology is named.
 pub const DEFAULT_TOPOLOGY: &str = "hgx-8";

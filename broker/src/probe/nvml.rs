@@ -16,26 +16,13 @@ use parking_lot::Mutex;
 use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
 
 use super::{LeftOut, Probe};
+use crate::error::Unusable;
 
 /// The most NVLinks a GPU has (`NVML_NVLINK_MAX_LINKS`).
 const MAX_NVLINKS: u32 = 18;
 /// The fields with the speed of each active NVLink, in MB/s in one direction: `NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON`,
 /// and `NVML_FI_DEV_NVLINK_GET_SPEED` (of link 0). Some GPUs support neither.
 const NVLINK_SPEEDS: [FieldId; 2] = [FieldId(90), FieldId(164)];
-
-/// Why NVML cannot be used here. The text is for people.
-#[derive(Debug, thiserror::Error)]
-pub enum Unusable {
-    /// There is no NVML here: the library cannot be loaded.
-    #[error("{0}")]
-    Absent(String),
-    /// NVML works, and lists no GPU.
-    #[error("{0}")]
-    NoDevice(String),
-    /// NVML is there and does not work, or none of the GPUs that it lists can be used.
-    #[error("{0}")]
-    Failed(String),
-}
 
 /// The node as NVML sees it. Link speeds are the nominal speeds that the driver tells.
 pub struct Nvml {

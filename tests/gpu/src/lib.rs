@@ -12,4 +12,5 @@ pub mod links;
 pub mod operation;
 pub mod pattern;
 pub mod peer;
+pub mod stitched;
 pub mod subject;

@@ -12,7 +12,7 @@ use swiftcache_gpu_tests::{
     conformance::{CHECKS, Check, PEER_CHECKS},
     full_stack, links,
     operation::{self, Operation},
-    peer,
+    peer, stitched,
     subject::{Backend, Subject, simulated},
 };
 
@@ -76,6 +76,15 @@ enum Command {
         #[arg(long)]
         topology: Option<PathBuf>,
     },
+    /// Lays an engine's pool out over the first device and slabs of the last, takes them back, and checks every byte.
+    Stitched {
+        /// A topology file that names these GPUs, in place of NVML.
+        #[arg(long)]
+        topology: Option<PathBuf>,
+        /// Moves only a few bytes, to test that everything runs.
+        #[arg(long)]
+        small: bool,
+    },
     /// Compares copies of the host backend with memcpy.
     BenchHost,
     /// Shares memory with a process that has the same PID. Run it as PID 1 of a PID namespace.
@@ -138,6 +147,15 @@ fn run() -> Result<ExitCode> {
         Command::GraphCapture { topology } => {
             let subject = Subject::cuda(program)?;
             capture::run(&subject.layer, topology, &mut tell_line).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Stitched { topology, small } => {
+            let subject = Subject::cuda(program)?;
+            let scale = match small {
+                true => stitched::Scale::SMALL,
+                false => stitched::Scale::FULL,
+            };
+            stitched::run(&subject.layer, topology, scale, &mut tell_line)
+                .map(|()| ExitCode::SUCCESS)
         }
         Command::BenchHost => {
             let usage_dir = std::env::temp_dir().join("swiftcache-gpu-check");

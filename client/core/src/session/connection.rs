@@ -16,7 +16,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Held, SessionConfig, run::Past};
+use super::{Held, SessionConfig};
 
 /// Flow-control windows and frames large enough that a lookup's 128 KiB of hashes never waits for an update.
 const WINDOW_BYTES: u32 = 4 << 20;
@@ -42,6 +42,25 @@ pub(super) struct Connection {
     /// Cancelled when the broker must be told anew what is held, which only another connection does.
     pub(super) given_up: CancellationToken,
     outgoing: mpsc::UnboundedSender<v1::SessionRequest>,
+}
+
+/// The session as the broker may know it.
+#[derive(Clone, Copy)]
+pub(super) struct Past {
+    pub(super) session: SessionId,
+    /// The boot id of the broker of the last connection that was served.
+    pub(super) boot_id: Option<u64>,
+}
+
+impl Past {
+    /// A session that the broker has just opened. It is resumed from here on, also if the connection is lost before it is
+    /// served: nothing else would end it while this process lives.
+    fn opened(session: SessionId) -> Self {
+        Self {
+            session,
+            boot_id: None,
+        }
+    }
 }
 
 /// A connection just opened, with what the broker said about the past.

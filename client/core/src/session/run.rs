@@ -7,7 +7,7 @@ use std::{
 
 use swiftcache_proto::{
     convert,
-    domain::{DeviceUuid, Generation, LeaseId, RevokeReason, SessionId},
+    domain::{DeviceUuid, Generation, LeaseId, RevokeReason},
     v1::{self, session_response::Message},
 };
 use tokio::time::{sleep, timeout};
@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 use super::{
     Connected, Held, Hold, LinkState, Revocation, Scrub, Shared,
     backoff::Backoff,
-    connection::{Connection, OpenError, Opened},
+    connection::{Connection, OpenError, Opened, Past},
     orphans::Withdrawer,
     report::Reporter,
     rpc::is_refusal,
@@ -29,25 +29,6 @@ const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
 const LEAVE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a good one: the next pause is short again.
 const GOOD_CONNECTION: Duration = Duration::from_secs(1);
-
-/// The session as the broker may know it.
-#[derive(Clone, Copy)]
-pub(super) struct Past {
-    pub(super) session: SessionId,
-    /// The boot id of the broker of the last connection that was served.
-    boot_id: Option<u64>,
-}
-
-impl Past {
-    /// A session that the broker has just opened. It is resumed from here on, also if the connection is lost before it is
-    /// served: nothing else would end it while this process lives.
-    pub(super) fn opened(session: SessionId) -> Self {
-        Self {
-            session,
-            boot_id: None,
-        }
-    }
-}
 
 /// Connects, serves, and connects again, until `life` is over; then leaves.
 pub(super) async fn run(shared: &Arc<Shared>, life: CancellationToken) {

@@ -10,8 +10,9 @@ use swiftcache_proto::domain::{DeviceUuid, Handle, HandleKind, OpaqueHandle};
 
 use super::{
     context::{Context, Entered, report},
-    driver::{Code, OUT_OF_MEMORY, SUCCESS, sys},
+    driver::{SUCCESS, sys},
     lane::Lane,
+    refusal::{allocated, refuse_export, refuse_import},
     route::Route,
     ticket::Point,
     virtual_range::VirtualRange,
@@ -368,38 +369,5 @@ impl Drop for Arena {
             }
         };
         report(&self.context.driver, code, operation, &self.context.uuid);
-    }
-}
-
-/// Turns an allocation's refusal into an error that says how much was asked for.
-pub(super) fn allocated(
-    context: &Context,
-    code: Code,
-    operation: &'static str,
-    bytes: u64,
-) -> Result<()> {
-    if code == OUT_OF_MEMORY {
-        return Err(DeviceError::OutOfMemory {
-            uuid: context.uuid.clone(),
-            bytes,
-            problem: context.driver.describe(code),
-        });
-    }
-    context.check(code, operation)
-}
-
-pub(super) fn refuse_import(kind: HandleKind, problem: String) -> DeviceError {
-    DeviceError::Handle {
-        action: "import",
-        kind,
-        problem,
-    }
-}
-
-fn refuse_export(kind: HandleKind, problem: &str) -> DeviceError {
-    DeviceError::Handle {
-        action: "export",
-        kind,
-        problem: problem.to_owned(),
     }
 }

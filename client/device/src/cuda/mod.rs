@@ -11,6 +11,7 @@ mod driver;
 mod gather;
 mod lane;
 mod lent;
+mod refusal;
 mod route;
 mod space;
 mod stream;
@@ -31,9 +32,10 @@ use swiftcache_proto::domain::{
 use super::{
     AddressSpaces, Base, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result,
 };
-use arena::{Arena, refuse_import};
+use arena::Arena;
 use context::Context;
 use driver::{Calls, Driver, sys, unavailable};
+use refusal::refuse_import;
 use stream::CudaStream;
 
 pub use driver::LIBRARY_VARIABLE;

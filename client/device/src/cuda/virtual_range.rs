@@ -6,9 +6,9 @@ use parking_lot::Mutex;
 use swiftcache_proto::domain::HandleKind;
 
 use super::{
-    arena::{allocated, refuse_import},
     context::{Context, Entered, report},
     driver::{Code, SUCCESS, VirtualMemory, sys, unavailable},
+    refusal::{allocated, refuse_import},
 };
 use crate::{DeviceError, Result};
 
