@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_named(pool: StreamPool) -> None:
         ({"device": "two words"}, "^device: "),
         ({"backend": "rocm"}, "^backend: "),
         ({"step_ms": -1.0}, "^step_ms: "),
+        ({"step_ms": float("nan")}, "^step_ms: "),
+        ({"patience_s": float("nan")}, "^patience_s: "),
     ],
     ids=str,
 )
