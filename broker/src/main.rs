@@ -43,7 +43,6 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
     // slowest of a hundred ten times slower. Only while that thread waits for a disk does another one serve.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
-        .thread_name("swiftcache-serve")
         .enable_all()
         .build()
         .map_err(BrokerError::file("start", "the runtime"))?;

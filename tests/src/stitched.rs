@@ -109,14 +109,6 @@ impl Stitched {
         outcome.map(|()| moved)
     }
 
-    /// What a step does, without telling the pool that there is one.
-    ///
-    /// # Errors
-    /// When a byte is wrong.
-    pub fn step_unannounced(&mut self) -> Result<()> {
-        self.check_and_write()
-    }
-
     /// Steps until `holds`.
     ///
     /// # Errors

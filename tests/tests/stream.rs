@@ -1,10 +1,6 @@
 //! A stitched pool with a real broker and real donors: slabs are asked back, donors and the broker die, and no byte is lost.
 
 use std::{
-    env,
-    fs::{self, File},
-    path::Path,
-    process::Command,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -18,19 +14,17 @@ use rand::Rng;
 use rustix::process::Signal;
 use swiftcache_client::{
     Error,
-    device::{DeviceLayer, StepEnd, host::HostLayer},
+    device::StepEnd,
     donor::{Donor, DonorConfig},
     session::{Session, SessionConfig},
     stream::StreamPool,
 };
-use swiftcache_proto::topology::Topology;
 use swiftcache_tests::{
     PATIENCE,
     crew::donor_process,
     engine::{SLAB_BYTES, eventually},
-    node::{Node, connect},
+    node::Node,
     operator::Operator,
-    programs::Program,
     seed::Course,
     stitched::{Poisoner, Stitched, config},
 };
@@ -402,49 +396,29 @@ fn slabs_come_and_go_at_any_time_under_two_threads() -> Result<()> {
     Ok(())
 }
 
-/// The environment variable that makes this test's program an engine that says nothing of its steps: the directory of its node.
-const UNANNOUNCED: &str = "SWIFTCACHE_TEST_UNANNOUNCED";
-
-/// The engine of the test below. It runs until a byte is wrong.
-fn run_unannounced(directory: &Path) -> Result<()> {
-    let topology = fs::read_to_string(directory.join("topology.toml"))?;
-    let topology = Topology::parse(&topology, "the test's topology")?;
-    let layer: Arc<dyn DeviceLayer> = Arc::new(HostLayer::from_topology(&topology, false)?);
-    let device = topology.devices[0].uuid.clone();
-    let session = connect(directory.join("broker.sock"), "engine")?;
-    let settings = config(device, 4, SLAB_BYTES);
-    let mut engine = Stitched::new(session, &layer, settings, &[2, 2])?;
-    loop {
-        engine.step_unannounced()?;
-    }
-}
-
-/// The twin of the tests above: an engine that does not say when it touches its pool loses bytes, or dies. It is a process of its own.
+/// The twin of the tests above. Without the announcement of a step, units leave while the engine is in the middle of it: what
+/// it writes while a unit is copied would be lost. In a step that is announced, they stay until its end.
 #[test]
-fn an_engine_that_does_not_announce_its_steps_loses_bytes() -> Result<()> {
-    if let Some(directory) = env::var_os(UNANNOUNCED) {
-        return run_unannounced(Path::new(&directory));
-    }
+fn units_leave_in_the_middle_of_a_step_that_is_not_announced() -> Result<()> {
     let node = Node::start(&[])?;
     let donor = poisoner(&node, 4)?;
-    let test = "an_engine_that_does_not_announce_its_steps_loses_bytes";
-    let log = node.directory().join("engine.log");
-    let mut engine = Program::start(
-        Command::new(env::current_exe()?)
-            .args([test, "--exact", "--nocapture"])
-            .env(UNANNOUNCED, node.directory())
-            .stdout(File::options().create(true).append(true).open(&log)?)
-            .stderr(File::options().append(true).open(&log)?),
-    )?;
-    while !engine.has_ended()? {
-        if donor.out() > 0 {
-            donor.ask_back_all()?;
-        }
-        donor.wait_out(0)?;
-        donor.offer(4)?;
-    }
-    let said = fs::read_to_string(&log)?;
-    let crashed = !said.contains("test result");
-    ensure!(crashed || said.contains("of tensor"), "{said}");
+    let mut engine = engine(&node, 4)?;
+    engine.step()?;
+    donor.ask_back_all()?;
+    donor.wait_out(0)?;
+    ensure!(!engine.pool.homes().contains(&0), "the twin shows nothing");
+    donor.offer(4)?;
+    engine.step_until("units to come back", |pool| {
+        Ok(pool.stats().homes.in_slabs == 4)
+    })?;
+    engine.pool.begin_step()?;
+    donor.ask_back_all()?;
+    eventually("the pool to have heard of it", || {
+        Ok(engine.pool.stats().homes.to_vacate == 4)
+    })?;
+    ensure!(engine.pool.homes() == [0; 4] && donor.out() == 4);
+    engine.pool.end_step(StepEnd::Over)?;
+    donor.wait_out(0)?;
+    engine.step()?;
     Ok(())
 }

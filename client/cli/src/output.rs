@@ -46,7 +46,7 @@ pub(super) fn complain(line: &str) {
 }
 
 /// Whether a terminal shows something else for a character, or does something else.
-fn deceives(character: char) -> bool {
+pub(super) fn deceives(character: char) -> bool {
     let plain = matches!(character, '\n' | '\t');
     !plain && (character.is_control() || reorders(character))
 }

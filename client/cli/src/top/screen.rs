@@ -10,7 +10,10 @@ use ratatui::{
 use swiftcache_proto::v1;
 
 use super::{
-    super::admin::{Snapshot, simulated},
+    super::{
+        admin::{Snapshot, simulated},
+        output::deceives,
+    },
     bars::{self, PARTS},
     rows::{self, Rates},
 };
@@ -69,6 +72,7 @@ impl Screen {
         frame.render_widget(Paragraph::new(lines), traffic);
         render_leases(snapshot, frame, leases);
         self.render_events(frame, events);
+        hide_deceivers(frame);
     }
 
     fn headline(&self, node: &v1::GetNodeResponse) -> Line<'static> {
@@ -174,6 +178,21 @@ fn devices_of(node: &v1::GetNodeResponse, area: Rect) -> Paragraph<'static> {
         lines.push(Line::raw(format!("and {} more devices", all - shown)));
     }
     Paragraph::new(lines)
+}
+
+/// Takes out what would turn the text around it or command the terminal. A cell may hold such a character beside the one
+/// that it shows.
+fn hide_deceivers(frame: &mut Frame<'_>) {
+    for cell in &mut frame.buffer_mut().content {
+        if cell.symbol().chars().any(deceives) {
+            let shown: String = cell
+                .symbol()
+                .chars()
+                .filter(|shown| !deceives(*shown))
+                .collect();
+            cell.set_symbol(if shown.is_empty() { " " } else { &shown });
+        }
+    }
 }
 
 fn legend() -> Line<'static> {

@@ -175,6 +175,28 @@ fn links_are_compared_with_the_brokers() {
     assert!(!output.status.success());
 }
 
+#[test]
+fn a_stitched_pool_keeps_its_bytes() {
+    let check = |faults: &[&str]| {
+        let run = Run::new("");
+        for fault in faults {
+            run.stub.inject(None, fault).expect("a file of faults");
+        }
+        let topology = run.stub.topology_file().expect("a directory");
+        let mut command = run.command(&["stitched", "--small", "--topology"]);
+        let output = (command.arg(topology).output()).expect("the check program runs");
+        (
+            output.status.success(),
+            text(&output.stdout) + &text(&output.stderr),
+        )
+    };
+    let (worked, said) = check(&[]);
+    assert!(worked && said.contains("round 3"), "{said}");
+    // The twin: copies that say that they have worked, and have not.
+    let (worked, said) = check(&["cuMemcpyAsync=0", "cuMemcpyDtoDAsync_v2=0"]);
+    assert!(!worked, "{said}");
+}
+
 /// Which devices the check program enumerates, by their last letters.
 fn enumerated(run: &Run, visible: Option<&str>) -> Vec<char> {
     let topology = run.stub.topology_file().expect("a directory");
