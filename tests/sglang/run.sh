@@ -9,25 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 home=$PWD/target/sglang
 venv=$home/venv
-stamp=$venv/.requirements
-wanted=$(cat tests/sglang/requirements.txt tests/sglang/overrides.txt)
-mkdir -p "$home"
 # SGLang compiles the hash of its pages when it starts.
 tests/system.sh g++ python3-dev libssl-dev
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    uv=$(tests/uv.sh)
-    [ -x "$venv/bin/python" ] || "$uv" venv --quiet --seed --python "${PYTHON:-python3}" "$venv"
-    UV_HTTP_TIMEOUT=300 tests/retry.sh "$uv" pip install --quiet --python "$venv/bin/python" \
-        --override tests/sglang/overrides.txt --requirement tests/sglang/requirements.txt
-    printf '%s\n' "$wanted" >"$stamp"
-fi
-for program in swiftcache-broker swiftcache; do
-    if [ ! -x "target/debug/$program" ]; then
-        "${CARGO:-cargo}" build --workspace --bins --locked
-    fi
-done
-env -u CONDA_PREFIX VIRTUAL_ENV="$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
-    --manifest-path engine-adapter/Cargo.toml
+tests/engine_venv.sh sglang
 # Its ninja, for what SGLang compiles.
 export PATH=$venv/bin:$PATH TORCH_EXTENSIONS_DIR=$home/cache
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1

@@ -10,14 +10,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use swiftcache_client::{
-    cache::{Borrower, BorrowerConfig, Hold, Medium},
-    donor::{Donor, DonorConfig},
-};
+use swiftcache_client::cache::{Borrower, BorrowerConfig, Hold, Medium};
 use swiftcache_proto::domain::LinkKind;
 use swiftcache_tests::{
     PATIENCE,
-    crew::donor_process,
+    crew::{donor, donor_process},
     engine::{self, BLOCK_BYTES, Engine, Fetched, POOL, SLAB_BYTES, eventually},
     node::Node,
 };
@@ -27,18 +24,6 @@ const SLOTS: u32 = 16;
 
 fn sequence(conversation: u32, blocks: u32) -> Vec<u32> {
     (0..blocks).map(|n| conversation * 1_000 + n).collect()
-}
-
-fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
-    let config = DonorConfig {
-        device: node.device(device),
-        slab_bytes: SLAB_BYTES,
-        drain: PATIENCE,
-        handle: None,
-    };
-    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
-    ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
-    Ok(donor)
 }
 
 fn borrower(node: &Node, name: &str, slabs: u64, host_blocks: u64) -> Result<Engine> {

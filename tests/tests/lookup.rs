@@ -6,13 +6,12 @@ use std::{fs, path::PathBuf};
 use anyhow::{Result, ensure};
 use swiftcache_client::{
     cache::{Borrower, BorrowerConfig, Medium},
-    donor::{Donor, DonorConfig},
     session::{Asker, Session},
 };
 use swiftcache_proto::domain::BlockHash;
 use swiftcache_tests::{
     PATIENCE,
-    crew::{BorrowerProcess, Job},
+    crew::{BorrowerProcess, Job, donor},
     engine::{self, BLOCK_BYTES, Engine, Fetched, NAMESPACE, SLAB_BYTES, eventually},
     full_stack,
     gate::{Fault, Gate, Stage},
@@ -89,18 +88,6 @@ fn node_without_all_links() -> Result<(tempfile::TempDir, Node)> {
         ..Setup::default()
     })?;
     Ok((directory, node))
-}
-
-fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
-    let config = DonorConfig {
-        device: node.device(device),
-        slab_bytes: SLAB_BYTES,
-        drain: PATIENCE,
-        handle: None,
-    };
-    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
-    ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
-    Ok(donor)
 }
 
 /// An engine on a device, which leases one slab and has so many blocks of host memory.

@@ -2,10 +2,9 @@
 
 use anyhow::{Result, ensure};
 use rand::Rng;
-use swiftcache_client::donor::{Donor, DonorConfig};
 use swiftcache_tests::{
     PATIENCE,
-    crew::{BorrowerProcess, Job},
+    crew::{BorrowerProcess, Job, donor},
     engine::SLAB_BYTES,
     node::Node,
     operator::Operator,
@@ -20,17 +19,7 @@ fn what_is_taken_back_under_full_load_comes_back_and_no_byte_is_wrong() -> Resul
     let mut course = Course::new("revoked under load", 40);
     let node = Node::start(&["--pin-ms", "50"])?;
     let operator = Operator::of(&node)?;
-    let donors = [1, 2].map(|device| -> Result<Donor> {
-        let config = DonorConfig {
-            device: node.device(device),
-            slab_bytes: SLAB_BYTES,
-            drain: PATIENCE,
-            handle: None,
-        };
-        let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
-        ensure!(donor.grow(SLABS * SLAB_BYTES)? == SLABS * SLAB_BYTES);
-        Ok(donor)
-    });
+    let donors = [1, 2].map(|device| donor(&node, device, SLABS));
     let donors = donors.into_iter().collect::<Result<Vec<_>>>()?;
     let mut borrowers = Vec::new();
     for n in 0..2 {

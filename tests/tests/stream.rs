@@ -21,25 +21,13 @@ use swiftcache_client::{
 };
 use swiftcache_tests::{
     PATIENCE,
-    crew::donor_process,
+    crew::{donor, donor_process},
     engine::{SLAB_BYTES, eventually},
     node::Node,
     operator::Operator,
     seed::Course,
     stitched::{Poisoner, Stitched, config},
 };
-
-fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
-    let config = DonorConfig {
-        device: node.device(device),
-        slab_bytes: SLAB_BYTES,
-        drain: PATIENCE,
-        handle: None,
-    };
-    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
-    ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
-    Ok(donor)
-}
 
 fn poisoner(node: &Node, slabs: u64) -> Result<Poisoner> {
     let donor = Poisoner::new(

@@ -4,27 +4,10 @@
 # --bench measures instead of testing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-home=target/vllm
-venv=$home/venv
-stamp=$venv/.requirements
-wanted=$(cat tests/vllm/requirements.txt tests/vllm/overrides.txt)
-mkdir -p "$home"
+venv=target/vllm/venv
 # vLLM's library needs the first, the configuration that it compiles the others.
 tests/system.sh libnuma1 g++ python3-dev
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    uv=$(tests/uv.sh)
-    [ -x "$venv/bin/python" ] || "$uv" venv --quiet --seed --python "${PYTHON:-python3}" "$venv"
-    UV_HTTP_TIMEOUT=300 tests/retry.sh "$uv" pip install --quiet --python "$venv/bin/python" \
-        --override tests/vllm/overrides.txt --requirement tests/vllm/requirements.txt
-    printf '%s\n' "$wanted" >"$stamp"
-fi
-for program in swiftcache-broker swiftcache; do
-    if [ ! -x "target/debug/$program" ]; then
-        "${CARGO:-cargo}" build --workspace --bins --locked
-    fi
-done
-env -u CONDA_PREFIX VIRTUAL_ENV="$PWD/$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \
-    --manifest-path engine-adapter/Cargo.toml
+tests/engine_venv.sh vllm
 export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
 checked=(engine-adapter/python/swiftcache/{engine,vllm} tests/{vllm,gpu,harness})
 "$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml "${checked[@]}"

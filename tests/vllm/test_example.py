@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
+from dataclasses import fields
 
 import lab as of
 import models
+from documents import check_example, named, section
 
-DOCS = of.REPO / "docs" / "vllm.md"
+PAGE = (of.REPO / "docs" / "vllm.md").read_text()
 
 
 def test_the_example_prints_what_the_docs_say() -> None:
-    said = re.search(r"```\n(first turn: .*?)```", DOCS.read_text(), re.DOTALL)
-    assert said is not None
-    command = [sys.executable, "engine-adapter/examples/vllm_cpu.py", str(models.make("llama", of.HOME / "models"))]
-    # A late lookup is a miss, which on a busy machine would be one here and there.
-    environment = os.environ | of.ENVIRONMENT | {"SWIFTCACHE_LOOKUP_MS": "60000"}
-    ran = subprocess.run(
-        command, cwd=of.REPO, env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    for line in said[1].splitlines():
-        assert line in ran.stdout.splitlines()
+    model = str(models.make("llama", of.HOME / "models"))
+    check_example(PAGE, "engine-adapter/examples/vllm_cpu.py", model, of.ENVIRONMENT)
 
 
 def test_every_setting_and_metric_is_documented() -> None:
-    from dataclasses import fields
-
     from swiftcache.engine.metrics import COUNTERS, GAUGES
     from swiftcache.engine.settings import Settings
 
-    text = DOCS.read_text()
-    assert named(section(text, "Settings")) == {field.name for field in fields(Settings)}
-    assert named(section(text, "Metrics")) == {f"{name}_total" for name in COUNTERS} | set(GAUGES)
-
-
-def section(text: str, title: str) -> str:
-    return text.split(f"\n## {title}\n")[1].split("\n## ", maxsplit=1)[0]
-
-
-def named(text: str) -> set[str]:
-    """What the first column of a table names."""
-    rows = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
-    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named(section(PAGE, "Settings")) == {field.name for field in fields(Settings)}
+    assert named(section(PAGE, "Metrics")) == {f"{name}_total" for name in COUNTERS} | set(GAUGES)

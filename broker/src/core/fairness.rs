@@ -190,7 +190,7 @@ pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
                 held += bytes;
                 (0, true)
             }
-            Holder::Tenant(tenant) => (1, own[0] == path(tenant, tenant)[0]),
+            Holder::Tenant(tenant) => (1, own[0].is_user_of(tenant)),
             Holder::Namespace(tenant, _) => (2, own[1] == Holder::Tenant(tenant.clone())),
         };
         if beside {

@@ -23,6 +23,13 @@ pub(super) enum Holder {
     Namespace(Arc<str>, Arc<str>),
 }
 
+impl Holder {
+    /// Whether it is the user of this tenant.
+    pub(super) fn is_user_of(&self, tenant: &str) -> bool {
+        matches!(self, Self::User(user) if **user == *user_of(tenant))
+    }
+}
+
 /// A namespace, from its user down to itself.
 pub(super) type Path = [Holder; LEVELS];
 

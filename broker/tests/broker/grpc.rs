@@ -7,22 +7,29 @@ use swiftcache_proto::{
 };
 use tonic::Code;
 
+/// A file of the certificates that these tests use.
+fn tls_file(name: &str) -> std::path::PathBuf {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/broker/tls");
+    std::path::Path::new(directory).join(name)
+}
+
+/// A broker that serves TCP with mutual TLS.
+async fn with_tls() -> Node {
+    let directory = tempfile::tempdir().unwrap();
+    Node::start_in(directory, |config| {
+        config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
+        config.tls_cert = Some(tls_file("server.pem"));
+        config.tls_key = Some(tls_file("server-key.pem"));
+        config.tls_client_ca = Some(tls_file("ca.pem"));
+    })
+    .await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tcp_with_tls_lets_in_only_clients_with_a_certificate() {
     use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
-    let file = |name: &str| {
-        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/broker/tls");
-        std::path::Path::new(directory).join(name)
-    };
-    let read = |name: &str| std::fs::read(file(name)).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let node = Node::start_in(directory, |config| {
-        config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
-        config.tls_cert = Some(file("server.pem"));
-        config.tls_key = Some(file("server-key.pem"));
-        config.tls_client_ca = Some(file("ca.pem"));
-    })
-    .await;
+    let read = |name: &str| std::fs::read(tls_file(name)).unwrap();
+    let node = with_tls().await;
     let port = node.broker.tcp_address().unwrap().port();
     let ask = async |identity: Option<Identity>| {
         let ca = Certificate::from_pem(read("ca.pem"));
@@ -348,18 +355,7 @@ async fn probes_and_scrapers_are_let_in_whoever_holds_the_other_connections() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tls_handshake_has_a_deadline() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let file = |name: &str| {
-        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/broker/tls");
-        std::path::Path::new(directory).join(name)
-    };
-    let directory = tempfile::tempdir().unwrap();
-    let node = Node::start_in(directory, |config| {
-        config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
-        config.tls_cert = Some(file("server.pem"));
-        config.tls_key = Some(file("server-key.pem"));
-        config.tls_client_ca = Some(file("ca.pem"));
-    })
-    .await;
+    let node = with_tls().await;
     let address = node.broker.tcp_address().unwrap();
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     // The first byte of a handshake record.

@@ -1,6 +1,7 @@
 //! SwiftCache's client, which engines link: sessions with the broker, donors and borrowers.
 
 pub mod cache;
+mod check;
 pub mod donor;
 pub mod error;
 mod latency;

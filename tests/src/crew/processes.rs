@@ -4,6 +4,7 @@ use std::{fs, io::BufRead, path::PathBuf, process::Command, sync::Arc, thread, t
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
+use swiftcache_client::donor::{Donor, DonorConfig};
 
 use crate::{
     PATIENCE,
@@ -11,6 +12,22 @@ use crate::{
     node::{Node, Sight},
     programs::{Program, program},
 };
+
+/// A donor of this process that offers `slabs` slabs of a device.
+///
+/// # Errors
+/// When the broker does not accept its offer.
+pub fn donor(node: &Node, device: usize, slabs: u64) -> Result<Donor> {
+    let config = DonorConfig {
+        device: node.device(device),
+        slab_bytes: SLAB_BYTES,
+        drain: PATIENCE,
+        handle: None,
+    };
+    let donor = Donor::open(node.session("donor")?, node.layer()?, config)?;
+    ensure!(donor.grow(slabs * SLAB_BYTES)? == slabs * SLAB_BYTES);
+    Ok(donor)
+}
 
 /// Starts a process that offers `slabs` slabs of a device.
 ///

@@ -64,7 +64,8 @@ use self::{
     shelf::Shelf,
 };
 use crate::{
-    Error, Result,
+    Result,
+    check::check_device,
     device::{DeviceLayer, Ticket},
     leases::{Holder, LeaseSettings, LeaseThreads, Leases},
     session::{Observer, Session},
@@ -98,14 +99,7 @@ impl Borrower {
         config: BorrowerConfig,
     ) -> Result<Arc<Self>> {
         config.check()?;
-        if !layer.devices().iter().any(|d| d.uuid == config.device) {
-            let problem = format!(
-                "the {} backend has no device {}",
-                layer.name(),
-                config.device
-            );
-            return Err(Error::config("device", problem));
-        }
+        check_device(&*layer, &config.device)?;
         let routes = Arc::new(Routes::new(Arc::clone(&layer), config.device.clone()));
         let settings = LeaseSettings {
             namespace: config.layout.namespace.clone(),

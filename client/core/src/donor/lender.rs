@@ -10,12 +10,13 @@ use swiftcache_proto::{
 };
 
 use super::{
-    CoreThread, DonorStatus, check_device,
+    CoreThread, DonorStatus,
     core::{Core, Source, Task},
     region::Region,
 };
 use crate::{
     Error, Result,
+    check::check_device,
     device::{DeviceLayer, Export, Memory},
     session::Session,
 };

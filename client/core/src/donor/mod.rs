@@ -38,7 +38,9 @@ pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
 pub use pool::{NotLent, PoolLender, PoolRange};
 
 use self::core::{Core, Source, Task};
-use crate::{Error, Result, device::DeviceLayer, latency::Latency, session::Session};
+use crate::{
+    Error, Result, check::check_device, device::DeviceLayer, latency::Latency, session::Session,
+};
 
 /// What a donor lends.
 #[derive(Clone, Debug)]
@@ -224,14 +226,6 @@ impl Donor {
         self.core.withdraw_all();
         self.core.wait_returned(deadline)
     }
-}
-
-fn check_device(layer: &dyn DeviceLayer, device: &DeviceUuid) -> Result<()> {
-    if layer.devices().iter().any(|known| known.uuid == *device) {
-        return Ok(());
-    }
-    let problem = format!("the {} backend has no device {device}", layer.name());
-    Err(Error::config("device", problem))
 }
 
 impl fmt::Debug for Donor {

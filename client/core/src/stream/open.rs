@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    check::check_device,
     device::{AddressSpaces, DeviceLayer, Memory},
     leases::{Holder, LeaseSettings, LeaseThreads, Leases},
     session::{Demand, Grant, Session},
@@ -68,14 +69,7 @@ pub(super) fn open(
     config: StreamConfig,
 ) -> Result<Opened> {
     let deadline = Instant::now() + config.patience;
-    if !layer.devices().iter().any(|d| d.uuid == config.device) {
-        let problem = format!(
-            "the {} backend has no device {}",
-            layer.name(),
-            config.device
-        );
-        return Err(Error::config("device", problem));
-    }
+    check_device(&*layer, &config.device)?;
     let granularity = spaces(&*layer)?.granularity(&config.device)?;
     config.check(granularity)?;
     session

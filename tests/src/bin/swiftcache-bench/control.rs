@@ -141,6 +141,21 @@ impl Party {
         );
         Ok(response.grants)
     }
+
+    /// Publishes so many blocks in one slab. Returns their hashes.
+    pub(crate) async fn publish(&mut self, grant: &v1::Grant, blocks: u32) -> Result<Vec<u8>> {
+        ensure!(grant.slots >= blocks, "the slab is too small");
+        let hashes: Vec<u8> = (0..blocks).flat_map(spread).collect();
+        let published = v1::PublishRequest {
+            session_id: self.id,
+            lease_id: grant.lease_id,
+            generation: grant.generation,
+            hashes: hashes.clone().into(),
+            slots: (0..blocks).collect(),
+        };
+        self.client.publish(published).await?;
+        Ok(hashes)
+    }
 }
 
 async fn send(
@@ -189,16 +204,7 @@ async fn lookup(
     let region = donor.offer(GIB).await?;
     let grants = borrower.lease(GIB).await?;
     let grant = grants.first().context("no grant")?;
-    ensure!(grant.slots >= LOOKUP_HASHES, "the slab is too small");
-    let hashes: Vec<u8> = (0..LOOKUP_HASHES).flat_map(spread).collect();
-    let published = v1::PublishRequest {
-        session_id: borrower.id,
-        lease_id: grant.lease_id,
-        generation: grant.generation,
-        hashes: hashes.clone().into(),
-        slots: (0..LOOKUP_HASHES).collect(),
-    };
-    borrower.client.publish(published).await?;
+    let hashes = borrower.publish(grant, LOOKUP_HASHES).await?;
     let mut latencies = Latencies::new()?;
     for _ in 0..rounds {
         let request = v1::LookupRequest {

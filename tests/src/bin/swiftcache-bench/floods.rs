@@ -148,16 +148,7 @@ impl Victim {
         donor.offer(1 << 30).await?;
         let grants = borrower.lease(1 << 30).await?;
         let grant = grants.first().context("no grant")?;
-        ensure!(grant.slots >= HASHES, "the slab is too small");
-        let hashes: Vec<u8> = (0..HASHES).flat_map(control::spread).collect();
-        let published = v1::PublishRequest {
-            session_id: borrower.id,
-            lease_id: grant.lease_id,
-            generation: grant.generation,
-            hashes: hashes.clone().into(),
-            slots: (0..HASHES).collect(),
-        };
-        borrower.client.publish(published).await?;
+        let hashes = borrower.publish(grant, HASHES).await?;
         Ok(Self {
             borrower,
             _donor: donor,
