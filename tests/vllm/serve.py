@@ -124,10 +124,12 @@ def enliven(worker: Any) -> None:
     too, that not a bit of the answer depends on the KV cache."""
     import torch
 
-    source = torch.Generator().manual_seed(1)
-    for parameter in worker.get_model().parameters():
+    parameters = list(worker.get_model().parameters())
+    device = parameters[0].device
+    source = torch.Generator(device).manual_seed(1)
+    for parameter in parameters:
         if parameter.dim() > 1:
-            made = torch.randn(parameter.shape, generator=source) * 0.08
+            made = torch.randn(parameter.shape, generator=source, device=device) * 0.08
             parameter.data.copy_(made.to(parameter.dtype))
         else:
             parameter.data.fill_(1.0)

@@ -53,13 +53,20 @@ class Ground(Node):
         self.cpu = cpu
         self.devices = ["SIM-0", "SIM-1"] if cpu else _smi("uuid")
         self.hardware = "simulated devices" if cpu else ", ".join(_smi("name"))
-        if len(self.devices) < 2:
-            sys.exit(f"two GPUs are needed, and nvidia-smi names {len(self.devices)}")
+        if not self.devices:
+            sys.exit("a GPU is needed, and nvidia-smi names none")
         super().__init__(directory, programs.resolve(), () if cpu else ("--probe", "nvml"))
 
     @property
     def donor_device(self) -> str:
         return self.devices[-1]
+
+    @property
+    def way(self) -> str:
+        """Where the lent memory lies, as seen from the engine."""
+        if self.cpu:
+            return "a simulated device, in shared memory"
+        return "another GPU" if len(self.devices) > 1 else "the engine's own GPU, there is no other: no link is crossed"
 
     def lend(self, amount: int, slab: int, device: str | None = None) -> subprocess.Popen[bytes]:
         """Starts a donor of `amount` bytes in slabs of `slab` bytes."""

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Real vLLM on two GPUs of this machine: tokens of loaded KV against local prefix hits, then time to the first token by where
-# the prefix comes from.
+# Real vLLM on GPUs of this machine: tokens of loaded KV against local prefix hits (identity), contexts larger than local HBM
+# (context), time to the first token by where the prefix comes from (bench), and where that time goes (timeline).
 #
-#     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [identity|bench] [ARGUMENTS OF THAT SCRIPT]
+#     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [identity|context|bench|timeline] [ARGUMENTS OF THAT SCRIPT]
+#
+# With one GPU, the memory that is lent is on the engine's own: tokens are proven, but no link is measured.
 #
 # SITE: a folder of `site.sh`, or empty ("") where vLLM and SwiftCache's wheel are installed. PROGRAMS: the directory of
-# swiftcache-broker and swiftcache. REPORT gets identity.json, bench.json, bench.svg and logs.
+# swiftcache-broker and swiftcache. REPORT gets a JSON file of each script, bench.svg,
+# context.svg and logs.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 site=$1 programs=$2 report=$3
@@ -21,10 +24,9 @@ if [ -n "$site" ]; then
     export LD_LIBRARY_PATH=$site/nvidia/nccl/lib:$LD_LIBRARY_PATH
 fi
 status=0
-if [ "$what" = identity ] || [ "$what" = all ]; then
-    python3 "$here/identity.py" "$programs" "$report" "$@" || status=1
-fi
-if [ "$what" = bench ] || [ "$what" = all ]; then
-    python3 "$here/bench.py" "$programs" "$report" "$@" || status=1
-fi
+for script in identity context bench timeline; do
+    if [ "$what" = "$script" ] || [ "$what" = all ]; then
+        python3 "$here/$script.py" "$programs" "$report" "$@" || status=1
+    fi
+done
 exit $status

@@ -59,9 +59,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, directory: Path) -> Path:
-    """Writes the configuration of a shape. Returns its directory, which is the model's name for vLLM."""
-    target = directory / name
+def make(name: str, directory: Path, **changed: Any) -> Path:
+    """Writes the configuration of a shape, with fields `changed`. Returns its directory, which is the model's name for
+    vLLM."""
+    target = directory / "-".join([name, *(str(value) for value in changed.values())])
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(SHAPES[name]))
+    (target / "config.json").write_text(json.dumps(SHAPES[name] | changed))
     return target

@@ -1,0 +1,244 @@
+"""Where the time to the first token goes, on real vLLM: what the engine does for one request, in milliseconds.
+
+The engine runs in this process, one request at a time, and its parts are timed. Arms: the prefix is resident in the
+engine's own pool; or it is loaded from a donor. The median request of each arm is printed, step after step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import shapes
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file
+
+ARMS: dict[str, dict[str, Any]] = {
+    "resident": {"environment": V2, "options": {}},
+    "async": {"environment": V2, "options": {}, "settings": {}},
+    "resident, V1": {"environment": V1, "options": {"async_scheduling": False}},
+    "sync, V1": {"environment": V1, "options": {"async_scheduling": False}, "settings": {"load": "sync"}},
+}
+
+
+class Line:
+    """What happens, and when."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.entries: list[tuple[str, float, float]] = []
+
+    def restart(self) -> None:
+        self.began, self.entries = time.perf_counter(), []
+
+    def now(self) -> float:
+        return 1e3 * (time.perf_counter() - self.began)
+
+    def around(self, owner: Any, method: str, name: str, seen: Callable[[Any], bool] = lambda _: True) -> None:
+        """Times a method of an object from now on, where its result is worth it."""
+        call = getattr(owner, method)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = self.now()
+            result = call(*arguments, **named)
+            if seen(result):
+                self.entries.append((name, start, self.now() - start))
+            return result
+
+        setattr(owner, method, timed)
+
+
+class Arm:
+    def __init__(self, task: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        options = dict(task["options"])
+        if task["connector"] is not None:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="SwiftCacheConnector",
+                kv_connector_module_path="swiftcache.vllm",
+                kv_role="kv_both",
+                kv_connector_extra_config=task["connector"],
+            )
+        self.llm = LLM(**options)
+        self.loads = task["connector"] is not None
+        self.task, self.line = task, Line()
+        core = self.llm.llm_engine.engine_core.engine_core
+        self._scheduler = core.scheduler
+        line = self.line
+        line.around(self.llm.llm_engine, "add_request", "add_request: input is processed and hashed")
+        line.around(core.scheduler, "schedule", "schedule")
+        line.around(core.model_executor, "execute_model", "execute_model")
+        line.around(core.model_executor, "sample_tokens", "sample_tokens")
+        line.around(core.scheduler, "update_from_output", "update_from_output")
+        if self.loads:
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            worker, side = get_kv_transfer_group().worker, core.scheduler.connector.scheduler
+            self._worker = worker
+            line.around(side, "matched_tokens", "  lookup")
+            line.around(side, "metadata", "  metadata of the step")
+            line.around(worker, "start_loads", "  start of loads")
+            line.around(worker, "finished", "  a load is over", lambda result: bool(result[1]))
+
+    def run(self) -> list[dict[str, Any]]:
+        prompts = [self._prompt(number) for number in range(self.task["count"])]
+        if self.loads:
+            eventually("a lease", self._leased)
+        for number, prompt in enumerate(prompts):
+            self._ask(f"history {number}", prompt, 1)
+        self._settle()
+        for number, prompt in enumerate(prompts[:2]):
+            self._forget()
+            self._ask(f"warm {number}", prompt + self._new(f"warm {number}"), 8)
+        found = []
+        for number, prompt in enumerate(prompts[2:]):
+            self._settle()
+            self._forget()
+            found.append(self._ask(f"turn {number}", prompt + self._new(f"turn {number}"), 8))
+        return found
+
+    def _prompt(self, number: int) -> list[int]:
+        source = random.Random(number)
+        return [source.randrange(500) for _ in range(self.task["tokens"])]
+
+    def _new(self, name: str) -> list[int]:
+        source = random.Random(name)
+        return [source.randrange(500) for _ in range(self.task["new"])]
+
+    def _leased(self) -> bool:
+        return self._worker._cache.stats()["leases"] > 0
+
+    def _settle(self) -> None:
+        while self._scheduler.has_requests():
+            self.llm.llm_engine.step()
+
+    def _forget(self) -> None:
+        """Only where prefixes are to come from donors."""
+        if self.loads:
+
+            def forgotten() -> bool:
+                self._settle()
+                return bool(self.llm.reset_prefix_cache())
+
+            eventually("the engine to forget its prefixes", forgotten)
+
+    def _ask(self, name: str, prompt: list[int], count: int) -> dict[str, Any]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        engine, first, cached = self.llm.llm_engine, 0.0, 0
+        self.line.restart()
+        engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not first and output.outputs[0].token_ids:
+                    first, cached = self.line.now(), output.num_cached_tokens
+        entries = sorted((entry for entry in self.line.entries if entry[1] < first), key=lambda entry: entry[1])
+        return {"first_ms": first, "cached": cached, "prompt": len(prompt), "entries": entries}
+
+
+def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
+    model = shapes.make("tiny" if args.cpu else "qwen3-8b", ground.directory)
+    tokens = 400 if args.cpu else args.tokens
+    options = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": tokens + 1024,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 256 << 20 if args.cpu else 48 << 30,
+        "gpu_memory_utilization": 0.5,
+        "enforce_eager": args.eager,
+        "disable_log_stats": True,
+        "distributed_executor_backend": "uni",
+    } | arm["options"]
+    lent, slab = (64 << 20, 8 << 20) if args.cpu else (48 << 30, 256 << 20)
+    if args.cpu:
+        options |= {"dtype": "float32", "block_size": 32, "enforce_eager": True}
+    connector = None
+    if "settings" in arm:
+        connector = {"socket": ground.socket, "max_leased_bytes": lent, "lease_step_bytes": lent} | arm["settings"]
+    file = ground.directory / "timeline.json"
+    task = {"options": options, "connector": connector, "tokens": tokens, "new": 64 if args.cpu else 256}
+    task |= {"count": 6 if args.cpu else 12, "result": str(file)}
+    donor = ground.lend(lent, slab) if connector is not None else None
+    log = log_file(args.report, f"timeline {name}")
+    try:
+        with log.open("ab") as into:
+            subprocess.run(
+                [sys.executable, str(HERE / "timeline.py"), "--arm"],
+                input=json.dumps(task),
+                stdout=into,
+                stderr=into,
+                env=os.environ
+                | ENGINE_ENVIRONMENT
+                | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+                | ({} if args.cpu else arm["environment"]),
+                text=True,
+                check=True,
+                timeout=600,
+            )
+        return {"requests": json.loads(file.read_text())}
+    except (subprocess.SubprocessError, OSError) as reason:
+        return {"error": f"{reason}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])}
+    finally:
+        if donor is not None:
+            donor.kill()
+            donor.wait()
+
+
+def shown(name: str, of: dict[str, Any]) -> str:
+    if "error" in of:
+        return f"{name}: NOT MEASURED: {of['error']}"
+    requests = sorted(of["requests"], key=lambda request: request["first_ms"])
+    median = requests[len(requests) // 2]
+    rows = [
+        f"{name}: first token after {median['first_ms']:.1f} ms ({requests[0]['first_ms']:.1f} to "
+        f"{requests[-1]['first_ms']:.1f}), {median['cached']:,} of {median['prompt']:,} tokens found"
+    ]
+    rows += [f"  {start:8.2f} + {took:7.2f}  {what}" for what, start, took in median["entries"] if took >= 0.02]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--arm"]:
+        task = json.load(sys.stdin)
+        Path(task["result"]).write_text(json.dumps(Arm(task).run()))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
+    parser.add_argument("report", type=Path, help="the directory for timeline.json and logs")
+    parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of a prefix")
+    args = parser.parse_args()
+    args.report.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        ground = Ground(Path(directory), args.programs, cpu=args.cpu)
+        try:
+            ground.start_broker()
+            print(f"{ground.hardware}; the lent memory is on {ground.way}", flush=True)
+            for name, arm in ARMS.items():
+                if args.only in name:
+                    results[name] = measure(ground, name, arm, args)
+                    print(shown(name, results[name]), flush=True)
+        finally:
+            ground.close()
+    (args.report / "timeline.json").write_text(json.dumps({"on": ground.hardware, "way": ground.way, "arms": results}))
+    sys.exit(any("error" in of for of in results.values()))
+
+
+if __name__ == "__main__":
+    main()
