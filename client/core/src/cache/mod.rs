@@ -7,7 +7,8 @@
 //! * [`Borrower::load`] copies them back, layer by layer (`load`, `transfer`);
 //! * when a lease is asked back, hot blocks are moved out while there is time (`holder`, `rescue`), and the rest is forgotten.
 //!
-//! `blocks` says where each block lies, `shelf` who lies in each slot of a slab, and `value` what each block is worth.
+//! `blocks` says where each block lies, `shelf` who lies in each slot of a slab, and `value` what each block is worth. `model` is the
+//! same without a node, for planners.
 //!
 //! Everything that could be wrong is a miss. No copy touches a slab unless it is registered with it while it is open
 //! (`leases`), and a slot is written only when nobody can read it any more. The cache's lock (`state`) is taken before the leases'.
@@ -23,6 +24,7 @@ mod kept;
 mod layout;
 mod load;
 mod lookup;
+mod model;
 mod news;
 mod promote;
 mod publish;
@@ -52,6 +54,7 @@ pub use config::{BorrowerConfig, DrainPolicy};
 pub use hit::{Hit, HitRun};
 pub use layout::Layout;
 pub use load::{Load, LoadError, Loaded};
+pub use model::{CacheModel, ModelRun};
 pub use stats::{BlocksByTier, BytesByLink, Latency, Stats};
 pub use store::{Store, Stored};
 pub use swiftcache_proto::domain::{Hold, Medium};
