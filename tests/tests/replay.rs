@@ -45,6 +45,7 @@ fn swiftcache(directory: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(program("swiftcache"));
     command
         .args(args)
+        .current_dir(directory)
         .env("TMPDIR", directory)
         .env("XDG_RUNTIME_DIR", directory)
         .env_remove("SWIFTCACHE_SOCKET");
@@ -109,7 +110,11 @@ fn every_byte_of_a_replay_comes_back_right_and_the_report_adds_up() {
         report = replayed();
     }
     assert!(as_planned(&report), "{report:?}");
-    let requests = trace::load(&directory.path().join("chat.jsonl")).unwrap();
+    let trace = trace::load(
+        &directory.path().join("chat.jsonl"),
+        &trace::Options::default(),
+    );
+    let requests = trace.unwrap().requests;
     let (hits, blocks) = unbounded_hits(&requests);
     assert_eq!(report.workload.requests, requests.len() as u64);
     assert_eq!(
@@ -129,17 +134,42 @@ fn every_byte_of_a_replay_comes_back_right_and_the_report_adds_up() {
         assert!(arm.verified_moved_bytes >= least, "{arm:?}");
     }
     assert_eq!(recompute.verified_moved_bytes, 0);
+    // Every arm states what it holds blocks in, and one has as much as SwiftCache.
+    let equal = arm("offload-equal-bytes");
+    let (all, most) = (equal.holds.total(), swiftcache.holds.total());
+    assert!(all.abs_diff(most) <= 2 << 30, "{equal:?} {swiftcache:?}");
+    assert!(equal.holds.host_bytes > pcie.holds.host_bytes);
+    assert!(report.arms.iter().all(|arm| arm.holds.pool_bytes > 0));
+    assert!(
+        report.lent.iter().any(|point| point.bytes > 0),
+        "{:?}",
+        report.lent
+    );
 }
 
 #[test]
-fn people_see_three_arms_and_what_is_modelled() {
+fn people_see_all_arms_and_what_is_modelled() {
     let directory = TempDir::new().unwrap();
-    let output = replay(directory.path(), &["--donors", "1", "--requests", "40"]);
+    let page = directory.path().join("out.html");
+    let page = page.to_str().unwrap();
+    let args = ["--donors", "1", "--requests", "40", "--report", page];
+    let output = replay(directory.path(), &args);
     assert!(output.status.success(), "{}", text(&output.stderr));
+    let html = fs::read_to_string(page).unwrap();
+    assert!(
+        html.contains("<svg") && html.contains("SIMULATED"),
+        "{html}"
+    );
+    assert!(text(&output.stderr).contains(page));
     let shown = text(&output.stdout);
+    for line in shown.lines() {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
     for part in [
         "swiftcache",
         "pcie-offload",
+        "offload-equal-bytes",
+        "vllm-offload",
         "recompute",
         "p99",
         "Modelled",

@@ -1,17 +1,18 @@
 //! `swiftcache demo`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser};
 
 use super::{
     CliError,
     progress::Progress,
-    replay::{NodeArgs, Play, ReportArgs, Trace, show},
+    replay::{NodeArgs, Play, show},
+    report::{ReportArgs, ReportFile},
 };
 use swiftcache_replay::{
     ReplayError,
-    trace::{self, Request, TraceReader},
+    trace::{self, Options, Trace, TraceError},
 };
 
 /// The chat service that comes with SwiftCache. `swiftcache generate chat` made it.
@@ -19,11 +20,14 @@ const BUNDLED_CHAT: &[u8] = include_bytes!("../../workloads/chat.jsonl");
 /// Trace seconds per second of wall clock. With this pace the demo takes about a minute.
 const PACE: f64 = 30.0;
 const DONORS: usize = 2;
+/// The report, in the directory that the demo runs in.
+const REPORT: &str = "swiftcache-demo.html";
 
 /// Start a small node here, replay a sample chat service on it, and show the results
 ///
 /// A broker, two donors and a borrower run as real processes on simulated devices; no GPU is needed. While the
-/// demo runs, `swiftcache status` in another terminal shows the node; the demo prints the command for it.
+/// demo runs, `swiftcache status` in another terminal shows the node; the demo prints the command for it. Charts go to
+/// swiftcache-demo.html in this directory, unless --report names another file.
 #[derive(Args, Debug)]
 pub(super) struct DemoArgs {
     #[command(flatten)]
@@ -32,10 +36,8 @@ pub(super) struct DemoArgs {
 
 pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let interrupt = super::interrupt()?;
-    let trace = Trace {
-        name: "a bundled chat service".to_owned(),
-        requests: chat().map_err(ReplayError::from)?,
-    };
+    let trace = chat().map_err(ReplayError::from)?;
+    let named = ReportFile::open(args.report.report.as_deref())?;
     let mut node = Defaults::parse_from(["demo"]).node;
     node.pace = PACE;
     node.donors = DONORS;
@@ -53,7 +55,12 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
         ));
     })?;
     drop(progress);
-    show(&report, &args.report)
+    let file = match named {
+        Some(named) => Some(named),
+        // Nobody asked for it by name: a directory that cannot be written costs the charts only.
+        None => ReportFile::open(Some(Path::new(REPORT))).unwrap_or_default(),
+    };
+    show(&report, &args.report, file)
 }
 
 /// The defaults of `swiftcache replay`.
@@ -63,8 +70,8 @@ struct Defaults {
     node: NodeArgs,
 }
 
-fn chat() -> Result<Vec<Request>, trace::TraceError> {
-    TraceReader::new(BUNDLED_CHAT, "chat.jsonl").collect()
+fn chat() -> Result<Trace, TraceError> {
+    trace::read(BUNDLED_CHAT, "a bundled chat service", &Options::default())
 }
 
 /// The directory of the demo's socket, which another terminal must find.
@@ -81,7 +88,7 @@ mod tests {
 
     #[test]
     fn the_bundled_chat_is_sound_and_repeats_itself() {
-        let requests = chat().unwrap();
+        let requests = chat().unwrap().requests;
         assert!(requests.len() > 300, "{}", requests.len());
         let (hits, all) = unbounded_hits(&requests);
         assert!(hits * 2 > all, "{hits} of {all}");

@@ -14,12 +14,15 @@ mod generate;
 mod hold;
 mod manual;
 mod output;
+mod plan;
 mod progress;
 mod replay;
+mod report;
 mod size;
 mod status;
 mod tether;
 mod top;
+mod trace;
 mod watch;
 
 use std::{
@@ -53,6 +56,7 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     Donate(donate::DonateArgs),
     Hold(hold::HoldArgs),
+    Plan(plan::PlanArgs),
     Replay(replay::ReplayArgs),
     Demo(demo::DemoArgs),
     Generate(generate::GenerateArgs),
@@ -124,6 +128,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Donate(args) => donate::run(&args),
         Command::Hold(args) => hold::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -33,6 +33,11 @@ fn write(text: &str) -> Result<bool, super::CliError> {
     }
 }
 
+/// Whether somebody looks at standard error on a terminal.
+pub(super) fn is_terminal() -> bool {
+    io::IsTerminal::is_terminal(&io::stderr())
+}
+
 /// Writes a value as indented JSON.
 pub(super) fn print_json(value: &impl serde::Serialize) -> Result<(), super::CliError> {
     let text = serde_json::to_string_pretty(value)

@@ -199,7 +199,7 @@ mod tests {
     use super::*;
     use crate::{
         donor_load,
-        trace::{TraceReader, unbounded_hits},
+        trace::{self, unbounded_hits},
     };
 
     const CHAT: Chat = Chat {
@@ -244,9 +244,9 @@ mod tests {
     #[test]
     fn a_chat_is_a_sound_trace_that_repeats_itself() {
         let file = chat(&CHAT);
-        let requests: Vec<_> = TraceReader::new(&file[..], "chat")
-            .map(Result::unwrap)
-            .collect();
+        let trace = trace::read(&file[..], "chat", &trace::Options::default()).unwrap();
+        assert!(trace.notes.is_empty(), "{:?}", trace.notes);
+        let requests = trace.requests;
         assert!(requests.len() > 150, "{}", requests.len());
         assert!(requests.is_sorted_by(|a, b| a.arrival_s <= b.arrival_s));
         let (hits, all) = unbounded_hits(&requests);

@@ -1,4 +1,4 @@
-//! Replays one trace through three arms and writes one report.
+//! Replays one trace through all arms and writes one report.
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
@@ -7,13 +7,18 @@ use swiftcache_proto::domain::{DeviceUuid, LinkKind};
 use super::{
     ReplayError,
     models::ModelShape,
+    plan::{OFFLOAD_SHARE_OF_RATE, Offload},
     pool::Pool,
-    report::{ArmReport, Capacity, Compute, Donors, Links, Report, SCHEMA, Workload},
-    roofline::{COMPUTE_EFFICIENCY, Gpu, MEMORY_EFFICIENCY, Roofline},
-    serving::{LinkRates, MAX_DECODING, PASS_TOKENS, Recompute, Serving, serve, stretch_for},
+    report::{
+        ArmReport, Capacity, Compute, Donors, Holds, LentPoint, Links, Report, SCHEMA, Workload,
+    },
+    roofline::{Engine, Gpu, Roofline},
+    serving::{
+        LinkRates, Loading, MAX_DECODING, PASS_TOKENS, Recompute, Serving, serve, stretch_for,
+    },
     sizing::{Scale, pool_blocks},
     tiered::{Interrupt, Neighbourhood, Tiered},
-    trace::{BLOCK_TOKENS, Request, unbounded_hits},
+    trace::{Request, unbounded_hits},
 };
 use swiftcache_client::{
     cache::{Borrower, BorrowerConfig, BytesByLink, DrainPolicy, Layout, Stats},
@@ -31,6 +36,8 @@ const LEASE_STEP_SLABS: u64 = 4;
 pub struct Setup {
     /// The trace.
     pub requests: Vec<Request>,
+    /// Tokens in a block of the trace.
+    pub block_tokens: u64,
     /// The name of the trace, for the report.
     pub trace: String,
     /// The busy model. When it is spread over several GPUs, this is one rank of it.
@@ -97,9 +104,18 @@ impl Setup {
             roofline: Roofline {
                 model: self.model,
                 gpu: self.gpu,
+                engine: Engine::VLLM,
             },
             rates: self.rates,
-            pool_blocks: pool_blocks(&self.model, &self.gpu, self.gpu.hbm_bytes)?,
+            pool_blocks: pool_blocks(
+                &self.model,
+                &self.gpu,
+                self.gpu.hbm_bytes,
+                self.block_tokens,
+            )?,
+            block_tokens: self.block_tokens,
+            prefix_caching: true,
+            loading: Loading::LayerByLayer,
             stretch: self.stretch.unwrap_or(1.0),
         };
         match self.stretch {
@@ -115,8 +131,8 @@ impl Setup {
         let model = &self.model;
         Layout {
             namespace: format!(
-                "replay/{arm}/{}/tp{}/{BLOCK_TOKENS}x{}",
-                model.name, self.tensor_parallel, self.scale.layer_bytes
+                "replay/{arm}/{}/tp{}/{}x{}",
+                model.name, self.tensor_parallel, self.block_tokens, self.scale.layer_bytes
             ),
             layer_bytes: vec![self.scale.layer_bytes; model.layers],
         }
@@ -125,17 +141,18 @@ impl Setup {
     /// Says what is modelled and what is real. The text belongs beside every figure of the report.
     fn basis(&self, backend: &str) -> String {
         format!(
-            "Modelled: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate), loads run at the rates of topology {}'s links and overlap compute layer by layer, in every arm. Real: processes, leases, revocations and bytes (1/{:.0} of full size), moved on the {backend} backend.",
+            "Modelled: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate), loads run at the rates of topology {}'s links and overlap compute layer by layer, in every arm but vllm-offload, which loads before it computes at {:.0} % of the rate, as measured. Real: processes, leases, revocations and bytes (1/{:.0} of full size), moved on the {backend} backend.",
             self.gpu.name,
-            COMPUTE_EFFICIENCY * 100.0,
-            MEMORY_EFFICIENCY * 100.0,
+            Engine::VLLM.compute_efficiency * 100.0,
+            Engine::VLLM.memory_efficiency * 100.0,
             self.topology,
+            OFFLOAD_SHARE_OF_RATE * 100.0,
             self.scale.ratio,
         )
     }
 }
 
-/// Replays the trace through all three arms.
+/// Replays the trace through all arms.
 ///
 /// # Errors
 /// When a byte that was read back is wrong, and when the node, the device or a file fails.
@@ -153,7 +170,10 @@ pub fn compare(
     let outcome = serve(&setup.requests, &serving, &mut Recompute, &mut |done| {
         watch.done(done);
     })?;
-    let recompute = ArmReport::modelled("recompute", &outcome);
+    let recompute = ArmReport {
+        holds: holds(setup, &serving, 0, 0),
+        ..ArmReport::modelled("recompute", &outcome)
+    };
     let refused = outcome.refused;
 
     let place = &stage.place;
@@ -171,6 +191,21 @@ pub fn compare(
         watch,
     )?;
     let zombies = (stage.zombies)()?.saturating_sub(zombies);
+    let leased_peak = setup.scale.grow(swiftcache.leased_peak_bytes);
+    let equal = Setup {
+        host_tier_bytes: setup.host_tier_bytes + leased_peak,
+        ..setup.clone()
+    };
+    let equal = tiered(
+        "offload-equal-bytes",
+        &equal,
+        &serving,
+        place,
+        None,
+        None,
+        watch,
+    )?;
+    let measured = as_measured(setup, &serving)?;
 
     let (hits, blocks) = unbounded_hits(&setup.requests);
     Ok(Report {
@@ -182,8 +217,8 @@ pub fn compare(
             tensor_parallel: setup.tensor_parallel,
             gpu: setup.gpu.name.to_owned(),
             gpu_source: setup.gpu.source.to_owned(),
-            compute_efficiency: COMPUTE_EFFICIENCY,
-            memory_efficiency: MEMORY_EFFICIENCY,
+            compute_efficiency: Engine::VLLM.compute_efficiency,
+            memory_efficiency: Engine::VLLM.memory_efficiency,
             interference: format!(
                 "each {PASS_TOKENS} new tokens of a prefill carry one token of every decoding sequence, at most {MAX_DECODING}"
             ),
@@ -215,7 +250,40 @@ pub fn compare(
             leased_peak_blocks: swiftcache.leased_peak_bytes / setup.scale.block_bytes,
         },
         donors: Donors::new(&swiftcache.stats, zombies),
-        arms: vec![swiftcache.report, pcie.report, recompute],
+        arms: vec![
+            swiftcache.report,
+            pcie.report,
+            equal.report,
+            measured,
+            recompute,
+        ],
+        lent: swiftcache.lent,
+    })
+}
+
+/// What an arm holds blocks in, full-size bytes.
+fn holds(setup: &Setup, serving: &Serving, donor_bytes: u64, host_bytes: u64) -> Holds {
+    Holds {
+        pool_bytes: u64::from(serving.pool_blocks) * setup.scale.full_block_bytes,
+        donor_bytes,
+        host_bytes,
+    }
+}
+
+/// vLLM's offloading with the same host memory: modelled as it was measured, without bytes.
+fn as_measured(setup: &Setup, serving: &Serving) -> Result<ArmReport, ReplayError> {
+    let serving = Serving {
+        loading: Loading::Before {
+            share_of_rate: OFFLOAD_SHARE_OF_RATE,
+        },
+        ..*serving
+    };
+    let blocks = setup.host_tier_bytes / setup.scale.full_block_bytes;
+    let mut arm = Offload::new(u32::try_from(blocks).unwrap_or(u32::MAX));
+    let outcome = serve(&setup.requests, &serving, &mut arm, &mut |_| ())?;
+    Ok(ArmReport {
+        holds: holds(setup, &serving, 0, setup.host_tier_bytes),
+        ..ArmReport::modelled("vllm-offload", &outcome)
     })
 }
 
@@ -223,6 +291,7 @@ struct TieredArm {
     report: ArmReport,
     stats: Stats,
     leased_peak_bytes: u64,
+    lent: Vec<LentPoint>,
 }
 
 fn tiered(
@@ -272,10 +341,17 @@ fn tiered(
             failed_blocks: arm.moved.failed_blocks,
             unplaced_blocks: arm.moved.unplaced_blocks,
             wall_s: started.elapsed().as_secs_f64(),
+            holds: holds(
+                setup,
+                serving,
+                scale.grow(arm.moved.leased_peak_bytes),
+                setup.host_tier_bytes,
+            ),
             ..ArmReport::modelled(name, &outcome)
         },
         stats,
         leased_peak_bytes: arm.moved.leased_peak_bytes,
+        lent: arm.lent.points(scale.full_block_bytes),
     })
 }
 
@@ -300,7 +376,7 @@ mod tests {
         chat::{Chat, write_chat},
         report::Ttft,
         serving::Tier,
-        trace::TraceReader,
+        trace::{self, BLOCK_TOKENS},
     };
     use swiftcache_client::device::host::{HostLayer, HostOptions};
     use swiftcache_proto::domain::Device;
@@ -321,10 +397,11 @@ mod tests {
         };
         let mut file = Vec::new();
         write_chat(&chat, &mut file).unwrap();
-        let rows = TraceReader::new(&file[..], "chat");
+        let trace = trace::read(&file[..], "chat", &trace::Options::default()).unwrap();
         let model = *ModelShape::by_name("qwen3-8b").unwrap();
         Setup {
-            requests: rows.map(Result::unwrap).collect(),
+            requests: trace.requests,
+            block_tokens: BLOCK_TOKENS,
             trace: "chat".to_owned(),
             model,
             tensor_parallel: 1,
@@ -333,7 +410,7 @@ mod tests {
                 hbm_bytes: 32 << 30,
                 ..*Gpu::by_name("h100-sxm").unwrap()
             },
-            scale: Scale::new(&model, 65536.0).unwrap(),
+            scale: Scale::new(&model, BLOCK_TOKENS, 65536.0).unwrap(),
             stretch: None,
             host_tier_bytes: 8 << 30,
             lease_limit_bytes: 0,

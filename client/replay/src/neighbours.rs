@@ -11,7 +11,7 @@ use swiftcache_proto::domain::Device;
 use super::{ReplayError, donor_load::TokensInFlight, sizing::Scale};
 
 /// The largest share of its GPU's HBM that a neighbour uses. When it needs more, its requests wait in a queue.
-const MOST_SHARE: f64 = 0.95;
+pub(crate) const MOST_SHARE: f64 = 0.95;
 
 /// One neighbour's device.
 #[derive(Clone, Debug)]
@@ -102,22 +102,24 @@ mod tests {
     use crate::{
         donor_load::NeighbourRequest,
         models::ModelShape,
-        roofline::{Gpu, Roofline},
+        roofline::{Engine, Gpu, Roofline},
+        trace::BLOCK_TOKENS,
     };
 
     #[test]
     fn usage_rises_with_the_load_and_stays_on_the_device() {
         let model = *ModelShape::by_name("qwen3-8b").unwrap();
         let gpu = *Gpu::by_name("h100-sxm").unwrap();
+        let engine = Engine::VLLM;
         let load = |arrival_s, input_tokens| NeighbourRequest {
             arrival_s,
             input_tokens,
             output_tokens: 1000,
         };
         let requests = [load(10.0, 100_000), load(60.0, 4_000_000), load(999.0, 1)];
-        let curve = TokensInFlight::new(&requests, &Roofline { model, gpu }, 8);
+        let curve = TokensInFlight::new(&requests, &Roofline { model, gpu, engine }, 8);
         let dir = tempfile::tempdir().unwrap();
-        let scale = Scale::new(&model, 1024.0).unwrap();
+        let scale = Scale::new(&model, BLOCK_TOKENS, 1024.0).unwrap();
         let hbm = scale.shrink(80 << 30);
         let devices = [Device {
             uuid: "SIM-1".parse().unwrap(),

@@ -13,6 +13,7 @@ use swiftcache_proto::domain::BlockHash;
 
 use super::{
     ReplayError,
+    lent::Lent,
     neighbours::NeighbourUse,
     pool::Pool,
     prefix_cache::Allocation,
@@ -101,6 +102,8 @@ pub struct Tiered {
     interrupt: Interrupt,
     /// What its data path did so far.
     pub moved: Moved,
+    pub(crate) lent: Lent,
+    revocations: u64,
 }
 
 impl Tiered {
@@ -117,6 +120,8 @@ impl Tiered {
             neighbourhood,
             interrupt,
             moved: Moved::default(),
+            lent: Lent::default(),
+            revocations: 0,
         }
     }
 
@@ -160,8 +165,13 @@ fn by_tier(hit: &Hit, good: usize) -> Vec<Fetched> {
 impl Arm for Tiered {
     fn advance(&mut self, now_s: f64) -> Result<(), ReplayError> {
         stop_if(&self.interrupt)?;
-        let leased = self.borrower.stats().leased_bytes;
+        let stats = self.borrower.stats();
+        let leased = stats.leased_bytes;
         self.moved.leased_peak_bytes = self.moved.leased_peak_bytes.max(leased);
+        let block_bytes = self.borrower.config().layout.block_bytes();
+        self.lent.revoke(stats.revocations - self.revocations);
+        self.revocations = stats.revocations;
+        self.lent.note(now_s, leased / block_bytes);
         match &mut self.neighbourhood {
             Some(neighbourhood) => neighbourhood.advance(now_s, &self.interrupt),
             None => Ok(()),

@@ -1,6 +1,6 @@
 //! `swiftcache replay`.
 
-mod play;
+pub(crate) mod play;
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -8,28 +8,24 @@ use clap::Args;
 use swiftcache_proto::domain::DeviceUuid;
 
 pub(super) use self::play::Play;
-use super::{CliError, output, progress::Progress, size::size};
-use swiftcache_replay::{
-    ReplayError,
-    models::ModelShape,
-    report::Report,
-    roofline::Gpu,
-    trace::{self, Request},
+use super::{
+    CliError, output,
+    progress::Progress,
+    report::{ReportArgs, ReportFile},
+    size::size,
+    trace::TraceArgs,
 };
+use swiftcache_replay::{html, models::ModelShape, report::Report, roofline::Gpu};
 
-/// Replay a trace of a busy model against donors, and compare SwiftCache, PCIe offload and recompute
+/// Replay a trace of a busy model against donors, and compare SwiftCache with offloading and recompute
 ///
 /// Without --socket the replay starts a private node and ends it afterwards: a broker, and elastic donors whose
 /// own models' load rises and falls. Processes, leases, revocations and bytes are real; time is modelled, and the
 /// report says how. Every byte that is read back is checked, and a wrong one ends the replay with status 1.
 #[derive(Args, Debug)]
 pub(super) struct ReplayArgs {
-    /// The busy model's requests: JSON lines of timestamp, input_length, output_length, hash_ids (Mooncake)
-    #[arg(long, value_name = "FILE")]
-    trace: PathBuf,
-    /// Replay only the first N requests
-    #[arg(long, value_name = "N")]
-    requests: Option<usize>,
+    #[command(flatten)]
+    trace: TraceArgs,
     #[command(flatten)]
     node: NodeArgs,
     /// Use the donors of a running node instead of a private one
@@ -43,17 +39,6 @@ pub(super) struct ReplayArgs {
     usage_dir: Option<PathBuf>,
     #[command(flatten)]
     report: ReportArgs,
-}
-
-/// How to show a report.
-#[derive(Args, Clone, Debug)]
-pub(super) struct ReportArgs {
-    /// Print the report as JSON
-    #[arg(long)]
-    pub(super) json: bool,
-    /// Show no progress
-    #[arg(long, short)]
-    pub(super) quiet: bool,
 }
 
 /// The node and its models.
@@ -104,9 +89,19 @@ pub(super) struct NodeArgs {
 
 /// `--stretch`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Stretch {
+pub(super) enum Stretch {
     Auto,
     By(f64),
+}
+
+impl Stretch {
+    /// The factor, unless it is to be found.
+    pub(super) fn factor(self) -> Option<f64> {
+        match self {
+            Self::Auto => None,
+            Self::By(factor) => Some(factor),
+        }
+    }
 }
 
 impl FromStr for Stretch {
@@ -128,21 +123,9 @@ fn positive(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("{text:?} is not a number above 0"))
 }
 
-/// A trace and its name.
-pub(super) struct Trace {
-    pub(super) name: String,
-    pub(super) requests: Vec<Request>,
-}
-
 pub(super) fn run(args: &ReplayArgs) -> Result<(), CliError> {
-    let mut requests = trace::load(&args.trace).map_err(ReplayError::from)?;
-    if let Some(first) = args.requests {
-        requests.truncate(first.max(1));
-    }
-    let trace = Trace {
-        name: args.trace.display().to_string(),
-        requests,
-    };
+    let file = ReportFile::open(args.report.report.as_deref())?;
+    let trace = args.trace.load()?;
     let play = Play::new(&args.node, trace, None)?;
     let interrupt = super::interrupt()?;
     let mut progress = Progress::new(args.report.quiet);
@@ -151,15 +134,22 @@ pub(super) fn run(args: &ReplayArgs) -> Result<(), CliError> {
         Some(socket) => play.on_running_node(args, socket, &mut progress, interrupt)?,
     };
     drop(progress);
-    show(&report, &args.report)
+    show(&report, &args.report, file)
 }
 
-/// Prints a report.
-pub(super) fn show(report: &Report, args: &ReportArgs) -> Result<(), CliError> {
-    if args.json {
-        output::print_json(report)
-    } else {
-        output::print(&report.text()).map(|_| ())
+/// Prints a report, and writes it to its file.
+pub(super) fn show(
+    report: &Report,
+    args: &ReportArgs,
+    file: Option<ReportFile>,
+) -> Result<(), CliError> {
+    match args.json {
+        true => output::print_json(report)?,
+        false => output::print(&report.text()).map(|_| ())?,
+    }
+    match file {
+        Some(file) => file.write(&html::replay_page(report)),
+        None => Ok(()),
     }
 }
 

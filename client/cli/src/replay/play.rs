@@ -8,7 +8,7 @@ use std::{
 
 use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
 
-use super::{NodeArgs, ReplayArgs, Stretch, Trace};
+use super::{NodeArgs, ReplayArgs};
 use crate::{
     CliError,
     admin::Admin,
@@ -24,18 +24,19 @@ use swiftcache_replay::{
     neighbours::NeighbourUse,
     node::{NodePlan, PrivateNode},
     report::Report,
-    roofline::Roofline,
+    roofline::{Engine, Roofline},
     serving::LinkRates,
     sizing::{ACTIVATION_BYTES, Scale},
     tiered::{Interrupt, Neighbourhood},
+    trace::Trace,
 };
 
 /// The load of the donors' own models that comes with SwiftCache.
-const BUNDLED_LOAD: &[u8] = include_bytes!("../../../workloads/neighbours.csv");
+pub(crate) const BUNDLED_LOAD: &[u8] = include_bytes!("../../../workloads/neighbours.csv");
 /// How long a broker may be away before a replay fails.
 const RESTART: Duration = Duration::from_secs(30);
 /// How many sequences a neighbour decodes at a time. The time of its requests depends on this.
-const NEIGHBOUR_BATCH: u64 = 8;
+pub(crate) const NEIGHBOUR_BATCH: u64 = 8;
 
 /// The setup of a replay, and the plan of its private node.
 pub(crate) struct Play {
@@ -55,7 +56,7 @@ impl Play {
         let shard = args.model.shard(args.tensor_parallel);
         let model =
             shard.map_err(|error| CliError::Usage(format!("--tensor-parallel: {error}")))?;
-        let scale = Scale::new(&model, args.scale)?;
+        let scale = Scale::new(&model, trace.block_tokens, args.scale)?;
         let (load, donor_load) = match &args.donor_load {
             Some(path) => (donor_load::load(path), path.display().to_string()),
             None => (
@@ -66,15 +67,13 @@ impl Play {
         let host = args.gpu.host_bytes_per_second as f64;
         let setup = Setup {
             requests: trace.requests,
+            block_tokens: trace.block_tokens,
             trace: trace.name,
             model,
             tensor_parallel: args.tensor_parallel,
             gpu: *args.gpu,
             scale,
-            stretch: match args.stretch {
-                Stretch::Auto => None,
-                Stretch::By(factor) => Some(factor),
-            },
+            stretch: args.stretch.factor(),
             host_tier_bytes: args.host_tier,
             lease_limit_bytes: args.gpu.hbm_bytes * args.donors as u64,
             move_blocks: !args.drop_revoked,
@@ -214,6 +213,7 @@ impl Play {
         let roofline = Roofline {
             model: self.donor_model,
             gpu: self.setup.gpu,
+            engine: Engine::VLLM,
         };
         let curve = TokensInFlight::new(&self.load, &roofline, NEIGHBOUR_BATCH);
         let base = self.donor_model.weight_bytes() + ACTIVATION_BYTES;

@@ -362,14 +362,14 @@ fn shortened(time: Duration, pace: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::ModelShape;
+    use crate::{models::ModelShape, trace::BLOCK_TOKENS};
 
     fn plan(donors: usize, topology: &str) -> NodePlan {
         let model = ModelShape::by_name("qwen3-8b").unwrap();
         NodePlan {
             topology: topology.to_owned(),
             gpu: *Gpu::by_name("h100-sxm").unwrap(),
-            scale: Scale::new(model, 1024.0).unwrap(),
+            scale: Scale::new(model, BLOCK_TOKENS, 1024.0).unwrap(),
             donors,
             pace: 60.0,
             headroom_bytes: 4 << 30,

@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::serving::{Outcome, Tier};
 use swiftcache_client::cache::{Latency, Stats};
 
-pub use text::{bytes, table};
+pub use text::{bytes, duration, fold, table};
+
+/// Parts of a curve of times.
+const QUANTILES: usize = 20;
 
 /// The version of the document.
 pub const SCHEMA: u32 = 1;
@@ -35,10 +38,13 @@ pub struct Report {
     pub workload: Workload,
     /// Sizes.
     pub capacity: Capacity,
-    /// The arms: SwiftCache, PCIe offload, recompute, in this order.
+    /// The arms. SwiftCache is the first, recompute the last.
     pub arms: Vec<ArmReport>,
     /// How donors came and went during the SwiftCache arm.
     pub donors: Donors,
+    /// What was leased from donors over time in the SwiftCache arm.
+    #[serde(default)]
+    pub lent: Vec<LentPoint>,
 }
 
 /// The model and its GPU.
@@ -131,10 +137,17 @@ pub struct Ttft {
 /// The results of one arm: of one way to keep the prefix cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ArmReport {
-    /// `swiftcache`, `pcie-offload` or `recompute`.
+    /// `swiftcache`; `pcie-offload` with the same host tier; `offload-equal-bytes` with a host tier as large as SwiftCache's tiers
+    /// together; `vllm-offload`, which is modelled as it was measured; or `recompute`.
     pub name: String,
     /// The modelled times to first token.
     pub ttft: Ttft,
+    /// Times to first token that 0, 5, ... 95 and 100 of 100 requests stay under, milliseconds.
+    #[serde(default)]
+    pub ttft_curve_ms: Vec<f64>,
+    /// What it holds blocks in.
+    #[serde(default)]
+    pub holds: Holds,
     /// The share of all blocks that was found in any tier.
     pub hit_rate: f64,
     /// Blocks found, by tier.
@@ -154,6 +167,35 @@ pub struct ArmReport {
     pub unplaced_blocks: u64,
     /// The wall-clock time that this arm took, in seconds.
     pub wall_s: f64,
+}
+
+/// What one arm holds blocks in, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holds {
+    /// The engine's own pool.
+    pub pool_bytes: u64,
+    /// Donors, at most.
+    pub donor_bytes: u64,
+    /// Host memory.
+    pub host_bytes: u64,
+}
+
+impl Holds {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.pool_bytes + self.donor_bytes + self.host_bytes
+    }
+}
+
+/// What donors lent at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LentPoint {
+    /// Seconds of the stretched trace.
+    pub at_s: f64,
+    /// Bytes on loan.
+    pub bytes: u64,
+    /// Slabs with blocks taken back since the point before.
+    pub revocations: u64,
 }
 
 /// A distribution of durations in wall-clock time.
@@ -229,6 +271,17 @@ impl Ttft {
     }
 }
 
+/// The times that 0, 5, ... 100 of 100 requests stay under, milliseconds.
+pub(crate) fn curve(seconds: &[f64]) -> Vec<f64> {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return Vec::new();
+    };
+    let at = |step: usize| sorted[(step * last).div_ceil(QUANTILES)] * 1e3;
+    (0..=QUANTILES).map(at).collect()
+}
+
 impl ArmReport {
     /// A report with the results of the model. The figures of the data path are zero.
     pub fn modelled(name: &str, outcome: &Outcome) -> Self {
@@ -236,6 +289,8 @@ impl ArmReport {
         Self {
             name: name.to_owned(),
             ttft: Ttft::of(&outcome.ttft_s),
+            ttft_curve_ms: curve(&outcome.ttft_s),
+            holds: Holds::default(),
             hit_rate: hits as f64 / outcome.blocks.max(1) as f64,
             hit_blocks: outcome.hits.clone(),
             utilisation: outcome.utilisation(),
@@ -257,10 +312,10 @@ impl Report {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn report() -> Report {
+    pub(crate) fn report() -> Report {
         let outcome = Outcome {
             ttft_s: (1..=200).map(|ms| f64::from(ms) / 1e3).collect(),
             hits: [(Tier::Local, 30), (Tier::DonorNvlink, 20), (Tier::Host, 10)].into(),
@@ -318,6 +373,13 @@ mod tests {
                 revocations: 4,
                 ..Donors::default()
             },
+            lent: [(0.0, 5), (60.0, 9), (90.0, 2)]
+                .map(|(at_s, gigabytes)| LentPoint {
+                    at_s,
+                    bytes: gigabytes * 1_000_000_000,
+                    revocations: 1,
+                })
+                .into(),
         }
     }
 
@@ -364,9 +426,12 @@ mod tests {
         let text = report.text();
         assert_eq!(
             text.matches("SIMULATED").count(),
-            3,
+            5,
             "in every table\n{text}"
         );
+        for line in text.lines() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
         report.simulated = false;
         assert!(!report.text().contains("SIMULATED"));
         for part in [

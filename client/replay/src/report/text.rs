@@ -1,14 +1,18 @@
 //! The report for people: tables, and numbers with readable units.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::collections::BTreeMap;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
 
 use super::{ArmReport, Report};
 use crate::serving::Tier;
 
+/// The width of a report.
+const COLUMNS: usize = 80;
+
 impl ArmReport {
-    fn hit_share(&self, tiers: &[Tier]) -> f64 {
+    /// The share of all blocks that was found in these tiers.
+    pub(crate) fn hit_share(&self, tiers: &[Tier]) -> f64 {
         let all: u64 = self.hit_blocks.values().sum();
         let these: u64 = tiers
             .iter()
@@ -31,7 +35,27 @@ pub fn bytes(count: u64) -> String {
     format!("{value:.decimals$} {}", units[unit])
 }
 
-fn duration(ms: f64) -> String {
+/// A text in lines of `columns` at most. A word that is longer has a line of its own.
+pub fn fold(text: &str, columns: usize) -> String {
+    let mut folded = String::new();
+    let mut width = 0;
+    for word in text.split(' ') {
+        let length = word.chars().count();
+        if width > 0 && width + 1 + length > columns {
+            folded.push('\n');
+            width = 0;
+        } else if width > 0 {
+            folded.push(' ');
+            width += 1;
+        }
+        folded.push_str(word);
+        width += length;
+    }
+    folded
+}
+
+/// A time with a readable unit, such as `1.50 s`.
+pub fn duration(ms: f64) -> String {
     match ms {
         ..1e3 => format!("{ms:.0} ms"),
         ..1e5 => format!("{:.2} s", ms / 1e3),
@@ -79,92 +103,100 @@ impl Report {
         }
     }
 
-    /// The report for people.
+    /// The report for people, 80 columns wide.
     pub fn text(&self) -> String {
         let mut text = String::new();
+        let mut say = |part: &str| {
+            text.push_str(part);
+            text.push('\n');
+        };
+        say(&fold(&self.traffic(), COLUMNS));
+        say("");
+        for table in [
+            self.ttft_table(),
+            self.hits_table(),
+            self.capacities_table(),
+            self.bytes_table(),
+            self.stored_table(),
+        ] {
+            say(&format!("{table}\n"));
+        }
+        say(&fold(&self.revoked(), COLUMNS));
+        say("");
+        say(&fold(&self.basis, COLUMNS));
+        text
+    }
+
+    /// What SwiftCache's p99 is beside the others', in one sentence.
+    pub(crate) fn headline(&self) -> String {
+        let Some(first) = self.arms.first() else {
+            return String::new();
+        };
+        let others = self.arms.iter().skip(1).map(|arm| {
+            let change = change(first.ttft.p99_ms, arm.ttft.p99_ms);
+            format!("{change} beside {}", arm.name)
+        });
+        let others: Vec<String> = others.collect();
+        format!(
+            "{}'s p99 time to first token is {} (modelled): {}.",
+            first.name,
+            duration(first.ttft.p99_ms),
+            others.join(", ")
+        )
+    }
+
+    /// What was served, and with what.
+    pub(crate) fn traffic(&self) -> String {
         let workload = &self.workload;
         let capacity = &self.capacity;
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            text,
-            "{} requests of {}, arrivals stretched x{:.2}; an unbounded cache would find {:.3} of {} blocks{}",
+        let refused = match workload.refused {
+            0 => String::new(),
+            refused => format!("; {refused} requests too long for the local pool, left out"),
+        };
+        format!(
+            "{} requests of {}, arrivals stretched x{:.2}; an unbounded cache would find {:.3} of {} blocks{refused}. {} on {}, {} donors, {} a block.",
             workload.requests,
             workload.trace,
             workload.stretch,
             workload.unbounded_hit_rate,
             workload.blocks,
-            match workload.refused {
-                0 => String::new(),
-                refused => format!("; {refused} requests too long for the local pool, left out"),
-            }
-        );
-        let _ = writeln!(
-            text,
-            "{} on {}, local pool {} blocks, host tier {} blocks, {} donors lending up to {} blocks ({} a block)\n",
             self.compute.model,
             self.compute.gpu,
-            capacity.local_blocks,
-            capacity.host_blocks,
             capacity.donors,
-            capacity.leased_peak_blocks,
             bytes(capacity.block_full_bytes),
-        );
-        let _ = writeln!(text, "{}\n", self.ttft_table());
-        let _ = writeln!(text, "{}\n", self.hits_table());
-        let _ = writeln!(text, "{}\n", self.bytes_table());
+        )
+    }
+
+    /// What became of revoked slabs, and what was checked.
+    pub(crate) fn revoked(&self) -> String {
         let donors = &self.donors;
-        let _ = writeln!(
-            text,
-            "Revocations: {} (acknowledged in p50 {}, p99 {} of wall-clock time), zombies: {}",
+        let verified: u64 = self.arms.iter().map(|arm| arm.verified_moved_bytes).sum();
+        format!(
+            "Revocations: {} (acknowledged in p50 {}, p99 {} of wall-clock time), zombies: {}. Blocks of revoked slabs: {} moved to other donors, {} to the host tier, {} dropped. Verified: {} read back, every byte right.",
             donors.revocations,
             wall(donors.acknowledge_wall.p50_us),
             wall(donors.acknowledge_wall.p99_us),
-            donors.zombies
-        );
-        let _ = writeln!(
-            text,
-            "Blocks of revoked slabs: {} moved to other donors, {} to the host tier, {} dropped",
-            donors.moved_to_donor_blocks, donors.moved_to_host_blocks, donors.dropped_blocks
-        );
-        let verified: u64 = self.arms.iter().map(|arm| arm.verified_moved_bytes).sum();
-        let _ = writeln!(
-            text,
-            "Verified: {} read back, every byte right\n",
+            donors.zombies,
+            donors.moved_to_donor_blocks,
+            donors.moved_to_host_blocks,
+            donors.dropped_blocks,
             bytes(verified)
-        );
-        let _ = writeln!(text, "{}", self.basis);
-        text
+        )
     }
 
-    fn ttft_table(&self) -> Table {
+    pub(crate) fn ttft_table(&self) -> Table {
         let base = self.arms.first().map(|arm| arm.ttft).unwrap_or_default();
-        let change = |of: f64, to: f64| {
-            if to > 0.0 {
-                // Adding zero turns -0 into 0.
-                format!("{:+.0} %", ((of / to - 1.0) * 100.0).round() + 0.0)
-            } else {
-                "-".to_owned()
-            }
-        };
-        let heading = self.heading("time to first token");
-        let header = [
-            heading.as_str(),
-            "p50",
-            "p95",
-            "p99",
-            "SwiftCache's p99",
-            "server busy",
-        ];
+        let heading = self.heading("first token");
+        let header = [heading.as_str(), "p50", "p95", "p99", "SwiftCache", "busy"];
         let rows = self.arms.iter().enumerate().map(|(index, arm)| {
             [
                 arm.name.clone(),
                 duration(arm.ttft.p50_ms),
                 duration(arm.ttft.p95_ms),
                 duration(arm.ttft.p99_ms),
-                if index == 0 {
-                    String::new()
-                } else {
-                    change(base.p99_ms, arm.ttft.p99_ms)
+                match index {
+                    0 => String::new(),
+                    _ => change(base.p99_ms, arm.ttft.p99_ms),
                 },
                 format!("{:.0} %", arm.utilisation * 100.0),
             ]
@@ -172,7 +204,7 @@ impl Report {
         table(header, rows)
     }
 
-    fn hits_table(&self) -> Table {
+    pub(crate) fn hits_table(&self) -> Table {
         let donor = [Tier::DonorNvlink, Tier::DonorPcie, Tier::DonorHost];
         let rows = self.arms.iter().map(|arm| {
             let share = |tiers: &[Tier]| format!("{:.1} %", arm.hit_share(tiers) * 100.0);
@@ -186,48 +218,80 @@ impl Report {
                 arm.unplaced_blocks.to_string(),
             ]
         });
-        let heading = self.heading("blocks found");
+        let heading = self.heading("found");
         let header = [
             heading.as_str(),
             "all",
             "local",
             "donors",
-            "host tier",
-            "lost on the way",
+            "host",
+            "lost",
             "no room",
         ];
         table(header, rows)
     }
 
-    fn bytes_table(&self) -> Table {
+    pub(crate) fn capacities_table(&self) -> Table {
         let rows = self.arms.iter().map(|arm| {
-            let over = |map: &BTreeMap<String, u64>, link: &str| {
-                map.get(link).map_or("-".to_owned(), |count| bytes(*count))
-            };
+            [
+                arm.name.clone(),
+                bytes(arm.holds.pool_bytes),
+                bytes(arm.holds.donor_bytes),
+                bytes(arm.holds.host_bytes),
+                bytes(arm.holds.total()),
+            ]
+        });
+        let heading = self.heading("holds at most");
+        let header = [heading.as_str(), "local", "donors", "host", "in all"];
+        table(header, rows)
+    }
+
+    pub(crate) fn bytes_table(&self) -> Table {
+        let rows = self.arms.iter().map(|arm| {
             [
                 arm.name.clone(),
                 over(&arm.loaded_full_bytes, "nvlink"),
                 over(&arm.loaded_full_bytes, "pcie"),
                 over(&arm.loaded_full_bytes, "host"),
-                over(&arm.stored_full_bytes, "nvlink"),
-                over(&arm.stored_full_bytes, "pcie"),
-                over(&arm.stored_full_bytes, "host"),
                 bytes(arm.verified_moved_bytes),
                 format!("{:.1} s", arm.wall_s),
             ]
         });
-        let heading = self.heading("full-size bytes");
+        let heading = self.heading("loaded");
         let header = [
             heading.as_str(),
-            "from NVLink",
-            "from PCIe peers",
-            "from host",
-            "to NVLink",
-            "to PCIe peers",
-            "to host",
-            "really moved, verified",
-            "wall time",
+            "NVLink",
+            "PCIe",
+            "host",
+            "verified",
+            "took",
         ];
         table(header, rows)
+    }
+
+    pub(crate) fn stored_table(&self) -> Table {
+        let rows = self.arms.iter().map(|arm| {
+            [
+                arm.name.clone(),
+                over(&arm.stored_full_bytes, "nvlink"),
+                over(&arm.stored_full_bytes, "pcie"),
+                over(&arm.stored_full_bytes, "host"),
+            ]
+        });
+        let heading = self.heading("written back");
+        table([heading.as_str(), "NVLink", "PCIe", "host"], rows)
+    }
+}
+
+fn over(map: &BTreeMap<String, u64>, link: &str) -> String {
+    map.get(link).map_or("-".to_owned(), |count| bytes(*count))
+}
+
+/// By how much `of` is more or less than `to`.
+fn change(of: f64, to: f64) -> String {
+    match to > 0.0 {
+        // Adding zero turns -0 into 0.
+        true => format!("{:+.0} %", ((of / to - 1.0) * 100.0).round() + 0.0),
+        false => "-".to_owned(),
     }
 }

@@ -4,7 +4,7 @@
 //!   its prompt and answer fit into the local pool. Until then, this request and all later requests wait.
 //! * The time to first token is the time from a request's arrival until its prefill is over.
 //! * Cached blocks found outside the local pool arrive layer by layer while earlier layers compute
-//!   ([`pipelined_s`]). This is the same in every arm.
+//!   ([`pipelined_s`]), or before the prefill ([`Loading`]).
 //! * Decoding goes on during a prefill. A prefill is cut into passes of [`PASS_TOKENS`] new tokens, and each pass
 //!   also decodes one token of every sequence that is decoding when the prefill starts, at most [`MAX_DECODING`].
 //!   So decoding slows a prefill, by a bounded amount. Between prefills, decoding has the GPU to itself.
@@ -27,7 +27,7 @@ use super::{
     pipeline::{LinkLoad, pipelined_s},
     prefix_cache::{Allocation, PrefixCache},
     roofline::Roofline,
-    trace::{BLOCK_TOKENS, Request},
+    trace::Request,
 };
 
 /// New tokens in one pass of a prefill.
@@ -98,8 +98,26 @@ pub struct Serving {
     pub rates: LinkRates,
     /// The local pool, blocks.
     pub pool_blocks: u32,
+    /// Tokens in a block.
+    pub block_tokens: u64,
+    /// Whether a prompt finds what earlier ones left in the local pool.
+    pub prefix_caching: bool,
+    /// How blocks come from outside the local pool.
+    pub loading: Loading,
     /// Arrival times are multiplied by this.
     pub stretch: f64,
+}
+
+/// How blocks from outside the local pool come into it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Loading {
+    /// Layer by layer, while earlier layers compute.
+    LayerByLayer,
+    /// All of them before the prefill begins, at this share of the link's rate.
+    Before {
+        /// The share, 0 to 1.
+        share_of_rate: f64,
+    },
 }
 
 /// Blocks that one tier gave to a prompt.
@@ -190,7 +208,7 @@ pub fn serve(
     let mut free_s = 0.0f64;
     for (done, request) in (1..).zip(requests) {
         let arrival_s = request.arrival_s * serving.stretch;
-        let answer = request.output_tokens.div_ceil(BLOCK_TOKENS) as usize;
+        let answer = request.output_tokens.div_ceil(serving.block_tokens) as usize;
         if request.blocks.len() + answer > pool.capacity() {
             outcome.refused += 1;
             progress(done);
@@ -209,8 +227,10 @@ pub fn serve(
         let start_s = decoding.now_s;
         arm.advance(start_s)?;
         let fetched = arm.prefill(&request.blocks, &allocation)?;
-        for (slot, block) in allocation.slots.iter().zip(&request.blocks) {
-            pool.publish(*slot, *block);
+        if serving.prefix_caching {
+            for (slot, block) in allocation.slots.iter().zip(&request.blocks) {
+                pool.publish(*slot, *block);
+            }
         }
         outcome.blocks += request.blocks.len() as u64;
         *outcome.hits.entry(Tier::Local).or_default() += allocation.hits as u64;
@@ -225,7 +245,9 @@ pub fn serve(
         decoding.finish(&mut pool);
         decoding.start(request, allocation);
         decoding.finish(&mut pool);
-        outcome.ttft_s.push(free_s - arrival_s);
+        outcome
+            .ttft_s
+            .push(free_s - arrival_s + roofline.engine.request_s);
         outcome.busy_s += free_s - busy_from_s;
         progress(done);
     }
@@ -250,18 +272,19 @@ fn prefill(
     fetched: &[Fetched],
     decoding: &Decoding,
 ) -> Prefill {
-    let cached = (found * BLOCK_TOKENS).min(request.input_tokens - 1);
+    let cached = (found * serving.block_tokens).min(request.input_tokens - 1);
     let new = request.input_tokens - cached;
     let passes = new.div_ceil(PASS_TOKENS) as f64;
     let model = &serving.roofline.model;
     let riding = decoding.sequences.len() as u64;
     let compute_s = serving.roofline.prefill_s(new, cached)
         + passes * serving.roofline.ride_along_s(riding, decoding.context());
+    let compute_s = compute_s.max(passes * serving.roofline.engine.step_s);
     let mut by_tier: BTreeMap<Tier, u64> = BTreeMap::new();
     for part in fetched {
         *by_tier.entry(part.tier).or_default() += part.blocks;
     }
-    let block_layer_bytes = (BLOCK_TOKENS * model.layer_bytes_per_token()) as f64;
+    let block_layer_bytes = (serving.block_tokens * model.layer_bytes_per_token()) as f64;
     let loads = by_tier.into_iter().filter_map(|(tier, count)| {
         let bytes_per_second = serving.rates.of(tier)?;
         Some(LinkLoad {
@@ -271,10 +294,17 @@ fn prefill(
         })
     });
     let loads: Vec<_> = loads.collect();
-    Prefill {
-        seconds: pipelined_s(model.layers, compute_s / model.layers as f64, &loads),
-        passes,
-    }
+    let layers = model.layers as f64;
+    let seconds = match serving.loading {
+        Loading::LayerByLayer => pipelined_s(model.layers, compute_s / layers, &loads),
+        Loading::Before { share_of_rate } => {
+            let bytes_s = loads
+                .iter()
+                .map(|load| load.layer_bytes / load.bytes_per_second);
+            compute_s + layers * bytes_s.sum::<f64>() / share_of_rate
+        }
+    };
+    Prefill { seconds, passes }
 }
 
 #[cfg(test)]

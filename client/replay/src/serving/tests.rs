@@ -1,7 +1,11 @@
 //! The server with small numbers, which the comments work out by hand.
 
 use super::*;
-use crate::{models::ModelShape, roofline::Gpu};
+use crate::{
+    models::ModelShape,
+    roofline::{Gpu, tests::ROUND},
+    trace::BLOCK_TOKENS,
+};
 
 /// The GPU reaches 1 FLOP/s, so a token takes 2 s of prefill in any context. Reading memory takes no time.
 fn serving(pool_blocks: u32) -> Serving {
@@ -24,6 +28,7 @@ fn serving(pool_blocks: u32) -> Serving {
                 hbm_bytes: 1,
                 host_bytes_per_second: 1,
             },
+            engine: ROUND,
         },
         rates: LinkRates {
             nvlink: 1e30,
@@ -31,6 +36,9 @@ fn serving(pool_blocks: u32) -> Serving {
             host: 1e30,
         },
         pool_blocks,
+        block_tokens: BLOCK_TOKENS,
+        prefix_caching: true,
+        loading: Loading::LayerByLayer,
         stretch: 1.0,
     }
 }

@@ -1,0 +1,53 @@
+//! The flags that say which trace, for `plan` and `replay`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::CliError;
+use swiftcache_replay::{
+    ReplayError,
+    trace::{self, Format, Options, Trace},
+};
+
+/// The trace.
+#[derive(Args, Debug)]
+pub(super) struct TraceArgs {
+    /// The busy model's requests, plain or gzip: Mooncake, Qwen-Bailian, agents' conversations, message logs, Azure, BurstGPT,
+    /// ServeGen; docs/replay.md describes each
+    #[arg(long, value_name = "FILE")]
+    trace: PathBuf,
+    /// The trace's format: mooncake, bailian, conversations, messages, agent-texts, azure, burstgpt, servegen [default: found
+    /// from its first row]
+    #[arg(long, value_name = "NAME")]
+    format: Option<Format>,
+    /// Tokens in a block of the trace [default: 512; bailian 16; conversations and texts 64]
+    #[arg(long, value_name = "N")]
+    block_tokens: Option<u64>,
+    /// Requests a second where the trace has no time stamps, and conversations a second [default: 1]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    rate: Option<f64>,
+    /// Only the first N rows
+    #[arg(long, value_name = "N")]
+    requests: Option<usize>,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|rate: &f64| *rate > 1e-6 && *rate <= 1e6);
+    number.ok_or_else(|| format!("{text:?} is not a rate; takes a number above 0"))
+}
+
+impl TraceArgs {
+    /// Reads it.
+    pub(super) fn load(&self) -> Result<Trace, CliError> {
+        let options = Options {
+            format: self.format,
+            block_tokens: self.block_tokens,
+            rate: self.rate,
+            first: self.requests,
+        };
+        let trace = trace::load(&self.trace, &options);
+        Ok(trace.map_err(ReplayError::from)?)
+    }
+}
