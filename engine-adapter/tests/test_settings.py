@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+from swiftcache._native import MAX_DRAIN_MS, MAX_TENANT_BYTES
 from swiftcache.engine.settings import Settings
 
 WHERE = "the engine's extra settings"
@@ -40,6 +41,11 @@ def test_shares(value: object, share: float) -> None:
     assert read({"lend": value}, {}).lend == share
 
 
+def test_the_largest_values_are_taken() -> None:
+    settings = read({"lend_drain_ms": MAX_DRAIN_MS, "tenant": "t" * MAX_TENANT_BYTES}, {})
+    assert settings.lend_drain_ms == MAX_DRAIN_MS and len(settings.tenant) == MAX_TENANT_BYTES
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -58,13 +64,15 @@ def test_shares(value: object, share: float) -> None:
         ("backend", "rocm"),
         ("socket", ""),
         ("device", 3),
-        ("tenant", "t" * 65),
+        ("tenant", "t" * (MAX_TENANT_BYTES + 1)),
         ("lend", 1.5),
         ("lend", "half"),
         ("lend", True),
         ("lend_reserve", -0.1),
         ("lend_after_ms", -1),
         ("lend_drain_ms", 0),
+        ("lend_drain_ms", MAX_DRAIN_MS + 1),
+        ("lookup_ms", 10**12),
         ("stream_bytes", "plenty"),
         ("stream_bytes", -1),
         ("stream_window_bytes", 0),

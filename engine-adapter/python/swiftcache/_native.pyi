@@ -18,6 +18,10 @@ from typing import final
 __version__: str
 DEFAULT_LOOKUP_MS: int
 """How long a cache's lookup waits for the broker unless it is told otherwise, milliseconds."""
+MAX_DRAIN_MS: int
+"""The longest time that the protocol takes for a drain, and the longest of a setting in milliseconds."""
+MAX_TENANT_BYTES: int
+"""The longest name of a tenant."""
 
 @final
 class Connection:

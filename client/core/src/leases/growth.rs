@@ -136,6 +136,15 @@ impl Leases {
                     again = Some(pause);
                 } else if leased.shortfall == Shortfall::Scrubbing {
                     again = Some(ASK_AGAIN_SCRUBBING);
+                } else if let Some(slab_bytes) = self.slab_too_large() {
+                    let max_bytes = self.settings.max_bytes;
+                    warn!(
+                        max_bytes,
+                        slab_bytes,
+                        "slabs on offer are larger than the most that may be leased: nothing is leased. Allow at least \
+                         one slab"
+                    );
+                    again = Some(ASK_AGAIN);
                 } else if adopted == 0 {
                     debug!(shortfall = ?leased.shortfall, "the broker has nothing to lend");
                     again = Some(ASK_AGAIN);
@@ -156,6 +165,14 @@ impl Leases {
         }
         state.end_grant_call();
         adopted > 0
+    }
+
+    /// The size of the smallest slab that was granted, when it is more than may be leased in all.
+    fn slab_too_large(&self) -> Option<u64> {
+        let state = self.state.lock();
+        state
+            .slab_bytes
+            .filter(|slab_bytes| *slab_bytes > self.settings.max_bytes)
     }
 
     /// Maps a granted slab and hands it to the holder. Otherwise an own lease is the caller's to release.

@@ -63,7 +63,7 @@ pub struct SessionConfig {
     pub socket: PathBuf,
     /// For people: shown in status and logs. 1 to 128 bytes.
     pub name: String,
-    /// Sub-division of the peer's tenant; may be empty. At most 64 bytes.
+    /// Sub-division of the peer's tenant; may be empty. At most [`MAX_TENANT_BYTES`](swiftcache_proto::convert::MAX_TENANT_BYTES).
     pub tenant: String,
 }
 

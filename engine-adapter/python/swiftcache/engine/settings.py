@@ -1,7 +1,7 @@
 """Settings: what the engine was told first, then SWIFTCACHE_* in the environment, then defaults.
 
 Every worker and the scheduler read them for themselves, so they must come from what all of them share. Defaults stand
-here and nowhere else.
+here and nowhere else. Limits that the broker or the client has are theirs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+from swiftcache._native import MAX_DRAIN_MS, MAX_TENANT_BYTES
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -111,8 +113,11 @@ def _convert(name: str, key: str, value: Any, loads: Sequence[str]) -> Any:
         return size
     if name in ("lookup_ms", "lend_after_ms", "lend_drain_ms", "stream_step_ms"):
         least = 0 if name == "lend_after_ms" else 1
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)) or int(value) < least:
-            raise ValueError(f"{key} is {value!r}; it must be a whole number of milliseconds, at least {least}")
+        whole = not isinstance(value, bool) and re.fullmatch(r"\d{1,9}", str(value))
+        if not whole or not least <= int(value) <= MAX_DRAIN_MS:
+            raise ValueError(
+                f"{key} is {value!r}; it must be a whole number of milliseconds, {least} to {MAX_DRAIN_MS}"
+            )
         return int(value)
     if name == "stream_spare_units":
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,6}", str(value)):
@@ -134,8 +139,8 @@ def _convert(name: str, key: str, value: Any, loads: Sequence[str]) -> Any:
             raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
     if name == "socket" and not value:
         raise ValueError(f"{key} must name the broker's socket")
-    if name == "tenant" and len(value.encode()) > 64:
-        raise ValueError(f"{key} is longer than 64 bytes")
+    if name == "tenant" and len(value.encode()) > MAX_TENANT_BYTES:
+        raise ValueError(f"{key} is longer than {MAX_TENANT_BYTES} bytes")
     return value
 
 

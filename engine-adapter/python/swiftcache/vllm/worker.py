@@ -114,7 +114,13 @@ class WorkerSide:
         )
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
-        logger.info("SwiftCache: loads are %s", "layer by layer" if self._sync else "asynchronous")
+        algorithm, seed = known["hash"]
+        logger.info(
+            "SwiftCache: loads are %s; block hashes are %s with %s",
+            "layer by layer" if self._sync else "asynchronous",
+            algorithm,
+            f"PYTHONHASHSEED={seed}" if seed else "no PYTHONHASHSEED",
+        )
 
     def _stitch(self, stitched: StitchedPool, layout: Layout) -> None:
         from swiftcache.vllm.stream.staging import Staging
