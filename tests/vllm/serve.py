@@ -374,6 +374,12 @@ class Engine:
         """Of each worker's stitched pool: where its units are, what it has done, and how often windows were used."""
         return self.llm.collective_rpc(rig.look)
 
+    def patience(self, seconds: float) -> None:
+        """How long engines that are started from now on wait for leases of a stitched pool."""
+        from swiftcache.vllm.stream import pool
+
+        pool.PATIENCE_SECONDS = seconds
+
     def rig(self, **how: Any) -> None:
         """Does something to the workers' stitched pools; see `rig`."""
         self.llm.collective_rpc(rig.do, kwargs=how)

@@ -66,9 +66,14 @@ def want(lab):
 
 
 @pytest.fixture(scope="module")
-def donors(node):
+def broker(node):
     node.start_broker()
-    return [node.start_donor("SIM-1", SLABS, UNIT)]
+    return node
+
+
+@pytest.fixture(scope="module")
+def donors(broker):
+    return [broker.start_donor("SIM-1", SLABS, UNIT)]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,28 @@ def test_stock_vllm_refuses_such_a_context(lab) -> None:
     own = {**OWN, "num_gpu_blocks_override": None, "kv_cache_memory_bytes": 32 * 4 * PAGE}
     with pytest.raises(EngineError, match="To serve at least one request"):
         lab.engine("b").start(**of.options(**own, max_model_len=LONGEST))
+
+
+def refused(lab, node, **settings) -> str:
+    """Why an engine with these settings does not start."""
+    engine = lab.engine("b")
+    engine.ask("patience", seconds=1)
+    with pytest.raises(EngineError) as reason:
+        of.connect(engine, node, wait=False, connector=SETTINGS | settings, **STITCHED)
+    return str(reason.value).partition("; the end of its log")[0]
+
+
+def test_without_a_broker_it_does_not_start(lab, node) -> None:
+    assert "is swiftcache-broker running?" in refused(lab, node)
+
+
+def test_without_a_donor_it_does_not_start(lab, broker) -> None:
+    assert "no slab could be leased within 1s" in refused(lab, broker)
+
+
+def test_with_slabs_that_are_too_large_it_does_not_start(lab, broker, donors) -> None:
+    assert f"slabs on offer have {UNIT} bytes" in refused(lab, broker, stream_bytes=UNIT - 4096)
+    assert "stream_bytes" in refused(lab, broker, stream_bytes=2 * UNIT)
 
 
 def test_whoever_fits_locally_reads_nothing_from_neighbours(engine, want) -> None:
