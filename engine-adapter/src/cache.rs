@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use swiftcache_client::{
     cache::{BorrowerConfig, Layout},
     device::Choice,
+    donor::DonorStatus,
 };
 use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
@@ -223,7 +224,8 @@ impl Cache {
                     Some(Point::At(ticket)) => Some(ticket.clone()),
                     _ => None,
                 };
-                Some(Store::running(open.borrower.store(&blocks, &kv, &ready)))
+                let store = open.borrower.store(&blocks, &kv, &ready);
+                Some(Store::running(store, blocks.len()))
             });
             Ok(store.unwrap_or_else(|| Store::nothing(blocks.len())))
         })
@@ -250,17 +252,29 @@ impl Cache {
     fn take_back(&self, py: Python<'_>, loans: &Bound<'_, PyAny>) -> PyResult<()> {
         let loans: Vec<u64> = arguments::number("loans", loans)?;
         unlocked(py, || {
-            self.0.lending.take_back(&loans);
+            if self.0.is_here() {
+                self.0.lending.take_back(&loans);
+            }
             Ok(())
         })
     }
 
     fn returned_loans(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
-        unlocked(py, || Ok(self.0.lending.take_returned()))
+        unlocked(py, || {
+            Ok(match self.0.is_here() {
+                true => self.0.lending.take_returned(),
+                false => Vec::new(),
+            })
+        })
     }
 
     fn lend_problem(&self, py: Python<'_>) -> PyResult<String> {
-        unlocked(py, || Ok(self.0.lending.problem()))
+        unlocked(py, || {
+            Ok(match self.0.is_here() {
+                true => self.0.lending.problem(),
+                false => self.0.problem(),
+            })
+        })
     }
 
     fn stats(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, f64>> {
@@ -268,7 +282,11 @@ impl Cache {
             let stats = self.0.with_open(|open| Some(open.borrower.stats()));
             let open = stats.is_some();
             let borrowed = stats::flat(&stats.unwrap_or_default());
-            let lent = stats::lent(&self.0.lending.status());
+            let lent = match self.0.is_here() {
+                true => self.0.lending.status(),
+                false => DonorStatus::default(),
+            };
+            let lent = stats::lent(&lent);
             let mut flat: HashMap<_, _> = (borrowed.into_iter().chain(lent))
                 .map(|(name, value)| (name, value as f64))
                 .collect();
@@ -288,6 +306,9 @@ impl Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
+        if !self.0.is_here() {
+            return;
+        }
         let worker = Arc::clone(&self.0);
         drop_unlocked(Closing(worker));
     }

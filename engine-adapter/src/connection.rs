@@ -2,7 +2,11 @@
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
-use swiftcache_client::session::{Asker, Session, SessionConfig};
+use swiftcache_client::{
+    Error,
+    device::Home,
+    session::{Asker, Session, SessionConfig},
+};
 use swiftcache_proto::convert::MAX_NAMESPACE_BYTES;
 
 use crate::{
@@ -17,11 +21,16 @@ use crate::{
 pub(crate) struct Connection {
     /// Nothing once closed.
     session: Mutex<Option<Session>>,
+    /// A child of this process has no session.
+    home: Home,
 }
 
 impl Connection {
     /// A session for a cache of its own.
     pub(crate) fn session(&self) -> Option<Session> {
+        if !self.home.is_here() {
+            return None;
+        }
         self.session.lock().clone()
     }
 }
@@ -39,6 +48,7 @@ impl Connection {
             })?;
             Ok(Self {
                 session: Mutex::new(Some(session)),
+                home: Home::here(),
             })
         })
     }
@@ -62,6 +72,7 @@ impl Connection {
         unlocked(py, || {
             Ok(match self.session() {
                 Some(session) => session.problem().unwrap_or_default(),
+                None if !self.home.is_here() => Error::Forked.to_string(),
                 None => "the connection is closed".to_owned(),
             })
         })
@@ -88,7 +99,9 @@ impl Connection {
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         unlocked(py, || {
-            drop(self.session.lock().take());
+            if self.home.is_here() {
+                drop(self.session.lock().take());
+            }
             Ok(())
         })
     }
@@ -96,7 +109,11 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        drop_unlocked(self.session.get_mut().take());
+        let session = self.session.get_mut().take();
+        match self.home.is_here() {
+            true => drop_unlocked(session),
+            false => std::mem::forget(session),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::cache;
+use swiftcache_client::{cache, device::Home};
 
 use crate::{
     arguments,
@@ -24,6 +24,8 @@ pub(crate) struct Load {
     found: u32,
     asked: u32,
     layers: usize,
+    /// Where its copies end. In a child of that process all of it has failed.
+    home: Home,
 }
 
 #[derive(Debug)]
@@ -54,6 +56,7 @@ impl Load {
             found: blocks.len() as u32,
             asked: asked as u32,
             layers: open.borrower.config().layout.layer_bytes.len(),
+            home: Home::here(),
         })
     }
 
@@ -64,6 +67,7 @@ impl Load {
             found: 0,
             asked,
             layers,
+            home: Home::here(),
         }
     }
 
@@ -97,6 +101,9 @@ impl Load {
         let layer = arguments::number("layer", layer)?;
         unlocked(py, || {
             self.check(layer)?;
+            if !self.home.is_here() {
+                return Ok((0..self.asked).collect());
+            }
             Ok(match &*self.state.read() {
                 State::Running(load, _) => {
                     let failed = load.wait_layer(layer).err();
@@ -117,6 +124,9 @@ impl Load {
         let stream = EngineStream::read(stream)?;
         unlocked(py, || {
             self.check(layer)?;
+            if !self.home.is_here() {
+                return Ok(());
+            }
             if let State::Running(load, place) = &*self.state.read() {
                 stream.gate(place, load.layer_tickets(layer));
             }
@@ -126,6 +136,9 @@ impl Load {
 
     fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
         unlocked(py, || {
+            if !self.home.is_here() {
+                return Ok(true);
+            }
             // Somebody who waits for its end holds the lock.
             Ok(self.state.try_read().is_some_and(|state| match &*state {
                 State::Running(load, _) => load.is_done(),
@@ -136,6 +149,9 @@ impl Load {
 
     fn finish(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
         unlocked(py, || {
+            if !self.home.is_here() {
+                return Ok((0..self.asked).collect());
+            }
             let mut state = self.state.write();
             // Should finishing panic, every position has failed.
             let all = State::Over((0..self.asked).collect());
@@ -152,6 +168,9 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         let state = std::mem::replace(self.state.get_mut(), State::Over(Vec::new()));
+        if !self.home.is_here() {
+            return std::mem::forget(state);
+        }
         if let State::Running(..) = state {
             drop_unlocked(state);
         }

@@ -4,14 +4,22 @@ use std::collections::HashMap;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::cache::{self, Stored};
+use swiftcache_client::{
+    cache::{self, Stored},
+    device::Home,
+};
 
 use crate::unlocked::{drop_unlocked, unlocked};
 
 /// Blocks on their way out of the pool.
 #[pyclass(frozen, module = "swiftcache")]
 #[derive(Debug)]
-pub(crate) struct Store(RwLock<State>);
+pub(crate) struct Store {
+    state: RwLock<State>,
+    blocks: u32,
+    /// Where its copies end. In a child of that process nothing is kept.
+    home: Home,
+}
 
 #[derive(Debug)]
 enum State {
@@ -20,16 +28,30 @@ enum State {
 }
 
 impl Store {
-    pub(crate) fn running(store: cache::Store) -> Self {
-        Self(RwLock::new(State::Running(store)))
+    /// Of `blocks` blocks.
+    pub(crate) fn running(store: cache::Store, blocks: usize) -> Self {
+        Self::of(State::Running(store), blocks)
+    }
+
+    fn of(state: State, blocks: usize) -> Self {
+        Self {
+            state: RwLock::new(state),
+            blocks: blocks as u32,
+            home: Home::here(),
+        }
     }
 
     /// Nothing is kept of `blocks` blocks.
     pub(crate) fn nothing(blocks: usize) -> Self {
-        Self(RwLock::new(State::Over(Stored {
-            unplaced: blocks as u32,
-            ..Stored::default()
-        })))
+        Self::of(State::Over(none_of(blocks as u32)), blocks)
+    }
+}
+
+/// What became of so many blocks of which nothing is kept.
+fn none_of(blocks: u32) -> Stored {
+    Stored {
+        unplaced: blocks,
+        ..Stored::default()
     }
 }
 
@@ -37,8 +59,11 @@ impl Store {
 impl Store {
     fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
         unlocked(py, || {
+            if !self.home.is_here() {
+                return Ok(true);
+            }
             // Somebody who waits for its end holds the lock.
-            Ok(self.0.try_read().is_some_and(|state| match &*state {
+            Ok(self.state.try_read().is_some_and(|state| match &*state {
                 State::Running(store) => store.is_done(),
                 State::Over(_) => true,
             }))
@@ -47,7 +72,10 @@ impl Store {
 
     fn unplaced(&self, py: Python<'_>) -> PyResult<u32> {
         unlocked(py, || {
-            Ok(match &*self.0.read() {
+            if !self.home.is_here() {
+                return Ok(self.blocks);
+            }
+            Ok(match &*self.state.read() {
                 State::Running(store) => store.unplaced(),
                 State::Over(stored) => stored.unplaced,
             })
@@ -56,12 +84,10 @@ impl Store {
 
     fn finish(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, u32>> {
         unlocked(py, || {
-            let mut state = self.0.write();
-            let stored = match std::mem::replace(&mut *state, State::Over(Stored::default())) {
-                State::Running(store) => store.finish(),
-                State::Over(stored) => stored,
+            let stored = match self.home.is_here() {
+                true => self.end(),
+                false => none_of(self.blocks),
             };
-            *state = State::Over(stored);
             Ok(HashMap::from([
                 ("stored", stored.stored),
                 ("known", stored.known),
@@ -72,10 +98,25 @@ impl Store {
     }
 }
 
+impl Store {
+    fn end(&self) -> Stored {
+        let mut state = self.state.write();
+        let stored = match std::mem::replace(&mut *state, State::Over(Stored::default())) {
+            State::Running(store) => store.finish(),
+            State::Over(stored) => stored,
+        };
+        *state = State::Over(stored);
+        stored
+    }
+}
+
 impl Drop for Store {
     fn drop(&mut self) {
         let over = State::Over(Stored::default());
-        let state = std::mem::replace(self.0.get_mut(), over);
+        let state = std::mem::replace(self.state.get_mut(), over);
+        if !self.home.is_here() {
+            return std::mem::forget(state);
+        }
         if let State::Running(_) = state {
             drop_unlocked(state);
         }

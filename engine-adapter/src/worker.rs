@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use swiftcache_client::{
     Error,
     cache::{Borrower, BorrowerConfig, PagedKv},
-    device::{Choice, DeviceLayer, Ticket, open_node},
+    device::{Choice, DeviceLayer, Home, Ticket, open_node},
     donor::{NotLent, PoolLender},
     session::{Connected, Observer, Session},
 };
@@ -43,6 +43,8 @@ pub(crate) struct Settings {
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) settings: Settings,
+    /// A child of this process finds and does nothing: it has none of the cache's threads.
+    home: Home,
     phase: Mutex<Phase>,
     /// The phase, or the connection.
     changed: Condvar,
@@ -100,6 +102,7 @@ impl Worker {
         };
         let worker = Arc::new(Self {
             settings,
+            home: Home::here(),
             phase: Mutex::new(phase),
             changed: Condvar::new(),
             opened: RwLock::new(None),
@@ -125,19 +128,33 @@ impl Worker {
 
     /// Uses it, if it is open.
     pub(crate) fn with_open<T>(&self, using: impl FnOnce(&Opened) -> Option<T>) -> Option<T> {
+        if !self.is_here() {
+            return None;
+        }
         self.opened.read().as_ref().and_then(using)
     }
 
+    /// Whether this is the process that opened it. Asked before any lock is taken.
+    pub(crate) fn is_here(&self) -> bool {
+        self.home.is_here()
+    }
+
     pub(crate) fn is_open(&self) -> bool {
-        self.phase.lock().open
+        self.is_here() && self.phase.lock().open
     }
 
     pub(crate) fn is_connected(&self) -> bool {
+        if !self.is_here() {
+            return false;
+        }
         let phase = self.phase.lock();
         phase.session.as_ref().is_some_and(Session::is_connected)
     }
 
     pub(crate) fn wait_open(&self, limit: Duration) -> bool {
+        if !self.is_here() {
+            return false;
+        }
         let deadline = Instant::now() + limit;
         let mut phase = self.phase.lock();
         while !phase.open && phase.session.is_some() {
@@ -149,6 +166,9 @@ impl Worker {
     }
 
     pub(crate) fn problem(&self) -> String {
+        if !self.is_here() {
+            return Error::Forked.to_string();
+        }
         let phase = self.phase.lock();
         let Some(session) = &phase.session else {
             return "the cache is closed".to_owned();
@@ -169,6 +189,7 @@ impl Worker {
 
     /// Remembers where the pool is, and adopts it if there is something to adopt it with.
     pub(crate) fn set_pool(&self, pool: Pool) -> Result<()> {
+        self.check_home()?;
         let _adopting = self.adopting.lock();
         if let Some(opened) = &*self.opened.read() {
             opened.adopt(&pool)?;
@@ -183,6 +204,13 @@ impl Worker {
         Ok(())
     }
 
+    fn check_home(&self) -> Result<()> {
+        match self.is_here() {
+            true => Ok(()),
+            false => Err(Error::Forked.into()),
+        }
+    }
+
     /// Lends ranges of the registered pool, once what the engine does there now is over.
     pub(crate) fn lend(
         &self,
@@ -190,6 +218,7 @@ impl Worker {
         ranges: Vec<UnusedRange>,
         after: Option<Ticket>,
     ) -> Result<()> {
+        self.check_home()?;
         let pool = self.phase.lock().pool.clone();
         let pool = pool.ok_or_else(|| Failure::argument("ranges", "no pool is registered"))?;
         let ranges = pool.lendable(&ranges)?;
@@ -203,6 +232,9 @@ impl Worker {
     /// Stops opening, takes back what is lent, waits for copies, gives leases back and lets go of the pool. Every call
     /// returns only then.
     pub(crate) fn close(&self) {
+        if !self.is_here() {
+            return;
+        }
         let (session, pool) = {
             let mut phase = self.phase.lock();
             phase.open = false;

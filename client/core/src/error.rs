@@ -63,6 +63,11 @@ pub enum Error {
     /// The session is over.
     #[error("the session with the broker is closed")]
     Closed,
+    /// This process is a child of the one whose session it is.
+    #[error(
+        "the session is another process's, of which this one is a fork: open one here, or start this process anew (spawn)"
+    )]
+    Forked,
     /// A blocking call from the session's own thread would wait for itself.
     #[error("{call} blocks, and must not be called from a session observer")]
     OnSessionThread {
@@ -109,6 +114,7 @@ impl Error {
             | Self::Disconnected { .. }
             | Self::Descriptor { .. }
             | Self::Closed
+            | Self::Forked
             | Self::Config { .. }
             | Self::Device(_)
             | Self::Pool { .. }

@@ -1,6 +1,7 @@
 //! Background threads, and how long their owner waits for them to end.
 
 use std::{
+    mem,
     sync::mpsc::{self, RecvTimeoutError},
     thread::{self, JoinHandle},
     time::Instant,
@@ -8,7 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::{Error, Result};
+use crate::{Error, Result, device::Home};
 
 /// Threads that end by themselves once they have been told to.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Threads {
     /// Each thread has one: the last one to go disconnects `ended`.
     life: Option<mpsc::Sender<()>>,
     ended: Mutex<mpsc::Receiver<()>>,
+    /// Where they run. A child of that process has none of them to wait for.
+    home: Home,
 }
 
 impl Threads {
@@ -26,6 +29,7 @@ impl Threads {
             handles: Vec::new(),
             life: Some(life),
             ended: Mutex::new(ended),
+            home: Home::here(),
         }
     }
 
@@ -48,6 +52,9 @@ impl Threads {
 
     /// Waits until all have ended. A thread that panicked has said so.
     pub(crate) fn join(&mut self) {
+        if !self.home.is_here() {
+            return mem::forget(mem::take(&mut self.handles));
+        }
         for thread in self.handles.drain(..) {
             let _ = thread.join();
         }
@@ -55,6 +62,10 @@ impl Threads {
 
     /// Waits until all have ended, or until `deadline`: then they go on by themselves, and this is false.
     pub(crate) fn join_by(&mut self, deadline: Instant) -> bool {
+        if !self.home.is_here() {
+            self.join();
+            return true;
+        }
         self.life = None;
         let left = deadline.saturating_duration_since(Instant::now());
         let ended = self.ended.get_mut().recv_timeout(left) != Err(RecvTimeoutError::Timeout);

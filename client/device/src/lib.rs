@@ -16,6 +16,7 @@ mod address_space;
 pub mod cuda;
 mod error;
 pub mod foreign;
+mod home;
 pub mod host;
 mod memory;
 mod open;
@@ -32,6 +33,7 @@ pub use address_space::{
     AddressSpace, AddressSpaces, Change, Left, NotReplaced, SpacePiece, Standstill,
 };
 pub use error::DeviceError;
+pub use home::Home;
 pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
 pub use steps::{EngineWord, StepEnd, Steps, Still, Touching};

@@ -14,9 +14,10 @@ use rand::Rng;
 use swiftcache_proto::domain::BorrowerId;
 use tracing::warn;
 
-use super::{BorrowerConfig, state::State, write::Write};
+use super::{BorrowerConfig, PagedKv, state::State, write::Write};
 use crate::{
-    device,
+    Error, Result,
+    device::{self, Home, Touching},
     leases::{Flight, Leases},
     session::Session,
     transfer::{Plans, Refused, Routes},
@@ -55,6 +56,8 @@ impl Leftover {
 
 pub(super) struct Core {
     pub(super) id: BorrowerId,
+    /// A child of this process finds nothing and moves nothing.
+    pub(super) home: Home,
     pub(super) session: Option<Session>,
     pub(super) config: BorrowerConfig,
     pub(super) leases: Arc<Leases>,
@@ -84,6 +87,7 @@ impl Core {
         let (leftovers, leftover_inbox) = mpsc::channel();
         let core = Arc::new(Self {
             id: (config.id).unwrap_or_else(|| BorrowerId(rand::rng().random())),
+            home: Home::here(),
             session,
             config,
             leases,
@@ -98,6 +102,14 @@ impl Core {
             leftovers: leftover_inbox,
         };
         (core, inboxes)
+    }
+
+    /// An engine's pool, to queue copies with it: see [`PagedKv::touch`].
+    pub(super) fn touch(&self, kv: &PagedKv) -> Result<Option<Touching>> {
+        match self.home.is_here() {
+            true => kv.touch(&self.config.layout.layer_bytes),
+            false => Err(Error::Forked),
+        }
     }
 
     /// The session, while it is connected.

@@ -95,6 +95,9 @@ impl HitBlocks {
 
 impl Drop for HitBlocks {
     fn drop(&mut self) {
+        if !self.core.home.is_here() {
+            return;
+        }
         let mut state = self.core.state.lock();
         for block in &self.blocks {
             if let HitBlock::Own(id) = block {

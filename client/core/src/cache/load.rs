@@ -84,7 +84,7 @@ impl Core {
         let layers = layers.start..layers.end.min(layout.layer_bytes.len());
         let mut verdict = Verdict::default();
         let mut plan = self.plans.take();
-        let (flight, touching) = match kv.touch(&layout.layer_bytes) {
+        let (flight, touching) = match self.touch(kv) {
             Ok(touching) => {
                 let flight = self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict);
                 (flight, touching)
@@ -274,7 +274,7 @@ impl Verdict {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.ended && self.hit.core.home.is_here() {
             let core = Arc::clone(&self.hit.core);
             core.state.lock().counts.loaded += self.bytes;
             core.leave(Leftover::Load {

@@ -25,6 +25,9 @@ impl Core {
             runs: Vec::new(),
             pins: Vec::new(),
         };
+        if !self.home.is_here() {
+            return Hit(Arc::new(hit));
+        }
         self.add_own(hashes, &mut hit);
         if self.config.share
             && let Some(session) = &self.session

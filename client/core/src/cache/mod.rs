@@ -79,7 +79,8 @@ use crate::{
 /// How long closing a borrower waits for its last copies and calls.
 const CLOSING: Duration = Duration::from_secs(10);
 
-/// An engine's prefix KV cache in leased HBM and a bounded host tier. Used from any thread.
+/// An engine's prefix KV cache in leased HBM and a bounded host tier. Used from any thread, but of the process that opened it
+/// only: a child of `fork` finds nothing, loads and stores nothing, and has to open a borrower of its own.
 ///
 /// Dropping it waits until its copies are known to be over, and gives its leases back: for ten seconds at most. Should the
 /// device not say by then that they are, its threads go on until it does, and keep its leases and its session as long.
@@ -157,6 +158,9 @@ impl Borrower {
     /// Leases up to `bytes` in all now, rather than as stores need them, and maps them; blocks. Returns the bytes it
     /// holds, which may be fewer.
     pub fn reserve(&self, bytes: u64) -> u64 {
+        if !self.core.home.is_here() {
+            return 0;
+        }
         self.core.leases.reserve(bytes)
     }
 
@@ -223,6 +227,9 @@ impl Borrower {
 
     /// What it has done, and what it holds now.
     pub fn stats(&self) -> Stats {
+        if !self.core.home.is_here() {
+            return Stats::default();
+        }
         let leases = self.core.leases.counts();
         Stats {
             revocations: leases.revocations,
@@ -242,6 +249,10 @@ impl Drop for Borrower {
     /// go on by themselves until it is, and keep the session and the leases as long.
     fn drop(&mut self) {
         let core = &self.core;
+        if !core.home.is_here() {
+            // The cache goes on in the process that it belongs to, with all its threads.
+            return;
+        }
         // A thread that is gone needs no telling.
         let _ = core.keeper.send(KeeperTask::Stop);
         self.keeper.join();

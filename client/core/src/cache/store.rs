@@ -118,7 +118,7 @@ impl Core {
         let layout = &self.config.layout;
         let mut stored = Stored::default();
         let mut plan = self.plans.take();
-        let (write, touching) = match kv.touch(&layout.layer_bytes) {
+        let (write, touching) = match self.touch(kv) {
             Ok(touching) => {
                 let write = self.plan_store(blocks, kv, &mut plan, &mut stored);
                 (write, touching)
@@ -255,7 +255,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.ended && self.core.home.is_here() {
             self.core.state.lock().counts.stored += self.stored.bytes;
             self.core.leave(Leftover::Write(Arc::clone(&self.write)));
         }

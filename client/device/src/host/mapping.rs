@@ -8,8 +8,20 @@ use rustix::{
 };
 
 use super::Memory;
+use crate::Home;
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+/// Keeps a range from children of `fork`. One would still have it when its parent is gone, and the broker has lent the pages to
+/// somebody else by then. A GPU's memory is not inherited either: a CUDA context does not survive a fork.
+pub(super) fn keep_from_children(address: usize, bytes: usize) {
+    // SAFETY: only children are affected, and one has no use for the range: it has neither streams nor leases of its own.
+    let kept =
+        unsafe { rustix::mm::madvise(address as *mut _, bytes, rustix::mm::Advice::LinuxDontFork) };
+    if let Err(error) = kept {
+        tracing::warn!(%error, "children of this process inherit memory of the cache");
+    }
+}
 
 /// A range of pages. When dropped it is unmapped, or the owner of the range has fresh pages there.
 #[derive(Debug)]
@@ -18,6 +30,8 @@ pub(super) struct Mapping {
     bytes: usize,
     /// The memory that these pages are a part of, if it is another's.
     lent_of: Option<Memory>,
+    /// A child of this process may have something else at these addresses.
+    home: Home,
 }
 
 impl Mapping {
@@ -35,10 +49,12 @@ impl Mapping {
                 0,
             )
         }?;
+        keep_from_children(address as usize, size);
         Ok(Self {
             address: address as usize,
             bytes: size,
             lent_of: None,
+            home: Home::here(),
         })
     }
 
@@ -48,10 +64,12 @@ impl Mapping {
         let address = unsafe {
             rustix::mm::mmap_anonymous(std::ptr::null_mut(), size, READ_WRITE, MapFlags::PRIVATE)
         }?;
+        keep_from_children(address as usize, size);
         Ok(Self {
             address: address as usize,
             bytes: size,
             lent_of: None,
+            home: Home::here(),
         })
     }
 
@@ -83,6 +101,7 @@ impl Mapping {
             address: place,
             bytes: size,
             lent_of: Some(memory.clone()),
+            home: Home::here(),
         })
     }
 
@@ -116,6 +135,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if !self.home.is_here() {
+            return;
+        }
         if self.lent_of.is_some() {
             return self.restore();
         }

@@ -11,9 +11,10 @@ use swiftcache_proto::domain::DeviceUuid;
 use super::{
     HostLayer,
     arena::{Arena, Place},
+    mapping::keep_from_children,
 };
 use crate::{
-    AddressSpaces, DeviceError, Memory, Result,
+    AddressSpaces, DeviceError, Home, Memory, Result,
     address_space::{AddressSpace, RawSpace},
 };
 
@@ -23,6 +24,7 @@ struct Reservation {
     device: DeviceUuid,
     address: usize,
     bytes: usize,
+    home: Home,
 }
 
 impl Reservation {
@@ -36,6 +38,7 @@ impl Reservation {
             device: device.clone(),
             address: address as usize,
             bytes,
+            home: Home::here(),
         })
     }
 
@@ -95,6 +98,9 @@ impl RawSpace for Reservation {
         // SAFETY: the caller promises that the range is in the reservation, where nothing is mapped that anybody uses.
         let mapped =
             unsafe { rustix::mm::mmap(self.at(offset), bytes, ProtFlags::empty(), flags, file, 0) };
+        if mapped.is_ok() {
+            keep_from_children(self.at(offset) as usize, bytes);
+        }
         self.answer("mapping a piece", mapped.map(|_| ()))
     }
 
@@ -126,6 +132,9 @@ impl RawSpace for Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        if !self.home.is_here() {
+            return;
+        }
         // SAFETY: the range is ours since `mmap` returned it. Whoever could copy in it would hold the space.
         let unmapped = unsafe { rustix::mm::munmap(self.at(0), self.bytes) };
         debug_assert!(unmapped.is_ok(), "munmap of a reservation: {unmapped:?}");
