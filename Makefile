@@ -30,7 +30,7 @@ soak:
 	$(CARGO) build --workspace --bins --locked
 	SWIFTCACHE_FAULT_SECONDS=$(SOAK_SECONDS) $(CARGO) test -p swiftcache-tests --locked --no-fail-fast \
 		--test kill --test many --test garbage --test revoke_load --test fake_broker --test exhaustion \
-		--test unknown_outcomes --test lender
+		--test unknown_outcomes --test lender --test tenants
 	PROPTEST_CASES=4096 $(CARGO) test -p swiftcache-broker --locked --lib core::
 
 ## The Python module over real processes. Needs the binaries of `make test`.

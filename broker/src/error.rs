@@ -146,7 +146,8 @@ pub enum Refused {
     NoDescriptor(AllocationId),
     /// RESOURCE_EXHAUSTED: the grant could not be recorded, so it was taken back.
     #[error(
-        "the ledger {path} cannot be written ({problem}), and no slab is lent until it can. Free space there"
+        "the ledger {path} cannot be written ({problem}), and no slab is lent until it can. Free space \
+         there, or make it writable again"
     )]
     Unrecorded {
         /// The ledger file.
@@ -185,7 +186,9 @@ impl From<Refused> for Status {
             | Refused::NotAnOperator { .. }
             | Refused::Anonymous { .. } => Self::permission_denied(text),
             Refused::Core(Refusal::LateConnection(_)) => Self::aborted(text),
-            Refused::Core(Refusal::Overlap { .. }) => Self::already_exists(text),
+            Refused::Core(Refusal::Overlap { .. } | Refusal::Followed { .. }) => {
+                Self::already_exists(text)
+            }
             Refused::Core(Refusal::Limit { .. })
             | Refused::Unrecorded { .. }
             | Refused::Streams(_) => Self::resource_exhausted(text),

@@ -7,46 +7,69 @@ use swiftcache_proto::{
 };
 use tonic::Code;
 
-/// A file of the certificates that these tests use.
+/// A file of the test authority, which `tls/make.sh` makes.
 fn tls_file(name: &str) -> std::path::PathBuf {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/broker/tls");
     std::path::Path::new(directory).join(name)
 }
 
-/// A broker that serves TCP with mutual TLS.
-async fn with_tls() -> Node {
+/// A broker that serves TCP with mutual TLS, and shows the certificate `server`.
+async fn with_tls(server: &str) -> Node {
     let directory = tempfile::tempdir().unwrap();
     Node::start_in(directory, |config| {
         config.listen_tcp = Some(([127, 0, 0, 1], 0).into());
-        config.tls_cert = Some(tls_file("server.pem"));
+        config.tls_cert = Some(tls_file(server));
         config.tls_key = Some(tls_file("server-key.pem"));
         config.tls_client_ca = Some(tls_file("ca.pem"));
     })
     .await
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tcp_with_tls_lets_in_only_clients_with_a_certificate() {
+/// Drains a device of a node whose certificate is `server`, as a client with the certificate `client`, if it has one.
+async fn drain_over_tls(server: &str, client: Option<&str>) -> Result<(), tonic::Status> {
     use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
     let read = |name: &str| std::fs::read(tls_file(name)).unwrap();
-    let node = with_tls().await;
+    let node = with_tls(server).await;
     let port = node.broker.tcp_address().unwrap().port();
-    let ask = async |identity: Option<Identity>| {
-        let ca = Certificate::from_pem(read("ca.pem"));
-        let mut tls = ClientTlsConfig::new().ca_certificate(ca);
-        if let Some(identity) = identity {
-            tls = tls.identity(identity);
-        }
-        let endpoint = Endpoint::try_from(format!("https://localhost:{port}")).unwrap();
-        let channel = endpoint.tls_config(tls).unwrap().connect_lazy();
-        let mut admin = v1::admin_client::AdminClient::new(channel);
-        // Whoever has a certificate is an operator.
-        admin.drain(drain_a_device()).await
-    };
-    let identity = Identity::from_pem(read("client.pem"), read("client-key.pem"));
-    ask(Some(identity)).await.unwrap();
-    ask(None).await.unwrap_err();
+    let ca = Certificate::from_pem(read("ca.pem"));
+    let mut tls = ClientTlsConfig::new().ca_certificate(ca);
+    if let Some(client) = client {
+        tls = tls.identity(Identity::from_pem(read(client), read("client-key.pem")));
+    }
+    let endpoint = Endpoint::try_from(format!("https://localhost:{port}")).unwrap();
+    let channel = endpoint.tls_config(tls).unwrap().connect_lazy();
+    let mut admin = v1::admin_client::AdminClient::new(channel);
+    // Whoever has a certificate is an operator.
+    let drained = admin.drain(drain_a_device()).await;
     node.stop().await;
+    drained.map(drop)
+}
+
+/// All that an error says, with its causes.
+fn whole(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_with_tls_lets_in_only_clients_with_a_certificate() {
+    drain_over_tls("server.pem", Some("client.pem"))
+        .await
+        .unwrap();
+    drain_over_tls("server.pem", None).await.unwrap_err();
+}
+
+/// The twin of both is the test before: the same keys, and certificates that are still good.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn expired_certificates_let_nobody_in_and_are_named() {
+    for (server, client) in [
+        ("server.pem", "expired-client.pem"),
+        ("expired-server.pem", "client.pem"),
+    ] {
+        let refused = drain_over_tls(server, Some(client)).await.unwrap_err();
+        let said = whole(&refused).to_lowercase();
+        assert!(said.contains("expired"), "{server} and {client}: {said}");
+    }
 }
 
 fn drain_a_device() -> v1::DrainRequest {
@@ -355,7 +378,7 @@ async fn probes_and_scrapers_are_let_in_whoever_holds_the_other_connections() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tls_handshake_has_a_deadline() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let node = with_tls().await;
+    let node = with_tls("server.pem").await;
     let address = node.broker.tcp_address().unwrap();
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     // The first byte of a handshake record.

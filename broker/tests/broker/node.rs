@@ -156,6 +156,7 @@ impl Member {
                 kind: v1::HandleKind::PosixFd.into(),
                 ..Default::default()
             }),
+            ..Default::default()
         }
     }
 
