@@ -17,7 +17,7 @@ const MOST: usize = 1_000;
 const DEFAULT: usize = 100;
 
 /// All kinds of events.
-const KINDS: [&str; 16] = [
+const KINDS: [&str; 17] = [
     "register",
     "leave",
     "gone",
@@ -29,6 +29,7 @@ const KINDS: [&str; 16] = [
     "revoke",
     "acknowledge",
     "zombie",
+    "cannot-map",
     "drain",
     "undrain",
     "evict",
@@ -213,6 +214,20 @@ pub fn describe(note: &Note) -> Option<(&'static str, String)> {
             };
             ("quota", format!("{whose} {most}"))
         }
+        Note::CannotMap {
+            region,
+            device,
+            session,
+            name,
+            donor,
+        } => (
+            "cannot-map",
+            format!(
+                "session {} ({name}) cannot map region {region} of {donor} on {device}, and is lent no more of it; its log \
+                 says why",
+                session.label()
+            ),
+        ),
         Note::Held {
             device,
             free_bytes,

@@ -117,6 +117,8 @@ pub(crate) fn render(owner: &Owner) -> String {
             let bytes = view.device.hbm_bytes;
             metrics.set("swiftcache_hbm_bytes", vec![device()], bytes);
         }
+        let unmappable = u64::from(view.unmappable_regions);
+        metrics.set("swiftcache_unmappable_regions", vec![device()], unmappable);
         for (place, bytes) in states(view.account) {
             let labels = vec![device(), Label::new("state", place)];
             metrics.set("swiftcache_offered_bytes", labels, bytes);

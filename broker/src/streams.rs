@@ -131,6 +131,10 @@ pub(crate) fn wire(outgoing: Outgoing) -> v1::SessionResponse {
             slab,
             generation: generation.0,
         }),
+        Outgoing::CannotMap { region, sessions } => Message::CannotMap(v1::CannotMap {
+            region_id: region.0.to_vec().into(),
+            sessions,
+        }),
         Outgoing::Hold {
             device,
             free_bytes,

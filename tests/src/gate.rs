@@ -332,6 +332,7 @@ fn told_name(told: &v1::SessionResponse) -> &'static str {
         Some(Message::Returned(_)) => "Returned",
         Some(Message::Scrub(_)) => "Scrub",
         Some(Message::DeviceHold(_)) => "DeviceHold",
+        Some(Message::CannotMap(_)) => "CannotMap",
         None => "nothing",
     }
 }

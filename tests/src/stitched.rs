@@ -282,6 +282,8 @@ impl Poisoner {
                 offset: 0,
                 bytes: self.slab_bytes,
                 slab_bytes: self.slab_bytes,
+                shared: false,
+                elastic: false,
             };
             (self.session)
                 .offer(offered, &export, self.session.epoch())

@@ -156,6 +156,21 @@ impl Member {
     /// # Errors
     /// When the broker refuses.
     pub fn offer(&self, id: [u8; 16], device: &str, slabs: u64, slab_bytes: u64) -> Result<File> {
+        self.offer_to(id, device, slabs, slab_bytes, false)
+    }
+
+    /// The same. Tenants may share the allocation, or not.
+    ///
+    /// # Errors
+    /// When the broker refuses.
+    pub fn offer_to(
+        &self,
+        id: [u8; 16],
+        device: &str,
+        slabs: u64,
+        slab_bytes: u64,
+        shared: bool,
+    ) -> Result<File> {
         let memory = memory(slabs * slab_bytes)?;
         self.upload(id, &memory)?;
         let offer = v1::OfferRequest {
@@ -170,6 +185,8 @@ impl Member {
                 kind: v1::HandleKind::PosixFd.into(),
                 ..Default::default()
             }),
+            shared_allocation: shared,
+            ..Default::default()
         };
         self.wire.wait(self.wire.broker().offer(offer))?;
         Ok(memory)

@@ -170,7 +170,9 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 15] = [
+const UNBOUNDED: [&str; 17] = [
+    "Offer.shared_allocation",
+    "Offer.elastic",
     "Release.unmappable",
     "Lookup.unpinned",
     "Keep.shares",

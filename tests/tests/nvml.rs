@@ -409,6 +409,7 @@ fn lend(machine: &Machine) -> Result<()> {
                 opaque: vec![number as u8; 64].into(),
                 ..Default::default()
             }),
+            ..Default::default()
         }))?;
         let leased = borrower.lease("a model", &uuid(0), 1 << 20, 1 << 16)?;
         ensure!(leased.grants.len() == 1);

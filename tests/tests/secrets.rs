@@ -169,6 +169,7 @@ fn no_secret_is_logged_or_shown() -> Result<()> {
             opaque: handle.clone().into(),
             ..Default::default()
         }),
+        ..Default::default()
     };
     wire.wait(wire.broker().offer(offer.clone()))?;
     ensure!(

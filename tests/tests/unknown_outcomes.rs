@@ -506,6 +506,8 @@ fn what_only_the_broker_knows_is_withdrawn() -> Result<()> {
         offset: 0,
         bytes: SLAB_BYTES,
         slab_bytes: SLAB_BYTES,
+        shared: false,
+        elastic: false,
     };
     let export = bench.layer.export(&memory)?;
     session.offer(offer, &export, session.epoch()).wait()?;

@@ -168,8 +168,15 @@ fn outstanding(books: &Books, id: SessionId) -> Vec<Outgoing> {
                 }
             })
         });
+    let unmappable = keys_of(books, session.regions()).into_iter();
+    let unmappable = unmappable.filter_map(|key| {
+        let sessions = books.unmappable.sessions(key);
+        let region = books.regions.get(key).id();
+        (sessions > 0).then_some(Outgoing::CannotMap { region, sessions })
+    });
     let holds = lasting_holds(books).into_iter();
-    holds.chain(returned).chain(revoked).chain(scrubs).collect()
+    let owed = returned.chain(revoked).chain(scrubs).chain(unmappable);
+    holds.chain(owed).collect()
 }
 
 pub(super) fn detach(books: &mut Books, id: SessionId) {

@@ -14,7 +14,7 @@ use super::{
     config::{CoreConfig, Node},
     counters::Counters,
     devices::Devices,
-    effect::{Effect, Note, Outgoing},
+    effect::{Effect, Note, Outgoing, Refusal},
     holders::{self, Path, Weights},
     holds::Holds,
     index::Index,
@@ -23,7 +23,7 @@ use super::{
     process::Process,
     quotas::Quotas,
     record::Record,
-    region::Outline,
+    region::{Outline, Promises},
     regions::{Regions, Room},
     sessions::Sessions,
     unmappable::Unmappable,
@@ -139,9 +139,9 @@ impl Books {
     }
 
     /// Takes an admissible region in, without its handle.
-    pub(super) fn admit(&mut self, outline: Outline) -> RegionKey {
+    pub(super) fn admit(&mut self, outline: Outline, promises: Promises) -> RegionKey {
         self.sessions.donate(&outline);
-        self.regions.admit(outline)
+        self.regions.admit(outline, promises)
     }
 
     /// The donor has said how the region is mapped.
@@ -185,8 +185,8 @@ impl Books {
         };
         let key = self.leases.insert(terms, self.now);
         self.index.add_lease(key, namespace, bytes, slots);
-        self.regions
-            .lease(new.region, new.slab, key, new.generation);
+        let (slab, generation) = (new.slab, new.generation);
+        (self.regions).lease(new.region, slab, key, generation, new.tenant.clone());
         if self.sessions.hold(new.lessee, new.id, bytes) {
             let stake = Stake {
                 id: new.id,
@@ -208,8 +208,33 @@ impl Books {
 
     pub(super) fn add_reader(&mut self, key: LeaseKey, reader: SessionId) {
         self.leases.add_reader(key, reader);
-        let id = self.leases.get(key).terms().id;
+        let lease = self.leases.get(key);
+        let id = lease.terms().id;
+        let revoked = !lease.is_active();
         self.sessions.read(reader, id);
+        if revoked {
+            self.sessions.owe(reader, id);
+        }
+    }
+
+    /// Refuses a session that reads revoked leases although its reads must be over: it gets nothing new before it has let go. It
+    /// has until the drain window closes, and no longer than a lookup's pin lasts: that is its only leave to read.
+    pub(super) fn check_silence(&self, id: SessionId) -> Result<(), Refusal> {
+        let owed = self.sessions.get(id).into_iter().flat_map(|its| its.owed());
+        for lease in owed {
+            let known = self.leases.find(*lease);
+            let Some(revocation) = known.and_then(|(_, lease)| lease.revocation()) else {
+                continue;
+            };
+            let ms = self.now.saturating_sub(revocation.since);
+            if ms >= self.config.pin_ms.into() || self.now >= revocation.deadline {
+                return Err(Refusal::Stale(format!(
+                    "lease {lease} was revoked {ms} ms ago, and this session still reads it: it gets nothing more before it \
+                     has acknowledged that"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The lease is being revoked from now on: its blocks cannot be found, and nothing of it is pinned.
@@ -223,7 +248,11 @@ impl Books {
             deadline,
         };
         self.leases.revoke(key, revocation);
-        let terms = self.leases.get(key).terms();
+        let lease = self.leases.get(key);
+        for reader in lease.readers() {
+            self.sessions.owe(*reader, lease.terms().id);
+        }
+        let terms = lease.terms();
         self.regions.put(terms.region, terms.slab, Place::Draining);
     }
 
@@ -385,6 +414,11 @@ impl Books {
             );
             for reader in lease.readers() {
                 let session = self.sessions.get(*reader);
+                let owes = session.is_some_and(|session| session.owed().contains(&id));
+                hold!(
+                    owes != lease.is_active(),
+                    "{reader:?} is mistaken about the revocation of lease {id}"
+                );
                 let knows = session.is_some_and(|session| session.reads().contains(&id));
                 hold!(knows, "{reader:?} does not know that it reads lease {id}");
             }

@@ -155,6 +155,13 @@ pub enum Outgoing {
         /// How many times it has been leased: tells this scrub from earlier ones.
         generation: Generation,
     },
+    /// A session cannot map a region.
+    CannotMap {
+        /// The region.
+        region: RegionId,
+        /// How many sessions cannot map it.
+        sessions: u32,
+    },
     /// A device is held for an engine that starts there, or no longer.
     Hold {
         /// The device.
@@ -200,6 +207,19 @@ pub enum Refusal {
         region: RegionId,
         /// The region in its way.
         with: RegionId,
+    },
+    /// ALREADY_EXISTS.
+    #[error(
+        "donor {donor} ({name}) follows the idle HBM of {device} already, and two would both give back for one neighbour: \
+         stop one of them, or have one lend a fixed amount"
+    )]
+    Followed {
+        /// The device.
+        device: DeviceUuid,
+        /// The label of the session that follows it.
+        donor: String,
+        /// And its name.
+        name: String,
     },
     /// RESOURCE_EXHAUSTED.
     #[error("{what}: the limit is {limit}")]
@@ -284,6 +304,15 @@ pub enum Note {
         lease: LeaseId,
         bytes: u64,
         pids: Vec<u32>,
+    },
+    /// A session cannot map a region.
+    CannotMap {
+        region: RegionId,
+        device: DeviceUuid,
+        session: SessionId,
+        name: String,
+        /// The donor's name.
+        donor: String,
     },
     Published {
         blocks: u32,

@@ -169,6 +169,10 @@ pub struct Offer {
     pub slab_bytes: u64,
     /// How to map it.
     pub handle: Handle,
+    /// Slabs of the allocation may be lent to several tenants at the same time.
+    pub shared: bool,
+    /// Its donor follows the device's idle HBM.
+    pub elastic: bool,
 }
 
 /// See `WithdrawRequest`.

@@ -32,7 +32,7 @@ use super::{
     arena::{LeaseKey, NamespaceKey, RegionKey},
     books::Books,
     claims::Claim,
-    holders::{Holder, LEVELS, Path, path},
+    holders::{Holder, LEVELS, Path, path, tenant_of},
     shares::{Level, max_min_level, scaled},
 };
 
@@ -94,17 +94,22 @@ fn free_within_reach(books: &Books, from: usize) -> u64 {
     reached.map(|(_, shelf)| shelf.lendable().free).sum()
 }
 
-/// Whether the demand may have a free slab on this device of this many bytes, given who else waits.
-pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) -> bool {
+/// Whether the demand may have a free slab of this region, given who else waits.
+pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
+    let its = books.regions.get(region);
+    let (device, bytes) = (its.device(), its.slab_bytes());
     let own = demand.path();
     let held = books.claims.held(demand.session);
     let mut claimed = 0;
     let mut free = u64::MAX;
+    // With the slab, the rest of its allocation may be out of other tenants' reach.
+    let closed = books.regions.free_beside(region).saturating_sub(bytes);
     // By who parts from the asker, and where: the slabs that they miss, and the free bytes within their reach.
     let mut others: BTreeMap<(usize, &Holder), (u64, u64)> = BTreeMap::new();
     for (session, claim) in books.claims.waits() {
-        let useful =
-            bytes >= claim.block_bytes && books.devices.path(claim.device, device).is_some();
+        let useful = bytes >= claim.block_bytes
+            && books.devices.path(claim.device, device).is_some()
+            && books.regions.can_open_to(region, tenant_of(&claim.path), 0);
         if session == demand.session || !useful {
             continue;
         }
@@ -113,7 +118,11 @@ pub(super) fn fair(books: &Books, demand: &Demand, device: usize, bytes: u64) ->
             let other = others.entry((level, &claim.path[level]));
             let (slabs, free) = other.or_insert((0, u64::MAX));
             *slabs += missing;
-            *free = (*free).min(free_within_reach(books, claim.device));
+            let within_reach = free_within_reach(books, claim.device);
+            *free = (*free).min(match *tenant_of(&claim.path) == *demand.tenant {
+                true => within_reach,
+                false => within_reach.saturating_sub(closed),
+            });
             continue;
         }
         let behind = held.saturating_sub(books.claims.held(session)) / bytes;
@@ -359,9 +368,13 @@ fn cheapest(
             && books.devices.path(demand.device, device).is_some()
     };
     let region = |lease| books.leases.get(lease).terms().region;
+    // Taking one of several leases of an allocation that tenants may not share would bring the asker nothing.
+    let of_others = u32::from(*books.index.namespace(namespace).tenant() != demand.tenant);
     let wanted = |lease| {
         let region = region(lease);
-        books.regions.is_listed(region) && demand.can_use(books, region)
+        books.regions.is_listed(region)
+            && demand.can_use(books, region)
+            && books.regions.can_open_to(region, &demand.tenant, of_others)
     };
     let last_hit = |lease| books.leases.get(lease).last_hit();
     let cheapest = claims.cheapest(session, namespace, piles, wanted, last_hit);

@@ -49,6 +49,13 @@ pub(super) fn path(tenant: &Arc<str>, name: &Arc<str>) -> Path {
     ]
 }
 
+/// The tenant of a path.
+pub(super) fn tenant_of([_, tenant, _]: &Path) -> &str {
+    match tenant {
+        Holder::User(name) | Holder::Tenant(name) | Holder::Namespace(name, _) => name,
+    }
+}
+
 /// Weights, as configured; 1 where there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Weights {

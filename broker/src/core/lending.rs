@@ -2,6 +2,9 @@
 //!
 //! Best link first, then most bandwidth; among equals the device with the most free bytes, so that transfers spread;
 //! on a device, regions in use before whole ones, so that whole ones stay cheap to give back.
+//!
+//! Whoever maps a slab can reach all of its allocation. So slabs of one allocation go to one tenant at a time, and what
+//! others left in any of them is zeroed first, unless its donor says that tenants may share it.
 
 use swiftcache_proto::domain::{Generation, LinkKind, RevokeReason, Shortfall};
 
@@ -38,6 +41,7 @@ struct Found {
 pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Refusal> {
     let session = books.sessions.of(demand.caller)?;
     let (name, tenant) = (session.name().to_string(), session.tenant().clone());
+    books.check_silence(demand.caller.session)?;
     let device = books.devices.number(&demand.device)?;
     for (field, value) in [("bytes", demand.bytes), ("block_bytes", demand.block_bytes)] {
         if value == 0 {
@@ -91,12 +95,11 @@ fn grant_slabs(books: &mut Books, demand: &mut Demand) -> (Vec<Grant>, Option<St
         let Some(found) = best_slab(books, demand) else {
             return (grants, Some(Stop::NoSlab));
         };
-        let region = books.regions.get(found.region);
-        let (bytes, device) = (region.slab_bytes(), region.device());
+        let bytes = books.regions.get(found.region).slab_bytes();
         if grants.len() >= books.config.max_grants || over_quota(books, demand, bytes) {
             return (grants, Some(Stop::Quota));
         }
-        if !fair(books, demand, device, bytes) {
+        if !fair(books, demand, found.region) {
             return (grants, Some(Stop::Fairness));
         }
         grants.extend(grant(books, demand, &found));
@@ -151,7 +154,9 @@ fn best_slab(books: &Books, demand: &Demand) -> Option<Found> {
 
 fn first_fitting(books: &Books, device: usize, dirt: &Dirt, demand: &Demand) -> Option<Rank> {
     let mut ranks = books.regions.shelf(device).with_free(dirt);
-    ranks.find(|(.., key)| demand.can_use(books, *key))
+    ranks.find(|(.., key)| {
+        demand.can_use(books, *key) && books.regions.is_open_to(*key, &demand.tenant)
+    })
 }
 
 fn grant(books: &mut Books, demand: &Demand, found: &Found) -> Option<Grant> {
@@ -237,12 +242,16 @@ fn scrub_for(books: &mut Books, demand: &Demand) -> bool {
             let Some((region, slab)) = dirty_slab(books, *number, demand) else {
                 break;
             };
-            let bytes = books.regions.get(region).slab_bytes();
-            if !fair(books, demand, *number, bytes) {
+            if !fair(books, demand, region) {
                 break;
             }
             scrub(books, region, slab);
-            scrubbing += bytes;
+            scrubbing += books.regions.get(region).slab_bytes();
+            // All of the allocation must be clean of others' bytes before the demand can have any of it.
+            for (region, slab) in books.regions.in_the_way(region, &demand.tenant) {
+                scrub(books, region, slab);
+                scrubbing += books.regions.get(region).slab_bytes();
+            }
         }
     }
     scrubbing > 0
@@ -254,7 +263,9 @@ fn dirty_slab(books: &Books, device: usize, demand: &Demand) -> Option<(RegionKe
     dirty.find_map(|(dirt, (.., key))| {
         let region = books.regions.get(key);
         let donor = books.sessions.get(region.donor())?;
-        let fits = donor.is_attached() && demand.can_use(books, key);
+        let fits = donor.is_attached()
+            && demand.can_use(books, key)
+            && books.regions.can_open_to(key, &demand.tenant, 0);
         let slab = region.first_free(dirt)?;
         fits.then_some((key, slab))
     })

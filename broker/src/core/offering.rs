@@ -8,11 +8,15 @@ use super::{
     effect::{Note, Refusal, Reply},
     event::Offer,
     record::Record,
-    region::Outline,
+    region::{Outline, Promises},
 };
 
 pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
     let donor = books.sessions.of(offer.caller)?;
+    let promises = Promises {
+        shared: offer.shared,
+        elastic: offer.elastic,
+    };
     let outline = Outline {
         id: offer.region,
         donor: offer.caller.session,
@@ -23,7 +27,7 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
         slab_bytes: offer.slab_bytes,
     };
     if let Some(key) = books.regions.key(offer.region) {
-        return offer_again(books, key, &outline, offer.handle);
+        return offer_again(books, key, &outline, promises, offer.handle);
     }
     if donor.returned().contains(&outline.id) {
         return Err(Refusal::Stale(format!(
@@ -34,7 +38,10 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
     let room = books.room();
     books.regions.admissible(&outline, &books.devices, room)?;
     fits_on_device(books, &outline, offer.caller.process.uid)?;
-    let key = books.admit(outline);
+    if promises.elastic {
+        be_the_only_follower(books, &outline)?;
+    }
+    let key = books.admit(outline, promises);
     books.set_handle(key, offer.handle);
     books.record(Record::Region {
         donor: offer.caller.session,
@@ -44,6 +51,8 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
         offset: offer.offset,
         bytes: offer.bytes,
         slab_bytes: offer.slab_bytes,
+        shared: offer.shared,
+        elastic: offer.elastic,
     });
     books.note(Note::Offered {
         region: offer.region,
@@ -71,10 +80,28 @@ fn fits_on_device(books: &Books, offer: &Outline, uid: u32) -> Result<(), Refusa
     })
 }
 
+/// Two donors that follow one device would take each other for neighbours, and both give back for one that grows.
+fn be_the_only_follower(books: &Books, outline: &Outline) -> Result<(), Refusal> {
+    let mut followers = books.regions.shelf(outline.device).followers();
+    let Some(other) = followers.find(|donor| *donor != outline.donor) else {
+        return Ok(());
+    };
+    let name = books
+        .sessions
+        .get(other)
+        .map(|other| other.name().to_string());
+    Err(Refusal::Followed {
+        device: books.devices.uuid(outline.device).clone(),
+        donor: other.label(),
+        name: name.unwrap_or_default(),
+    })
+}
+
 fn offer_again(
     books: &mut Books,
     key: RegionKey,
     outline: &Outline,
+    promises: Promises,
     handle: Handle,
 ) -> Result<Reply, Refusal> {
     let region = books.regions.get(key);
@@ -90,6 +117,8 @@ fn offer_again(
             region.id()
         )));
     }
+    // A ledger of an earlier version lacks them.
+    books.regions.promise(key, promises);
     books.set_handle(key, handle);
     Ok(Reply::Done)
 }

@@ -48,6 +48,12 @@ pub enum Record {
         bytes: u64,
         /// Its lease unit, bytes.
         slab_bytes: u64,
+        /// Slabs of its allocation may be lent to several tenants at the same time.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        shared: bool,
+        /// Its donor follows the device's idle HBM.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        elastic: bool,
     },
     /// A region was withdrawn, or its donor is gone: it is on its way back.
     RegionWithdrawn {

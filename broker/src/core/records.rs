@@ -53,6 +53,8 @@ fn record_region(books: &Books, region: &Region, records: &mut Vec<Record>) {
         offset: outline.offset,
         bytes: outline.bytes,
         slab_bytes: outline.slab_bytes,
+        shared: region.promises().shared,
+        elastic: region.promises().elastic,
     });
     if region.is_withdrawing() {
         records.push(Record::RegionWithdrawn { region: id });

@@ -16,6 +16,28 @@ use super::{
 /// The tenant whose bytes a slab may still hold; `None` when it was never leased or has been zeroed.
 pub(super) type Dirt = Option<Arc<str>>;
 
+/// What a tenant has of a region or an allocation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Slabs that hold its bytes, or may still.
+    pub(super) slabs: u32,
+    /// Those that it leases.
+    pub(super) leased: u32,
+}
+
+/// What tenants have of a region or an allocation. Those that have nothing are not in it.
+pub(super) type Parts = BTreeMap<Arc<str>, Part>;
+
+/// What a donor says of a region beside where it lies. It may say more when it offers the region again, and takes nothing
+/// back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Promises {
+    /// Slabs of its allocation may be lent to several tenants at the same time.
+    pub(super) shared: bool,
+    /// The donor follows the device's idle HBM.
+    pub(super) elastic: bool,
+}
+
 /// A region's place in the order in which regions are lent from: those in use before whole ones, so that whole ones
 /// stay cheap to give back; then the fullest; then by id.
 pub(super) type Rank = (bool, u64, RegionId, RegionKey);
@@ -42,6 +64,7 @@ impl Slab {
         self.generation
     }
 
+    /// Its lessee's tenant; or the one whose bytes it may still hold.
     pub(super) fn dirt(&self) -> &Dirt {
         &self.dirt
     }
@@ -63,6 +86,7 @@ pub(super) struct Outline {
 #[derive(Clone, Debug)]
 pub(super) struct Region {
     outline: Outline,
+    promises: Promises,
     /// `None` after a broker restart, until its donor offers it again.
     handle: Option<Handle>,
     /// On its way back to its donor.
@@ -70,6 +94,7 @@ pub(super) struct Region {
     /// An operator took it out of service.
     drained: bool,
     slabs: Vec<Slab>,
+    parts: Parts,
     /// The free slabs, by what they may still hold.
     free: BTreeMap<Dirt, BTreeSet<u32>>,
     account: Account,
@@ -83,7 +108,7 @@ pub(super) struct Region {
 
 impl Region {
     /// A region of free slabs that were never leased, without its handle.
-    pub(super) fn new(outline: Outline) -> Self {
+    pub(super) fn new(outline: Outline, promises: Promises) -> Self {
         let count = (outline.bytes / outline.slab_bytes) as u32;
         let slab = Slab {
             lease: None,
@@ -93,10 +118,12 @@ impl Region {
         };
         Self {
             outline,
+            promises,
             handle: None,
             withdrawing: false,
             drained: false,
             slabs: vec![slab; count as usize],
+            parts: Parts::new(),
             free: BTreeMap::from([(None, (0..count).collect())]),
             account: Account {
                 offered: outline.bytes,
@@ -111,6 +138,20 @@ impl Region {
 
     pub(super) fn outline(&self) -> &Outline {
         &self.outline
+    }
+
+    pub(super) fn promises(&self) -> Promises {
+        self.promises
+    }
+
+    pub(super) fn promise(&mut self, more: Promises) {
+        self.promises.shared |= more.shared;
+        self.promises.elastic |= more.elastic;
+    }
+
+    /// What tenants have of it.
+    pub(super) fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     pub(super) fn id(&self) -> RegionId {
@@ -193,6 +234,15 @@ impl Region {
         self.free.get(dirt)?.first().copied()
     }
 
+    /// The free slabs that may still hold the bytes of other tenants.
+    pub(super) fn free_of_others(&self, tenant: &str) -> impl Iterator<Item = u32> {
+        let others = self
+            .free
+            .iter()
+            .filter(move |(dirt, _)| dirt.as_deref().is_some_and(|of| of != tenant));
+        others.flat_map(|(_, slabs)| slabs.iter().copied())
+    }
+
     pub(super) fn in_place(&self, place: Place) -> impl Iterator<Item = u32> {
         (0..)
             .zip(&self.slabs)
@@ -247,19 +297,46 @@ impl Region {
     }
 
     /// A free slab is leased.
-    pub(super) fn lease(&mut self, number: u32, lease: LeaseKey, generation: u64) {
+    pub(super) fn lease(
+        &mut self,
+        number: u32,
+        lease: LeaseKey,
+        generation: u64,
+        tenant: Arc<str>,
+    ) {
         self.put(number, Place::Leased);
+        self.soil(number, Some(tenant.clone()));
         let slab = &mut self.slabs[number as usize];
         slab.lease = Some(lease);
         slab.generation = generation;
         self.leases += 1;
+        self.parts.entry(tenant).or_default().leased += 1;
+    }
+
+    /// Replaces whose bytes a slab that is not free holds.
+    fn soil(&mut self, number: u32, dirt: Dirt) {
+        let slab = &mut self.slabs[number as usize];
+        let before = std::mem::replace(&mut slab.dirt, dirt);
+        if let Some(tenant) = &slab.dirt {
+            self.parts.entry(tenant.clone()).or_default().slabs += 1;
+        }
+        if let Some(before) = before
+            && let Some(part) = self.parts.get_mut(&before)
+        {
+            part.slabs -= 1;
+            if part.slabs == 0 {
+                self.parts.remove(&before);
+            }
+        }
     }
 
     /// A slab's lease is over. It may still hold the tenant's bytes.
     pub(super) fn free(&mut self, number: u32, tenant: Arc<str>) {
-        let slab = &mut self.slabs[number as usize];
-        slab.lease = None;
-        slab.dirt = Some(tenant);
+        if let Some(part) = self.parts.get_mut(&tenant) {
+            part.leased -= 1;
+        }
+        self.soil(number, Some(tenant));
+        self.slabs[number as usize].lease = None;
         self.leases -= 1;
         self.put(number, Place::Free);
     }
@@ -269,9 +346,8 @@ impl Region {
         let place = self.slabs[number as usize].place;
         // Out of the free set under the old dirt and back under the new one.
         self.put(number, Place::Scrubbing);
-        let slab = &mut self.slabs[number as usize];
-        slab.generation = generation;
-        slab.dirt = dirt;
+        self.slabs[number as usize].generation = generation;
+        self.soil(number, dirt);
         self.put(number, place);
     }
 
@@ -299,6 +375,7 @@ impl Region {
         let id = self.outline.id;
         let mut free: BTreeMap<_, BTreeSet<u32>> = BTreeMap::new();
         let mut leases = 0;
+        let mut parts = Parts::new();
         let mut account = Account {
             offered: self.outline.bytes,
             ..Account::default()
@@ -315,8 +392,17 @@ impl Region {
             if slab.place == Place::Free {
                 free.entry(slab.dirt.clone()).or_default().insert(number);
             }
+            if let Some(tenant) = &slab.dirt {
+                let part = parts.entry(tenant.clone()).or_default();
+                part.slabs += 1;
+                part.leased += u32::from(slab.lease.is_some());
+            }
             *account.column(slab.place) += self.outline.slab_bytes;
         }
+        hold!(
+            parts == self.parts,
+            "region {id} is mistaken about its tenants"
+        );
         hold!(free == self.free, "region {id} misfiles its free slabs");
         hold!(leases == self.leases, "region {id} miscounts its leases");
         hold!(account.balances(), "region {id} does not balance");

@@ -8,7 +8,7 @@ use std::{
 
 use swiftcache_proto::{
     convert::SLAB_BYTES,
-    domain::{AllocationId, Handle, RegionId},
+    domain::{AllocationId, Handle, RegionId, SessionId},
 };
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
     check::hold,
     devices::Devices,
     effect::Refusal,
-    region::{Dirt, Outline, Rank, Region},
+    region::{Dirt, Outline, Parts, Promises, Rank, Region},
 };
 
 /// What is offered on one device.
@@ -33,6 +33,8 @@ pub(super) struct Shelf {
     free: BTreeMap<Dirt, BTreeSet<Rank>>,
     /// How many regions that can be lent from have slabs of this many bytes.
     slab_sizes: BTreeMap<u64, u32>,
+    /// The donors that follow its idle HBM, and how many regions each has on offer.
+    followers: BTreeMap<SessionId, u32>,
 }
 
 impl Shelf {
@@ -67,8 +69,16 @@ impl Shelf {
         self.slab_sizes.keys().copied()
     }
 
+    /// The donors that follow its idle HBM and have something on offer.
+    pub(super) fn followers(&self) -> impl Iterator<Item = SessionId> {
+        self.followers.keys().copied()
+    }
+
     fn add(&mut self, region: &Region, rank: Option<Rank>) {
         self.account += region.account();
+        if follows(region) {
+            *self.followers.entry(region.donor()).or_default() += 1;
+        }
         let Some(rank) = rank else { return };
         self.lendable += region.account();
         *self.slab_sizes.entry(region.slab_bytes()).or_default() += 1;
@@ -79,6 +89,14 @@ impl Shelf {
 
     fn subtract(&mut self, region: &Region, rank: Option<Rank>) {
         self.account -= region.account();
+        if follows(region)
+            && let Some(count) = self.followers.get_mut(&region.donor())
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.followers.remove(&region.donor());
+            }
+        }
         let Some(rank) = rank else { return };
         self.lendable -= region.account();
         if let Some(count) = self.slab_sizes.get_mut(&region.slab_bytes()) {
@@ -98,11 +116,42 @@ impl Shelf {
     }
 }
 
+/// Whether the region is on offer by a donor that follows its device's idle HBM.
+fn follows(region: &Region) -> bool {
+    region.promises().elastic && !region.is_withdrawing()
+}
+
+/// What is offered of one allocation. Whoever maps a slab of it can reach all of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Allocation {
+    /// By offset.
+    regions: BTreeMap<u64, RegionKey>,
+    /// Its slabs may be lent to several tenants at the same time, by its donor's word.
+    shared: bool,
+    parts: Parts,
+}
+
+impl Allocation {
+    /// How many slabs of it other tenants lease.
+    fn leased_to_others(&self, tenant: &str) -> u32 {
+        let others = self.parts.iter().filter(|(of, _)| &***of != tenant);
+        others.map(|(_, part)| part.leased).sum()
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Entry {
     region: Region,
     /// Its place in its device's order, while it can be lent from.
     listed: Option<Rank>,
+}
+
+fn add_parts(sums: &mut Parts, parts: &Parts) {
+    for (tenant, part) in parts {
+        let sum = sums.entry(tenant.clone()).or_default();
+        sum.slabs += part.slabs;
+        sum.leased += part.leased;
+    }
 }
 
 /// Bounds on what is offered.
@@ -119,8 +168,7 @@ pub(super) struct Room {
 pub(super) struct Regions {
     known: Arena<OfRegion, Entry>,
     ids: BTreeMap<RegionId, RegionKey>,
-    /// The regions of each allocation, by offset.
-    allocations: BTreeMap<AllocationId, BTreeMap<u64, RegionKey>>,
+    allocations: BTreeMap<AllocationId, Allocation>,
     /// Slabs of all regions.
     slabs: usize,
     /// By device.
@@ -240,9 +288,10 @@ impl Regions {
 
     /// Whether the allocation's other regions leave room for one that ends there.
     fn fits_beside(&self, offer: &Outline, end: u64, devices: &Devices) -> Result<(), Refusal> {
-        let Some(neighbours) = self.allocations.get(&offer.allocation) else {
+        let Some(allocation) = self.allocations.get(&offer.allocation) else {
             return Ok(());
         };
+        let neighbours = &allocation.regions;
         for key in neighbours.values().take(1) {
             let region = self.get(*key).outline();
             if region.donor != offer.donor {
@@ -272,18 +321,17 @@ impl Regions {
     }
 
     /// Takes an admissible region in, without its handle.
-    pub(super) fn admit(&mut self, outline: Outline) -> RegionKey {
-        let region = Region::new(outline);
+    pub(super) fn admit(&mut self, outline: Outline, promises: Promises) -> RegionKey {
+        let region = Region::new(outline, promises);
         self.slabs += region.slabs().len();
         let key = self.known.insert(Entry {
             region,
             listed: None,
         });
         self.ids.insert(outline.id, key);
-        self.allocations
-            .entry(outline.allocation)
-            .or_default()
-            .insert(outline.offset, key);
+        let allocation = self.allocations.entry(outline.allocation).or_default();
+        allocation.regions.insert(outline.offset, key);
+        allocation.shared |= promises.shared;
         self.list(key);
         key
     }
@@ -296,14 +344,73 @@ impl Regions {
         self.slabs -= region.slabs().len();
         self.ids.remove(&outline.id);
         let mut last = None;
-        if let Some(neighbours) = self.allocations.get_mut(&outline.allocation) {
-            neighbours.remove(&outline.offset);
-            if neighbours.is_empty() {
+        if let Some(allocation) = self.allocations.get_mut(&outline.allocation) {
+            allocation.regions.remove(&outline.offset);
+            if allocation.regions.is_empty() {
                 self.allocations.remove(&outline.allocation);
                 last = Some(outline.allocation);
             }
         }
         (region, last)
+    }
+
+    /// Its donor says more of a region that it offered before.
+    pub(super) fn promise(&mut self, key: RegionKey, more: Promises) {
+        self.edit(key, |region| region.promise(more));
+        let id = self.get(key).outline().allocation;
+        if let Some(allocation) = self.allocations.get_mut(&id) {
+            allocation.shared |= more.shared;
+        }
+    }
+
+    fn allocation(&self, key: RegionKey) -> &Allocation {
+        &self.allocations[&self.get(key).outline().allocation]
+    }
+
+    /// Whether a slab of the region may go to a tenant as far as others are concerned who can reach its bytes, or whose bytes
+    /// it could reach: those who have another slab of the same allocation.
+    pub(super) fn is_open_to(&self, key: RegionKey, tenant: &str) -> bool {
+        let allocation = self.allocation(key);
+        allocation.shared || allocation.parts.keys().all(|of| &**of == tenant)
+    }
+
+    /// Whether [`is_open_to`](Self::is_open_to) will hold once slabs that nobody leases are zeroed, and `leases` of other
+    /// tenants in the allocation are over.
+    pub(super) fn can_open_to(&self, key: RegionKey, tenant: &str, leases: u32) -> bool {
+        let allocation = self.allocation(key);
+        allocation.shared || allocation.leased_to_others(tenant) <= leases
+    }
+
+    /// The free bytes of an allocation that only one tenant at a time may have slabs of, the region's own included; 0 of
+    /// others.
+    pub(super) fn free_beside(&self, key: RegionKey) -> u64 {
+        let allocation = self.allocation(key);
+        if allocation.shared {
+            return 0;
+        }
+        let listed = allocation
+            .regions
+            .values()
+            .filter(|key| self.is_listed(**key));
+        listed.map(|key| self.get(*key).account().free).sum()
+    }
+
+    /// The free slabs that keep an allocation from a tenant because they may hold others' bytes, of the regions that can be
+    /// lent from.
+    pub(super) fn in_the_way(&self, key: RegionKey, tenant: &str) -> Vec<(RegionKey, u32)> {
+        let allocation = self.allocation(key);
+        if allocation.shared {
+            return Vec::new();
+        }
+        let listed = allocation
+            .regions
+            .values()
+            .filter(|key| self.is_listed(**key));
+        let dirty = listed.flat_map(|key| {
+            let free = self.get(*key).free_of_others(tenant);
+            free.map(|slab| (*key, slab))
+        });
+        dirty.collect()
     }
 
     pub(super) fn set_handle(&mut self, key: RegionKey, handle: Handle) {
@@ -316,8 +423,15 @@ impl Regions {
     }
 
     /// A free slab is leased.
-    pub(super) fn lease(&mut self, key: RegionKey, slab: u32, lease: LeaseKey, generation: u64) {
-        self.edit(key, |region| region.lease(slab, lease, generation));
+    pub(super) fn lease(
+        &mut self,
+        key: RegionKey,
+        slab: u32,
+        lease: LeaseKey,
+        generation: u64,
+        tenant: Arc<str>,
+    ) {
+        self.edit(key, |region| region.lease(slab, lease, generation, tenant));
     }
 
     /// A slab's lease is over. It may still hold the tenant's bytes.
@@ -415,6 +529,18 @@ impl Regions {
         let entry = &mut self.known[key];
         let listed = entry.listed.take();
         self.shelves[entry.region.device()].subtract(&entry.region, listed);
+        let Some(its) = self.allocations.get_mut(&entry.region.outline().allocation) else {
+            return;
+        };
+        for (tenant, part) in entry.region.parts() {
+            if let Some(sum) = its.parts.get_mut(tenant) {
+                sum.slabs -= part.slabs;
+                sum.leased -= part.leased;
+                if sum.slabs == 0 {
+                    its.parts.remove(tenant);
+                }
+            }
+        }
     }
 
     fn list(&mut self, key: RegionKey) {
@@ -422,6 +548,9 @@ impl Regions {
         let entry = &mut self.known[key];
         entry.listed = lends.then(|| entry.region.rank(key));
         self.shelves[entry.region.device()].add(&entry.region, entry.listed);
+        if let Some(its) = self.allocations.get_mut(&entry.region.outline().allocation) {
+            add_parts(&mut its.parts, entry.region.parts());
+        }
     }
 
     /// Verifies every region, that none overlaps another, and that each device's accounts and order are what its regions
@@ -445,7 +574,7 @@ impl Regions {
             hold!(*listed == rank, "region {id} is misranked");
             shelves[region.device()].add(region, rank);
             let within = self.allocations.get(&region.outline().allocation);
-            let filed = within.and_then(|regions| regions.get(&region.outline().offset));
+            let filed = within.and_then(|its| its.regions.get(&region.outline().offset));
             hold!(filed == Some(key), "region {id} is not in its allocation");
         }
         hold!(slabs == self.slabs, "slabs are miscounted");
@@ -459,6 +588,10 @@ impl Regions {
                 "device {number} lends in the wrong order"
             );
             hold!(
+                shelf.followers == counted.followers,
+                "device {number} is mistaken about who follows it"
+            );
+            hold!(
                 shelf.slab_sizes == counted.slab_sizes,
                 "device {number} misses a slab size"
             );
@@ -469,10 +602,14 @@ impl Regions {
     /// Regions of one allocation belong to one donor and do not overlap.
     fn check_allocations(&self) -> Result<(), String> {
         let mut regions = 0;
-        for (id, neighbours) in &self.allocations {
+        for (id, allocation) in &self.allocations {
             let mut end = 0;
             let mut owners = BTreeSet::new();
-            for (offset, key) in neighbours {
+            let mut parts = Parts::new();
+            let mut shared = false;
+            for (offset, key) in &allocation.regions {
+                add_parts(&mut parts, self.get(*key).parts());
+                shared |= self.get(*key).promises().shared;
                 let region = self.get(*key).outline();
                 hold!(*offset >= end, "regions of allocation {id} overlap");
                 end = offset + region.bytes;
@@ -481,6 +618,10 @@ impl Regions {
             }
             let count = owners.len();
             hold!(count == 1, "allocation {id} has {count} owners");
+            hold!(
+                parts == allocation.parts && shared <= allocation.shared,
+                "allocation {id} is mistaken about its tenants"
+            );
         }
         hold!(regions == self.known.len(), "a region has no allocation");
         Ok(())

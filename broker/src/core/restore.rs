@@ -8,7 +8,7 @@ use super::{
     books::{Books, NewLease},
     operator::set_drained,
     record::Record,
-    region::Outline,
+    region::{Outline, Promises},
     returning::return_region,
 };
 
@@ -45,6 +45,8 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
             offset,
             bytes,
             slab_bytes,
+            shared,
+            elastic,
         } => {
             let outline = Outline {
                 id: region,
@@ -55,7 +57,7 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
                 bytes,
                 slab_bytes,
             };
-            admit(books, outline)?;
+            admit(books, outline, Promises { shared, elastic })?;
         }
         Record::RegionWithdrawn { region } => {
             let key = region_of(books, region)?;
@@ -170,7 +172,7 @@ fn session_over(books: &mut Books, id: SessionId) -> Result<(), String> {
     Ok(())
 }
 
-fn admit(books: &mut Books, outline: Outline) -> Result<(), String> {
+fn admit(books: &mut Books, outline: Outline, promises: Promises) -> Result<(), String> {
     if books.sessions.get(outline.donor).is_none() {
         return Err(format!("no {:?}", outline.donor));
     }
@@ -180,7 +182,7 @@ fn admit(books: &mut Books, outline: Outline) -> Result<(), String> {
     let room = books.room();
     let admissible = books.regions.admissible(&outline, &books.devices, room);
     admissible.map_err(|refusal| refusal.to_string())?;
-    books.admit(outline);
+    books.admit(outline, promises);
     Ok(())
 }
 

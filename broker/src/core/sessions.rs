@@ -40,6 +40,8 @@ pub(super) struct Session {
     leases: BTreeSet<LeaseId>,
     /// The leases it reads.
     reads: BTreeSet<LeaseId>,
+    /// Those of them that are revoked.
+    owed: BTreeSet<LeaseId>,
     /// Bytes of `regions`.
     donated_bytes: u64,
     /// The same by device.
@@ -85,6 +87,11 @@ impl Session {
 
     pub(super) fn reads(&self) -> &BTreeSet<LeaseId> {
         &self.reads
+    }
+
+    /// The revoked leases that it reads and has not let go of.
+    pub(super) fn owed(&self) -> &BTreeSet<LeaseId> {
+        &self.owed
     }
 
     pub(super) fn donated_bytes(&self) -> u64 {
@@ -213,6 +220,7 @@ impl Sessions {
             regions: BTreeSet::new(),
             leases: BTreeSet::new(),
             reads: BTreeSet::new(),
+            owed: BTreeSet::new(),
             donated_bytes: 0,
             donated_on: BTreeMap::new(),
             held_bytes: 0,
@@ -280,6 +288,16 @@ impl Sessions {
     pub(super) fn stop_reading(&mut self, id: SessionId, lease: LeaseId) {
         if let Some(session) = self.known.get_mut(&id) {
             session.reads.remove(&lease);
+            session.owed.remove(&lease);
+        }
+    }
+
+    /// A lease that the session reads is revoked.
+    pub(super) fn owe(&mut self, id: SessionId, lease: LeaseId) {
+        if let Some(session) = self.known.get_mut(&id)
+            && session.reads.contains(&lease)
+        {
+            session.owed.insert(lease);
         }
     }
 

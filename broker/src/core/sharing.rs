@@ -3,9 +3,9 @@
 use swiftcache_proto::domain::{DeviceUuid, LeaseId, LinkKind, RevokeReason, SessionId};
 
 use super::{
-    arena::LeaseKey,
+    arena::{LeaseKey, RegionKey},
     books::Books,
-    effect::{Grant, Refusal, Reply},
+    effect::{Grant, Note, Outgoing, Refusal, Reply},
     event::Caller,
     leases::Lease,
     record::Record,
@@ -74,6 +74,7 @@ pub(super) fn share(
     device: &DeviceUuid,
 ) -> Result<Reply, Refusal> {
     let session = books.sessions.of(caller)?;
+    books.check_silence(caller.session)?;
     let (key, lease) = books.leases.known(id)?;
     let terms = lease.terms();
     if session.tenant() != books.index.namespace(terms.namespace).tenant() {
@@ -134,6 +135,33 @@ pub(super) fn share(
     Ok(Reply::Shared(grant))
 }
 
+/// A session cannot map a region: its donor's owner is told, and operators.
+fn cannot_map(books: &mut Books, session: SessionId, key: RegionKey) {
+    let region = books.regions.get(key);
+    let (id, donor, device) = (region.id(), region.donor(), region.device());
+    if !books.unmappable.add(session, key, device) {
+        return;
+    }
+    let name_of = |id| {
+        let session = books.sessions.get(id);
+        session.map_or_else(String::new, |session| session.name().to_string())
+    };
+    let note = Note::CannotMap {
+        region: id,
+        device: books.devices.uuid(device).clone(),
+        session,
+        name: name_of(session),
+        donor: name_of(donor),
+    };
+    books.note(note);
+    let sessions = books.unmappable.sessions(key);
+    let message = Outgoing::CannotMap {
+        region: id,
+        sessions,
+    };
+    books.send(donor, message);
+}
+
 /// The lessee gives leases back, or a reader its shares; perhaps because it cannot map them. Leases that are over
 /// already are skipped.
 pub(super) fn release(
@@ -160,7 +188,7 @@ pub(super) fn release(
         };
         let (lessee, region) = (lease.terms().lessee, lease.terms().region);
         if unmappable {
-            books.unmappable.add(caller.session, region);
+            cannot_map(books, caller.session, region);
         }
         if lessee == caller.session {
             lessee_lets_go(books, key, RevokeReason::Released);

@@ -187,7 +187,7 @@ impl State {
     /// Regions by id, from the one after `after` on.
     pub fn regions_after(&self, after: Option<RegionId>) -> impl Iterator<Item = RegionView> {
         let regions = self.books.regions.after(after);
-        regions.map(|(_, region)| views::region(&self.books, region))
+        regions.map(|(key, region)| views::region(&self.books, key, region))
     }
 
     /// Regions by id.
@@ -233,9 +233,11 @@ impl State {
         let books = &self.books;
         let (regions, leases) = preview(books, need)?;
         let leases = leases.into_iter().map(|key| (key, books.leases.get(key)));
-        let regions = regions.into_iter().map(|key| books.regions.get(key));
+        let regions = regions.into_iter().map(|key| (key, books.regions.get(key)));
         Ok(WithdrawPreview {
-            regions: regions.map(|region| views::region(books, region)).collect(),
+            regions: regions
+                .map(|(key, region)| views::region(books, key, region))
+                .collect(),
             leases: leases
                 .map(|(key, lease)| views::lease(books, key, lease))
                 .collect(),

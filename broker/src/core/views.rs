@@ -10,7 +10,7 @@ use swiftcache_proto::domain::{
 
 use super::{
     account::Account,
-    arena::LeaseKey,
+    arena::{LeaseKey, RegionKey},
     books::Books,
     index::Namespace,
     leases::{Lease, Phase},
@@ -30,6 +30,8 @@ pub struct DeviceView {
     pub drained: bool,
     /// An engine starts on it.
     pub hold: Option<HoldView>,
+    /// Regions on it that some session cannot map.
+    pub unmappable_regions: u32,
 }
 
 /// A hold that lasts.
@@ -89,6 +91,8 @@ pub struct RegionView {
     pub withdrawing: bool,
     /// An operator took it out of service.
     pub drained: bool,
+    /// Sessions that cannot map it.
+    pub unmappable_sessions: u32,
 }
 
 /// Where a lease is in its life.
@@ -191,6 +195,7 @@ pub(super) fn devices(books: &Books) -> Vec<DeviceView> {
             free_bytes: hold.free_bytes,
             left_ms: hold.left_ms(books.now),
         }),
+        unmappable_regions: books.unmappable.regions_on(number),
     });
     views.collect()
 }
@@ -215,7 +220,7 @@ pub(super) fn session(books: &Books, id: SessionId, session: &Session) -> Sessio
     }
 }
 
-pub(super) fn region(books: &Books, region: &Region) -> RegionView {
+pub(super) fn region(books: &Books, key: RegionKey, region: &Region) -> RegionView {
     RegionView {
         id: region.id(),
         device: books.devices.uuid(region.device()).clone(),
@@ -227,6 +232,7 @@ pub(super) fn region(books: &Books, region: &Region) -> RegionView {
         account: region.account(),
         withdrawing: region.is_withdrawing(),
         drained: region.is_drained(),
+        unmappable_sessions: books.unmappable.sessions(key),
     }
 }
 

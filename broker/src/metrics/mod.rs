@@ -219,7 +219,7 @@ impl Metrics {
 }
 
 /// What is read from the state at each scrape.
-pub const GAUGES: [(&str, Unit, &str); 9] = [
+pub const GAUGES: [(&str, Unit, &str); 10] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
@@ -238,6 +238,11 @@ pub const GAUGES: [(&str, Unit, &str); 9] = [
         "Leases, revoked ones included.",
     ),
     ("swiftcache_regions", Unit::Count, "Regions on offer."),
+    (
+        "swiftcache_unmappable_regions",
+        Unit::Count,
+        "Regions that some session says it cannot map, by device.",
+    ),
     (
         "swiftcache_log_lines_dropped",
         Unit::Count,

@@ -212,6 +212,8 @@ impl World {
             bytes: slabs * SLAB,
             slab_bytes: SLAB,
             handle: Handle::CudaIpc(OpaqueHandle([0; 64])),
+            shared: true,
+            elastic: false,
         };
         self.owner.offer(offer, false).await.unwrap();
     }

@@ -218,6 +218,8 @@ impl BrokerService {
             bytes: request.bytes,
             slab_bytes: request.slab_bytes,
             handle: convert::offered_handle(request.handle.as_ref())?,
+            shared: request.shared_allocation,
+            elastic: request.elastic,
         };
         let (session, allocation) = (offer.caller.session, offer.allocation);
         let by_descriptor = offer.handle.kind() == HandleKind::PosixFd;

@@ -47,6 +47,7 @@ impl NodeView {
                 free_bytes: hold.free_bytes,
                 left_ms: hold.left_ms,
             }),
+            unmappable_regions: view.unmappable_regions,
             // The caller asks the probe for the rest.
             ..Default::default()
         });
@@ -122,6 +123,7 @@ pub(super) fn region(view: RegionView) -> v1::RegionStatus {
         handle_kind: kind(view.handle_kind).into(),
         account: Some(account(view.account)),
         withdrawing: view.withdrawing,
+        unmappable_sessions: view.unmappable_sessions,
     }
 }
 

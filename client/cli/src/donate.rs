@@ -9,6 +9,7 @@ use std::{
 
 use clap::{ArgGroup, Args, ValueEnum};
 use swiftcache_proto::{
+    convert::{MAX_DRAIN_MS, SLAB_BYTES},
     domain::{Device, DeviceUuid, HandleKind},
     v1,
 };
@@ -16,12 +17,13 @@ use tracing::info;
 
 use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output, size::size};
 use swiftcache_client::{
-    device::DeviceLayer,
+    device::{DeviceError, DeviceLayer},
     donor::{
         Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Observation, PolicyConfig, explain,
     },
     session::{Session, SessionConfig},
 };
+use swiftcache_replay::report::bytes;
 
 /// What leaving takes at most beyond the time that borrowers have to move away: copies under way, and a few messages.
 const LEAVE_MARGIN: Duration = Duration::from_secs(5);
@@ -39,7 +41,7 @@ pub(super) struct DonateArgs {
     /// The device, as `swiftcache status` names it, or all of the node's
     #[arg(long, value_name = "UUID|all")]
     device: Chosen,
-    /// Lend this much, whole slabs
+    /// Lend this much, whole slabs; what is missing is offered as soon as it can be
     #[arg(long, value_name = "SIZE", value_parser = size)]
     bytes: Option<u64>,
     /// Follow idle HBM: up slowly, down at once
@@ -165,7 +167,65 @@ impl Running {
     }
 }
 
+impl DonateArgs {
+    /// Refuses what cannot work on any device.
+    fn check(&self) -> Result<(), CliError> {
+        let refuse = |problem: String| Err(CliError::Usage(problem));
+        let (least, most) = (SLAB_BYTES.start(), SLAB_BYTES.end());
+        if !SLAB_BYTES.contains(&self.slab) {
+            let (slab, least, most) = (bytes(self.slab), bytes(*least), bytes(*most));
+            return refuse(format!("--slab: is {slab}; takes {least} to {most}"));
+        }
+        for (flag, given) in [("--bytes", self.bytes), ("--most", self.elastic_args.most)] {
+            match given {
+                Some(0) => return refuse(format!("{flag}: takes more than 0")),
+                Some(given) if given < self.slab => {
+                    let (given, slab) = (bytes(given), bytes(self.slab));
+                    return refuse(format!(
+                        "{flag}: {given} is less than one slab, --slab {slab}"
+                    ));
+                }
+                _ => {}
+            }
+        }
+        for (flag, given) in [
+            ("--drain", self.drain),
+            ("--leave-within", self.leave_within),
+            ("--period", self.elastic_args.period),
+            ("--half-life", self.elastic_args.half_life),
+        ] {
+            if given.is_some_and(|given| given.is_zero()) {
+                return refuse(format!("{flag}: takes more than 0s"));
+            }
+        }
+        let longest = Duration::from_millis(MAX_DRAIN_MS.into());
+        if self.drain.is_some_and(|drain| drain > longest) {
+            let longest = humantime::format_duration(longest);
+            return refuse(format!("--drain: takes at most {longest}"));
+        }
+        Ok(())
+    }
+
+    /// Refuses what cannot work on a device of `total` bytes.
+    fn check_for(&self, device: &DeviceUuid, total: u64) -> Result<(), CliError> {
+        for (flag, given) in [
+            ("--bytes", self.bytes),
+            ("--most", self.elastic_args.most),
+            ("--slab", Some(self.slab)),
+        ] {
+            if let Some(given) = given.filter(|given| *given > total) {
+                let (given, total) = (bytes(given), bytes(total));
+                return Err(CliError::Usage(format!(
+                    "{flag}: {device} has {total} of HBM, which is less than {given}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
 pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
+    args.check()?;
     if args.explain {
         return explain_all(args);
     }
@@ -256,16 +316,17 @@ fn start(
         drain: args.drain.unwrap_or(Duration::ZERO),
         handle: args.handle.map(HandleKind::from),
     };
+    let total = match device.hbm_bytes {
+        // The broker's driver did not say.
+        0 => {
+            (layer.hbm(&device.uuid))
+                .map_err(swiftcache_client::Error::from)?
+                .total
+        }
+        total => total,
+    };
+    args.check_for(&device.uuid, total)?;
     let Some(bytes) = args.bytes else {
-        let total = match device.hbm_bytes {
-            // The broker's driver did not say.
-            0 => {
-                (layer.hbm(&device.uuid))
-                    .map_err(swiftcache_client::Error::from)?
-                    .total
-            }
-            total => total,
-        };
         let agent = AgentConfig {
             policy: args.elastic_args.policy(total, args.slab),
             period: args
@@ -277,16 +338,27 @@ fn start(
             session, layer, config, agent,
         )?));
     };
+    let held = session.hold(&device.uuid).is_some();
     let donor = Donor::open(session, layer, config)?;
-    let lent = donor.grow(bytes)?;
-    info!(bytes = lent, device = %device.uuid, "on offer");
-    if lent < bytes / args.slab * args.slab {
-        output::complain(&format!(
-            "swiftcache: {} has room for {lent} of {bytes} bytes only",
-            device.uuid
-        ));
+    // What can never work ends the command at once. What else it meets is logged, and tried again.
+    if !held
+        && let Err(error) = donor.grow(args.slab)
+        && !may_pass(&error)
+    {
+        return Err(error.into());
     }
+    donor.keep(bytes);
     Ok(Running::Fixed(donor))
+}
+
+/// Whether what failed may work later: the device is full, the broker away or at a limit.
+fn may_pass(error: &swiftcache_client::Error) -> bool {
+    use swiftcache_client::Error;
+    match error {
+        Error::Device(error) => matches!(error, DeviceError::OutOfMemory { .. }),
+        Error::Config { .. } | Error::Closed | Error::Thread(_) => false,
+        _ => true,
+    }
 }
 
 /// Asks for everything back, from all devices at once.
@@ -348,6 +420,79 @@ mod tests {
             "--bytes 1GiB --reserve 1",
         ] {
             assert!(parse(flags).is_err(), "{flags}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_and_the_flag_is_named() {
+        let refused = |flags: &str| {
+            parse(flags)
+                .unwrap()
+                .check()
+                .err()
+                .map(|error| error.to_string())
+        };
+        for (flags, flag) in [
+            ("--bytes 0", "--bytes: takes more than 0"),
+            ("--bytes 1MiB", "--bytes: 1.0 MB is less than one slab"),
+            (
+                "--bytes 1GiB --slab 2GiB",
+                "--bytes: 1.1 GB is less than one slab",
+            ),
+            ("--bytes 1GiB --slab 1", "--slab: is 1 B; takes 65.5 kB"),
+            ("--elastic --slab 32GiB", "--slab: is 34.4 GB"),
+            (
+                "--bytes 1GiB --leave-within 0s",
+                "--leave-within: takes more than 0s",
+            ),
+            (
+                "--elastic --leave-within 0s",
+                "--leave-within: takes more than 0s",
+            ),
+            ("--elastic --period 0s", "--period: takes more than 0s"),
+            (
+                "--elastic --half-life 0s",
+                "--half-life: takes more than 0s",
+            ),
+            ("--elastic --most 0", "--most: takes more than 0"),
+            (
+                "--elastic --most 1MiB",
+                "--most: 1.0 MB is less than one slab",
+            ),
+            ("--bytes 1GiB --drain 0s", "--drain: takes more than 0s"),
+            ("--bytes 1GiB --drain 11m", "--drain: takes at most 10m"),
+        ] {
+            let problem = refused(flags).unwrap_or_default();
+            assert!(problem.contains(flag), "{flags}: {problem:?}");
+        }
+        // The twin: next to each of them lies one that works.
+        for flags in [
+            "--bytes 256MiB",
+            "--bytes 1GiB --slab 1GiB",
+            "--bytes 1GiB --slab 64KiB",
+            "--elastic --leave-within 1ms --period 1ms --half-life 1ms --settle 0s",
+            "--elastic --most 256MiB",
+            "--bytes 1GiB --drain 10m",
+        ] {
+            assert_eq!(refused(flags), None, "{flags}");
+        }
+    }
+
+    #[test]
+    fn more_than_a_device_has_is_refused() {
+        let device: DeviceUuid = "SIM-1".parse().unwrap();
+        for (flags, flag) in [
+            ("--bytes 2GiB", "--bytes"),
+            ("--elastic --most 2GiB", "--most"),
+            ("--elastic --slab 2GiB", "--slab"),
+        ] {
+            let args = parse(flags).unwrap();
+            let problem = args.check_for(&device, 1 << 30).unwrap_err().to_string();
+            assert!(
+                problem.starts_with(&format!("{flag}: SIM-1 has 1.1 GB")),
+                "{problem}"
+            );
+            args.check_for(&device, 2 << 30).unwrap();
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use swiftcache_proto::domain::{
-    DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, Shortfall,
+    DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, SessionId, Shortfall,
 };
 
 use super::{
@@ -82,6 +82,15 @@ impl Oracle {
                 return Err(No::Overlap);
             }
         }
+        let followed = |known: &ORegion| {
+            known.elastic
+                && !known.withdrawing
+                && known.device == offer.device
+                && known.donor != donor
+        };
+        if offer.elastic && self.regions.iter().any(followed) {
+            return Err(No::Followed);
+        }
         for session in &mut self.sessions {
             session
                 .returned
@@ -98,6 +107,8 @@ impl Oracle {
             device: offer.device.clone(),
             allocation: offer.allocation,
             offset: offer.offset,
+            shared: offer.shared,
+            elastic: offer.elastic,
             handle: true,
             withdrawing: false,
             drained: false,
@@ -190,12 +201,45 @@ impl Oracle {
             && donor.is_some_and(|donor| !donor.over)
     }
 
+    /// A session that reads what was revoked gets nothing more, once its window is over or no pin can last any more.
+    pub(super) fn not_silent(&self, id: SessionId) -> Result<(), No> {
+        let overdue = |lease: &OLease| {
+            let pinned_until = lease.revoked_at + u64::from(self.config.pin_ms);
+            let ends = lease.revoked.map(|(_, until)| until.min(pinned_until));
+            lease.lessee != id
+                && lease.holders.contains(&id)
+                && ends.is_some_and(|ends| self.now >= ends)
+        };
+        match self.leases.iter().any(overdue) {
+            true => Err(No::Stale),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether nobody of another tenant has, or has left anything in, a slab of the same allocation; or may.
+    fn open_to(&self, region: &ORegion, tenant: &str) -> bool {
+        let same = |other: &&ORegion| other.allocation == region.allocation;
+        let of = |id: RegionId, number: u32, slab: &OSlab| {
+            let here = |lease: &&OLease| lease.region == id && lease.slab == number;
+            let lease = self.leases.iter().find(here);
+            lease.map_or(slab.dirt.clone(), |lease| Some(lease.tenant.clone()))
+        };
+        self.regions.iter().filter(same).all(|other| {
+            let mut slabs = (0..).zip(&other.slabs);
+            other.shared
+                || slabs
+                    .all(|(number, slab)| of(other.id, number, slab).is_none_or(|of| of == tenant))
+        })
+    }
+
     /// The slabs that this demand could be granted as they are, with the links they are reached by.
     fn usable(&self, demand: &LeaseDemand, tenant: &str) -> Vec<(RegionId, u32, LinkKind)> {
         let mut usable = Vec::new();
         let asker = demand.caller.session;
         let others = |region: &&ORegion| {
-            region.donor != asker && !self.unmappable.contains(&(asker, region.id))
+            region.donor != asker
+                && !self.unmappable.contains(&(asker, region.id))
+                && self.open_to(region, tenant)
         };
         for region in (self.regions.iter()).filter(|region| others(region) && self.lendable(region))
         {
@@ -224,7 +268,10 @@ impl Oracle {
             Ok(session) => session,
             Err(no) => return Ok(Err(no)),
         };
-        if let Err(no) = known_device(&demand.device) {
+        if let Err(no) = self
+            .not_silent(session.id)
+            .and(known_device(&demand.device))
+        {
             return Ok(Err(no));
         }
         if demand.bytes == 0 {
@@ -313,6 +360,7 @@ impl Oracle {
             slots: grant.slots,
             holders: vec![demand.caller.session],
             revoked: None,
+            revoked_at: 0,
             zombie: false,
             blocks: Vec::new(),
             restored: false,

@@ -23,6 +23,7 @@ impl Oracle {
             return false;
         }
         lease.revoked = Some((reason, until));
+        lease.revoked_at = self.now;
         lease.blocks.clear();
         let (generation, holders) = (Generation(lease.generation), lease.holders.clone());
         self.pins.retain(|pin| pin.lease != id);
@@ -239,6 +240,9 @@ impl Oracle {
             }
         }
         for region in self.regions.clone() {
+            if region.donor == id {
+                self.tell_of_unmappable(region.id);
+            }
             for (number, slab) in (0..).zip(&region.slabs) {
                 if slab.scrubbing && region.donor == id {
                     let message = Outgoing::Scrub {

@@ -37,6 +37,9 @@ impl History {
             bytes: u64::from(c % 4).min(u64::from(d)) * SLAB,
             slab_bytes: SLAB,
             handle: Handle::PosixFd,
+            // What holds for an allocation is said of all of its regions.
+            shared: beside.map_or(c.is_multiple_of(3), |offer| offer.shared),
+            elastic: b.is_multiple_of(7),
         };
         self.call(Event::Offer(offer.clone()), move |history, reply| {
             let client = history.world.client(offer.caller.session);

@@ -3,7 +3,7 @@
 use super::{fixture::hash, history::History, world::SlotUse};
 use crate::core::leases::{Lease, Phase};
 use crate::core::{
-    Caller, Connection, Effect, Event, Keep, Lookup, Now, Outgoing, Process, Publish,
+    Caller, Connection, Effect, Event, Keep, Lookup, Now, Offer, Outgoing, Process, Publish,
 };
 use swiftcache_proto::domain::SessionId;
 
@@ -47,11 +47,24 @@ pub(super) enum Fault {
     ForgetsUnmappable,
     /// A borrower that keeps a block no more is believed to keep it.
     TrustsOldKeeps,
+    /// Tenants share allocations whose donors did not agree.
+    SharesAllocations,
     /// A clock that jumps ahead for a moment ends pins.
     TrustsClock,
 }
 
 impl History {
+    /// What a broken broker takes an event for.
+    pub(super) fn mishear(&self, event: &Event) -> Event {
+        match (self.fault, event) {
+            (Some(Fault::SharesAllocations), Event::Offer(offer)) => Event::Offer(Offer {
+                shared: true,
+                ..offer.clone()
+            }),
+            _ => event.clone(),
+        }
+    }
+
     /// What a broken broker would do besides.
     pub(super) fn misbehave(&mut self, event: &Event, mut effects: Vec<Effect>) -> Vec<Effect> {
         let mut more: Vec<Event> = Vec::new();

@@ -216,6 +216,7 @@ impl Bench {
         self.said.clear();
     }
 
+    /// An offer of a region that is an allocation of its own. Its slabs may go to several tenants.
     pub(super) fn offer_event(donor: Caller, number: u64, on: u32, slabs: u64) -> Offer {
         Offer {
             caller: donor,
@@ -226,6 +227,8 @@ impl Bench {
             bytes: slabs * SLAB,
             slab_bytes: SLAB,
             handle: Handle::PosixFd,
+            shared: true,
+            elastic: false,
         }
     }
 

@@ -228,7 +228,10 @@ impl History {
 
     /// Gives the broker an event, verifies everything, and lets the world hear of it.
     pub(super) fn apply(&mut self, event: Event) -> Outcome<Option<Reply>> {
-        let effects = self.state.apply(event.clone(), Now(self.now));
+        if let Event::Offer(offer) = &event {
+            self.world.offered(offer);
+        }
+        let effects = self.state.apply(self.mishear(&event), Now(self.now));
         if let Some(crash_after) = self.crash_after.take() {
             return self.crash(&effects, crash_after);
         }

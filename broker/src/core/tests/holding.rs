@@ -5,8 +5,8 @@ use super::{
     fixture::SLAB,
     oracle::{Answer, No, OLease, Oracle},
 };
-use crate::core::{Caller, Grant, Publish, Reply};
-use swiftcache_proto::domain::{DeviceUuid, Generation, Handle, LeaseId, RevokeReason};
+use crate::core::{Caller, Grant, Outgoing, Publish, Reply};
+use swiftcache_proto::domain::{DeviceUuid, Generation, Handle, LeaseId, RegionId, RevokeReason};
 
 impl Oracle {
     pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId], unmappable: bool) -> Answer {
@@ -21,8 +21,10 @@ impl Oracle {
         for id in ids {
             let known = self.leases.iter().find(|lease| lease.id == *id);
             let region = known.map(|lease| lease.region).filter(|_| unmappable);
-            self.unmappable
-                .extend(region.map(|region| (session, region)));
+            if let Some(region) = region.filter(|id| !self.unmappable.contains(&(session, *id))) {
+                self.unmappable.push((session, region));
+                self.tell_of_unmappable(region);
+            }
             match self.leases.iter().find(|lease| lease.id == *id) {
                 Some(lease) if lease.lessee == session => {
                     self.lessee_lets_go(*id, RevokeReason::Released);
@@ -34,8 +36,19 @@ impl Oracle {
         Ok(Some(Reply::Done))
     }
 
+    /// The donor hears how many cannot map its region.
+    pub(super) fn tell_of_unmappable(&mut self, region: RegionId) {
+        let mappers = self.unmappable.iter().filter(|(_, of)| *of == region);
+        let sessions = mappers.count() as u32;
+        let known = self.regions.iter().find(|known| known.id == region);
+        if let (Some(donor), 1..) = (known.map(|known| known.donor), sessions) {
+            self.say(donor, Outgoing::CannotMap { region, sessions });
+        }
+    }
+
     pub(super) fn share(&mut self, caller: Caller, id: LeaseId, device: &DeviceUuid) -> Answer {
         let session = self.session(caller)?;
+        self.not_silent(session.id)?;
         let lease = self.leases.iter_mut().find(|lease| lease.id == id);
         let lease = lease.ok_or(No::Unknown)?;
         if lease.tenant != session.tenant {

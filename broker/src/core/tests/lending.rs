@@ -4,8 +4,8 @@ use swiftcache_proto::domain::{LinkKind, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    CoreConfig, DrainTarget, Event, EvictTarget, Grant, LeaseDemand, Node, Outgoing, Refusal,
-    Reply, State, WithdrawWhat,
+    Caller, CoreConfig, DrainTarget, Event, EvictTarget, Grant, LeaseDemand, Node, Offer, Outgoing,
+    Refusal, Reply, State, WithdrawWhat,
 };
 
 fn links(grants: &[Grant]) -> Vec<LinkKind> {
@@ -326,4 +326,193 @@ fn operators_take_devices_donors_and_regions_out_of_service() {
     let grant = bench.lease(borrower, 1).remove(0);
     let reply = bench.apply(Event::Evict(EvictTarget::Lease(grant.lease)));
     assert!(matches!(reply, Some(Reply::Evicted { leases: 1, .. })));
+}
+
+/// An allocation of `slabs` slabs, whose donor does not let tenants share it.
+fn offer_alone(bench: &mut Bench, donor: Caller, number: u64, slabs: u64) {
+    bench.done(Event::Offer(Offer {
+        shared: false,
+        ..Bench::offer_event(donor, number, 1, slabs)
+    }));
+}
+
+#[test]
+fn slabs_of_one_allocation_go_to_one_tenant_at_a_time() {
+    for shared in [false, true] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        let blue = bench.join("blue", "1000/blue");
+        let red = bench.join("red", "1000/red");
+        bench.done(Event::Offer(Offer {
+            shared,
+            ..Bench::offer_event(donor, 1, 1, 4)
+        }));
+        bench.lease(blue, 1);
+        let (grants, shortfall) = bench.ask(red, 1);
+        // The twin: with its donor's word, the neighbouring slab is granted.
+        let expected = match shared {
+            true => (1, Shortfall::None),
+            false => (0, Shortfall::NoFreeSlab),
+        };
+        assert_eq!((grants.len(), shortfall), expected);
+        // Asking again does not help, nor is anybody made to give up a slab whose neighbours stay where they are.
+        bench.lease(blue, 1);
+        let again = bench.ask(red, 1).0.len();
+        assert_eq!(again, usize::from(shared));
+        assert_eq!(bench.heard(blue), []);
+    }
+}
+
+#[test]
+fn other_regions_of_the_allocation_count_too() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "1000/blue");
+    let red = bench.join("red", "1000/red");
+    offer_alone(&mut bench, donor, 1, 1);
+    bench.done(Event::Offer(Offer {
+        allocation: allocation(1),
+        offset: SLAB,
+        shared: false,
+        ..Bench::offer_event(donor, 2, 1, 1)
+    }));
+    bench.lease(blue, 1);
+    assert_eq!(bench.ask(red, 1).1, Shortfall::NoFreeSlab);
+    // The twin: an allocation of its own beside them.
+    offer_alone(&mut bench, donor, 3, 1);
+    assert_eq!(bench.lease(red, 1)[0].region, region(3));
+}
+
+#[test]
+fn all_that_others_left_in_an_allocation_is_zeroed_first_and_at_once() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "1000/blue");
+    let red = bench.join("red", "1000/red");
+    offer_alone(&mut bench, donor, 1, 3);
+    let grants = bench.lease(blue, 2);
+    bench.release(blue, &[&grants[0]]);
+    // What is zeroed now would bring red nothing while blue has a slab.
+    assert_eq!(bench.ask(red, 1).1, Shortfall::NoFreeSlab);
+    assert_eq!(bench.heard(donor), []);
+    bench.release(blue, &[&grants[1]]);
+    assert_eq!(bench.ask(red, 1).1, Shortfall::Scrubbing);
+    let scrubs = bench.heard(donor);
+    assert_eq!(scrubs.len(), 2, "{scrubs:?}");
+    for (number, scrub) in scrubs.into_iter().enumerate() {
+        let Outgoing::Scrub {
+            region,
+            slab,
+            generation,
+        } = scrub
+        else {
+            panic!("{scrub:?}");
+        };
+        // Not before the last of them is clean.
+        assert_eq!(bench.ask(red, 1).0.len(), 0, "after {number}");
+        bench.apply(Event::Scrubbed {
+            caller: donor,
+            region,
+            slab,
+            generation,
+        });
+    }
+    bench.lease(red, 3);
+}
+
+#[test]
+fn the_only_slab_of_an_allocation_is_taken_as_ever() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "1000/blue");
+    let red = bench.join("red", "1000/red");
+    for number in 1..=4 {
+        offer_alone(&mut bench, donor, number, 1);
+    }
+    bench.lease(blue, 4);
+    assert_eq!(bench.ask(red, 2).1, Shortfall::NoFreeSlab);
+    let revoked = bench.heard(blue);
+    assert_eq!(revoked.len(), 2, "{revoked:?}");
+}
+
+#[test]
+fn who_waits_for_slabs_that_it_cannot_have_keeps_nobody_from_them() {
+    let mut bench = Bench::new();
+    let donor = bench.join("donor", "1000");
+    let blue = bench.join("blue", "1000/blue");
+    let red = bench.join("red", "1000/red");
+    offer_alone(&mut bench, donor, 1, 4);
+    bench.lease(blue, 1);
+    bench.ask(red, 4);
+    bench.lease(blue, 3);
+}
+
+#[test]
+fn what_a_donor_promises_survives_a_restart_and_is_taken_from_its_next_offer() {
+    for shared in [false, true] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        let blue = bench.join("blue", "1000/blue");
+        let red = bench.join("red", "1000/red");
+        let offer = Offer {
+            shared,
+            ..Bench::offer_event(donor, 1, 1, 2)
+        };
+        bench.done(Event::Offer(offer.clone()));
+        let blues = bench.lease(blue, 1)[0].lease;
+        bench.restart();
+        bench.resume(donor, &[], &[]);
+        bench.resume(blue, &[blues], &[]);
+        bench.done(Event::Offer(offer.clone()));
+        assert_eq!(bench.ask(red, 1).0.len(), usize::from(shared));
+        // A ledger of an earlier version says nothing, and the donor says it again.
+        bench.done(Event::Offer(Offer {
+            shared: true,
+            ..offer
+        }));
+        assert_eq!(bench.ask(red, 1).0.len(), usize::from(!shared));
+    }
+}
+
+#[test]
+fn one_elastic_donor_at_a_time_follows_a_device() {
+    let mut bench = Bench::new();
+    let first = bench.join("first", "1000");
+    let second = bench.join("second", "1001");
+    let elastic = |donor, number, on| {
+        Event::Offer(Offer {
+            elastic: true,
+            ..Bench::offer_event(donor, number, on, 1)
+        })
+    };
+    bench.done(elastic(first, 1, 1));
+    bench.done(elastic(first, 2, 1));
+    for again in [false, true] {
+        if again {
+            bench.restart();
+            bench.resume(first, &[], &[]);
+            bench.resume(second, &[], &[]);
+        }
+        let refusal = bench.refused(elastic(second, 3, 1));
+        assert!(
+            matches!(&refusal, Refusal::Followed { name, .. } if name == "first"),
+            "{refusal:?}"
+        );
+        // The twins: another device, and an amount that is fixed.
+        bench.done(elastic(second, 4, 2));
+        bench.offer(second, 5, 1, 1);
+        for number in [4, 5] {
+            bench.withdraw_region(second, number);
+        }
+    }
+    // Its place is free when nothing of it is on offer any more, although some may not be back.
+    let borrower = bench.join("borrower", "1000");
+    bench.done(elastic(first, 1, 1));
+    bench.lease(borrower, 1);
+    for number in [1, 2] {
+        bench.withdraw_region(first, number);
+    }
+    bench.done(elastic(second, 3, 1));
+    let refusal = bench.refused(elastic(first, 6, 1));
+    assert!(matches!(refusal, Refusal::Followed { .. }), "{refusal:?}");
 }

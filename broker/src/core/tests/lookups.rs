@@ -4,7 +4,7 @@ use swiftcache_proto::domain::{BorrowerId, FoundRun, Hold, Medium, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, CoreConfig, DrainTarget, Event, Grant, Keep, LeaseDemand, Lookup, Refusal,
+    Caller, CoreConfig, DrainTarget, Event, Grant, Keep, LeaseDemand, Lookup, Outgoing, Refusal,
 };
 
 /// A donor on every device, and three sessions of one tenant.
@@ -155,7 +155,26 @@ fn what_cannot_be_mapped_is_neither_found_nor_granted_until_it_is_offered_anew()
     bench.done(gives_up(false));
     assert_eq!(count(&mut bench, from(reader, 0, 1..2)), 1);
     bench.share(reader, &grant);
+    bench.heard(donor);
     bench.done(gives_up(true));
+    // Its donor's owner hears of it, once, and again after a lost stream; and operators see it.
+    let heard = [Outgoing::CannotMap {
+        region: region(1),
+        sessions: 1,
+    }];
+    assert_eq!(bench.heard(donor), heard);
+    bench.apply(Event::Detach(donor.session));
+    bench.done(Event::Attach(donor));
+    assert_eq!(bench.heard(donor), heard);
+    let seen = |bench: &Bench| {
+        let regions: Vec<_> = bench
+            .state
+            .regions()
+            .map(|it| it.unmappable_sessions)
+            .collect();
+        (regions, bench.state.devices()[1].unmappable_regions)
+    };
+    assert_eq!(seen(&bench), (vec![1], 1));
     let readers = bench.state.leases().map(|lease| lease.readers);
     assert_eq!(readers.collect::<Vec<_>>(), [0], "no reader is left behind");
     assert_eq!(count(&mut bench, from(reader, 0, 1..2)), 0);
@@ -166,6 +185,8 @@ fn what_cannot_be_mapped_is_neither_found_nor_granted_until_it_is_offered_anew()
     assert_eq!(bench.hits(lessee, 1..2), 1);
     bench.lease(lessee, 1);
     bench.done(Event::Offer(Bench::offer_event(donor, 1, 1, 4)));
+    assert_eq!(seen(&bench), (vec![0], 0));
+    assert_eq!(bench.heard(donor), []);
     assert_eq!(count(&mut bench, from(reader, 0, 1..2)), 1);
     bench.lease(reader, 1);
 }

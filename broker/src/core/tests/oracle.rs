@@ -34,6 +34,9 @@ pub(super) struct ORegion {
     pub(super) device: DeviceUuid,
     pub(super) allocation: AllocationId,
     pub(super) offset: u64,
+    /// Its allocation may be shared.
+    pub(super) shared: bool,
+    pub(super) elastic: bool,
     pub(super) handle: bool,
     pub(super) withdrawing: bool,
     pub(super) drained: bool,
@@ -56,6 +59,8 @@ pub(super) struct OLease {
     pub(super) holders: Vec<SessionId>,
     /// Why, and when the window closes.
     pub(super) revoked: Option<(RevokeReason, u64)>,
+    /// Since when, if it is.
+    pub(super) revoked_at: u64,
     pub(super) zombie: bool,
     pub(super) blocks: Vec<(BlockHash, u32)>,
     pub(super) restored: bool,
@@ -87,6 +92,7 @@ pub(super) enum No {
     Overlap,
     Stale,
     Late,
+    Followed,
 }
 
 fn kind(refusal: &Refusal) -> Option<No> {
@@ -97,6 +103,7 @@ fn kind(refusal: &Refusal) -> Option<No> {
         Refusal::Overlap { .. } => Some(No::Overlap),
         Refusal::Stale(_) => Some(No::Stale),
         Refusal::LateConnection(_) => Some(No::Late),
+        Refusal::Followed { .. } => Some(No::Followed),
         Refusal::Limit { .. } => None,
     }
 }
@@ -206,6 +213,8 @@ impl Oracle {
                 device: books.devices.uuid(region.device()).clone(),
                 allocation: region.outline().allocation,
                 offset: region.outline().offset,
+                shared: region.promises().shared,
+                elastic: region.promises().elastic,
                 handle: false,
                 withdrawing: region.is_withdrawing(),
                 drained: region.is_drained(),
@@ -227,6 +236,7 @@ impl Oracle {
                 slots: books.index.slots(key),
                 holders: lease.parties().collect(),
                 revoked: lease.revocation().map(|revocation| (revocation.reason, 0)),
+                revoked_at: 0,
                 zombie: false,
                 blocks: Vec::new(),
                 restored: true,
@@ -291,6 +301,7 @@ impl Oracle {
         for lease in &mut self.leases {
             if let Some((_, until)) = &mut lease.revoked {
                 *until = deadline;
+                lease.revoked_at = self.now;
             }
         }
         for region in self.regions.clone() {

@@ -102,6 +102,7 @@ fn the_world_catches_every_broken_broker() {
         Fault::FindsUnreachable,
         Fault::ForgetsUnmappable,
         Fault::TrustsOldKeeps,
+        Fault::SharesAllocations,
     ] {
         assert!(caught(fault), "{fault:?} goes unnoticed");
     }

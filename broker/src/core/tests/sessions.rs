@@ -411,3 +411,54 @@ fn sessions_are_bounded() {
         }
     );
 }
+
+#[test]
+fn a_silent_reader_gets_nothing_more_and_keeps_no_slab_but_the_one_it_reads() {
+    for silent in [true, false] {
+        let mut bench = Bench::with(CoreConfig {
+            pin_ms: 100,
+            ..CoreConfig::default()
+        });
+        let donor = bench.join("donor", "1000");
+        let lessee = bench.join("lessee", "1000");
+        let reader = bench.join("reader", "1000");
+        for number in 1..=9 {
+            bench.offer(donor, number, 1, 1);
+        }
+        let grants = bench.lease(lessee, 9);
+        let shared = bench.share(reader, &grants[0]);
+        let all: Vec<_> = grants[..8].iter().map(|grant| grant.region).collect();
+        bench.withdraw(donor, WithdrawWhat::Regions(all));
+        bench.heard(donor);
+        for grant in &grants[..8] {
+            bench.acknowledge(lessee, grant);
+        }
+        // One reader holds back one slab: the others are the donor's again at once.
+        assert_eq!(bench.heard(donor).len(), 7);
+        if !silent {
+            bench.acknowledge(reader, &shared);
+        }
+        // The drain window of the slab is not over yet.
+        bench.tick(100);
+        let account = bench.state.total();
+        assert_eq!(account.zombie, 0);
+        assert_eq!(account.draining > 0, silent);
+        let demand = Event::Lease(Bench::demand(reader, 1));
+        let share = Bench::share_event(reader, &grants[8]);
+        if silent {
+            for event in [demand, share] {
+                let refusal = bench.refused(event);
+                assert!(
+                    matches!(&refusal, Refusal::Stale(text) if text.contains("has acknowledged")),
+                    "{refusal:?}"
+                );
+            }
+            // What it may do is to let go. Then it is as good as any other.
+            bench.acknowledge(reader, &shared);
+        }
+        let returned = Outgoing::Returned(shared.region);
+        assert_eq!(bench.heard(donor), [returned]);
+        bench.share(reader, &grants[8]);
+        bench.ask(reader, 1);
+    }
+}

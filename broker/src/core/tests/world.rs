@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use swiftcache_proto::domain::{
-    BorrowerId, DeviceUuid, Generation, LeaseId, PinId, RegionId, SessionId,
+    AllocationId, BorrowerId, DeviceUuid, Generation, LeaseId, PinId, RegionId, SessionId,
 };
 
 use super::fixture::SLAB;
@@ -105,6 +105,8 @@ pub(super) struct World {
     written_by: BTreeMap<At, String>,
     /// Where every lease ever granted lies.
     places: BTreeMap<LeaseId, At>,
+    /// The allocations of regions that are not returned, and whether their donors let tenants share them.
+    allocations: BTreeMap<RegionId, (AllocationId, bool)>,
     reads: Vec<Read>,
 }
 
@@ -125,6 +127,18 @@ impl World {
         let offers = self.clients.iter().flat_map(|client| &client.offers);
         let mut offers = offers.filter(|(id, _)| **id == region);
         offers.next().map(|(_, offer)| offer.device.clone())
+    }
+
+    /// A donor offers a region, by its own word.
+    pub(super) fn offered(&mut self, offer: &Offer) {
+        let allocation = (offer.allocation, offer.shared);
+        self.allocations.entry(offer.region).or_insert(allocation);
+    }
+
+    /// Whether whoever maps a slab of one region reaches the other one's bytes, and their donor did not agree to that.
+    fn exposes(&self, one: RegionId, other: RegionId) -> bool {
+        let one = self.allocations.get(&one);
+        one.is_some_and(|(_, shared)| !shared) && one == self.allocations.get(&other)
     }
 
     pub(super) fn enter(&mut self, caller: Caller, tenant: &str) {
@@ -185,6 +199,7 @@ impl World {
                     if let Some(session) = self.mapped_by(|(mapped, _)| mapped == region) {
                         return Err(format!("{region} is returned while {session:?} maps it"));
                     }
+                    self.allocations.remove(region);
                 }
                 _ => {}
             }
@@ -199,6 +214,23 @@ impl World {
         if let Some(other) = self.written_by.get(&at).filter(|other| *other != tenant) {
             return Err(format!(
                 "{at:?} holds bytes of {other}, and is leased to {tenant}"
+            ));
+        }
+        for client in self.clients.iter().filter(|other| other.tenant != tenant) {
+            let mut mapped = client.mapped.values();
+            if let Some(mapping) = mapped.find(|mapping| self.exposes(at.0, mapping.at.0)) {
+                let (session, there) = (client.caller.session, mapping.at);
+                return Err(format!(
+                    "{at:?} is leased while {session:?} of another tenant maps {there:?} of the allocation"
+                ));
+            }
+        }
+        let mut written = self.written_by.iter();
+        if let Some((there, other)) =
+            written.find(|(there, of)| *of != tenant && self.exposes(at.0, there.0))
+        {
+            return Err(format!(
+                "{at:?} is leased to {tenant}, and bytes of {other} lie in {there:?} of the allocation"
             ));
         }
         let zeroes = |client: &&Client| {
@@ -238,7 +270,7 @@ impl World {
             } => {
                 client.scrubs.insert((*region, *slab, *generation));
             }
-            Outgoing::Hold { .. } => {}
+            Outgoing::CannotMap { .. } | Outgoing::Hold { .. } => {}
         }
     }
 

@@ -132,6 +132,8 @@ pub(super) struct DonorRow {
     pub(super) regions: u32,
     pub(super) offered: u64,
     pub(super) leased: u64,
+    /// Regions that some session says it cannot map.
+    pub(super) unmappable_regions: u32,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -269,6 +271,7 @@ fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<D
         let account = Account::new(region.account.as_ref());
         row.offered += account.offered;
         row.leased += account.leased;
+        row.unmappable_regions += u32::from(region.unmappable_sessions > 0);
         row.label.clone_from(&region.donor_label);
         row.name.clone_from(&region.donor_name);
         row.device.clone_from(&region.device_uuid);

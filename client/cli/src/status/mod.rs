@@ -5,7 +5,7 @@ mod document;
 use std::{fmt::Write as _, time::Duration};
 
 use clap::Args;
-use document::{Account, LeaseRow, Status, Traffic};
+use document::{Account, DonorRow, LeaseRow, Status, Traffic};
 
 use super::{CliError, admin::Admin, args::SocketArg, output, watch};
 use swiftcache_replay::report::{bytes, table};
@@ -130,6 +130,14 @@ impl Status {
             "leased",
         ];
         let _ = writeln!(text, "{}\n", table(header, donors));
+        let mistaken = self
+            .donors
+            .iter()
+            .filter(|donor| donor.unmappable_regions > 0);
+        let mistaken: Vec<String> = mistaken.map(unmappable).collect();
+        if !mistaken.is_empty() {
+            let _ = writeln!(text, "{}\n", mistaken.join("\n"));
+        }
         let leases = self.leases.iter().map(|lease| {
             [
                 lease.borrower.clone(),
@@ -197,6 +205,22 @@ impl Status {
         }
         text
     }
+}
+
+/// What borrowers cannot map. Their own logs say why: they know the driver's word.
+fn unmappable(donor: &DonorRow) -> String {
+    let DonorRow {
+        name,
+        label,
+        device,
+        regions,
+        unmappable_regions,
+        ..
+    } = donor;
+    format!(
+        "{name} [{label}]: borrowers cannot map {unmappable_regions} of its {regions} regions on {device}; their logs say why, \
+         and they use others"
+    )
 }
 
 /// How many leases are revoked, and the processes that they wait for: those are what an operator has to look at.
@@ -323,7 +347,14 @@ mod tests {
                 pid: 4711,
                 ..v1::SessionStatus::default()
             }],
-            regions: vec![region("SIM-1"), region("SIM-1"), region("SIM-2")],
+            regions: vec![
+                v1::RegionStatus {
+                    unmappable_sessions: 3,
+                    ..region("SIM-1")
+                },
+                region("SIM-1"),
+                region("SIM-2"),
+            ],
             leases: vec![
                 lease(v1::LeaseState::Active),
                 lease(v1::LeaseState::Draining),
@@ -362,7 +393,7 @@ mod tests {
             "device (SIMULATED)",
             "borrower (SIMULATED)",
             ", held for 2 s",
-            "donor-1 [ab12]",
+            "donor-1 [ab12]: borrowers cannot map 1 of its 2 regions on SIM-1",
             "replay [cd34]",
             "NVLink",
             "4.0 MB",

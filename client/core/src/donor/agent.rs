@@ -1,7 +1,7 @@
 //! The elastic agent: looks at a device, asks the policy, and does what it says.
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::{Arc, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -17,6 +17,11 @@ use crate::{
     device::DeviceLayer,
     session::{Observer, Session},
 };
+
+/// The pause after the first offer that the broker refuses. Each refusal doubles it.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// The longest pause between two such offers.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The agent's settings.
 #[derive(Clone, Debug)]
@@ -52,6 +57,8 @@ struct Shared {
     last: Mutex<Option<Decision>>,
     goal: Mutex<Goal>,
     changed: Condvar,
+    /// What the last offer met, while less is on offer than there should be.
+    problem: Mutex<Option<String>>,
 }
 
 /// What the thread that offers is to reach.
@@ -86,12 +93,13 @@ impl Agent {
         let policy = Policy::new(config.policy)?;
         let (wake, woken) = mpsc::channel();
         let shared = Arc::new(Shared {
-            donor: Donor::open(session, Arc::clone(&layer), donor)?,
+            donor: Donor::of(session, Arc::clone(&layer), donor, true)?,
             wake: wake.clone(),
             layer,
             last: Mutex::new(None),
             goal: Mutex::default(),
             changed: Condvar::new(),
+            problem: Mutex::default(),
         });
         let observer: Arc<dyn Observer> = Arc::clone(&shared) as _;
         shared.donor.core.session.observe(&observer);
@@ -128,6 +136,11 @@ impl Agent {
         }
     }
 
+    /// Why less is on offer than it decided to offer, for people: what the last offer met.
+    pub fn problem(&self) -> Option<String> {
+        self.shared.problem.lock().clone()
+    }
+
     /// How long borrowers may take to move away from what is asked back.
     pub fn drain_window(&self) -> Duration {
         self.shared.donor.drain_window()
@@ -142,6 +155,10 @@ impl Agent {
     }
 
     fn halt(&mut self) {
+        if !self.shared.donor.core.session.is_here() {
+            // A child of the agent's process has no such threads.
+            return mem::forget(mem::take(&mut self.threads));
+        }
         // A thread that is gone needs no telling.
         let _ = self.wake.send(Wake::Stop);
         self.shared.goal.lock().over = true;
@@ -222,9 +239,11 @@ impl Shared {
         }
     }
 
-    /// Offers slab by slab up to the goal, which may change at any time.
+    /// Offers slab by slab up to the goal, which may change at any time. What the broker refuses is offered again after a
+    /// pause that grows, so that a slab is not taken and freed with every look.
     fn raise(&self) {
         let mut look = 0;
+        let (mut due, mut pause) = (Instant::now(), FIRST_PAUSE);
         loop {
             {
                 let mut goal = self.goal.lock();
@@ -238,22 +257,47 @@ impl Shared {
                     return;
                 }
                 if self.donor.status().offered_bytes >= goal.target {
+                    drop(goal);
+                    *self.problem.lock() = None;
+                    break;
+                }
+                if Instant::now() < due {
                     break;
                 }
                 let target = goal.target;
                 drop(goal);
                 match self.donor.offer_one() {
-                    Ok(true) => debug!(target, "a slab more on offer"),
+                    Ok(true) => {
+                        pause = FIRST_PAUSE;
+                        debug!(target, "a slab more on offer");
+                    }
                     Ok(false) => {
                         debug!(target, "a slab more, once the broker answers");
                         break;
                     }
                     Err(error) => {
-                        warn!(%error, "no more slabs on offer for now");
+                        if matches!(error, Error::Refused { .. }) {
+                            due = Instant::now() + pause;
+                            pause = (pause * 2).min(LONGEST_PAUSE);
+                        }
+                        self.note_problem(&error);
                         break;
                     }
                 }
             }
+        }
+    }
+}
+
+impl Shared {
+    /// Nothing more can be offered for now. Said once for each cause, since every look tries again.
+    fn note_problem(&self, error: &Error) {
+        let text = error.to_string();
+        let mut problem = self.problem.lock();
+        if problem.as_ref() != Some(&text) {
+            let device = &self.donor.config().device;
+            warn!(%device, "no more slabs on offer for now: {text}");
+            *problem = Some(text);
         }
     }
 }

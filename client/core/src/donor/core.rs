@@ -10,12 +10,14 @@ use std::{
 use hdrhistogram::Histogram;
 use parking_lot::{Condvar, Mutex};
 use swiftcache_proto::domain::{DeviceUuid, HandleKind, RegionId};
+use tracing::warn;
 
 use super::{
     DonorStatus,
     region::{Known, Phase, Region},
     resume::Sequel,
     scrub::Scrubs,
+    target::{Target, TopUp},
     withdrawal::Asking,
 };
 use crate::{
@@ -46,6 +48,8 @@ pub(super) enum Source {
     Allocations {
         slab_bytes: u64,
         handle: Option<HandleKind>,
+        /// They follow the device's idle HBM.
+        elastic: bool,
     },
     /// An engine's pool, which lives on, and so do mappings of it that nobody knows of.
     Pool,
@@ -57,7 +61,7 @@ pub(super) struct Core {
     pub(super) device: DeviceUuid,
     /// See [`DonorConfig::drain`](super::DonorConfig::drain).
     pub(super) drain: Duration,
-    source: Source,
+    pub(super) source: Source,
     pub(super) state: Mutex<State>,
     pub(super) returned: Condvar,
     tasks: mpsc::Sender<Task>,
@@ -77,6 +81,8 @@ pub(super) struct State {
     pub(super) freeing: usize,
     pub(super) scrubbed: u64,
     pub(super) failed_scrubs: u64,
+    /// What a fixed donor keeps on offer. Nobody keeps up what a donor without a target has on offer.
+    pub(super) target: Option<Target>,
 }
 
 impl State {
@@ -93,6 +99,7 @@ impl State {
             freeing: 0,
             scrubbed: 0,
             failed_scrubs: 0,
+            target: None,
         }
     }
 }
@@ -110,6 +117,21 @@ impl Observer for Core {
 
     fn returned(&self, region: RegionId) {
         self.tell(Task::Returned(region));
+    }
+
+    /// The donor's owner may know why: memory of another PID namespace, a device node that a container lacks.
+    fn cannot_map(&self, id: RegionId, sessions: u32) {
+        let mut state = self.state.lock();
+        let Some(region) = state.regions.get_mut(&id) else {
+            return;
+        };
+        if sessions > region.unmappable_by {
+            warn!(
+                device = %self.device, region = %id, sessions,
+                "borrowers say that they cannot map a slab; they are lent no more of it, and others are"
+            );
+        }
+        region.unmappable_by = sessions;
     }
 
     fn scrub(&self, scrub: &Scrub) {
@@ -155,6 +177,7 @@ impl Core {
     /// back.
     pub(super) fn work(&self, inbox: &mpsc::Receiver<Task>) {
         let mut scrubs = Scrubs::default();
+        let mut top_up = TopUp::new();
         let mut due = VecDeque::new();
         let mut ticked = Instant::now();
         loop {
@@ -162,22 +185,29 @@ impl Core {
                 true => TICK.saturating_sub(ticked.elapsed()),
                 false => Duration::ZERO,
             };
-            let pause = scrubs.pause().map_or(tick, |pause| pause.min(tick));
+            let waits = [scrubs.pause(), top_up.pause(self)];
+            let pause = waits.into_iter().flatten().fold(tick, Duration::min);
             let mut told = false;
             match inbox.recv_timeout(pause) {
-                Ok(Task::Returned(region)) => self.take_back(region),
+                Ok(Task::Returned(region)) => {
+                    self.take_back(region);
+                    top_up.hasten();
+                }
                 Ok(Task::Scrub(scrub)) => scrubs.ask(self, &scrub),
                 Ok(Task::Connected(sequel)) => {
                     self.follow_up(sequel, self.source);
+                    top_up.hasten();
                     told = true;
                 }
-                Ok(Task::Tell) => told = true,
-                Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    if let Some(region) = due.pop_front() {
-                        self.offer_again(region);
-                    }
+                Ok(Task::Tell) => {
+                    top_up.hasten();
+                    told = true;
                 }
+                Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                Err(mpsc::RecvTimeoutError::Timeout) => match due.pop_front() {
+                    Some(region) => self.offer_again(region),
+                    None => top_up.advance(self),
+                },
             }
             if told || ticked.elapsed() >= TICK {
                 self.withdraw_unheard();
@@ -199,6 +229,7 @@ impl Core {
             scrubbed: state.scrubbed,
             failed_scrubs: state.failed_scrubs,
             asked_bytes: state.asked_bytes(),
+            target_bytes: state.target.as_ref().map_or(0, |target| target.bytes),
             ..DonorStatus::default()
         };
         for region in state.regions.values() {
@@ -206,6 +237,9 @@ impl Core {
             match region.phase {
                 Phase::Offered => {
                     status.offered_bytes += bytes;
+                    if region.unmappable_by > 0 {
+                        status.unmappable_bytes += bytes;
+                    }
                     if !region.confirmed {
                         status.unconfirmed_bytes += bytes;
                     }

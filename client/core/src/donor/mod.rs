@@ -17,10 +17,11 @@ mod pool;
 mod region;
 mod resume;
 mod scrub;
+mod target;
 mod withdrawal;
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::{Arc, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -60,12 +61,16 @@ pub struct DonorConfig {
 /// What a donor holds now, and how giving back went so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DonorStatus {
+    /// What a donor that [keeps](Donor::keep) an amount is to have on offer, whole slabs, bytes; otherwise 0.
+    pub target_bytes: u64,
     /// On offer, lent or not, bytes.
     pub offered_bytes: u64,
     /// Of these: what the broker has not confirmed yet, since it is away or its answer never came, bytes.
     pub unconfirmed_bytes: u64,
     /// Of what is on offer: asked back, and it is not known yet whether it is on its way, bytes.
     pub asked_bytes: u64,
+    /// Of what is on offer: what some borrower says it cannot map, bytes.
+    pub unmappable_bytes: u64,
     /// On its way back, bytes.
     pub withdrawing_bytes: u64,
     /// Lent out of an engine's pool when the broker lost its records: not used by anybody ever again, bytes.
@@ -110,6 +115,10 @@ impl CoreThread {
 
 impl Drop for CoreThread {
     fn drop(&mut self) {
+        if !self.core.session.is_here() {
+            // A child of the donor's process has no such thread.
+            return mem::forget(self.thread.take());
+        }
         self.core.tell(Task::Stop);
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so.
@@ -127,6 +136,16 @@ impl Donor {
         session: Session,
         layer: Arc<dyn DeviceLayer>,
         config: DonorConfig,
+    ) -> Result<Self> {
+        Self::of(session, layer, config, false)
+    }
+
+    /// A donor that follows the device's idle HBM, or not.
+    fn of(
+        session: Session,
+        layer: Arc<dyn DeviceLayer>,
+        config: DonorConfig,
+        elastic: bool,
     ) -> Result<Self> {
         if !SLAB_BYTES.contains(&config.slab_bytes) {
             let (least, most) = (SLAB_BYTES.start(), SLAB_BYTES.end());
@@ -147,6 +166,7 @@ impl Donor {
         let source = Source::Allocations {
             slab_bytes: config.slab_bytes,
             handle: config.handle,
+            elastic,
         };
         let device = config.device.clone();
         let (core, inbox) = Core::new(session, layer, device, config.drain, source);
@@ -155,6 +175,20 @@ impl Donor {
             core,
             config,
         })
+    }
+
+    /// Has the donor keep `bytes` on offer from now on, in whole slabs, and returns at once. What is missing is taken and
+    /// offered again and again, with growing pauses: after a refusal, after a full device, after a broker that was away or
+    /// lost its records. Nothing is added while the device is held for an engine's start, nor is anything taken back.
+    /// [`problem`](Self::problem) says why less is on offer.
+    pub fn keep(&self, bytes: u64) {
+        self.core.keep(bytes, self.config.slab_bytes);
+    }
+
+    /// Why less is on offer than the donor [keeps](Self::keep), for people. Nothing when all of it is, or has only just been
+    /// asked for.
+    pub fn problem(&self) -> Option<String> {
+        self.core.problem()
     }
 
     /// Takes and offers up to `bytes` more, in whole slabs. Returns what was added, bytes. Nothing more is added after an
@@ -188,12 +222,13 @@ impl Donor {
     }
 
     /// Asks for at least `bytes` back, the cheapest to give up first. Returns what is on its way, bytes; each slab is
-    /// freed when nobody can touch it any more.
+    /// freed when nobody can touch it any more. A donor that [keeps](Self::keep) an amount keeps what is left from now on.
     ///
     /// # Errors
     /// When the broker is absent: nothing can come back safely without it. When its answer never came, it may have begun:
     /// the donor finds out, and [`status`](Self::status) shows what is on its way.
     pub fn shrink(&self, bytes: u64) -> Result<u64> {
+        self.core.keep_less(bytes);
         self.core.withdraw(bytes)
     }
 

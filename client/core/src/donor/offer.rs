@@ -57,7 +57,12 @@ impl Core {
             if before == Known::No {
                 region.known = Known::Perhaps;
             }
-            (region.offer(), region.memory.clone(), before, connection)
+            (
+                region.offer(self.source),
+                region.memory.clone(),
+                before,
+                connection,
+            )
         };
         let export = self.layer.export(&memory).map_err(Error::from);
         let answer = export.and_then(|export| {
@@ -73,6 +78,8 @@ impl Core {
                 Ok(()) => {
                     region.known = Known::Yes;
                     region.doubted = false;
+                    // The broker has its handle anew, and lends it to all again.
+                    region.unmappable_by = 0;
                     // The broker may have restarted since it said so.
                     region.confirmed = latest;
                 }

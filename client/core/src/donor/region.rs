@@ -5,6 +5,7 @@ use std::time::Instant;
 use rand::Rng;
 use swiftcache_proto::domain::{AllocationId, Generation, RegionId};
 
+use super::core::Source;
 use crate::{
     device::Memory,
     session::{OfferedRegion, Scrub},
@@ -51,6 +52,8 @@ pub(super) struct Region {
     /// A thread waits for the answer to its offer. There is one offer of a region at a time, or the refusal of one would
     /// not prove that the broker does not know it by another.
     pub(super) offering: bool,
+    /// How many sessions say that they cannot map it.
+    pub(super) unmappable_by: u32,
     /// It may have been lent and returned without a word, and still hold a borrower's bytes: zeroed before it is offered.
     pub(super) soiled: bool,
     /// The last generation that was zeroed after. A second zeroing could hit the next lessee's bytes.
@@ -76,12 +79,18 @@ impl Region {
             doubted: false,
             epoch: 0,
             offering: false,
+            unmappable_by: 0,
             soiled: false,
             scrubbed: None,
         }
     }
 
-    pub(super) fn offer(&self) -> OfferedRegion {
+    pub(super) fn offer(&self, source: Source) -> OfferedRegion {
+        let (shared, elastic) = match source {
+            Source::Allocations { elastic, .. } => (false, elastic),
+            // A legacy handle opens all of an engine's pool, which has many borrowers.
+            Source::Pool => (true, false),
+        };
         OfferedRegion {
             region: self.id,
             device: self.memory.device().clone(),
@@ -89,6 +98,8 @@ impl Region {
             offset: self.offset,
             bytes: self.memory.bytes(),
             slab_bytes: self.memory.bytes(),
+            shared,
+            elastic,
         }
     }
 

@@ -128,9 +128,16 @@ impl Core {
             self.state.lock().freeing -= regions;
             self.returned.notify_all();
         }
-        let Source::Allocations { slab_bytes, handle } = source else {
+        let Source::Allocations {
+            slab_bytes, handle, ..
+        } = source
+        else {
             return;
         };
+        if self.state.lock().target.is_some() {
+            // The thread keeps what is to be on offer there.
+            return;
+        }
         for _ in 0..sequel.anew {
             if let Err(error) = self.offer_one(slab_bytes, handle) {
                 warn!(%error, "a slab is not on offer again");
@@ -156,6 +163,7 @@ mod tests {
     const ALLOCATIONS: Source = Source::Allocations {
         slab_bytes: 4096,
         handle: None,
+        elastic: false,
     };
 
     /// Calls `check` with a region of every kind, before and after every kind of connection took note of it.

@@ -105,7 +105,10 @@ impl Core {
 
     /// Asks for everything back.
     pub(super) fn withdraw_all(&self) {
-        let all: Vec<RegionId> = self.state.lock().regions.keys().copied().collect();
+        let mut state = self.state.lock();
+        state.target = None;
+        let all: Vec<RegionId> = state.regions.keys().copied().collect();
+        drop(state);
         if all.is_empty() {
             return;
         }

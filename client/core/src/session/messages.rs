@@ -119,6 +119,11 @@ pub struct OfferedRegion {
     pub bytes: u64,
     /// The lease unit, bytes.
     pub slab_bytes: u64,
+    /// Slabs of the allocation may be lent to several tenants at the same time, although whoever maps one can reach all of
+    /// it.
+    pub shared: bool,
+    /// Its donor follows the device's idle HBM. The broker takes such regions of one donor at a time.
+    pub elastic: bool,
 }
 
 /// What a donor wants back.

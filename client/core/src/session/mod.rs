@@ -51,7 +51,7 @@ use orphans::Orphans;
 use report::Tally;
 pub use rpc::is_lost;
 
-use crate::{Error, Result};
+use crate::{Error, Result, device::Home};
 
 /// How long [`Session::connect`] keeps trying.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -78,6 +78,8 @@ pub struct Session {
 /// What clones of a session and its background thread share.
 pub(crate) struct Shared {
     config: SessionConfig,
+    /// A child of this process has no thread that would answer.
+    home: Home,
     /// Counts connections: moves on the moment one is lost, before anything is said to the next.
     epoch: AtomicU64,
     /// The default drain window of the last broker, milliseconds.
@@ -104,11 +106,21 @@ enum LinkState {
     Closed,
 }
 
-struct Life(CancellationToken);
+struct Life {
+    token: Option<CancellationToken>,
+    home: Home,
+}
 
 impl Drop for Life {
     fn drop(&mut self) {
-        self.0.cancel();
+        let Some(token) = self.token.take() else {
+            return;
+        };
+        match self.home.is_here() {
+            true => token.cancel(),
+            // The session goes on in the process that it belongs to.
+            false => std::mem::forget(token),
+        }
     }
 }
 
@@ -147,6 +159,7 @@ impl Session {
         let life = CancellationToken::new();
         let shared = Arc::new(Shared {
             config,
+            home: Home::here(),
             epoch: AtomicU64::new(1),
             drain_ms: AtomicU32::new(convert::DEFAULT_DRAIN_MS),
             link: Mutex::new(LinkState::Down {
@@ -173,7 +186,10 @@ impl Session {
             .map_err(Error::Thread)?;
         Ok(Self {
             shared,
-            _life: Arc::new(Life(life)),
+            _life: Arc::new(Life {
+                token: Some(life),
+                home: Home::here(),
+            }),
         })
     }
 
@@ -187,6 +203,7 @@ impl Session {
     /// # Errors
     /// When it is not within `limit`, or the broker refuses it for good: what the last attempt met.
     pub fn wait_connected(&self, limit: Duration) -> Result<()> {
+        self.check_home()?;
         let deadline = Instant::now() + limit;
         let mut link = self.shared.link.lock();
         loop {
@@ -207,11 +224,27 @@ impl Session {
 
     /// Whether the session is connected now.
     pub fn is_connected(&self) -> bool {
-        matches!(&*self.shared.link.lock(), LinkState::Up(_))
+        self.is_here() && matches!(&*self.shared.link.lock(), LinkState::Up(_))
+    }
+
+    /// Whether this is the process that opened the session. Otherwise it is a child of that process, in which every call fails at
+    /// once: it has to open a session of its own.
+    pub fn is_here(&self) -> bool {
+        self.shared.home.is_here()
+    }
+
+    fn check_home(&self) -> Result<()> {
+        match self.is_here() {
+            true => Ok(()),
+            false => Err(Error::Forked),
+        }
     }
 
     /// What the last attempt to connect met, while there is no connection.
     pub fn problem(&self) -> Option<String> {
+        if !self.is_here() {
+            return Some(Error::Forked.to_string());
+        }
         match &*self.shared.link.lock() {
             LinkState::Up(_) => None,
             down => Some(self.shared.down(down).to_string()),
@@ -220,6 +253,7 @@ impl Session {
 
     /// The broker's boot id, while connected.
     pub fn boot_id(&self) -> Option<u64> {
+        self.check_home().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Some(connection.boot_id),
             _ => None,
@@ -228,6 +262,7 @@ impl Session {
 
     /// The session's name for people, while connected.
     pub fn label(&self) -> Option<String> {
+        self.check_home().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Some(connection.session.label()),
             _ => None,
@@ -236,6 +271,7 @@ impl Session {
 
     /// The node's devices and links as the broker told them, while connected.
     pub fn node(&self) -> Option<(Vec<Device>, Vec<Link>)> {
+        self.check_home().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => {
                 Some((connection.devices.clone(), connection.links.clone()))
@@ -266,6 +302,7 @@ impl Session {
 
     /// The device's hold, while it lasts. It outlives the connection by which it was told.
     pub fn hold(&self, device: &DeviceUuid) -> Option<Hold> {
+        self.check_home().ok()?;
         let hold = self.shared.holds.lock().get(device).copied();
         hold.filter(|hold| hold.until > Instant::now())
     }
@@ -306,6 +343,9 @@ impl Shared {
     }
 
     fn send(&self, message: v1::session_request::Message) {
+        if !self.home.is_here() {
+            return;
+        }
         if let LinkState::Up(connection) = &*self.link.lock() {
             connection.send(message);
         }

@@ -98,6 +98,9 @@ pub trait Observer: Send + Sync {
     /// A slab must be zeroed; once only for each of its generations.
     fn scrub(&self, _scrub: &Scrub) {}
 
+    /// So many sessions say that they cannot map a region. They are lent no more of it.
+    fn cannot_map(&self, _region: RegionId, _sessions: u32) {}
+
     /// A device's hold began, changed or ended: see [`Session::hold`](super::Session::hold).
     fn hold_changed(&self, _device: &DeviceUuid) {}
 }

@@ -352,6 +352,8 @@ impl Session {
                         opaque: opaque.into(),
                         grant_token: Vec::new().into(),
                     }),
+                    shared_allocation: offer.shared,
+                    elastic: offer.elastic,
                 };
                 connection.client.clone().offer(request).await?;
                 Ok(())
@@ -413,6 +415,7 @@ impl Session {
     }
 
     fn connection(&self) -> Result<Arc<Connection>> {
+        self.check_home()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Ok(Arc::clone(connection)),
             down => Err(self.shared.down(down)),

@@ -202,6 +202,14 @@ fn dispatch(shared: &Shared, message: Message) {
             }
             Err(invalid) => warn!(%invalid, "ignored a Scrub"),
         },
+        Message::CannotMap(told) => match convert::region_id("region_id", &told.region_id) {
+            Ok(region) => {
+                for observer in shared.observers.alive() {
+                    observer.cannot_map(region, told.sessions);
+                }
+            }
+            Err(invalid) => warn!(%invalid, "ignored a CannotMap"),
+        },
         Message::DeviceHold(hold) => match convert::device_uuid("device_uuid", &hold.device_uuid) {
             Ok(device) => take_hold(shared, &device, &hold),
             Err(invalid) => warn!(%invalid, "ignored a DeviceHold"),

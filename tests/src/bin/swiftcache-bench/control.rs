@@ -116,6 +116,7 @@ impl Party {
                     opaque: vec![1; 64].into(),
                     ..Default::default()
                 }),
+                ..Default::default()
             })
             .await?;
         Ok(region)

@@ -271,6 +271,7 @@ async fn offers(channel: Channel, call: usize) -> Result<()> {
                 opaque: vec![1; 64].into(),
                 ..Default::default()
             }),
+            ..Default::default()
         };
         drop(client.offer(offer).await);
         let withdraw = v1::WithdrawRequest {
