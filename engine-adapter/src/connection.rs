@@ -4,7 +4,7 @@ use parking_lot::Mutex;
 use pyo3::prelude::*;
 use swiftcache_client::{
     Error,
-    device::Home,
+    device::Origin,
     session::{Asker, Session, SessionConfig},
 };
 use swiftcache_proto::convert::MAX_NAMESPACE_BYTES;
@@ -22,13 +22,13 @@ pub(crate) struct Connection {
     /// Nothing once closed.
     session: Mutex<Option<Session>>,
     /// A child of this process has no session.
-    home: Home,
+    origin: Origin,
 }
 
 impl Connection {
     /// A session for a cache of its own.
     pub(crate) fn session(&self) -> Option<Session> {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return None;
         }
         self.session.lock().clone()
@@ -48,7 +48,7 @@ impl Connection {
             })?;
             Ok(Self {
                 session: Mutex::new(Some(session)),
-                home: Home::here(),
+                origin: Origin::here(),
             })
         })
     }
@@ -72,7 +72,7 @@ impl Connection {
         unlocked(py, || {
             Ok(match self.session() {
                 Some(session) => session.problem().unwrap_or_default(),
-                None if !self.home.is_here() => Error::Forked.to_string(),
+                None if !self.origin.is_here() => Error::Forked.to_string(),
                 None => "the connection is closed".to_owned(),
             })
         })
@@ -99,7 +99,7 @@ impl Connection {
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         unlocked(py, || {
-            if self.home.is_here() {
+            if self.origin.is_here() {
                 drop(self.session.lock().take());
             }
             Ok(())
@@ -110,7 +110,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         let session = self.session.get_mut().take();
-        match self.home.is_here() {
+        match self.origin.is_here() {
             true => drop_unlocked(session),
             false => std::mem::forget(session),
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use pyo3::prelude::*;
-use swiftcache_client::{cache, device::Home};
+use swiftcache_client::{cache, device::Origin};
 
 use crate::{
     arguments,
@@ -25,7 +25,7 @@ pub(crate) struct Load {
     asked: u32,
     layers: usize,
     /// Where its copies end. In a child of that process all of it has failed.
-    home: Home,
+    origin: Origin,
 }
 
 #[derive(Debug)]
@@ -56,7 +56,7 @@ impl Load {
             found: blocks.len() as u32,
             asked: asked as u32,
             layers: open.borrower.config().layout.layer_bytes.len(),
-            home: Home::here(),
+            origin: Origin::here(),
         })
     }
 
@@ -67,7 +67,7 @@ impl Load {
             found: 0,
             asked,
             layers,
-            home: Home::here(),
+            origin: Origin::here(),
         }
     }
 
@@ -101,7 +101,7 @@ impl Load {
         let layer = arguments::number("layer", layer)?;
         unlocked(py, || {
             self.check(layer)?;
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok((0..self.asked).collect());
             }
             Ok(match &*self.state.read() {
@@ -124,7 +124,7 @@ impl Load {
         let stream = EngineStream::read(stream)?;
         unlocked(py, || {
             self.check(layer)?;
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok(());
             }
             if let State::Running(load, place) = &*self.state.read() {
@@ -136,7 +136,7 @@ impl Load {
 
     fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
         unlocked(py, || {
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok(true);
             }
             // Somebody who waits for its end holds the lock.
@@ -149,7 +149,7 @@ impl Load {
 
     fn finish(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
         unlocked(py, || {
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok((0..self.asked).collect());
             }
             let mut state = self.state.write();
@@ -168,7 +168,7 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         let state = std::mem::replace(self.state.get_mut(), State::Over(Vec::new()));
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return std::mem::forget(state);
         }
         if let State::Running(..) = state {

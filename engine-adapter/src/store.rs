@@ -6,7 +6,7 @@ use parking_lot::RwLock;
 use pyo3::prelude::*;
 use swiftcache_client::{
     cache::{self, Stored},
-    device::Home,
+    device::Origin,
 };
 
 use crate::unlocked::{drop_unlocked, unlocked};
@@ -18,7 +18,7 @@ pub(crate) struct Store {
     state: RwLock<State>,
     blocks: u32,
     /// Where its copies end. In a child of that process nothing is kept.
-    home: Home,
+    origin: Origin,
 }
 
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl Store {
         Self {
             state: RwLock::new(state),
             blocks: blocks as u32,
-            home: Home::here(),
+            origin: Origin::here(),
         }
     }
 
@@ -59,7 +59,7 @@ fn none_of(blocks: u32) -> Stored {
 impl Store {
     fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
         unlocked(py, || {
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok(true);
             }
             // Somebody who waits for its end holds the lock.
@@ -72,7 +72,7 @@ impl Store {
 
     fn unplaced(&self, py: Python<'_>) -> PyResult<u32> {
         unlocked(py, || {
-            if !self.home.is_here() {
+            if !self.origin.is_here() {
                 return Ok(self.blocks);
             }
             Ok(match &*self.state.read() {
@@ -84,7 +84,7 @@ impl Store {
 
     fn finish(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, u32>> {
         unlocked(py, || {
-            let stored = match self.home.is_here() {
+            let stored = match self.origin.is_here() {
                 true => self.end(),
                 false => none_of(self.blocks),
             };
@@ -114,7 +114,7 @@ impl Drop for Store {
     fn drop(&mut self) {
         let over = State::Over(Stored::default());
         let state = std::mem::replace(self.state.get_mut(), over);
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return std::mem::forget(state);
         }
         if let State::Running(_) = state {

@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use swiftcache_client::{
     Error,
     cache::{Borrower, BorrowerConfig, PagedKv},
-    device::{Choice, DeviceLayer, Home, Ticket, open_node},
+    device::{Choice, DeviceLayer, Origin, Ticket, open_node},
     donor::{NotLent, PoolLender},
     session::{Connected, Observer, Session},
 };
@@ -44,7 +44,7 @@ pub(crate) struct Settings {
 pub(crate) struct Worker {
     pub(crate) settings: Settings,
     /// A child of this process finds and does nothing: it has none of the cache's threads.
-    home: Home,
+    origin: Origin,
     phase: Mutex<Phase>,
     /// The phase, or the connection.
     changed: Condvar,
@@ -102,7 +102,7 @@ impl Worker {
         };
         let worker = Arc::new(Self {
             settings,
-            home: Home::here(),
+            origin: Origin::here(),
             phase: Mutex::new(phase),
             changed: Condvar::new(),
             opened: RwLock::new(None),
@@ -136,7 +136,7 @@ impl Worker {
 
     /// Whether this is the process that opened it. Asked before any lock is taken.
     pub(crate) fn is_here(&self) -> bool {
-        self.home.is_here()
+        self.origin.is_here()
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -189,7 +189,7 @@ impl Worker {
 
     /// Remembers where the pool is, and adopts it if there is something to adopt it with.
     pub(crate) fn set_pool(&self, pool: Pool) -> Result<()> {
-        self.check_home()?;
+        self.check_origin()?;
         let _adopting = self.adopting.lock();
         if let Some(opened) = &*self.opened.read() {
             opened.adopt(&pool)?;
@@ -204,7 +204,7 @@ impl Worker {
         Ok(())
     }
 
-    fn check_home(&self) -> Result<()> {
+    fn check_origin(&self) -> Result<()> {
         match self.is_here() {
             true => Ok(()),
             false => Err(Error::Forked.into()),
@@ -218,7 +218,7 @@ impl Worker {
         ranges: Vec<UnusedRange>,
         after: Option<Ticket>,
     ) -> Result<()> {
-        self.check_home()?;
+        self.check_origin()?;
         let pool = self.phase.lock().pool.clone();
         let pool = pool.ok_or_else(|| Failure::argument("ranges", "no pool is registered"))?;
         let ranges = pool.lendable(&ranges)?;

@@ -9,7 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::{Error, Result, device::Home};
+use crate::{Error, Result, device::Origin};
 
 /// Threads that end by themselves once they have been told to.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(crate) struct Threads {
     life: Option<mpsc::Sender<()>>,
     ended: Mutex<mpsc::Receiver<()>>,
     /// Where they run. A child of that process has none of them to wait for.
-    home: Home,
+    origin: Origin,
 }
 
 impl Threads {
@@ -29,7 +29,7 @@ impl Threads {
             handles: Vec::new(),
             life: Some(life),
             ended: Mutex::new(ended),
-            home: Home::here(),
+            origin: Origin::here(),
         }
     }
 
@@ -52,7 +52,7 @@ impl Threads {
 
     /// Waits until all have ended. A thread that panicked has said so.
     pub(crate) fn join(&mut self) {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return mem::forget(mem::take(&mut self.handles));
         }
         for thread in self.handles.drain(..) {
@@ -62,7 +62,7 @@ impl Threads {
 
     /// Waits until all have ended, or until `deadline`: then they go on by themselves, and this is false.
     pub(crate) fn join_by(&mut self, deadline: Instant) -> bool {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             self.join();
             return true;
         }

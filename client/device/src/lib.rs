@@ -16,10 +16,10 @@ mod address_space;
 pub mod cuda;
 mod error;
 pub mod foreign;
-mod home;
 pub mod host;
 mod memory;
 mod open;
+mod origin;
 mod steps;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
@@ -33,9 +33,9 @@ pub use address_space::{
     AddressSpace, AddressSpaces, Change, Left, NotReplaced, SpacePiece, Standstill,
 };
 pub use error::DeviceError;
-pub use home::Home;
 pub use memory::Memory;
 pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
+pub use origin::Origin;
 pub use steps::{EngineWord, StepEnd, Steps, Still, Touching};
 pub use stream::{CopyStream, Part, Piece, Ticket, nap};
 

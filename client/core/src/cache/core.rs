@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{BorrowerConfig, PagedKv, state::State, write::Write};
 use crate::{
     Error, Result,
-    device::{self, Home, Touching},
+    device::{self, Origin, Touching},
     leases::{Flight, Leases},
     session::Session,
     transfer::{Plans, Refused, Routes},
@@ -57,7 +57,7 @@ impl Leftover {
 pub(super) struct Core {
     pub(super) id: BorrowerId,
     /// A child of this process finds nothing and moves nothing.
-    pub(super) home: Home,
+    pub(super) origin: Origin,
     pub(super) session: Option<Session>,
     pub(super) config: BorrowerConfig,
     pub(super) leases: Arc<Leases>,
@@ -87,7 +87,7 @@ impl Core {
         let (leftovers, leftover_inbox) = mpsc::channel();
         let core = Arc::new(Self {
             id: (config.id).unwrap_or_else(|| BorrowerId(rand::rng().random())),
-            home: Home::here(),
+            origin: Origin::here(),
             session,
             config,
             leases,
@@ -106,7 +106,7 @@ impl Core {
 
     /// An engine's pool, to queue copies with it: see [`PagedKv::touch`].
     pub(super) fn touch(&self, kv: &PagedKv) -> Result<Option<Touching>> {
-        match self.home.is_here() {
+        match self.origin.is_here() {
             true => kv.touch(&self.config.layout.layer_bytes),
             false => Err(Error::Forked),
         }

@@ -95,7 +95,7 @@ impl HitBlocks {
 
 impl Drop for HitBlocks {
     fn drop(&mut self) {
-        if !self.core.home.is_here() {
+        if !self.core.origin.is_here() {
             return;
         }
         let mut state = self.core.state.lock();

@@ -274,7 +274,7 @@ impl Verdict {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        if !self.ended && self.hit.core.home.is_here() {
+        if !self.ended && self.hit.core.origin.is_here() {
             let core = Arc::clone(&self.hit.core);
             core.state.lock().counts.loaded += self.bytes;
             core.leave(Leftover::Load {

@@ -25,7 +25,7 @@ impl Core {
             runs: Vec::new(),
             pins: Vec::new(),
         };
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return Hit(Arc::new(hit));
         }
         self.add_own(hashes, &mut hit);

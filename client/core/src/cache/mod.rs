@@ -158,7 +158,7 @@ impl Borrower {
     /// Leases up to `bytes` in all now, rather than as stores need them, and maps them; blocks. Returns the bytes it
     /// holds, which may be fewer.
     pub fn reserve(&self, bytes: u64) -> u64 {
-        if !self.core.home.is_here() {
+        if !self.core.origin.is_here() {
             return 0;
         }
         self.core.leases.reserve(bytes)
@@ -227,7 +227,7 @@ impl Borrower {
 
     /// What it has done, and what it holds now.
     pub fn stats(&self) -> Stats {
-        if !self.core.home.is_here() {
+        if !self.core.origin.is_here() {
             return Stats::default();
         }
         let leases = self.core.leases.counts();
@@ -249,7 +249,7 @@ impl Drop for Borrower {
     /// go on by themselves until it is, and keep the session and the leases as long.
     fn drop(&mut self) {
         let core = &self.core;
-        if !core.home.is_here() {
+        if !core.origin.is_here() {
             // The cache goes on in the process that it belongs to, with all its threads.
             return;
         }

@@ -255,7 +255,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if !self.ended && self.core.home.is_here() {
+        if !self.ended && self.core.origin.is_here() {
             self.core.state.lock().counts.stored += self.stored.bytes;
             self.core.leave(Leftover::Write(Arc::clone(&self.write)));
         }

@@ -51,7 +51,7 @@ use orphans::Orphans;
 use report::Tally;
 pub use rpc::is_lost;
 
-use crate::{Error, Result, device::Home};
+use crate::{Error, Result, device::Origin};
 
 /// How long [`Session::connect`] keeps trying.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -79,7 +79,7 @@ pub struct Session {
 pub(crate) struct Shared {
     config: SessionConfig,
     /// A child of this process has no thread that would answer.
-    home: Home,
+    origin: Origin,
     /// Counts connections: moves on the moment one is lost, before anything is said to the next.
     epoch: AtomicU64,
     /// The default drain window of the last broker, milliseconds.
@@ -108,7 +108,7 @@ enum LinkState {
 
 struct Life {
     token: Option<CancellationToken>,
-    home: Home,
+    origin: Origin,
 }
 
 impl Drop for Life {
@@ -116,7 +116,7 @@ impl Drop for Life {
         let Some(token) = self.token.take() else {
             return;
         };
-        match self.home.is_here() {
+        match self.origin.is_here() {
             true => token.cancel(),
             // The session goes on in the process that it belongs to.
             false => std::mem::forget(token),
@@ -159,7 +159,7 @@ impl Session {
         let life = CancellationToken::new();
         let shared = Arc::new(Shared {
             config,
-            home: Home::here(),
+            origin: Origin::here(),
             epoch: AtomicU64::new(1),
             drain_ms: AtomicU32::new(convert::DEFAULT_DRAIN_MS),
             link: Mutex::new(LinkState::Down {
@@ -188,7 +188,7 @@ impl Session {
             shared,
             _life: Arc::new(Life {
                 token: Some(life),
-                home: Home::here(),
+                origin: Origin::here(),
             }),
         })
     }
@@ -203,7 +203,7 @@ impl Session {
     /// # Errors
     /// When it is not within `limit`, or the broker refuses it for good: what the last attempt met.
     pub fn wait_connected(&self, limit: Duration) -> Result<()> {
-        self.check_home()?;
+        self.check_origin()?;
         let deadline = Instant::now() + limit;
         let mut link = self.shared.link.lock();
         loop {
@@ -230,10 +230,10 @@ impl Session {
     /// Whether this is the process that opened the session. Otherwise it is a child of that process, in which every call fails at
     /// once: it has to open a session of its own.
     pub fn is_here(&self) -> bool {
-        self.shared.home.is_here()
+        self.shared.origin.is_here()
     }
 
-    fn check_home(&self) -> Result<()> {
+    fn check_origin(&self) -> Result<()> {
         match self.is_here() {
             true => Ok(()),
             false => Err(Error::Forked),
@@ -253,7 +253,7 @@ impl Session {
 
     /// The broker's boot id, while connected.
     pub fn boot_id(&self) -> Option<u64> {
-        self.check_home().ok()?;
+        self.check_origin().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Some(connection.boot_id),
             _ => None,
@@ -262,7 +262,7 @@ impl Session {
 
     /// The session's name for people, while connected.
     pub fn label(&self) -> Option<String> {
-        self.check_home().ok()?;
+        self.check_origin().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Some(connection.session.label()),
             _ => None,
@@ -271,7 +271,7 @@ impl Session {
 
     /// The node's devices and links as the broker told them, while connected.
     pub fn node(&self) -> Option<(Vec<Device>, Vec<Link>)> {
-        self.check_home().ok()?;
+        self.check_origin().ok()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => {
                 Some((connection.devices.clone(), connection.links.clone()))
@@ -302,7 +302,7 @@ impl Session {
 
     /// The device's hold, while it lasts. It outlives the connection by which it was told.
     pub fn hold(&self, device: &DeviceUuid) -> Option<Hold> {
-        self.check_home().ok()?;
+        self.check_origin().ok()?;
         let hold = self.shared.holds.lock().get(device).copied();
         hold.filter(|hold| hold.until > Instant::now())
     }
@@ -343,7 +343,7 @@ impl Shared {
     }
 
     fn send(&self, message: v1::session_request::Message) {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return;
         }
         if let LinkState::Up(connection) = &*self.link.lock() {

@@ -415,7 +415,7 @@ impl Session {
     }
 
     fn connection(&self) -> Result<Arc<Connection>> {
-        self.check_home()?;
+        self.check_origin()?;
         match &*self.shared.link.lock() {
             LinkState::Up(connection) => Ok(Arc::clone(connection)),
             down => Err(self.shared.down(down)),

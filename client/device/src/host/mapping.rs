@@ -8,7 +8,7 @@ use rustix::{
 };
 
 use super::Memory;
-use crate::Home;
+use crate::Origin;
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -31,7 +31,7 @@ pub(super) struct Mapping {
     /// The memory that these pages are a part of, if it is another's.
     lent_of: Option<Memory>,
     /// A child of this process may have something else at these addresses.
-    home: Home,
+    origin: Origin,
 }
 
 impl Mapping {
@@ -54,7 +54,7 @@ impl Mapping {
             address: address as usize,
             bytes: size,
             lent_of: None,
-            home: Home::here(),
+            origin: Origin::here(),
         })
     }
 
@@ -69,7 +69,7 @@ impl Mapping {
             address: address as usize,
             bytes: size,
             lent_of: None,
-            home: Home::here(),
+            origin: Origin::here(),
         })
     }
 
@@ -101,7 +101,7 @@ impl Mapping {
             address: place,
             bytes: size,
             lent_of: Some(memory.clone()),
-            home: Home::here(),
+            origin: Origin::here(),
         })
     }
 
@@ -135,7 +135,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return;
         }
         if self.lent_of.is_some() {

@@ -14,7 +14,7 @@ use super::{
     mapping::keep_from_children,
 };
 use crate::{
-    AddressSpaces, DeviceError, Home, Memory, Result,
+    AddressSpaces, DeviceError, Memory, Origin, Result,
     address_space::{AddressSpace, RawSpace},
 };
 
@@ -24,7 +24,7 @@ struct Reservation {
     device: DeviceUuid,
     address: usize,
     bytes: usize,
-    home: Home,
+    origin: Origin,
 }
 
 impl Reservation {
@@ -38,7 +38,7 @@ impl Reservation {
             device: device.clone(),
             address: address as usize,
             bytes,
-            home: Home::here(),
+            origin: Origin::here(),
         })
     }
 
@@ -132,7 +132,7 @@ impl RawSpace for Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        if !self.home.is_here() {
+        if !self.origin.is_here() {
             return;
         }
         // SAFETY: the range is ours since `mmap` returned it. Whoever could copy in it would hold the space.

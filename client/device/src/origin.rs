@@ -3,9 +3,9 @@
 
 /// The process in which something was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Home(u32);
+pub struct Origin(u32);
 
-impl Home {
+impl Origin {
     /// This process.
     pub fn here() -> Self {
         Self(std::process::id())
