@@ -39,7 +39,10 @@ mod _native {
         let lookup_limit = swiftcache_client::cache::BorrowerConfig::LOOKUP_LIMIT;
         module.add("DEFAULT_LOOKUP_MS", lookup_limit.as_millis() as u64)?;
         module.add("MAX_DRAIN_MS", swiftcache_proto::convert::MAX_DRAIN_MS)?;
-        module.add("MAX_TENANT_BYTES", swiftcache_proto::convert::MAX_TENANT_BYTES)?;
+        module.add(
+            "MAX_TENANT_BYTES",
+            swiftcache_proto::convert::MAX_TENANT_BYTES,
+        )?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }
