@@ -205,6 +205,30 @@ fn what_is_wrong_with_the_command_line_is_said_with_status_2() {
     assert!(text(&output.stderr).contains("/nowhere.sock"));
 }
 
+#[test]
+fn donors_that_have_nothing_to_lend_say_why() {
+    let directory = TempDir::new().unwrap();
+    let args = [
+        "--donors",
+        "1",
+        "--requests",
+        "5",
+        "--donor-headroom",
+        "79GiB",
+    ];
+    let output = replay(directory.path(), &args);
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    for part in [
+        "donors: not ready",
+        "SIM-1: ",
+        "79.0 GiB for its own growth 0.0 GiB could be lent",
+        "--donor-headroom",
+    ] {
+        assert!(said.contains(part), "{said:?} lacks {part:?}");
+    }
+}
+
 /// A running demo: its processes have started, and its socket is known.
 struct Demo {
     child: Child,

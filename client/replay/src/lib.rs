@@ -6,6 +6,7 @@ pub mod donor_load;
 pub mod error;
 pub mod html;
 mod lent;
+pub mod measured;
 pub mod models;
 pub mod neighbours;
 pub mod node;

@@ -29,7 +29,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// vLLM with CUDA graphs. The shares and times are fitted to what was measured on two H200.
+    /// vLLM with CUDA graphs. The shares and times are fitted to what was measured on two H200 (`measured`).
     pub const VLLM: Self = Self {
         name: "vLLM 0.32, CUDA graphs; fitted to two H200",
         compute_efficiency: 0.75,

@@ -19,6 +19,7 @@ use nix::{
     unistd::Pid,
 };
 use shape::{shrink, to_toml};
+use swiftcache_client::donor::{Observation, Policy, PolicyConfig};
 use swiftcache_proto::{domain::Device, topology::Topology};
 
 use super::{ReplayError, roofline::Gpu, sizing::Scale};
@@ -152,6 +153,51 @@ impl PrivateNode {
             self.spawn(name, donor)?;
         }
         self.wait_until("donors", &mut |_| ready())
+            .map_err(|error| match error {
+                ReplayError::Process { process, problem } if process == "donors" => {
+                    let problem = format!("{problem}{}", self.why_not(plan));
+                    ReplayError::Process { process, problem }
+                }
+                other => other,
+            })
+    }
+
+    /// What each donor would come to lend, and why.
+    fn why_not(&self, plan: &NodePlan) -> String {
+        let mut reasons = String::new();
+        for device in self.donor_devices() {
+            let file = self.usage_dir.join(device.uuid.as_str());
+            let used = fs::read_to_string(file).ok();
+            let used: u64 = used.and_then(|used| used.parse().ok()).unwrap_or(0);
+            let policy = PolicyConfig {
+                least_headroom_bytes: plan.scale.shrink(plan.headroom_bytes),
+                ..PolicyConfig::new(device.hbm_bytes, plan.scale.slab_bytes())
+            };
+            let seen = Observation {
+                now: Duration::ZERO,
+                free: device.hbm_bytes.saturating_sub(used),
+                total: device.hbm_bytes,
+                donated: 0,
+                offered: 0,
+                held: None,
+            };
+            // An explanation that cannot be given costs the explanation only.
+            if let Ok(decision) = Policy::new(policy).map(|mut policy| policy.step(seen)) {
+                let full = |bytes: u64| plan.scale.grow(bytes) as f64 / f64::from(1 << 30);
+                reasons += &format!(
+                    "\n  {}: {:.1} of {:.1} GiB free; after {:.1} GiB reserve and {:.1} GiB for its own growth {:.1} GiB could be \
+                     lent, in slabs of {:.1} GiB",
+                    device.uuid,
+                    full(seen.free),
+                    full(seen.total),
+                    full(decision.reserve),
+                    full(decision.headroom),
+                    full(decision.ceiling),
+                    full(plan.scale.slab_bytes()),
+                );
+            }
+        }
+        reasons + "\n  A smaller --donor-headroom or --donor-model leaves more to lend"
     }
 
     /// The broker's socket.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use comfy_table::{Cell, CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets::UTF8_BORDERS_ONLY};
 
 use super::{ArmReport, Report};
 use crate::serving::Tier;
@@ -71,13 +71,16 @@ fn wall(us: u64) -> String {
     }
 }
 
-/// A table with a header. All columns but the first are numbers.
+/// A table with a header. All columns but the first are numbers. On a terminal that is narrower, longer cells are folded.
 pub fn table<const N: usize>(
     header: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_BORDERS_ONLY).set_header(header);
+    table
+        .load_preset(UTF8_BORDERS_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header);
     for row in rows {
         let cells = row.into_iter().enumerate().map(|(index, text)| {
             let alignment = if index == 0 {
@@ -293,5 +296,36 @@ fn change(of: f64, to: f64) -> String {
         // Adding zero turns -0 into 0.
         true => format!("{:+.0} %", ((of / to - 1.0) * 100.0).round() + 0.0),
         false => "-".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_folds_where_a_terminal_is_narrow() {
+        let name = "GPU-12345678-1234-1234-1234-123456789abc (NVIDIA H100 80GB HBM3), drained";
+        let row = [name, "71.2 GB of 85.9 GB", "24.0 GB", "12.0 GB", "0 B"].map(str::to_owned);
+        let header = ["device", "HBM used", "offered", "free", "zombie"];
+        let widest = |table: &Table| {
+            let text = table.to_string();
+            text.lines().map(|line| line.chars().count()).max()
+        };
+        let mut shown = table(header, [row]);
+        // The twin: where nobody says how wide, nothing is folded.
+        assert!(widest(&shown) > Some(80), "{shown}");
+        shown.set_width(80);
+        assert!(widest(&shown) <= Some(80), "{shown}");
+        for part in ["24.0 GB", "drained", "HBM3"] {
+            assert!(shown.to_string().contains(part), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_text_folds_between_words() {
+        assert_eq!(fold("one two three", 7), "one two\nthree");
+        assert_eq!(fold("", 7), "");
+        assert_eq!(fold("immeasurable x", 7), "immeasurable\nx");
     }
 }
