@@ -119,7 +119,7 @@ pub(crate) fn render(owner: &Owner) -> String {
         }
         let unmappable = u64::from(view.unmappable_regions);
         metrics.set("swiftcache_unmappable_regions", vec![device()], unmappable);
-        for (place, bytes) in states(view.account) {
+        for (place, bytes) in states(view.account, view.drained) {
             let labels = vec![device(), Label::new("state", place)];
             metrics.set("swiftcache_offered_bytes", labels, bytes);
         }
@@ -135,13 +135,39 @@ pub(crate) fn render(owner: &Owner) -> String {
     metrics.render()
 }
 
-/// The bytes of a device in each state.
-fn states(account: Account) -> [(&'static str, u64); 5] {
+/// The bytes of a device in each state. What nobody holds on a drained device is not free: it is lent to nobody.
+fn states(account: Account, drained: bool) -> [(&'static str, u64); 6] {
+    let (free, kept) = match drained {
+        true => (0, account.free),
+        false => (account.free, 0),
+    };
     [
-        ("free", account.free),
+        ("free", free),
+        ("drained", kept),
         ("leased", account.leased),
         ("draining", account.draining),
         ("zombie", account.zombie),
         ("scrubbing", account.scrubbing),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_drained_is_not_free_and_nothing_is_counted_twice() {
+        let account = Account {
+            offered: 10,
+            free: 7,
+            leased: 3,
+            ..Account::default()
+        };
+        for (drained, free, kept) in [(false, 7, 0), (true, 0, 7)] {
+            let states = states(account, drained);
+            assert_eq!((states[0], states[1]), (("free", free), ("drained", kept)));
+            let sum: u64 = states.iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(sum, account.offered);
+        }
+    }
 }

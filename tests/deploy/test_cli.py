@@ -1,5 +1,6 @@
 """Runs the `swiftcache` command like people and scripts: the real program, a real broker, a real terminal."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -36,7 +37,7 @@ def test_status_watch_is_a_document_a_line_until_it_is_interrupted(env, lent):
         assert second["uptime_ms"] >= first["uptime_ms"]
         watching.send_signal(signal.SIGINT)
         rest, complaints = watching.communicate(timeout=PATIENCE)
-        assert (watching.returncode, complaints) == (0, b"")
+        assert (watching.returncode, complaints) == (130, b"")
         for line in rest.splitlines():
             json.loads(line)
     finally:
@@ -134,6 +135,7 @@ class Terminal:
                                         env={**env, "TERM": "xterm-256color"})
         os.close(slave)
         self.text = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read_until(self, done, what):
         deadline = time.monotonic() + PATIENCE
@@ -147,7 +149,7 @@ class Terminal:
             if not chunk:
                 break
             # Remove the codes for cursor positions and colours.
-            self.text += re.sub(r"\x1b\[[?\d;]*[A-Za-z]", " ", chunk.decode(errors="replace"))
+            self.text += re.sub(r"\x1b\[[?\d;]*[A-Za-z]", " ", self.decoder.decode(chunk))
         return self.text
 
     def press(self, key):
@@ -162,17 +164,36 @@ class Terminal:
 HEADINGS = ["swiftcache ", "q quits", "devices", "lease holder", "namespace", "events (newest first, UTC)"]
 
 
-def test_top_fills_a_small_terminal_and_q_quits(env, lent):
+@pytest.mark.parametrize(("key", "status"), [("q", 0), ("\x03", 130)], ids=["q", "control-c"])
+def test_top_fills_a_small_terminal_and_a_key_ends_it(env, lent, key, status):
     terminal = Terminal(CLI, "top", env=env)
     try:
         text = terminal.read_until(lambda text: all(heading in text for heading in HEADINGS), "a heading")
         assert all(heading in text for heading in HEADINGS), text
         assert "a borrower" in text
-        terminal.press("q")
+        terminal.press(key)
         terminal.read_until(lambda _: False, "its end")
+        assert terminal.process.wait(timeout=PATIENCE) == status
+    finally:
+        terminal.close()
+
+
+def table_lines(text):
+    return [line for line in text.splitlines() if line.startswith(("\u2502", "\u250c", "\u2514", "\u255e"))]
+
+
+def test_status_folds_on_a_small_terminal(env, lent):
+    terminal = Terminal(CLI, "status", env=env)
+    try:
+        text = terminal.read_until(lambda _: False, "its end")
         assert terminal.process.wait(timeout=PATIENCE) == 0
     finally:
         terminal.close()
+    lines = table_lines(text)
+    assert len(lines) > 12 and max(map(len, lines)) <= 80, text
+    # The twin: where there is no terminal, a row is a line, for grep.
+    plain = table_lines(run(CLI, "status", env=env).stdout)
+    assert max(map(len, plain)) > 80, plain
 
 
 def test_top_without_a_terminal_says_what_to_use(env):

@@ -223,7 +223,7 @@ pub const GAUGES: [(&str, Unit, &str); 10] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
-        "Offered HBM by device and state: free, leased, draining, zombie, scrubbing.",
+        "Offered HBM by device and state: free, drained, leased, draining, zombie, scrubbing.",
     ),
     ("swiftcache_hbm_bytes", Unit::Bytes, "Total HBM by device."),
     ("swiftcache_sessions", Unit::Count, "Sessions."),

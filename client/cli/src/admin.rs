@@ -9,7 +9,7 @@ use swiftcache_proto::v1::{self, admin_client::AdminClient};
 use tokio::runtime::Runtime;
 use tonic::{
     Status,
-    transport::{Channel, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
 use super::CliError;
@@ -23,6 +23,13 @@ pub(super) struct Admin {
     runtime: Runtime,
     client: AdminClient<Channel>,
     socket: PathBuf,
+}
+
+/// The files of a connection with certificates, PEM.
+pub(super) struct Tls<'a> {
+    pub(super) ca: &'a Path,
+    pub(super) cert: &'a Path,
+    pub(super) key: &'a Path,
 }
 
 /// Everything Admin tells in one go.
@@ -63,15 +70,44 @@ impl Admin {
             socket: socket.to_owned(),
             problem,
         };
+        let absolute = std::path::absolute(socket).map_err(|error| absent(error.to_string()))?;
+        let endpoint = Endpoint::try_from(format!("unix://{}", absolute.display()))
+            .map_err(|error| absent(error.to_string()))?;
+        Self::open(endpoint, socket)
+    }
+
+    /// Connects over TCP, with a certificate that the broker asks for.
+    pub(super) fn connect_tls(address: &str, tls: &Tls<'_>) -> Result<Self, CliError> {
+        let read = |flag: &str, path: &Path| {
+            let refuse = |error| CliError::Usage(format!("{flag}: {}: {error}", path.display()));
+            std::fs::read(path).map_err(refuse)
+        };
+        let ca = Certificate::from_pem(read("--tls-ca", tls.ca)?);
+        let (cert, key) = (read("--tls-cert", tls.cert)?, read("--tls-key", tls.key)?);
+        let refuse = |problem: &str| CliError::Usage(format!("--address: {address:?}: {problem}"));
+        if !address.starts_with("https://") {
+            return Err(refuse("takes https://HOST:PORT"));
+        }
+        let config = ClientTlsConfig::new()
+            .ca_certificate(ca)
+            .identity(Identity::from_pem(cert, key));
+        let endpoint = Endpoint::try_from(address.to_owned())
+            .map_err(|error| refuse(&reason(&error)))?
+            .tls_config(config)
+            .map_err(|error| refuse(&reason(&error)))?;
+        Self::open(endpoint, Path::new(address))
+    }
+
+    fn open(endpoint: Endpoint, socket: &Path) -> Result<Self, CliError> {
+        let absent = |problem: String| CliError::NoBroker {
+            socket: socket.to_owned(),
+            problem,
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| CliError::Failed(format!("cannot start: {error}")))?;
-        let absolute = std::path::absolute(socket).map_err(|error| absent(error.to_string()))?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", absolute.display()))
-            .map_err(|error| absent(error.to_string()))?
-            .timeout(LIMIT)
-            .connect_timeout(LIMIT);
+        let endpoint = endpoint.timeout(LIMIT).connect_timeout(LIMIT);
         let channel = runtime
             .block_on(endpoint.connect())
             .map_err(|error| absent(reason(&error)))?;
@@ -126,6 +162,54 @@ impl Admin {
                 ..v1::ListEventsRequest::default()
             };
             Ok(client.list_events(request).await?.into_inner().events)
+        })
+    }
+
+    /// Events as they are asked for.
+    pub(super) fn list_events(
+        &self,
+        request: &v1::ListEventsRequest,
+    ) -> Result<Vec<v1::EventRecord>, CliError> {
+        self.ask(async |mut client| {
+            Ok(client
+                .list_events(request.clone())
+                .await?
+                .into_inner()
+                .events)
+        })
+    }
+
+    /// Drains what the request names.
+    pub(super) fn drain(&self, request: &v1::DrainRequest) -> Result<v1::DrainResponse, CliError> {
+        self.ask(async |mut client| Ok(client.drain(request.clone()).await?.into_inner()))
+    }
+
+    /// Ends a drain.
+    pub(super) fn undrain(&self, request: &v1::UndrainRequest) -> Result<(), CliError> {
+        self.ask(async |mut client| client.undrain(request.clone()).await.map(drop))
+    }
+
+    /// Evicts what the request names.
+    pub(super) fn evict(&self, request: &v1::EvictRequest) -> Result<v1::EvictResponse, CliError> {
+        self.ask(async |mut client| Ok(client.evict(request.clone()).await?.into_inner()))
+    }
+
+    /// Sets a quota.
+    pub(super) fn set_quota(
+        &self,
+        request: &v1::SetQuotaRequest,
+    ) -> Result<v1::SetQuotaResponse, CliError> {
+        self.ask(async |mut client| Ok(client.set_quota(request.clone()).await?.into_inner()))
+    }
+
+    /// What a withdrawal would do.
+    pub(super) fn preview(
+        &self,
+        request: &v1::PreviewWithdrawRequest,
+    ) -> Result<v1::PreviewWithdrawResponse, CliError> {
+        self.ask(async |mut client| {
+            let answer = client.preview_withdraw(request.clone()).await?;
+            Ok(answer.into_inner())
         })
     }
 

@@ -13,6 +13,7 @@ mod donate;
 mod generate;
 mod hold;
 mod manual;
+mod operate;
 mod output;
 mod plan;
 mod progress;
@@ -56,6 +57,12 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     Donate(donate::DonateArgs),
     Hold(hold::HoldArgs),
+    Drain(operate::DrainArgs),
+    Undrain(operate::UndrainArgs),
+    Evict(operate::EvictArgs),
+    Quota(operate::QuotaArgs),
+    Preview(operate::PreviewArgs),
+    Events(operate::EventsArgs),
     Plan(plan::PlanArgs),
     Replay(replay::ReplayArgs),
     Demo(demo::DemoArgs),
@@ -65,6 +72,9 @@ enum Command {
     #[command(hide = true)]
     Tether(tether::TetherArgs),
 }
+
+/// The status of a command that a signal ended.
+const INTERRUPTED: u8 = 130;
 
 /// Why the command exits with a status other than 0.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +99,7 @@ impl CliError {
             Self::Failed(_) => 1,
             Self::Usage(_) => 2,
             Self::NoBroker { .. } => 3,
-            Self::Interrupted => 130,
+            Self::Interrupted => INTERRUPTED,
         }
     }
 }
@@ -128,6 +138,12 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Donate(args) => donate::run(&args),
         Command::Hold(args) => hold::run(&args),
+        Command::Drain(args) => operate::drain(&args),
+        Command::Undrain(args) => operate::undrain(&args),
+        Command::Evict(args) => operate::evict(&args),
+        Command::Quota(args) => operate::quota(&args),
+        Command::Preview(args) => operate::preview(&args),
+        Command::Events(args) => operate::events(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Demo(args) => demo::run(&args),
@@ -160,13 +176,28 @@ fn log() {
 
 /// A flag that SIGINT and SIGTERM set. A second signal ends the process at once.
 fn interrupt() -> Result<Arc<AtomicBool>, CliError> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let heard = Arc::clone(&flag);
+    on_signal(move || {
+        if heard.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+    })?;
+    Ok(flag)
+}
+
+/// Has the first SIGINT or SIGTERM end the process, whatever it waits for.
+fn end_on_signal() -> Result<(), CliError> {
+    on_signal(|| std::process::exit(INTERRUPTED.into()))
+}
+
+/// Calls `heard` at each SIGINT and SIGTERM, on a thread of its own.
+fn on_signal(heard: impl Fn() + Send + 'static) -> Result<(), CliError> {
     let failed = |error: std::io::Error| CliError::Failed(format!("cannot catch signals: {error}"));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
         .map_err(failed)?;
-    let flag = Arc::new(AtomicBool::new(false));
-    let heard = Arc::clone(&flag);
     let entered = runtime.enter();
     let mut signals = {
         use tokio::signal::unix::{SignalKind, signal};
@@ -184,17 +215,13 @@ fn interrupt() -> Result<Arc<AtomicBool>, CliError> {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
                 }
-                if heard.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
+                heard();
             }
         });
     };
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(listen)
-        .map_err(failed)?;
-    Ok(flag)
+    let thread = std::thread::Builder::new().name("signals".to_owned());
+    thread.spawn(listen).map_err(failed)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,6 +33,11 @@ fn write(text: &str) -> Result<bool, super::CliError> {
     }
 }
 
+/// A text as it may be shown on a terminal.
+pub(super) fn shown(text: &str) -> Cow<'_, str> {
+    visible(text)
+}
+
 /// Whether somebody looks at standard error on a terminal.
 pub(super) fn is_terminal() -> bool {
     io::IsTerminal::is_terminal(&io::stderr())

@@ -1,19 +1,26 @@
 //! Shows something again and again until the user stops it.
 
-use std::{
-    io::IsTerminal,
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::{io::IsTerminal, thread, time::Duration};
 
 use super::{CliError, output};
 
-/// Prints the result of `text` once in every period `every`, until interrupted. On a terminal it replaces the last one.
+/// Reads the time between two looks.
+pub(super) fn every(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if !time.is_zero() => Ok(time),
+        _ => Err(format!(
+            "{text:?} is no time between two looks; takes more than 0, for example 500ms"
+        )),
+    }
+}
+
+/// Prints the result of `text` once in every period `every`, until a signal ends the process. On a terminal it replaces the last one.
 pub(super) fn repeat(
     every: Duration,
     mut text: impl FnMut() -> Result<String, CliError>,
 ) -> Result<(), CliError> {
-    let interrupt = super::interrupt()?;
+    // There is nothing to put in order, also while the broker does not answer.
+    super::end_on_signal()?;
     let terminal = std::io::stdout().is_terminal();
     loop {
         let shown = match text() {
@@ -28,12 +35,22 @@ pub(super) fn repeat(
         if !read {
             return Ok(());
         }
-        let shown_at = Instant::now();
-        while shown_at.elapsed() < every {
-            if interrupt.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(20).min(every));
+        thread::sleep(every);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_a_time_between_two_looks() {
+        assert_eq!(every("500ms"), Ok(Duration::from_millis(500)));
+        for none in ["0", "0s", "", "soon", "-1s"] {
+            assert!(
+                every(none).unwrap_err().contains("takes more than 0"),
+                "{none}"
+            );
         }
     }
 }

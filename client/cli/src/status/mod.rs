@@ -25,7 +25,7 @@ pub(super) struct StatusArgs {
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "1s",
-        value_parser = humantime::parse_duration
+        value_parser = watch::every
     )]
     watch: Option<Duration>,
 }
@@ -107,7 +107,15 @@ impl Status {
         let unknown = self.devices.iter().filter(|row| !row.problem.is_empty());
         let unknown = unknown.map(|row| format!("{}: {}", row.uuid, row.problem));
         let left_out = self.left_out.iter().map(|row| row.line.clone());
-        let missing: Vec<String> = left_out.chain(unknown).collect();
+        // A drain lasts until somebody ends it: nobody should forget it.
+        let drained = self.devices.iter().filter(|row| row.drained);
+        let drained = drained.map(|row| {
+            let uuid = &row.uuid;
+            format!(
+                "{uuid} is drained: it lends nothing until `swiftcache undrain --device {uuid}`"
+            )
+        });
+        let missing: Vec<String> = left_out.chain(unknown).chain(drained).collect();
         if !missing.is_empty() {
             let _ = writeln!(text, "{}\n", missing.join("\n"));
         }
@@ -410,6 +418,7 @@ mod tests {
         snapshot.node.probe = "nvml".to_owned();
         let device = &mut snapshot.node.devices[0];
         device.hbm_used_unknown = true;
+        device.drained = true;
         device.problem = "HBM use cannot be read: it is lost".to_owned();
         snapshot.node.left_out.push(v1::LeftOutDevice {
             ordinal: 2,
@@ -421,6 +430,7 @@ mod tests {
         for part in [
             "unknown of unknown",
             "SIM-1: HBM use cannot be read: it is lost",
+            "SIM-1 is drained: it lends nothing until `swiftcache undrain --device SIM-1`",
             "GPU 2 is left out: it cannot be opened",
             "devices: nvml",
         ] {

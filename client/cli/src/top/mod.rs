@@ -27,7 +27,7 @@ pub(super) struct TopArgs {
     #[command(flatten)]
     socket: SocketArg,
     /// Time between two updates
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::watch::every)]
     every: Duration,
 }
 
@@ -56,9 +56,11 @@ pub(super) fn run(args: &TopArgs) -> Result<(), CliError> {
             break Err(failed(error));
         }
         if interrupt.load(Ordering::Relaxed) {
-            break Ok(());
+            break Err(CliError::Interrupted);
         }
         match pressed() {
+            // In raw mode the terminal sends no signal for it.
+            Ok(Some(key)) if interrupts(key) => break Err(CliError::Interrupted),
             Ok(Some(key)) if quits(key) => break Ok(()),
             Ok(_) => {}
             Err(error) => break Err(failed(error)),
@@ -91,14 +93,14 @@ fn pressed() -> std::io::Result<Option<KeyEvent>> {
     })
 }
 
-/// Whether a key quits. Ctrl-C is among them, because in raw mode the terminal sends no signal for it.
+/// Whether a key quits.
 fn quits(key: KeyEvent) -> bool {
-    let control = key.modifiers.contains(KeyModifiers::CONTROL);
-    match key.code {
-        KeyCode::Char('q') | KeyCode::Esc => true,
-        KeyCode::Char('c') => control,
-        _ => false,
-    }
+    matches!(key.code, KeyCode::Char('q') | KeyCode::Esc)
+}
+
+/// Whether it is Ctrl-C.
+fn interrupts(key: KeyEvent) -> bool {
+    key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL)
 }
 
 #[cfg(test)]
@@ -106,12 +108,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn q_escape_and_control_c_quit() {
-        let key = |code, modifiers| quits(KeyEvent::new(code, modifiers));
-        assert!(key(KeyCode::Char('q'), KeyModifiers::NONE));
-        assert!(key(KeyCode::Esc, KeyModifiers::NONE));
-        assert!(key(KeyCode::Char('c'), KeyModifiers::CONTROL));
-        assert!(!key(KeyCode::Char('c'), KeyModifiers::NONE));
-        assert!(!key(KeyCode::Enter, KeyModifiers::NONE));
+    fn q_and_escape_quit_and_control_c_interrupts() {
+        let key = KeyEvent::new;
+        let none = KeyModifiers::NONE;
+        assert!(quits(key(KeyCode::Char('q'), none)) && quits(key(KeyCode::Esc, none)));
+        assert!(interrupts(key(KeyCode::Char('c'), KeyModifiers::CONTROL)));
+        for other in [key(KeyCode::Char('c'), none), key(KeyCode::Enter, none)] {
+            assert!(!quits(other) && !interrupts(other));
+        }
     }
 }

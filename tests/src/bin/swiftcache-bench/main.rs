@@ -83,6 +83,9 @@ fn run(flags: &Flags) -> Result<String> {
     if flags.floods {
         return Ok(text(flags, &flooded(flags.rounds, &runtime)?));
     }
+    if let Some(path) = &flags.write {
+        report::check_markers(path)?;
+    }
     let mut lines = process(flags.rounds, &runtime)?;
     lines.extend(flooded(flags.rounds, &runtime)?);
     lines.extend(copies::run(flags.rounds.min(25))?);

@@ -109,6 +109,21 @@ const END: &str = "<!-- make bench: end -->";
 
 /// Replaces the text between the two markers in the document at `path`.
 pub(crate) fn write_between_markers(path: &Path, text: &str) -> Result<()> {
+    let (head, tail) = around_markers(path)?;
+    fs::write(path, format!("{head}{BEGIN}\n{text}{END}{tail}"))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Checks that the document can be written: before minutes are spent on measuring.
+pub(crate) fn check_markers(path: &Path) -> Result<()> {
+    around_markers(path)?;
+    let opened = fs::OpenOptions::new().append(true).open(path);
+    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+/// What stands before and after the two markers.
+fn around_markers(path: &Path) -> Result<(String, String)> {
     let document =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let (head, rest) = document
@@ -117,6 +132,5 @@ pub(crate) fn write_between_markers(path: &Path, text: &str) -> Result<()> {
     let (_, tail) = rest
         .split_once(END)
         .with_context(|| format!("{} has no line {END}", path.display()))?;
-    fs::write(path, format!("{head}{BEGIN}\n{text}{END}{tail}"))
-        .with_context(|| format!("cannot write {}", path.display()))
+    Ok((head.to_owned(), tail.to_owned()))
 }

@@ -1,0 +1,409 @@
+//! What operators do to a node: `drain`, `undrain`, `evict`, `quota`, `preview`, `events`.
+
+use std::{
+    io::{BufRead, IsTerminal, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+use clap::{ArgGroup, Args};
+use serde_json::{Value, json};
+use swiftcache_proto::v1;
+
+use super::{
+    CliError,
+    admin::{Admin, Tls},
+    output,
+    size::size,
+};
+use swiftcache_replay::report::bytes;
+
+/// The last moment that can be shown: the end of the year 9999, milliseconds since 1970.
+const LATEST_MS: u64 = 253_402_300_799_000;
+
+/// Which broker, and as whom.
+#[derive(Args, Clone, Debug)]
+pub(super) struct BrokerArg {
+    /// The broker's Unix socket
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "SWIFTCACHE_SOCKET",
+        default_value = "/run/swiftcache/broker.sock",
+        conflicts_with = "address"
+    )]
+    socket: PathBuf,
+    /// The broker's TCP address instead, https://HOST:PORT (its listen_tcp), with the certificates below
+    #[arg(long, value_name = "URL", requires_all = ["tls_ca", "tls_cert", "tls_key"])]
+    address: Option<String>,
+    /// The authority that signed the broker's certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "address")]
+    tls_ca: Option<PathBuf>,
+    /// This client's certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "address")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", requires = "address")]
+    tls_key: Option<PathBuf>,
+}
+
+impl BrokerArg {
+    fn connect(&self) -> Result<Admin, CliError> {
+        match (&self.address, &self.tls_ca, &self.tls_cert, &self.tls_key) {
+            (Some(address), Some(ca), Some(cert), Some(key)) => {
+                Admin::connect_tls(address, &Tls { ca, cert, key })
+            }
+            _ => Admin::connect(&self.socket),
+        }
+    }
+}
+
+/// Whether to ask, and how to answer.
+#[derive(Args, Clone, Copy, Debug)]
+struct Manner {
+    /// Do not ask before it is done
+    #[arg(long, short)]
+    yes: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Manner {
+    /// Asks whether `what` may be done. Where nobody can answer, `--yes` must say so.
+    fn confirm(self, what: &str) -> Result<(), CliError> {
+        if self.yes {
+            return Ok(());
+        }
+        if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
+            let problem = format!("{what} Nobody can be asked here: use --yes");
+            return Err(CliError::Usage(problem));
+        }
+        // Whether the question can be shown, the answer tells.
+        let _ = write!(
+            std::io::stderr().lock(),
+            "{} Go on? [y/N] ",
+            output::shown(what)
+        );
+        let mut answer = String::new();
+        let read = std::io::stdin().lock().read_line(&mut answer);
+        match (read, answer.trim()) {
+            (Ok(_), "y" | "Y" | "yes") => Ok(()),
+            _ => Err(CliError::Interrupted),
+        }
+    }
+
+    fn answer(self, text: &str, document: &Value) -> Result<(), CliError> {
+        match self.json {
+            true => output::print_json(document),
+            false => output::print(&format!("{text}\n")).map(drop),
+        }
+    }
+}
+
+/// Take back everything that is lent of a device, a donor or a region, and lend nothing more of it
+///
+/// Borrowers move their hottest blocks elsewhere while the drain window lasts; nothing else is lost but cached blocks. A drain of a
+/// device or a donor lasts until undrain, also over restarts of donors.
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("target").required(true).args(["device", "donor", "region"]))]
+pub(super) struct DrainArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// A device, as `swiftcache status` names it
+    #[arg(long, value_name = "UUID")]
+    device: Option<String>,
+    /// A donor: the label that `swiftcache status` shows in brackets
+    #[arg(long, value_name = "LABEL")]
+    donor: Option<String>,
+    /// One region, by its hexadecimal id
+    #[arg(long, value_name = "ID")]
+    region: Option<String>,
+    /// How long borrowers may take to move blocks away [default: the broker's]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    within: Option<Duration>,
+    #[command(flatten)]
+    manner: Manner,
+}
+
+pub(super) fn drain(args: &DrainArgs) -> Result<(), CliError> {
+    use v1::drain_request::Target;
+    let admin = args.broker.connect()?;
+    let (target, name) = match (&args.device, &args.donor, &args.region) {
+        (Some(uuid), _, _) => (Target::DeviceUuid(uuid.clone()), format!("device {uuid}")),
+        (_, Some(label), _) => (Target::DonorLabel(label.clone()), format!("donor {label}")),
+        (_, _, Some(id)) => (Target::RegionId(id.clone()), format!("region {id}")),
+        _ => return Err(CliError::Usage("--device: is missing".to_owned())),
+    };
+    let drain_ms = match args.within {
+        None => 0,
+        Some(within) => match u32::try_from(within.as_millis()) {
+            Ok(ms) if ms > 0 => ms,
+            _ => {
+                let problem = "--within: takes more than 0, and less than 49 days";
+                return Err(CliError::Usage(problem.to_owned()));
+            }
+        },
+    };
+    let question = match &args.device {
+        Some(uuid) => {
+            let leases = admin.snapshot()?.leases;
+            let its = leases.iter().filter(|lease| lease.device_uuid == *uuid);
+            let (count, sum) =
+                its.fold((0, 0), |(count, sum), lease| (count + 1, sum + lease.bytes));
+            format!(
+                "Drain {name}: {count} leases with {} are revoked.",
+                bytes(sum)
+            )
+        }
+        None => format!("Drain {name}: its leases are revoked."),
+    };
+    args.manner.confirm(&question)?;
+    let answer = admin.drain(&v1::DrainRequest {
+        target: Some(target),
+        drain_ms,
+    })?;
+    let until = match args.region {
+        Some(_) => "",
+        None => "; it lends nothing until `swiftcache undrain`",
+    };
+    let text = format!(
+        "{name}: {} leases with {} are on their way back{until}",
+        answer.revoked_leases,
+        bytes(answer.revoked_bytes)
+    );
+    let document = json!({
+        "drained": name,
+        "revoked_leases": answer.revoked_leases,
+        "revoked_bytes": answer.revoked_bytes,
+    });
+    args.manner.answer(&text, &document)
+}
+
+/// End a drain: the device or donor lends again
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("target").required(true).args(["device", "donor"]))]
+pub(super) struct UndrainArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// A device, as `swiftcache status` names it
+    #[arg(long, value_name = "UUID")]
+    device: Option<String>,
+    /// A donor: the label that `swiftcache status` shows in brackets
+    #[arg(long, value_name = "LABEL")]
+    donor: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn undrain(args: &UndrainArgs) -> Result<(), CliError> {
+    use v1::undrain_request::Target;
+    let (target, name) = match (&args.device, &args.donor) {
+        (Some(uuid), _) => (Target::DeviceUuid(uuid.clone()), format!("device {uuid}")),
+        (_, Some(label)) => (Target::DonorLabel(label.clone()), format!("donor {label}")),
+        _ => return Err(CliError::Usage("--device: is missing".to_owned())),
+    };
+    args.broker.connect()?.undrain(&v1::UndrainRequest {
+        target: Some(target),
+    })?;
+    let manner = Manner {
+        yes: true,
+        json: args.json,
+    };
+    manner.answer(
+        &format!("{name} lends again"),
+        &json!({ "undrained": name }),
+    )
+}
+
+/// Forget a namespace's blocks, or revoke one lease
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("target").required(true).args(["namespace", "lease"]))]
+pub(super) struct EvictArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// Every tenant's namespace of this name: nobody finds its blocks any more
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// One lease, by its number
+    #[arg(long, value_name = "NUMBER")]
+    lease: Option<u64>,
+    #[command(flatten)]
+    manner: Manner,
+}
+
+pub(super) fn evict(args: &EvictArgs) -> Result<(), CliError> {
+    use v1::evict_request::Target;
+    let (target, name) = match (&args.namespace, args.lease) {
+        (Some(name), _) => (Target::Namespace(name.clone()), format!("namespace {name}")),
+        (_, Some(lease)) => (Target::LeaseId(lease), format!("lease {lease}")),
+        _ => return Err(CliError::Usage("--namespace: is missing".to_owned())),
+    };
+    let admin = args.broker.connect()?;
+    args.manner
+        .confirm(&format!("Evict {name}: its cached blocks are lost."))?;
+    let answer = admin.evict(&v1::EvictRequest {
+        target: Some(target),
+    })?;
+    let text = format!(
+        "{name}: {} blocks forgotten, {} leases revoked",
+        answer.evicted_blocks, answer.revoked_leases
+    );
+    let document = json!({
+        "evicted": name,
+        "evicted_blocks": answer.evicted_blocks,
+        "revoked_leases": answer.revoked_leases,
+    });
+    args.manner.answer(&text, &document)
+}
+
+/// Bound what a namespace or a tenant may hold; revokes nothing and outlives the broker
+#[derive(Args, Debug)]
+#[command(group = ArgGroup::new("target").required(true).args(["namespace", "tenant"]))]
+#[command(group = ArgGroup::new("quota").required(true).args(["bytes", "none"]))]
+pub(super) struct QuotaArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// Each tenant's namespace of this name
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// All namespaces of a tenant: a uid, or uid/label
+    #[arg(long, value_name = "TENANT")]
+    tenant: Option<String>,
+    /// The most it may hold; 0: nothing more is granted
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    bytes: Option<u64>,
+    /// No more than the configured quota, if there is one
+    #[arg(long)]
+    none: bool,
+    #[command(flatten)]
+    manner: Manner,
+}
+
+pub(super) fn quota(args: &QuotaArgs) -> Result<(), CliError> {
+    use v1::set_quota_request::Target;
+    let (target, name) = match (&args.namespace, &args.tenant) {
+        (Some(name), _) => (Target::Namespace(name.clone()), format!("namespace {name}")),
+        (_, Some(tenant)) => (Target::Tenant(tenant.clone()), format!("tenant {tenant}")),
+        _ => return Err(CliError::Usage("--namespace: is missing".to_owned())),
+    };
+    let most = match args.bytes {
+        Some(most) => format!("holds {} at most", bytes(most)),
+        None => "has no quota of its own".to_owned(),
+    };
+    let admin = args.broker.connect()?;
+    args.manner
+        .confirm(&format!("From now on {name} {most}."))?;
+    let answer = admin.set_quota(&v1::SetQuotaRequest {
+        target: Some(target),
+        bytes: args.bytes,
+    })?;
+    let text = format!("{name} {most}; it holds {} now", bytes(answer.leased_bytes));
+    let document = json!({
+        "quota_of": name,
+        "bytes": args.bytes,
+        "leased_bytes": answer.leased_bytes,
+    });
+    args.manner.answer(&text, &document)
+}
+
+/// Say what would be given back and revoked if a device needed so much; changes nothing
+#[derive(Args, Debug)]
+pub(super) struct PreviewArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// The device, as `swiftcache status` names it
+    #[arg(long, value_name = "UUID")]
+    device: String,
+    /// How much it needs
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    bytes: u64,
+    /// Only this donor's regions: the label that `swiftcache status` shows in brackets
+    #[arg(long, value_name = "LABEL", default_value = "")]
+    donor: String,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
+    let answer = args
+        .broker
+        .connect()?
+        .preview(&v1::PreviewWithdrawRequest {
+            device_uuid: args.device.clone(),
+            bytes: args.bytes,
+            donor_label: args.donor.clone(),
+        })?;
+    let text = format!(
+        "{}: {} would come back from {} regions, {} of it at once; {} leases with {} would be revoked, and {} blocks no longer found \
+         unless they are moved",
+        args.device,
+        bytes(answer.bytes),
+        answer.regions.len(),
+        bytes(answer.idle_bytes),
+        answer.leases.len(),
+        bytes(answer.revoked_bytes),
+        answer.lost_blocks
+    );
+    let document = json!({
+        "device": args.device,
+        "bytes": answer.bytes,
+        "idle_bytes": answer.idle_bytes,
+        "regions": answer.regions.len(),
+        "revoked_leases": answer.leases.len(),
+        "revoked_bytes": answer.revoked_bytes,
+        "lost_blocks": answer.lost_blocks,
+    });
+    let manner = Manner {
+        yes: true,
+        json: args.json,
+    };
+    manner.answer(&text, &document)
+}
+
+/// List what happened last, oldest first
+#[derive(Args, Debug)]
+pub(super) struct EventsArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// At most this many, the newest, up to 1000
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    limit: u32,
+    /// Only of this kind, e.g. short, zombie, drain; may be given several times
+    #[arg(long, value_name = "KIND")]
+    kind: Vec<String>,
+    /// Only events after this sequence number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    after: u64,
+    /// Print one JSON document a line
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn events(args: &EventsArgs) -> Result<(), CliError> {
+    let events = args.broker.connect()?.list_events(&v1::ListEventsRequest {
+        after_sequence: args.after,
+        limit: args.limit,
+        kinds: args.kind.clone(),
+    })?;
+    if args.json {
+        let lines = events.iter().map(|event| {
+            let document = json!({
+                "sequence": event.sequence,
+                "unix_ms": event.unix_ms,
+                "kind": event.kind,
+                "text": event.text,
+            });
+            format!("{document}\n")
+        });
+        return output::print(&lines.collect::<String>()).map(drop);
+    }
+    let lines = events.iter().map(|event| {
+        let at = std::time::UNIX_EPOCH + Duration::from_millis(event.unix_ms.min(LATEST_MS));
+        let at = humantime::format_rfc3339_millis(at);
+        format!("{at}  {:<11}  {}\n", event.kind, event.text)
+    });
+    output::print(&lines.collect::<String>()).map(drop)
+}

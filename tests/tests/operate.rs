@@ -1,0 +1,243 @@
+//! What operators do with `swiftcache`: drain, undrain, evict, quota, preview and events, over the socket and over TLS; and how
+//! watches end.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::TcpListener,
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use swiftcache_tests::{
+    engine::eventually,
+    node::Node,
+    operator::Operator,
+    programs::{Program, program},
+};
+
+const MIB: u64 = 1 << 20;
+
+fn swiftcache(arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(program("swiftcache")?);
+    command.args(arguments).env_remove("SWIFTCACHE_SOCKET");
+    Ok(command.stdin(Stdio::null()).output()?)
+}
+
+fn at(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let socket = node.socket().to_string_lossy().into_owned();
+    swiftcache(&[&arguments[..1], &["--socket", &socket], &arguments[1..]].concat())
+}
+
+/// What a command that must succeed prints as JSON.
+fn json(node: &Node, arguments: &[&str]) -> Result<Value> {
+    let output = at(node, &[arguments, &["--json"]].concat())?;
+    ensure!(output.status.success(), "{arguments:?}: {output:?}");
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn refused(output: &Output, status: i32, expected: &str) -> Result<()> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(status), "{output:?}");
+    ensure!(said.contains(expected), "{said:?} lacks {expected:?}");
+    Ok(())
+}
+
+fn donor(node: &Node) -> Result<Program> {
+    let mut command = Command::new(program("swiftcache")?);
+    command.arg("donate").arg("--socket").arg(node.socket());
+    command
+        .arg("--usage-dir")
+        .arg(node.directory().join("usage"));
+    command.args(["--device=SIM-1", "--bytes=64MiB", "--slab=16MiB"]);
+    Program::start(&mut command)
+}
+
+fn offered(operator: &Operator) -> Result<u64> {
+    let regions = operator.regions()?;
+    let accounts = regions.iter().filter_map(|region| region.account.as_ref());
+    Ok(accounts.map(|account| account.offered_bytes).sum())
+}
+
+fn drained(operator: &Operator) -> Result<bool> {
+    let devices = operator.node()?.devices;
+    Ok(devices.iter().any(|device| device.drained))
+}
+
+#[test]
+fn operators_act_with_one_command_and_are_asked_first() -> Result<()> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let _donor = donor(&node)?;
+    eventually("the donor to offer", || Ok(offered(&operator)? == 64 * MIB))?;
+
+    let preview = json(&node, &["preview", "--device=SIM-1", "--bytes=20MiB"])?;
+    ensure!(
+        preview["bytes"] == 32 * MIB && preview["idle_bytes"] == 32 * MIB,
+        "{preview}"
+    );
+    let shown = at(&node, &["preview", "--device=SIM-1", "--bytes=20MiB"])?;
+    ensure!(
+        String::from_utf8_lossy(&shown.stdout).contains("2 regions"),
+        "{shown:?}"
+    );
+
+    // Nobody can be asked here, so nothing is done.
+    let acts: [&[&str]; 4] = [
+        &["drain", "--device=SIM-1"],
+        &["evict", "--namespace=n"],
+        &["quota", "--tenant=0", "--bytes=1GiB"],
+        &["drain", "--donor=nobody"],
+    ];
+    for act in acts {
+        refused(&at(&node, act)?, 2, "use --yes")?;
+    }
+    ensure!(!drained(&operator)?);
+    // The twin: with --yes it is.
+    let answer = json(&node, &["drain", "--device=SIM-1", "--within=2s", "--yes"])?;
+    ensure!(answer["drained"] == "device SIM-1", "{answer}");
+    ensure!(drained(&operator)?);
+    let answer = json(&node, &["undrain", "--device=SIM-1"])?;
+    ensure!(
+        answer["undrained"] == "device SIM-1" && !drained(&operator)?,
+        "{answer}"
+    );
+
+    let answer = json(&node, &["quota", "--namespace=n", "--bytes=1GiB", "--yes"])?;
+    ensure!(
+        answer["bytes"] == 1024 * MIB && answer["leased_bytes"] == 0,
+        "{answer}"
+    );
+    let answer = json(&node, &["quota", "--namespace=n", "--none", "--yes"])?;
+    ensure!(answer["bytes"] == Value::Null, "{answer}");
+
+    let events = at(&node, &["events", "--kind=drain", "--kind=undrain"])?;
+    let shown = String::from_utf8_lossy(&events.stdout).into_owned();
+    ensure!(
+        shown.lines().count() == 2 && shown.contains("SIM-1"),
+        "{shown}"
+    );
+    let lines = at(&node, &["events", "--kind=drain", "--json"])?;
+    let line: Value = serde_json::from_slice(&lines.stdout)?;
+    ensure!(
+        line["kind"] == "drain" && line["unix_ms"].as_u64() > Some(0),
+        "{line}"
+    );
+
+    // What the broker does not know is an error that says so.
+    for (act, expected) in [
+        (&["drain", "--device=SIM-9", "--yes"][..], "SIM-9"),
+        (&["drain", "--region=xyz", "--yes"], "region"),
+        (&["undrain", "--donor=nobody"], "nobody"),
+        (&["evict", "--lease=7", "--yes"], "lease"),
+        (&["preview", "--device=SIM-9", "--bytes=1"], "SIM-9"),
+    ] {
+        refused(&at(&node, act)?, 1, expected)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn operators_act_over_tls_with_a_certificate_and_not_without() -> Result<()> {
+    let tls = Path::new(env!("CARGO_MANIFEST_DIR")).join("../broker/tests/broker/tls");
+    let file = |name: &str| tls.join(name).to_string_lossy().into_owned();
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let options = [
+        format!("--listen-tcp=127.0.0.1:{port}"),
+        format!("--tls-cert={}", file("server.pem")),
+        format!("--tls-key={}", file("server-key.pem")),
+        format!("--tls-client-ca={}", file("ca.pem")),
+    ];
+    let node = Node::start(&options.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let operator = Operator::of(&node)?;
+    let address = format!("https://localhost:{port}");
+    let (ca, cert, key) = (file("ca.pem"), file("client.pem"), file("client-key.pem"));
+    let with = |act: &[&str], ca: &str, cert: &str, key: &str| {
+        let tls = ["--tls-ca", ca, "--tls-cert", cert, "--tls-key", key];
+        swiftcache(&[&act[..1], &["--address", &address], &tls, &act[1..]].concat())
+    };
+    let act = ["drain", "--device=SIM-1", "--yes"];
+    let done = with(&act, &ca, &cert, &key)?;
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(drained(&operator)?);
+    // The twins: without a certificate, with a key that is none, and by a name that is not the broker's.
+    let without = swiftcache(&["undrain", "--device=SIM-1", "--address", &address])?;
+    refused(&without, 2, "--tls-ca")?;
+    let undrain = ["undrain", "--device=SIM-1"];
+    refused(
+        &with(&undrain, &ca, &cert, "/nowhere.pem")?,
+        2,
+        "--tls-key: /nowhere.pem",
+    )?;
+    let stranger = with(&undrain, &file("client.pem"), &cert, &key)?;
+    ensure!(stranger.status.code() == Some(3), "{stranger:?}");
+    ensure!(drained(&operator)?);
+    Ok(())
+}
+
+#[test]
+fn a_watch_ends_with_the_first_signal_and_says_so_and_none_is_without_pause() -> Result<()> {
+    let node = Node::start(&[])?;
+    for every in ["0", "0s", "0ms"] {
+        let watch = format!("--watch={every}");
+        refused(&at(&node, &["status", &watch])?, 2, "takes more than 0")?;
+    }
+    refused(&at(&node, &["top", "--every=0s"])?, 2, "takes more than 0")?;
+    for (signal, pause) in [
+        (Signal::INT, "1ms"),
+        (Signal::TERM, "1ms"),
+        (Signal::TERM, "1h"),
+    ] {
+        let mut command = Command::new(program("swiftcache")?);
+        command.arg("status").arg("--socket").arg(node.socket());
+        command
+            .arg(format!("--watch={pause}"))
+            .stdout(Stdio::piped());
+        let mut watch = command.stderr(Stdio::null()).spawn()?;
+        let mut lines = BufReader::new(watch.stdout.take().context("no output")?).lines();
+        lines.next().context("it ended early")??;
+        kill_process(Pid::from_child(&watch), signal)?;
+        // Goes on reading, so that the watch never waits for a reader.
+        lines.map_while(Result::ok).count();
+        ensure!(watch.wait()?.code() == Some(130), "{signal:?} {pause}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_watch_ends_although_the_broker_does_not_answer() -> Result<()> {
+    let node = Node::start(&[])?;
+    let mut command = Command::new(program("swiftcache")?);
+    command.arg("status").arg("--socket").arg(node.socket());
+    command.arg("--watch=1ms").stdout(Stdio::piped());
+    let mut watch = command.stderr(Stdio::null()).spawn()?;
+    let mut lines = BufReader::new(watch.stdout.take().context("no output")?).lines();
+    lines.next().context("it ended early")??;
+    node.broker()?.signal(Signal::STOP)?;
+    kill_process(Pid::from_child(&watch), Signal::TERM)?;
+    lines.map_while(Result::ok).count();
+    let code = watch.wait()?.code();
+    node.broker()?.signal(Signal::CONT)?;
+    ensure!(code == Some(130), "{code:?}");
+    Ok(())
+}
+
+#[test]
+fn the_bench_checks_its_document_before_it_measures() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let plain = directory.path().join("plain.md");
+    std::fs::write(&plain, "no table here\n")?;
+    let nowhere = directory.path().join("nowhere.md");
+    for (path, expected) in [
+        (plain, "has no line <!-- make bench: begin -->"),
+        (nowhere, "cannot read"),
+    ] {
+        // Were it to measure first, so many rounds would take for ever.
+        let mut command = Command::new(program("swiftcache-bench")?);
+        command.args(["--rounds=4000000000", "--write"]).arg(&path);
+        refused(&command.output()?, 1, expected)?;
+    }
+    Ok(())
+}
