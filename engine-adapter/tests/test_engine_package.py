@@ -59,6 +59,17 @@ def test_keys_are_the_same_for_all_until_a_reset() -> None:
     assert one.of(hashes) not in (before, b"".join(parts))
 
 
+def test_a_salt_tells_blocks_of_equal_hash_apart_before_and_after_a_reset() -> None:
+    hashes = [bytes([number]) * 32 for number in range(3)]
+    keys = Keys()
+    salts = (b"", b"\0\0", b"\0\1")
+    before = [keys.of(hashes, salt) for salt in salts]
+    assert before == [Keys().of(hashes, salt) for salt in salts]
+    keys.reset()
+    after = [keys.of(hashes, salt) for salt in salts]
+    assert len({*before, *after}) == 6 and {len(of) for of in after} == {3 * KEY_BYTES}
+
+
 def test_trouble_is_logged_once_a_period(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     trouble = Quiet(lambda: now[0])

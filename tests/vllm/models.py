@@ -33,6 +33,39 @@ WIDE = {
 }
 """For measurements: enough to compute that a prefix is worth loading."""
 
+WINDOW = 64
+HYBRID = {
+    "gemma3": {
+        "num_hidden_layers": 6,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gptoss": {
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3next": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 1,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+}
+"""Models of several KV cache groups."""
+
 
 def make(kind: str, directory: Path, seed: int = 0) -> Path:
     """Makes a model unless it is there. Returns its directory."""
@@ -48,8 +81,12 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
     config_class, model_class = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+        "gptoss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+        "qwen3next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
     }[kind]
-    model = model_class(config_class(**SHAPE | (WIDE if size == "wide" else {}))).to(torch.float32)
+    shape = SHAPE | HYBRID.get(kind, {}) | (WIDE if size == "wide" else {})
+    model = model_class(config_class(**shape)).to(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

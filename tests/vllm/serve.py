@@ -41,6 +41,11 @@ class Spy:
         """Loads put the first block's bytes into all blocks. Another order would change nothing: attention sums over
         keys, which have their positions in them."""
         self.spoiled = 0
+        self.half = False
+        """Of every second load the second half is lost."""
+        self.loads = 0
+        self.slow = 0
+        """Loads are over after so many steps and some more, each after others."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -59,7 +64,14 @@ class Spy:
                 changed[16 * position : 16 * position + 16] = os.urandom(16)
                 self.spoiled += 1
         self.lose = []
+        self.loads += 1
+        if self.half and self.loads % 2 == 0:
+            for position in range(len(blocks) // 2, len(blocks)):
+                changed[16 * position : 16 * position + 16] = os.urandom(16)
+                self.spoiled += 1
         load = self._cache.load(bytes(changed), blocks, after)
+        if self.slow:
+            load = Slow(load, self.slow + 3 * self.loads % 7)
         if self.repeat:
             load.finish()
             for block in blocks[1:]:
@@ -73,6 +85,20 @@ class Spy:
                 outcome[name] = outcome.get(name, 0) + count
         self._stores = []
         return outcome
+
+
+class Slow:
+    """A load that takes so many steps."""
+
+    def __init__(self, load: Any, steps: int) -> None:
+        self._load, self._steps = load, steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load, name)
+
+    def is_done(self) -> bool:
+        self._steps -= 1
+        return self._steps < 0 and self._load.is_done()
 
 
 def ours(connector: Any) -> Any:
@@ -107,6 +133,19 @@ def stats(worker: Any) -> dict[str, float]:
 
 def lose(worker: Any, positions: list[int]) -> None:
     _side(worker)._cache.lose = positions
+
+
+def halve(worker: Any, on: bool, slow: int, rank: int | None) -> None:
+    side = _side(worker)
+    if rank in (None, side._ranks.tp):
+        side._cache.half, side._cache.slow = on, slow
+
+
+def overwrite(worker: Any) -> None:
+    """Fills the pool with what is no KV. Not with NaNs: those would stay, and be read with weight 0."""
+    for tensors in _side(worker)._caches.values():
+        for tensor in tensors if isinstance(tensors, (list, tuple)) else [tensors]:
+            tensor.fill_(7.0)
 
 
 def leave(worker: Any, rank: int) -> None:
@@ -319,6 +358,22 @@ class Engine:
 
     def lose(self, positions: list[int]) -> None:
         self.llm.collective_rpc(lose, args=(positions,))
+
+    def halve(self, on: bool, slow: int = 0, rank: int | None = None) -> None:
+        """Has half of the loads fail from now on, and all take so many steps and some more; of one rank, or of all."""
+        self.llm.collective_rpc(halve, args=(on, slow, rank))
+
+    def overwrite(self) -> None:
+        """Forgets vLLM's own prefix cache, and overwrites the pool."""
+        assert self.reset()
+        self.llm.collective_rpc(overwrite)
+
+    def crowd(self, on: bool) -> None:
+        """Whether every load is promised, whatever others need that wait with theirs."""
+        room = self._side._room
+        vars(room).pop("allows", None)
+        if on:
+            room.allows = lambda *arguments: True
 
     def enliven(self) -> None:
         self.llm.collective_rpc(enliven)

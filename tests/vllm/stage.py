@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 BLOCK = 4
 
@@ -20,6 +26,7 @@ def request(name: str, tokens: int, *, start: int = 0) -> SimpleNamespace:
         block_hashes=[],
         num_computed_tokens=0,
         num_in_flight_tokens=0,
+        num_prompt_tokens=tokens,
         skip_reading_prefix_cache=False,
         lora_request=None,
     )
@@ -37,25 +44,31 @@ def grow(made: SimpleNamespace, tokens: int) -> None:
     ]
 
 
-def allocation(blocks: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(get_block_ids=lambda: (blocks,))
+def allocation(*tables: list[int]) -> SimpleNamespace:
+    """The blocks of each group."""
+    return SimpleNamespace(get_block_ids=lambda: tables)
 
 
 def output(
     scheduled: dict[str, int],
-    tables: dict[str, list[int]],
+    tables: dict[str, Any],
     preempted: tuple[str, ...] = (),
     loads: bool = False,
 ) -> SimpleNamespace:
-    """`loads`: some connector loads something that this step needs."""
+    """`tables`: of each request, the blocks of its one group, or a tuple of those of each. `loads`: some connector
+    loads something that this step needs."""
     return SimpleNamespace(
         num_scheduled_tokens=scheduled,
         has_sync_kv_loads=loads,
         preempted_req_ids=set(preempted),
         kv_connector_block_state=SimpleNamespace(
-            get_block_ids=lambda name: (tables[name],) if name in tables else None
+            get_block_ids=lambda name: _tables(tables[name]) if name in tables else None
         ),
     )
+
+
+def _tables(of: Any) -> tuple[list[int], ...]:
+    return of if isinstance(of, tuple) else (of,)
 
 
 def answer(**fields: Any) -> SimpleNamespace:
@@ -72,6 +85,20 @@ def spec(**fields: Any) -> FullAttentionSpec:
     return FullAttentionSpec(
         **({"block_size": BLOCK, "num_kv_heads": 2, "head_size": 4, "dtype": torch.float32} | fields)
     )
+
+
+def window(**fields: Any) -> SlidingWindowSpec:
+    base = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 4, "dtype": torch.float32, "sliding_window": 2 * BLOCK}
+    return SlidingWindowSpec(**(base | fields))
+
+
+def hybrid(*specs: KVCacheSpec, **fields: Any) -> KVCacheConfig:
+    """A group of full attention, and one for each spec: a sliding window unless it is said. Two layers in each."""
+    kv = kv_config(**fields)
+    for number, one in enumerate(specs or (window(),), 1):
+        names = [f"model.layers.{2 * number + layer}.self_attn.attn" for layer in range(2)]
+        kv.kv_cache_groups.append(KVCacheGroupSpec(layer_names=names, kv_cache_spec=one))
+    return kv
 
 
 def kv_config(layers: int = 2, blocks: int = 8, **fields: Any) -> KVCacheConfig:

@@ -111,7 +111,7 @@ def hand(scheduler, worker, output) -> StepMetadata:
     step = scheduler.build_connector_meta(output)
     worker.handle_preemptions(step)
     worker.bind_connector_metadata(step)
-    worker.get_finished(set())
+    worker.get_transfer_results(set())
     report = worker.build_connector_worker_meta()
     worker.clear_connector_metadata()
     scheduler.update_connector_output(stage.answer(kv_connector_worker_meta=report))

@@ -12,7 +12,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, supports_hma
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    MambaSpec,
+    MLAAttentionSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from swiftcache.engine.fingerprint import Ranks, namespace
 from swiftcache.engine.metrics import COUNTERS, GAUGES, Meter
@@ -45,15 +51,71 @@ def test_what_could_go_wrong_is_refused_by_name(fields, named) -> None:
 
 
 def test_other_kinds_of_layers_are_refused() -> None:
-    window = SlidingWindowSpec(block_size=4, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=8)
+    window = stage.window()
     state = MambaSpec(block_size=4, shapes=((4,),), dtypes=(torch.float32,))
-    for spec in (window, state):
-        with pytest.raises(ValueError, match=type(spec).__name__):
-            safety.check(stage.config(), stage.kv_config(kv_cache_spec=spec))
-    hybrid = stage.kv_config()
-    hybrid.kv_cache_groups.append(KVCacheGroupSpec(layer_names=["w"], kv_cache_spec=window))
-    with pytest.raises(ValueError, match="disable-hybrid-kv-cache-manager"):
-        safety.check(stage.config(), hybrid)
+    with pytest.raises(ValueError, match="MambaSpec"):
+        safety.check(stage.config(), stage.kv_config(kv_cache_spec=state))
+    with pytest.raises(ValueError, match="not alone: --disable-hybrid-kv-cache-manager"):
+        safety.check(stage.config(), stage.kv_config(kv_cache_spec=window))
+    with pytest.raises(ValueError, match="MambaSpec"):
+        safety.check(stage.config(), stage.hybrid(state))
+    chunks = ChunkedLocalAttentionSpec(
+        block_size=4, num_kv_heads=2, head_size=4, dtype=torch.float32, attention_chunk_size=8
+    )
+    with pytest.raises(ValueError, match="ChunkedLocalAttentionSpec"):
+        safety.check(stage.config(), stage.hybrid(chunks))
+
+
+def test_several_windows_in_one_group_are_refused() -> None:
+    for other in (stage.window(sliding_window=16), stage.spec()):
+        unlike = UniformTypeKVCacheSpecs(block_size=stage.BLOCK, kv_cache_specs={"a": stage.window(), "b": other})
+        for kv in (stage.kv_config(kv_cache_spec=unlike), stage.hybrid(unlike)):
+            with pytest.raises(ValueError, match="several windows in one KV cache group"):
+                safety.check(stage.config(), kv)
+    alike = UniformTypeKVCacheSpecs(block_size=stage.BLOCK, kv_cache_specs={"a": stage.window(), "b": stage.window()})
+    safety.check(stage.config(), stage.hybrid(alike))
+
+
+def check_several(kv: KVCacheConfig | None = None, settings: Settings | None = None, **fields) -> None:
+    kv = kv or stage.hybrid()
+    config = stage.config(**fields)
+    safety.check(config, kv)
+    safety.check_several(config, kv, settings or Settings())
+
+
+def test_sliding_windows_beside_full_attention_are_served() -> None:
+    check_several()
+    check_several(stage.hybrid(stage.window(), stage.window(sliding_window=4 * stage.BLOCK), stage.spec()))
+
+
+def test_what_nobody_has_shown_to_be_right_with_several_groups_is_refused_by_name(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="blocks of one size"):
+        check_several(stage.hybrid(stage.window(block_size=2 * stage.BLOCK)))
+    mla = MLAAttentionSpec(block_size=stage.BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="MLAAttentionSpec"):
+        check_several(stage.hybrid(mla))
+    host = stage.hybrid()
+    host.kv_cache_groups[1].host_resident = True
+    with pytest.raises(ValueError, match="cached on the GPU"):
+        check_several(host)
+    with pytest.raises(ValueError, match="prefix_match_unit"):
+        check_several(cache_config__prefix_match_unit=2)
+    with pytest.raises(ValueError, match="speculative decoding"):
+        check_several(speculative_config=SimpleNamespace(method="eagle"))
+    draft = stage.hybrid()
+    draft.kv_cache_groups[1].is_eagle_group = True
+    with pytest.raises(ValueError, match="speculative decoding"):
+        check_several(draft)
+    for name, value in (("lend", 0.5), ("stream_bytes", 1 << 30)):
+        with pytest.raises(ValueError, match=f"the setting {name} "):
+            check_several(settings=Settings(**{name: value}))
+    with pytest.raises(ValueError, match="load 'sync' is refused"):
+        check_several(settings=Settings(load="sync"))
+    outer = SimpleNamespace(kv_connector="MultiConnector", kv_connector_extra_config={})
+    whole = SimpleNamespace(kv_transfer_config=outer)
+    monkeypatch.setattr(safety, "get_current_vllm_config_or_none", lambda: whole)
+    with pytest.raises(ValueError, match="MultiConnector"):
+        check_several()
 
 
 def test_failed_loads_are_recomputed() -> None:
@@ -286,7 +348,7 @@ def test_every_hook_of_the_base_class_is_known() -> None:
         "get_mem_pool_context",
         "has_connector_metadata",
         "set_host_xfer_buffer_ops",
-        "get_transfer_results",
+        "get_finished",
         "get_kv_connector_kv_cache_events",
         "bind_gpu_block_pool",
         "get_loaded_kv_cache_group_ids",

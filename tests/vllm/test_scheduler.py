@@ -211,7 +211,7 @@ def test_a_finished_request_keeps_its_blocks_until_every_worker_is_through(nativ
     stand.admit(request, 0, [1, 2])
     (job,) = stand.step(request, 8, [1, 2]).stores
     request.num_computed_tokens = 8
-    assert stand.side.request_finished(request, [1, 2])
+    assert stand.side.request_finished(request, ([1, 2],))
     assert stand.side.frees_pending()
     assert stand.side.metadata(stage.output({}, {})).retained == ["a"]
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
@@ -229,7 +229,7 @@ def test_a_finished_request_with_nothing_to_store_keeps_nothing(stand) -> None:
     (job,) = stand.step(request, 8, [1, 2]).stores
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
     request.num_computed_tokens = 8
-    assert not stand.side.request_finished(request, [1, 2])
+    assert not stand.side.request_finished(request, ([1, 2],))
     assert not stand.side._tracked
 
 
@@ -242,7 +242,7 @@ def test_what_a_last_step_filled_is_stored_after_the_request(stand) -> None:
     request.num_computed_tokens = 4
     assert stand.step(request, 13, [1, 2, 3, 4, 5], loads=True).stores == []
     request.num_computed_tokens = 17
-    assert stand.side.request_finished(request, [1, 2, 3, 4, 5])
+    assert stand.side.request_finished(request, ([1, 2, 3, 4, 5],))
     step = stand.side.metadata(stage.output({}, {}))
     assert [job.blocks for job in step.stores] == [[2, 3, 4]]
     assert step.retained == ["a"]
@@ -253,7 +253,7 @@ def test_steps_in_flight_are_not_counted_when_a_request_is_aborted(stand) -> Non
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 0, [1, 2])
     request.num_computed_tokens = request.num_in_flight_tokens = 8
-    assert not stand.side.request_finished(request, [1, 2])
+    assert not stand.side.request_finished(request, ([1, 2],))
 
 
 def test_an_abort_while_loading_leaves_the_blocks_to_the_load(native) -> None:
@@ -262,7 +262,7 @@ def test_an_abort_while_loading_leaves_the_blocks_to_the_load(native) -> None:
     stand.publish(request, 2)
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 8, [1, 2])
-    assert not stand.side.request_finished(request, [1, 2])
+    assert not stand.side.request_finished(request, ([1, 2],))
     assert not stand.side.frees_pending()
     stand.side.worker_output(stage.answer(finished_recving={"a"}))
     assert not stand.side._tracked
@@ -392,7 +392,7 @@ def test_where_vllm_does_not_recover_a_request_with_lost_blocks_is_stored_no_mor
     assert stand.step(request, 13, TABLE).stores == []
     assert manager.take_evicted() == {3, 4, 5, 6}
     request.num_computed_tokens = 21
-    assert not stand.side.request_finished(request, TABLE[:5])
+    assert not stand.side.request_finished(request, (TABLE[:5],))
     assert manager.take_evicted() == {3, 4, 5}
     stand.side.metadata(stage.output({}, {}))
     assert manager.take_evicted() == set() and not stand.side._doubt._spoiled
@@ -417,7 +417,7 @@ def test_a_request_admitted_on_spoiled_blocks_is_spoiled_too(native) -> None:
     step = stand.side.metadata(stage.output({"a": 13, "l": 5}, {"a": TABLE, "l": late_table}))
     assert step.stores == [] and manager.take_evicted() == {3, 4, 5, 6, 15, 16}
     late.num_computed_tokens = 21
-    assert not stand.side.request_finished(late, late_table[:5])
+    assert not stand.side.request_finished(late, (late_table[:5],))
 
 
 def test_a_request_that_shares_lost_blocks_relies_on_another_and_is_stored_no_more(stand) -> None:
@@ -455,7 +455,7 @@ def test_a_request_that_starts_anew_is_stored_again(native) -> None:
 def test_an_abort_while_another_connector_loads_stores_nothing_of_it(stand) -> None:
     request = beside(stand)
     stand.side.metadata(stage.output({}, {}))
-    assert not stand.side.request_finished(request, TABLE[:3])
+    assert not stand.side.request_finished(request, (TABLE[:3],))
     assert stand.side.metadata(stage.output({}, {})).stores == []
 
 
@@ -470,7 +470,7 @@ def test_an_abort_while_another_connector_loads_lets_the_load_decide_when_blocks
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 0, TABLE)
     request.num_computed_tokens = 12
-    assert not stand.side.request_finished(request, TABLE[:3])
+    assert not stand.side.request_finished(request, (TABLE[:3],))
     step = stand.side.metadata(stage.output({}, {}))
     assert step.retained == [] and not stand.side.frees_pending() and not stand.side._jobs
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
@@ -491,7 +491,7 @@ def test_an_abort_in_a_step_in_doubt_leaves_nothing_of_it_behind(native) -> None
     step = stand.step(request, 9, TABLE, loads=True)
     request.num_computed_tokens = request.num_in_flight_tokens = 9
     request.num_computed_tokens = 21
-    assert not stand.side.request_finished(request, TABLE[:5])
+    assert not stand.side.request_finished(request, (TABLE[:5],))
     assert manager.take_evicted() == {2, 3, 4, 5}
     del manager.tables["a"]
     stand.settle(step, lost={3})
@@ -557,7 +557,7 @@ def test_requests_want_the_blocks_of_their_tokens_and_the_next_one(native) -> No
     running.num_computed_tokens = 5
     stand.side.metadata(stage.output({"r": 4}, {"r": [1, 2, 3]}, preempted=("w",)))
     running.num_computed_tokens = 9
-    stand.side.request_finished(running, [1, 2, 3])
+    stand.side.request_finished(running, ([1, 2, 3],))
     stand.side.metadata(stage.output({}, {}))
     assert heard == [(8, False), (6, False), (5, True), (4, False)]
 
@@ -587,7 +587,7 @@ def test_what_the_last_requests_did_is_counted_in_a_step_of_its_own(stand) -> No
     stand.admit(request, 0, [1, 2, 3])
     step = stand.step(request, 9, [1, 2, 3])
     assert not step.idle and len(step.stores) == 1
-    assert stand.side.request_finished(request, [1, 2, 3])
+    assert stand.side.request_finished(request, ([1, 2, 3],))
     assert not stand.side.wants_steps() and stand.side.frees_pending(), "its blocks are still being stored"
     report = WorkerReport(done={step.stores[0].number: 1})
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=report, finished_sending={"a"}))

@@ -61,11 +61,11 @@ def run(worker, step: StepMetadata, *, before: bool = True):
     if not before:
         worker.start_loads()
     worker.start_stores()
-    sent, received = worker.finished()
+    sent, received, failed = worker.finished()
     invalid = worker.invalid_blocks()
     report = worker.report()
     worker.bind(None)
-    return SimpleNamespace(sent=sent, received=received, invalid=invalid, report=report)
+    return SimpleNamespace(sent=sent, received=received, failed=failed, invalid=invalid, report=report)
 
 
 def test_bytes_come_back_into_other_blocks(worker, caches) -> None:

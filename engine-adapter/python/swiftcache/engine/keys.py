@@ -15,10 +15,11 @@ class Keys:
     def __init__(self) -> None:
         self._reset = b""
 
-    def of(self, hashes: Iterable[bytes]) -> bytes:
-        """One key after the other. Before any reset every engine has the same for the same hash."""
-        if self._reset:
-            return b"".join(blake2b(one, key=self._reset, digest_size=KEY_BYTES).digest() for one in hashes)
+    def of(self, hashes: Iterable[bytes], salt: bytes = b"") -> bytes:
+        """One key after the other. Before any reset every engine has the same for the same hash and salt. `salt`: what
+        tells blocks of equal hash apart, such as the part of a model that they are of; at most 48 bytes."""
+        if key := self._reset + salt:
+            return b"".join(blake2b(one, key=key, digest_size=KEY_BYTES).digest() for one in hashes)
         return b"".join(bytes(one[:KEY_BYTES]) for one in hashes)
 
     @staticmethod

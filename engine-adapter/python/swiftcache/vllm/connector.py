@@ -1,8 +1,7 @@
 """The connector that vLLM loads: hands each hook to the half that its process plays.
 
-Serves models with one KV cache group of full attention or MLA layers and refuses others when the engine starts
-(`safety` says why). It implements SupportsHMA so that the hybrid KV cache manager need not be switched off; since
-one group is all that is served, that changes nothing for the models it takes.
+Serves models whose KV cache groups are full attention, MLA and sliding windows, and refuses others when the engine
+starts (`safety` says why). It implements SupportsHMA, so that vLLM's hybrid KV cache manager stays on.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -28,6 +28,7 @@ from swiftcache.engine.loans import Loans
 from swiftcache.engine.quiet import log_as_part_of, logger
 from swiftcache.engine.settings import Settings
 from swiftcache.vllm import safety
+from swiftcache.vllm.groups import Groups
 from swiftcache.vllm.metadata import Handshake, StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
 from swiftcache.vllm.pool import LentBlocks, Unsupported
@@ -60,8 +61,11 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         log_as_part_of("vllm")
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         safety.check(vllm_config, kv_cache_config)
+        groups = Groups.of(kv_cache_config, vllm_config)
+        if groups.several:
+            safety.check_several(vllm_config, kv_cache_config, settings)
         safety.require_recompute(vllm_config)
-        sync = safety.loads_synchronously(vllm_config, settings)
+        sync = not groups.several and safety.loads_synchronously(vllm_config, settings)
         block_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         events = vllm_config.kv_events_config
         publishes = bool(events and events.enable_kv_cache_events)
@@ -96,6 +100,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 recovers=not safety.unrecoverable(vllm_config),
                 workers=workers,
                 events=Events(publishes),
+                groups=groups,
             )
         else:
             self._stitched = stitched_pool(settings)
@@ -185,9 +190,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_capture_state(self) -> None:
         self.worker.reset_capture()
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        sent, received = self.worker.finished()
-        return sent or None, received or None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        sent, received, failed = self.worker.finished()
+        return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.invalid_blocks()
@@ -246,12 +251,12 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.worker_output(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request, block_ids), None
+        return self.scheduler.request_finished(request, (block_ids,)), None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request, block_ids[0] if block_ids else []), None
+        return self.scheduler.request_finished(request, block_ids), None
 
     def has_pending_block_frees(self) -> bool:
         return self.scheduler.frees_pending()

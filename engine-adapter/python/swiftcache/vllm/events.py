@@ -12,8 +12,13 @@ from swiftcache.engine.events import MEDIUM
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from swiftcache.vllm.groups import Group
 
-def stored(request: Request, first: int, last: int, step: int, block_tokens: int) -> BlockStored:
+
+def stored(
+    request: Request, first: int, last: int, step: int, block_tokens: int, group: Group | None = None
+) -> BlockStored:
+    """`group`: which of several they are of."""
     lora = request.lora_request
     return BlockStored(
         block_hashes=_hashes(request, first, last, step),
@@ -23,11 +28,14 @@ def stored(request: Request, first: int, last: int, step: int, block_tokens: int
         lora_id=lora.lora_int_id if lora else None,
         medium=MEDIUM,
         lora_name=lora.lora_name if lora else None,
+        group_idx=group.number if group else None,
+        kv_cache_spec_kind=group.kind if group else None,
+        kv_cache_spec_sliding_window=group.window if group else None,
     )
 
 
-def removed(request: Request, first: int, last: int, step: int) -> BlockRemoved:
-    return BlockRemoved(block_hashes=_hashes(request, first, last, step), medium=MEDIUM)
+def removed(request: Request, first: int, last: int, step: int, group: int | None = None) -> BlockRemoved:
+    return BlockRemoved(block_hashes=_hashes(request, first, last, step), medium=MEDIUM, group_idx=group)
 
 
 def _hashes(request: Request, first: int, last: int, step: int) -> list[Any]:

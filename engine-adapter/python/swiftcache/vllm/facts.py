@@ -16,6 +16,7 @@ from swiftcache.engine.fingerprint import Ranks, weight_files
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from swiftcache.engine.layout import Layout
     from swiftcache.engine.settings import Settings
@@ -29,10 +30,18 @@ def ranks_here() -> Ranks:
 
 
 def facts(
-    config: VllmConfig, settings: Settings, layout: Layout, *, block_tokens: int, backends: list[str], ranks: Ranks
+    config: VllmConfig,
+    settings: Settings,
+    layout: Layout,
+    *,
+    block_tokens: int,
+    backends: list[str],
+    ranks: Ranks,
+    groups: list[str] | None = None,
 ) -> dict[str, Any]:
+    """`groups`: what each of several KV groups is."""
     parallel = config.parallel_config
-    return {
+    return ({"groups": groups} if groups else {}) | {
         "vllm": vllm.__version__,
         "model": _model(config, settings),
         "salt": settings.salt,
@@ -45,6 +54,11 @@ def facts(
         "backends": backends,
         "parallel": [ranks.tp_size, ranks.pp_size, bool(getattr(parallel, "enable_expert_parallel", False))],
     }
+
+
+def group_facts(kv: KVCacheConfig) -> list[str]:
+    """Which layers each group has, and what they keep. A block's key names its group by number."""
+    return [f"{sorted(group.layer_names)} {group.kv_cache_spec}" for group in kv.kv_cache_groups]
 
 
 def _model(config: VllmConfig, settings: Settings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from swiftcache.engine.loans import LendJob
 class LoadJob:
     request: str
     first: int
-    """Which block of the request is the first."""
+    """Which block of the request is the first. With several groups the blocks of a request fail together."""
     keys: bytes
     blocks: list[int]
     sync: bool

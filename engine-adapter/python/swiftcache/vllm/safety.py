@@ -1,9 +1,9 @@
 """What the connector serves, and what it refuses because bytes or tokens could come out wrong.
 
-Served: models whose KV lives in one group of full-attention or MLA layers (with the hybrid KV cache manager disabled,
-sliding-window layers are kept as full attention and are served too). Everything else is refused when the engine
-starts: sliding-window and chunked-local groups recycle blocks that a stored prefix would need, Mamba state is not a
-function of one block's hash, and with several groups vLLM cannot map a failed block back to its request.
+Served: models whose KV lives in groups of full-attention, MLA and sliding-window layers, one of full attention or MLA
+at least (with the hybrid KV cache manager disabled, sliding-window layers are kept as full attention). Everything else
+is refused when the engine starts. Chunked-local groups and Mamba state are not built: their blocks are reused by other
+rules than those of `groups`. With several groups more is refused, which nobody has shown to be right: `check_several`.
 
 How a load may fail decides when it may run. vLLM 0.32 recovers from a failed *synchronous* load correctly only
 with one batch in flight and the V1 model runner: with more, the next step has been scheduled on top of the failed one
@@ -16,7 +16,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, iter_layer_specs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+)
 
 from swiftcache.engine.quiet import logger
 
@@ -26,7 +32,8 @@ if TYPE_CHECKING:
     from swiftcache.engine.settings import Settings
 
 HASHES = ("sha256", "sha256_cbor")
-SERVED = (FullAttentionSpec, MLAAttentionSpec)
+FULL = (FullAttentionSpec, MLAAttentionSpec)
+SERVED = (*FULL, SlidingWindowSpec)
 """These classes themselves: their subclasses keep something else in a block."""
 
 
@@ -55,18 +62,59 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ValueError(f"SwiftCache does not serve {name} > 1: a block is spread over ranks differently there")
-    if len(kv.kv_cache_groups) != 1:
+    kinds = set()
+    for group in kv.kv_cache_groups:
+        specs = iter_layer_specs(group.kv_cache_spec)
+        for spec in specs:
+            if type(spec) not in SERVED:
+                raise ValueError(
+                    f"SwiftCache serves layers of full attention, MLA and sliding windows, not {type(spec).__name__}"
+                )
+            kinds.add(type(spec))
+        if len({spec.sliding_window if type(spec) is SlidingWindowSpec else None for spec in specs}) > 1:
+            raise ValueError(
+                "SwiftCache does not serve layers of several windows in one KV cache group: "
+                "--disable-hybrid-kv-cache-manager keeps them as full attention"
+            )
+        if not group.enable_kv_transfer:
+            raise ValueError("vLLM does not let this model's KV cache be transferred")
+    if not kinds.intersection(FULL):
         raise ValueError(
-            f"SwiftCache serves models with one KV cache group of full attention or MLA; this one has "
-            f"{len(kv.kv_cache_groups)}. If they differ only in sliding windows, --disable-hybrid-kv-cache-manager "
-            "helps"
+            "SwiftCache serves sliding windows beside full attention, not alone: --disable-hybrid-kv-cache-manager "
+            "keeps them as full attention"
         )
-    specs = list(iter_layer_specs(kv.kv_cache_groups[0].kv_cache_spec))
-    for spec in specs:
-        if type(spec) not in SERVED:
-            raise ValueError(f"SwiftCache serves full attention and MLA layers, not {type(spec).__name__}")
-    if not kv.kv_cache_groups[0].enable_kv_transfer:
-        raise ValueError("vLLM does not let this model's KV cache be transferred")
+
+
+def check_several(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> None:
+    """Raises ValueError for what is not served where a model has several KV cache groups."""
+    model = f"this model's KV cache is {len(kv.kv_cache_groups)} groups"
+    helps = "--disable-hybrid-kv-cache-manager makes one of them where they differ only in sliding windows"
+    sizes = {group.kv_cache_spec.block_size for group in kv.kv_cache_groups}
+    if len(sizes) > 1:
+        raise ValueError(f"SwiftCache needs blocks of one size; {model} with {sorted(sizes)} tokens a block. {helps}")
+    if getattr(config.cache_config, "prefix_match_unit", None) not in (None, *sizes):
+        raise ValueError(f"SwiftCache does not serve prefix_match_unit where {model}: drop it")
+    odd = {type(spec) for group in kv.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)}
+    if odd := odd.difference((FullAttentionSpec, SlidingWindowSpec)):
+        names = ", ".join(sorted(kind.__name__ for kind in odd))
+        raise ValueError(f"SwiftCache does not serve {names} where {model}")
+    if len(kv.prefix_cacheable_group_ids) < len(kv.kv_cache_groups) or any(g.host_resident for g in kv.kv_cache_groups):
+        raise ValueError(f"SwiftCache serves only groups of which prefixes are cached on the GPU; {model} with others")
+    if getattr(config, "speculative_config", None) is not None or any(g.is_eagle_group for g in kv.kv_cache_groups):
+        raise ValueError(f"SwiftCache does not serve speculative decoding where {model}. {helps}")
+    for name, value in (("lend", settings.lend), ("stream_bytes", settings.stream_bytes)):
+        if value:
+            raise ValueError(f"SwiftCache does not serve the setting {name} where {model}: drop it. {helps}")
+    if settings.load == "sync":
+        raise ValueError(
+            f"load 'sync' is refused: {model}, and then this vLLM cannot recover from a load that fails in the forward "
+            "that needs it. Use load 'async', or 'auto'"
+        )
+    if surrounding(config) is not None:
+        raise ValueError(
+            f"SwiftCache does not serve MultiConnector where {model}: another connector's failed load would end this "
+            f"vLLM. {helps}"
+        )
 
 
 def require_recompute(config: VllmConfig) -> None:
@@ -132,7 +180,7 @@ def unrecoverable(config: VllmConfig) -> str:
 
 
 def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
-    """Whether loads run layer by layer inside the forward that needs them."""
+    """Whether loads run layer by layer inside the forward that needs them. Never with several groups."""
     if settings.load == "async":
         return False
     obstacle = unrecoverable(config)

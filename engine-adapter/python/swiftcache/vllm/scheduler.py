@@ -5,22 +5,30 @@ computed after this step at the latest, on KV that is known to be right (`doubt`
 
 Who may overwrite a block that is still being stored. Finished requests keep their blocks until every worker is
 through (`request_finished`). Preempted ones have lost theirs already, to this very step: the workers wait for the
-stores first (`fence`). Blocks of a full-attention group are given away in no other way.
+stores first (`fence`). Blocks of a full-attention group are given away in no other way. Those of a sliding-window
+group are also given away when the window has moved on: for those the workers wait, too.
+
+With several groups (`groups`) a prefix is found as long as full attention has all of it, and the other groups have its
+tail. Tails are kept where somebody is likely to go on: at a prompt's end, at the end of what a request has computed,
+and where a lookup found that a tail was missing. Blocks that full attention computes after the prompt are kept when
+the request ends, and only with the tail there: a prefix without its tail would be found and could not be used.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swiftcache.engine.events import Events
-from swiftcache.engine.keys import Keys
 from swiftcache.engine.quiet import Quiet
 from swiftcache.vllm import events
 from swiftcache.vllm.doubt import Doubt
+from swiftcache.vllm.finder import Finder, Tables
+from swiftcache.vllm.groups import ONE, Group, Groups
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
+from swiftcache.vllm.room import Room
 from swiftcache.vllm.tracked import Hit, Tracked
 
 if TYPE_CHECKING:
@@ -51,17 +59,20 @@ class SchedulerSide:
         recovers: bool,
         workers: int,
         events: Events,
+        groups: Groups = ONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sync`: loads run inside the step that needs them. `recovers`: this vLLM computes the right KV after a
         synchronous load has failed."""
         self._connection = connection
-        self._lookup_ms = settings.lookup_ms
         self._block_tokens = block_tokens
         self._hashes_per_block = hashes_per_block
         self._sync = sync
         self._workers = workers
         self._events = events
+        self._groups = groups
+        self._table_of = groups.full[0].number
+        """The group of which a request's blocks are counted."""
         self._clock = clock
         self._ranks: list[Handshake] = []
         self._met: dict[tuple[int, int], Handshake] = {}
@@ -74,17 +85,27 @@ class SchedulerSide:
         self._late: list[StoreJob] = []
         self._retained: list[str] = []
         self._kept_back: set[str] = set()
-        self._key = Keys()
         self._loans: Loans | None = None
         self._free: FreeBlocks | None = None
         self._placement: Placement | None = None
         self._offered: dict[int, list[tuple[int, Any]]] = {}
         """The blocks of each store, with what they hold, where local ones are to be given away first."""
         self._quiet = Quiet()
+        self._finder = Finder(
+            connection,
+            groups,
+            block_tokens=block_tokens,
+            hashes_per_block=hashes_per_block,
+            lookup_ms=settings.lookup_ms,
+            quiet=self._quiet,
+        )
         self._doubt = Doubt(recovers=recovers, block_tokens=block_tokens, quiet=self._quiet)
+        self._room = Room(groups, block_tokens) if groups.several else None
+        self._manager: KVCacheManager | None = None
         self.stats = SwiftCacheStats()
 
     def bind(self, manager: KVCacheManager) -> None:
+        self._manager = manager
         self._doubt.bind(manager)
 
     def lend(self, loans: Loans) -> None:
@@ -116,36 +137,37 @@ class SchedulerSide:
         self._counted = False
         self._tracked[request.request_id] = Tracked(request)
 
-    def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """How many tokens after those that are computed can be loaded, and whether that is done before the request is
+        scheduled. None: it is to ask again in the next step."""
         tracked = self._track(request)
         now = self._clock()
         hit = tracked.hit
         if hit is None or hit.computed != computed or now - hit.at > ANSWER_SECONDS:
-            hit = tracked.hit = Hit(computed, self._look_up(tracked, computed), now)
+            hit = tracked.hit = Hit(computed, *self._look_up(tracked, computed), now)
         tokens = hit.blocks * self._block_tokens
+        if self._room is not None and not self._has_room(self._room, tracked, hit):
+            return None, False
         return tokens, tokens > 0 and not self._sync
 
-    def _look_up(self, tracked: Tracked, computed: int) -> int:
-        request = tracked.request
-        first = computed // self._block_tokens
+    def _has_room(self, room: Room, tracked: Tracked, hit: Hit) -> bool:
+        if not hit.blocks or self._manager is None:
+            room.gone(tracked.request.request_id)
+            return True
+        free = self._manager.block_pool.get_num_free_blocks() - getattr(self._manager, "watermark_blocks", 0)
+        return room.allows(tracked, hit.computed // self._block_tokens + hit.blocks, self._tracked.values(), free)
+
+    def _look_up(self, tracked: Tracked, computed: int) -> tuple[int, int]:
+        """See `Finder.find`."""
+        request, first = tracked.request, computed // self._block_tokens
         # One token at least is left to compute: its logits are what the request came for.
-        last = min((request.num_tokens - 1) // self._block_tokens, self._hashed(request))
+        last = min((request.num_tokens - 1) // self._block_tokens, self._finder.hashed(request))
         if last <= first or tracked.failed or not self._ranks or request.skip_reading_prefix_cache:
-            return 0
-        try:
-            # What every worker's own cache can load: its own leases, its host tier, and what its device reaches.
-            found = self._connection.count_hits(
-                [rank.namespace for rank in self._ranks],
-                self._keys(request, first, last),
-                borrowers=[rank.borrower_id for rank in self._ranks],
-                deadline_ms=self._lookup_ms,
-            )
-        except Exception as reason:
-            self._quiet.trouble("a lookup failed", reason)
-            found = 0
+            return 0, 0
+        found = self._finder.find(self._ranks, request, first, last)
         self.stats.add("lookups", 1)
         self.stats.add("lookup_tokens", (last - first) * self._block_tokens)
-        return max(0, min(found, last - first))
+        return found
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         tracked = self._track(request)
@@ -154,25 +176,25 @@ class SchedulerSide:
             # The second call for an asynchronous load: the blocks are known already.
             return
         self._doubt.admitted(tracked)
-        tracked.looked, tracked.leased = 0, False
+        tracked.looked, tracked.leased, tracked.promised = 0, False, 0
         first = hit.computed // self._block_tokens
         count = external // self._block_tokens
-        tracked.kept = first + count
+        tracked.kept = end = first + count
+        if self._groups.windows:
+            # What vLLM found in its own cache may be kept nowhere else.
+            tracked.tail = end if count else 0
+            prompt = request.num_prompt_tokens
+            ends = {first, hit.junction, (prompt - 1) // self._block_tokens, prompt // self._block_tokens}
+            tracked.ends = sorted(one for one in ends if one > tracked.tail)
         if count == 0:
             return
         self.stats.add("promised_tokens", external)
+        tracked.promised = end if self._groups.several else 0
         tracked.loading = not self._sync
-        self._loads.append(
-            LoadJob(
-                request.request_id,
-                first,
-                self._keys(request, first, first + count),
-                list(blocks.get_block_ids()[0][first : first + count]),
-                self._sync,
-            )
-        )
+        keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
+        self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync))
 
-    def request_finished(self, request: Request, blocks: list[int]) -> bool:
+    def request_finished(self, request: Request, tables: Tables) -> bool:
         """Whether vLLM must keep the blocks until the workers say that they are through."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
@@ -186,10 +208,9 @@ class SchedulerSide:
             # that load is over. Stores from before a preemption were waited for.
             self._drop(request.request_id)
             return False
-        done = self._doubt.finished(tracked, blocks)
-        job = self._store(tracked, min(done // self._block_tokens, len(blocks)), blocks)
-        if job is not None:
-            self._late.append(job)
+        if tables:
+            done = self._doubt.finished(tracked, tables[self._table_of])
+            self._late += self._stores(tracked, done // self._block_tokens, tables, finished=True)
         if not tracked.stores:
             self._drop(request.request_id)
             return False
@@ -206,6 +227,8 @@ class SchedulerSide:
         for request_id in output.preempted_req_ids or ():
             if tracked := self._tracked.get(request_id):
                 step.fence.extend(sorted(tracked.stores))
+        if self._groups.windows:
+            step.fence.extend(self._moved_on())
         step.stores = [job for job in step.stores if job.number in self._jobs]
         self._stepped = True
         if self._idle():
@@ -218,13 +241,13 @@ class SchedulerSide:
             if tracked is None:
                 continue
             self._doubt.scheduled(tracked)
+            tracked.promised = 0
             full = self._doubt.computed(tracked, scheduled) // self._block_tokens
-            if full <= tracked.kept or blocks_of is None:
+            if not self._has_more(tracked, full) or blocks_of is None:
                 continue
             if (tables := blocks_of.get_block_ids(request_id)) is None:
                 continue
-            if job := self._store(tracked, min(full, len(tables[0])), tables[0]):
-                step.stores.append(job)
+            step.stores += self._stores(tracked, full, tables)
         if self._placement is not None:
             step.staged = self._staged(output, self._placement)
         if self._loans is not None:
@@ -255,21 +278,80 @@ class SchedulerSide:
                 wanted += tracked.request.num_tokens // self._block_tokens + 2 - -(-had // self._block_tokens)
         return wanted
 
-    def _store(self, tracked: Tracked, full: int, blocks: list[int]) -> StoreJob | None:
-        request, first = tracked.request, tracked.kept
-        full = min(full, self._hashed(request))
-        if full <= first or tracked.closed:
-            return None
+    def _has_more(self, tracked: Tracked, full: int) -> bool:
+        """Whether anything of a request that goes on is to be kept, once its first `full` blocks are computed."""
+        if self._groups.windows and not tracked.ends:
+            return False
+        return full > tracked.kept or tracked.reaches_end(full)
+
+    def _stores(self, tracked: Tracked, full: int, tables: Tables, finished: bool = False) -> list[StoreJob]:
+        """What is to be kept of a request whose first `full` blocks are right when this step is over."""
+        full = min(full, self._finder.hashed(tracked.request), len(tables[self._table_of]))
+        if tracked.closed:
+            return []
+        jobs: list[StoreJob] = []
+        if self._groups.windows:
+            prompt = bool(tracked.ends) and not finished
+            if finished:
+                tracked.ends = sorted({end for end in tracked.ends if end < full} | {full})
+            while tracked.reaches_end(full):
+                jobs += self._tail(tracked, tracked.ends.pop(0), tables)
+            # See the module.
+            if not prompt and tracked.tail < full:
+                return jobs
+        first, tracked.kept = tracked.kept, max(full, tracked.kept)
+        if first < full:
+            jobs += [
+                self._store(tracked, group, first, tables[group.number][first:full]) for group in self._groups.full
+            ]
+        return jobs
+
+    def _tail(self, tracked: Tracked, end: int, tables: Tables) -> list[StoreJob]:
+        """Keeps what a request needs of sliding-window groups to go on after `end` blocks: all of it, or nothing."""
+        if end <= tracked.tail:
+            return []
+        parts = []
+        for group in self._groups.windows:
+            first = max(group.first(end, self._block_tokens), tracked.tail)
+            blocks = tables[group.number][first:end]
+            if len(blocks) < end - first or not all(blocks):
+                return []
+            parts.append((group, first, blocks))
+        tracked.tail = end
+        jobs = []
+        for group, first, blocks in parts:
+            if blocks:
+                job = self._store(tracked, group, first, blocks)
+                tracked.sliding[job.number] = (group.number, first, job.blocks)
+                jobs.append(job)
+        return jobs
+
+    def _store(self, tracked: Tracked, group: Group, first: int, blocks: Sequence[int]) -> StoreJob:
+        """Of a group, the request's blocks from `first` on."""
+        request, last = tracked.request, first + len(blocks)
         number, self._next_job = self._next_job, self._next_job + 1
-        tracked.kept = full
         tracked.stores.add(number)
         self._jobs[number] = (request.request_id, 0)
         if self._placement is not None:
-            self._offered[number] = self._placement.holding(blocks[first:full])
+            self._offered[number] = self._placement.holding(blocks)
+        of = group if self._groups.several else None
         self._events.offered(
-            number, lambda: events.stored(request, first, full, self._hashes_per_block, self._block_tokens)
+            number, lambda: events.stored(request, first, last, self._hashes_per_block, self._block_tokens, of)
         )
-        return StoreJob(number, request.request_id, self._keys(request, first, full), list(blocks[first:full]))
+        return StoreJob(number, request.request_id, self._finder.keys(request, group, first, last), list(blocks))
+
+    def _moved_on(self) -> list[int]:
+        """Stores of blocks that vLLM has given up since, because the window has moved on."""
+        moved = []
+        for request_id, tracked in self._tracked.items():
+            if not tracked.sliding:
+                continue
+            tables = self._manager.get_block_ids(request_id) if self._manager is not None else ()
+            for number, (group, first, blocks) in list(tracked.sliding.items()):
+                if not tables or tables[group][first : first + len(blocks)] != blocks:
+                    moved.append(number)
+                    del tracked.sliding[number]
+        return moved
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         report = output.kv_connector_worker_meta
@@ -309,17 +391,27 @@ class SchedulerSide:
             self._placement.kept_elsewhere(offered)
         if tracked := self._tracked.get(request_id):
             tracked.stores.discard(number)
+            tracked.sliding.pop(number, None)
 
     def _load_failed(self, request_id: str, block: int) -> None:
         self.stats.add("failed_loads", 1)
-        if tracked := self._tracked.get(request_id):
-            tracked.failed = True
-            if block < (kept := tracked.kept):
-                self._events.removed(lambda: events.removed(tracked.request, block, kept, self._hashes_per_block))
-                tracked.kept = block
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        tracked.failed = True
+        if block < (kept := tracked.kept):
+            # With several groups nobody knows of which a block was lost.
+            for group in self._groups.all:
+                of = group.number if self._groups.several else None
+                self._events.removed(
+                    lambda of=of: events.removed(tracked.request, block, kept, self._hashes_per_block, of)
+                )
+            tracked.kept = block
 
     def _drop(self, request_id: str) -> None:
         self._doubt.gone(request_id)
+        if self._room is not None:
+            self._room.gone(request_id)
         if tracked := self._tracked.pop(request_id, None):
             for number in tracked.stores:
                 self._jobs.pop(number, None)
@@ -341,7 +433,7 @@ class SchedulerSide:
 
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""
-        self._key.reset()
+        self._finder.reset()
         for tracked in self._tracked.values():
             tracked.closed = True
             tracked.hit = None
@@ -354,21 +446,11 @@ class SchedulerSide:
     def take_events(self) -> Iterable[Any]:
         return self._events.take()
 
-    # Hashes.
-
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             tracked = self._tracked[request.request_id] = Tracked(request)
         return tracked
-
-    def _hashed(self, request: Request) -> int:
-        return len(request.block_hashes) // self._hashes_per_block
-
-    def _keys(self, request: Request, first: int, last: int) -> bytes:
-        """Hashes are chained, so that of a block's last part names the block and all before it."""
-        step = self._hashes_per_block
-        return self._key.of(request.block_hashes[first * step + step - 1 : last * step : step])
 
     def close(self) -> None:
         self._connection.close()

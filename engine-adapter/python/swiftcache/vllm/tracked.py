@@ -15,6 +15,9 @@ class Hit:
 
     computed: int
     blocks: int
+    junction: int
+    """With several groups: the blocks of the request that full attention alone would have found. The tails of the other
+    groups are kept there, for the next one who comes so far."""
     at: float
 
 
@@ -23,11 +26,19 @@ class Tracked:
     request: Request
     hit: Hit | None = None
     kept: int = 0
-    """Leading blocks that are kept, on their way, or were found in vLLM's own cache."""
+    """Leading blocks that are kept, on their way, or were found in vLLM's own cache: of full-attention groups."""
+    ends: list[int] = field(default_factory=list)
+    """Where the tails of sliding-window groups are still to be kept: after so many blocks, ascending."""
+    tail: int = 0
+    """The last such end where they are kept or on their way, or were loaded; 0: none."""
     stores: set[int] = field(default_factory=set)
     """Store jobs that are not known to be over."""
+    sliding: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)
+    """Those of them of sliding-window groups: the group, the first block, and where they are in the pool."""
     loading: bool = False
     """An asynchronous load is under way; vLLM keeps the blocks until it is over."""
+    promised: int = 0
+    """With several groups: so many first blocks are loaded, on their way, or failed to load. 0 once it is scheduled."""
     waiting: bool = False
     """It has blocks and has not been scheduled since it got them: others may still be loading into them."""
     doubt: int = 0
@@ -44,3 +55,7 @@ class Tracked:
     closed: bool = False
     """Nothing more of it is stored: its KV is older than a reset."""
     finished: bool = False
+
+    def reaches_end(self, full: int) -> bool:
+        """Whether tails are to be kept at an end within the first `full` blocks."""
+        return bool(self.ends) and self.ends[0] <= full

@@ -19,7 +19,7 @@ from swiftcache.engine.loans import WorkerLoans
 from swiftcache.engine.metrics import Meter
 from swiftcache.engine.opener import CacheOpener
 from swiftcache.engine.quiet import Quiet, logger
-from swiftcache.vllm.facts import backends, facts, ranks_here
+from swiftcache.vllm.facts import backends, facts, group_facts, ranks_here
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
@@ -73,6 +73,9 @@ class WorkerSide:
         self._step: StepMetadata | None = None
         self._loading: list[tuple[LoadJob, Load]] = []
         self._receiving: dict[str, tuple[LoadJob, Load | None]] = {}
+        self._several = len(kv.kv_cache_groups) > 1
+        self._lost: set[str] = set()
+        """With several groups: requests with a failed load."""
         self._storing: dict[str, dict[int, tuple[StoreJob, Store]]] = {}
         self._retained: set[str] = set()
         self._marks: dict[int, Mark] = {}
@@ -102,6 +105,7 @@ class WorkerSide:
             block_tokens=self._block_tokens,
             backends=backends(self._config, caches),
             ranks=self._ranks,
+            groups=group_facts(self._kv) if self._several else None,
         )
         self.namespace = namespace(known, self._ranks)
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
@@ -278,8 +282,9 @@ class WorkerSide:
             else:
                 self._storing.setdefault(job.request, {})[job.number] = (job, store)
 
-    def finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose stores are over, of those that vLLM keeps for them; and those whose load is."""
+    def finished(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose stores are over, of those that vLLM keeps for them; those whose load is; and those of these
+        of which vLLM is to compute everything again."""
         if self._storing:
             self._poll_stores()
         self._back(self._attempt("lent blocks did not answer", self._loans.returned, self._cache) or [])
@@ -295,7 +300,8 @@ class WorkerSide:
                 self._finish(job, load)
             del self._receiving[request]
             received.add(request)
-        return sent, received
+        failed, self._lost = self._lost, set()
+        return sent, received, failed
 
     def invalid_blocks(self) -> set[int]:
         """Blocks that this step's forward must not have relied on. Ends the loads it waited for."""
@@ -380,8 +386,13 @@ class WorkerSide:
 
     def _failed(self, job: LoadJob, positions: Any) -> None:
         positions = list(positions)
-        self._invalid.update(job.blocks[position] for position in positions)
-        first = job.first + min(positions)
+        if self._several:
+            # vLLM cannot tell whose a block is.
+            self._lost.add(job.request)
+            first = job.first
+        else:
+            self._invalid.update(job.blocks[position] for position in positions)
+            first = job.first + min(positions)
         self._report.failed[job.request] = min(first, self._report.failed.get(job.request, first))
 
     def _mark(self) -> Mark:

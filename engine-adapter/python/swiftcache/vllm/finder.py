@@ -1,0 +1,95 @@
+"""What a block of a request is called, and how much of a request every worker can load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from swiftcache.engine.keys import KEY_BYTES, Keys
+from swiftcache.engine.quiet import Quiet
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from swiftcache._native import Connection
+    from swiftcache.vllm.groups import Group, Groups
+    from swiftcache.vllm.metadata import Handshake
+
+Tables = Sequence[Sequence[int]]
+"""A request's blocks in the pool: of each group. Block 0 of the pool is vLLM's placeholder."""
+
+
+class Finder:
+    def __init__(
+        self,
+        connection: Connection,
+        groups: Groups,
+        *,
+        block_tokens: int,
+        hashes_per_block: int,
+        lookup_ms: int,
+        quiet: Quiet,
+    ) -> None:
+        self._connection, self._groups = connection, groups
+        self._block_tokens, self._hashes_per_block = block_tokens, hashes_per_block
+        self._lookup_ms, self._quiet = lookup_ms, quiet
+        self._key = Keys()
+
+    def reset(self) -> None:
+        """What was stored until now is found no more."""
+        self._key.reset()
+
+    def hashed(self, request: Request) -> int:
+        """Blocks of a request that have a name."""
+        return len(request.block_hashes) // self._hashes_per_block
+
+    def keys(self, request: Request, group: Group, first: int, last: int) -> bytes:
+        """Hashes are chained, so that of a block's last part names the block and all before it."""
+        step = self._hashes_per_block
+        hashes = request.block_hashes[first * step + step - 1 : last * step : step]
+        return self._key.of(hashes, self._groups.salt(group))
+
+    def present(self, request: Request, first: int, end: int, tables: Tables) -> tuple[bytes, list[int]]:
+        """The blocks from `first` up to `end` that a request has in the pool, of every group: their keys and places."""
+        groups = self._groups.all
+        if len(groups) == 1:
+            return self.keys(request, groups[0], first, end), list(tables[groups[0].number][first:end])
+        # vLLM has no block where a window does not reach.
+        every = ((block, group) for block in range(first, end) for group in groups)
+        wanted = [(block, group) for block, group in every if tables[group.number][block]]
+        keys = b"".join(self.keys(request, group, block, block + 1) for block, group in wanted)
+        return keys, [tables[group.number][block] for block, group in wanted]
+
+    def find(self, ranks: Sequence[Handshake], request: Request, first: int, last: int) -> tuple[int, int]:
+        """How many blocks from `first` on, up to `last`, every group has, and where full attention by itself would have
+        ended."""
+        full, windows = self._groups.full, self._groups.windows
+        found = self._count(ranks, self._needed(request, full, first, last)) // len(full)
+        found = max(0, min(found, last - first))
+        end = first + found
+        if found and windows:
+            tails = self._needed(request, windows, first, end)
+            if tails and self._count(ranks, tails) < len(tails) // KEY_BYTES:
+                return 0, end
+        return found, end
+
+    def _needed(self, request: Request, groups: Sequence[Group], first: int, end: int) -> bytes:
+        """Keys of the blocks from `first` on that a request needs of some groups to go on after `end` blocks."""
+        if len(groups) == 1:
+            return self.keys(request, groups[0], max(first, groups[0].first(end, self._block_tokens)), end)
+        blocks = self._groups.blocks(groups, first, end, self._block_tokens)
+        return b"".join(self.keys(request, group, block, block + 1) for block, group in blocks)
+
+    def _count(self, ranks: Sequence[Handshake], keys: bytes) -> int:
+        """How many of the first ones of these every worker's own cache can load: from its own leases, its host tier,
+        and what its device reaches."""
+        try:
+            return self._connection.count_hits(
+                [rank.namespace for rank in ranks],
+                keys,
+                borrowers=[rank.borrower_id for rank in ranks],
+                deadline_ms=self._lookup_ms,
+            )
+        except Exception as reason:
+            self._quiet.trouble("a lookup failed", reason)
+            return 0

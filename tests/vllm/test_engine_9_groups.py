@@ -1,0 +1,238 @@
+"""Models of several KV cache groups: sliding windows beside full attention. One life of an engine for each: the same
+tokens as with vLLM's own caching, whatever happens to loads. Tests run in the order of this file.
+"""
+
+from __future__ import annotations
+
+import lab as of
+import pytest
+from donors import corrupt
+from engine import EngineError
+from neighbours import donate
+from node import eventually
+
+TINY = {"num_gpu_blocks_override": 80, "max_model_len": 1024}
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+STEPS = 300
+"""Many times what three requests take."""
+
+
+@pytest.fixture(scope="module")
+def broker(node):
+    node.start_broker()
+    return node
+
+
+@pytest.fixture(scope="module", params=["gemma3", "gptoss"])
+def model(request):
+    return request.param
+
+
+def crowd(engine) -> dict[str, dict]:
+    """More than a tiny pool holds at once: requests lose their blocks while they decode."""
+    prompts = {
+        f"crowd-{number}": of.tokens(f"crowd-{number % 3}", 128) + of.tokens(f"c{number}", 40 + 11 * number % 60)
+        for number in range(12)
+    }
+    return engine.generate(prompts, 220)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gptoss"])
+def test_a_pool_that_is_too_small(lab, broker, name) -> None:
+    """Requests are preempted, come back, and load. At last half of the loads fail, each after others were scheduled."""
+    donor = donate(broker, slabs=32)
+    want = lab.want("b", crowd, model=name, **TINY)
+    engine = lab.engine("b")
+    of.connect(engine, broker, model=name, **TINY)
+    preemptions = 0
+    for half in (False, False, True):
+        engine.ask("halve", on=half, slow=3)
+
+        def again() -> dict[str, dict]:
+            engine.ask("overwrite")
+            return crowd(engine)
+
+        of.matching(want, again)
+        before, preemptions = preemptions, engine.ask("held")["preemptions"]
+        assert preemptions > before
+        assert nothing_held(engine)
+    assert engine.ask("held")["workers"][0]["spoiled"] > 0
+    if name == "gemma3":
+        nobody_holds_what_another_needs(engine)
+    engine.ask("stop")
+    donor.kill()
+    donor.wait()
+
+
+def nobody_holds_what_another_needs(engine) -> None:
+    """Three prefixes fill the pool but for two blocks, and the first request needs three more: one of each group."""
+    prompts = {f"wide-{length}": of.tokens(length, length) for length in (825, 700, 634)}
+    for name, prompt in prompts.items():
+        engine.generate({name: prompt}, 1)
+    for crowded in (False, True):
+        engine.ask("overwrite")
+        engine.ask("halve", on=False, slow=3)
+        engine.ask("crowd", on=crowded)
+        for name, prompt in prompts.items():
+            engine.ask("add", name=f"{name}-{crowded}", tokens=prompt, max_tokens=4)
+        results = engine.ask("step", count=STEPS)
+        assert (results["left"], len(results["finished"])) == ((True, 0) if crowded else (False, 3))
+        assert (
+            crowded
+            or of.cached(results["finished"]) == sum((len(one) - 1) // of.BLOCK for one in prompts.values()) * of.BLOCK
+        )
+    for name in prompts:
+        engine.ask("abort", name=f"{name}-True")
+    engine.ask("crowd", on=False)
+    assert nothing_held(engine)
+
+
+def test_one_of_two_ranks_fails(lab, broker) -> None:
+    donor = donate(broker, slabs=32)
+    want = lab.want("b", model="gemma3", **RANKS)
+    engine = lab.engine("b")
+    of.connect(engine, broker, model="gemma3", **RANKS)
+    of.matching(want, lambda: from_the_store(engine))
+    engine.ask("halve", on=True, rank=1)
+    of.matching(want, lambda: from_the_store(engine))
+    engine.ask("halve", on=False)
+    assert [worker["spoiled"] > 0 for worker in engine.ask("held")["workers"]] == [False, True]
+    assert nothing_held(engine)
+    results = of.matching(want, lambda: from_the_store(engine))
+    assert of.cached(results) // of.BLOCK == full()
+    engine.ask("stop")
+    donor.kill()
+    donor.wait()
+
+
+def test_a_model_with_state_is_refused_by_name(lab, broker) -> None:
+    engine = lab.engine("refused")
+    with pytest.raises(EngineError, match=r"SwiftCache (serves|does not serve|refuses|needs)"):
+        of.connect(engine, broker, wait=False, model="qwen3next", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def want(lab, model):
+    return lab.want("a", model=model)
+
+
+@pytest.fixture(scope="module")
+def donors(broker, model):
+    donors = [donate(broker, slabs=32)]
+    yield donors
+    for donor in donors:
+        donor.kill()
+        donor.wait()
+
+
+@pytest.fixture(scope="module")
+def engine(lab, broker, model, want, donors):
+    engine = lab.engine("a")
+    of.connect(engine, broker, model=model, events=True)
+    yield engine
+    engine.ask("stop")
+
+
+def from_the_store(engine) -> dict[str, dict]:
+    """Everything once more, with nothing left in the engine's own pool before each turn."""
+    engine.ask("overwrite")
+    return of.play(engine, between=lambda _: engine.ask("overwrite"))
+
+
+def full() -> int:
+    """Blocks of all prompts but for the part that is always computed."""
+    prompts = [*of.shared_prefix().values(), *of.long_prompt().values()]
+    turns = [90 + turn * (of.ANSWER + 45) for turn in range(3)]
+    return sum((length - 1) // of.BLOCK for length in [*map(len, prompts), *turns])
+
+
+def nothing_held(engine) -> bool:
+    engine.ask("settle")
+    held = engine.ask("held")
+    workers = [worker[what] for worker in held["workers"] for what in ("storing", "receiving")]
+    return not any([held["tracked"], held["jobs"], *workers])
+
+
+def test_cold_it_says_what_vllm_says(engine, want) -> None:
+    of.matching(want, lambda: from_the_store(engine))
+    assert engine.ask("settle").get("lost", 0) == 0
+
+
+def test_everything_comes_from_the_store(engine, want) -> None:
+    results = of.matching(want, lambda: from_the_store(engine))
+    assert of.cached(results) // of.BLOCK == full()
+    assert engine.ask("stats")["hit_donor_blocks"] > full(), "blocks of each group"
+    assert set(engine.ask("events")) == {"BlockStored"}
+
+
+def test_where_requests_part_is_found_after_one_has_come_there(engine) -> None:
+    """A prefix that several share ends where no request ended: it has no tail of sliding windows at first."""
+    prompts = [of.tokens("parts", 256) + of.tokens(f"part-{number}", 60) for number in range(3)]
+    found = []
+    for number, prompt in enumerate(prompts):
+        engine.ask("overwrite")
+        found.append(of.cached(engine.generate({f"part-{number}": prompt}, 2)))
+    assert found == [0, 0, 256]
+
+
+def test_half_of_the_loads_fail(engine, want) -> None:
+    before = engine.ask("held")["workers"][0]["spoiled"]
+    engine.ask("halve", on=True)
+    of.matching(want, lambda: from_the_store(engine))
+    engine.ask("halve", on=False)
+    assert engine.ask("held")["workers"][0]["spoiled"] > before
+    assert "BlockRemoved" in engine.ask("events")
+    assert nothing_held(engine)
+
+
+def test_aborts_around_a_failed_load(engine, want) -> None:
+    engine.ask("overwrite")
+    engine.ask("halve", on=True, slow=3)
+    for name, prompt in of.shared_prefix().items():
+        engine.ask("add", name=f"doomed-{name}", tokens=prompt, max_tokens=of.ANSWER)
+    for name in of.shared_prefix():
+        engine.ask("step", count=3)
+        engine.ask("abort", name=f"doomed-{name}")
+    engine.ask("halve", on=False)
+    assert nothing_held(engine)
+    results = of.matching(want, lambda: from_the_store(engine))
+    assert of.cached(results) // of.BLOCK == full()
+
+
+def test_another_engine_reads_what_this_one_wrote(lab, broker, model, engine, want) -> None:
+    other = lab.engine("b")
+    of.connect(other, broker, model=model)
+    results = other.generate(of.shared_prefix() | of.long_prompt(), of.ANSWER)
+    assert of.said(results).items() <= want.items()
+    prompts = [*of.shared_prefix().values(), *of.long_prompt().values()]
+    assert of.cached(results) // of.BLOCK == sum((len(prompt) - 1) // of.BLOCK for prompt in prompts)
+    assert other.ask("stats")["hit_shared_blocks"] > 0
+    other.ask("stop")
+
+
+def test_a_revocation_while_requests_load(engine, broker, donors, want) -> None:
+    engine.ask("overwrite")
+    for name, prompt in (of.shared_prefix() | of.long_prompt()).items():
+        engine.ask("add", name=name, tokens=prompt, max_tokens=of.ANSWER)
+    results = engine.ask("step", count=1)["finished"]
+    broker.withdraw(donors[-1])
+    results |= engine.finish()
+    assert of.said(results).items() <= want.items()
+    donors[-1].wait(120)
+    of.matching(want, lambda: from_the_store(engine))
+    donors.append(donate(broker, slabs=32))
+    engine.generate({"nudge": of.tokens("nudge", 100)}, 2)
+    eventually("a lease", lambda: engine.ask("leased"))
+    of.matching(want, lambda: from_the_store(engine))
+    results = of.matching(want, lambda: from_the_store(engine))
+    assert of.cached(results) // of.BLOCK == full()
+
+
+def test_corrupted_bytes_change_the_tokens(engine, donors, want) -> None:
+    """Without this, all the above could pass with nothing loaded."""
+    engine.ask("overwrite")
+    assert corrupt(donors[-1].pid) > 0
+    wrong = of.said(engine.generate(of.long_prompt(), of.ANSWER))
+    assert wrong["long"] != want["long"]
+    engine.ask("settle")
+    assert engine.ask("reset", connector=True)
