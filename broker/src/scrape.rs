@@ -136,7 +136,7 @@ pub(crate) fn render(owner: &Owner) -> String {
 }
 
 /// The bytes of a device in each state. What nobody holds on a drained device is not free: it is lent to nobody.
-fn states(account: Account, drained: bool) -> [(&'static str, u64); 6] {
+fn states(account: Account, drained: bool) -> [(&'static str, u64); 7] {
     let (free, kept) = match drained {
         true => (0, account.free),
         false => (account.free, 0),
@@ -145,6 +145,7 @@ fn states(account: Account, drained: bool) -> [(&'static str, u64); 6] {
         ("free", free),
         ("drained", kept),
         ("leased", account.leased),
+        ("working-set", account.working_set),
         ("draining", account.draining),
         ("zombie", account.zombie),
         ("scrubbing", account.scrubbing),

@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::{
     domain::{
         AllocationId, BlockHash, BorrowerId, Device, DeviceUuid, Extent, FoundRun, Generation,
-        Handle, HandleKind, Hold, LeaseId, Link, LinkKind, Medium, OpaqueHandle, RegionId,
-        RevokeReason, Shortfall,
+        Handle, HandleKind, Hold, LeaseClass, LeaseId, Link, LinkKind, Medium, OpaqueHandle,
+        RegionId, RevokeReason, Shortfall,
     },
     v1,
 };
@@ -275,6 +275,28 @@ impl From<v1::Shortfall> for Shortfall {
             v1::Shortfall::Fairness => Self::Fairness,
             v1::Shortfall::BlockTooLarge => Self::BlockTooLarge,
         }
+    }
+}
+
+impl From<LeaseClass> for v1::LeaseClass {
+    fn from(class: LeaseClass) -> Self {
+        match class {
+            LeaseClass::Cache => Self::Cache,
+            LeaseClass::WorkingSet => Self::WorkingSet,
+        }
+    }
+}
+
+/// What a lease is for. One that this build does not know is refused: a lease that is taken away by rules that its holder does not
+/// expect would be worse than none.
+pub fn lease_class(field: &'static str, class: i32) -> Result<LeaseClass, InvalidField> {
+    match v1::LeaseClass::try_from(class) {
+        Ok(v1::LeaseClass::Unspecified | v1::LeaseClass::Cache) => Ok(LeaseClass::Cache),
+        Ok(v1::LeaseClass::WorkingSet) => Ok(LeaseClass::WorkingSet),
+        Err(_) => Err(InvalidField::new(
+            field,
+            format!("is {class}; takes 0 to 2"),
+        )),
     }
 }
 

@@ -291,6 +291,26 @@ pub struct Extent {
     pub count: u32,
 }
 
+/// What a lease is for, which decides who may take it.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseClass {
+    /// Blocks that can be computed again. Fairness may take it.
+    #[default]
+    Cache,
+    /// Bytes that a running engine works with. Only the donor and operators may take it.
+    WorkingSet,
+}
+
+impl LeaseClass {
+    /// Whether it is [`Cache`](Self::Cache).
+    pub fn is_cache(&self) -> bool {
+        *self == Self::Cache
+    }
+}
+
 /// A kind of memory that blocks lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Medium {

@@ -224,6 +224,7 @@ impl Member {
             device_uuid: device.to_owned(),
             bytes,
             block_bytes,
+            ..Default::default()
         };
         let leased = self.wire.wait(self.wire.broker().lease(demand))?;
         Ok(leased.into_inner())

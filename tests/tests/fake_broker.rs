@@ -103,6 +103,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
             device: node.device(0),
             bytes: 1,
             block_bytes: 1,
+            class: Default::default(),
         };
         drop(session.lease(demand).wait());
     }

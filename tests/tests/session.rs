@@ -85,6 +85,7 @@ fn the_brokers_refusals_are_passed_on() -> Result<()> {
         device: "SIM-9".parse().map_err(anyhow::Error::msg)?,
         bytes: 1,
         block_bytes: 1,
+        class: Default::default(),
     };
     match session.lease(demand).wait() {
         Err(Error::Refused { call, status }) => {
@@ -122,6 +123,7 @@ fn any_demand(node: &Node) -> Demand {
         device: node.device(0),
         bytes: 1,
         block_bytes: 1,
+        class: Default::default(),
     }
 }
 

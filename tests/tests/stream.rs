@@ -19,10 +19,11 @@ use swiftcache_client::{
     session::{Session, SessionConfig},
     stream::StreamPool,
 };
+use swiftcache_proto::v1::{self, LeaseClass};
 use swiftcache_tests::{
     PATIENCE,
     crew::{donor, donor_process},
-    engine::{SLAB_BYTES, eventually},
+    engine::{self, Engine, SLAB_BYTES, eventually},
     node::Node,
     operator::Operator,
     seed::Course,
@@ -382,6 +383,55 @@ fn slabs_come_and_go_at_any_time_under_two_threads() -> Result<()> {
     }
     engine.lock().expect("no panic").step()?;
     Ok(())
+}
+
+/// A neighbour that has nothing asks for slabs, and gets none of the pool's; an operator and the donor do. The twin is a cache, which
+/// gives the neighbour some of what it has.
+#[test]
+fn neighbours_do_not_take_a_working_set() -> Result<()> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let donor = poisoner(&node, 4)?;
+    let mut stitched = engine(&node, 4)?;
+    let rival = operator.wire().member("rival", "another tenant")?;
+    let ask = || rival.lease("a rival's", "SIM-0", 4 * SLAB_BYTES, SLAB_BYTES);
+    for _ in 0..5 {
+        ensure!(ask()?.grants.is_empty());
+        stitched.step()?;
+    }
+    ensure!(stitched.pool.stats().revocations == 0);
+    // Operators see it: in the accounts, with the session, with each lease, and before they take anything.
+    ensure!(operator.account()?.working_set_bytes == 4 * SLAB_BYTES);
+    let sets: Vec<u64> = (operator.sessions()?.iter())
+        .map(|session| session.working_set_bytes)
+        .collect();
+    ensure!(sets.iter().sum::<u64>() == 4 * SLAB_BYTES, "{sets:?}");
+    let leases = operator.leases()?;
+    let class = LeaseClass::WorkingSet;
+    ensure!(leases.iter().all(|lease| lease.class() == class));
+    let wire = operator.wire();
+    let preview = wire.wait(wire.admin().preview_withdraw(v1::PreviewWithdrawRequest {
+        device_uuid: node.device(1).to_string(),
+        bytes: SLAB_BYTES,
+        ..Default::default()
+    }))?;
+    ensure!(preview.into_inner().working_set_bytes == SLAB_BYTES);
+    let target = v1::evict_request::Target::LeaseId(leases[0].lease_id);
+    let target = Some(target);
+    wire.wait(wire.admin().evict(v1::EvictRequest { target }))?;
+    stitched.step_until("the evicted slab to be let go of", |pool| {
+        Ok(pool.stats().acknowledge.count == 1)
+    })?;
+    donor.ask_back_all()?;
+    stitched.step_until("slabs to come back", |_| Ok(donor.out() == 0))?;
+    drop(stitched);
+    donor.offer(4)?;
+    let cache = engine::config(node.device(0), 4);
+    let cache = Engine::new(Some(node.session("cache")?), node.layer()?, cache)?;
+    cache.reserve(4)?;
+    eventually("the neighbour to be given some", || {
+        Ok(!ask()?.grants.is_empty())
+    })
 }
 
 /// The twin of the tests above. Without the announcement of a step, units leave while the engine is in the middle of it: what

@@ -142,6 +142,7 @@ impl Bench {
             device: self.node.device(0),
             bytes: SLAB_BYTES,
             block_bytes: SLAB_BYTES / 16,
+            class: Default::default(),
         }
     }
 

@@ -2,16 +2,20 @@
 
 use std::ops::{AddAssign, SubAssign};
 
+use swiftcache_proto::domain::LeaseClass;
+
 /// Where the offered bytes of a region, a device or the node are. After every event
-/// `offered = free + leased + draining + zombie + scrubbing`, and each is the sum over the slabs in that place.
+/// `offered = free + leased + working set + draining + zombie + scrubbing`, and each is the sum over the slabs in that place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {
     /// On offer, bytes.
     pub offered: u64,
     /// Held by nobody, bytes.
     pub free: u64,
-    /// Leased and not revoked, bytes.
+    /// Leased as a cache and not revoked, bytes.
     pub leased: u64,
+    /// Leased as a working set and not revoked, bytes.
+    pub working_set: u64,
     /// Revoked and within the drain window, bytes.
     pub draining: u64,
     /// Revoked, past the drain window and still held by a live process, bytes.
@@ -25,9 +29,20 @@ pub struct Account {
 pub(super) enum Place {
     Free,
     Leased,
+    WorkingSet,
     Draining,
     Zombie,
     Scrubbing,
+}
+
+impl Place {
+    /// Where the bytes of an active lease are.
+    pub(super) fn of(class: LeaseClass) -> Self {
+        match class {
+            LeaseClass::Cache => Self::Leased,
+            LeaseClass::WorkingSet => Self::WorkingSet,
+        }
+    }
 }
 
 impl Account {
@@ -35,6 +50,7 @@ impl Account {
         match place {
             Place::Free => &mut self.free,
             Place::Leased => &mut self.leased,
+            Place::WorkingSet => &mut self.working_set,
             Place::Draining => &mut self.draining,
             Place::Zombie => &mut self.zombie,
             Place::Scrubbing => &mut self.scrubbing,
@@ -42,7 +58,8 @@ impl Account {
     }
 
     pub(super) fn balances(&self) -> bool {
-        self.offered == self.free + self.leased + self.draining + self.zombie + self.scrubbing
+        let held = self.leased + self.working_set + self.draining + self.zombie;
+        self.offered == self.free + held + self.scrubbing
     }
 }
 
@@ -51,6 +68,7 @@ impl AddAssign for Account {
         self.offered += other.offered;
         self.free += other.free;
         self.leased += other.leased;
+        self.working_set += other.working_set;
         self.draining += other.draining;
         self.zombie += other.zombie;
         self.scrubbing += other.scrubbing;
@@ -62,6 +80,7 @@ impl SubAssign for Account {
         self.offered -= other.offered;
         self.free -= other.free;
         self.leased -= other.leased;
+        self.working_set -= other.working_set;
         self.draining -= other.draining;
         self.zombie -= other.zombie;
         self.scrubbing -= other.scrubbing;

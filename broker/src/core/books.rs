@@ -3,7 +3,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use swiftcache_proto::domain::{AllocationId, Handle, LeaseId, RegionId, RevokeReason, SessionId};
+use swiftcache_proto::domain::{
+    AllocationId, Handle, LeaseClass, LeaseId, RegionId, RevokeReason, SessionId,
+};
 
 use super::{
     account::Place,
@@ -23,7 +25,7 @@ use super::{
     process::Process,
     quotas::Quotas,
     record::Record,
-    region::{Outline, Promises},
+    region::{Outline, Promises, Tenure},
     regions::{Regions, Room},
     sessions::Sessions,
     unmappable::Unmappable,
@@ -61,6 +63,7 @@ pub(super) struct NewLease {
     /// The device the lessee computes on.
     pub(super) device: usize,
     pub(super) block_bytes: u64,
+    pub(super) class: LeaseClass,
     pub(super) region: RegionKey,
     pub(super) slab: u32,
     pub(super) generation: u64,
@@ -150,7 +153,9 @@ impl Books {
         self.unmappable.forget_region(key);
         self.regions.set_handle(key, handle);
         for lease in self.regions.get(key).leased() {
-            self.claims.make_takeable(lease);
+            if self.leases.get(lease).terms().class.is_cache() {
+                self.claims.make_takeable(lease);
+            }
         }
     }
 
@@ -168,7 +173,7 @@ impl Books {
         let namespace = self.index.open(&new.tenant, &new.namespace);
         let region = self.regions.get(new.region);
         let (bytes, device) = (region.slab_bytes(), region.device());
-        let takeable = region.handle().is_some();
+        let takeable = region.handle().is_some() && new.class.is_cache();
         let slots = u32::try_from(bytes / new.block_bytes)
             .unwrap_or(u32::MAX)
             .min(self.config.max_slots);
@@ -182,11 +187,17 @@ impl Books {
             namespace,
             device: new.device,
             block_bytes: new.block_bytes,
+            class: new.class,
         };
         let key = self.leases.insert(terms, self.now);
         self.index.add_lease(key, namespace, bytes, slots);
-        let (slab, generation) = (new.slab, new.generation);
-        (self.regions).lease(new.region, slab, key, generation, new.tenant.clone());
+        let tenure = Tenure {
+            lease: key,
+            generation: new.generation,
+            tenant: new.tenant.clone(),
+            class: new.class,
+        };
+        self.regions.lease(new.region, new.slab, tenure);
         if self.sessions.hold(new.lessee, new.id, bytes) {
             let stake = Stake {
                 id: new.id,
@@ -378,7 +389,7 @@ impl Books {
                     terms.id
                 );
                 let place = match lease.phase() {
-                    Phase::Active => Place::Leased,
+                    Phase::Active => Place::of(terms.class),
                     Phase::Draining(_) => Place::Draining,
                     Phase::Zombie(_) => Place::Zombie,
                 };
@@ -496,7 +507,7 @@ impl Books {
                 session: terms.lessee,
                 device: region.device(),
                 bytes: terms.bytes,
-                takeable: region.handle().is_some(),
+                takeable: region.handle().is_some() && terms.class.is_cache(),
                 blocks: self.index.published(key),
                 last_hit: lease.last_hit(),
             };

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, BorrowerId, DeviceUuid, Generation, Handle, LeaseId, PinId, RegionId,
-    SessionId,
+    AllocationId, BlockHash, BorrowerId, DeviceUuid, Generation, Handle, LeaseClass, LeaseId,
+    PinId, RegionId, SessionId,
 };
 
 use super::process::Process;
@@ -214,6 +214,8 @@ pub struct LeaseDemand {
     pub bytes: u64,
     /// Bytes of one block over all layers.
     pub block_bytes: u64,
+    /// What for.
+    pub class: LeaseClass,
 }
 
 /// See `PublishRequest`.

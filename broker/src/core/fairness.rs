@@ -13,6 +13,8 @@
 //!   if that is left with at least as much for its weight as the asker's then has; else in the same way from another tenant of
 //!   its own user, else from another namespace of its own tenant; else from the largest holder of its own namespace that is
 //!   left with at least as much as the asker. As many as it lacks, less those already on their way to it.
+//! * *Working sets stay.* A lease of that class counts as held, and is never taken by these rules: a running engine would have to be
+//!   held up for it.
 //! * *Nobody starves.* A user that holds nothing may take a slab from any that is left with as much as it takes,
 //!   whatever the weights; and its only slab is never taken by these rules. So with tenants of one user, and with namespaces
 //!   of one tenant, among themselves.
@@ -25,7 +27,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use swiftcache_proto::domain::{LinkKind, SessionId};
+use swiftcache_proto::domain::{LeaseClass, LinkKind, SessionId};
 
 use super::{
     account::Account,
@@ -43,6 +45,7 @@ pub(super) struct Demand {
     pub(super) namespace: Arc<str>,
     pub(super) device: usize,
     pub(super) block_bytes: u64,
+    pub(super) class: LeaseClass,
     /// Devices it can reach, best first.
     pub(super) tiers: Vec<(LinkKind, Vec<usize>)>,
     /// Still to be granted, bytes.

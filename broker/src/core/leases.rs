@@ -5,7 +5,7 @@ use std::{
     ops::Bound,
 };
 
-use swiftcache_proto::domain::{Generation, LeaseId, RevokeReason, SessionId};
+use swiftcache_proto::domain::{Generation, LeaseClass, LeaseId, RevokeReason, SessionId};
 
 use super::{
     arena::{Arena, LeaseKey, NamespaceKey, OfLease, RegionKey},
@@ -49,6 +49,7 @@ pub(super) struct Terms {
     /// The device the lessee computes on.
     pub(super) device: usize,
     pub(super) block_bytes: u64,
+    pub(super) class: LeaseClass,
 }
 
 #[derive(Clone, Debug)]

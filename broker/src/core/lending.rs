@@ -65,6 +65,7 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
         namespace: demand.namespace.into(),
         device,
         block_bytes: demand.block_bytes,
+        class: demand.class,
         tiers: books.devices.tiers(device),
         missing: demand.bytes,
     };
@@ -172,6 +173,7 @@ fn grant(books: &mut Books, demand: &Demand, found: &Found) -> Option<Grant> {
         namespace: demand.namespace.clone(),
         device: demand.device,
         block_bytes: demand.block_bytes,
+        class: demand.class,
         region: found.region,
         slab: found.slab,
         generation,
@@ -186,6 +188,7 @@ fn grant(books: &mut Books, demand: &Demand, found: &Found) -> Option<Grant> {
         namespace: demand.namespace.to_string(),
         device: books.devices.uuid(demand.device).clone(),
         block_bytes: demand.block_bytes,
+        class: demand.class,
     });
     books.note(Note::Leased {
         lease: id,

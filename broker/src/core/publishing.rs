@@ -49,6 +49,15 @@ pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refu
     let lease = active_lease_of(books, publish.caller, publish.lease, publish.generation)?;
     publishable(books, lease, &publish.blocks)?;
     let terms = books.leases.get(lease).terms();
+    if !terms.class.is_cache() {
+        return Err(Refusal::Invalid {
+            field: "lease_id",
+            problem: format!(
+                "names {}, which holds a working set: nothing is published there",
+                terms.id
+            ),
+        });
+    }
     let (namespace, region) = (terms.namespace, terms.region);
     let publisher = Asker::publisher(books, lease);
     let mut duplicates = Vec::new();

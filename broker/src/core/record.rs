@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{
-    AllocationId, DeviceUuid, Generation, LeaseId, RegionId, RevokeReason, SessionId,
+    AllocationId, DeviceUuid, Generation, LeaseClass, LeaseId, RegionId, RevokeReason, SessionId,
 };
 
 use super::{
@@ -85,6 +85,9 @@ pub enum Record {
         device: DeviceUuid,
         /// Bytes of one block over all layers.
         block_bytes: u64,
+        /// What for. Ledgers of brokers before this have none.
+        #[serde(default, skip_serializing_if = "LeaseClass::is_cache")]
+        class: LeaseClass,
     },
     /// A session opened a lease for reading.
     Share {

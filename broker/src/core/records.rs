@@ -96,6 +96,7 @@ fn record_lease(books: &Books, lease: &Lease, records: &mut Vec<Record>) {
         namespace: namespace.name().to_string(),
         device: books.devices.uuid(terms.device).clone(),
         block_bytes: terms.block_bytes,
+        class: terms.class,
     });
     records.extend(lease.readers().iter().map(|reader| Record::Share {
         lease: id,

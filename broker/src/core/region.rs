@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use swiftcache_proto::domain::{AllocationId, Handle, RegionId, SessionId};
+use swiftcache_proto::domain::{AllocationId, Handle, LeaseClass, RegionId, SessionId};
 
 use super::{
     account::{Account, Place},
@@ -36,6 +36,14 @@ pub(super) struct Promises {
     pub(super) shared: bool,
     /// The donor follows the device's idle HBM.
     pub(super) elastic: bool,
+}
+
+/// Who has a slab, and what for.
+pub(super) struct Tenure {
+    pub(super) lease: LeaseKey,
+    pub(super) generation: u64,
+    pub(super) tenant: Arc<str>,
+    pub(super) class: LeaseClass,
 }
 
 /// A region's place in the order in which regions are lent from: those in use before whole ones, so that whole ones
@@ -297,20 +305,14 @@ impl Region {
     }
 
     /// A free slab is leased.
-    pub(super) fn lease(
-        &mut self,
-        number: u32,
-        lease: LeaseKey,
-        generation: u64,
-        tenant: Arc<str>,
-    ) {
-        self.put(number, Place::Leased);
-        self.soil(number, Some(tenant.clone()));
+    pub(super) fn lease(&mut self, number: u32, tenure: Tenure) {
+        self.put(number, Place::of(tenure.class));
+        self.soil(number, Some(tenure.tenant.clone()));
         let slab = &mut self.slabs[number as usize];
-        slab.lease = Some(lease);
-        slab.generation = generation;
+        slab.lease = Some(tenure.lease);
+        slab.generation = tenure.generation;
         self.leases += 1;
-        self.parts.entry(tenant).or_default().leased += 1;
+        self.parts.entry(tenure.tenant).or_default().leased += 1;
     }
 
     /// Replaces whose bytes a slab that is not free holds.
@@ -381,7 +383,7 @@ impl Region {
             ..Account::default()
         };
         for (number, slab) in (0..).zip(&self.slabs) {
-            let held = matches!(slab.place, Place::Leased | Place::Draining | Place::Zombie);
+            let held = !matches!(slab.place, Place::Free | Place::Scrubbing);
             hold!(
                 slab.lease.is_some() == held,
                 "slab {number} of {id} is {:?} with lease {:?}",

@@ -17,7 +17,7 @@ use super::{
     check::hold,
     devices::Devices,
     effect::Refusal,
-    region::{Dirt, Outline, Parts, Promises, Rank, Region},
+    region::{Dirt, Outline, Parts, Promises, Rank, Region, Tenure},
 };
 
 /// What is offered on one device.
@@ -423,15 +423,8 @@ impl Regions {
     }
 
     /// A free slab is leased.
-    pub(super) fn lease(
-        &mut self,
-        key: RegionKey,
-        slab: u32,
-        lease: LeaseKey,
-        generation: u64,
-        tenant: Arc<str>,
-    ) {
-        self.edit(key, |region| region.lease(slab, lease, generation, tenant));
+    pub(super) fn lease(&mut self, key: RegionKey, slab: u32, tenure: Tenure) {
+        self.edit(key, |region| region.lease(slab, tenure));
     }
 
     /// A slab's lease is over. It may still hold the tenant's bytes.

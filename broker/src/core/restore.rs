@@ -83,6 +83,7 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
             namespace,
             device,
             block_bytes,
+            class,
         } => {
             let key = free_slab_of(books, region, slab)?;
             let new = NewLease {
@@ -92,6 +93,7 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
                 namespace: namespace.into(),
                 device: device_of(books, &device)?,
                 block_bytes,
+                class,
                 region: key,
                 slab,
                 generation: generation.0,

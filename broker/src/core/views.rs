@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use swiftcache_proto::domain::{
-    Device, DeviceUuid, Generation, HandleKind, LeaseId, LinkKind, RegionId, RevokeReason,
-    SessionId,
+    Device, DeviceUuid, Generation, HandleKind, LeaseClass, LeaseId, LinkKind, RegionId,
+    RevokeReason, SessionId,
 };
 
 use super::{
@@ -64,6 +64,8 @@ pub struct SessionView {
     pub donated_bytes: u64,
     /// Bytes of the leases it holds.
     pub leased_bytes: u64,
+    /// Of these: its working set.
+    pub working_set_bytes: u64,
     /// Revoked leases and shares it has yet to let go of.
     pub unacknowledged: u32,
 }
@@ -121,6 +123,8 @@ pub struct LeaseView {
     pub slab: u32,
     /// Its size, bytes.
     pub bytes: u64,
+    /// What it is for.
+    pub class: LeaseClass,
     /// The device that holds it.
     pub device: DeviceUuid,
     /// The device the borrower computes on.
@@ -206,6 +210,9 @@ pub(super) fn session(books: &Books, id: SessionId, session: &Session) -> Sessio
         known.is_some_and(|(_, lease)| !lease.is_active())
     };
     let held = session.leases().iter().chain(session.reads());
+    let own = session.leases().iter();
+    let own = own.filter_map(|lease| Some(books.leases.find(*lease)?.1.terms()));
+    let working_set = own.filter(|terms| !terms.class.is_cache());
     SessionView {
         id,
         name: session.name().clone(),
@@ -216,6 +223,7 @@ pub(super) fn session(books: &Books, id: SessionId, session: &Session) -> Sessio
         since_ms: session.since(),
         donated_bytes: session.donated_bytes(),
         leased_bytes: session.held_bytes(),
+        working_set_bytes: working_set.map(|terms| terms.bytes).sum(),
         unacknowledged: held.filter(revoked).count() as u32,
     }
 }
@@ -254,6 +262,7 @@ pub(super) fn lease(books: &Books, key: LeaseKey, lease: &Lease) -> LeaseView {
         region: region.id(),
         slab: terms.slab,
         bytes: terms.bytes,
+        class: terms.class,
         device: books.devices.uuid(region.device()).clone(),
         borrower_device: books.devices.uuid(terms.device).clone(),
         link: path.map_or(LinkKind::Host, |path| path.kind),

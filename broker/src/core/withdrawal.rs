@@ -94,7 +94,8 @@ fn regions_of(books: &Books, donor: SessionId) -> Vec<RegionKey> {
 }
 
 /// At least `bytes` of those of `candidates` that lie on a device, or all there are: regions without a lease first,
-/// then those with the fewest published blocks, then those whose blocks were found longest ago.
+/// then those without a working set, then those with the fewest published blocks, then those whose blocks were found longest
+/// ago.
 fn cheapest_regions(
     books: &Books,
     candidates: Vec<RegionKey>,
@@ -109,7 +110,9 @@ fn cheapest_regions(
     regions.sort_by_key(|key| {
         let region = books.regions.get(*key);
         let lent = region.leases() > 0;
-        (lent, region.published(), region.last_hit(), region.id())
+        let working = region.account().working_set;
+        let worth = (region.published(), region.last_hit());
+        (lent, working, worth, region.id())
     });
     let mut chosen = Vec::new();
     let mut sum = 0;

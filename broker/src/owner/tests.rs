@@ -293,6 +293,7 @@ fn demand(caller: Caller, slabs: u64) -> Event {
         device: "B".parse().unwrap(),
         bytes: slabs * SLAB,
         block_bytes: SLAB,
+        class: Default::default(),
     })
 }
 

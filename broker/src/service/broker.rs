@@ -274,6 +274,7 @@ impl BrokerService {
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
             bytes: at_least_one("bytes", request.bytes)?,
             block_bytes: at_least_one("block_bytes", request.block_bytes)?,
+            class: convert::lease_class("class", request.class)?,
         };
         match self.owner.apply(Event::Lease(demand)).await? {
             Reply::Leased { grants, shortfall } => {

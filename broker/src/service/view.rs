@@ -87,10 +87,11 @@ fn account(account: Account) -> v1::Account {
     v1::Account {
         offered_bytes: account.offered,
         free_bytes: account.free,
-        leased_bytes: account.leased,
+        leased_bytes: account.leased + account.working_set,
         draining_bytes: account.draining,
         zombie_bytes: account.zombie,
         scrubbing_bytes: account.scrubbing,
+        working_set_bytes: account.working_set,
     }
 }
 
@@ -109,6 +110,7 @@ pub(super) fn session(view: &SessionView, reports: &Reports, started: u64) -> v1
         unacknowledged: view.unacknowledged,
         traffic: (reports.of(view.id)).map(|reported| v1::Traffic::from(&reported.traffic)),
         routes_down: (reports.of(view.id)).map_or(0, |reported| reported.routes_down),
+        working_set_bytes: view.working_set_bytes,
     }
 }
 
@@ -164,6 +166,7 @@ pub(super) fn lease(view: LeaseView, started: u64) -> v1::LeaseStatus {
             .map_or(v1::RevokeReason::Unspecified, v1::RevokeReason::from)
             .into(),
         waiting_for_pids: view.waiting_for_pids,
+        class: v1::LeaseClass::from(view.class).into(),
     }
 }
 
@@ -198,7 +201,7 @@ pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWith
     };
     let idle = |region: &RegionView| {
         let held = region.account;
-        held.leased + held.draining + held.zombie == 0
+        held.leased + held.working_set + held.draining + held.zombie == 0
     };
     let blocks = |lease: &LeaseView| u64::from(lease.published_blocks);
     v1::PreviewWithdrawResponse {
@@ -206,6 +209,10 @@ pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWith
         idle_bytes: bytes(&idle),
         revoked_bytes: preview.leases.iter().map(|lease| lease.bytes).sum(),
         lost_blocks: preview.leases.iter().map(blocks).sum(),
+        working_set_bytes: (preview.leases.iter())
+            .filter(|lease| !lease.class.is_cache())
+            .map(|lease| lease.bytes)
+            .sum(),
         regions: preview.regions.into_iter().map(region).collect(),
         leases: preview
             .leases

@@ -155,6 +155,7 @@ async fn bad_input_is_refused_and_names_its_field() {
         device_uuid: "SIM-1".to_owned(),
         bytes: SLAB,
         block_bytes: BLOCK,
+        ..Default::default()
     };
     type BreakLease = fn(&mut v1::LeaseRequest);
     let breaks: [(BreakLease, Code, &str); 6] = [

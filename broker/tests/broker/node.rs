@@ -167,6 +167,7 @@ impl Member {
             device_uuid: "SIM-1".to_owned(),
             bytes,
             block_bytes: BLOCK,
+            ..Default::default()
         }
     }
 

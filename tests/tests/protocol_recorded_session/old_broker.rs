@@ -206,6 +206,7 @@ async fn todays_client_works_with_an_old_broker() {
         device: devices[0].uuid.clone(),
         bytes: 1,
         block_bytes: 1 << 20,
+        class: Default::default(),
     };
     let leased = session.lease(demand).await.unwrap();
     assert_eq!(leased.shortfall, Shortfall::None);

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use swiftcache_proto::domain::{
-    DeviceUuid, Generation, LeaseId, LinkKind, RegionId, RevokeReason, SessionId, Shortfall,
+    DeviceUuid, Generation, LeaseClass, LeaseId, LinkKind, RegionId, RevokeReason, SessionId,
+    Shortfall,
 };
 
 use super::{
@@ -178,11 +179,17 @@ impl Oracle {
         let sum: u64 = taken.iter().map(size).sum();
         let all = taken.len() == able.len();
         let enough = sum >= bytes && taken.last().is_some_and(|last| sum - size(last) < bytes);
-        let kept_unlent = able
-            .iter()
-            .any(|region| !lent(region) && !chosen.contains(&region.id));
-        let took_lent = taken.iter().any(|region| lent(region));
-        if !(all && sum <= bytes || enough) || took_lent && kept_unlent {
+        let working = |region: &ORegion| {
+            let active = |lease: &&OLease| lease.region == region.id && lease.revoked.is_none();
+            let sets = |lease: &OLease| lease.class == LeaseClass::WorkingSet;
+            self.leases.iter().filter(active).any(sets)
+        };
+        // None of a dearer kind goes while one of a cheaper kind stays.
+        let dearer = |dear: &dyn Fn(&ORegion) -> bool| {
+            let kept = (able.iter()).any(|region| !dear(region) && !chosen.contains(&region.id));
+            kept && taken.iter().any(|region| dear(region))
+        };
+        if !(all && sum <= bytes || enough) || dearer(&lent) || dearer(&working) {
             return Err(format!("withdrew {chosen:?} for {bytes} bytes"));
         }
         Ok(self.withdraw(withdraw.caller, &chosen, withdraw.drain_ms))
@@ -357,6 +364,7 @@ impl Oracle {
             tenant: tenant.to_owned(),
             namespace: demand.namespace.clone(),
             device: demand.device.clone(),
+            class: demand.class,
             slots: grant.slots,
             holders: vec![demand.caller.session],
             revoked: None,
@@ -457,7 +465,8 @@ impl Oracle {
             let of = |session| active(&|lease: &OLease| lease.lessee == session);
             of(lease.lessee) > of(asker.id)
         };
-        if reason != RevokeReason::Fairness || lease.lessee == asker.id || !fair {
+        let stays = lease.class == LeaseClass::WorkingSet;
+        if reason != RevokeReason::Fairness || lease.lessee == asker.id || !fair || stays {
             return Err(format!(
                 "revokes {lease:?} for {asker:?} after {others} others"
             ));

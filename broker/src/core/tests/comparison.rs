@@ -22,7 +22,8 @@ impl Oracle {
                     None => &mut account.free,
                     Some(lease) if lease.zombie => &mut account.zombie,
                     Some(lease) if lease.revoked.is_some() => &mut account.draining,
-                    Some(_) => &mut account.leased,
+                    Some(lease) if lease.class.is_cache() => &mut account.leased,
+                    Some(_) => &mut account.working_set,
                 };
                 *column += SLAB;
             }
@@ -120,15 +121,21 @@ impl Oracle {
             let parties = known.into_iter().flat_map(|(_, lease)| lease.parties());
             let mut parties: Vec<_> = parties.collect();
             parties.sort();
-            let same = (mine.id, mine.generation, phase, mine.region, mine.slab)
-                == (
-                    theirs.id,
-                    theirs.generation.0,
-                    theirs.phase,
-                    theirs.region,
-                    theirs.slab,
-                )
-                && holders == parties
+            let same = (
+                mine.class,
+                mine.id,
+                mine.generation,
+                phase,
+                mine.region,
+                mine.slab,
+            ) == (
+                theirs.class,
+                theirs.id,
+                theirs.generation.0,
+                theirs.phase,
+                theirs.region,
+                theirs.slab,
+            ) && holders == parties
                 && mine.blocks.len() == theirs.published_blocks as usize
                 && mine.revoked.map(|(reason, _)| reason) == theirs.revoke_reason;
             if !same {

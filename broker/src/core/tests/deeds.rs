@@ -7,7 +7,7 @@ use super::{
     world::{Client, Mapping, SlotUse},
 };
 use crate::core::{Caller, Event, LeaseDemand, Offer, Publish, Reply, Withdraw, WithdrawWhat};
-use swiftcache_proto::domain::{Handle, LeaseId, RegionId, SessionId};
+use swiftcache_proto::domain::{Handle, LeaseClass, LeaseId, RegionId, SessionId};
 
 /// Blocks that exist, per namespace.
 pub(super) const BLOCKS: u64 = 6;
@@ -90,6 +90,7 @@ impl History {
             device: device(u32::from(b) % 4),
             bytes: u64::from(c % 9).div_ceil(2) * SLAB,
             block_bytes: [BLOCK, BLOCK, SLAB / 2, SLAB * 2][usize::from(d % 16) / 5],
+            class: [LeaseClass::Cache, LeaseClass::WorkingSet][usize::from(d % 3 == 0)],
         }
     }
 

@@ -1,10 +1,10 @@
 //! Fair shares, and that they come to rest.
 
-use swiftcache_proto::domain::{RevokeReason, Shortfall};
+use swiftcache_proto::domain::{LeaseClass, RevokeReason, Shortfall};
 
 use super::fixture::*;
 use crate::core::{
-    Caller, Event, Grant, LeaseDemand, Outgoing,
+    Caller, Event, EvictTarget, Grant, LeaseDemand, Need, Outgoing,
     shares::{Level, max_min_level},
 };
 
@@ -159,4 +159,93 @@ fn slabs_that_the_asker_cannot_use_stay_where_they_are() {
     });
     assert_eq!(grants.len(), 1);
     assert_eq!(bench.heard(early), []);
+}
+
+/// Fairness takes no working set, however little others have. The twin, a cache, gives half of what it has.
+#[test]
+fn a_working_set_is_taken_by_its_donor_and_by_operators_only() {
+    for class in [LeaseClass::Cache, LeaseClass::WorkingSet] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        let engine = bench.join("engine", "1000");
+        let late = bench.join("late", "1001");
+        bench.offer(donor, 1, 1, 4);
+        let (grants, _) = bench.demanded(LeaseDemand {
+            class,
+            ..Bench::demand(engine, 4)
+        });
+        assert_eq!(grants.len(), 4);
+        for _ in 0..3 {
+            let (taken, shortfall) = bench.ask(late, 4);
+            assert_eq!((taken.len(), shortfall), (0, Shortfall::NoFreeSlab));
+        }
+        let asked_back = bench.heard(engine).len();
+        let most = if class.is_cache() { 2 } else { 0 };
+        assert_eq!(asked_back, most, "{class:?}");
+        if class.is_cache() {
+            continue;
+        }
+        let total = bench.state.total();
+        assert_eq!((total.leased, total.working_set), (0, 4 * SLAB));
+        // It stays what it is across a restart, with the same rights.
+        bench.restart();
+        bench.resume(
+            engine,
+            &grants.iter().map(|grant| grant.lease).collect::<Vec<_>>(),
+            &[],
+        );
+        bench.done(Event::Attach(engine));
+        bench.resume(late, &[], &[]);
+        bench.resume(donor, &[], &[]);
+        bench.done(Event::Attach(donor));
+        bench.offer(donor, 1, 1, 4);
+        bench.ask(late, 4);
+        assert_eq!(bench.heard(engine).len(), 0);
+        // Nothing is published there.
+        bench.refused(Bench::publish_event(engine, &grants[0], &[(1, 0)]));
+        // What a withdrawal would cost can be seen; an operator takes one, and the donor the others.
+        let need = Need {
+            device: device(1),
+            bytes: SLAB,
+            donor: None,
+        };
+        let preview = bench.state.preview_withdraw(&need).unwrap();
+        assert!(preview.leases.iter().all(|lease| lease.class == class));
+        bench.apply(Event::Evict(EvictTarget::Lease(grants[0].lease)));
+        assert_eq!(bench.heard(engine).len(), 1);
+        bench.withdraw_region(donor, 1);
+        assert_eq!(bench.heard(engine).len(), 3);
+        assert_eq!(bench.state.total().working_set, 0);
+    }
+}
+
+/// Of regions with leases, those without a working set go first.
+#[test]
+fn a_donor_that_needs_bytes_back_takes_caches_first() {
+    for (first, second) in [
+        (LeaseClass::WorkingSet, LeaseClass::Cache),
+        (LeaseClass::Cache, LeaseClass::WorkingSet),
+    ] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1000");
+        let engine = bench.join("engine", "1000");
+        let mut regions = Vec::new();
+        for (number, class) in [(1, first), (2, second)] {
+            bench.offer(donor, number, 1, 1);
+            let (grants, _) = bench.demanded(LeaseDemand {
+                class,
+                ..Bench::demand(engine, 1)
+            });
+            regions.push((class, grants[0].region));
+        }
+        let need = Need {
+            device: device(1),
+            bytes: SLAB,
+            donor: None,
+        };
+        let preview = bench.state.preview_withdraw(&need).unwrap();
+        let cache = regions.iter().find(|(class, _)| class.is_cache()).unwrap();
+        assert_eq!(preview.regions.len(), 1);
+        assert_eq!(preview.regions[0].id, cache.1);
+    }
 }

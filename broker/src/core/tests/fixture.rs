@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use swiftcache_proto::domain::{
     AllocationId, BlockHash, BorrowerId, Device, DeviceUuid, Extent, FoundRun, Generation, Handle,
-    LeaseId, Link, LinkKind, PinId, RegionId, SessionId, Shortfall,
+    LeaseClass, LeaseId, Link, LinkKind, PinId, RegionId, SessionId, Shortfall,
 };
 
 use crate::core::{
@@ -244,6 +244,7 @@ impl Bench {
             device: device(0),
             bytes: slabs * SLAB,
             block_bytes: BLOCK,
+            class: LeaseClass::Cache,
         }
     }
 

@@ -104,6 +104,9 @@ impl Oracle {
 
     pub(super) fn publish(&mut self, publish: &Publish) -> Answer {
         let lease = self.active(publish.caller, publish.lease, publish.generation)?;
+        if !lease.class.is_cache() {
+            return Err(No::Invalid);
+        }
         for (number, (hash, slot)) in publish.blocks.iter().enumerate() {
             let other = |(held, at): &(_, u32)| at == slot && held != hash;
             let again = publish.blocks[..number].iter().any(|(_, at)| at == slot);

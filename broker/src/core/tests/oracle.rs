@@ -3,7 +3,8 @@
 //! from the core's effects and verifies that it was allowed.
 
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, DeviceUuid, LeaseId, PinId, RegionId, RevokeReason, SessionId,
+    AllocationId, BlockHash, DeviceUuid, LeaseClass, LeaseId, PinId, RegionId, RevokeReason,
+    SessionId,
 };
 
 use crate::core::{
@@ -54,6 +55,7 @@ pub(super) struct OLease {
     pub(super) namespace: String,
     /// The device that the lessee computes on.
     pub(super) device: DeviceUuid,
+    pub(super) class: LeaseClass,
     pub(super) slots: u32,
     /// Everyone who may touch the slab.
     pub(super) holders: Vec<SessionId>,
@@ -233,6 +235,7 @@ impl Oracle {
                 tenant: namespace.tenant().to_string(),
                 namespace: namespace.name().to_string(),
                 device: books.devices.uuid(terms.device).clone(),
+                class: terms.class,
                 slots: books.index.slots(key),
                 holders: lease.parties().collect(),
                 revoked: lease.revocation().map(|revocation| (revocation.reason, 0)),

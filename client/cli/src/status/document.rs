@@ -37,6 +37,8 @@ pub(super) struct Account {
     pub(super) offered: u64,
     pub(super) free: u64,
     pub(super) leased: u64,
+    /// Of the leased bytes: working sets of running engines.
+    pub(super) working_set: u64,
     pub(super) draining: u64,
     pub(super) zombie: u64,
     pub(super) scrubbing: u64,
@@ -48,6 +50,7 @@ impl Account {
             offered: account.offered_bytes,
             free: account.free_bytes,
             leased: account.leased_bytes,
+            working_set: account.working_set_bytes,
             draining: account.draining_bytes,
             zombie: account.zombie_bytes,
             scrubbing: account.scrubbing_bytes,
@@ -143,6 +146,8 @@ pub(super) struct LeaseRow {
     pub(super) namespace: String,
     pub(super) device: String,
     pub(super) link: &'static str,
+    /// What the leases are for.
+    pub(super) class: &'static str,
     pub(super) slabs: u32,
     pub(super) leased: u64,
     /// Slabs that are revoked and not yet given up, zombies among them.
@@ -283,14 +288,22 @@ fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<D
     rows.into_values().collect()
 }
 
-/// A row for each borrower, namespace and device.
+fn class(class: v1::LeaseClass) -> &'static str {
+    match class {
+        v1::LeaseClass::WorkingSet => "working set",
+        v1::LeaseClass::Cache | v1::LeaseClass::Unspecified => "cache",
+    }
+}
+
+/// A row for each borrower, namespace, device and class.
 fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
-    let mut rows: BTreeMap<(&str, &str, &str), LeaseRow> = BTreeMap::new();
+    let mut rows: BTreeMap<(&str, &str, &str, i32), LeaseRow> = BTreeMap::new();
     for lease in leases {
         let key = (
             lease.borrower_label.as_str(),
             lease.namespace.as_str(),
             lease.device_uuid.as_str(),
+            lease.class,
         );
         let row = rows.entry(key).or_default();
         row.borrower = format!("{} [{}]", lease.borrower_name, lease.borrower_label);
@@ -298,6 +311,7 @@ fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
         row.namespace.clone_from(&lease.namespace);
         row.device.clone_from(&lease.device_uuid);
         row.link = link(lease.link());
+        row.class = class(lease.class());
         row.slabs += 1;
         row.leased += lease.bytes;
         row.blocks += u64::from(lease.published_blocks);

@@ -21,9 +21,10 @@ impl Part {
 }
 
 /// The parts in the order in which they are stacked. The rest of the bar is HBM that nobody uses.
-pub(super) const PARTS: [Part; 6] = [
+pub(super) const PARTS: [Part; 7] = [
     part("others", "·", Color::DarkGray),
     part("leased", "█", Color::Green),
+    part("working set", "W", Color::Magenta),
     part("draining", "▓", Color::Yellow),
     part("scrubbing", "▒", Color::Blue),
     part("zombie", "Z", Color::Red),
@@ -39,12 +40,13 @@ const fn part(name: &'static str, glyph: &'static str, colour: Color) -> Part {
 }
 
 /// The bytes of each of [`PARTS`].
-pub(super) fn bytes(device: &v1::DeviceStatus) -> [u64; 6] {
+pub(super) fn bytes(device: &v1::DeviceStatus) -> [u64; 7] {
     let account = device.account.unwrap_or_default();
     [
         // The HBM in use includes the offered HBM.
         device.hbm_used_bytes.saturating_sub(account.offered_bytes),
-        account.leased_bytes,
+        (account.leased_bytes).saturating_sub(account.working_set_bytes),
+        account.working_set_bytes,
         account.draining_bytes,
         account.scrubbing_bytes,
         account.zombie_bytes,
@@ -54,7 +56,7 @@ pub(super) fn bytes(device: &v1::DeviceStatus) -> [u64; 6] {
 
 /// How many of `width` cells each part takes, in proportion to `total`. A part that is not empty takes at least one
 /// cell, so that a single zombie can be seen.
-pub(super) fn cells(parts: [u64; 6], total: u64, width: usize) -> [usize; 6] {
+pub(super) fn cells(parts: [u64; 7], total: u64, width: usize) -> [usize; 7] {
     let sum: u128 = parts.into_iter().map(u128::from).sum();
     let total = sum.max(total.into()).max(1);
     let mut cells = parts.map(|bytes| {
@@ -76,17 +78,23 @@ mod tests {
 
     #[test]
     fn a_bar_is_as_long_as_its_bytes_and_shows_the_smallest() {
-        assert_eq!(cells([0, 50, 0, 0, 0, 25], 100, 20), [0, 10, 0, 0, 0, 5]);
-        assert_eq!(cells([0, 50, 0, 0, 1, 49], 100, 10), [0, 5, 0, 0, 1, 4]);
         assert_eq!(
-            cells([90, 10, 10, 10, 10, 10], 100, 6)
+            cells([0, 50, 0, 0, 0, 0, 25], 100, 20),
+            [0, 10, 0, 0, 0, 0, 5]
+        );
+        assert_eq!(
+            cells([0, 50, 0, 0, 0, 1, 49], 100, 10),
+            [0, 5, 0, 0, 0, 1, 4]
+        );
+        assert_eq!(
+            cells([90, 10, 10, 10, 10, 10, 10], 100, 7)
                 .iter()
                 .sum::<usize>(),
-            6
+            7
         );
-        assert_eq!(cells([0; 6], 0, 10), [0; 6]);
-        assert_eq!(cells([1; 6], 6, 0), [0; 6]);
-        assert_eq!(cells([u64::MAX / 8; 6], u64::MAX, 8), [1; 6]);
+        assert_eq!(cells([0; 7], 0, 10), [0; 7]);
+        assert_eq!(cells([1; 7], 7, 0), [0; 7]);
+        assert_eq!(cells([u64::MAX / 8; 7], u64::MAX, 8), [1; 7]);
     }
 
     #[test]
@@ -96,11 +104,12 @@ mod tests {
             account: Some(v1::Account {
                 offered_bytes: 40,
                 leased_bytes: 30,
+                working_set_bytes: 20,
                 free_bytes: 10,
                 ..v1::Account::default()
             }),
             ..v1::DeviceStatus::default()
         };
-        assert_eq!(bytes(&device), [20, 30, 0, 0, 0, 10]);
+        assert_eq!(bytes(&device), [20, 10, 20, 0, 0, 0, 10]);
     }
 }

@@ -47,7 +47,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::{BlockHash, BorrowerId, LinkKind};
+use swiftcache_proto::domain::{BlockHash, BorrowerId, LeaseClass, LinkKind};
 use tracing::warn;
 
 pub use config::{BorrowerConfig, DrainPolicy};
@@ -111,6 +111,7 @@ impl Borrower {
             layer_bytes: config.layout.layer_bytes.clone(),
             max_bytes: config.max_leased_bytes,
             step_bytes: config.lease_step_bytes,
+            class: LeaseClass::Cache,
         };
         let (leases, lease_inboxes) = Leases::new(
             session.clone(),

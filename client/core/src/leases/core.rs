@@ -10,7 +10,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-use swiftcache_proto::domain::{DeviceUuid, Hold, LeaseId};
+use swiftcache_proto::domain::{DeviceUuid, Hold, LeaseClass, LeaseId};
 
 use super::{
     mapping::Mappings,
@@ -35,6 +35,8 @@ pub(crate) struct LeaseSettings {
     pub(crate) max_bytes: u64,
     /// How much is asked for at a time, bytes.
     pub(crate) step_bytes: u64,
+    /// What for.
+    pub(crate) class: LeaseClass,
 }
 
 impl LeaseSettings {

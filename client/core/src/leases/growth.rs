@@ -100,6 +100,7 @@ impl Leases {
                 device: self.settings.device.clone(),
                 bytes: self.settings.step_bytes.min(left),
                 block_bytes: self.settings.block_bytes(),
+                class: self.settings.class,
             }
         };
         let leased = session.lease(demand).wait();

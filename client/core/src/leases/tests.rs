@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use swiftcache_device::{Ticket, host::HostLayer, testing::Gate};
 use swiftcache_proto::{
-    domain::{Generation, Hold, LeaseId, LinkKind, Medium, RevokeReason},
+    domain::{Generation, Hold, LeaseClass, LeaseId, LinkKind, Medium, RevokeReason},
     topology::Topology,
 };
 
@@ -127,6 +127,7 @@ impl Stand {
             layer_bytes: LAYERS.to_vec(),
             max_bytes: 0,
             step_bytes: 0,
+            class: LeaseClass::Cache,
         };
         let (leases, inboxes) = Leases::new(None, Arc::clone(&layer), routes, settings);
         let area = Arc::new(area);

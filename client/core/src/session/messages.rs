@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use swiftcache_proto::domain::{
-    AllocationId, BlockHash, BorrowerId, DeviceUuid, FoundRun, PinId, RegionId, Shortfall,
+    AllocationId, BlockHash, BorrowerId, DeviceUuid, FoundRun, LeaseClass, PinId, RegionId,
+    Shortfall,
 };
 
 use super::Grant;
@@ -19,6 +20,8 @@ pub struct Demand {
     pub bytes: u64,
     /// Bytes of one block over all layers.
     pub block_bytes: u64,
+    /// What for. A broker that does not know classes grants what it may take by fairness.
+    pub class: LeaseClass,
 }
 
 /// What was leased.

@@ -104,6 +104,7 @@ impl Session {
                 device_uuid: demand.device.to_string(),
                 bytes: demand.bytes,
                 block_bytes: demand.block_bytes,
+                class: v1::LeaseClass::from(demand.class).into(),
             };
             let leased = connection.client.clone().lease(request).await?.into_inner();
             let grants = leased.grants.iter().map(Grant::read);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-use swiftcache_proto::domain::{HandleKind, Medium};
+use swiftcache_proto::domain::{HandleKind, LeaseClass, Medium};
 use tracing::info;
 
 use super::{
@@ -115,6 +115,7 @@ fn with_slabs(
         max_bytes: most.saturating_mul(2),
         // One at a time, so that ranks that open together share what there is.
         step_bytes: unit_bytes,
+        class: LeaseClass::WorkingSet,
     };
     let (leases, inboxes) = Leases::new(
         Some(session.clone()),
@@ -185,6 +186,7 @@ fn learn_unit(
             device: config.device.clone(),
             bytes: 1,
             block_bytes: granularity,
+            class: LeaseClass::WorkingSet,
         });
         match leased.wait() {
             Ok(leased) => {

@@ -131,6 +131,7 @@ impl Party {
                 device_uuid: self.device.clone(),
                 bytes,
                 block_bytes: BLOCK_BYTES,
+                ..Default::default()
             })
             .await?
             .into_inner();
