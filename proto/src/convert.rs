@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::{
     domain::{
         AllocationId, BlockHash, BorrowerId, Device, DeviceUuid, Extent, FoundRun, Generation,
-        Handle, HandleKind, Hold, LeaseClass, LeaseId, Link, LinkKind, Medium, OpaqueHandle,
-        RegionId, RevokeReason, Shortfall,
+        Handle, HandleKind, Hold, HomeBytes, LeaseClass, LeaseId, Link, LinkKind, Medium,
+        OpaqueHandle, RegionId, RevokeReason, Shortfall,
     },
     v1,
 };
@@ -297,6 +297,26 @@ pub fn lease_class(field: &'static str, class: i32) -> Result<LeaseClass, Invali
             field,
             format!("is {class}; takes 0 to 2"),
         )),
+    }
+}
+
+impl From<HomeBytes> for v1::Homes {
+    fn from(homes: HomeBytes) -> Self {
+        Self {
+            leased_bytes: homes.leased,
+            spare_bytes: homes.spare,
+            host_bytes: homes.host,
+        }
+    }
+}
+
+impl From<v1::Homes> for HomeBytes {
+    fn from(homes: v1::Homes) -> Self {
+        Self {
+            leased: homes.leased_bytes,
+            spare: homes.spare_bytes,
+            host: homes.host_bytes,
+        }
     }
 }
 

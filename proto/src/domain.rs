@@ -311,6 +311,29 @@ impl LeaseClass {
     }
 }
 
+/// Where the bytes of stitched pools are, without what lies in the engines' own parts of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HomeBytes {
+    /// In leased slabs.
+    pub leased: u64,
+    /// In spare slabs on the engine's own device.
+    pub spare: u64,
+    /// In host memory, until a slab can be leased for them.
+    pub host: u64,
+}
+
+impl HomeBytes {
+    /// Each of them changed by `change`, which is given this one's and the other's.
+    #[must_use]
+    pub fn zip(self, other: Self, change: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            leased: change(self.leased, other.leased),
+            spare: change(self.spare, other.spare),
+            host: change(self.host, other.host),
+        }
+    }
+}
+
 /// A kind of memory that blocks lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Medium {

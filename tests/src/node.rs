@@ -273,6 +273,18 @@ impl Node {
         self.directory.path().join("broker.sock")
     }
 
+    /// What `swiftcache status` prints with these arguments.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn status(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(program("swiftcache")?);
+        command.arg("status").arg("--socket").arg(self.socket());
+        let shown = command.args(arguments).output()?;
+        ensure!(shown.status.success(), "{shown:?}");
+        Ok(String::from_utf8(shown.stdout)?)
+    }
+
     /// The node's topology file.
     pub fn topology_file(&self) -> PathBuf {
         self.directory.path().join("topology.toml")

@@ -170,7 +170,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 17] = [
+const UNBOUNDED: [&str; 18] = [
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",
@@ -180,6 +180,7 @@ const UNBOUNDED: [&str; 17] = [
     "Keep.closed",
     "Keep.host_memory_down",
     "Report.routes_down",
+    "Report.homes",
     "ListRegions.page_size",
     "ListLeases.page_size",
     "ListNamespaces.page_size",

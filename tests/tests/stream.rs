@@ -416,6 +416,18 @@ fn neighbours_do_not_take_a_working_set() -> Result<()> {
         ..Default::default()
     }))?;
     ensure!(preview.into_inner().working_set_bytes == SLAB_BYTES);
+    // And where the pool is, as its engine reports.
+    let shown_in = |place: &str| -> Result<u64> {
+        let shown = node.status(&["--json"])?;
+        let shown: serde_json::Value = serde_json::from_str(&shown)?;
+        let pools = shown["pools"].as_array().context("no pools")?;
+        Ok(pools.iter().filter_map(|pool| pool[place].as_u64()).sum())
+    };
+    eventually("the pool to be shown in leased HBM", || {
+        Ok(shown_in("leased")? == 4 * SLAB_BYTES && shown_in("host")? == 0)
+    })?;
+    let shown = node.status(&[])?;
+    ensure!(shown.contains("working set"), "{shown}");
     let target = v1::evict_request::Target::LeaseId(leases[0].lease_id);
     let target = Some(target);
     wire.wait(wire.admin().evict(v1::EvictRequest { target }))?;
@@ -424,7 +436,13 @@ fn neighbours_do_not_take_a_working_set() -> Result<()> {
     })?;
     donor.ask_back_all()?;
     stitched.step_until("slabs to come back", |_| Ok(donor.out() == 0))?;
+    eventually("the pool to be shown in host memory", || {
+        Ok(shown_in("leased")? == 0 && shown_in("host")? == 4 * SLAB_BYTES)
+    })?;
     drop(stitched);
+    eventually("the pool to be shown no more", || {
+        Ok(node.status(&["--json"])?.contains("\"pools\": []"))
+    })?;
     donor.offer(4)?;
     let cache = engine::config(node.device(0), 4);
     let cache = Engine::new(Some(node.session("cache")?), node.layer()?, cache)?;

@@ -81,17 +81,6 @@ impl Scene {
         Ok(fs::read_to_string(self.node.directory().join("donor.log"))?)
     }
 
-    fn status(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(program("swiftcache")?);
-        command
-            .arg("status")
-            .arg("--socket")
-            .arg(self.node.socket());
-        let shown = command.args(arguments).output()?;
-        ensure!(shown.status.success(), "{shown:?}");
-        Ok(String::from_utf8(shown.stdout)?)
-    }
-
     fn events(&self) -> Result<usize> {
         let events = self.operator.events()?.into_iter();
         Ok(events.filter(|event| event.kind == "cannot-map").count())
@@ -114,9 +103,9 @@ fn who_cannot_map_a_slab_tells_its_donor_and_gets_another() -> Result<()> {
         Ok(said.contains("borrowers say that they cannot map a slab") && said.contains("SIM-1"))
     })?;
     // Operators see it.
-    let shown = scene.status(&[])?;
+    let shown = scene.node.status(&[])?;
     ensure!(shown.contains(SHOWN), "{shown}");
-    let json: serde_json::Value = serde_json::from_str(&scene.status(&["--json"])?)?;
+    let json: serde_json::Value = serde_json::from_str(&scene.node.status(&["--json"])?)?;
     let donors = json["donors"].as_array().context("no donors")?;
     let count = |device: &str| -> Option<u64> {
         let mut its = donors.iter().filter(|donor| donor["device"] == device);
@@ -148,7 +137,7 @@ fn who_gives_a_slab_back_tells_nobody() -> Result<()> {
     scene.give_back(false)?;
     let granted = lease(&scene.borrower)?.context("nothing was granted")?;
     ensure!(granted.device_uuid == "SIM-1", "{granted:?}");
-    ensure!(!scene.status(&[])?.contains("cannot map"));
+    ensure!(!scene.node.status(&[])?.contains("cannot map"));
     ensure!(!scene.node.metrics()?.contains(COUNTED));
     ensure!(scene.events()? == 0);
     ensure!(!scene.said_by_the_donor()?.contains("cannot map"));

@@ -145,6 +145,17 @@ def test_whoever_fits_locally_reads_nothing_from_neighbours(engine, want) -> Non
     assert look(engine)["staged"] == 0
 
 
+def test_status_shows_the_working_set_and_where_the_pool_is(node, engine) -> None:
+    """Withdrawals below change it: `tests/tests/stream.rs` looks at that."""
+
+    def pools() -> list[tuple[int, int, int]]:
+        return [(pool["leased"], pool["spare"], pool["host"]) for pool in node.status()["pools"]]
+
+    eventually("the pool to be shown", lambda: pools() == [(ROWS * 4 * UNIT, 0, 0)])
+    leases = node.status()["leases"]
+    assert sum(row["leased"] for row in leases if row["class"] == "working set") >= ROWS * 4 * UNIT
+
+
 def test_tokens_are_those_of_an_engine_that_has_all_of_it(engine, want) -> None:
     engine.ask("rig", poison=True)
     assert engine.ask("reset", connector=True)

@@ -5,7 +5,10 @@
 use std::collections::HashMap;
 
 use parking_lot::MutexGuard;
-use swiftcache_proto::{domain::SessionId, traffic::Traffic};
+use swiftcache_proto::{
+    domain::{HomeBytes, SessionId},
+    traffic::Traffic,
+};
 
 use super::Owner;
 use crate::{
@@ -27,6 +30,8 @@ pub(crate) struct Reported {
     pub(crate) traffic: Traffic,
     /// Ways on which its copies fail now.
     pub(crate) routes_down: u32,
+    /// Where its stitched pools are now, if it has any.
+    pub(crate) homes: Option<HomeBytes>,
 }
 
 /// What a session has reported, as far as it is believed.
@@ -38,6 +43,8 @@ struct Believed {
 
 /// The most ways of one session that may be down: more than a node has pairs of devices.
 const MOST_ROUTES: u32 = 1_024;
+/// The most bytes of one session that may be in one kind of memory: more than a node has.
+const MOST_BYTES: u64 = 1 << 50;
 
 impl Reports {
     /// Takes the report of a session that was opened at `since`. Returns by how much its totals have grown since its last one.
@@ -59,6 +66,8 @@ impl Reports {
         let more = told.traffic.since(&its.traffic).at_most_in(ms);
         its.traffic += more;
         its.routes_down = told.routes_down.min(MOST_ROUTES);
+        let most = |homes: HomeBytes| homes.zip(homes, |bytes, _| bytes.min(MOST_BYTES));
+        its.homes = told.homes.map(most);
         self.total += more;
         more
     }
@@ -128,6 +137,7 @@ mod tests {
         Reported {
             traffic: loaded(bytes),
             routes_down,
+            homes: None,
         }
     }
 
@@ -189,6 +199,11 @@ mod tests {
         let lie = Reported {
             traffic: most,
             routes_down: u32::MAX,
+            homes: Some(HomeBytes {
+                leased: u64::MAX,
+                spare: 7,
+                host: u64::MAX,
+            }),
         };
         for second in 1..4 {
             let believed = reports.take(liar, 0, &lie, Now(second * SECOND));
@@ -198,6 +213,9 @@ mod tests {
             assert_eq!(again, most.at_most_in(1));
         }
         assert!(reports.routes_down() <= MOST_ROUTES);
+        let homes = reports.of(liar).and_then(|reported| reported.homes);
+        let believed = homes.map(|homes| (homes.leased, homes.spare, homes.host));
+        assert_eq!(believed, Some((MOST_BYTES, 7, MOST_BYTES)));
         let before = *reports.total();
         let honest = 380_000_000_000;
         let told = report(honest, 0);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
-    domain::{FoundRun, Generation, HandleKind, LeaseId, SessionId},
+    domain::{FoundRun, Generation, HandleKind, HomeBytes, LeaseId, SessionId},
     traffic::Traffic,
     v1::{self, broker_server::Broker},
 };
@@ -156,6 +156,7 @@ impl Broker for BrokerService {
         let reported = Reported {
             traffic: Traffic::try_from(&traffic).map_err(Refused::from)?,
             routes_down: request.routes_down,
+            homes: request.homes.map(HomeBytes::from),
         };
         self.owner.report(caller, &reported)?;
         Ok(Response::new(v1::ReportResponse {}))

@@ -111,6 +111,7 @@ pub(super) fn session(view: &SessionView, reports: &Reports, started: u64) -> v1
         traffic: (reports.of(view.id)).map(|reported| v1::Traffic::from(&reported.traffic)),
         routes_down: (reports.of(view.id)).map_or(0, |reported| reported.routes_down),
         working_set_bytes: view.working_set_bytes,
+        homes: (reports.of(view.id)).and_then(|reported| reported.homes.map(v1::Homes::from)),
     }
 }
 

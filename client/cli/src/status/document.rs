@@ -29,6 +29,8 @@ pub(super) struct Status {
     pub(super) left_out: Vec<LeftOutRow>,
     pub(super) donors: Vec<DonorRow>,
     pub(super) leases: Vec<LeaseRow>,
+    /// Engines with a stitched pool.
+    pub(super) pools: Vec<PoolRow>,
     pub(super) namespaces: Vec<NamespaceRow>,
 }
 
@@ -158,6 +160,19 @@ pub(super) struct LeaseRow {
     pub(super) blocks: u64,
 }
 
+/// Where an engine's stitched pool is, as it reports. What lies in its own part of the pool is not in it.
+#[derive(Debug, Serialize)]
+pub(super) struct PoolRow {
+    pub(super) engine: String,
+    pub(super) pid: u32,
+    /// In leased slabs.
+    pub(super) leased: u64,
+    /// In spare slabs on its own device.
+    pub(super) spare: u64,
+    /// In host memory, until a slab can be leased for it.
+    pub(super) host: u64,
+}
+
 #[derive(Debug, Serialize)]
 pub(super) struct NamespaceRow {
     pub(super) namespace: String,
@@ -197,6 +212,7 @@ impl Status {
             devices: node.devices.iter().map(device).collect(),
             donors,
             leases: leases(&snapshot.leases),
+            pools: snapshot.sessions.iter().filter_map(pool).collect(),
             namespaces: snapshot.namespaces.into_iter().map(namespace).collect(),
             version: node.version,
             boot_id: format!("{:016x}", node.boot_id),
@@ -288,6 +304,17 @@ fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<D
     rows.into_values().collect()
 }
 
+fn pool(session: &v1::SessionStatus) -> Option<PoolRow> {
+    let homes = session.homes?;
+    Some(PoolRow {
+        engine: format!("{} [{}]", session.name, session.label),
+        pid: session.pid,
+        leased: homes.leased_bytes,
+        spare: homes.spare_bytes,
+        host: homes.host_bytes,
+    })
+}
+
 fn class(class: v1::LeaseClass) -> &'static str {
     match class {
         v1::LeaseClass::WorkingSet => "working set",
@@ -297,13 +324,13 @@ fn class(class: v1::LeaseClass) -> &'static str {
 
 /// A row for each borrower, namespace, device and class.
 fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
-    let mut rows: BTreeMap<(&str, &str, &str, i32), LeaseRow> = BTreeMap::new();
+    let mut rows: BTreeMap<(&str, &str, &str, &str), LeaseRow> = BTreeMap::new();
     for lease in leases {
         let key = (
             lease.borrower_label.as_str(),
             lease.namespace.as_str(),
             lease.device_uuid.as_str(),
-            lease.class,
+            class(lease.class()),
         );
         let row = rows.entry(key).or_default();
         row.borrower = format!("{} [{}]", lease.borrower_name, lease.borrower_label);

@@ -70,8 +70,16 @@ impl Status {
             device_heading,
             donor_heading,
             borrower_heading,
+            pool_heading,
             namespace_heading,
-        ] = ["device", "donor", "borrower", "namespace"].map(heading);
+        ] = [
+            "device",
+            "donor",
+            "borrower",
+            "stitched pool of",
+            "namespace",
+        ]
+        .map(heading);
         let uptime = Duration::from_secs(self.uptime_ms / 1000);
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -171,6 +179,25 @@ impl Status {
             "blocks",
         ];
         let _ = writeln!(text, "{}\n", table(header, leases));
+        let pools = self.pools.iter().map(|pool| {
+            [
+                pool.engine.clone(),
+                pool.pid.to_string(),
+                bytes(pool.leased),
+                bytes(pool.spare),
+                bytes(pool.host),
+            ]
+        });
+        let header = [
+            &pool_heading,
+            "pid",
+            "in leased HBM",
+            "in spare HBM of its own",
+            "in host memory",
+        ];
+        if !self.pools.is_empty() {
+            let _ = writeln!(text, "{}\n", table(header, pools));
+        }
         let namespaces = self.namespaces.iter().map(|space| {
             [
                 space.namespace.clone(),
@@ -353,8 +380,14 @@ mod tests {
                 ..v1::GetNodeResponse::default()
             },
             sessions: vec![v1::SessionStatus {
+                name: "worker".to_owned(),
                 label: "ab12".to_owned(),
                 pid: 4711,
+                homes: Some(v1::Homes {
+                    leased_bytes: 3_000_000,
+                    spare_bytes: 0,
+                    host_bytes: 7_500_000,
+                }),
                 ..v1::SessionStatus::default()
             }],
             regions: vec![
@@ -369,6 +402,10 @@ mod tests {
                 lease(v1::LeaseState::Active),
                 lease(v1::LeaseState::Draining),
                 lease(v1::LeaseState::Zombie),
+                v1::LeaseStatus {
+                    class: v1::LeaseClass::WorkingSet.into(),
+                    ..lease(v1::LeaseState::Active)
+                },
             ],
             namespaces: Vec::new(),
         }
@@ -383,8 +420,11 @@ mod tests {
             (donor.regions, donor.offered, donor.pid),
             (2, 8_000_000, 4711)
         );
-        assert_eq!(status.leases.len(), 1);
-        let lease = &status.leases[0];
+        // Those of one class.
+        assert_eq!(status.leases.len(), 2);
+        let of = |class: &str| status.leases.iter().find(|lease| lease.class == class);
+        assert_eq!(of("working set").unwrap().slabs, 1);
+        let lease = of("cache").unwrap();
         assert_eq!((lease.slabs, lease.revoked, lease.zombies), (3, 2, 1));
         let waiting: Vec<u32> = lease.waiting_for_pids.iter().copied().collect();
         assert_eq!(
@@ -408,6 +448,9 @@ mod tests {
             "NVLink",
             "4.0 MB",
             "2, zombie 1: waits for 4711 4712",
+            "stitched pool of (SIMULATED)",
+            "worker [ab12]",
+            "7.5 MB",
             "PCIe 2.0 MB loaded, 1.0 MB stored; blocks found in own leases 20,",
             "engines report 4 failed loads, stores and moves; 1 routes are down",
         ] {

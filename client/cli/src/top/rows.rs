@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use swiftcache_proto::v1;
 
-/// The leases of one borrower and namespace on one device.
+/// The leases of one borrower, namespace and class on one device.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct LeaseGroup {
     pub(super) borrower: String,
@@ -13,6 +13,8 @@ pub(super) struct LeaseGroup {
     pub(super) link: &'static str,
     pub(super) bytes: u64,
     pub(super) blocks: u64,
+    /// What a running engine works with.
+    working_set: bool,
     draining: u32,
     zombies: u32,
     waiting: BTreeSet<u32>,
@@ -27,6 +29,7 @@ impl LeaseGroup {
     pub(super) fn state(&self) -> String {
         let pids: Vec<String> = self.waiting.iter().map(u32::to_string).collect();
         match (self.zombies, self.draining) {
+            (0, 0) if self.working_set => "working set".to_owned(),
             (0, 0) => "active".to_owned(),
             (0, draining) => format!("{draining} draining"),
             // The pids are more important than counts, because somebody must act on these processes.
@@ -37,18 +40,21 @@ impl LeaseGroup {
 
 /// Rows of leases: those with most zombies first, then the largest.
 pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -> Vec<LeaseGroup> {
-    let mut rows: BTreeMap<(&str, &str, &str), LeaseGroup> = BTreeMap::new();
+    let mut rows: BTreeMap<(&str, &str, &str, bool), LeaseGroup> = BTreeMap::new();
     for lease in leases {
+        let working_set = lease.class() == v1::LeaseClass::WorkingSet;
         let key = (
             lease.borrower_label.as_str(),
             lease.namespace.as_str(),
             lease.device_uuid.as_str(),
+            working_set,
         );
         let row = rows.entry(key).or_insert_with(|| LeaseGroup {
             borrower: format!("{} [{}]", lease.borrower_name, lease.borrower_label),
             namespace: lease.namespace.clone(),
             device: short_device(&lease.device_uuid, devices),
             link: link(lease.link()),
+            working_set,
             ..LeaseGroup::default()
         });
         row.bytes += lease.bytes;
@@ -223,6 +229,29 @@ mod tests {
         let mut restarted = node(3_000, 200, 150);
         restarted.boot_id = 2;
         assert_eq!(Rates::between(&before, &restarted), None);
+    }
+
+    #[test]
+    fn a_working_set_has_a_row_of_its_own() {
+        let lease = |class: v1::LeaseClass, bytes| v1::LeaseStatus {
+            class: class.into(),
+            bytes,
+            ..v1::LeaseStatus::default()
+        };
+        let rows = leases(
+            &[
+                lease(v1::LeaseClass::WorkingSet, 30),
+                lease(v1::LeaseClass::Cache, 20),
+                // A broker before classes.
+                lease(v1::LeaseClass::Unspecified, 5),
+            ],
+            &[],
+        );
+        let shown: Vec<_> = rows.iter().map(|row| (row.state(), row.bytes)).collect();
+        assert_eq!(
+            shown,
+            [("working set".to_owned(), 30), ("active".to_owned(), 25)]
+        );
     }
 
     #[test]

@@ -201,7 +201,7 @@ fn legend() -> Line<'static> {
         Style::new().add_modifier(Modifier::REVERSED),
     )];
     for part in PARTS {
-        spans.push(Span::raw("  "));
+        spans.push(Span::raw(" "));
         spans.push(part.span(1));
         spans.push(Span::raw(format!(" {}", part.name)));
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use swiftcache_proto::{
-    domain::SessionId,
+    domain::{HomeBytes, SessionId},
     traffic::Traffic,
     v1::{self, broker_client::BrokerClient},
 };
@@ -40,6 +40,9 @@ struct Counted {
     /// Routes that are down now, and as many as the listener knows of.
     routes_down: u32,
     told_down: u32,
+    /// Where stitched pools are now, and what the listener knows of it.
+    homes: HomeBytes,
+    told_homes: HomeBytes,
     /// The boot id of a broker that is too old to be told.
     deaf: Option<u64>,
 }
@@ -52,6 +55,7 @@ struct News {
     /// What of it the listener should hear.
     its: Traffic,
     routes_down: u32,
+    homes: HomeBytes,
 }
 
 /// Who counts from 0: a session at one boot of the broker.
@@ -80,6 +84,17 @@ impl Session {
             self.shared.tally.more.notify_one();
         }
     }
+
+    /// A stitched pool of the session is there `now`, and was there `before`.
+    pub(crate) fn homes(&self, before: HomeBytes, now: HomeBytes) {
+        if now != before {
+            let mut counted = self.shared.tally.counted.lock();
+            let others = counted.homes.zip(before, u64::saturating_sub);
+            counted.homes = others.zip(now, u64::saturating_add);
+            drop(counted);
+            self.shared.tally.more.notify_one();
+        }
+    }
 }
 
 impl Tally {
@@ -90,15 +105,19 @@ impl Tally {
             Some((known, before)) if known == listener => before,
             _ => {
                 counted.told_down = 0;
+                counted.told_homes = HomeBytes::default();
                 counted.told
             }
         };
         counted.to = Some((listener, before));
-        let news = counted.total != counted.told || counted.routes_down != counted.told_down;
+        let news = counted.total != counted.told
+            || counted.routes_down != counted.told_down
+            || counted.homes != counted.told_homes;
         (news && counted.deaf != Some(listener.boot_id)).then(|| News {
             total: counted.total,
             its: counted.total.since(&before),
             routes_down: counted.routes_down,
+            homes: counted.homes,
         })
     }
 
@@ -106,6 +125,7 @@ impl Tally {
         let mut counted = self.counted.lock();
         counted.told = news.total;
         counted.told_down = news.routes_down;
+        counted.told_homes = news.homes;
     }
 }
 
@@ -146,6 +166,7 @@ impl Reporter {
             session_id: self.listener.session.0,
             traffic: Some((&news.its).into()),
             routes_down: news.routes_down,
+            homes: (news.homes != HomeBytes::default()).then(|| news.homes.into()),
         };
         match timeout(LIMIT, self.client.report(request)).await {
             Ok(Ok(_)) => tally.confirm(&news),
@@ -202,6 +223,25 @@ mod tests {
         assert_eq!([down(restarted), down(restarted)], [Some(2), None]);
         tally.counted.lock().routes_down = 0;
         assert_eq!([down(restarted), down(restarted)], [Some(0), None]);
+    }
+
+    #[test]
+    fn each_listener_hears_where_pools_are_and_that_one_is_gone() {
+        let tally = Tally::default();
+        let homes = |listener| {
+            let news = tally.news(listener)?;
+            tally.confirm(&news);
+            Some(news.homes.leased)
+        };
+        tally.counted.lock().homes.leased = 2;
+        assert_eq!([homes(FIRST), homes(FIRST)], [Some(2), None]);
+        let restarted = Listener {
+            boot_id: 2,
+            ..FIRST
+        };
+        assert_eq!([homes(restarted), homes(restarted)], [Some(2), None]);
+        tally.counted.lock().homes.leased = 0;
+        assert_eq!([homes(restarted), homes(restarted)], [Some(0), None]);
     }
 
     #[test]

@@ -10,9 +10,10 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use swiftcache_proto::domain::HomeBytes;
 use tracing::error;
 
-use super::{config::StreamConfig, state::State};
+use super::{config::StreamConfig, homes::Counts, state::State};
 use crate::{
     Error, Result,
     device::{DeviceLayer, Steps},
@@ -66,6 +67,22 @@ impl Core {
         if due || state.closing {
             self.changed.notify_all();
         }
+    }
+
+    /// Units have been laid out, or have other homes: operators see it, see `swiftcache status`.
+    pub(super) fn tell_homes(&self, state: &mut State) {
+        let counts = match state.places {
+            Some(_) => state.homes.counts(),
+            None => Counts::default(),
+        };
+        let bytes = |units| u64::from(units) * self.unit_bytes;
+        let now = HomeBytes {
+            leased: bytes(counts.in_slabs),
+            spare: bytes(counts.in_spares),
+            host: bytes(counts.on_floor),
+        };
+        let before = std::mem::replace(&mut state.told, now);
+        self.session.homes(before, now);
     }
 
     /// The engine must not run on: no step begins from now on.

@@ -202,6 +202,9 @@ impl Core {
         let gone = state.take_vacated();
         self.generation
             .fetch_add(u64::from(moved > 0), Ordering::AcqRel);
+        if moved > 0 {
+            self.tell_homes(&mut state);
+        }
         self.note(&state);
         drop(state);
         drop(gone);
@@ -255,6 +258,7 @@ impl Core {
         state.unfinished = None;
         state.homes.clear();
         let gone: (Option<Places>, _) = (state.places.take(), std::mem::take(&mut state.slabs));
+        self.tell_homes(&mut state);
         self.note(&state);
         drop(state);
         drop(gone);

@@ -175,7 +175,10 @@ impl StreamPool {
         self.place(&steps, offsets, floor, spares)?;
         // From here on steps may begin.
         let _ = core.steps.set(steps);
-        core.note(&core.state.lock());
+        let mut state = core.state.lock();
+        core.tell_homes(&mut state);
+        core.note(&state);
+        drop(state);
         core.leases.grow_soon();
         info!(namespace = %core.config.namespace, tensors = tensors.len(), units = laid_out_units(tensors), "a stitched pool is laid out");
         Ok(laid_out)

@@ -7,7 +7,7 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use swiftcache_proto::domain::RegionId;
+use swiftcache_proto::domain::{HomeBytes, RegionId};
 
 use super::{
     home::{Home, SlabId, UnitId},
@@ -69,6 +69,8 @@ pub(super) struct State {
     /// Why the engine must not run on.
     pub(super) lost: Option<String>,
     pub(super) closing: bool,
+    /// What the session was told of where units are.
+    pub(super) told: HomeBytes,
     pub(super) happened: Happened,
 }
 
@@ -87,6 +89,7 @@ impl State {
             failures: 0,
             lost: None,
             closing: false,
+            told: HomeBytes::default(),
             happened: Happened {
                 moved_units: 0,
                 failed_moves: 0,
