@@ -163,7 +163,7 @@ fn only_its_own_process_speaks_for_a_session() -> Result<()> {
             session_id,
             // An older client may send a report without traffic.
             traffic: None,
-            routes_down: 0,
+            ..Default::default()
         };
         wire.wait(wire.broker().report(request)).map(drop)
     };

@@ -13,7 +13,7 @@ use swiftcache_proto::{
 
 use super::{
     account::{Account, Place},
-    arena::{Arena, LeaseKey, OfRegion, RegionKey},
+    arena::{Arena, OfRegion, RegionKey},
     check::hold,
     devices::Devices,
     effect::Refusal,
