@@ -205,6 +205,8 @@ pub fn balanced(whole: &v1::Account, parts: impl IntoIterator<Item = v1::Account
         sum.draining_bytes += part.draining_bytes;
         sum.zombie_bytes += part.zombie_bytes;
         sum.scrubbing_bytes += part.scrubbing_bytes;
+        // Some of the leased bytes.
+        sum.working_set_bytes += part.working_set_bytes;
     }
     ensure!(
         sum == *whole,
