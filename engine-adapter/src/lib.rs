@@ -12,6 +12,7 @@ mod hit;
 mod load;
 mod loans;
 mod mark;
+mod place;
 mod pool;
 mod promised;
 mod stats;

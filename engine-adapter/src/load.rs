@@ -10,9 +10,10 @@ use crate::{
     arguments,
     failure::{Failure, Result},
     mark::Point,
+    place::Place,
     promised::EngineStream,
     unlocked::{drop_unlocked, unlocked},
-    worker::{Opened, Place},
+    worker::Opened,
 };
 
 /// Blocks on their way into the pool.

@@ -20,7 +20,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::domain::DeviceUuid;
 
-use crate::{arguments, worker::Place};
+use crate::{arguments, place::Place};
 
 /// A memory that the engine's KV pool lies in. Its bytes stay allocated as long as this or what was adopted of it lives,
 /// and Rust has no references into them: pools are tensors and buffers of Python's.

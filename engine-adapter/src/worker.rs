@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     failure::{Failure, Result},
+    place::Place,
     pool::Pool,
     promised::{Lendable, UnusedRange},
 };
@@ -71,12 +72,6 @@ pub(crate) struct Opened {
     pub(crate) borrower: Arc<Borrower>,
     pub(crate) place: Arc<Place>,
     kv: Mutex<Option<Arc<PagedKv>>>,
-}
-
-/// Where copies go.
-pub(crate) struct Place {
-    pub(crate) layer: Arc<dyn DeviceLayer>,
-    pub(crate) device: DeviceUuid,
 }
 
 impl Opened {
@@ -346,11 +341,5 @@ impl Observer for Worker {
 impl fmt::Debug for Opened {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Opened({:?} on {:?})", self.borrower, self.place)
-    }
-}
-
-impl fmt::Debug for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {}", self.device, self.layer.name())
     }
 }

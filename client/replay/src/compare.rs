@@ -14,7 +14,8 @@ use super::{
     },
     roofline::{Engine, Gpu, Roofline},
     serving::{
-        LinkRates, Loading, MAX_DECODING, PASS_TOKENS, Recompute, Serving, serve, stretch_for,
+        LinkRates, Loading, MAX_DECODING, PASS_TOKENS, Recompute, Serving, TARGET_UTILISATION,
+        serve, stretch_for,
     },
     sizing::{Scale, pool_blocks},
     tiered::{Interrupt, Neighbourhood, Tiered},
@@ -26,8 +27,6 @@ use swiftcache_client::{
     session::Session,
 };
 
-/// Arrival times are stretched until the server of the recompute arm is busy for this share of the time.
-pub const TARGET_UTILISATION: f64 = 0.8;
 /// How many slabs the borrower asks for at a time.
 const LEASE_STEP_SLABS: u64 = 4;
 

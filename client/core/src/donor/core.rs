@@ -1,59 +1,24 @@
-//! A donor: its regions, its thread, and what the broker says about them.
+//! A donor: its regions, and whom it speaks to.
 
 use std::{
-    collections::{HashMap, VecDeque},
     mem,
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 
-use hdrhistogram::Histogram;
 use parking_lot::{Condvar, Mutex};
-use swiftcache_proto::domain::{DeviceUuid, HandleKind, RegionId};
-use tracing::warn;
+use swiftcache_proto::domain::DeviceUuid;
 
 use super::{
     DonorStatus,
-    region::{Known, Phase, Region},
-    resume::Sequel,
-    scrub::Scrubs,
-    target::{Target, TopUp},
-    withdrawal::Asking,
+    region::{Known, Phase, Region, Source},
+    state::{State, Task},
 };
 use crate::{
     device::DeviceLayer,
     latency::Latency,
-    session::{Connected, Observer, Orphan, Scrub, Session},
+    session::{Observer, Orphan, Session},
 };
-
-/// How often offers and withdrawals that failed on the way are made again.
-const TICK: Duration = Duration::from_millis(200);
-
-/// What the donor's thread is told.
-#[derive(Debug)]
-pub(super) enum Task {
-    /// A connection is up, and what it says has been taken note of.
-    Connected(Sequel),
-    Returned(RegionId),
-    Scrub(Scrub),
-    /// Regions were added or asked back.
-    Tell,
-    Stop,
-}
-
-/// Where regions' memory comes from.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Source {
-    /// An allocation for each, which is freed when it comes back.
-    Allocations {
-        slab_bytes: u64,
-        handle: Option<HandleKind>,
-        /// They follow the device's idle HBM.
-        elastic: bool,
-    },
-    /// An engine's pool, which lives on, and so do mappings of it that nobody knows of.
-    Pool,
-}
 
 pub(super) struct Core {
     pub(super) session: Session,
@@ -65,78 +30,6 @@ pub(super) struct Core {
     pub(super) state: Mutex<State>,
     pub(super) returned: Condvar,
     tasks: mpsc::Sender<Task>,
-}
-
-pub(super) struct State {
-    pub(super) regions: HashMap<RegionId, Region>,
-    /// The last connection whose list of regions was taken note of. Offers are made on no other, or a list that is older
-    /// than an offer could be taken for what the broker says of it.
-    pub(super) connection: u64,
-    /// When bytes were last asked for: a region may come back before the answer says which.
-    pub(super) asked: Option<Instant>,
-    pub(super) asking: Vec<Asking>,
-    pub(super) give_back: Histogram<u64>,
-    pub(super) returned: u64,
-    /// Regions that are this donor's own again, and whose memory is being freed.
-    pub(super) freeing: usize,
-    pub(super) scrubbed: u64,
-    pub(super) failed_scrubs: u64,
-    /// What a fixed donor keeps on offer. Nobody keeps up what a donor without a target has on offer.
-    pub(super) target: Option<Target>,
-}
-
-impl State {
-    pub(super) fn new() -> Self {
-        Self {
-            regions: HashMap::new(),
-            connection: 0,
-            asked: None,
-            asking: Vec::new(),
-            // One microsecond to an hour.
-            give_back: Histogram::new_with_max(3_600_000_000, 3)
-                .expect("constants that hdrhistogram accepts"),
-            returned: 0,
-            freeing: 0,
-            scrubbed: 0,
-            failed_scrubs: 0,
-            target: None,
-        }
-    }
-}
-
-/// Called on the session's thread: takes note under a lock, and passes on what takes longer.
-impl Observer for Core {
-    fn regions(&self) -> Vec<RegionId> {
-        self.state.lock().regions.keys().copied().collect()
-    }
-
-    fn connected(&self, connected: &Connected) {
-        let sequel = self.state.lock().take_note(connected, self.source);
-        self.tell(Task::Connected(sequel));
-    }
-
-    fn returned(&self, region: RegionId) {
-        self.tell(Task::Returned(region));
-    }
-
-    /// The donor's owner may know why: memory of another PID namespace, a device node that a container lacks.
-    fn cannot_map(&self, id: RegionId, sessions: u32) {
-        let mut state = self.state.lock();
-        let Some(region) = state.regions.get_mut(&id) else {
-            return;
-        };
-        if sessions > region.unmappable_by {
-            warn!(
-                device = %self.device, region = %id, sessions,
-                "borrowers say that they cannot map a slab; they are lent no more of it, and others are"
-            );
-        }
-        region.unmappable_by = sessions;
-    }
-
-    fn scrub(&self, scrub: &Scrub) {
-        self.tell(Task::Scrub(*scrub));
-    }
 }
 
 impl Core {
@@ -171,54 +64,6 @@ impl Core {
     pub(super) fn tell(&self, task: Task) {
         // A thread that is gone means that the donor is closing.
         let _ = self.tasks.send(task);
-    }
-
-    /// The donor's thread. Between two offers it looks whether there is something else: somebody waits for what is asked
-    /// back.
-    pub(super) fn work(&self, inbox: &mpsc::Receiver<Task>) {
-        let mut scrubs = Scrubs::default();
-        let mut top_up = TopUp::new();
-        let mut due = VecDeque::new();
-        let mut ticked = Instant::now();
-        loop {
-            let tick = match due.is_empty() {
-                true => TICK.saturating_sub(ticked.elapsed()),
-                false => Duration::ZERO,
-            };
-            let waits = [scrubs.pause(), top_up.pause(self)];
-            let pause = waits.into_iter().flatten().fold(tick, Duration::min);
-            let mut told = false;
-            match inbox.recv_timeout(pause) {
-                Ok(Task::Returned(region)) => {
-                    self.take_back(region);
-                    top_up.hasten();
-                }
-                Ok(Task::Scrub(scrub)) => scrubs.ask(self, &scrub),
-                Ok(Task::Connected(sequel)) => {
-                    self.follow_up(sequel, self.source);
-                    top_up.hasten();
-                    told = true;
-                }
-                Ok(Task::Tell) => {
-                    top_up.hasten();
-                    told = true;
-                }
-                Ok(Task::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
-                Err(mpsc::RecvTimeoutError::Timeout) => match due.pop_front() {
-                    Some(region) => self.offer_again(region),
-                    None => top_up.advance(self),
-                },
-            }
-            if told || ticked.elapsed() >= TICK {
-                self.withdraw_unheard();
-                scrubs.clean_soiled(self);
-                if told || due.is_empty() {
-                    due = self.due_offers();
-                }
-                ticked = Instant::now();
-            }
-            scrubs.advance(self);
-        }
     }
 
     pub(super) fn status(&self) -> DonorStatus {

@@ -11,8 +11,9 @@ use swiftcache_proto::{
 
 use super::{
     CoreThread, DonorStatus,
-    core::{Core, Source, Task},
-    region::Region,
+    core::Core,
+    region::{Region, Source},
+    state::Task,
 };
 use crate::{
     Error, Result,

@@ -17,8 +17,10 @@ mod pool;
 mod region;
 mod resume;
 mod scrub;
+mod state;
 mod target;
 mod withdrawal;
+mod work;
 
 use std::{
     fmt, mem,
@@ -38,7 +40,7 @@ pub use loans::{Ended, GIVE_BACK_MARGIN, Loans, Moment};
 pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
 pub use pool::{NotLent, PoolLender, PoolRange};
 
-use self::core::{Core, Source, Task};
+use self::{core::Core, region::Source, state::Task};
 use crate::{
     Error, Result, check::check_device, device::DeviceLayer, latency::Latency, session::Session,
 };

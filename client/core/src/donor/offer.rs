@@ -7,8 +7,9 @@ use tonic::Code;
 use tracing::{debug, warn};
 
 use super::{
-    core::{Core, Task},
+    core::Core,
     region::{Known, Phase, Region},
+    state::Task,
 };
 use crate::{Error, Result};
 

@@ -3,13 +3,26 @@
 use std::time::Instant;
 
 use rand::Rng;
-use swiftcache_proto::domain::{AllocationId, Generation, RegionId};
+use swiftcache_proto::domain::{AllocationId, Generation, HandleKind, RegionId};
 
-use super::core::Source;
 use crate::{
     device::Memory,
     session::{OfferedRegion, Scrub},
 };
+
+/// Where regions' memory comes from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    /// An allocation for each, which is freed when it comes back.
+    Allocations {
+        slab_bytes: u64,
+        handle: Option<HandleKind>,
+        /// They follow the device's idle HBM.
+        elastic: bool,
+    },
+    /// An engine's pool, which lives on, and so do mappings of it that nobody knows of.
+    Pool,
+}
 
 /// Where a region is between its offer and its return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

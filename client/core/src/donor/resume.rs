@@ -1,26 +1,16 @@
 //! What a connection says of a donor's regions: which of them the broker knows.
 
-use std::{collections::HashSet, mem, time::Instant};
+use std::{collections::HashSet, mem};
 
 use swiftcache_proto::domain::RegionId;
 use tracing::{error, warn};
 
 use super::{
-    core::{Core, Source, State},
-    region::{Known, Phase, Region},
+    core::Core,
+    region::{Known, Phase, Region, Source},
+    state::{Sequel, State},
 };
 use crate::session::Connected;
-
-/// What is left to do about a connection, on the donor's thread. The regions in it are counted as being freed.
-#[derive(Debug, Default)]
-pub(super) struct Sequel {
-    /// They were returned, and the word got lost. With the time they were asked for.
-    returned: Vec<(Region, Option<Instant>)>,
-    /// A broker that knows nothing of them took this session's place at the last one's.
-    forgotten: Vec<Region>,
-    /// How many slabs to take and offer in their place.
-    anew: usize,
-}
 
 impl State {
     /// Takes note of which regions the broker knows. What was offered on this connection already is not in its list.
@@ -155,6 +145,8 @@ impl Region {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::device::{DeviceLayer, host::HostLayer};
     use swiftcache_proto::domain::{Device, HandleKind};

@@ -12,7 +12,7 @@ use std::{
 use swiftcache_proto::domain::RegionId;
 use tracing::warn;
 
-use super::core::{Core, Task};
+use super::{core::Core, state::Task};
 use crate::{
     Error, Result,
     device::{CopyStream, Memory, Ticket, nap},

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::{
-    core::{Core, Source, State, Task},
-    region::Phase,
+    core::Core,
+    region::{Phase, Source},
+    state::{State, Target, Task},
 };
 use crate::Error;
 
@@ -16,16 +17,6 @@ use crate::Error;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// What is to be on offer.
-#[derive(Debug)]
-pub(super) struct Target {
-    /// Whole slabs, bytes.
-    pub(super) bytes: u64,
-    slab_bytes: u64,
-    /// What the last try met, while something is missing.
-    problem: Option<String>,
-}
 
 impl State {
     /// On offer, lent or not, bytes.

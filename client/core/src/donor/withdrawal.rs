@@ -7,28 +7,15 @@ use tonic::Code;
 use tracing::{debug, info, warn};
 
 use super::{
-    core::{Core, State, Task},
+    core::Core,
     offer::is_refused,
     region::{Known, Phase, Region},
+    state::{Answer, Asking, State, Task},
 };
 use crate::{
     Error, Result,
     session::{Call, WithdrawWhat, Withdrawing},
 };
-
-/// A withdrawal of so many bytes whose outcome is not known.
-pub(super) struct Asking {
-    since: Instant,
-    bytes: u64,
-    answer: Answer,
-}
-
-enum Answer {
-    /// It is on its way.
-    Awaited(Call<Withdrawing>),
-    /// It never came. Offering these regions again tells which of them are on their way back.
-    Lost(Vec<RegionId>),
-}
 
 impl Core {
     pub(super) fn withdraw(&self, bytes: u64) -> Result<u64> {
@@ -255,11 +242,6 @@ impl State {
                 region.phase = Phase::Withdrawing { since, heard };
             }
         }
-    }
-
-    /// Asked for, and not known to be on its way back, nor known not to be, bytes.
-    pub(super) fn asked_bytes(&self) -> u64 {
-        self.asking.iter().map(|asking| asking.bytes).sum()
     }
 
     /// The broker may have begun to give back some of the regions on offer. Which, it says when they are offered again.

@@ -21,12 +21,11 @@ use self::arms::Planned;
 pub(crate) use self::{arms::Offload, text::DONORS};
 use crate::{
     ReplayError,
-    compare::TARGET_UTILISATION,
     lent::Lent,
     models::ModelShape,
     report::{Holds, Ttft, bytes, curve},
     roofline::{Engine, Roofline},
-    serving::{Arm, Loading, Outcome, Recompute, Serving, serve, stretch_for},
+    serving::{Arm, Loading, Outcome, Recompute, Serving, TARGET_UTILISATION, serve, stretch_for},
     sizing::pool_blocks,
     trace::{Trace, unbounded_hits},
 };

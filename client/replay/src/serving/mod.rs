@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use swiftcache_proto::domain::{BlockHash, LinkKind};
 
 use decoding::Decoding;
-pub use stretch::stretch_for;
+pub use stretch::{TARGET_UTILISATION, stretch_for};
 
 use super::{
     ReplayError,

@@ -7,6 +7,9 @@ const MOST_STRETCH: f64 = 1024.0;
 /// How many times the bracket around the right stretch is halved. Ten times make it a thousandth of its size.
 const STRETCH_ROUNDS: u32 = 10;
 
+/// Arrival times are stretched until the server of the recompute arm is busy for this share of the time.
+pub const TARGET_UTILISATION: f64 = 0.8;
+
 /// The stretch of arrival times at which the recompute arm's server is busy for the share `utilisation` of the time.
 ///
 /// # Errors
