@@ -35,6 +35,8 @@ use crate::{
 pub const OFFLOAD_SHARE_OF_RATE: f64 = 0.65;
 /// Sizes of host memory that the sweep tries, as shares of the one asked for.
 const SWEEP: [f64; 5] = [0.0, 0.25, 0.5, 1.0, 2.0];
+/// What the shares are of where none was asked for, bytes.
+const SWEEP_BASE: u64 = 128 << 30;
 
 /// What is planned.
 #[derive(Clone, Debug)]
@@ -229,7 +231,11 @@ impl Plan<'_> {
         let mut points = Vec::new();
         for share in SWEEP {
             next();
-            let host_bytes = (self.host_bytes as f64 * share) as u64;
+            let base = match self.host_bytes {
+                0 => SWEEP_BASE,
+                asked => asked,
+            };
+            let host_bytes = (base as f64 * share) as u64;
             let (swiftcache, _) = self.swiftcache(serving, self.donors, host_bytes)?;
             next();
             let offload = self.offload(measured, host_bytes)?;

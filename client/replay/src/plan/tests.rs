@@ -90,6 +90,9 @@ fn a_working_set_that_two_donors_hold_is_found_with_two_donors() {
     // 60 conversations of 40 blocks are 2,400; the pool holds 778, and a donor of 64 slabs of 14 blocks 896.
     let trace = rounds(60, 40, 4);
     let report = planned(&trace, Lending::Fixed(64 * GIB), 0);
+    // Without host memory of its own, the sweep still tries some.
+    let sizes = report.host_sweep.iter().map(|point| point.host_bytes);
+    assert!(sizes.collect::<Vec<_>>().is_sorted_by(|a, b| a < b));
     let found: Vec<f64> = report.ladder().map(|arm| arm.hit_rate).collect();
     assert_eq!(found.len(), 4);
     assert!((report.workload.unbounded_hit_rate - 0.75).abs() < 1e-9);
