@@ -8,8 +8,7 @@
 //! * A decode step of `b` sequences that have `t` tokens of context together takes the larger of two times: the
 //!   time of `2 P b` plus attention FLOP, and the time to read the weights and the KV of `t` tokens once from HBM.
 //!
-//! Peak numbers are the dense bfloat16 rates of the datasheets. [`COMPUTE_EFFICIENCY`] and [`MEMORY_EFFICIENCY`] are
-//! the shares of the peak that a good serving engine reaches.
+//! Peak numbers are the dense bfloat16 rates of the datasheets. An [`Engine`] reaches a share of them.
 
 use super::models::{ELEMENT_BYTES, ModelShape};
 
