@@ -12,7 +12,10 @@ use swiftcache_proto::{
 };
 use tonic::{Request, Response, Status};
 
-use super::view::{self, NodeView};
+use super::{
+    pace::{Pace, Turn},
+    view::{self, NodeView},
+};
 use crate::{
     authority::Operators,
     core::{
@@ -41,6 +44,8 @@ pub struct AdminService {
     probe: Arc<dyn Probe>,
     operators: Operators,
     drain_ms: u32,
+    /// Of questions by others than operators.
+    pace: Pace,
 }
 
 impl AdminService {
@@ -56,12 +61,23 @@ impl AdminService {
             probe,
             operators,
             drain_ms,
+            pace: Pace::default(),
         }
     }
 
-    async fn do_get_node(&self) -> v1::GetNodeResponse {
+    /// The turn of a question; operators need none.
+    async fn turn<T>(&self, request: &Request<T>) -> Option<Turn<'_>> {
+        match self.operators.check(request, "ask without a turn") {
+            Ok(()) => None,
+            Err(_) => Some(self.pace.turn().await),
+        }
+    }
+
+    async fn do_get_node(&self, turn: Option<Turn<'_>>) -> v1::GetNodeResponse {
         let node = self.owner.read(NodeView::read);
         let mut node = node.answer(&self.owner.reports());
+        // A driver that hangs holds up nobody else's questions.
+        drop(turn);
         node.version = env!("CARGO_PKG_VERSION").to_owned();
         node.boot_id = self.owner.boot_id();
         node.uptime_ms = self.owner.now().0;
@@ -252,16 +268,18 @@ fn narrowed(uuid: &str) -> Result<(), Refused> {
 impl Admin for AdminService {
     async fn get_node(
         &self,
-        _: Request<v1::GetNodeRequest>,
+        request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::GetNodeResponse>, Status> {
+        let turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("GetNode");
-        Ok(Response::new(self.do_get_node().await))
+        Ok(Response::new(self.do_get_node(turn).await))
     }
 
     async fn list_sessions(
         &self,
-        _: Request<v1::ListSessionsRequest>,
+        request: Request<v1::ListSessionsRequest>,
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListSessions");
         let started = self.owner.started_unix_ms();
         let page = |state: &State, after: Option<&SessionId>| {
@@ -285,6 +303,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::ListRegionsRequest>,
     ) -> Result<Response<v1::ListRegionsResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListRegions");
         let request = request.into_inner();
         let device = request.device_uuid;
@@ -307,6 +326,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::ListLeasesRequest>,
     ) -> Result<Response<v1::ListLeasesResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListLeases");
         let request = request.into_inner();
         let device = request.device_uuid;
@@ -331,6 +351,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::ListNamespacesRequest>,
     ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListNamespaces");
         let request = request.into_inner();
         // Neither a tenant nor a name has a line break.
@@ -364,6 +385,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::ListEventsRequest>,
     ) -> Result<Response<v1::ListEventsResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListEvents");
         let wanted = Wanted::new(request.into_inner()).map_err(Refused::from)?;
         let events = self.owner.events(&wanted);
@@ -402,6 +424,7 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::PreviewWithdrawRequest>,
     ) -> Result<Response<v1::PreviewWithdrawResponse>, Status> {
+        let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("PreviewWithdraw");
         let request = request.into_inner();
         Ok(Response::new(self.do_preview_withdraw(&request)?))

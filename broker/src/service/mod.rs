@@ -3,6 +3,7 @@
 mod admin;
 mod broker;
 mod node;
+mod pace;
 mod session;
 mod view;
 
