@@ -3,7 +3,7 @@
 use std::{
     env,
     io::{BufRead, BufReader, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
@@ -27,6 +27,21 @@ pub fn program(name: &str) -> Result<PathBuf> {
         "{name} is not built beside {}: run `make test`, or `cargo build --workspace --bins` first",
         test.display()
     )
+}
+
+/// `swiftcache` as a user runs it in a directory, where it also keeps its temporary files.
+///
+/// # Errors
+/// When it has not been built.
+pub fn swiftcache_in(directory: &Path, args: &[&str]) -> Result<Command> {
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(args)
+        .current_dir(directory)
+        .env("TMPDIR", directory)
+        .env("XDG_RUNTIME_DIR", directory)
+        .env_remove("SWIFTCACHE_SOCKET");
+    Ok(command)
 }
 
 /// A running program. Drop kills it.

@@ -5,12 +5,10 @@
     reason = "a test that cannot go on has failed, and says where"
 )]
 
-use std::{
-    path::{Path, PathBuf},
-    process::{Command, Output},
-};
+use std::{path::Path, process::Output};
 
 use swiftcache_replay::{plan::PlanReport, report::Report};
+use swiftcache_tests::programs::swiftcache_in;
 use tempfile::TempDir;
 
 /// The most replays until one of them is not disturbed by a busy machine.
@@ -18,27 +16,8 @@ const ATTEMPTS: u32 = 3;
 /// How far a planned hit rate may be from a replayed one: a point.
 const POINT: f64 = 0.01;
 
-/// A program of this workspace, built by `make test` before the tests run.
-fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let path = test.ancestors().nth(2).unwrap().join(name);
-    assert!(
-        path.is_file(),
-        "{} is missing: cargo build --workspace --bins",
-        path.display()
-    );
-    path
-}
-
 fn run(directory: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(program("swiftcache"));
-    command
-        .args(args)
-        .current_dir(directory)
-        .env("TMPDIR", directory)
-        .env("XDG_RUNTIME_DIR", directory)
-        .env_remove("SWIFTCACHE_SOCKET");
-    command.output().unwrap()
+    swiftcache_in(directory, args).unwrap().output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {

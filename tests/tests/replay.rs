@@ -22,34 +22,15 @@ use swiftcache_replay::{
     serving::Tier,
     trace::{self, unbounded_hits},
 };
+use swiftcache_tests::programs::swiftcache_in;
 use tempfile::TempDir;
 
 /// The most replays until one of them is not disturbed by a busy machine.
 const ATTEMPTS: u32 = 5;
 
-/// A program of this workspace, built by `make test` before the tests run.
-fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.ancestors().nth(2).unwrap();
-    let path = profile.join(name);
-    assert!(
-        path.is_file(),
-        "{} is missing: cargo build --workspace --bins",
-        path.display()
-    );
-    path
-}
-
 /// `swiftcache` with its temporary files in a directory of its own.
 fn swiftcache(directory: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(program("swiftcache"));
-    command
-        .args(args)
-        .current_dir(directory)
-        .env("TMPDIR", directory)
-        .env("XDG_RUNTIME_DIR", directory)
-        .env_remove("SWIFTCACHE_SOCKET");
-    command
+    swiftcache_in(directory, args).unwrap()
 }
 
 fn run(directory: &Path, args: &[&str]) -> Output {

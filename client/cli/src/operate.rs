@@ -92,12 +92,13 @@ impl Manner {
             _ => Err(CliError::Interrupted),
         }
     }
+}
 
-    fn answer(self, text: &str, document: &Value) -> Result<(), CliError> {
-        match self.json {
-            true => output::print_json(document),
-            false => output::print(&format!("{text}\n")).map(drop),
-        }
+/// Says what was done, in words or as JSON.
+fn answer(json: bool, text: &str, document: &Value) -> Result<(), CliError> {
+    match json {
+        true => output::print_json(document),
+        false => output::print(&format!("{text}\n")).map(drop),
     }
 }
 
@@ -159,7 +160,7 @@ pub(super) fn drain(args: &DrainArgs) -> Result<(), CliError> {
         None => format!("Drain {name}: its leases are revoked."),
     };
     args.manner.confirm(&question)?;
-    let answer = admin.drain(&v1::DrainRequest {
+    let done = admin.drain(&v1::DrainRequest {
         target: Some(target),
         drain_ms,
     })?;
@@ -169,15 +170,15 @@ pub(super) fn drain(args: &DrainArgs) -> Result<(), CliError> {
     };
     let text = format!(
         "{name}: {} leases with {} are on their way back{until}",
-        answer.revoked_leases,
-        bytes(answer.revoked_bytes)
+        done.revoked_leases,
+        bytes(done.revoked_bytes)
     );
     let document = json!({
         "drained": name,
-        "revoked_leases": answer.revoked_leases,
-        "revoked_bytes": answer.revoked_bytes,
+        "revoked_leases": done.revoked_leases,
+        "revoked_bytes": done.revoked_bytes,
     });
-    args.manner.answer(&text, &document)
+    answer(args.manner.json, &text, &document)
 }
 
 /// End a drain: the device or donor lends again
@@ -207,11 +208,8 @@ pub(super) fn undrain(args: &UndrainArgs) -> Result<(), CliError> {
     args.broker.connect()?.undrain(&v1::UndrainRequest {
         target: Some(target),
     })?;
-    let manner = Manner {
-        yes: true,
-        json: args.json,
-    };
-    manner.answer(
+    answer(
+        args.json,
         &format!("{name} lends again"),
         &json!({ "undrained": name }),
     )
@@ -243,19 +241,19 @@ pub(super) fn evict(args: &EvictArgs) -> Result<(), CliError> {
     let admin = args.broker.connect()?;
     args.manner
         .confirm(&format!("Evict {name}: its cached blocks are lost."))?;
-    let answer = admin.evict(&v1::EvictRequest {
+    let done = admin.evict(&v1::EvictRequest {
         target: Some(target),
     })?;
     let text = format!(
         "{name}: {} blocks forgotten, {} leases revoked",
-        answer.evicted_blocks, answer.revoked_leases
+        done.evicted_blocks, done.revoked_leases
     );
     let document = json!({
         "evicted": name,
-        "evicted_blocks": answer.evicted_blocks,
-        "revoked_leases": answer.revoked_leases,
+        "evicted_blocks": done.evicted_blocks,
+        "revoked_leases": done.revoked_leases,
     });
-    args.manner.answer(&text, &document)
+    answer(args.manner.json, &text, &document)
 }
 
 /// Bound what a namespace or a tenant may hold; revokes nothing and outlives the broker
@@ -295,17 +293,17 @@ pub(super) fn quota(args: &QuotaArgs) -> Result<(), CliError> {
     let admin = args.broker.connect()?;
     args.manner
         .confirm(&format!("From now on {name} {most}."))?;
-    let answer = admin.set_quota(&v1::SetQuotaRequest {
+    let done = admin.set_quota(&v1::SetQuotaRequest {
         target: Some(target),
         bytes: args.bytes,
     })?;
-    let text = format!("{name} {most}; it holds {} now", bytes(answer.leased_bytes));
+    let text = format!("{name} {most}; it holds {} now", bytes(done.leased_bytes));
     let document = json!({
         "quota_of": name,
         "bytes": args.bytes,
-        "leased_bytes": answer.leased_bytes,
+        "leased_bytes": done.leased_bytes,
     });
-    args.manner.answer(&text, &document)
+    answer(args.manner.json, &text, &document)
 }
 
 /// Say what would be given back and revoked if a device needed so much; changes nothing
@@ -328,7 +326,7 @@ pub(super) struct PreviewArgs {
 }
 
 pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
-    let answer = args
+    let done = args
         .broker
         .connect()?
         .preview(&v1::PreviewWithdrawRequest {
@@ -340,27 +338,23 @@ pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
         "{}: {} would come back from {} regions, {} of it at once; {} leases with {} would be revoked, and {} blocks no longer found \
          unless they are moved",
         args.device,
-        bytes(answer.bytes),
-        answer.regions.len(),
-        bytes(answer.idle_bytes),
-        answer.leases.len(),
-        bytes(answer.revoked_bytes),
-        answer.lost_blocks
+        bytes(done.bytes),
+        done.regions.len(),
+        bytes(done.idle_bytes),
+        done.leases.len(),
+        bytes(done.revoked_bytes),
+        done.lost_blocks
     );
     let document = json!({
         "device": args.device,
-        "bytes": answer.bytes,
-        "idle_bytes": answer.idle_bytes,
-        "regions": answer.regions.len(),
-        "revoked_leases": answer.leases.len(),
-        "revoked_bytes": answer.revoked_bytes,
-        "lost_blocks": answer.lost_blocks,
+        "bytes": done.bytes,
+        "idle_bytes": done.idle_bytes,
+        "regions": done.regions.len(),
+        "revoked_leases": done.leases.len(),
+        "revoked_bytes": done.revoked_bytes,
+        "lost_blocks": done.lost_blocks,
     });
-    let manner = Manner {
-        yes: true,
-        json: args.json,
-    };
-    manner.answer(&text, &document)
+    answer(args.json, &text, &document)
 }
 
 /// List what happened last, oldest first
