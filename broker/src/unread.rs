@@ -27,10 +27,15 @@ use crate::{
 
 /// The service whose answers are large.
 const LISTS: &str = "/swiftcache.v1.Admin/";
+/// The call whose answer is a session's messages.
+const SESSION: &str = "/swiftcache.v1.Broker/Session";
 /// How long a call waits until what was answered before is read.
 const WAIT: Duration = Duration::from_secs(2);
 /// How long an answer may stay unread.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How many times as long a session's messages may. They come in parts of 32 KiB, each of them the revocations of more than
+/// a thousand slabs. A client that deals with one after the other reads slowly, and is not to lose its connection for it.
+const SESSION_PATIENCE: u32 = 10;
 /// The most answers to calls of Admin at a time. A page of a list is about a megabyte.
 const ANSWERS: Limits = Limits {
     all: 64,
@@ -125,7 +130,8 @@ async fn cut_late(books: Weak<Books>, patience: Duration) {
         let books = books.page.lock();
         // The oldest comes first.
         let late = books.answers.values();
-        for answer in late.take_while(|answer| answer.since.elapsed() >= patience) {
+        let late = late.take_while(|answer| answer.since.elapsed() >= patience);
+        for answer in late.filter(|answer| answer.since.elapsed() >= patience * answer.patience) {
             answer.reader.cut.cancel();
         }
     }
@@ -185,6 +191,8 @@ struct Answer {
     reader: Reader,
     bytes: usize,
     since: Instant,
+    /// How many times as long as others it may stay unread.
+    patience: u32,
 }
 
 /// Everything that is unsent.
@@ -217,7 +225,7 @@ impl Page {
         bounded.all(|(share, bound)| self.unsent(share) < bound)
     }
 
-    fn add(&mut self, reader: Reader, bytes: usize) -> u64 {
+    fn add(&mut self, reader: Reader, bytes: usize, patience: u32) -> u64 {
         for share in reader.shares() {
             *self.unsent.entry(share).or_default() += bytes;
         }
@@ -227,6 +235,7 @@ impl Page {
             reader,
             bytes,
             since,
+            patience,
         };
         self.answers.insert(self.last, answer);
         self.last
@@ -286,6 +295,10 @@ where
         let reader = Reader::of(request.extensions());
         let listed = request.uri().path().starts_with(LISTS);
         let lists = listed.then(|| self.unread.lists.clone());
+        let patience = match request.uri().path() {
+            SESSION => SESSION_PATIENCE,
+            _ => 1,
+        };
         let (answering, unread) = (self.inner.call(request), self.unread.clone());
         Box::pin(async move {
             // Here, and not before: meanwhile the answers before it have been counted.
@@ -304,6 +317,7 @@ where
                     reader,
                     books: unread.books,
                     permit,
+                    patience,
                 })
             }))
         })
@@ -321,6 +335,7 @@ struct Counted {
     reader: Reader,
     books: Arc<Books>,
     permit: Option<Arc<Permit>>,
+    patience: u32,
 }
 
 /// Data that counts until it is dropped. What sends it keeps it until then, whatever became of the body.
@@ -355,7 +370,8 @@ impl HttpBody for Counted {
         let frame = Pin::new(&mut self.body).poll_frame(context);
         frame.map_ok(|frame| {
             frame.map_data(|data| {
-                let number = self.books.page.lock().add(self.reader.clone(), data.len());
+                let mut page = self.books.page.lock();
+                let number = page.add(self.reader.clone(), data.len(), self.patience);
                 Bytes::from_owner(Unsent {
                     data,
                     books: Arc::clone(&self.books),
@@ -528,6 +544,24 @@ mod tests {
             broker.peer.cut.cancelled().await;
             drop(unread);
         }
+    }
+
+    /// A session's message may stay unread for longer than the answers before and after it, not for ever.
+    #[tokio::test]
+    async fn a_sessions_message_may_wait_for_longer() {
+        let patience = Duration::from_millis(40);
+        let mut broker = Broker::new(ANSWERS, BUDGET, patience);
+        let mut other = broker.peer.clone();
+        (other.connection, other.cut) = (Connection(u64::MAX), CancellationToken::new());
+        let began = Instant::now();
+        let message = broker.call(SESSION).await;
+        let answer = broker.call_as(&other, SMALL).await;
+        // The twin: any other answer costs its connection, although it came later.
+        other.cut.cancelled().await;
+        let answered = began.elapsed();
+        broker.peer.cut.cancelled().await;
+        assert!(answered >= patience && began.elapsed() >= patience * SESSION_PATIENCE);
+        drop((message, answer));
     }
 
     /// The twin: an answer that was read costs nothing, however many came before.

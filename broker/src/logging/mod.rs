@@ -24,6 +24,8 @@ use crate::{
 
 pub(crate) use sparse::Sparse;
 
+/// Clients can cause HTTP/2's warnings, one with each call that they abandon. A setting that names `h2` shows them.
+const QUIET: &str = "h2=error";
 /// How long the last lines may take when the process ends.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -47,7 +49,7 @@ pub fn flush() {
 /// # Errors
 /// When the filter is not valid.
 pub fn start(config: &Config, traces: Option<&Traces>) -> Result<(), BrokerError> {
-    let filter = EnvFilter::try_new(&config.log)
+    let filter = EnvFilter::try_new(format!("{QUIET},{}", config.log))
         .map_err(|error| BrokerError::Config(format!("log: {error}")))?;
     let notice = match config.log_format {
         LogFormat::Text => {

@@ -164,7 +164,8 @@ fn main() -> ExitCode {
 /// Writes logs to standard error, filtered by `RUST_LOG`.
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+        // HTTP/2 warns of each call that is given up, and that is no news to a user.
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,h2=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
