@@ -163,11 +163,11 @@ def enliven(worker: Any) -> None:
     too, that not a bit of the answer depends on the KV cache."""
     import torch
 
-    parameters = list(worker.get_model().parameters())
-    device = parameters[0].device
+    parameters = list(worker.get_model().named_parameters())
+    device = parameters[0][1].device
     source = torch.Generator(device).manual_seed(1)
-    for parameter in parameters:
-        if parameter.dim() > 1:
+    for name, parameter in parameters:
+        if parameter.dim() > 1 or name.endswith("bias"):
             made = torch.randn(parameter.shape, generator=source, device=device) * 0.08
             parameter.data.copy_(made.to(parameter.dtype))
         else:

@@ -29,12 +29,15 @@ Result = dict[str, dict[str, Any]]
 
 
 def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
-    """By name: options of vLLM, SwiftCache's settings, and the environment."""
+    """By name: options of vLLM, SwiftCache's settings, the environment, and the model's shape unless it is the plain
+    one: models of several KV cache groups."""
     if cpu:
+        # Not gpt-oss: vLLM's CPU build packs its weights when it loads them, and made-up ones cannot be given it later.
         plain = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 256}
         return {
             "sync": {"options": plain | {"async_scheduling": False}, "settings": {"load": "sync"}},
             "async": {"options": plain, "settings": {"load": "async"}},
+            "Gemma 3": {"shape": "tiny-gemma3", "options": plain | {"async_scheduling": False}, "settings": {}},
             FAULTS: {"options": plain, "settings": {"load": "async"}},
         }
     eager = {"enforce_eager": True, "block_size": 16}
@@ -52,18 +55,27 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
         "V2 async, pages of 32": {"options": eager | {"block_size": 32}, "settings": {}, "environment": V2},
         "V2 async, fp8 KV": {"options": eager | {"kv_cache_dtype": "fp8"}, "settings": {}, "environment": V2},
         "V2 async, TP 2": {"options": eager | {"tensor_parallel_size": 2}, "settings": {}, "environment": V2},
+        "gpt-oss, V2, eager": {"shape": "gpt-oss", "options": eager, "settings": {}, "environment": V2},
+        "gpt-oss, V2, CUDA graphs": {
+            "shape": "gpt-oss",
+            "options": eager | {"enforce_eager": False},
+            "settings": {},
+            "environment": V2,
+        },
+        "Gemma 3, V2, eager": {"shape": "gemma3", "options": eager, "settings": {}, "environment": V2},
+        "Gemma 3, V1, eager": {"shape": "gemma3", "options": eager | alone, "settings": {}, "environment": V1},
         FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 
 
 class Place:
-    """What all configurations share: the node, its donor, the model, where logs go, and how long prompts are."""
+    """What all configurations share: the node, its donor, models, where logs go, and how long prompts are."""
 
     def __init__(self, directory: Path, programs: Path, report: Path, *, cpu: bool) -> None:
         self.ground = Ground(directory, programs, cpu=cpu)
         self.shape = "tiny" if cpu else "qwen3-0.6b"
-        self.model = shapes.make(self.shape, directory)
-        self.report = report
+        """The plain model's."""
+        self.directory, self.report = directory, report
         self.shortest, self.longest, self.count = (100, 300, 3) if cpu else (800, 3000, 8)
         self._lent = (256 << 20, 8 << 20) if cpu else (24 << 30, 64 << 20)
         self.ground.start_broker()
@@ -73,8 +85,8 @@ class Place:
         self.donor = self.ground.lend(*self._lent)
         return self.donor
 
-    def prompts(self, name: str, count: int) -> dict[str, list[int]]:
-        source, vocabulary = random.Random(name), shapes.SHAPES[self.shape]["vocab_size"]
+    def prompts(self, name: str, count: int, shape: str) -> dict[str, list[int]]:
+        source, vocabulary = random.Random(name), shapes.SHAPES[shape]["vocab_size"]
         return {
             f"{name}-{number}": [
                 source.randrange(vocabulary) for _ in range(source.randint(self.shortest, self.longest))
@@ -89,8 +101,9 @@ class Trial:
     def __init__(self, place: Place, name: str, of: dict[str, Any]) -> None:
         ground = self.ground = place.ground
         self.place, self.name = place, name
+        self.shape = of.get("shape", place.shape)
         options = {
-            "model": str(place.model),
+            "model": str(shapes.make(self.shape, place.directory)),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "max_model_len": place.longest + ANSWER + 64,
@@ -134,6 +147,9 @@ class Trial:
             found |= self.answer({name: tokens})
         return found
 
+    def prompts(self, name: str, count: int) -> dict[str, list[int]]:
+        return self.place.prompts(name, count, self.shape)
+
     def forget(self) -> None:
         eventually("the engine to forget its prefixes", lambda: self.engine.ask("reset"))
 
@@ -148,8 +164,8 @@ def equal(one: Result, other: Result) -> int:
 
 
 def compare(trial: Trial) -> dict[str, Any]:
-    work = trial.place.prompts(trial.name, trial.place.count)
-    batch = trial.place.prompts(f"{trial.name}, batch", 4)
+    work = trial.prompts(trial.name, trial.place.count)
+    batch = trial.prompts(f"{trial.name}, batch", 4)
     trial.one_by_one(work)
     truth = trial.one_by_one(work)
     trial.answer(batch)
@@ -181,7 +197,7 @@ def compare(trial: Trial) -> dict[str, Any]:
 def survive(trial: Trial) -> dict[str, Any]:
     """Prompts in turn while what serves them goes away. Nothing may change a token."""
     place, ground = trial.place, trial.ground
-    work = place.prompts(trial.name, place.count)
+    work = trial.prompts(trial.name, place.count)
     computed = trial.one_by_one(work)
     found = trial.one_by_one(work)
     steps: list[dict[str, Any]] = []

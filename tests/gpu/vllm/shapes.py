@@ -25,6 +25,68 @@ QWEN3 = {
 }
 """What the shapes of this family share, from the models' published config.json."""
 
+GPT_OSS_LAYERS = ["sliding_attention", "full_attention"] * 12
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 201088,
+}
+GEMMA3_LAYERS = (["sliding_attention"] * 5 + ["full_attention"]) * 5
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "sliding_window": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
+}
+TINY = {
+    "head_dim": 32,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": QWEN3
     | {
@@ -42,20 +104,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    # gpt-oss-20b with half of its layers and a quarter of its experts, in bf16.
+    "gpt-oss": GPT_OSS | {"num_hidden_layers": 12, "layer_types": GPT_OSS_LAYERS[:12], "num_local_experts": 8},
+    # Gemma 3 1B. Its logits are not its embeddings: with made-up weights it would say its last token for ever.
+    "gemma3": GEMMA3 | {"num_hidden_layers": 26, "layer_types": GEMMA3_LAYERS[:26]},
     # For a try on a machine without a GPU.
-    "tiny": QWEN3
-    | {
-        "head_dim": 32,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": 512,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
+    "tiny": QWEN3 | TINY | {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "tiny-gemma3": GEMMA3
+    | TINY
+    | {"num_hidden_layers": 6, "layer_types": GEMMA3_LAYERS[:6], "sliding_window": 64, "query_pre_attn_scalar": 32},
 }
 
 
