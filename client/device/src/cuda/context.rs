@@ -1,5 +1,4 @@
-//! One GPU as this process uses it: its primary context, shared with whatever engine runs here, and pools of
-//! what copies need.
+//! A GPU's primary context, which this process shares with whatever engine runs here, and the pool of events.
 
 use std::{
     ffi::{c_int, c_uint},
@@ -13,18 +12,13 @@ use swiftcache_proto::domain::DeviceUuid;
 
 use super::{
     driver::{Calls, Code, Driver, FATAL, PEER_ACCESS_ALREADY_ENABLED, SUCCESS, sys},
-    gather::{GatherKernel, Ring},
     route::Route,
 };
-use crate::{DeviceError, Result, Ticket};
+use crate::{DeviceError, Result};
 
 /// How long after a context is known to be dead nothing that was queued in it counts as over. CUDA says that later work
 /// fails. It does not say that copies which another engine of the GPU had begun have stopped by then.
 const LAST_COPIES: Duration = Duration::from_secs(1);
-
-/// When to try the gather kernel again that the driver would not take: twice as late each time.
-const FIRST_KERNEL_PAUSE: Duration = Duration::from_secs(1);
-const LAST_KERNEL_PAUSE: Duration = Duration::from_secs(600);
 
 /// A GPU's primary context, retained until this is dropped.
 pub(super) struct Context {
@@ -38,13 +32,8 @@ pub(super) struct Context {
     events: Mutex<Vec<usize>>,
     /// GPUs whose memory kernels of this context may touch.
     peers: Mutex<Vec<(sys::CUdevice, Route)>>,
-    kernel: OnceLock<GatherKernel>,
-    /// When to try the kernel again that the driver would not take, and how long that pause is.
-    kernel_after: Mutex<Option<(Instant, Duration)>>,
     /// Why no work is done in it any more, and since when that is known.
     dead: OnceLock<(DeviceError, Instant)>,
-    /// Streams that were dropped before their copies were known to be over.
-    left: Mutex<Vec<Left>>,
 }
 
 impl std::fmt::Debug for Context {
@@ -74,10 +63,7 @@ impl Context {
             raw: raw as usize,
             events: Mutex::default(),
             peers: Mutex::default(),
-            kernel: OnceLock::new(),
-            kernel_after: Mutex::default(),
             dead: OnceLock::new(),
-            left: Mutex::default(),
         }))
     }
 
@@ -136,48 +122,9 @@ impl Context {
         unsafe { (entered.core().memory_info)(&raw mut free, &raw mut total) }
     }
 
-    /// Keeps what a stream's copies need, until they are known to be over.
-    pub(super) fn leave(&self, left: Left) {
-        self.left.lock().push(left);
-    }
-
-    /// Lets go of what was left and is over by now.
-    pub(super) fn look_after_left(&self) {
-        let over: Vec<Left> = (self.left.lock())
-            .extract_if(.., |left| left.end.is_over())
-            .collect();
-        // Freeing takes its time, and may bring further streams here.
-        drop(over);
-    }
-
     /// Fails unless `code` is success.
     pub(super) fn check(&self, code: Code, operation: &'static str) -> Result<()> {
         self.driver.check(code, operation, &self.uuid)
-    }
-
-    /// The gather kernel, compiled on first use. None while the driver will not have it, which may be for a moment only.
-    pub(super) fn kernel(&self, entered: &Entered<'_>) -> Option<&GatherKernel> {
-        if let Some(kernel) = self.kernel.get() {
-            return Some(kernel);
-        }
-        let mut after = self.kernel_after.lock();
-        if after.is_some_and(|(after, _)| Instant::now() < after) {
-            return None;
-        }
-        match GatherKernel::load(self, entered) {
-            Ok(kernel) => Some(self.kernel.get_or_init(|| kernel)),
-            Err(error) => {
-                let pause = after.map_or(FIRST_KERNEL_PAUSE, |(_, pause)| {
-                    LAST_KERNEL_PAUSE.min(2 * pause)
-                });
-                tracing::warn!(
-                    device = %self.uuid, %error, ?pause,
-                    "no gather kernel: small pieces are copied one by one until it is tried again"
-                );
-                *after = Some((Instant::now() + pause, pause));
-                None
-            }
-        }
     }
 
     /// Lets kernels of this context touch memory of `peer`, and says how far it is. None where there is no peer access.
@@ -339,14 +286,6 @@ impl Drop for Entered<'_> {
             &self.context.uuid,
         );
     }
-}
-
-/// What a stream left behind when it was dropped.
-pub(super) struct Left {
-    /// Keeps the driver's stream, and what is mapped for its copies.
-    pub(super) end: Ticket,
-    /// The descriptors that its launches read.
-    pub(super) _ring: Ring,
 }
 
 /// An event of the pool. Going back is safe at any time: waits capture an event's state when they are queued.

@@ -9,6 +9,7 @@ mod batch;
 mod context;
 mod driver;
 mod gather;
+mod gpu;
 mod lane;
 mod lent;
 mod refusal;
@@ -35,6 +36,7 @@ use super::{
 use arena::Arena;
 use context::Context;
 use driver::{Calls, Driver, sys, unavailable};
+use gpu::Gpu;
 use refusal::refuse_import;
 use stream::CudaStream;
 
@@ -53,7 +55,7 @@ pub struct CudaLayer {
     /// The driver's number for each device.
     numbers: HashMap<DeviceUuid, sys::CUdevice>,
     /// Devices in use. Made on first use, and kept: making one takes 0.1 s or more.
-    contexts: Mutex<HashMap<DeviceUuid, Arc<Context>>>,
+    gpus: Mutex<HashMap<DeviceUuid, Arc<Gpu>>>,
     /// Legacy handles of this process, which it cannot open itself.
     exported: Mutex<Vec<OpaqueHandle>>,
 }
@@ -114,7 +116,7 @@ impl CudaLayer {
             links,
             kinds,
             numbers,
-            contexts: Mutex::default(),
+            gpus: Mutex::default(),
             exported: Mutex::default(),
         })
     }
@@ -124,8 +126,7 @@ impl CudaLayer {
     /// # Errors
     /// When the device is unknown or the driver refuses.
     pub fn stream_by(&self, device: &DeviceUuid, method: Method) -> Result<Arc<dyn CopyStream>> {
-        let context = self.context(device)?;
-        Ok(Arc::new(CudaStream::create(&context, method)?))
+        Ok(Arc::new(CudaStream::create(self.gpu(device)?, method)?))
     }
 
     /// The driver's version as it counts (12080 is CUDA 12.8), and which optional entry points it lacks.
@@ -138,15 +139,20 @@ impl CudaLayer {
         number.ok_or_else(|| DeviceError::UnknownDevice { uuid: uuid.clone() })
     }
 
-    fn context(&self, uuid: &DeviceUuid) -> Result<Arc<Context>> {
+    fn gpu(&self, uuid: &DeviceUuid) -> Result<Arc<Gpu>> {
         let number = self.number(uuid)?;
-        let mut contexts = self.contexts.lock();
-        if let Some(context) = contexts.get(uuid) {
-            return Ok(Arc::clone(context));
+        let mut gpus = self.gpus.lock();
+        if let Some(gpu) = gpus.get(uuid) {
+            return Ok(Arc::clone(gpu));
         }
         let context = Context::retain(Arc::clone(&self.driver), uuid.clone(), number)?;
-        contexts.insert(uuid.clone(), Arc::clone(&context));
-        Ok(context)
+        let gpu = Gpu::new(context);
+        gpus.insert(uuid.clone(), Arc::clone(&gpu));
+        Ok(gpu)
+    }
+
+    fn context(&self, uuid: &DeviceUuid) -> Result<Arc<Context>> {
+        Ok(Arc::clone(&self.gpu(uuid)?.context))
     }
 
     /// How far `device` is from memory of `owner` that is to be imported for it.
@@ -308,8 +314,7 @@ impl DeviceLayer for CudaLayer {
     }
 
     unsafe fn adopt_stream(&self, device: &DeviceUuid, raw: u64) -> Result<Arc<dyn CopyStream>> {
-        let context = self.context(device)?;
-        Ok(Arc::new(CudaStream::adopt(&context, raw as usize)))
+        Ok(Arc::new(CudaStream::adopt(self.gpu(device)?, raw as usize)))
     }
 }
 

@@ -14,9 +14,10 @@ use swiftcache_proto::domain::DeviceUuid;
 use super::{
     arena::Arena,
     batch::BatchLists,
-    context::{Context, Entered, Left},
+    context::{Context, Entered},
     driver::sys,
     gather::{GatherKernel, Ring},
+    gpu::{Gpu, Left},
     lane::Lane,
     route::Route,
     ticket::Point,
@@ -44,6 +45,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// A stream of the driver. Dropping it waits for its copies, for a moment. What they need stays mapped after that until they
 /// are known to be over, which is looked at when another stream of the device is made or dropped.
 pub(super) struct CudaStream {
+    gpu: Arc<Gpu>,
     lane: Arc<Lane>,
     method: Method,
     state: Mutex<State>,
@@ -64,23 +66,26 @@ impl std::fmt::Debug for CudaStream {
 
 impl CudaStream {
     /// Creates a stream.
-    pub(super) fn create(context: &Arc<Context>, method: Method) -> Result<Self> {
-        context.look_after_left();
-        Ok(Self::over(Lane::create(context)?, method))
+    pub(super) fn create(gpu: Arc<Gpu>, method: Method) -> Result<Self> {
+        gpu.look_after_left();
+        let lane = Lane::create(&gpu.context)?;
+        Ok(Self::over(gpu, lane, method))
     }
 
     /// Wraps an engine's stream.
-    pub(super) fn adopt(context: &Arc<Context>, raw: usize) -> Self {
-        Self::over(Lane::adopt(context, raw), Method::Pick)
+    pub(super) fn adopt(gpu: Arc<Gpu>, raw: usize) -> Self {
+        let lane = Lane::adopt(&gpu.context, raw);
+        Self::over(gpu, lane, Method::Pick)
     }
 
-    fn over(lane: Arc<Lane>, method: Method) -> Self {
+    fn over(gpu: Arc<Gpu>, lane: Arc<Lane>, method: Method) -> Self {
         let state = State {
             latest: 0,
-            ring: Ring::new(Arc::clone(&lane.context)),
+            ring: Ring::new(Arc::clone(&gpu.context)),
             lists: BatchLists::default(),
         };
         Self {
+            gpu,
             lane,
             method,
             state: Mutex::new(state),
@@ -88,7 +93,7 @@ impl CudaStream {
     }
 
     fn context(&self) -> &Context {
-        &self.lane.context
+        &self.gpu.context
     }
 
     fn raw(&self) -> sys::CUstream {
@@ -152,7 +157,7 @@ impl CudaStream {
                 pieces.len() > 1 && bytes / (pieces.len() as u64) < below
             }
         };
-        wanted.then(|| self.context().kernel(entered)).flatten()
+        wanted.then(|| self.gpu.kernel(entered)).flatten()
     }
 
     fn copy_each(
@@ -319,19 +324,16 @@ impl Drop for CudaStream {
                 device = %self.context().uuid,
                 "a stream is dropped while it copies: what it copies stays mapped until that is known to be over"
             );
-            let context = Arc::clone(&self.lane.context);
-            let ring = mem::replace(
-                &mut self.state.get_mut().ring,
-                Ring::new(Arc::clone(&context)),
-            );
+            let ring = Ring::new(Arc::clone(&self.gpu.context));
+            let ring = mem::replace(&mut self.state.get_mut().ring, ring);
             let left = Left { end, _ring: ring };
             if self.lane.is_own() {
-                context.leave(left);
+                self.gpu.leave(left);
             } else {
                 // The engine's stream goes its own way: nobody can ask it later.
                 mem::forget(left);
             }
         }
-        self.context().look_after_left();
+        self.gpu.look_after_left();
     }
 }
