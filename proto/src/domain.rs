@@ -22,6 +22,13 @@ impl SessionId {
     pub fn label(&self) -> String {
         format!("{:04x}", (self.0 >> 48) as u16)
     }
+
+    /// The smallest id that has this label. `None`: it is not the label of any id.
+    pub fn first_labelled(label: &str) -> Option<Self> {
+        let bits = u16::from_str_radix(label, 16).ok()?;
+        let first = Self(u64::from(bits) << 48);
+        (first.label() == label).then_some(first)
+    }
 }
 
 /// A 16-byte identifier drawn at random.

@@ -43,9 +43,16 @@ impl Operator {
     /// # Errors
     /// When the broker does not answer.
     pub fn sessions(&self) -> Result<Vec<v1::SessionStatus>> {
-        let answer =
-            self.ask(async |mut admin| admin.list_sessions(v1::ListSessionsRequest {}).await)?;
-        Ok(answer.sessions)
+        let mut request = v1::ListSessionsRequest::default();
+        let mut all = Vec::new();
+        loop {
+            let page = self.ask(async |mut admin| admin.list_sessions(request.clone()).await)?;
+            all.extend(page.sessions);
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            request.page_token = page.next_page_token;
+        }
     }
 
     /// Every region.

@@ -1,7 +1,7 @@
 //! The `Admin` service: the state as operators may see it, and their actions. No reply holds a handle, a grant
 //! token or a whole session id.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
@@ -256,6 +256,70 @@ fn page_token<K>(token: &str, read: impl Fn(&str) -> Option<K>) -> Result<Option
     }
 }
 
+/// The sessions up to the end of a page: all with smaller labels than this, and so many that have it. Sessions are listed by
+/// id, of which people see only what comes first.
+#[derive(Clone, Copy)]
+struct SessionsTold {
+    first: SessionId,
+    count: usize,
+}
+
+impl SessionsTold {
+    /// What a token says.
+    fn read(token: &str) -> Option<Self> {
+        let (label, count) = token.split_once('.')?;
+        Some(Self {
+            first: SessionId::first_labelled(label)?,
+            count: count.parse().ok()?,
+        })
+    }
+
+    /// Makes a page of what is listed from [`Self::after`] on: drops what is told, and what is too much. Returns what is told with
+    /// this page, if there is more.
+    fn cut<T>(
+        told: Option<Self>,
+        listed: &mut Vec<T>,
+        most: usize,
+        more: bool,
+        id: impl Fn(&T) -> SessionId,
+    ) -> Option<Self> {
+        if let Some(told) = told {
+            // Some of them may have left meanwhile.
+            let known = listed
+                .iter()
+                .take_while(|it| id(it).label() == told.label());
+            drop(listed.drain(..known.count().min(told.count)));
+        }
+        let more = more || listed.len() > most;
+        listed.truncate(most);
+        let label = listed
+            .last()
+            .filter(|_| more)
+            .map(|last| id(last).label())?;
+        let before = told.filter(|told| told.label() == label);
+        let here = listed.iter().filter(|it| id(it).label() == label).count();
+        Some(Self {
+            first: SessionId::first_labelled(&label)?,
+            count: here + before.map_or(0, |told| told.count),
+        })
+    }
+
+    fn label(self) -> String {
+        self.first.label()
+    }
+
+    /// The id before the first one that has the label.
+    fn after(self) -> Option<SessionId> {
+        self.first.0.checked_sub(1).map(SessionId)
+    }
+}
+
+impl fmt::Display for SessionsTold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.label(), self.count)
+    }
+}
+
 /// The device a list is narrowed to; empty is every device.
 fn narrowed(uuid: &str) -> Result<(), Refused> {
     if !uuid.is_empty() {
@@ -281,22 +345,23 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("ListSessions");
-        let started = self.owner.started_unix_ms();
+        let request = request.into_inner();
+        let told = page_token(&request.page_token, SessionsTold::read)?;
         let page = |state: &State, after: Option<&SessionId>| {
             state.sessions_after(after.copied()).take(PAGE).collect()
         };
-        let all = self.owner.list(
-            None,
-            usize::MAX,
-            page,
-            |view: &SessionView| view.id,
-            |_| true,
-        );
-        let (views, _) = all.await;
-        let reports = self.owner.reports();
+        let most = page_size(request.page_size);
+        let (after, again) = told.map_or((None, 0), |told| (told.after(), told.count));
+        let key = |view: &SessionView| view.id;
+        let listed = (self.owner).list(after, most.saturating_add(again), page, key, |_| true);
+        let (mut views, next) = listed.await;
+        let next = SessionsTold::cut(told, &mut views, most, next.is_some(), key);
+        let (reports, started) = (self.owner.reports(), self.owner.started_unix_ms());
         let sessions = views.iter().map(|it| view::session(it, &reports, started));
-        let sessions = sessions.collect();
-        Ok(Response::new(v1::ListSessionsResponse { sessions }))
+        Ok(Response::new(v1::ListSessionsResponse {
+            sessions: sessions.collect(),
+            next_page_token: next.map_or_else(String::new, |told| told.to_string()),
+        }))
     }
 
     async fn list_regions(
@@ -455,5 +520,55 @@ impl Admin for AdminService {
         }
         self.do_hold(&request.into_inner()).await?;
         Ok(Response::new(v1::HoldResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ids of which many have a label in common, among them the first and the last label.
+    fn ids() -> Vec<SessionId> {
+        let labels = [0, 0, 0, 1, 7, 7, 7, 7, 0x8000, 0xffff, 0xffff];
+        let ids = (0_u64..).zip(labels);
+        ids.map(|(n, label)| SessionId((label << 48) + n)).collect()
+    }
+
+    /// Every page, as a client reads them.
+    fn pages(all: &[SessionId], most: usize, cut: impl Fn(&str) -> String) -> Vec<SessionId> {
+        let (mut told, mut found) = (None, Vec::new());
+        for _ in 0..=2 * all.len() {
+            let (after, again) = told.map_or((None, 0), |it: SessionsTold| (it.after(), it.count));
+            let mut rest = all
+                .iter()
+                .filter(|id| after.is_none_or(|after| **id > after));
+            let mut page: Vec<_> = rest.by_ref().take(most + again).copied().collect();
+            let next = SessionsTold::cut(told, &mut page, most, rest.next().is_some(), |id| *id);
+            assert!(page.len() <= most);
+            found.extend(page);
+            let Some(next) = next else { break };
+            told = SessionsTold::read(&cut(&next.to_string()));
+        }
+        found
+    }
+
+    #[test]
+    fn pages_of_sessions_tell_each_once_though_labels_are_alike() {
+        for most in 1..=12 {
+            assert_eq!(pages(&ids(), most, str::to_owned), ids(), "pages of {most}");
+        }
+        // The twin: a token without the count begins again with the sessions of its label.
+        let forgetful = |token: &str| format!("{}.0", &token[..4]);
+        assert_ne!(pages(&ids(), 2, forgetful), ids());
+    }
+
+    #[test]
+    fn what_no_answer_had_is_no_token() {
+        for token in [
+            "", "0001", "0001.", ".1", "001.1", "zzzz.1", "+001.1", "00A1.1", "0001.-1",
+        ] {
+            assert!(SessionsTold::read(token).is_none(), "{token}");
+        }
+        assert!(SessionsTold::read("00a1.1").is_some());
     }
 }

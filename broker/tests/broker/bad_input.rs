@@ -436,7 +436,7 @@ async fn admin_refuses_bad_input_and_shows_no_secret() {
     assert!(node_status.probe.starts_with("simulated"));
     assert_eq!(node_status.devices[0].hbm_used_bytes, SLAB);
     let sessions = admin
-        .list_sessions(v1::ListSessionsRequest {})
+        .list_sessions(v1::ListSessionsRequest::default())
         .await
         .unwrap();
     let sessions = sessions.into_inner().sessions;

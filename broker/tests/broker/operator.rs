@@ -233,7 +233,53 @@ async fn lists_come_in_pages_that_together_are_the_whole() {
     assert_eq!(pages, [3, 3, 1]);
     assert_eq!(leases, whole.leases);
 
+    // Sessions are in the order of their ids, of which a token says no more than a list does. Of any two pages' sizes, all are
+    // told once.
+    let mut crowd = Vec::new();
+    for number in 0..40 {
+        crowd.push(node.member(&format!("member {number}")).await);
+    }
+    let whole = admin.list_sessions(v1::ListSessionsRequest::default());
+    let whole = whole.await.unwrap().into_inner();
+    assert_eq!(
+        (whole.sessions.len(), whole.next_page_token.as_str()),
+        (42, "")
+    );
+    for page_size in [1, 2, 5, 41, 42] {
+        let mut request = v1::ListSessionsRequest {
+            page_size,
+            ..Default::default()
+        };
+        let mut sessions = Vec::new();
+        loop {
+            let page = admin.list_sessions(request.clone()).await.unwrap();
+            let page = page.into_inner();
+            assert!(page.sessions.len() as u32 <= page_size);
+            sessions.extend(page.sessions);
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            let last = sessions.last().map(|session| session.label.as_str());
+            assert_eq!(page.next_page_token.split('.').next(), last);
+            request.page_token = page.next_page_token;
+        }
+        assert_eq!(sessions, whole.sessions, "pages of {page_size}");
+    }
+
     let token = || "no token of any answer".to_owned();
+    for page_token in [
+        token(),
+        "12.1".to_owned(),
+        "zzzz.1".to_owned(),
+        "0012.-1".to_owned(),
+    ] {
+        let sessions = v1::ListSessionsRequest {
+            page_token,
+            ..Default::default()
+        };
+        let status = admin.list_sessions(sessions).await.unwrap_err();
+        assert!(status.message().starts_with("page_token: "), "{status:?}");
+    }
     let leases = v1::ListLeasesRequest {
         page_token: token(),
         ..Default::default()

@@ -222,11 +222,7 @@ impl Admin {
         self.ask(async |mut client| {
             Ok(Snapshot {
                 node: client.get_node(v1::GetNodeRequest {}).await?.into_inner(),
-                sessions: client
-                    .list_sessions(v1::ListSessionsRequest {})
-                    .await?
-                    .into_inner()
-                    .sessions,
+                sessions: all_sessions(&mut client).await?,
                 regions: all_regions(&mut client).await?,
                 leases: all_leases(&mut client).await?,
                 namespaces: all_namespaces(&mut client).await?,
@@ -235,7 +231,21 @@ impl Admin {
     }
 }
 
-/// Every page of the regions. A broker that knows no pages has everything in the first.
+/// Every page of the sessions. A broker that knows no pages has everything in the first.
+async fn all_sessions(client: &mut AdminClient<Channel>) -> Result<Vec<v1::SessionStatus>, Status> {
+    let mut request = v1::ListSessionsRequest::default();
+    let mut all = Vec::new();
+    loop {
+        let page = client.list_sessions(request.clone()).await?.into_inner();
+        all.extend(page.sessions);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+/// The same for regions.
 async fn all_regions(client: &mut AdminClient<Channel>) -> Result<Vec<v1::RegionStatus>, Status> {
     let mut request = v1::ListRegionsRequest::default();
     let mut all = Vec::new();

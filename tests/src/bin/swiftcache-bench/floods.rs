@@ -222,7 +222,11 @@ async fn reads(channel: Channel, first: usize) -> Result<()> {
         // Refused or not, the next one follows.
         match number % 5 {
             0 => drop(admin.get_node(v1::GetNodeRequest {}).await),
-            1 => drop(admin.list_sessions(v1::ListSessionsRequest {}).await),
+            1 => drop(
+                admin
+                    .list_sessions(v1::ListSessionsRequest::default())
+                    .await,
+            ),
             2 => drop(admin.list_regions(v1::ListRegionsRequest::default()).await),
             3 => drop(
                 admin
