@@ -39,7 +39,8 @@ def options(model: str = "llama", seed: int = 0, **more: Any) -> dict[str, Any]:
     base = {
         "model": str(models.make(model, HOME / "models", seed)),
         "skip_tokenizer_init": True,
-        "dtype": "float32",
+        # vLLM's CPU kernels of GDN are in this precision.
+        "dtype": "bfloat16" if model.startswith("qwen3next") else "float32",
         "enforce_eager": True,
         "max_model_len": 4096,
         "max_num_batched_tokens": 256,

@@ -50,6 +50,14 @@ HYBRID = {
         "num_experts_per_tok": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "llama4": {
+        "attention_chunk_size": WINDOW,
+        "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+        "intermediate_size_mlp": 256,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "no_rope_layers": [1, 1, 1, 0],
+    },
     "qwen3next": {
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -65,6 +73,17 @@ HYBRID = {
     },
 }
 """Models of several KV cache groups."""
+
+SIZES = {
+    "wide": WIDE,
+    # For two ranks: each has a head of every kind.
+    "pair": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    },
+}
 
 
 def make(kind: str, directory: Path, seed: int = 0) -> Path:
@@ -83,9 +102,10 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         "gptoss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+        "llama4": (transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
         "qwen3next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
     }[kind]
-    shape = SHAPE | HYBRID.get(kind, {}) | (WIDE if size == "wide" else {})
+    shape = SHAPE | HYBRID.get(kind, {}) | SIZES.get(size, {})
     model = model_class(config_class(**shape)).to(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -171,7 +171,8 @@ def enliven(worker: Any) -> None:
             made = torch.randn(parameter.shape, generator=source, device=device) * 0.08
             parameter.data.copy_(made.to(parameter.dtype))
         else:
-            parameter.data.fill_(1.0)
+            # A state whose logarithm of decay is 1 has forgotten a prefix after a few tokens.
+            parameter.data.fill_(-4.0 if name.endswith("A_log") else 1.0)
 
 
 def repeat(worker: Any, on: bool) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
@@ -27,6 +29,7 @@ def request(name: str, tokens: int, *, start: int = 0) -> SimpleNamespace:
         num_computed_tokens=0,
         num_in_flight_tokens=0,
         num_prompt_tokens=tokens,
+        shared_prefix_boundary=0,
         skip_reading_prefix_cache=False,
         lora_request=None,
     )
@@ -54,15 +57,17 @@ def output(
     tables: dict[str, Any],
     preempted: tuple[str, ...] = (),
     loads: bool = False,
+    states: dict[str, list[tuple[int, int, int]]] | None = None,
 ) -> SimpleNamespace:
     """`tables`: of each request, the blocks of its one group, or a tuple of those of each. `loads`: some connector
-    loads something that this step needs."""
+    loads something that this step needs. `states`: what vLLM offers of each request: group, block, tokens."""
     return SimpleNamespace(
         num_scheduled_tokens=scheduled,
         has_sync_kv_loads=loads,
         preempted_req_ids=set(preempted),
         kv_connector_block_state=SimpleNamespace(
-            get_block_ids=lambda name: _tables(tables[name]) if name in tables else None
+            get_block_ids=lambda name: _tables(tables[name]) if name in tables else None,
+            boundary_state_offloads=states or {},
         ),
     )
 
@@ -90,6 +95,16 @@ def spec(**fields: Any) -> FullAttentionSpec:
 def window(**fields: Any) -> SlidingWindowSpec:
     base = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 4, "dtype": torch.float32, "sliding_window": 2 * BLOCK}
     return SlidingWindowSpec(**(base | fields))
+
+
+def chunks(**fields: Any) -> ChunkedLocalAttentionSpec:
+    base = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 4, "dtype": torch.float32, "attention_chunk_size": 8}
+    return ChunkedLocalAttentionSpec(**(base | fields))
+
+
+def state(**fields: Any) -> MambaSpec:
+    base = {"block_size": BLOCK, "shapes": ((4,), (2, 8)), "dtypes": (torch.float32,) * 2, "mamba_cache_mode": "align"}
+    return MambaSpec(**(base | fields))
 
 
 def hybrid(*specs: KVCacheSpec, **fields: Any) -> KVCacheConfig:

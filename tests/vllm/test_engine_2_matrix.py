@@ -15,6 +15,7 @@ CONFIGURATIONS = {
     "llama-bfloat16-sync": {"dtype": "bfloat16", "connector": SYNC},
     "qwen3-float32-sync": {"model": "qwen3", "connector": SYNC},
     "qwen3-bfloat16-async": {"model": "qwen3", "dtype": "bfloat16", "connector": ASYNC},
+    "llama-fp8-async": {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "connector": ASYNC},
     "llama-chunks-sync": {"max_num_batched_tokens": 96, "connector": SYNC},
     "llama-tiny-pool-sync": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": SYNC},
     "llama-tiny-pool-async": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": ASYNC},

@@ -1,5 +1,5 @@
-"""Models of several KV cache groups: sliding windows beside full attention. One life of an engine for each: the same
-tokens as with vLLM's own caching, whatever happens to loads. Tests run in the order of this file.
+"""Models of several KV cache groups: windows, chunks and state beside full attention. One life of an engine for each:
+the same tokens as with vLLM's own caching, whatever happens to loads. Tests run in the order of this file.
 """
 
 from __future__ import annotations
@@ -7,8 +7,7 @@ from __future__ import annotations
 import lab as of
 import pytest
 from donors import corrupt
-from engine import EngineError
-from neighbours import donate
+from neighbours import Tenant, donate
 from node import eventually
 
 TINY = {"num_gpu_blocks_override": 80, "max_model_len": 1024}
@@ -23,18 +22,22 @@ def broker(node):
     return node
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gptoss"])
+@pytest.fixture(scope="module", params=["gemma3", "gptoss", "llama4", "qwen3next"])
 def model(request):
     return request.param
 
 
-def crowd(engine) -> dict[str, dict]:
+def crowd(engine, answer: int = 220) -> dict[str, dict]:
     """More than a tiny pool holds at once: requests lose their blocks while they decode."""
     prompts = {
         f"crowd-{number}": of.tokens(f"crowd-{number % 3}", 128) + of.tokens(f"c{number}", 40 + 11 * number % 60)
         for number in range(12)
     }
-    return engine.generate(prompts, 220)
+    return engine.generate(prompts, answer)
+
+
+def short_crowd(engine) -> dict[str, dict]:
+    return crowd(engine, 40)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gptoss"])
@@ -44,21 +47,49 @@ def test_a_pool_that_is_too_small(lab, broker, name) -> None:
     want = lab.want("b", crowd, model=name, **TINY)
     engine = lab.engine("b")
     of.connect(engine, broker, model=name, **TINY)
-    preemptions = 0
     for half in (False, False, True):
         engine.ask("halve", on=half, slow=3)
-
-        def again() -> dict[str, dict]:
-            engine.ask("overwrite")
-            return crowd(engine)
-
-        of.matching(want, again)
-        before, preemptions = preemptions, engine.ask("held")["preemptions"]
-        assert preemptions > before
+        of.matching(want, lambda: preempted(engine, crowd))
         assert nothing_held(engine)
     assert engine.ask("held")["workers"][0]["spoiled"] > 0
     if name == "gemma3":
         nobody_holds_what_another_needs(engine)
+    engine.ask("stop")
+    donor.kill()
+    donor.wait()
+
+
+def preempted(engine, work) -> dict[str, dict]:
+    """What is answered when all is loaded and some requests are preempted."""
+    engine.ask("overwrite")
+    before = engine.ask("held")["preemptions"]
+    results = work(engine)
+    assert engine.ask("held")["preemptions"] > before
+    return results
+
+
+def test_a_pool_that_is_too_small_for_states(lab, broker) -> None:
+    """vLLM's CPU kernels of GDN compute in bf16, where a token follows now and then when a request is computed in other
+    parts: without SwiftCache, too. With wrong bytes most requests say something else."""
+    tiny = {"num_gpu_blocks_override": 50, "max_model_len": 1024}
+    donor = donate(broker, slabs=32)
+    want = lab.want("b", short_crowd, model="qwen3next", **tiny)
+    engine = lab.engine("b")
+    of.connect(engine, broker, model="qwen3next", **tiny)
+
+    def others() -> int:
+        """Requests that say something else."""
+        return sum(tokens != want[name] for name, tokens in of.said(preempted(engine, short_crowd)).items())
+
+    others()
+    for half in (False, True):
+        engine.ask("halve", on=half, slow=3)
+        assert others() <= len(want) // 2
+        assert nothing_held(engine)
+    assert engine.ask("held")["workers"][0]["spoiled"] > 0
+    engine.ask("halve", on=False)
+    engine.ask("repeat", on=True)
+    assert others() > len(want) * 3 // 4, "with the first block's bytes in all that are loaded"
     engine.ask("stop")
     donor.kill()
     donor.wait()
@@ -87,11 +118,12 @@ def nobody_holds_what_another_needs(engine) -> None:
     assert nothing_held(engine)
 
 
-def test_one_of_two_ranks_fails(lab, broker) -> None:
+@pytest.mark.parametrize("name", ["gemma3", "qwen3next-pair"])
+def test_one_of_two_ranks_fails(lab, broker, name) -> None:
     donor = donate(broker, slabs=32)
-    want = lab.want("b", model="gemma3", **RANKS)
+    want = lab.want("b", model=name, **RANKS)
     engine = lab.engine("b")
-    of.connect(engine, broker, model="gemma3", **RANKS)
+    of.connect(engine, broker, model=name, **RANKS)
     of.matching(want, lambda: from_the_store(engine))
     engine.ask("halve", on=True, rank=1)
     of.matching(want, lambda: from_the_store(engine))
@@ -105,10 +137,63 @@ def test_one_of_two_ranks_fails(lab, broker) -> None:
     donor.wait()
 
 
-def test_a_model_with_state_is_refused_by_name(lab, broker) -> None:
-    engine = lab.engine("refused")
-    with pytest.raises(EngineError, match=r"SwiftCache (serves|does not serve|refuses|needs)"):
-        of.connect(engine, broker, wait=False, model="qwen3next", dtype="bfloat16")
+@pytest.mark.parametrize("name", ["gemma3", "qwen3next"])
+def test_an_idle_engine_lends_and_takes_everything_back(lab, broker, name) -> None:
+    """Half of its pool, while it computes little; then more comes than the pool holds."""
+    long = {"max_model_len": 2048}
+    want = lab.want("b", talk_then_burst, model=name, **long)
+    engine = lab.engine("b")
+    lending = {"lend": 0.5, "lend_after_ms": 0, "lend_drain_ms": 500, "device": "SIM-1", "max_leased_bytes": 0}
+    of.connect(engine, broker, wait=False, model=name, connector=lending, **long)
+    for _ in range(2):
+
+        def lent() -> bool:
+            engine.ask("settle")
+            loans = engine.ask("loans")
+            if loans["lent"] and not loans["returning"] and engine.ask("stats")["lent_bytes"]:
+                return True
+            # A request has it look again.
+            engine.generate({"nudge": of.tokens("nudge", 40)}, 2)
+            return False
+
+        eventually("everything to be lent", lent)
+        tenant = Tenant(broker)
+        assert tenant.leased > 0
+        results = talk_then_burst(engine)
+        assert engine.ask("stats")["give_back_count"] > 0
+        said = of.said(results)
+        # In bf16 a token follows now and then when requests share other steps.
+        assert sum(said[one] != want[one] for one in want) <= (len(want) // 4 if name == "qwen3next" else 0)
+        tenant.kill()
+    assert nothing_held(engine)
+    engine.ask("stop")
+
+
+def talk_then_burst(engine) -> dict[str, dict]:
+    results = engine.generate({f"small-{number}": of.tokens(f"small-{number}", 150) for number in range(2)}, of.ANSWER)
+    burst = {f"burst-{number}": of.tokens(f"burst-{number}", 29 * of.BLOCK) for number in range(12)}
+    return results | engine.generate(burst, 4)
+
+
+def test_hits_are_whole_blocks_where_vllm_finds_parts(lab, broker) -> None:
+    """Blocks of 64 tokens, of which vLLM itself finds halves."""
+    parts = {"block_size": 64, "prefix_match_unit": 32}
+    donor = donate(broker, slabs=32)
+    want = lab.want("b", model="qwen3next", **parts)
+    engine = lab.engine("b")
+    of.connect(engine, broker, model="qwen3next", **parts)
+    of.matching(want, lambda: from_the_store(engine))
+    results = of.matching(want, lambda: from_the_store(engine))
+    assert of.cached(results) == full(64) * 64
+    engine.ask("halve", on=True)
+    of.matching(want, lambda: from_the_store(engine))
+    engine.ask("halve", on=False)
+    results = of.matching(want, lambda: of.play(engine))
+    assert of.cached(results) >= full(64) * 64, "what vLLM still has, too"
+    assert nothing_held(engine)
+    engine.ask("stop")
+    donor.kill()
+    donor.wait()
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +224,11 @@ def from_the_store(engine) -> dict[str, dict]:
     return of.play(engine, between=lambda _: engine.ask("overwrite"))
 
 
-def full() -> int:
+def full(block: int = of.BLOCK) -> int:
     """Blocks of all prompts but for the part that is always computed."""
     prompts = [*of.shared_prefix().values(), *of.long_prompt().values()]
     turns = [90 + turn * (of.ANSWER + 45) for turn in range(3)]
-    return sum((length - 1) // of.BLOCK for length in [*map(len, prompts), *turns])
+    return sum((length - 1) // block for length in [*map(len, prompts), *turns])
 
 
 def nothing_held(engine) -> bool:
@@ -166,13 +251,26 @@ def test_everything_comes_from_the_store(engine, want) -> None:
 
 
 def test_where_requests_part_is_found_after_one_has_come_there(engine) -> None:
-    """A prefix that several share ends where no request ended: it has no tail of sliding windows at first."""
-    prompts = [of.tokens("parts", 256) + of.tokens(f"part-{number}", 60) for number in range(3)]
+    """A prefix that several share ends where no request ended, in the middle of a chunk: it has no tail at first."""
+    prompts = [of.tokens("parts", 224) + of.tokens(f"part-{number}", 60) for number in range(3)]
     found = []
     for number, prompt in enumerate(prompts):
         engine.ask("overwrite")
         found.append(of.cached(engine.generate({f"part-{number}": prompt}, 2)))
-    assert found == [0, 0, 256]
+    assert found == [0, 0, 224]
+
+
+def test_where_a_request_leaves_an_answered_prompt_that_prompt_is_found(engine) -> None:
+    """Full attention reaches into the second turn, where there is no tail. The first turn's end has one."""
+    first, second = of.tokens("turn", 150), of.tokens("more", 150)
+    engine.generate({"turn-1": first}, 2)
+    engine.generate({"turn-2": first + second}, 2)
+    other = first + second[:90] + of.tokens("other", 60)
+    found = []
+    for number in range(2):
+        engine.ask("overwrite")
+        found.append(of.cached(engine.generate({f"other-{number}": other + of.tokens(number, 9)}, 2)))
+    assert found == [149 // of.BLOCK * of.BLOCK, len(other) // of.BLOCK * of.BLOCK]
 
 
 def test_half_of_the_loads_fail(engine, want) -> None:

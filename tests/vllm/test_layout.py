@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import stage
 import torch
-from vllm.v1.kv_cache_interface import KVCacheTensor, MLAAttentionSpec, compute_layout_strides, create_kv_cache_views
+from vllm.utils.torch_utils import nvfp4_kv_cache_full_dim
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheTensor,
+    KVQuantMode,
+    MLAAttentionSpec,
+    compute_layout_strides,
+    create_kv_cache_views,
+)
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from swiftcache.vllm.layout import layout_of
 
 BLOCKS, LAYERS = 6, 3
+
+
+@pytest.mark.parametrize(
+    "layout", [one for one in KVCacheLayout if one.name.startswith("LB")], ids=lambda one: one.name
+)
+def test_states_lie_over_pages_of_attention(layout: KVCacheLayout) -> None:
+    """Of each pair of layers that vLLM lays over each other, a block is one run of bytes: the longer page."""
+    attention = stage.spec()
+    state = stage.state(page_size_padded=attention.page_size_bytes)
+    raw = torch.zeros(LAYERS * BLOCKS * attention.page_size_bytes, dtype=torch.int8)
+    caches: dict[str, torch.Tensor] = {}
+    for kind, spec in (("attn", attention), ("mamba", state)):
+        strides = compute_layout_strides(spec, BLOCKS, LAYERS, layout)
+        names = [f"model.layers.{layer}.{kind}" for layer in range(LAYERS)]
+        placed = KVCacheTensor(size=raw.numel(), layers=names, layer_stride=strides[0], block_stride=strides[1])
+        caches |= dict(zip(names, create_kv_cache_views(raw, spec, BLOCKS, layout, placed), strict=True))
+    with pytest.raises(ValueError, match="overlap"):
+        layout_of(caches, BLOCKS)
+    found = layout_of(caches, BLOCKS, several=True)
+    assert [entry.page for entry in found.entries] == [attention.page_size_bytes] * LAYERS
+    for layer in range(LAYERS):
+        assert found.by_layer[f"model.layers.{layer}.attn"] == found.by_layer[f"model.layers.{layer}.mamba"]
+    assert len(set(found.shape)) == 1 and " over " in found.shape[0]
 
 
 def views(layout: KVCacheLayout, spec, kernel_block: int | None = None) -> dict[str, torch.Tensor]:
@@ -48,6 +81,61 @@ def test_pages_are_what_vllm_addresses(layout: KVCacheLayout, dtype: torch.dtype
             values = sorted(cache[block].contiguous().view(torch.uint8).flatten().tolist())
             assert sorted(page) == values
         assert entry.offset + (BLOCKS - 1) * entry.stride + entry.page <= entry.bytes
+
+
+def nvfp4() -> FullAttentionSpec:
+    """As vLLM's FlashInfer backend makes it, which needs FlashInfer to be imported."""
+    spec = stage.spec(head_size=64, dtype=torch.uint8, kv_quant_mode=KVQuantMode.NVFP4)
+    return replace(spec, num_head_slots=2 * spec.num_kv_heads, state_content_bytes=nvfp4_kv_cache_full_dim(64))
+
+
+def per_token_head(mode: KVQuantMode) -> FullAttentionSpec:
+    return TritonAttentionBackend.customize_spec(stage.spec(head_size=64, dtype=torch.uint8, kv_quant_mode=mode))
+
+
+QUANTISED = {mode.name: per_token_head(mode) for mode in KVQuantMode if mode.is_per_token_head} | {"NVFP4": nvfp4()}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC], ids=lambda one: one.name)
+def test_scales_are_in_the_page(layout: KVCacheLayout, name: str) -> None:
+    """Every byte that vLLM's views of a block address is in its page, and the page is longer than the numbers alone."""
+    spec = QUANTISED[name]
+    numbers = stage.BLOCK * spec.num_kv_heads * 2 * 64 // (2 if "4" in name else 1)
+    assert spec.page_size_bytes > numbers
+    caches = views(layout, spec)
+    found = layout_of(caches, BLOCKS)
+    assert [entry.page for entry in found.entries] == [spec.page_size_bytes] * LAYERS
+    for cache, entry in zip(caches.values(), found.entries, strict=True):
+        for block in range(BLOCKS):
+            page = ctypes.string_at(entry.address + entry.offset + block * entry.stride, entry.page)
+            assert sorted(page) == sorted(cache[block].contiguous().view(torch.uint8).flatten().tolist())
+
+
+@pytest.mark.parametrize("row", [576 * 2, 656, 352], ids=["bf16", "fp8_ds_mla", "nvfp4_ds_mla"])
+def test_an_indexers_cache_beside_mla(row: int) -> None:
+    """DeepSeek V3.2: one group of layers with pages of two sizes, whose scales are in their rows."""
+    latent = MLAAttentionSpec(
+        block_size=stage.BLOCK, num_kv_heads=1, head_size=576, dtype=torch.uint8, state_content_bytes=row
+    )
+    index = MLAAttentionSpec(block_size=stage.BLOCK, num_kv_heads=1, head_size=132, dtype=torch.uint8)
+    sizes = {"attn": latent.page_size_bytes, "indexer": index.page_size_bytes}
+    raw = torch.randint(-128, 127, (LAYERS * BLOCKS * sum(sizes.values()),), dtype=torch.int8)
+    caches, offset = {}, 0
+    for kind, spec in (("attn", latent), ("indexer", index)):
+        names = [f"model.layers.{layer}.{kind}" for layer in range(LAYERS)]
+        stride = BLOCKS * spec.page_size_bytes
+        placed = KVCacheTensor(raw.numel(), names, stride, spec.page_size_bytes, offset)
+        views = create_kv_cache_views(raw, spec, BLOCKS, KVCacheLayout.LBNHC, placed)
+        caches |= dict(zip(names, views, strict=True))
+        offset += LAYERS * stride
+    found = layout_of(caches, BLOCKS)
+    for name, cache in caches.items():
+        (number,) = found.by_layer[name]
+        entry = found.entries[number]
+        assert entry.page == sizes[name.rpartition(".")[2]]
+        page = ctypes.string_at(entry.address + entry.offset + 2 * entry.stride, entry.page)
+        assert sorted(page) == sorted(cache[2].contiguous().view(torch.uint8).flatten().tolist())
 
 
 def test_kernels_that_split_blocks() -> None:

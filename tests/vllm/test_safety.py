@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import stage
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from vllm.config import CUDAGraphMode
+from vllm.config.cache import CacheDType
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, supports_hma
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
+    CircularBufferSpec,
     KVCacheConfig,
-    MambaSpec,
+    KVCacheGroupRole,
+    KVCacheSpec,
     MLAAttentionSpec,
+    SinkFullAttentionSpec,
     UniformTypeKVCacheSpecs,
 )
 
@@ -25,6 +30,7 @@ from swiftcache.engine.metrics import COUNTERS, GAUGES, Meter
 from swiftcache.engine.settings import Settings
 from swiftcache.vllm import SwiftCacheConnector, safety
 from swiftcache.vllm.facts import facts
+from swiftcache.vllm.groups import Groups
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
@@ -50,27 +56,33 @@ def test_what_could_go_wrong_is_refused_by_name(fields, named) -> None:
         safety.check(stage.config(**fields), stage.kv_config())
 
 
+def test_every_kv_dtype_of_vllm_is_served_or_refused_by_name() -> None:
+    known = set(get_args(CacheDType))
+    assert known >= set(safety.DTYPES)
+    for dtype in known:
+        config = stage.config(cache_config__cache_dtype=dtype)
+        if dtype in safety.DTYPES:
+            safety.check(config, stage.kv_config())
+        else:
+            with pytest.raises(ValueError, match=f"kv-cache-dtype {dtype}: "):
+                safety.check(config, stage.kv_config())
+
+
 def test_other_kinds_of_layers_are_refused() -> None:
-    window = stage.window()
-    state = MambaSpec(block_size=4, shapes=((4,),), dtypes=(torch.float32,))
-    with pytest.raises(ValueError, match="MambaSpec"):
-        safety.check(stage.config(), stage.kv_config(kv_cache_spec=state))
+    with pytest.raises(ValueError, match="state beside full attention, not alone"):
+        safety.check(stage.config(), stage.kv_config(kv_cache_spec=stage.state()))
     with pytest.raises(ValueError, match="not alone: --disable-hybrid-kv-cache-manager"):
-        safety.check(stage.config(), stage.kv_config(kv_cache_spec=window))
-    with pytest.raises(ValueError, match="MambaSpec"):
-        safety.check(stage.config(), stage.hybrid(state))
-    chunks = ChunkedLocalAttentionSpec(
-        block_size=4, num_kv_heads=2, head_size=4, dtype=torch.float32, attention_chunk_size=8
-    )
-    with pytest.raises(ValueError, match="ChunkedLocalAttentionSpec"):
-        safety.check(stage.config(), stage.hybrid(chunks))
+        safety.check(stage.config(), stage.kv_config(kv_cache_spec=stage.window()))
+    sinks = SinkFullAttentionSpec(block_size=4, num_kv_heads=2, head_size=4, dtype=torch.float32, sink_len=4)
+    with pytest.raises(ValueError, match="not SinkFullAttentionSpec"):
+        safety.check(stage.config(), stage.hybrid(sinks))
 
 
 def test_several_windows_in_one_group_are_refused() -> None:
-    for other in (stage.window(sliding_window=16), stage.spec()):
+    for other in (stage.window(sliding_window=16), stage.spec(), stage.chunks()):
         unlike = UniformTypeKVCacheSpecs(block_size=stage.BLOCK, kv_cache_specs={"a": stage.window(), "b": other})
         for kv in (stage.kv_config(kv_cache_spec=unlike), stage.hybrid(unlike)):
-            with pytest.raises(ValueError, match="several windows in one KV cache group"):
+            with pytest.raises(ValueError, match="several windows or chunks in one KV cache group"):
                 safety.check(stage.config(), kv)
     alike = UniformTypeKVCacheSpecs(block_size=stage.BLOCK, kv_cache_specs={"a": stage.window(), "b": stage.window()})
     safety.check(stage.config(), stage.hybrid(alike))
@@ -88,27 +100,91 @@ def test_sliding_windows_beside_full_attention_are_served() -> None:
     check_several(stage.hybrid(stage.window(), stage.window(sliding_window=4 * stage.BLOCK), stage.spec()))
 
 
+def test_chunked_local_attention_beside_full_attention_is_served() -> None:
+    check_several(stage.hybrid(stage.chunks()))
+    with pytest.raises(ValueError, match="chunks beside full attention, not alone"):
+        safety.check(stage.config(), stage.kv_config(kv_cache_spec=stage.chunks()))
+
+
+def test_of_what_is_served_it_is_known_which_blocks_are_needed() -> None:
+    """A group that is taken for full attention, and is not, would have vLLM's placeholder stored and loaded."""
+    made = {type(spec): spec for spec in (stage.spec(), stage.window(), stage.chunks(), stage.state())}
+    made[MLAAttentionSpec] = MLAAttentionSpec(block_size=stage.BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    assert made.keys() == set(safety.SERVED)
+    config = stage.config(max_in_flight_tokens=8)
+    config.model_config.max_model_len = 100
+    for kind, spec in made.items():
+        (_, group) = Groups.of(stage.hybrid(spec), config, stage.BLOCK).all
+        assert group.full == (kind in safety.FULL)
+    with pytest.raises(ValueError, match="a group of SinklessSpec"):
+        Groups.of(stage.hybrid(SinklessSpec(block_size=stage.BLOCK)), config, stage.BLOCK)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinklessSpec(KVCacheSpec):
+    """Of a vLLM to come."""
+
+    prefix_cacheable = True
+    page_size_bytes = 1
+
+
+def test_state_beside_full_attention_is_served() -> None:
+    check_several(stage.hybrid(stage.state()))
+    check_several(stage.hybrid(stage.state(), stage.state(), stage.window()), cache_config__prefix_match_unit=2)
+
+
+def test_groups_of_which_vllm_keeps_no_prefix_are_not_served_and_do_not_matter() -> None:
+    scratch = CircularBufferSpec(block_size=stage.BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    kv = stage.hybrid(stage.state(), scratch)
+    check_several(kv)
+    groups = Groups.of(kv, stage.config(), stage.BLOCK)
+    assert [group.number for group in groups.all] == [0, 1] and groups.several
+    only = stage.hybrid(scratch)
+    check_several(only)
+    assert Groups.of(only, stage.config(), stage.BLOCK).several, "vLLM cannot be told of lost blocks here either"
+
+
+@pytest.mark.parametrize("how", ["host_resident", "role", "config"])
+def test_hisparse_is_refused_by_name(how) -> None:
+    kv, config = stage.hybrid(), stage.config()
+    if how == "host_resident":
+        kv.kv_cache_groups[1].host_resident = True
+    elif how == "role":
+        kv.kv_cache_groups[1].role = KVCacheGroupRole.HISPARSE_SOURCE
+    else:
+        config.attention_config = SimpleNamespace(hisparse_config=SimpleNamespace())
+    with pytest.raises(ValueError, match="does not serve HiSparse"):
+        safety.check(config, kv)
+
+
+def test_of_several_groups_as_much_is_never_lent_as_the_longest_request_has_of_all() -> None:
+    kv = stage.hybrid(stage.window(), stage.state(), blocks=200)
+    config = stage.config(scheduler_config=SimpleNamespace(watermark=0.1), max_in_flight_tokens=8)
+    config.model_config.max_model_len = 100 * stage.BLOCK
+    groups = Groups.of(kv, config, stage.BLOCK)
+    window, state = groups.windows[0].most, groups.states[0].most
+    assert 0 < window < 10 and 0 < state < 10
+    assert safety.never_lent(config, kv, groups, stage.BLOCK) == (100 + window + state) + 20 + 3 * 3 + 1
+    one = stage.kv_config(blocks=200)
+    assert safety.never_lent(config, one, Groups.of(one, config, stage.BLOCK), stage.BLOCK) == 100 + 20 + 4
+
+
 def test_what_nobody_has_shown_to_be_right_with_several_groups_is_refused_by_name(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="blocks of one size"):
-        check_several(stage.hybrid(stage.window(block_size=2 * stage.BLOCK)))
     mla = MLAAttentionSpec(block_size=stage.BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
     with pytest.raises(ValueError, match="MLAAttentionSpec"):
         check_several(stage.hybrid(mla))
-    host = stage.hybrid()
-    host.kv_cache_groups[1].host_resident = True
-    with pytest.raises(ValueError, match="cached on the GPU"):
-        check_several(host)
-    with pytest.raises(ValueError, match="prefix_match_unit"):
-        check_several(cache_config__prefix_match_unit=2)
+    with pytest.raises(ValueError, match="mamba-cache-mode align, not all"):
+        check_several(stage.hybrid(stage.state(mamba_cache_mode="all")))
     with pytest.raises(ValueError, match="speculative decoding"):
         check_several(speculative_config=SimpleNamespace(method="eagle"))
+    with pytest.raises(ValueError, match="speculative decoding"):
+        check_several(stage.hybrid(stage.state()), speculative_config=SimpleNamespace(method="mtp"))
     draft = stage.hybrid()
     draft.kv_cache_groups[1].is_eagle_group = True
     with pytest.raises(ValueError, match="speculative decoding"):
         check_several(draft)
-    for name, value in (("lend", 0.5), ("stream_bytes", 1 << 30)):
-        with pytest.raises(ValueError, match=f"the setting {name} "):
-            check_several(settings=Settings(**{name: value}))
+    with pytest.raises(ValueError, match="the setting stream_bytes "):
+        check_several(settings=Settings(stream_bytes=1 << 30))
     with pytest.raises(ValueError, match="load 'sync' is refused"):
         check_several(settings=Settings(load="sync"))
     outer = SimpleNamespace(kv_connector="MultiConnector", kv_connector_extra_config={})

@@ -42,6 +42,8 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
         }
     eager = {"enforce_eager": True, "block_size": 16}
     alone = {"async_scheduling": False}
+    # By itself vLLM takes FlashInfer's kernel on these GPUs, which is not everywhere.
+    gdn = eager | {"gdn_prefill_backend": "triton"}
     return {
         "V2 async, eager": {"options": eager, "settings": {}, "environment": V2},
         "V2 async, CUDA graphs": {"options": eager | {"enforce_eager": False}, "settings": {}, "environment": V2},
@@ -64,6 +66,14 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
         },
         "Gemma 3, V2, eager": {"shape": "gemma3", "options": eager, "settings": {}, "environment": V2},
         "Gemma 3, V1, eager": {"shape": "gemma3", "options": eager | alone, "settings": {}, "environment": V1},
+        "Qwen3-Next, V2, eager": {"shape": "qwen3-next", "options": gdn, "settings": {}, "environment": V2},
+        "Qwen3-Next, V2, CUDA graphs": {
+            "shape": "qwen3-next",
+            "options": gdn | {"enforce_eager": False},
+            "settings": {},
+            "environment": V2,
+        },
+        "Qwen3-Next, V1, eager": {"shape": "qwen3-next", "options": gdn | alone, "settings": {}, "environment": V1},
         FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 

@@ -76,6 +76,36 @@ GEMMA3 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 262144,
 }
+QWEN3_NEXT_LAYERS = (["linear_attention"] * 3 + ["full_attention"]) * 12
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 10,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
 TINY = {
     "head_dim": 32,
     "hidden_size": 128,
@@ -108,6 +138,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss": GPT_OSS | {"num_hidden_layers": 12, "layer_types": GPT_OSS_LAYERS[:12], "num_local_experts": 8},
     # Gemma 3 1B. Its logits are not its embeddings: with made-up weights it would say its last token for ever.
     "gemma3": GEMMA3 | {"num_hidden_layers": 26, "layer_types": GEMMA3_LAYERS[:26]},
+    # Qwen3-Next-80B-A3B with a sixth of its layers and an eighth of its experts.
+    "qwen3-next": QWEN3_NEXT | {"num_hidden_layers": 8, "layer_types": QWEN3_NEXT_LAYERS[:8], "num_experts": 64},
     # For a try on a machine without a GPU.
     "tiny": QWEN3 | TINY | {"num_hidden_layers": 4, "tie_word_embeddings": True},
     "tiny-gemma3": GEMMA3

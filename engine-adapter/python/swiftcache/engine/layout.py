@@ -36,9 +36,16 @@ class Layout:
     """What must be equal for bytes to mean the same: dtype, shape and strides of a page, entry by entry."""
 
 
-def layout_of(caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], blocks: int) -> Layout:
+def layout_of(
+    caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], blocks: int, *, overlaid: bool = False
+) -> Layout:
     """Reads the layout of a pool of `blocks` blocks from its layers' tensors, in the order in which a forward needs
-    them. Raises ValueError for a layout whose pages are not one run of bytes a constant stride apart."""
+    them. Raises ValueError for a layout whose pages are not one run of bytes a constant stride apart.
+
+    Args:
+        overlaid: each block is of some layers only, and pages of different layers may lie over each other. Such pages
+            make one run, as long as all of them together.
+    """
     entries: list[Entry] = []
     shapes: list[str] = []
     known: dict[tuple[int, int, int, int], int] = {}
@@ -57,6 +64,14 @@ def layout_of(caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], block
         by_layer[name] = tuple(numbers)
     if not entries:
         raise ValueError("the engine has no KV cache: SwiftCache has nothing to keep")
+    if overlaid:
+        runs = _runs(entries)
+        run_of = {number: index for index, run in enumerate(runs) for number in run}
+        shapes = [
+            " over ".join(f"{entries[n].offset - entries[run[0]].offset}:{shapes[n]}" for n in run) for run in runs
+        ]
+        entries = [_together([entries[number] for number in run]) for run in runs]
+        by_layer = {name: tuple(dict.fromkeys(run_of[n] for n in numbers)) for name, numbers in by_layer.items()}
     _refuse_overlap(entries, blocks)
     return Layout(tuple(entries), by_layer, blocks, tuple(shapes))
 
@@ -92,6 +107,32 @@ def _entry(name: str, tensor: torch.Tensor, blocks: int) -> tuple[Entry, str]:
     storage = tensor.untyped_storage()
     entry = Entry(storage.data_ptr(), storage.nbytes(), tensor.data_ptr() - storage.data_ptr(), stride, page)
     return entry, f"{tensor.dtype}{shape}{strides}"
+
+
+def _runs(entries: Sequence[Entry]) -> list[list[int]]:
+    """Numbers of entries whose pages of one block lie over each other, lowest address first; runs in the order in which
+    a forward comes to them first."""
+    runs: list[list[int]] = []
+    place, end = None, 0
+    for number in sorted(range(len(entries)), key=lambda number: _place(entries[number])):
+        address, stride, offset = _place(entries[number])
+        if place == (address, stride) and offset < end:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+            end = offset
+        place, end = (address, stride), max(end, offset + entries[number].page)
+    return sorted(runs, key=min)
+
+
+def _place(entry: Entry) -> tuple[int, int, int]:
+    return (entry.address, entry.stride, entry.offset)
+
+
+def _together(entries: Sequence[Entry]) -> Entry:
+    first = entries[0]
+    page = max(entry.offset + entry.page for entry in entries) - first.offset
+    return Entry(first.address, first.bytes, first.offset, first.stride, page)
 
 
 def ranges_of(layout: Layout, first: int, last: int) -> list[tuple[int, int]]:

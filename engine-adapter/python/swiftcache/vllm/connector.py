@@ -1,7 +1,7 @@
 """The connector that vLLM loads: hands each hook to the half that its process plays.
 
-Serves models whose KV cache groups are full attention, MLA and sliding windows, and refuses others when the engine
-starts (`safety` says why). It implements SupportsHMA, so that vLLM's hybrid KV cache manager stays on.
+Serves models whose KV cache groups are full attention, MLA, sliding windows, chunks and state, and refuses others when
+the engine starts (`safety` says why). It implements SupportsHMA, so that vLLM's hybrid KV cache manager stays on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from swiftcache.engine.lending import Terms, terms
 from swiftcache.engine.loans import Loans
 from swiftcache.engine.quiet import log_as_part_of, logger
 from swiftcache.engine.settings import Settings
-from swiftcache.vllm import safety
+from swiftcache.vllm import junction, safety
 from swiftcache.vllm.groups import Groups
 from swiftcache.vllm.metadata import Handshake, StepMetadata
 from swiftcache.vllm.metrics import SwiftCachePromMetrics, SwiftCacheStats
@@ -61,12 +61,14 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         log_as_part_of("vllm")
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         safety.check(vllm_config, kv_cache_config)
-        groups = Groups.of(kv_cache_config, vllm_config)
-        if groups.several:
+        if len(kv_cache_config.kv_cache_groups) > 1:
             safety.check_several(vllm_config, kv_cache_config, settings)
         safety.require_recompute(vllm_config)
-        sync = not groups.several and safety.loads_synchronously(vllm_config, settings)
         block_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+        groups = Groups.of(kv_cache_config, vllm_config, block_tokens)
+        if groups.states:
+            junction.check()
+        sync = not groups.several and safety.loads_synchronously(vllm_config, settings)
         events = vllm_config.kv_events_config
         publishes = bool(events and events.enable_kv_cache_events)
         self._scheduler: SchedulerSide | None = None
@@ -81,7 +83,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
             parallel = vllm_config.parallel_config
             workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
             if settings.lend:
-                kept = safety.never_lent(vllm_config, kv_cache_config, block_tokens)
+                kept = safety.never_lent(vllm_config, kv_cache_config, groups, block_tokens)
                 agreed = terms(
                     settings.lend,
                     settings.lend_reserve,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from swiftcache.engine.keys import KEY_BYTES, Keys
 from swiftcache.engine.quiet import Quiet
+from swiftcache.vllm.ends import Ends
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -34,49 +35,73 @@ class Finder:
         self._block_tokens, self._hashes_per_block = block_tokens, hashes_per_block
         self._lookup_ms, self._quiet = lookup_ms, quiet
         self._key = Keys()
+        self._ends = Ends()
 
     def reset(self) -> None:
         """What was stored until now is found no more."""
         self._key.reset()
+        self._ends.clear()
+
+    def has_tail(self, request: Request, end: int) -> None:
+        """What a request needs of all groups to go on after `end` units is kept."""
+        self._ends.add(self._name(request, end))
+
+    def _name(self, request: Request, end: int) -> bytes:
+        return bytes(request.block_hashes[end * self._hashes_per_block - 1])
 
     def hashed(self, request: Request) -> int:
-        """Blocks of a request that have a name."""
+        """Units of a request of which every block has a name."""
         return len(request.block_hashes) // self._hashes_per_block
 
     def keys(self, request: Request, group: Group, first: int, last: int) -> bytes:
         """Hashes are chained, so that of a block's last part names the block and all before it."""
-        step = self._hashes_per_block
+        step = self._hashes_per_block // group.per_unit
         hashes = request.block_hashes[first * step + step - 1 : last * step : step]
         return self._key.of(hashes, self._groups.salt(group))
 
     def present(self, request: Request, first: int, end: int, tables: Tables) -> tuple[bytes, list[int]]:
-        """The blocks from `first` up to `end` that a request has in the pool, of every group: their keys and places."""
+        """The blocks of the units from `first` up to `end` that a request has in the pool, of every group: their keys
+        and places."""
         groups = self._groups.all
         if len(groups) == 1:
             return self.keys(request, groups[0], first, end), list(tables[groups[0].number][first:end])
-        # vLLM has no block where a window does not reach.
-        every = ((block, group) for block in range(first, end) for group in groups)
+        # vLLM has no block where a window does not reach, and of states the last one only.
+        every = (
+            (block, group)
+            for unit in range(first, end)
+            for group in groups
+            for block in range(group.last(unit), group.last(unit + 1))
+        )
         wanted = [(block, group) for block, group in every if tables[group.number][block]]
         keys = b"".join(self.keys(request, group, block, block + 1) for block, group in wanted)
         return keys, [tables[group.number][block] for block, group in wanted]
 
     def find(self, ranks: Sequence[Handshake], request: Request, first: int, last: int) -> tuple[int, int]:
-        """How many blocks from `first` on, up to `last`, every group has, and where full attention by itself would have
+        """How many units from `first` on, up to `last`, every group has, and where full attention by itself would have
         ended."""
-        full, windows = self._groups.full, self._groups.windows
-        found = self._count(ranks, self._needed(request, full, first, last)) // len(full)
+        full = self._groups.full
+        found = self._count(ranks, self._needed(request, full, first, last)) // sum(group.per_unit for group in full)
         found = max(0, min(found, last - first))
         end = first + found
-        if found and windows:
-            tails = self._needed(request, windows, first, end)
-            if tails and self._count(ranks, tails) < len(tails) // KEY_BYTES:
-                return 0, end
-        return found, end
+        if not found or not self._groups.tails or self._tails_are_there(ranks, request, first, end):
+            return found, end
+        earlier = ((one, self._name(request, one)) for one in range(end - 1, first, -1))
+        for one in self._ends.before(earlier):
+            if self._tails_are_there(ranks, request, first, one):
+                return one - first, end
+            self._ends.forget(self._name(request, one))
+        return 0, end
+
+    def _tails_are_there(self, ranks: Sequence[Handshake], request: Request, first: int, end: int) -> bool:
+        tails = self._needed(request, self._groups.tails, first, end)
+        return self._count(ranks, tails) == len(tails) // KEY_BYTES if tails else True
 
     def _needed(self, request: Request, groups: Sequence[Group], first: int, end: int) -> bytes:
-        """Keys of the blocks from `first` on that a request needs of some groups to go on after `end` blocks."""
+        """Keys of the blocks from the unit `first` on that a request needs of some groups to go on after `end`."""
         if len(groups) == 1:
-            return self.keys(request, groups[0], max(first, groups[0].first(end, self._block_tokens)), end)
+            (group,) = groups
+            start = max(group.last(first), group.first(end, self._block_tokens))
+            return self.keys(request, group, start, group.last(end))
         blocks = self._groups.blocks(groups, first, end, self._block_tokens)
         return b"".join(self.keys(request, group, block, block + 1) for block, group in blocks)
 

@@ -17,7 +17,8 @@ from swiftcache.engine.loans import LendJob
 class LoadJob:
     request: str
     first: int
-    """Which block of the request is the first. With several groups the blocks of a request fail together."""
+    """Which unit of the request is the first (see `groups`). With several groups the blocks of a request fail
+    together."""
     keys: bytes
     blocks: list[int]
     sync: bool
@@ -59,7 +60,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     lost: set[int] = field(default_factory=set)
     """Those of them of which some worker kept less than everything."""
     failed: dict[str, int] = field(default_factory=dict)
-    """Requests with a failed load, and their first block that is not there."""
+    """Requests with a failed load, and their first unit that is not there."""
     back: dict[int, int] = field(default_factory=dict)
     """Loans that nobody else can touch any more, in how many workers."""
     lend_refused: str = ""

@@ -27,7 +27,7 @@ class Room:
         """The request that is promised the next load."""
 
     def allows(self, tracked: Tracked, end: int, requests: Iterable[Tracked], free: int) -> bool:
-        """Whether a request may be promised its first `end` blocks. `free`: blocks of the pool that nobody uses."""
+        """Whether a request may be promised its first `end` units. `free`: blocks of the pool that nobody uses."""
         name = tracked.request.request_id
         if self._next not in (None, name):
             return False
@@ -46,17 +46,18 @@ class Room:
 
     def _held(self, end: int) -> int:
         """Blocks that a load takes."""
-        return sum(end - group.first(end, self._block_tokens) for group in self._groups.all)
+        return sum(group.last(end) - group.first(end, self._block_tokens) for group in self._groups.all)
 
     def _more(self, tracked: Tracked, end: int) -> int:
         """How many more blocks a request needs than its load takes, until all of its tokens are computed: at most."""
-        whole = -(-tracked.request.num_tokens // self._block_tokens) + 1
+        units = -(-tracked.request.num_tokens // self._block_tokens)
         more = 0
         for group in self._groups.all:
-            if group.window is None:
-                more += whole - end
+            whole, last = group.last(units) + 1, group.last(end)
+            if group.full:
+                more += whole - last
             else:
                 # It goes on from the tail, or from nothing, when the load has failed.
-                anew = min(whole, group.most) - (end - group.first(end, self._block_tokens))
-                more += max(min(whole - end, group.most), anew)
+                anew = min(whole, group.most) - (last - group.first(end, self._block_tokens))
+                more += max(min(whole - last, group.most), anew)
         return more

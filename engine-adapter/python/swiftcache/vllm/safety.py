@@ -1,9 +1,9 @@
 """What the connector serves, and what it refuses because bytes or tokens could come out wrong.
 
-Served: models whose KV lives in groups of full-attention, MLA and sliding-window layers, one of full attention or MLA
-at least (with the hybrid KV cache manager disabled, sliding-window layers are kept as full attention). Everything else
-is refused when the engine starts. Chunked-local groups and Mamba state are not built: their blocks are reused by other
-rules than those of `groups`. With several groups more is refused, which nobody has shown to be right: `check_several`.
+Served: models whose KV lives in groups of full-attention, MLA, sliding-window and chunked-local layers and of state
+(Mamba, GDN), one of full attention or MLA at least (with the hybrid KV cache manager disabled, windows and chunks are
+kept as full attention). Everything else is refused when the engine starts. With several groups more is refused, which
+nobody has shown to be right: `check_several`.
 
 How a load may fail decides when it may run. vLLM 0.32 recovers from a failed *synchronous* load correctly only
 with one batch in flight and the V1 model runner: with more, the next step has been scheduled on top of the failed one
@@ -13,12 +13,16 @@ There loads are asynchronous: a request is scheduled only when its blocks are th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheGroupRole,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     iter_layer_specs,
@@ -28,13 +32,32 @@ from swiftcache.engine.quiet import logger
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from swiftcache.engine.settings import Settings
+    from swiftcache.vllm.groups import Groups
 
 HASHES = ("sha256", "sha256_cbor")
 FULL = (FullAttentionSpec, MLAAttentionSpec)
-SERVED = (*FULL, SlidingWindowSpec)
+SERVED = (*FULL, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 """These classes themselves: their subclasses keep something else in a block."""
+
+
+DTYPES = (
+    "auto",
+    "float16",
+    "bfloat16",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_ds_mla",
+    "nvfp4_ds_mla",
+    "int4_per_token_head",
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "nvfp4",
+)
+"""What `--kv-cache-dtype` may be. A block of each is whole: scales are in its pages, or in the model's weights."""
 
 
 def check(config: VllmConfig, kv: KVCacheConfig) -> None:
@@ -59,52 +82,78 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
             "SwiftCache refuses calculate_kv_scales: KV quantised with one engine's scales means something else "
             "in another"
         )
+    if str(cache.cache_dtype) not in DTYPES:
+        raise ValueError(
+            f"SwiftCache does not serve --kv-cache-dtype {cache.cache_dtype}: nobody has shown that blocks of it mean "
+            f"the same in another engine. Use one of {', '.join(DTYPES)}"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ValueError(f"SwiftCache does not serve {name} > 1: a block is spread over ranks differently there")
+    _refuse_hisparse(config, kv)
     kinds = set()
     for group in kv.kv_cache_groups:
         specs = iter_layer_specs(group.kv_cache_spec)
+        if not all(spec.prefix_cacheable for spec in specs):
+            # Scratch of a request, of which vLLM itself keeps no prefix.
+            continue
         for spec in specs:
             if type(spec) not in SERVED:
                 raise ValueError(
-                    f"SwiftCache serves layers of full attention, MLA and sliding windows, not {type(spec).__name__}"
+                    "SwiftCache serves layers of full attention, MLA, sliding windows, chunked local attention and "
+                    f"state, not {type(spec).__name__}"
                 )
             kinds.add(type(spec))
-        if len({spec.sliding_window if type(spec) is SlidingWindowSpec else None for spec in specs}) > 1:
+        if len({_reach(spec) for spec in specs}) > 1:
             raise ValueError(
-                "SwiftCache does not serve layers of several windows in one KV cache group: "
+                "SwiftCache does not serve layers of several windows or chunks in one KV cache group: "
                 "--disable-hybrid-kv-cache-manager keeps them as full attention"
             )
         if not group.enable_kv_transfer:
             raise ValueError("vLLM does not let this model's KV cache be transferred")
     if not kinds.intersection(FULL):
+        if MambaSpec in kinds:
+            raise ValueError("SwiftCache serves Mamba, GDN and other state beside full attention, not alone")
         raise ValueError(
-            "SwiftCache serves sliding windows beside full attention, not alone: --disable-hybrid-kv-cache-manager "
-            "keeps them as full attention"
+            "SwiftCache serves sliding windows and chunks beside full attention, not alone: "
+            "--disable-hybrid-kv-cache-manager keeps them as full attention"
+        )
+
+
+def _reach(spec: KVCacheSpec) -> tuple[int | None, int | None]:
+    """How far a layer reaches back: over its window, or within its chunk."""
+    return getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)
+
+
+def _refuse_hisparse(config: VllmConfig, kv: KVCacheConfig) -> None:
+    attention = getattr(config, "attention_config", None)
+    if getattr(attention, "hisparse_config", None) is not None or any(
+        group.host_resident or group.role != KVCacheGroupRole.DEFAULT for group in kv.kv_cache_groups
+    ):
+        raise ValueError(
+            "SwiftCache does not serve HiSparse, which keeps the KV cache in host memory and parts of it on the GPU: "
+            "drop hisparse_config from --attention-config"
         )
 
 
 def check_several(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> None:
     """Raises ValueError for what is not served where a model has several KV cache groups."""
     model = f"this model's KV cache is {len(kv.kv_cache_groups)} groups"
-    helps = "--disable-hybrid-kv-cache-manager makes one of them where they differ only in sliding windows"
-    sizes = {group.kv_cache_spec.block_size for group in kv.kv_cache_groups}
-    if len(sizes) > 1:
-        raise ValueError(f"SwiftCache needs blocks of one size; {model} with {sorted(sizes)} tokens a block. {helps}")
-    if getattr(config.cache_config, "prefix_match_unit", None) not in (None, *sizes):
-        raise ValueError(f"SwiftCache does not serve prefix_match_unit where {model}: drop it")
-    odd = {type(spec) for group in kv.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)}
-    if odd := odd.difference((FullAttentionSpec, SlidingWindowSpec)):
+    helps = "--disable-hybrid-kv-cache-manager makes one of them where they differ only in windows or chunks"
+    for spec in _states(kv):
+        if spec.mamba_cache_mode != "align":
+            raise ValueError(
+                f"SwiftCache serves state in --mamba-cache-mode align, not {spec.mamba_cache_mode}: in other modes "
+                "vLLM does not say which block has the state at the end of a prefix"
+            )
+    odd = {type(spec) for group in kv.prefix_cacheable_groups for spec in iter_layer_specs(group.kv_cache_spec)}
+    if odd := odd.difference((FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)):
         names = ", ".join(sorted(kind.__name__ for kind in odd))
         raise ValueError(f"SwiftCache does not serve {names} where {model}")
-    if len(kv.prefix_cacheable_group_ids) < len(kv.kv_cache_groups) or any(g.host_resident for g in kv.kv_cache_groups):
-        raise ValueError(f"SwiftCache serves only groups of which prefixes are cached on the GPU; {model} with others")
     if getattr(config, "speculative_config", None) is not None or any(g.is_eagle_group for g in kv.kv_cache_groups):
         raise ValueError(f"SwiftCache does not serve speculative decoding where {model}. {helps}")
-    for name, value in (("lend", settings.lend), ("stream_bytes", settings.stream_bytes)):
-        if value:
-            raise ValueError(f"SwiftCache does not serve the setting {name} where {model}: drop it. {helps}")
+    if settings.stream_bytes:
+        raise ValueError(f"SwiftCache does not serve the setting stream_bytes where {model}: drop it. {helps}")
     if settings.load == "sync":
         raise ValueError(
             f"load 'sync' is refused: {model}, and then this vLLM cannot recover from a load that fails in the forward "
@@ -115,6 +164,13 @@ def check_several(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> 
             f"SwiftCache does not serve MultiConnector where {model}: another connector's failed load would end this "
             f"vLLM. {helps}"
         )
+
+
+def _states(kv: KVCacheConfig) -> Iterator[MambaSpec]:
+    for group in kv.kv_cache_groups:
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            if isinstance(spec, MambaSpec):
+                yield spec
 
 
 def require_recompute(config: VllmConfig) -> None:
@@ -157,13 +213,13 @@ def surrounding(config: VllmConfig) -> KVTransferConfig | None:
     return outer
 
 
-def never_lent(config: VllmConfig, kv: KVCacheConfig, block_tokens: int) -> int:
+def never_lent(config: VllmConfig, kv: KVCacheConfig, groups: Groups, unit_tokens: int) -> int:
     """Blocks that the engine keeps whatever it lends: its longest request runs even if nothing ever comes back."""
-    longest = -(-config.model_config.max_model_len // block_tokens)
+    longest = sum(group.held(-(-config.model_config.max_model_len // unit_tokens)) for group in groups.all)
     watermark = float(getattr(config.scheduler_config, "watermark", 0.0) or 0.0)
-    # A block for what is computed ahead, one that a request may hold beyond its tokens, one for rounding, and vLLM's
-    # placeholder.
-    return longest + int(watermark * kv.num_blocks) + 4
+    # Of each of vLLM's groups a block for what is computed ahead, one that a request may hold beyond its tokens and one
+    # for rounding; and vLLM's placeholder.
+    return longest + int(watermark * kv.num_blocks) + 3 * len(kv.kv_cache_groups) + 1
 
 
 def unrecoverable(config: VllmConfig) -> str:

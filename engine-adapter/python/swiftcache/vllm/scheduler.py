@@ -1,4 +1,5 @@
-"""The scheduler's half: what to look up, load and store. It never touches a byte of KV.
+"""The scheduler's half: what to look up, load and store. It never touches a byte of KV. Prefixes are counted in units
+(`groups`).
 
 Which blocks may be stored. A block is offered once it is full, its tokens are known (vLLM has hashed them) and it is
 computed after this step at the latest, on KV that is known to be right (`doubt`).
@@ -6,28 +7,33 @@ computed after this step at the latest, on KV that is known to be right (`doubt`
 Who may overwrite a block that is still being stored. Finished requests keep their blocks until every worker is
 through (`request_finished`). Preempted ones have lost theirs already, to this very step: the workers wait for the
 stores first (`fence`). Blocks of a full-attention group are given away in no other way. Those of a sliding-window
-group are also given away when the window has moved on: for those the workers wait, too.
+group are also given away when the window has moved on: for those the workers wait, too. A block with a state is given
+away a step later: it is pinned until its store is over.
 
 With several groups (`groups`) a prefix is found as long as full attention has all of it, and the other groups have its
 tail. Tails are kept where somebody is likely to go on: at a prompt's end, at the end of what a request has computed,
 and where a lookup found that a tail was missing. Blocks that full attention computes after the prompt are kept when
 the request ends, and only with the tail there: a prefix without its tail would be found and could not be used.
+
+States are kept where vLLM offers them, which is at a prompt's end and where it is told to (`junction`): only vLLM knows
+which block of a request has the state of which token. So what a request computes after its prompt is not kept.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swiftcache.engine.events import Events
 from swiftcache.engine.quiet import Quiet
-from swiftcache.vllm import events
+from swiftcache.vllm import events, junction
 from swiftcache.vllm.doubt import Doubt
 from swiftcache.vllm.finder import Finder, Tables
 from swiftcache.vllm.groups import ONE, Group, Groups
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
+from swiftcache.vllm.pins import Pins
 from swiftcache.vllm.room import Room
 from swiftcache.vllm.tracked import Hit, Tracked
 
@@ -42,6 +48,9 @@ if TYPE_CHECKING:
     from swiftcache.engine.settings import Settings
     from swiftcache.vllm.stream.inside import FreeBlocks
     from swiftcache.vllm.stream.placement import Placement
+
+States = dict[int, dict[int, int]]
+"""By the end after which a request can go on from them, in units: of each group the block of the pool."""
 
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
@@ -72,7 +81,8 @@ class SchedulerSide:
         self._events = events
         self._groups = groups
         self._table_of = groups.full[0].number
-        """The group of which a request's blocks are counted."""
+        """The group of which a request's computed blocks are counted."""
+        self._table_units = groups.full[0].per_unit
         self._clock = clock
         self._ranks: list[Handshake] = []
         self._met: dict[tuple[int, int], Handshake] = {}
@@ -101,12 +111,14 @@ class SchedulerSide:
         )
         self._doubt = Doubt(recovers=recovers, block_tokens=block_tokens, quiet=self._quiet)
         self._room = Room(groups, block_tokens) if groups.several else None
+        self._pins = Pins(workers)
         self._manager: KVCacheManager | None = None
         self.stats = SwiftCacheStats()
 
     def bind(self, manager: KVCacheManager) -> None:
         self._manager = manager
         self._doubt.bind(manager)
+        self._pins.bind(manager)
 
     def lend(self, loans: Loans) -> None:
         """Lends part of the engine's own pool from now on."""
@@ -146,6 +158,8 @@ class SchedulerSide:
         if hit is None or hit.computed != computed or now - hit.at > ANSWER_SECONDS:
             hit = tracked.hit = Hit(computed, *self._look_up(tracked, computed), now)
         tokens = hit.blocks * self._block_tokens
+        if self._groups.states and hit.junction * self._block_tokens > computed + tokens:
+            junction.keep_state_at(request, hit.junction * self._block_tokens)
         if self._room is not None and not self._has_room(self._room, tracked, hit):
             return None, False
         return tokens, tokens > 0 and not self._sync
@@ -180,15 +194,19 @@ class SchedulerSide:
         first = hit.computed // self._block_tokens
         count = external // self._block_tokens
         tracked.kept = end = first + count
-        if self._groups.windows:
+        if self._groups.tails:
             # What vLLM found in its own cache may be kept nowhere else.
             tracked.tail = end if count else 0
             prompt = request.num_prompt_tokens
-            ends = {first, hit.junction, (prompt - 1) // self._block_tokens, prompt // self._block_tokens}
+            ends = {hit.junction, (prompt - 1) // self._block_tokens}
+            if not self._groups.states:
+                ends |= {first, prompt // self._block_tokens}
             tracked.ends = sorted(one for one in ends if one > tracked.tail)
         if count == 0:
             return
         self.stats.add("promised_tokens", external)
+        if self._groups.tails:
+            self._finder.has_tail(request, end)
         tracked.promised = end if self._groups.several else 0
         tracked.loading = not self._sync
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
@@ -226,7 +244,7 @@ class SchedulerSide:
         self._loads, self._late, self._retained = [], [], []
         for request_id in output.preempted_req_ids or ():
             if tracked := self._tracked.get(request_id):
-                step.fence.extend(sorted(tracked.stores))
+                step.fence.extend(sorted(number for number in tracked.stores if number not in self._pins))
         if self._groups.windows:
             step.fence.extend(self._moved_on())
         step.stores = [job for job in step.stores if job.number in self._jobs]
@@ -243,11 +261,16 @@ class SchedulerSide:
             self._doubt.scheduled(tracked)
             tracked.promised = 0
             full = self._doubt.computed(tracked, scheduled) // self._block_tokens
-            if not self._has_more(tracked, full) or blocks_of is None:
+            if blocks_of is None:
+                continue
+            states: States = {}
+            if self._groups.states:
+                states = self._offered_states(tracked, full, blocks_of.boundary_state_offloads.get(request_id, ()))
+            if not states and not self._has_more(tracked, full):
                 continue
             if (tables := blocks_of.get_block_ids(request_id)) is None:
                 continue
-            step.stores += self._stores(tracked, full, tables)
+            step.stores += self._stores(tracked, full, tables, states)
         if self._placement is not None:
             step.staged = self._staged(output, self._placement)
         if self._loans is not None:
@@ -270,64 +293,87 @@ class SchedulerSide:
         return total if leased else 0
 
     def _wanted(self, output: SchedulerOutput) -> int:
-        """Blocks that requests will need soon and do not have: those of their tokens, and the next one."""
+        """Blocks that requests will need soon and do not have: those of their tokens, and the next ones."""
         wanted = 0
         for request_id, tracked in self._tracked.items():
             if not tracked.finished:
                 had = tracked.request.num_computed_tokens + output.num_scheduled_tokens.get(request_id, 0)
-                wanted += tracked.request.num_tokens // self._block_tokens + 2 - -(-had // self._block_tokens)
+                units = tracked.request.num_tokens // self._block_tokens + 2 - -(-had // self._block_tokens)
+                wanted += sum(group.held(units) for group in self._groups.all)
         return wanted
 
+    def _offered_states(self, tracked: Tracked, full: int, offers: Iterable[tuple[int, int, int]]) -> States:
+        """What vLLM offers of a request's states: at which ends it offers those of every group."""
+        found: States = {}
+        for group, block, tokens in offers:
+            end, part = divmod(tokens, self._block_tokens)
+            # An offer within a unit is for those who find prefixes of parts of a block.
+            if not part and tracked.tail < end <= full:
+                found.setdefault(end, {})[group] = block
+        return {end: blocks for end, blocks in found.items() if len(blocks) == len(self._groups.states)}
+
     def _has_more(self, tracked: Tracked, full: int) -> bool:
-        """Whether anything of a request that goes on is to be kept, once its first `full` blocks are computed."""
-        if self._groups.windows and not tracked.ends:
+        """Whether anything of a request that goes on is to be kept, once its first `full` units are computed."""
+        if self._groups.tails and not tracked.ends:
             return False
         return full > tracked.kept or tracked.reaches_end(full)
 
-    def _stores(self, tracked: Tracked, full: int, tables: Tables, finished: bool = False) -> list[StoreJob]:
-        """What is to be kept of a request whose first `full` blocks are right when this step is over."""
-        full = min(full, self._finder.hashed(tracked.request), len(tables[self._table_of]))
+    def _stores(
+        self, tracked: Tracked, full: int, tables: Tables, states: States | None = None, finished: bool = False
+    ) -> list[StoreJob]:
+        """What is to be kept of a request whose first `full` units are right when this step is over. `states`: those
+        that vLLM offers."""
+        full = min(full, self._finder.hashed(tracked.request), len(tables[self._table_of]) // self._table_units)
         if tracked.closed:
             return []
         jobs: list[StoreJob] = []
-        if self._groups.windows:
+        if self._groups.tails:
             prompt = bool(tracked.ends) and not finished
             if finished:
                 tracked.ends = sorted({end for end in tracked.ends if end < full} | {full})
+            elif states:
+                tracked.ends = sorted({*tracked.ends, *states})
             while tracked.reaches_end(full):
-                jobs += self._tail(tracked, tracked.ends.pop(0), tables)
+                end = tracked.ends.pop(0)
+                jobs += self._tail(tracked, end, tables, (states or {}).get(end, {}))
             # See the module.
-            if not prompt and tracked.tail < full:
-                return jobs
+            if not prompt or (self._groups.states and not tracked.ends):
+                full = min(full, tracked.tail)
         first, tracked.kept = tracked.kept, max(full, tracked.kept)
         if first < full:
-            jobs += [
-                self._store(tracked, group, first, tables[group.number][first:full]) for group in self._groups.full
-            ]
+            for group in self._groups.full:
+                start = group.last(first)
+                jobs.append(self._store(tracked, group, start, tables[group.number][start : group.last(full)]))
         return jobs
 
-    def _tail(self, tracked: Tracked, end: int, tables: Tables) -> list[StoreJob]:
-        """Keeps what a request needs of sliding-window groups to go on after `end` blocks: all of it, or nothing."""
-        if end <= tracked.tail:
+    def _tail(self, tracked: Tracked, end: int, tables: Tables, states: Mapping[int, int]) -> list[StoreJob]:
+        """Keeps what a request needs of all but full attention to go on after `end` units: all of it, or nothing.
+        `states`: the block of each group that vLLM offers."""
+        if end <= tracked.tail or len(states) < len(self._groups.states):
             return []
         parts = []
         for group in self._groups.windows:
-            first = max(group.first(end, self._block_tokens), tracked.tail)
-            blocks = tables[group.number][first:end]
-            if len(blocks) < end - first or not all(blocks):
+            first = max(group.first(end, self._block_tokens), group.last(tracked.tail))
+            blocks = tables[group.number][first : group.last(end)]
+            if len(blocks) < group.last(end) - first or not all(blocks):
                 return []
             parts.append((group, first, blocks))
         tracked.tail = end
+        self._finder.has_tail(tracked.request, end)
         jobs = []
         for group, first, blocks in parts:
             if blocks:
                 job = self._store(tracked, group, first, blocks)
                 tracked.sliding[job.number] = (group.number, first, job.blocks)
                 jobs.append(job)
+        for group in self._groups.states:
+            job = self._store(tracked, group, group.last(end) - 1, [states[group.number]])
+            self._pins.hold(job.number, job.blocks)
+            jobs.append(job)
         return jobs
 
     def _store(self, tracked: Tracked, group: Group, first: int, blocks: Sequence[int]) -> StoreJob:
-        """Of a group, the request's blocks from `first` on."""
+        """Of a group, the request's blocks from `first` on, a number of the group's own blocks."""
         request, last = tracked.request, first + len(blocks)
         number, self._next_job = self._next_job, self._next_job + 1
         tracked.stores.add(number)
@@ -335,9 +381,8 @@ class SchedulerSide:
         if self._placement is not None:
             self._offered[number] = self._placement.holding(blocks)
         of = group if self._groups.several else None
-        self._events.offered(
-            number, lambda: events.stored(request, first, last, self._hashes_per_block, self._block_tokens, of)
-        )
+        step, size = self._hashes_per_block // group.per_unit, self._block_tokens // group.per_unit
+        self._events.offered(number, lambda: events.stored(request, first, last, step, size, of))
         return StoreJob(number, request.request_id, self._finder.keys(request, group, first, last), list(blocks))
 
     def _moved_on(self) -> list[int]:
@@ -376,6 +421,7 @@ class SchedulerSide:
             self._drop(request_id)
 
     def _job_done(self, number: int, workers: int, lost: bool) -> None:
+        self._pins.done(number, workers)
         request_id, so_far = self._jobs.get(number, ("", 0))
         if not request_id:
             return
@@ -402,9 +448,12 @@ class SchedulerSide:
         if block < (kept := tracked.kept):
             # With several groups nobody knows of which a block was lost.
             for group in self._groups.all:
-                of = group.number if self._groups.several else None
+                of, step = group.number if self._groups.several else None, self._hashes_per_block // group.per_unit
+                first, last = group.last(block), group.last(kept)
                 self._events.removed(
-                    lambda of=of: events.removed(tracked.request, block, kept, self._hashes_per_block, of)
+                    lambda of=of, step=step, first=first, last=last: events.removed(
+                        tracked.request, first, last, step, of
+                    )
                 )
             tracked.kept = block
 
@@ -419,7 +468,7 @@ class SchedulerSide:
                 self._events.gone(number)
 
     def frees_pending(self) -> bool:
-        return bool(self._kept_back) or (self._loans is not None and self._loans.frees_pending())
+        return bool(self._kept_back) or bool(self._pins) or (self._loans is not None and self._loans.frees_pending())
 
     def wants_steps(self) -> bool:
         """Whether vLLM should take a step though no request needs one: for loans, for the workers' first report, or for

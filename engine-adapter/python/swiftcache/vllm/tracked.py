@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Hit:
-    """The answer of a lookup: so many blocks after what vLLM has computed tokens of."""
+    """The answer of a lookup: so many units (see `groups`) after what vLLM has computed tokens of."""
 
     computed: int
     blocks: int
     junction: int
-    """With several groups: the blocks of the request that full attention alone would have found. The tails of the other
+    """With several groups: the units of the request that full attention alone would have found. The tails of the other
     groups are kept there, for the next one who comes so far."""
     at: float
 
@@ -26,9 +26,9 @@ class Tracked:
     request: Request
     hit: Hit | None = None
     kept: int = 0
-    """Leading blocks that are kept, on their way, or were found in vLLM's own cache: of full-attention groups."""
+    """Leading units that are kept, on their way, or were found in vLLM's own cache: of full-attention groups."""
     ends: list[int] = field(default_factory=list)
-    """Where the tails of sliding-window groups are still to be kept: after so many blocks, ascending."""
+    """Where the tails of other groups are still to be kept: after so many units, ascending."""
     tail: int = 0
     """The last such end where they are kept or on their way, or were loaded; 0: none."""
     stores: set[int] = field(default_factory=set)
@@ -38,7 +38,7 @@ class Tracked:
     loading: bool = False
     """An asynchronous load is under way; vLLM keeps the blocks until it is over."""
     promised: int = 0
-    """With several groups: so many first blocks are loaded, on their way, or failed to load. 0 once it is scheduled."""
+    """With several groups: so many first units are loaded, on their way, or failed to load. 0 once it is scheduled."""
     waiting: bool = False
     """It has blocks and has not been scheduled since it got them: others may still be loading into them."""
     doubt: int = 0
@@ -57,5 +57,5 @@ class Tracked:
     finished: bool = False
 
     def reaches_end(self, full: int) -> bool:
-        """Whether tails are to be kept at an end within the first `full` blocks."""
+        """Whether tails are to be kept at an end within the first `full` units."""
         return bool(self.ends) and self.ends[0] <= full

@@ -68,6 +68,8 @@ class WorkerSide:
         self._cache: Cache | None = None
         self._layout: Layout | None = None
         self._caches: Mapping[str, torch.Tensor] = {}
+        self._ends: dict[str, list[int]] = {}
+        """Of each layer, the entries of the layout that no later layer has."""
         self._cuda = False
         self.namespace = ""
         self._step: StepMetadata | None = None
@@ -91,13 +93,17 @@ class WorkerSide:
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
         if self._cache is not None:
             self.unregister()
-        layout = layout_of(caches, self._kv.num_blocks)
+        layout = layout_of(caches, self._kv.num_blocks, several=self._several)
         sample = next(iter(caches.values()))
         device = (sample[0] if isinstance(sample, (list, tuple)) else sample).device
         if device.type not in ("cuda", "cpu"):
             raise ValueError(f"SwiftCache serves CUDA and CPU engines, not {device.type}")
         self._cuda = device.type == "cuda"
         self._caches, self._layout = caches, layout
+        last = {entry: name for name, entries in layout.by_layer.items() for entry in entries}
+        self._ends = {}
+        for entry, name in last.items():
+            self._ends.setdefault(name, []).append(entry)
         known = facts(
             self._config,
             self._settings,
@@ -258,7 +264,9 @@ class WorkerSide:
         if not self._cuda or self._step is None or not self._step.stores or self._layout is None:
             return
         mark = self._attempt("the engine's stream could not be marked", self._mark)
-        for entry in self._layout.by_layer.get(name, ()):
+        # Pages of other layers may lie over this one's, and layers with a state say nothing when they are computed. So
+        # a page is marked by the last layer that has it, or at the end of the forward.
+        for entry in self._ends.get(name, ()):
             if mark is not None:
                 self._marks[entry] = mark
 
