@@ -158,6 +158,10 @@ def at_once(worker: Any, on: bool) -> None:
     _side(worker)._cache.at_once = on
 
 
+DECAYS = {"A_log": -4.0, "A": -0.02}
+"""What a state forgets with each token, of GDN as a logarithm and of Mamba: little, so that a prefix is still in it."""
+
+
 def enliven(worker: Any) -> None:
     """Gives a model of dummy weights random ones of a usual size. vLLM's dummy weights are so small, those of its norms
     too, that not a bit of the answer depends on the KV cache."""
@@ -171,8 +175,7 @@ def enliven(worker: Any) -> None:
             made = torch.randn(parameter.shape, generator=source, device=device) * 0.08
             parameter.data.copy_(made.to(parameter.dtype))
         else:
-            # A state whose logarithm of decay is 1 has forgotten a prefix after a few tokens.
-            parameter.data.fill_(-4.0 if name.endswith("A_log") else 1.0)
+            parameter.data.fill_(DECAYS.get(name.rpartition(".")[2], 1.0))
 
 
 def repeat(worker: Any, on: bool) -> None:

@@ -74,6 +74,7 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
             "environment": V2,
         },
         "Qwen3-Next, V1, eager": {"shape": "qwen3-next", "options": gdn | alone, "settings": {}, "environment": V1},
+        "Granite 4, V2, eager": {"shape": "granite4", "options": eager, "settings": {}, "environment": V2},
         FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 

@@ -106,6 +106,40 @@ QWEN3_NEXT = {
     "torch_dtype": "bfloat16",
     "vocab_size": 151936,
 }
+GRANITE4_LAYERS = (["mamba"] * 5 + ["attention"]) * 2
+GRANITE4 = {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "model_type": "granitemoehybrid",
+    "attention_bias": False,
+    "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 512,
+    "logits_scaling": 6,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 48,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 131072,
+    "normalization_function": "rmsnorm",
+    "num_attention_heads": 12,
+    "num_experts_per_tok": 6,
+    "num_key_value_heads": 4,
+    "num_local_experts": 64,
+    "position_embedding_type": "nope",
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "shared_intermediate_size": 1024,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100352,
+}
 TINY = {
     "head_dim": 32,
     "hidden_size": 128,
@@ -140,6 +174,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA3 | {"num_hidden_layers": 26, "layer_types": GEMMA3_LAYERS[:26]},
     # Qwen3-Next-80B-A3B with a sixth of its layers and an eighth of its experts.
     "qwen3-next": QWEN3_NEXT | {"num_hidden_layers": 8, "layer_types": QWEN3_NEXT_LAYERS[:8], "num_experts": 64},
+    # Granite 4.0 H Tiny with 12 of 40 layers: Mamba 2, which vLLM's CPU build does not compute.
+    "granite4": GRANITE4 | {"num_hidden_layers": 12, "layer_types": GRANITE4_LAYERS},
     # For a try on a machine without a GPU.
     "tiny": QWEN3 | TINY | {"num_hidden_layers": 4, "tie_word_embeddings": True},
     "tiny-gemma3": GEMMA3
