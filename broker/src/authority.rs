@@ -2,7 +2,7 @@
 
 use tonic::{Request, transport::server::TlsConnectInfo};
 
-use crate::{error::Refused, listen::TcpPeer, peer::Peer};
+use crate::{core::Process, error::Refused, listen::TcpPeer, peer::Peer};
 
 /// Those who may drain, undrain, evict and set quotas: root, the broker's own user, the members of a group, and whoever
 /// has a client certificate over TCP. Everybody else who may connect may look.
@@ -53,6 +53,18 @@ impl Operators {
         match request.extensions().get::<Peer>().is_some() || certified() {
             true => Ok(()),
             false => Err(Refused::Anonymous { doing }),
+        }
+    }
+
+    /// Who asks, for logs and events.
+    pub fn name<T>(request: &Request<T>) -> String {
+        if let Some(peer) = request.extensions().get::<Peer>() {
+            let Process { uid, pid, .. } = peer.process;
+            return format!("uid {uid}, pid {pid}");
+        }
+        match request.remote_addr() {
+            Some(address) => format!("the client with a certificate at {address}"),
+            None => "a client with a certificate".to_owned(),
         }
     }
 

@@ -101,15 +101,29 @@ async fn answer(path: &str, owner: Arc<Owner>) -> Response<String> {
 /// The metrics as text.
 pub(crate) fn render(owner: &Owner) -> String {
     let metrics = owner.metrics();
-    let (devices, gauges) = owner.read(|state| {
+    let (devices, gauges, drained_donors) = owner.read(|state| {
         let gauges = [
             ("swiftcache_leases", state.lease_count() as u64),
             ("swiftcache_regions", state.region_count() as u64),
             ("swiftcache_sessions", state.session_count() as u64),
             ("swiftcache_indexed_blocks", state.indexed_blocks()),
         ];
-        (state.devices(), gauges)
+        (state.devices(), gauges, state.drained_donors())
     });
+    let drains = [
+        (
+            "device",
+            devices.iter().filter(|view| view.drained).count() as u64,
+        ),
+        ("donor", drained_donors as u64),
+        (
+            "region",
+            (devices.iter().map(|view| u64::from(view.drained_regions))).sum(),
+        ),
+    ];
+    for (what, count) in drains {
+        metrics.set("swiftcache_drains", vec![Label::new("of", what)], count);
+    }
     for view in devices {
         let device = || Label::new("device", view.device.uuid.to_string());
         // 0 means that the size is unknown.
@@ -119,7 +133,7 @@ pub(crate) fn render(owner: &Owner) -> String {
         }
         let unmappable = u64::from(view.unmappable_regions);
         metrics.set("swiftcache_unmappable_regions", vec![device()], unmappable);
-        for (place, bytes) in states(view.account, view.drained) {
+        for (place, bytes) in states(view.account, view.drained_bytes) {
             let labels = vec![device(), Label::new("state", place)];
             metrics.set("swiftcache_offered_bytes", labels, bytes);
         }
@@ -135,15 +149,11 @@ pub(crate) fn render(owner: &Owner) -> String {
     metrics.render()
 }
 
-/// The bytes of a device in each state. What nobody holds on a drained device is not free: it is lent to nobody.
-fn states(account: Account, drained: bool) -> [(&'static str, u64); 7] {
-    let (free, kept) = match drained {
-        true => (0, account.free),
-        false => (account.free, 0),
-    };
+/// The bytes of a device in each state. What nobody holds and an operator drained is not free: it is lent to nobody.
+fn states(account: Account, drained: u64) -> [(&'static str, u64); 7] {
     [
-        ("free", free),
-        ("drained", kept),
+        ("free", account.free - drained),
+        ("drained", drained),
         ("leased", account.leased),
         ("working-set", account.working_set),
         ("draining", account.draining),
@@ -164,9 +174,12 @@ mod tests {
             leased: 3,
             ..Account::default()
         };
-        for (drained, free, kept) in [(false, 7, 0), (true, 0, 7)] {
+        for (drained, free) in [(0, 7), (7, 0), (4, 3)] {
             let states = states(account, drained);
-            assert_eq!((states[0], states[1]), (("free", free), ("drained", kept)));
+            assert_eq!(
+                (states[0], states[1]),
+                (("free", free), ("drained", drained))
+            );
             let sum: u64 = states.iter().map(|(_, bytes)| bytes).sum();
             assert_eq!(sum, account.offered);
         }

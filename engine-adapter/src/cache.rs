@@ -169,7 +169,7 @@ impl Cache {
             let load = self.0.with_open(|open| {
                 // Whoever loads was promised these blocks.
                 let patience = open.borrower.config().lookup_limit;
-                let hit = open.borrower.lookup_within(&hashes, patience);
+                let hit = open.borrower.lookup_promised(&hashes, patience);
                 let found = &blocks[..hit.blocks() as usize];
                 Load::start(open, &hit, found, &after, asked)
             });

@@ -66,6 +66,27 @@ def test_an_alert_that_never_fires_is_noticed(tool, tmp_path, alert):
     assert done.returncode != 0 and alert in done.stdout + done.stderr
 
 
+@pytest.mark.tool("promtool")
+def test_hits_of_the_broker_alone_would_be_noticed(tool, tmp_path):
+    """The broker finds nothing for one replica whose cache works: an alert on its lookups is silent when that ends."""
+    text = RULES.read_text()
+    wrong = text.replace("swiftcache_engine_", "swiftcache_")
+    assert wrong != text
+    (tmp_path / "rules.yaml").write_text(wrong)
+    (tmp_path / "rules_test.yaml").write_text(RULES_TEST.read_text())
+    done = tool("test", "rules", tmp_path / "rules_test.yaml")
+    assert done.returncode != 0 and "SwiftCacheHitCollapse" in done.stdout + done.stderr
+
+
+def test_hits_are_those_that_engines_report():
+    board = json.loads(DASHBOARD.read_text())
+    shares = [target["expr"] for panel in board["panels"] for target in panel["targets"]
+              if panel["fieldConfig"]["defaults"]["unit"] == "percentunit" and "hit" in target["expr"]]
+    assert shares
+    for expression in shares + [rule["expr"] for rule in rules() if "hit" in rule.get("record", "")]:
+        assert not re.search(r"swiftcache_(hit|lookup)_blocks_total", expression), expression
+
+
 def test_every_alert_says_what_and_why():
     for rule in rules():
         if "alert" in rule:

@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use swiftcache_tests::{
     engine::eventually,
-    node::Node,
+    node::{Node, Setup},
     operator::Operator,
     programs::{Program, program},
 };
@@ -136,6 +136,80 @@ fn operators_act_with_one_command_and_are_asked_first() -> Result<()> {
     ] {
         refused(&at(&node, act)?, 1, expected)?;
     }
+    Ok(())
+}
+
+/// A drain that nobody ended is shown by everything that operators look at, and says who began it. The twin: before it, and
+/// after its end, nothing is.
+#[test]
+fn a_drain_that_nobody_ended_is_shown_everywhere() -> Result<()> {
+    let node = Node::start_with(Setup {
+        options: vec!["--metrics-listen".to_owned(), "127.0.0.1:0".to_owned()],
+        log: "info".to_owned(),
+        log_file: Some(tempfile::tempdir()?.keep().join("log")),
+        ..Setup::default()
+    })?;
+    let operator = Operator::of(&node)?;
+    let _donor = donor(&node)?;
+    eventually("the donor to offer", || Ok(offered(&operator)? == 64 * MIB))?;
+    let regions = operator.regions()?;
+    let label = regions[0].donor_label.clone();
+    let region = regions[0].region_id.clone();
+    let gauge = |state: &str| -> Result<u64> {
+        let name = format!("{{device=\"SIM-1\",state=\"{state}\"}} ");
+        let metrics = node.metrics()?;
+        let found = metrics.lines().find_map(|line| line.split_once(&name));
+        Ok(found.context("no such gauge")?.1.parse()?)
+    };
+    let drains = |of: &str| -> Result<bool> {
+        let line = format!("swiftcache_drains{{of=\"{of}\"}} 1");
+        Ok(node.metrics()?.lines().any(|shown| shown == line))
+    };
+    let check = |free: u64, named: &str, of: &str, told: bool| -> Result<()> {
+        let text = at(&node, &["status"])?;
+        let text = String::from_utf8(text.stdout)?;
+        ensure!(text.contains(named) == told, "{named:?}: {text}");
+        let status = json(&node, &["status"])?;
+        let total = &status["total"];
+        ensure!(
+            total["free"] == free && total["drained"] == 64 * MIB - free,
+            "{status}"
+        );
+        ensure!(gauge("free")? == free && gauge("drained")? == 64 * MIB - free);
+        ensure!(drains(of)? == told);
+        Ok(())
+    };
+    let region_is_drained = "1 of its regions are drained";
+    let ends_with = format!("`swiftcache undrain --donor {label}`");
+    let of_device = "`swiftcache undrain --device SIM-1`";
+    check(64 * MIB, &ends_with, "donor", false)?;
+    let donor_flag = format!("--donor={label}");
+    json(&node, &["drain", &donor_flag, "--yes"])?;
+    check(0, &ends_with, "donor", true)?;
+    json(&node, &["undrain", &donor_flag])?;
+    check(64 * MIB, &ends_with, "donor", false)?;
+    json(&node, &["drain", "--device=SIM-1", "--yes"])?;
+    check(0, of_device, "device", true)?;
+    json(&node, &["undrain", "--device=SIM-1"])?;
+    check(64 * MIB, of_device, "device", false)?;
+    json(&node, &["drain", &format!("--region={region}"), "--yes"])?;
+    check(48 * MIB, region_is_drained, "region", true)?;
+
+    let uid = rustix::process::getuid().as_raw();
+    let events = operator.events()?;
+    let deeds: Vec<_> = events
+        .iter()
+        .filter(|event| ["drain", "undrain"].contains(&event.kind.as_str()))
+        .collect();
+    ensure!(deeds.len() == 5, "{deeds:?}");
+    let by = format!(", by uid {uid}, pid ");
+    ensure!(
+        deeds.iter().all(|deed| deed.text.contains(&by)),
+        "{deeds:?}"
+    );
+    // What follows from it is nobody's deed.
+    let others = events.iter().filter(|event| event.text.contains(&by));
+    ensure!(others.count() == 5, "{events:?}");
     Ok(())
 }
 

@@ -1,7 +1,10 @@
 //! The bytes that engines move, as operators see them. Sessions report these bytes, because the broker sees no copies.
 
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
+    cache::BorrowerConfig,
     donor::{Donor, DonorConfig},
     session::{Asker, Session},
 };
@@ -11,6 +14,7 @@ use swiftcache_tests::{
     engine::{self, BLOCK_BYTES, Engine, SLAB_BYTES, eventually},
     node::{Node, Setup},
     operator::Operator,
+    programs::program,
     wire::Wire,
 };
 use tonic::Code;
@@ -114,6 +118,96 @@ fn a_restarted_broker_counts_from_nothing() -> Result<()> {
         traffic.stored.total() == 0,
         "these bytes were reported to the broker before: {traffic:?}"
     );
+    Ok(())
+}
+
+/// What a scheduler in a process of its own asks and finds is told once, by tier: its worker's loads of it are not asked for
+/// anew. The twin: a worker that looks for itself is counted.
+#[test]
+fn what_a_scheduler_finds_for_its_worker_is_counted_once() -> Result<()> {
+    let node = Node::start(&[])?;
+    let _donor = donor(&node)?;
+    let operator = Operator::of(&node)?;
+    let engine = engine(&node, node.session("worker")?)?;
+    eventually("the worker's own lookups", || {
+        Ok(seen(&operator)?.own_blocks == 6)
+    })?;
+    let before = seen(&operator)?;
+    let scheduler = node.session("scheduler")?;
+    let asker = Asker {
+        borrower: Some(engine.borrower.id()),
+        ..Asker::new(engine::NAMESPACE)
+    };
+    let asked: Vec<_> = SEQUENCE.iter().chain(&[91, 92]).copied().collect();
+    let asked: Vec<_> = asked.into_iter().map(engine::hash).collect();
+    // Of two ranks: both look for their own part.
+    let ranks = [asker.clone(), asker.clone()];
+    ensure!(scheduler.count_hits(&ranks, &asked, PATIENCE) == 6);
+    ensure!(
+        engine
+            .borrower
+            .lookup_promised(&asked[..6], PATIENCE)
+            .blocks()
+            == 6
+    );
+    let told = |lookup_blocks, own_blocks| {
+        let expected = (
+            before.lookup_blocks + lookup_blocks,
+            before.own_blocks + own_blocks,
+        );
+        let what = format!("{expected:?} blocks asked for and found");
+        eventually(&what, || {
+            let traffic = seen(&operator)?;
+            Ok((traffic.lookup_blocks, traffic.own_blocks) == expected)
+        })
+    };
+    told(16, 12)?;
+    // What nobody has is asked for and not found.
+    ensure!(scheduler.count_hits(&[asker], &asked[6..], PATIENCE) == 0);
+    told(18, 12)?;
+    let stats = engine.borrower.stats();
+    ensure!(stats.promised_hits.donor == 6, "{stats:?}");
+    ensure!(engine.lookup(&SEQUENCE).blocks() == 6);
+    told(24, 18)
+}
+
+/// The broker is asked only for what an engine does not find itself, and finds none of it; `swiftcache status` shows what
+/// engines found.
+#[test]
+fn status_shows_what_engines_found_and_not_what_the_broker_did() -> Result<()> {
+    let node = Node::start(&[])?;
+    let _donor = donor(&node)?;
+    let operator = Operator::of(&node)?;
+    let config = BorrowerConfig {
+        share: true,
+        ..engine::config(node.device(0), 1)
+    };
+    let engine = Engine::new(Some(node.session("engine")?), node.layer()?, config)?;
+    engine.reserve(1)?;
+    ensure!(engine.store(&SEQUENCE)?.stored == 6);
+    let asked: Vec<_> = SEQUENCE.iter().chain(&[91, 92]).copied().collect();
+    ensure!(engine.lookup(&asked).blocks() == 6);
+    eventually("the engine's report", || {
+        Ok(seen(&operator)?.lookup_blocks == 8)
+    })?;
+    let counters = operator.node()?.counters.context("no counters")?;
+    ensure!(
+        counters.lookup_blocks > 0 && counters.hit_blocks == 0,
+        "the broker should have been asked in vain: {counters:?}"
+    );
+    let mut status = Command::new(program("swiftcache")?);
+    let shown = status
+        .args(["status", "--socket"])
+        .arg(node.socket())
+        .output()?;
+    let shown = String::from_utf8(shown.stdout)?;
+    ensure!(
+        shown.contains("engines found 6 of 8 blocks (75 %): 6 in own leases"),
+        "{shown}"
+    );
+    for part in ["0 of 2", "0 %"] {
+        ensure!(!shown.contains(part), "{part:?} is in\n{shown}");
+    }
     Ok(())
 }
 

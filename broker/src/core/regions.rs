@@ -27,6 +27,10 @@ pub(super) struct Shelf {
     drained: bool,
     /// Over all its regions.
     account: Account,
+    /// Of its free bytes: of regions that are drained, with their device, their donor or by themselves.
+    drained_bytes: u64,
+    /// How many of its regions are drained by themselves.
+    drained_regions: u32,
     /// Over the regions that can be lent from.
     lendable: Account,
     /// The regions that can be lent from and have a free slab, by what that slab may still hold.
@@ -45,6 +49,16 @@ impl Shelf {
     /// Over all regions of the device.
     pub(super) fn account(&self) -> Account {
         self.account
+    }
+
+    /// Of the free bytes: what a drain keeps from being lent.
+    pub(super) fn drained_bytes(&self) -> u64 {
+        self.drained_bytes
+    }
+
+    /// How many of its regions are drained by themselves.
+    pub(super) fn drained_regions(&self) -> u32 {
+        self.drained_regions
     }
 
     /// Over the regions that can be lent from.
@@ -74,8 +88,12 @@ impl Shelf {
         self.followers.keys().copied()
     }
 
-    fn add(&mut self, region: &Region, rank: Option<Rank>) {
+    fn add(&mut self, region: &Region, rank: Option<Rank>, drained: bool) {
         self.account += region.account();
+        self.drained_regions += u32::from(region.is_drained());
+        if drained {
+            self.drained_bytes += region.account().free;
+        }
         if follows(region) {
             *self.followers.entry(region.donor()).or_default() += 1;
         }
@@ -87,8 +105,12 @@ impl Shelf {
         }
     }
 
-    fn subtract(&mut self, region: &Region, rank: Option<Rank>) {
+    fn subtract(&mut self, region: &Region, rank: Option<Rank>, drained: bool) {
         self.account -= region.account();
+        self.drained_regions -= u32::from(region.is_drained());
+        if drained {
+            self.drained_bytes -= region.account().free;
+        }
         if follows(region)
             && let Some(count) = self.followers.get_mut(&region.donor())
         {
@@ -144,6 +166,8 @@ struct Entry {
     region: Region,
     /// Its place in its device's order, while it can be lent from.
     listed: Option<Rank>,
+    /// Its device's account counts it among what is drained.
+    drained: bool,
 }
 
 fn add_parts(sums: &mut Parts, parts: &Parts) {
@@ -239,6 +263,11 @@ impl Regions {
         self.known[key].listed.is_some()
     }
 
+    /// Whether a drain keeps the region from being lent from: its own, its donor's or its device's.
+    pub(super) fn is_drained(&self, key: RegionKey) -> bool {
+        self.known[key].drained
+    }
+
     pub(super) fn drained_donors(&self) -> &BTreeSet<String> {
         &self.drained_donors
     }
@@ -327,6 +356,7 @@ impl Regions {
         let key = self.known.insert(Entry {
             region,
             listed: None,
+            drained: false,
         });
         self.ids.insert(outline.id, key);
         let allocation = self.allocations.entry(outline.allocation).or_default();
@@ -511,17 +541,20 @@ impl Regions {
 
     /// Whether new leases may be taken from the region. A donor that is over has withdrawn all of its regions.
     fn can_lend(&self, region: &Region) -> bool {
-        region.handle().is_some()
-            && !region.is_withdrawing()
-            && !region.is_drained()
-            && !self.shelves[region.device()].drained
-            && !self.drained_donors.contains(&region.donor().label())
+        region.handle().is_some() && !region.is_withdrawing() && !self.drains(region)
+    }
+
+    /// Whether a drain concerns the region: its own, its device's or its donor's.
+    fn drains(&self, region: &Region) -> bool {
+        region.is_drained()
+            || self.shelves[region.device()].drained
+            || self.drained_donors.contains(&region.donor().label())
     }
 
     fn unlist(&mut self, key: RegionKey) {
         let entry = &mut self.known[key];
         let listed = entry.listed.take();
-        self.shelves[entry.region.device()].subtract(&entry.region, listed);
+        self.shelves[entry.region.device()].subtract(&entry.region, listed, entry.drained);
         let Some(its) = self.allocations.get_mut(&entry.region.outline().allocation) else {
             return;
         };
@@ -538,9 +571,11 @@ impl Regions {
 
     fn list(&mut self, key: RegionKey) {
         let lends = self.can_lend(&self.known[key].region);
+        let drained = self.drains(&self.known[key].region);
         let entry = &mut self.known[key];
         entry.listed = lends.then(|| entry.region.rank(key));
-        self.shelves[entry.region.device()].add(&entry.region, entry.listed);
+        entry.drained = drained;
+        self.shelves[entry.region.device()].add(&entry.region, entry.listed, drained);
         if let Some(its) = self.allocations.get_mut(&entry.region.outline().allocation) {
             add_parts(&mut its.parts, entry.region.parts());
         }
@@ -559,13 +594,19 @@ impl Regions {
             };
         }
         for (id, key) in &self.ids {
-            let Entry { region, listed } = &self.known[*key];
+            let Entry {
+                region,
+                listed,
+                drained,
+            } = &self.known[*key];
             hold!(region.id() == *id, "region {id} is filed under another id");
             region.check()?;
             slabs += region.slabs().len();
             let rank = self.can_lend(region).then(|| region.rank(*key));
             hold!(*listed == rank, "region {id} is misranked");
-            shelves[region.device()].add(region, rank);
+            let mistaken = *drained != self.drains(region);
+            hold!(!mistaken, "region {id} is mistaken about a drain");
+            shelves[region.device()].add(region, rank, *drained);
             let within = self.allocations.get(&region.outline().allocation);
             let filed = within.and_then(|its| its.regions.get(&region.outline().offset));
             hold!(filed == Some(key), "region {id} is not in its allocation");
@@ -575,6 +616,11 @@ impl Regions {
             hold!(
                 shelf.account == counted.account && shelf.lendable == counted.lendable,
                 "device {number} is misaccounted"
+            );
+            hold!(
+                shelf.drained_bytes == counted.drained_bytes
+                    && shelf.drained_regions == counted.drained_regions,
+                "device {number} is mistaken about what is drained"
             );
             hold!(
                 shelf.free == counted.free,

@@ -131,6 +131,17 @@ impl State {
         total
     }
 
+    /// Of the free bytes of all devices: what drains keep from being lent.
+    pub fn drained_bytes(&self) -> u64 {
+        let shelves = self.books.regions.shelves().iter();
+        shelves.map(|shelf| shelf.drained_bytes()).sum()
+    }
+
+    /// How many donors an operator drains.
+    pub fn drained_donors(&self) -> usize {
+        self.books.regions.drained_donors().len()
+    }
+
     /// Totals since the broker started.
     pub fn counters(&self) -> Counters {
         self.books.counters

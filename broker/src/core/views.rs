@@ -28,6 +28,10 @@ pub struct DeviceView {
     pub account: Account,
     /// An operator drains it.
     pub drained: bool,
+    /// Of its free bytes: what a drain keeps from being lent, of the device, of donors or of regions.
+    pub drained_bytes: u64,
+    /// Regions on it that an operator drained by themselves.
+    pub drained_regions: u32,
     /// An engine starts on it.
     pub hold: Option<HoldView>,
     /// Regions on it that some session cannot map.
@@ -93,6 +97,8 @@ pub struct RegionView {
     pub withdrawing: bool,
     /// An operator took it out of service.
     pub drained: bool,
+    /// Of its free bytes: what a drain keeps from being lent, its own, its donor's or its device's.
+    pub drained_bytes: u64,
     /// Sessions that cannot map it.
     pub unmappable_sessions: u32,
 }
@@ -195,6 +201,8 @@ pub(super) fn devices(books: &Books) -> Vec<DeviceView> {
         device: books.devices.get(number).clone(),
         account: shelf.account(),
         drained: shelf.is_drained(),
+        drained_bytes: shelf.drained_bytes(),
+        drained_regions: shelf.drained_regions(),
         hold: (books.holds.lasting(number, books.now)).map(|hold| HoldView {
             free_bytes: hold.free_bytes,
             left_ms: hold.left_ms(books.now),
@@ -240,6 +248,10 @@ pub(super) fn region(books: &Books, key: RegionKey, region: &Region) -> RegionVi
         account: region.account(),
         withdrawing: region.is_withdrawing(),
         drained: region.is_drained(),
+        drained_bytes: match books.regions.is_drained(key) {
+            true => region.account().free,
+            false => 0,
+        },
         unmappable_sessions: books.unmappable.sessions(key),
     }
 }

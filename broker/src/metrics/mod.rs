@@ -143,8 +143,14 @@ impl Metrics {
             ),
             revoke: recorder.register_histogram(&Key::from_static_name(revoke_seconds), &METADATA),
             lookups: counter("swiftcache_lookups_total", "Lookups."),
-            lookup_blocks: counter("swiftcache_lookup_blocks_total", "Blocks looked up."),
-            hit_blocks: counter("swiftcache_hit_blocks_total", "Blocks found by lookups."),
+            lookup_blocks: counter(
+                "swiftcache_lookup_blocks_total",
+                "Blocks that the broker was asked for. Engines find most blocks without it.",
+            ),
+            hit_blocks: counter(
+                "swiftcache_hit_blocks_total",
+                "Blocks that the broker found.",
+            ),
             published_blocks: counter("swiftcache_published_blocks_total", "Blocks published."),
             evicted_blocks: counter(
                 "swiftcache_evicted_blocks_total",
@@ -219,11 +225,16 @@ impl Metrics {
 }
 
 /// What is read from the state at each scrape.
-pub const GAUGES: [(&str, Unit, &str); 10] = [
+pub const GAUGES: [(&str, Unit, &str); 11] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
-        "Offered HBM by device and state: free, drained, leased, draining, zombie, scrubbing.",
+        "Offered HBM by device and state: free, drained, leased, working-set, draining, zombie, scrubbing.",
+    ),
+    (
+        "swiftcache_drains",
+        Unit::Count,
+        "Devices, donors and regions that an operator drains now. A drain lasts until somebody ends it.",
     ),
     ("swiftcache_hbm_bytes", Unit::Bytes, "Total HBM by device."),
     ("swiftcache_sessions", Unit::Count, "Sessions."),

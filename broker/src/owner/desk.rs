@@ -27,6 +27,8 @@ pub(super) struct Desk {
     /// not act on it before it is recorded.
     withheld: HashSet<SessionId>,
     pub(super) closing: bool,
+    /// Who does what is done now, if it is an operator.
+    pub(super) by: Option<String>,
 }
 
 /// What became of an event.
@@ -60,6 +62,7 @@ impl Desk {
             deaths,
             withheld: HashSet::new(),
             closing: false,
+            by: None,
         }
     }
 
@@ -132,7 +135,7 @@ impl Desk {
                     if let Note::LeaseEnded { lease, .. } = &note {
                         owner.descriptors.lease_over(*lease);
                     }
-                    owner.tell(&note);
+                    owner.tell(&note, self.by.as_deref());
                 }
             }
         }

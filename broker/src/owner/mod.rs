@@ -164,6 +164,18 @@ impl Owner {
             .await?
     }
 
+    /// Like [`Self::apply`], for what an operator does. Log and events say that it was `by`.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub async fn apply_by(self: &Arc<Self>, event: Event, by: String) -> Result<Reply, Refused> {
+        self.at_desk(move |owner, desk| {
+            desk.by = Some(by);
+            desk.handle(owner, event)
+        })
+        .await?
+    }
+
     /// Applies several events, one after the other, up to the first that is refused.
     ///
     /// # Errors
@@ -215,6 +227,7 @@ impl Owner {
         let at_desk = || {
             let mut desk = self.desk.lock();
             let done = catch_unwind(AssertUnwindSafe(|| work(self, &mut desk)));
+            desk.by = None;
             self.attached.store(desk.streams.count(), Ordering::Relaxed);
             self.watched.store(desk.deaths.count(), Ordering::Relaxed);
             done.map_err(|_| Refused::Bug)
@@ -238,15 +251,15 @@ impl Owner {
         for effect in self.decide(event) {
             match effect {
                 Effect::Reply(given) => reply = Some(given),
-                Effect::Note(note) => self.tell(&note),
+                Effect::Note(note) => self.tell(&note, None),
                 other => debug_assert!(false, "{other:?} is not carried out"),
             }
         }
         reply
     }
 
-    /// Tells people and metrics.
-    fn tell(&self, note: &Note) {
+    /// Tells people and metrics. `by` is the operator who did it, if one did.
+    fn tell(&self, note: &Note, by: Option<&str>) {
         self.metrics.note(note);
         match note {
             Note::Left { session } | Note::Gone { session, .. } => {
@@ -255,7 +268,10 @@ impl Owner {
             Note::Refused { refusal } => tracing::debug!(%refusal, "refused"),
             _ => {}
         }
-        if let Some((kind, text)) = describe(note) {
+        if let Some((kind, mut text)) = describe(note) {
+            if let (Some(by), true) = (by, is_deed(note)) {
+                text += &format!(", by {by}");
+            }
             match note {
                 Note::Zombie { .. } => match ZOMBIES.turn() {
                     Some(withheld) => tracing::warn!(kind, withheld, "{text}"),
@@ -265,8 +281,12 @@ impl Owner {
                     Some(withheld) => tracing::warn!(kind, withheld, "{text}"),
                     None => tracing::debug!(kind, "{text}"),
                 },
-                // One for each lease: thousands a second on a busy node. `ListEvents` and `swiftcache top` show them.
-                Note::Leased { .. }
+                // One for each lease or region, of which an agent's slab is one: thousands a second on a busy node.
+                // `ListEvents` and `swiftcache top` show them.
+                Note::Offered { .. }
+                | Note::Withdrawing { .. }
+                | Note::Returned { .. }
+                | Note::Leased { .. }
                 | Note::LeaseShort { .. }
                 | Note::Revoked { .. }
                 | Note::LeaseEnded { .. } => tracing::debug!(kind, "{text}"),
@@ -411,6 +431,19 @@ fn only_answered(event: &Event) -> bool {
             | Event::Publish(_)
             | Event::Unpublish { .. }
             | Event::Unpin { .. }
+    )
+}
+
+/// Whether the note is of what an operator did, and not of what follows from it.
+fn is_deed(note: &Note) -> bool {
+    matches!(
+        note,
+        Note::Drained { .. }
+            | Note::Undrained { .. }
+            | Note::Evicted { .. }
+            | Note::QuotaSet { .. }
+            | Note::Held { .. }
+            | Note::HoldEnded { .. }
     )
 }
 

@@ -114,7 +114,11 @@ impl AdminService {
         node
     }
 
-    async fn do_drain(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, Refused> {
+    async fn do_drain(
+        &self,
+        request: v1::DrainRequest,
+        by: String,
+    ) -> Result<v1::DrainResponse, Refused> {
         let target = match request.target {
             Some(drain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
             Some(drain_request::Target::DonorLabel(label)) => donor(&label)?,
@@ -122,7 +126,8 @@ impl AdminService {
             None => return Err(missing_target()),
         };
         let drain_ms = convert::drain_ms("drain_ms", request.drain_ms, self.drain_ms)?;
-        match self.owner.apply(Event::Drain { target, drain_ms }).await? {
+        let event = Event::Drain { target, drain_ms };
+        match self.owner.apply_by(event, by).await? {
             Reply::Drained { leases, bytes } => Ok(v1::DrainResponse {
                 revoked_leases: leases,
                 revoked_bytes: bytes,
@@ -131,16 +136,21 @@ impl AdminService {
         }
     }
 
-    async fn do_undrain(&self, request: v1::UndrainRequest) -> Result<(), Refused> {
+    async fn do_undrain(&self, request: v1::UndrainRequest, by: String) -> Result<(), Refused> {
         let target = match request.target {
             Some(undrain_request::Target::DeviceUuid(uuid)) => device(&uuid)?,
             Some(undrain_request::Target::DonorLabel(label)) => donor(&label)?,
             None => return Err(missing_target()),
         };
-        self.owner.apply(Event::Undrain(target)).await.map(drop)
+        let event = Event::Undrain(target);
+        self.owner.apply_by(event, by).await.map(drop)
     }
 
-    async fn do_evict(&self, request: v1::EvictRequest) -> Result<v1::EvictResponse, Refused> {
+    async fn do_evict(
+        &self,
+        request: v1::EvictRequest,
+        by: String,
+    ) -> Result<v1::EvictResponse, Refused> {
         let target = match request.target {
             Some(evict_request::Target::Namespace(name)) => {
                 EvictTarget::Namespace(convert::text("namespace", &name, MAX_NAMESPACE_BYTES)?)
@@ -148,7 +158,7 @@ impl AdminService {
             Some(evict_request::Target::LeaseId(id)) => EvictTarget::Lease(LeaseId(id)),
             None => return Err(missing_target()),
         };
-        match self.owner.apply(Event::Evict(target)).await? {
+        match self.owner.apply_by(Event::Evict(target), by).await? {
             Reply::Evicted { blocks, leases } => Ok(v1::EvictResponse {
                 evicted_blocks: blocks,
                 revoked_leases: leases,
@@ -177,6 +187,7 @@ impl AdminService {
     async fn do_set_quota(
         &self,
         request: v1::SetQuotaRequest,
+        by: String,
     ) -> Result<v1::SetQuotaResponse, Refused> {
         let target = match request.target {
             Some(set_quota_request::Target::Namespace(name)) => {
@@ -189,13 +200,13 @@ impl AdminService {
         };
         let bytes = request.bytes;
         let set = SetQuota { target, bytes };
-        match self.owner.apply(Event::SetQuota(set)).await? {
+        match self.owner.apply_by(Event::SetQuota(set), by).await? {
             Reply::QuotaSet { leased_bytes } => Ok(v1::SetQuotaResponse { leased_bytes }),
             _ => Err(Refused::OutOfTurn),
         }
     }
 
-    async fn do_hold(&self, request: &v1::HoldRequest) -> Result<(), Refused> {
+    async fn do_hold(&self, request: &v1::HoldRequest, by: String) -> Result<(), Refused> {
         if request.for_ms > MAX_HOLD_MS {
             let problem = format!("is {}; takes at most {MAX_HOLD_MS}", request.for_ms);
             return Err(InvalidField::new("for_ms", problem).into());
@@ -206,7 +217,7 @@ impl AdminService {
             for_ms: request.for_ms,
             hold: (request.hold_id != 0).then_some(HoldId(request.hold_id)),
         };
-        self.owner.apply(Event::Hold(demand)).await.map(drop)
+        self.owner.apply_by(Event::Hold(demand), by).await.map(drop)
     }
 }
 
@@ -463,7 +474,10 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::DrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Drain");
         self.operators.check(&request, "drain")?;
-        Ok(Response::new(self.do_drain(request.into_inner()).await?))
+        let by = Operators::name(&request);
+        Ok(Response::new(
+            self.do_drain(request.into_inner(), by).await?,
+        ))
     }
 
     async fn undrain(
@@ -472,7 +486,8 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::UndrainResponse>, Status> {
         let _timer = self.owner.metrics().time("Undrain");
         self.operators.check(&request, "undrain")?;
-        self.do_undrain(request.into_inner()).await?;
+        let by = Operators::name(&request);
+        self.do_undrain(request.into_inner(), by).await?;
         Ok(Response::new(v1::UndrainResponse {}))
     }
 
@@ -482,7 +497,10 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::EvictResponse>, Status> {
         let _timer = self.owner.metrics().time("Evict");
         self.operators.check(&request, "evict")?;
-        Ok(Response::new(self.do_evict(request.into_inner()).await?))
+        let by = Operators::name(&request);
+        Ok(Response::new(
+            self.do_evict(request.into_inner(), by).await?,
+        ))
     }
 
     async fn preview_withdraw(
@@ -501,9 +519,9 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::SetQuotaResponse>, Status> {
         let _timer = self.owner.metrics().time("SetQuota");
         self.operators.check(&request, "set quotas")?;
-        Ok(Response::new(
-            self.do_set_quota(request.into_inner()).await?,
-        ))
+        let by = Operators::name(&request);
+        let done = self.do_set_quota(request.into_inner(), by).await?;
+        Ok(Response::new(done))
     }
 
     async fn hold(
@@ -518,7 +536,8 @@ impl Admin for AdminService {
                 .check(&request, "end a hold of somebody else")?,
             _ => Operators::check_known(&request, "hold")?,
         }
-        self.do_hold(&request.into_inner()).await?;
+        let by = Operators::name(&request);
+        self.do_hold(&request.into_inner(), by).await?;
         Ok(Response::new(v1::HoldResponse {}))
     }
 }

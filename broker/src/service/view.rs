@@ -19,6 +19,7 @@ pub(super) struct NodeView {
     devices: Vec<DeviceView>,
     links: Vec<Link>,
     total: Account,
+    drained_bytes: u64,
     sessions: usize,
     indexed_blocks: u64,
     counters: Counters,
@@ -30,6 +31,7 @@ impl NodeView {
             devices: state.devices(),
             links: state.links(),
             total: state.total(),
+            drained_bytes: state.drained_bytes(),
             sessions: state.session_count(),
             indexed_blocks: state.indexed_blocks(),
             counters: state.counters(),
@@ -41,8 +43,9 @@ impl NodeView {
         let counters = self.counters;
         let devices = self.devices.iter().map(|view| v1::DeviceStatus {
             device: Some((&view.device).into()),
-            account: Some(account(view.account)),
+            account: Some(account(view.account, view.drained_bytes)),
             drained: view.drained,
+            drained_regions: view.drained_regions,
             hold: view.hold.map(|hold| v1::HoldStatus {
                 free_bytes: hold.free_bytes,
                 left_ms: hold.left_ms,
@@ -54,7 +57,7 @@ impl NodeView {
         v1::GetNodeResponse {
             devices: devices.collect(),
             links: self.links.iter().map(v1::Link::from).collect(),
-            total: Some(account(self.total)),
+            total: Some(account(self.total, self.drained_bytes)),
             sessions: u32::try_from(self.sessions).unwrap_or(u32::MAX),
             indexed_blocks: self.indexed_blocks,
             counters: Some(v1::Counters {
@@ -83,7 +86,8 @@ pub(super) fn left_out(gpu: &LeftOut) -> v1::LeftOutDevice {
     }
 }
 
-fn account(account: Account) -> v1::Account {
+/// `drained` of the free bytes are lent to nobody.
+fn account(account: Account, drained: u64) -> v1::Account {
     v1::Account {
         offered_bytes: account.offered,
         free_bytes: account.free,
@@ -92,6 +96,7 @@ fn account(account: Account) -> v1::Account {
         zombie_bytes: account.zombie,
         scrubbing_bytes: account.scrubbing,
         working_set_bytes: account.working_set,
+        drained_bytes: drained,
     }
 }
 
@@ -112,6 +117,7 @@ pub(super) fn session(view: &SessionView, reports: &Reports, started: u64) -> v1
         routes_down: (reports.of(view.id)).map_or(0, |reported| reported.routes_down),
         working_set_bytes: view.working_set_bytes,
         homes: (reports.of(view.id)).and_then(|reported| reported.homes.map(v1::Homes::from)),
+        drained: view.drained,
     }
 }
 
@@ -124,8 +130,9 @@ pub(super) fn region(view: RegionView) -> v1::RegionStatus {
         bytes: view.bytes,
         slab_bytes: view.slab_bytes,
         handle_kind: kind(view.handle_kind).into(),
-        account: Some(account(view.account)),
+        account: Some(account(view.account, view.drained_bytes)),
         withdrawing: view.withdrawing,
+        drained: view.drained,
         unmappable_sessions: view.unmappable_sessions,
     }
 }

@@ -37,7 +37,10 @@ pub(super) struct Status {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Account {
     pub(super) offered: u64,
+    /// What may be lent now.
     pub(super) free: u64,
+    /// Held by nobody, and lent to nobody while an operator's drain lasts.
+    pub(super) drained: u64,
     pub(super) leased: u64,
     /// Of the leased bytes: working sets of running engines.
     pub(super) working_set: u64,
@@ -50,7 +53,8 @@ impl Account {
     pub(super) fn new(account: Option<&v1::Account>) -> Self {
         account.map_or_else(Self::default, |account| Self {
             offered: account.offered_bytes,
-            free: account.free_bytes,
+            free: account.free_bytes.saturating_sub(account.drained_bytes),
+            drained: account.drained_bytes,
             leased: account.leased_bytes,
             working_set: account.working_set_bytes,
             draining: account.draining_bytes,
@@ -60,6 +64,7 @@ impl Account {
     }
 }
 
+/// Since the broker started. Lookups are those that it answered: engines find most blocks without it.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Counters {
     pub(super) leases_granted: u64,
@@ -139,6 +144,10 @@ pub(super) struct DonorRow {
     pub(super) leased: u64,
     /// Regions that some session says it cannot map.
     pub(super) unmappable_regions: u32,
+    /// An operator drains the donor.
+    pub(super) drained: bool,
+    /// The regions that an operator drains by themselves, by id.
+    pub(super) drained_regions: Vec<String>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -179,6 +188,7 @@ pub(super) struct NamespaceRow {
     pub(super) tenant: String,
     pub(super) blocks: u64,
     pub(super) leased: u64,
+    /// Lookups of the broker, as in the counters.
     pub(super) lookups: u64,
     pub(super) lookup_blocks: u64,
     pub(super) hit_blocks: u64,
@@ -300,6 +310,10 @@ fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<D
             .iter()
             .find(|session| session.label == region.donor_label);
         row.pid = session.map_or(0, |session| session.pid);
+        row.drained = session.is_some_and(|session| session.drained);
+        if region.drained {
+            row.drained_regions.push(region.region_id.clone());
+        }
     }
     rows.into_values().collect()
 }

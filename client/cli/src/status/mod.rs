@@ -123,7 +123,9 @@ impl Status {
                 "{uuid} is drained: it lends nothing until `swiftcache undrain --device {uuid}`"
             )
         });
-        let missing: Vec<String> = left_out.chain(unknown).chain(drained).collect();
+        let donors = self.donors.iter().flat_map(drained_of);
+        let missing = left_out.chain(unknown).chain(drained).chain(donors);
+        let missing: Vec<String> = missing.collect();
         if !missing.is_empty() {
             let _ = writeln!(text, "{}\n", missing.join("\n"));
         }
@@ -204,33 +206,23 @@ impl Status {
                 space.tenant.clone(),
                 space.blocks.to_string(),
                 bytes(space.leased),
-                format!("{} of {}", space.hit_blocks, space.lookup_blocks),
             ]
         });
-        let header = [
-            &namespace_heading,
-            "tenant",
-            "blocks",
-            "leased",
-            "blocks found",
-        ];
+        let header = [&namespace_heading, "tenant", "blocks", "leased"];
         let _ = writeln!(text, "{}\n", table(header, namespaces));
         let counters = &self.counters;
         let _ = writeln!(
             text,
-            "leases granted {}, refused {}; revocations {}, acknowledged {}, zombies {}; lookups {}, blocks found {} of {}, published {}",
+            "leases granted {}, refused {}; revocations {}, acknowledged {}, zombies {}; blocks published {}",
             counters.leases_granted,
             counters.leases_refused,
             counters.revocations,
             counters.acknowledgements,
             counters.zombies,
-            counters.lookups,
-            counters.hit_blocks,
-            counters.lookup_blocks,
             counters.published_blocks
         );
-        if self.traffic.lookup_blocks > 0 || !self.traffic.links.is_empty() {
-            let _ = writeln!(text, "{}", self.traffic.text());
+        for line in self.traffic.lines() {
+            let _ = writeln!(text, "{line}");
         }
         let (failed, down) = (self.traffic.failed_operations, self.traffic.routes_down);
         if failed > 0 || down > 0 {
@@ -260,6 +252,30 @@ fn unmappable(donor: &DonorRow) -> String {
     )
 }
 
+/// A drain lasts until somebody ends it: nobody should forget it.
+fn drained_of(donor: &DonorRow) -> Vec<String> {
+    let DonorRow {
+        name,
+        label,
+        drained,
+        drained_regions,
+        ..
+    } = donor;
+    let mut lines = Vec::new();
+    if *drained {
+        lines.push(format!(
+            "{name} [{label}] is drained: it lends nothing until `swiftcache undrain --donor {label}`"
+        ));
+    }
+    if !drained_regions.is_empty() {
+        lines.push(format!(
+            "{name} [{label}]: {} of its regions are drained: they lend nothing until the donor takes them back",
+            drained_regions.len()
+        ));
+    }
+    lines
+}
+
 /// How many leases are revoked, and the processes that they wait for: those are what an operator has to look at.
 fn revoked(lease: &LeaseRow) -> String {
     let pids: Vec<String> = lease.waiting_for_pids.iter().map(u32::to_string).collect();
@@ -275,24 +291,30 @@ fn revoked(lease: &LeaseRow) -> String {
 }
 
 impl Traffic {
-    fn text(&self) -> String {
+    /// What engines found of what they asked for, and what they moved. The broker's own lookups say neither: an engine finds
+    /// its own blocks without it.
+    fn lines(&self) -> Vec<String> {
+        let found = self.own_blocks + self.replica_blocks + self.host_blocks;
+        let mut lines = Vec::new();
+        if self.lookup_blocks > 0 {
+            lines.push(format!(
+                "engines found {found} of {} blocks ({:.0} %): {} in own leases, {} in replicas', {} in host memory",
+                self.lookup_blocks,
+                found as f64 * 100.0 / self.lookup_blocks as f64,
+                self.own_blocks,
+                self.replica_blocks,
+                self.host_blocks
+            ));
+        }
         let links = self.links.iter().map(|row| {
             let (loaded, stored) = (bytes(row.loaded), bytes(row.stored));
             format!("{} {loaded} loaded, {stored} stored", row.link)
         });
         let links: Vec<String> = links.collect();
-        format!(
-            "engines report: {}; blocks found in own leases {}, replicas' {}, host memory {}, of {}",
-            if links.is_empty() {
-                "nothing moved".to_owned()
-            } else {
-                links.join("; ")
-            },
-            self.own_blocks,
-            self.replica_blocks,
-            self.host_blocks,
-            self.lookup_blocks
-        )
+        if !links.is_empty() {
+            lines.push(format!("engines moved: {}", links.join("; ")));
+        }
+        lines
     }
 }
 
@@ -373,6 +395,8 @@ mod tests {
                     }],
                     lookup_blocks: 30,
                     own_blocks: 20,
+                    replica_blocks: 1,
+                    host_blocks: 3,
                     failed_operations: 4,
                     ..v1::Traffic::default()
                 }),
@@ -451,12 +475,66 @@ mod tests {
             "stitched pool of (SIMULATED)",
             "worker [ab12]",
             "7.5 MB",
-            "PCIe 2.0 MB loaded, 1.0 MB stored; blocks found in own leases 20,",
+            "engines found 24 of 30 blocks (80 %): 20 in own leases, 1 in replicas', 3 in host memory",
+            "engines moved: PCIe 2.0 MB loaded, 1.0 MB stored",
             "engines report 4 failed loads, stores and moves; 1 routes are down",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
     }
+
+    /// The broker answers only what engines do not find themselves: 0 of 8 there is no sign of trouble, and is not shown as
+    /// if it were.
+    #[test]
+    fn what_the_broker_did_not_find_is_not_shown_as_missed() {
+        let mut snapshot = snapshot();
+        snapshot.node.counters = Some(v1::Counters {
+            lookups: 2,
+            lookup_blocks: 8,
+            ..v1::Counters::default()
+        });
+        snapshot.namespaces = vec![v1::NamespaceStatus {
+            namespace: "a-model".to_owned(),
+            lookup_blocks: 8,
+            ..v1::NamespaceStatus::default()
+        }];
+        let text = Status::new(snapshot).text();
+        assert!(
+            text.contains("a-model") && !text.contains("0 of 8"),
+            "{text}"
+        );
+        assert!(text.contains("24 of 30"), "{text}");
+    }
+
+    #[test]
+    fn what_is_drained_is_not_free_and_says_until_when() {
+        let mut snapshot = snapshot();
+        snapshot.sessions[0].drained = true;
+        let whole = snapshot.regions[2].account.as_mut().unwrap();
+        whole.drained_bytes = whole.free_bytes;
+        snapshot.regions[2].drained = true;
+        snapshot.regions[2].region_id = "00ff".to_owned();
+        let total = v1::Account {
+            free_bytes: 5_000_000,
+            drained_bytes: 4_000_000,
+            ..v1::Account::default()
+        };
+        snapshot.node.total = Some(total);
+        let status = Status::new(snapshot);
+        let text = status.text();
+        for part in [
+            "donor-1 [ab12] is drained: it lends nothing until `swiftcache undrain --donor ab12`",
+            "donor-1 [ab12]: 1 of its regions are drained: they lend nothing until the donor takes them back",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        let json = serde_json::to_value(&status).unwrap();
+        let total = (&json["total"]["free"], &json["total"]["drained"]);
+        assert_eq!(total, (&1_000_000.into(), &4_000_000.into()));
+        assert_eq!(json["donors"][1]["drained_regions"][0], "00ff");
+        assert_eq!(json["donors"][0]["drained"], true);
+    }
+
     #[test]
     fn what_is_unknown_is_not_0_and_what_is_left_out_is_named() {
         let mut snapshot = snapshot();

@@ -8,6 +8,7 @@ use swiftcache_proto::v1;
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct LeaseGroup {
     pub(super) borrower: String,
+    label: String,
     pub(super) namespace: String,
     pub(super) device: String,
     pub(super) link: &'static str,
@@ -51,6 +52,7 @@ pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -
         );
         let row = rows.entry(key).or_insert_with(|| LeaseGroup {
             borrower: format!("{} [{}]", lease.borrower_name, lease.borrower_label),
+            label: lease.borrower_label.clone(),
             namespace: lease.namespace.clone(),
             device: short_device(&lease.device_uuid, devices),
             link: link(lease.link()),
@@ -108,14 +110,12 @@ pub(super) fn clock(unix_ms: u64) -> String {
 /// Rates between two answers of one broker.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Rates {
-    /// Lookups per second.
-    pub(super) lookups: f64,
-    /// Blocks found per second.
+    /// Blocks found per second, as engines report.
     pub(super) hits: f64,
     /// Blocks published per second.
     pub(super) published: f64,
-    hit_blocks: u64,
-    lookup_blocks: u64,
+    /// What engines found meanwhile.
+    found: Found,
     /// Bytes per second over each link.
     pub(super) links: Vec<LinkRate>,
 }
@@ -138,27 +138,90 @@ impl Rates {
         if before.boot_id != after.boot_id || elapsed == 0 {
             return None;
         }
-        let links = [&before.traffic, &after.traffic].map(|traffic| {
-            let traffic = traffic.as_ref();
-            traffic.map_or(&[][..], |traffic| &traffic.links)
-        });
+        let traffics = [&before.traffic, &after.traffic].map(Option::as_ref);
+        let links = traffics.map(|traffic| traffic.map_or(&[][..], |traffic| &traffic.links));
+        let [earlier, later] = traffics.map(Found::of);
         let (before, after) = (before.counters?, after.counters?);
         let seconds = elapsed as f64 / 1_000.0;
         let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
         Some(Self {
-            lookups: rate(before.lookups, after.lookups),
-            hits: rate(before.hit_blocks, after.hit_blocks),
+            hits: rate(earlier.blocks(), later.blocks()),
             published: rate(before.published_blocks, after.published_blocks),
-            hit_blocks: after.hit_blocks.saturating_sub(before.hit_blocks),
-            lookup_blocks: after.lookup_blocks.saturating_sub(before.lookup_blocks),
+            found: later.since(&earlier),
             links: link_rates(links, rate),
         })
     }
 
     /// The share of the looked-up blocks that were found.
     pub(super) fn hit_rate(&self) -> String {
-        percent(self.hit_blocks, self.lookup_blocks)
+        self.found.share()
     }
+}
+
+/// What engines found of what they asked for, as they report: the broker sees only what they do not find themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Found {
+    asked: u64,
+    own: u64,
+    replica: u64,
+    host: u64,
+}
+
+impl Found {
+    pub(super) fn of(traffic: Option<&v1::Traffic>) -> Self {
+        traffic.map_or_else(Self::default, |traffic| Self {
+            asked: traffic.lookup_blocks,
+            own: traffic.own_blocks,
+            replica: traffic.replica_blocks,
+            host: traffic.host_blocks,
+        })
+    }
+
+    fn blocks(&self) -> u64 {
+        self.own + self.replica + self.host
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            asked: self.asked.saturating_sub(before.asked),
+            own: self.own.saturating_sub(before.own),
+            replica: self.replica.saturating_sub(before.replica),
+            host: self.host.saturating_sub(before.host),
+        }
+    }
+
+    /// "-" when nothing was asked.
+    pub(super) fn share(&self) -> String {
+        percent(self.blocks(), self.asked)
+    }
+
+    /// The same by tier.
+    pub(super) fn by_tier(&self) -> String {
+        let [own, replica, host] =
+            [self.own, self.replica, self.host].map(|found| percent(found, self.asked));
+        format!("own {own} replicas {replica} host {host}")
+    }
+}
+
+/// The share that the holder of a lease found. A worker whose scheduler asks for it looks for nothing itself: then it is what
+/// the broker found in its namespace, since such a scheduler asks the broker for everything.
+pub(super) fn hits_of(
+    lease: &LeaseGroup,
+    sessions: &[v1::SessionStatus],
+    namespaces: &[v1::NamespaceStatus],
+) -> String {
+    let session = sessions.iter().find(|its| its.label == lease.label);
+    let found = Found::of(session.and_then(|session| session.traffic.as_ref()));
+    if found.asked > 0 {
+        return found.share();
+    }
+    let its = namespaces
+        .iter()
+        .filter(|space| space.namespace == lease.namespace);
+    let (found, asked) = its.fold((0, 0), |(found, asked), space| {
+        (found + space.hit_blocks, asked + space.lookup_blocks)
+    });
+    percent(found, asked)
 }
 
 /// The rates of every link that was ever used, so that a link without traffic stays in its place.
@@ -213,10 +276,15 @@ mod tests {
         let node = |uptime_ms, lookup_blocks, hit_blocks| v1::GetNodeResponse {
             boot_id: 1,
             uptime_ms,
+            // An engine finds its own blocks without the broker, which is asked for the rest and has none of it.
             counters: Some(v1::Counters {
-                lookup_blocks,
-                hit_blocks,
+                lookup_blocks: lookup_blocks - hit_blocks,
                 ..v1::Counters::default()
+            }),
+            traffic: Some(v1::Traffic {
+                lookup_blocks,
+                own_blocks: hit_blocks,
+                ..v1::Traffic::default()
             }),
             ..v1::GetNodeResponse::default()
         };
@@ -229,6 +297,36 @@ mod tests {
         let mut restarted = node(3_000, 200, 150);
         restarted.boot_id = 2;
         assert_eq!(Rates::between(&before, &restarted), None);
+    }
+
+    /// A borrower that looks for itself is shown by its own report, and one whose scheduler looks by what the broker found.
+    #[test]
+    fn a_holders_hits_are_those_of_whoever_looks() {
+        let lease = |label: &str| LeaseGroup {
+            label: label.to_owned(),
+            namespace: "model".to_owned(),
+            ..LeaseGroup::default()
+        };
+        let session = |label: &str, lookup_blocks, own_blocks| v1::SessionStatus {
+            label: label.to_owned(),
+            traffic: Some(v1::Traffic {
+                lookup_blocks,
+                own_blocks,
+                ..v1::Traffic::default()
+            }),
+            ..v1::SessionStatus::default()
+        };
+        let sessions = [session("a", 100, 95), session("b", 0, 0)];
+        let namespaces = [v1::NamespaceStatus {
+            namespace: "model".to_owned(),
+            lookup_blocks: 50,
+            hit_blocks: 40,
+            ..v1::NamespaceStatus::default()
+        }];
+        let shown = |label: &str| hits_of(&lease(label), &sessions, &namespaces);
+        let all = ["a", "b", "nobody"].map(shown);
+        assert_eq!(all, ["95%", "80%", "80%"]);
+        assert_eq!(hits_of(&lease("b"), &sessions, &[]), "-");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
         output::deceives,
     },
     bars::{self, PARTS},
-    rows::{self, Rates},
+    rows::{self, Found, Rates},
 };
 use swiftcache_replay::report::bytes;
 
@@ -117,19 +117,19 @@ impl Screen {
         )))
     }
 
-    /// The line with lookups, which the broker sees itself.
+    /// The line with what engines found of what they asked for, as they report it.
     fn lookups(&self, node: &v1::GetNodeResponse) -> Line<'static> {
-        let counters = node.counters.unwrap_or_default();
-        let ever = rows::percent(counters.hit_blocks, counters.lookup_blocks);
+        let found = Found::of(node.traffic.as_ref());
+        let (ever, tiers) = (found.share(), found.by_tier());
         Line::raw(match &self.rates {
+            // The text is so short that it fits in 80 columns.
             Some(rates) => format!(
-                "hits {} now, {ever} ever  {:.0} lookups/s  {:.0} blocks/s found  {:.0}/s published",
+                "hits {} now {ever} ever  {tiers}  {:.0} found/s {:.0} published/s",
                 rates.hit_rate(),
-                rates.lookups,
                 rates.hits,
                 rates.published
             ),
-            None => format!("hits {ever} ever"),
+            None => format!("hits {ever} ever  {tiers}"),
         })
     }
 
@@ -227,7 +227,10 @@ fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
     let rest = width - cells.iter().sum::<usize>();
     let lent = account.offered_bytes - account.free_bytes.min(account.offered_bytes);
     let figures = format!("{} of {}", bytes(lent), bytes(account.offered_bytes));
-    let drained = if status.drained { " drain" } else { "" };
+    let drained = match status.drained || account.drained_bytes > 0 {
+        true => " drain",
+        false => "",
+    };
     // Without the HBM use, nobody knows whether the rest is free or in use by others.
     let unused = if status.hbm_used_unknown { "?" } else { " " };
     spans.push(Span::raw(format!(
@@ -238,18 +241,6 @@ fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
 }
 
 fn render_leases(snapshot: &Snapshot, frame: &mut Frame<'_>, area: Rect) {
-    let hits = |name: &str| {
-        let namespaces = snapshot.namespaces.iter();
-        let (found, asked) = namespaces
-            .filter(|namespace| namespace.namespace == name)
-            .fold((0, 0), |(found, asked), namespace| {
-                (
-                    found + namespace.hit_blocks,
-                    asked + namespace.lookup_blocks,
-                )
-            });
-        rows::percent(found, asked)
-    };
     let leases = rows::leases(&snapshot.leases, &snapshot.node.devices);
     let table_rows = leases.iter().map(|lease| {
         let style = if lease.is_zombie() {
@@ -264,7 +255,7 @@ fn render_leases(snapshot: &Snapshot, frame: &mut Frame<'_>, area: Rect) {
             lease.link.to_owned(),
             bytes(lease.bytes),
             lease.blocks.to_string(),
-            hits(&lease.namespace),
+            rows::hits_of(lease, &snapshot.sessions, &snapshot.namespaces),
             lease.state(),
         ];
         Row::new(cells).style(style)

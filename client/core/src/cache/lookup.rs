@@ -6,7 +6,7 @@ use swiftcache_proto::domain::{BlockHash, Extent, FoundRun, Hold, Medium};
 use tracing::debug;
 
 use super::{
-    Hit,
+    BlocksByTier, Hit,
     core::Core,
     hit::{HitBlock, HitBlocks, Pin},
 };
@@ -17,8 +17,14 @@ use crate::session::{Asker, Session};
 const MAX_ROUNDS: u32 = 4;
 
 impl Core {
-    /// Waits until `deadline` at most for replicas' slabs that are not mapped yet. Without one, asks nobody.
-    pub(super) fn lookup(self: &Arc<Self>, hashes: &[BlockHash], deadline: Option<Instant>) -> Hit {
+    /// Waits until `deadline` at most for replicas' slabs that are not mapped yet. Without one, asks nobody. Whether the
+    /// blocks were `promised` decides only how they are counted.
+    pub(super) fn lookup(
+        self: &Arc<Self>,
+        hashes: &[BlockHash],
+        deadline: Option<Instant>,
+        promised: bool,
+    ) -> Hit {
         let mut hit = HitBlocks {
             core: Arc::clone(self),
             blocks: Vec::with_capacity(hashes.len()),
@@ -45,7 +51,7 @@ impl Core {
                 }
             }
         }
-        self.count(hashes.len(), &hit);
+        self.count(hashes.len(), &hit, promised);
         Hit(Arc::new(hit))
     }
 
@@ -145,7 +151,7 @@ impl Core {
 
     /// Counts a lookup, and makes its blocks the most recently used, the first one last: a block goes before those
     /// it follows.
-    fn count(&self, asked: usize, hit: &HitBlocks) {
+    fn count(&self, asked: usize, hit: &HitBlocks, promised: bool) {
         let mut state = self.state.lock();
         for block in hit.blocks.iter().rev() {
             if let HitBlock::Own(id) = block {
@@ -155,13 +161,19 @@ impl Core {
         let counts = &mut state.counts;
         counts.lookups += 1;
         counts.lookup_blocks += asked as u64;
+        let mut found = BlocksByTier::default();
         for run in &hit.runs {
             let blocks = u64::from(run.blocks);
             match (run.hold, run.medium) {
-                (Hold::Shared, _) => counts.hits.shared += blocks,
-                (Hold::Own, Medium::Hbm) => counts.hits.donor += blocks,
-                (Hold::Own, Medium::Host) => counts.hits.host += blocks,
+                (Hold::Shared, _) => found.shared += blocks,
+                (Hold::Own, Medium::Hbm) => found.donor += blocks,
+                (Hold::Own, Medium::Host) => found.host += blocks,
             }
+        }
+        counts.hits += found;
+        if promised {
+            counts.promised_blocks += asked as u64;
+            counts.promised_hits += found;
         }
     }
 }

@@ -172,18 +172,26 @@ impl Borrower {
     /// [`share`](BorrowerConfig::share) is set. Blocks in a replica's slab that is not mapped here yet are a miss, and the slab is
     /// mapped in the background.
     pub fn lookup(&self, hashes: &[BlockHash]) -> Hit {
-        self.core.lookup(hashes, Some(Instant::now()))
+        self.core.lookup(hashes, Some(Instant::now()), false)
     }
 
     /// Like [`lookup`](Self::lookup), but waits for the mapping, once for each replica's slab and for at most `patience` in all. For
     /// blocks that somebody was promised: computing them anew would take longer.
     pub fn lookup_within(&self, hashes: &[BlockHash], patience: Duration) -> Hit {
-        self.core.lookup(hashes, Some(Instant::now() + patience))
+        let deadline = Some(Instant::now() + patience);
+        self.core.lookup(hashes, deadline, false)
+    }
+
+    /// Like [`lookup_within`](Self::lookup_within), for blocks that an engine's scheduler found by
+    /// [`Session::count_hits`]: what was asked and found is counted there, and not again here.
+    pub fn lookup_promised(&self, hashes: &[BlockHash], patience: Duration) -> Hit {
+        let deadline = Some(Instant::now() + patience);
+        self.core.lookup(hashes, deadline, true)
     }
 
     /// Like [`lookup`](Self::lookup), but over own leases and the host tier only: asks nobody and waits for nothing.
     pub fn lookup_own(&self, hashes: &[BlockHash]) -> Hit {
-        self.core.lookup(hashes, None)
+        self.core.lookup(hashes, None, false)
     }
 
     /// Queues the copies of the first `blocks.len()` blocks of `hit` into the engine's `blocks`, layer by layer,

@@ -1,5 +1,7 @@
 //! What a borrower has done, in numbers.
 
+use std::ops::AddAssign;
+
 use swiftcache_proto::traffic::Traffic;
 
 pub use swiftcache_proto::traffic::BytesByLink;
@@ -24,6 +26,14 @@ impl BlocksByTier {
     }
 }
 
+impl AddAssign for BlocksByTier {
+    fn add_assign(&mut self, more: Self) {
+        self.donor += more.donor;
+        self.shared += more.shared;
+        self.host += more.host;
+    }
+}
+
 /// What a borrower has done since it opened, and what it holds now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -33,6 +43,11 @@ pub struct Stats {
     pub lookup_blocks: u64,
     /// Blocks they found.
     pub hits: BlocksByTier,
+    /// Of `lookup_blocks`: asked for by loads of what had been found before, by a scheduler in another process. Operators see
+    /// what the scheduler asked and found.
+    pub promised_blocks: u64,
+    /// Of `hits`: found for such loads.
+    pub promised_hits: BlocksByTier,
     /// Bytes brought into the engine's pool.
     pub loaded: BytesByLink,
     /// Bytes written back from it.
@@ -94,10 +109,10 @@ impl Stats {
         Traffic {
             loaded: self.loaded,
             stored: self.stored,
-            lookup_blocks: self.lookup_blocks,
-            own_blocks: self.hits.donor,
-            replica_blocks: self.hits.shared,
-            host_blocks: self.hits.host,
+            lookup_blocks: self.lookup_blocks - self.promised_blocks,
+            own_blocks: self.hits.donor - self.promised_hits.donor,
+            replica_blocks: self.hits.shared - self.promised_hits.shared,
+            host_blocks: self.hits.host - self.promised_hits.host,
             failed_operations: self.failed_operations,
         }
     }

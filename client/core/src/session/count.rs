@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use swiftcache_proto::domain::{BlockHash, FoundRun};
+use swiftcache_proto::{
+    domain::{BlockHash, FoundRun, Hold, Medium},
+    traffic::Traffic,
+};
 use tracing::debug;
 
 use super::{Asker, Session};
@@ -17,42 +20,79 @@ impl Session {
     /// The longest run of leading blocks that every one of `ranks` can load. The lookups are on their way together, and
     /// pin nothing. 0 on any trouble, and when they are not all there within `limit`.
     ///
+    /// What was asked and found is reported to the broker, for operators: of each rank, since each loads its own part.
+    ///
     /// Blocks the calling thread, which must not be the session's own.
     pub fn count_hits(&self, ranks: &[Asker], hashes: &[BlockHash], limit: Duration) -> u32 {
         if ranks.is_empty() || hashes.is_empty() {
             return 0;
         }
         let deadline = Instant::now() + limit;
-        let (answers, counts) = mpsc::channel();
+        let (answers, heard) = mpsc::channel();
         for rank in ranks {
             let call = self.find(rank, hashes, limit.max(LATE), true);
             let (session, answers) = (self.clone(), answers.clone());
             // An older broker pins all the same: a late answer is waited for, whether or not anybody still wants it.
             let task = self.shared.runtime.spawn(async move {
-                let count = match call.await {
+                let runs = match call.await {
                     Ok(found) => {
                         session.unpin(&Vec::from_iter(found.pin));
-                        found.runs.iter().map(FoundRun::blocks).sum()
+                        found.runs
                     }
                     Err(error) => {
                         debug!(%error, "counting hits");
-                        0
+                        Vec::new()
                     }
                 };
                 // Nobody is there any more after the deadline.
-                let _ = answers.send(count);
+                let _ = answers.send(runs);
             });
             drop(task);
         }
         drop(answers);
+        let mut found = Vec::new();
         let mut least = u32::MAX;
         for _ in ranks {
             let left = deadline.saturating_duration_since(Instant::now());
-            least = least.min(counts.recv_timeout(left).unwrap_or(0));
+            let runs = heard.recv_timeout(left).unwrap_or_default();
+            least = least.min(runs.iter().map(FoundRun::blocks).sum());
+            found.push(runs);
             if least == 0 {
                 break;
             }
         }
+        let mut looked = Traffic {
+            lookup_blocks: (ranks.len() * hashes.len()) as u64,
+            ..Traffic::default()
+        };
+        for runs in &found {
+            count(runs, least, &mut looked);
+        }
+        self.moved(looked);
         least
+    }
+}
+
+/// Counts the first `blocks` of what one rank found, by tier.
+fn count(runs: &[FoundRun], blocks: u32, looked: &mut Traffic) {
+    let mut left = blocks;
+    for run in runs {
+        let blocks = run.blocks().min(left);
+        left -= blocks;
+        let tier = match run {
+            FoundRun::Leased {
+                hold: Hold::Shared, ..
+            } => &mut looked.replica_blocks,
+            FoundRun::Leased {
+                medium: Medium::Hbm,
+                ..
+            } => &mut looked.own_blocks,
+            FoundRun::Leased {
+                medium: Medium::Host,
+                ..
+            }
+            | FoundRun::Kept { .. } => &mut looked.host_blocks,
+        };
+        *tier += u64::from(blocks);
     }
 }

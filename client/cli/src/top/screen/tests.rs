@@ -106,9 +106,9 @@ fn snapshot(uptime_ms: u64) -> Snapshot {
             sessions: 6,
             indexed_blocks: 14_000,
             counters: Some(v1::Counters {
+                // What engines do not find themselves.
                 lookups: uptime_ms / 10,
-                lookup_blocks: uptime_ms * 10,
-                hit_blocks: uptime_ms * 8,
+                lookup_blocks: uptime_ms * 2,
                 published_blocks: uptime_ms / 5,
                 ..v1::Counters::default()
             }),
@@ -118,6 +118,9 @@ fn snapshot(uptime_ms: u64) -> Snapshot {
                     link(v1::LinkKind::Pcie, uptime_ms * 12_500_000),
                     link(v1::LinkKind::Host, uptime_ms * 3_000_000),
                 ],
+                lookup_blocks: uptime_ms * 10,
+                own_blocks: uptime_ms * 6,
+                host_blocks: uptime_ms * 2,
                 ..v1::Traffic::default()
             }),
             ..v1::GetNodeResponse::default()
