@@ -11,7 +11,7 @@ use swiftcache_broker::{
     config::{Config, Flags},
     error::BrokerError,
     logging, probe,
-    serve::Broker,
+    serve::{Broker, check},
     traces::Traces,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -36,6 +36,7 @@ fn run(flags: &Flags, started: Instant) -> Result<(), BrokerError> {
             .write_all(text.as_bytes())
             .map_err(BrokerError::file("write", "standard output"));
     }
+    check(&config)?;
     if flags.check_config {
         return Ok(());
     }

@@ -14,6 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use swiftcache_proto::{
     convert::MAX_MESSAGE_BYTES,
     domain::{Device, DeviceUuid},
+    topology::Topology,
     v1::{self, admin_server::AdminServer, broker_server::BrokerServer},
 };
 use tokio::{sync::mpsc, task::JoinSet};
@@ -43,7 +44,7 @@ use crate::{
     malformed,
     metrics::Metrics,
     owner::{Owner, Parts},
-    probe::Probe,
+    probe::{Probe, ProbeChoice},
     scrape,
     service::{AdminService, BrokerService, NodeFacts},
     traces::SpanLayer,
@@ -420,18 +421,54 @@ fn grpc(traced: bool, unread: Unread) -> TracedServer {
         .layer(unread)
 }
 
+/// How every part of a PEM file begins.
+const BEGIN: &[u8] = b"-----BEGIN ";
+
+/// Checks what of the settings only this machine can tell: the topology, the groups and the certificates.
+///
+/// # Errors
+/// What a start would fail with.
+pub fn check(config: &Config) -> Result<(), BrokerError> {
+    if let (ProbeChoice::Auto | ProbeChoice::Simulated, Some(topology)) =
+        (config.probe, &config.topology)
+    {
+        Topology::load(topology)?;
+    }
+    for (key, group) in [
+        ("socket_group", &config.socket_group),
+        ("admin_group", &config.admin_group),
+    ] {
+        if let Some(group) = group {
+            group_id(key, group)?;
+        }
+    }
+    with_tls(Server::builder(), config).map(drop)
+}
+
 /// Adds mutual TLS, if the settings ask for it.
-fn with_tls(server: TracedServer, config: &Config) -> Result<TracedServer, BrokerError> {
+fn with_tls<L>(server: Server<L>, config: &Config) -> Result<Server<L>, BrokerError> {
     let (Some(cert), Some(key), Some(ca)) =
         (&config.tls_cert, &config.tls_key, &config.tls_client_ca)
     else {
         return Ok(server);
     };
-    let read = |path: &Path| fs::read(path).map_err(BrokerError::file("read", path));
+    let read = |name: &str, path: &Path| {
+        let refuse =
+            |problem: String| BrokerError::Config(format!("{name}: {}: {problem}", path.display()));
+        let text = fs::read(path).map_err(|error| refuse(error.to_string()))?;
+        // What is no PEM at all would be taken for an empty list of certificates.
+        let begins = text.windows(BEGIN.len()).any(|window| window == BEGIN);
+        begins
+            .then_some(text)
+            .ok_or_else(|| refuse("is no PEM file".to_owned()))
+    };
     let tls = ServerTlsConfig::new()
         .timeout(HANDSHAKE)
-        .identity(tls::Identity::from_pem(read(cert)?, read(key)?))
-        .client_ca_root(tls::Certificate::from_pem(read(ca)?));
+        .identity(tls::Identity::from_pem(
+            read("tls_cert", cert)?,
+            read("tls_key", key)?,
+        ))
+        .client_ca_root(tls::Certificate::from_pem(read("tls_client_ca", ca)?));
     server
         .tls_config(tls)
         .map_err(|error| BrokerError::Config(format!("tls_cert, tls_key, tls_client_ca: {error}")))

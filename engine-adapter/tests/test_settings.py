@@ -30,8 +30,37 @@ def test_the_flag_wins_over_the_environment() -> None:
 
 
 def test_sizes() -> None:
-    for text, size in [("1.5GiB", 3 << 29), ("64M", 64 << 20), (4096, 4096), ("1024TiB", 1 << 50), ("7B", 7)]:
+    sizes: list[tuple[object, int]] = [
+        ("1.5GiB", 3 << 29),
+        ("64M", 64 << 20),
+        (4096, 4096),
+        ("1024TiB", 1 << 50),
+        ("7B", 7),
+    ]
+    # As the broker and the command line read them.
+    for text, size in [*sizes, ("64 MB", 64_000_000), ("2g", 2 << 30), ("1.5 gb", 1_500_000_000), ("4KB", 4_000)]:
         assert read({"max_leased_bytes": text}, {}).max_leased_bytes == size
+
+
+@pytest.mark.parametrize("variable", ["LOKUP_MS", "SOKCET", "MAX_LEASE_BYTES", "SHARES", "LEND_RESERV"])
+def test_a_mistyped_variable_is_named(variable: str) -> None:
+    with pytest.raises(ValueError, match=f"SWIFTCACHE_{variable} is no setting"):
+        read(None, {f"SWIFTCACHE_{variable}": "1"})
+
+
+def test_variables_of_the_broker_and_of_kubernetes_are_left_alone() -> None:
+    others = [
+        "DRAIN_MS",
+        "FD_SOCKET",
+        "LOG",
+        "STATE_DIR",
+        "PORT_9477_TCP",
+        "SERVICE_HOST",
+        "CONFIG",
+        "LIBCUDA",
+        "STUB_DIR",
+    ]
+    assert read(None, {f"SWIFTCACHE_{name}": "1" for name in others}) == Settings()
 
 
 @pytest.mark.parametrize(

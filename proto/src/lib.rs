@@ -5,6 +5,7 @@
 //! * [`topology`] describes a simulated node.
 //! * [`fd_socket`] frames what travels beside gRPC.
 //! * [`nvml`] says where NVML's library is: the broker's probe and `swiftcache doctor` load the same one.
+//! * [`size`] reads sizes as people write them.
 //! * [`traffic`] adds up what engines report of their copies.
 //! * [`convert`] turns one into the other; every refusal names the field that broke its bound.
 
@@ -12,6 +13,7 @@ pub mod convert;
 pub mod domain;
 pub mod fd_socket;
 pub mod nvml;
+pub mod size;
 pub mod topology;
 pub mod traffic;
 

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from conftest import BROKER
 from manifest_rules import containers, documents, pod_specs
 from tools import ROOT
@@ -36,6 +38,70 @@ def test_the_broker_accepts_its_settings(tmp_path):
 def test_settings_the_broker_does_not_know_are_noticed(tmp_path):
     problem = config_problem("drian_ms = 2000\n", tmp_path / "bad.toml")
     assert problem and "drian_ms" in problem
+
+
+# What cannot start, and what `--check-config` must name.
+UNFIT = {
+    "unknown key": ("drian_ms = 2000", "drian_ms"),
+    "text for a number": ('drain_ms = "abc"', "drain_ms"),
+    "topology": ('probe = "simulated"\ntopology = "hgx-9"', "hgx-9"),
+    "broken topology": ('probe = "simulated"\ntopology = "{here}/broken.toml"', "broken.toml"),
+    "group of the socket": ('socket_group = "no-such-group"', "socket_group"),
+    "group of operators": ('admin_group = "no-such-group"', "admin_group"),
+    "no certificate": ('listen_tcp = "127.0.0.1:0"\ntls_cert = "{here}/no.pem"\ntls_key = "{tls}/server-key.pem"\n'
+                       'tls_client_ca = "{tls}/ca.pem"', "no.pem"),
+    "no key": ('listen_tcp = "127.0.0.1:0"\ntls_cert = "{tls}/server.pem"\ntls_key = "{here}/broken.toml"\n'
+               'tls_client_ca = "{tls}/ca.pem"', "tls_key"),
+    "no authority": ('listen_tcp = "127.0.0.1:0"\ntls_cert = "{tls}/server.pem"\ntls_key = "{tls}/server-key.pem"\n'
+                     'tls_client_ca = "{here}/broken.toml"', "tls_client_ca"),
+}
+TLS = ROOT / "broker" / "tests" / "broker" / "tls"
+
+
+@pytest.mark.parametrize("case", UNFIT, ids=lambda case: case.replace(" ", "-"))
+def test_what_cannot_start_is_refused_before_it_is_started(case, tmp_path):
+    """A check and a start say the same, with the status that keeps the unit from trying again."""
+    (tmp_path / "broken.toml").write_text("not a topology\n")
+    text, named = UNFIT[case]
+    path = tmp_path / "broker.toml"
+    path.write_text(f'socket = "{tmp_path}/b.sock"\n' + text.format(here=tmp_path, tls=TLS))
+    for flags in (["--check-config"], []):
+        done = run(BROKER, "--config", path, *flags)
+        assert done.returncode == 2, (flags, done)
+        assert named in done.stderr, (flags, done.stderr)
+    assert not (tmp_path / "b.sock").exists()
+
+
+def test_what_can_start_is_not_refused(tmp_path):
+    """The twin of the test above."""
+    text = (f'probe = "simulated"\ntopology = "hgx-8"\nsocket_group = "0"\nadmin_group = "root"\n'
+            f'listen_tcp = "127.0.0.1:0"\ntls_cert = "{TLS}/server.pem"\ntls_key = "{TLS}/server-key.pem"\n'
+            f'tls_client_ca = "{TLS}/ca.pem"\n')
+    assert config_problem(text, tmp_path / "good.toml") is None
+
+
+def test_a_mistyped_variable_is_named():
+    def check(name, value="2000"):
+        return run(BROKER, "--check-config", env={**CLEAN, name: value})
+
+    for name, meant in (("SWIFTCACHE_DRAIM_MS", "SWIFTCACHE_DRAIN_MS"), ("SWIFTCACHE_METRIC_LISTEN",
+                        "SWIFTCACHE_METRICS_LISTEN"), ("SWIFTCACHE_SOKCET", "SWIFTCACHE_SOCKET")):
+        done = check(name)
+        assert done.returncode == 2 and name in done.stderr and meant in done.stderr, done.stderr
+    # The twins: the right name, variables of engines and tests, and what Kubernetes sets for a service of this name.
+    for name in ("SWIFTCACHE_DRAIN_MS", "SWIFTCACHE_LOAD", "SWIFTCACHE_LOOKUP_MS", "SWIFTCACHE_PORT",
+                 "SWIFTCACHE_SERVICE_HOST", "SWIFTCACHE_PORT_9477_TCP", "SWIFTCACHE_LIBNVML"):
+        assert check(name).returncode == 0, name
+
+
+def test_a_driver_that_is_not_there_yet_is_no_wrong_setting(tmp_path):
+    """The unit starts again after every status but that of a wrong setting."""
+    done = run(BROKER, "--socket", tmp_path / "b.sock", "--probe=nvml",
+               env={**CLEAN, "SWIFTCACHE_LIBNVML": str(tmp_path / "libnvidia-ml.so.1")})
+    unit = (ROOT / "deploy" / "systemd" / "swiftcache-broker.service").read_text()
+    prevented = re.search(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)[1].split()
+    assert str(done.returncode) not in prevented and done.returncode != 0, done.stderr
+    assert "2" in prevented
 
 
 def commands():

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import tomllib
 
@@ -216,6 +218,19 @@ def test_every_choice_renders_soundly(tool, choice):
     (["--set", "broker.config.socket=/elsewhere"], "socket"),
     (["--set", "metrics.prot=1"], "prot"),
     (["--set", "metrics.port=80"], "/metrics/port"),
+    (["--set", "broker.config.drain_ms=abc"], "drain_ms"),
+    (["--set", "broker.config.drain_ms=0"], "drain_ms"),
+    (["--set", "broker.config.drian_ms=2000"], "drian_ms"),
+    (["--set", "broker.config.probe=simulated,broker.config.topology=hgx-9"], "topology"),
+    (["--set", "broker.config.topology=hgx-8"], "broker"),
+    (["--set", "broker.config.admin_group=no such group"], "admin_group"),
+    (["--set", "broker.config.admin_group=admins"], "admin_group"),
+    (["--set", "broker.config.listen_tcp=here"], "listen_tcp"),
+    (["--set", "broker.config.tls_cert=/cert.pem"], "broker"),
+    (["--set", "broker.config.tenant_weights=1000"], "tenant_weights"),
+    (["--set", "broker.config.listen_tcp=0.0.0.0:9478"], "tls.secretName"),
+    (["--set", "broker.tls.secretName=certificates"], "listen_tcp"),
+    (["--set", "seLinuxOptions.typ=spc_t"], "typ"),
     (["--kube-version", "1.30.0"], "kubeVersion"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 @pytest.mark.tool("helm")
@@ -224,6 +239,138 @@ def test_bad_values_are_refused(tool, arguments, expected):
     done = tool("template", "swiftcache", CHART, *kube, *arguments)
     assert done.returncode != 0
     assert expected in done.stderr, done.stderr
+
+
+def schema_of_settings():
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    return schema["properties"]["broker"]["properties"]["config"]["properties"]
+
+
+def test_the_schema_knows_every_setting_and_its_bounds(tmp_path):
+    """Chart and broker refuse the same: every setting of the broker that the chart does not set itself is in the schema, with
+    the broker's own bounds."""
+    broker = ROOT / "target" / "debug" / "swiftcache-broker"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SWIFTCACHE_")}
+
+    def run(*arguments):
+        return subprocess.run([broker, *arguments], capture_output=True, text=True, timeout=120, env=clean)
+
+    settings = schema_of_settings()
+    flags = set(re.findall(r"^ +(?:-\w, )?--([a-z-]+)", run("--help").stdout, re.MULTILINE))
+    flags -= {"config", "print-config", "check-config", "help", "version"}
+    own = {"socket", "fd_socket", "socket_group", "state_dir", "metrics_listen"}
+    assert {flag.replace("-", "_") for flag in flags} == set(settings) | own
+
+    def accepts(key, value):
+        path = tmp_path / "broker.toml"
+        path.write_text(f"{key} = {value}\n")
+        return run("--config", path, "--check-config").returncode == 0
+
+    for key, rule in settings.items():
+        if rule.get("type") == "integer" and "maximum" in rule:
+            inside, outside = (rule["minimum"], rule["maximum"]), (rule["minimum"] - 1, rule["maximum"] + 1)
+            assert [accepts(key, value) for value in inside + outside] == [True, True, False, False], key
+
+
+@pytest.mark.tool("helm")
+def test_certificates_come_from_a_secret_and_clients_are_let_in(tool, tmp_path):
+    arguments = ["--set", "broker.tls.secretName=certificates", "--set", "broker.config.listen_tcp=0.0.0.0:9478",
+                 "--set-json", 'networkPolicy.adminFrom=[{"ipBlock": {"cidr": "10.0.0.0/8"}}]']
+    found = render(tool, *arguments)
+    assert faults(found) == []
+    for version in VERSIONS:
+        assert schema_faults(found, version) == []
+    spec = daemonset(found)["spec"]["template"]["spec"]
+    mounting = {c["name"]: [m["mountPath"] for m in c["volumeMounts"] if m["name"] == "tls"] for c in containers(spec)}
+    [directory] = mounting.pop("broker")
+    assert not any(mounting.values()), "nobody but the broker has the key"
+    [secret] = [volume["secret"] for volume in spec["volumes"] if "secret" in volume]
+    assert secret == {"secretName": "certificates", "defaultMode": 0o444}
+    settings = broker_config(found)
+    files = [settings[key] for key in ("tls_cert", "tls_key", "tls_client_ca")]
+    assert files == [f"{directory}/{name}" for name in ("tls.crt", "tls.key", "ca.crt")]
+    policy = next(document for document in found if document["kind"] == "NetworkPolicy")["spec"]
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == [9477, 9478]
+    # The broker starts with them.
+    tls = ROOT / "broker" / "tests" / "broker" / "tls"
+    text = next(d for d in found if d["kind"] == "ConfigMap")["data"]["broker.toml"]
+    for ours, theirs in (("tls.crt", "server.pem"), ("tls.key", "server-key.pem"), ("ca.crt", "ca.pem")):
+        text = text.replace(f"{directory}/{ours}", str(tls / theirs))
+    (tmp_path / "broker.toml").write_text(text)
+    done = subprocess.run([ROOT / "target/debug/swiftcache-broker", "--config", tmp_path / "broker.toml", "--check-config"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.tool("helm")
+def test_selinux_options_reach_the_pod(tool):
+    found = render(tool, "--set", "seLinuxOptions.type=spc_t")
+    assert daemonset(found)["spec"]["template"]["spec"]["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
+    for version in VERSIONS:
+        assert schema_faults(found, version) == []
+    assert "seLinuxOptions" not in daemonset(render(tool))["spec"]["template"]["spec"]["securityContext"]
+
+
+@pytest.mark.tool("helm")
+def test_notes_tell_what_stops_newcomers(tool, tmp_path):
+    # helm shows notes only where there is a cluster. So they become an object of a copy of the chart.
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    text = (chart / "templates" / "NOTES.txt").read_text()
+    head = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: notes\ndata:\n  notes: |\n"
+    lines = [f"    {line}" for line in text.splitlines()]
+    (chart / "templates" / "notes.yaml").write_text(head + "\n".join(lines) + "\n")
+
+    def notes(*arguments):
+        done = tool("template", "swiftcache", chart, "--namespace", "swiftcache", "--show-only", "templates/notes.yaml",
+                    "--kube-version", f"{KUBERNETES_VERSION}.0", *arguments)
+        assert done.returncode == 0, done.stderr
+        return documents(done.stdout)[0]["data"]["notes"]
+
+    shown = notes()
+    for part in ("without a registry", "pod-security.kubernetes.io/enforce=privileged", "nvidia.com/gpu: 1",
+                 "by\ndescriptor", '"lend"', "seLinuxOptions", "--explain"):
+        assert part in shown, (part, shown)
+    shown = notes("--set", "image.repository=registry.example/swiftcache", "--set", "donor.enabled=false",
+                  "--set", "seLinuxOptions.type=spc_t")
+    for part in ("without a registry", "--explain", "set seLinuxOptions"):
+        assert part not in shown, part
+
+
+def test_images_of_the_manifests_are_pulled_from_somewhere():
+    """A name without a registry is Docker Hub's library, which has no such image. The manifests say what to replace."""
+    for path in PLAIN:
+        text = path.read_text()
+        for _, spec in pod_specs(documents(text)):
+            for container in containers(spec):
+                assert container["image"].startswith("registry.example/"), (path.name, container["image"])
+                assert "# registry.example stands for" in text, path.name
+
+
+@pytest.mark.tool("helm")
+def test_rendering_replaces_all_manifests_or_none(tool, tmp_path):
+    """Also when helm fails at the last of them, or in the middle of one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = {name: f"{name} of before\n" for name in ("swiftcache.yaml", "monitoring.yaml")}
+    for name, text in before.items():
+        (out / name).write_text(text)
+    failing = tmp_path / "helm"
+    failing.write_text(f"#!/bin/sh\ncase \"$*\" in *monitoring.yaml*) echo half; echo no >&2; exit 1;; esac\n"
+                       f"exec {tool.path} \"$@\"\n")
+    failing.chmod(0o755)
+
+    def render_with(helm):
+        return subprocess.run([DEPLOY / "manifests" / "render.sh", out], capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "HELM": str(helm), "KUBE_VERSION": f"{KUBERNETES_VERSION}.0"})
+
+    done = render_with(failing)
+    assert done.returncode != 0 and "no" in done.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+    # The twin: with a helm that works, both are new, and nothing else is left.
+    assert render_with(tool.path).returncode == 0
+    after = {path.name: path.read_text() for path in out.iterdir()}
+    assert set(after) == set(before) and not any(after[name] == before[name] for name in before)
 
 
 @pytest.mark.parametrize("kind, change", [

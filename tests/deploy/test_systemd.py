@@ -23,9 +23,14 @@ def installable(directory, change=lambda text: text):
     return paths
 
 
+# Settings of systemd 254. An older one says that it ignores them.
+NEW = re.compile(r"Unknown key (name )?'(RestartSteps|RestartMaxDelaySec)' in section .?Service.?, ignoring")
+
+
 def complaints(done):
     """The complaints about our units. Other units of this machine do not matter."""
-    return [line for line in done.stderr.splitlines() if any(name in line for name in SERVICES)]
+    lines = [line for line in done.stderr.splitlines() if any(name in line for name in SERVICES)]
+    return [line for line in lines if not NEW.search(line)]
 
 
 @pytest.mark.tool("systemd-analyze")
@@ -54,6 +59,49 @@ def test_exposure_is_noticed(tool, tmp_path):
         return re.sub(r"^(Protect|Restrict|SystemCall|Capability|NoNew).*\n", "", text, flags=re.MULTILINE)
     unit = installable(tmp_path, soften)[0]
     assert tool("security", "--offline=true", f"--threshold={EXPOSURE}", unit).returncode != 0
+
+
+SPANS = {"ms": 0.001, "s": 1, "min": 60}
+
+
+def seconds(text):
+    number, unit = re.fullmatch(r"(\d+)(ms|s|min)?", text).groups()
+    return int(number) * SPANS[unit or "s"]
+
+
+def starts(unit, version, lasts, each=0.05):
+    """When systemd starts a service that fails `each` seconds after every start, for `lasts` seconds, by the rules of
+    systemd.service(5) and systemd.unit(5). The last entry is None if it gives up."""
+    found = dict(unit)
+    interval = seconds(found.get("StartLimitIntervalSec", "10s"))
+    burst = int(found.get("StartLimitBurst", 5))
+    pause, steps = seconds(found["RestartSec"]), int(found.get("RestartSteps", 0))
+    longest = seconds(found.get("RestartMaxDelaySec", found["RestartSec"]))
+    at, done = 0, []
+    while at < lasts:
+        if interval and len([start for start in done if start > at - interval]) >= burst:
+            return [*done, None]
+        done.append(at)
+        step = min(len(done) - 1, steps) if version >= 254 else 0
+        at += each + (pause * (longest / pause) ** (step / steps) if step else pause)
+    return done
+
+
+@pytest.mark.parametrize("version", [252, 257])
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_driver_that_comes_late_finds_the_unit_alive(name, version):
+    done = starts(settings(name), version, 600)
+    assert done[-1] is not None and len(done) > 10
+    pauses = [round(after - before, 6) for before, after in zip(done, done[1:])]
+    if version >= 254:
+        assert pauses == sorted(pauses) and pauses[0] < 1.1 and 10 < pauses[-1] < 31
+
+
+def test_a_unit_with_the_usual_limit_is_dead_before_the_driver_comes():
+    """The twin: five starts in 1.2 seconds, and then never again."""
+    usual = [("Restart", "always"), ("RestartSec", "200ms")]
+    done = starts(usual, 257, 600)
+    assert done[-1] is None and len(done) == 6 and done[-2] < 1.3
 
 
 def settings(name):

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
 use serde::Serialize;
+use swiftcache_proto::size::size;
 
 use super::LogFormat;
 use crate::probe::ProbeChoice;
@@ -24,7 +25,8 @@ pub struct Flags {
     #[arg(long)]
     pub print_config: bool,
 
-    /// Check the settings and exit with status 0 if they are good, 2 if not
+    /// Check the settings, the topology, groups and certificates that they name, and exit with status 0 if they are good, 2 if
+    /// not
     #[arg(long, conflicts_with = "print_config")]
     pub check_config: bool,
 
@@ -138,13 +140,13 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_blocks: Option<u64>,
 
-    /// The most bytes that one tenant's namespace may lease [default: unlimited]
-    #[arg(long, value_name = "BYTES")]
+    /// The most bytes that one tenant's namespace may lease, e.g. 64GiB [default: unlimited]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_quota_bytes: Option<u64>,
 
-    /// The most bytes that one session may lease [default: unlimited]
-    #[arg(long, value_name = "BYTES")]
+    /// The most bytes that one session may lease, e.g. 64GiB [default: unlimited]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session_quota_bytes: Option<u64>,
 

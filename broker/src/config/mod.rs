@@ -15,7 +15,7 @@ use figment::{
     providers::{Env, Format, Serialized, Toml},
 };
 use serde::{Deserialize, Deserializer, Serialize};
-use swiftcache_proto::convert::MAX_DRAIN_MS;
+use swiftcache_proto::{convert::MAX_DRAIN_MS, size::size};
 
 pub use flags::{Flags, Settings};
 
@@ -81,9 +81,11 @@ pub struct Config {
     pub max_leases: u32,
     /// The most blocks in the index.
     pub max_blocks: u64,
-    /// The most bytes that one tenant's namespace may lease. None: unlimited.
+    /// The most bytes that one tenant's namespace may lease: a number, or a text such as "64GiB". None: unlimited.
+    #[serde(deserialize_with = "optional_size")]
     pub namespace_quota_bytes: Option<u64>,
-    /// The most bytes that one session may lease. None: unlimited.
+    /// The most bytes that one session may lease, likewise. None: unlimited.
+    #[serde(deserialize_with = "optional_size")]
     pub session_quota_bytes: Option<u64>,
     /// Weights of namespaces, which decide their shares of what their tenant has when there is not enough for all:
     /// "name=weight,...". A namespace that is not named has weight 1.
@@ -153,6 +155,10 @@ impl Config {
             figment = figment.merge(Toml::string(&text));
         }
         let keys = keys();
+        let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        if let Some(problem) = mistyped(variables, &keys) {
+            return Err(BrokerError::Config(problem));
+        }
         let known: Vec<&str> = keys.iter().map(String::as_str).collect();
         let config: Self = figment
             // Take only our own keys, because Kubernetes sets variables with this prefix for a service of this name.
@@ -265,6 +271,43 @@ fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<S
         Either::Text(text) => text,
         Either::Number(number) => number.to_string(),
     }))
+}
+
+/// A number of bytes, or a text with a unit.
+fn optional_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        Number(u64),
+        Text(String),
+    }
+    match Option::<Either>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Either::Number(bytes)) => Ok(Some(bytes)),
+        Some(Either::Text(text)) => size(&text).map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// The first variable that is no setting and nearly one: whoever set it believes that it holds. Others with the prefix belong
+/// to engines and tools, or are Kubernetes' for a service of this name.
+fn mistyped(variables: impl Iterator<Item = String>, keys: &[String]) -> Option<String> {
+    /// Variables that are no settings.
+    const OTHERS: [&str; 3] = ["config", "libnvml", "libcuda"];
+    let mut problems: Vec<String> = variables
+        .filter_map(|variable| {
+            let key = variable.strip_prefix(ENV_PREFIX)?.to_ascii_lowercase();
+            if keys.contains(&key) || OTHERS.contains(&key.as_str()) {
+                return None;
+            }
+            let distance = |known: &&String| strsim::damerau_levenshtein(&key, known);
+            let nearest = keys.iter().min_by_key(distance)?;
+            let near = distance(&nearest) <= (nearest.len() / 4).min(2);
+            let meant = nearest.to_ascii_uppercase();
+            near.then(|| format!("{variable}: is no setting; {ENV_PREFIX}{meant} is"))
+        })
+        .collect();
+    problems.sort();
+    problems.into_iter().next()
 }
 
 fn within(key: &str, value: u64, least: u64, most: u64) -> Result<(), String> {

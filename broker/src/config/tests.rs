@@ -120,6 +120,67 @@ fn a_wrong_setting_is_named() {
 }
 
 #[test]
+fn sizes_are_what_people_write_wherever_they_stand() {
+    alone(|jail| {
+        jail.create_file("broker.toml", "namespace_quota_bytes = \"1.5GiB\"\n")
+            .unwrap();
+        jail.set_env("SWIFTCACHE_SESSION_QUOTA_BYTES", "64 MB");
+        let file = Some(Path::new("broker.toml"));
+        let config = Config::load(file, &Settings::default()).unwrap();
+        assert_eq!(config.namespace_quota_bytes, Some(3 << 29));
+        assert_eq!(config.session_quota_bytes, Some(64_000_000));
+        let flags = flags(&["--namespace-quota-bytes=2g"]);
+        let config = Config::load(file, &flags).unwrap();
+        assert_eq!(config.namespace_quota_bytes, Some(2 << 30));
+    });
+    alone(|_| {
+        let problem = problem("session_quota_bytes = \"5 parsecs\"", &[]);
+        assert!(
+            problem.contains("session_quota_bytes") && problem.contains("parsecs"),
+            "{problem}"
+        );
+    });
+}
+
+/// Whoever mistypes a variable believes that it holds. The twin: variables of others with the prefix are none of the broker's
+/// business.
+#[test]
+fn a_mistyped_variable_is_named() {
+    let keys = keys();
+    let named = |variable: &str| mistyped(std::iter::once(variable.to_owned()), &keys);
+    for (variable, meant) in [
+        ("SWIFTCACHE_DRAIM_MS", "SWIFTCACHE_DRAIN_MS"),
+        ("SWIFTCACHE_SOKCET", "SWIFTCACHE_SOCKET"),
+        ("SWIFTCACHE_SOCKETS", "SWIFTCACHE_SOCKET"),
+        ("SWIFTCACHE_METRIC_LISTEN", "SWIFTCACHE_METRICS_LISTEN"),
+        ("SWIFTCACHE_TLS_CERTS", "SWIFTCACHE_TLS_CERT"),
+    ] {
+        let problem = named(variable).unwrap_or_default();
+        let expected = format!("{variable}: is no setting; {meant} is");
+        assert_eq!(problem, expected);
+    }
+    for variable in [
+        "SWIFTCACHE_DRAIN_MS",
+        "SWIFTCACHE_CONFIG",
+        "SWIFTCACHE_PORT",
+        "SWIFTCACHE_PORT_9477_TCP_ADDR",
+        "SWIFTCACHE_SERVICE_PORT",
+        "SWIFTCACHE_LOAD",
+        "SWIFTCACHE_LOOKUP_MS",
+        "SWIFTCACHE_MAX_LEASED_BYTES",
+        "SWIFTCACHE_LEND_DRAIN_MS",
+        "SWIFTCACHE_STREAM_STEP_MS",
+        "SWIFTCACHE_TENANT",
+        "SWIFTCACHE_LIBNVML",
+        "SWIFTCACHE_DONATE_FLAGS",
+        "SWIFTCACHE_FAULT_SEED",
+        "PATH",
+    ] {
+        assert_eq!(named(variable), None, "{variable}");
+    }
+}
+
+#[test]
 fn a_missing_file_is_named() {
     alone(|_| {
         let missing = Path::new("/nowhere/broker.toml");

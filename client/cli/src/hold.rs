@@ -7,9 +7,9 @@ use std::{
 };
 
 use clap::{ArgGroup, Args};
-use swiftcache_proto::{domain::Device, v1};
+use swiftcache_proto::{domain::Device, size::size, v1};
 
-use super::{CliError, admin::Admin, args::SocketArg, chosen::Place, output, size::size};
+use super::{CliError, admin::Admin, args::SocketArg, chosen::Place, output};
 use swiftcache_replay::report::bytes;
 
 /// How often to look.

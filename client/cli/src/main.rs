@@ -19,7 +19,6 @@ mod plan;
 mod progress;
 mod replay;
 mod report;
-mod size;
 mod status;
 mod tether;
 mod top;

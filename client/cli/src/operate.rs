@@ -8,13 +8,12 @@ use std::{
 
 use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
-use swiftcache_proto::v1;
+use swiftcache_proto::{size::size, v1};
 
 use super::{
     CliError,
     admin::{Admin, Tls},
     output,
-    size::size,
 };
 use swiftcache_replay::report::bytes;
 

@@ -28,10 +28,26 @@ capabilities:
 
 {{/* The broker's settings file. Helm gives numbers as floats, but the broker needs 2000, not 2000.0. */}}
 {{- define "swiftcache.brokerToml" -}}
+{{- $config := .Values.broker.config }}
+{{- if .Values.broker.tls.secretName }}
+{{- if not $config.listen_tcp }}
+{{- fail "broker.tls.secretName is of no use without broker.config.listen_tcp, for example \"0.0.0.0:9478\"" }}
+{{- end }}
+{{- if $config.tls_cert }}
+{{- fail "broker.tls.secretName and broker.config.tls_cert exclude each other" }}
+{{- end }}
+{{- else if and $config.listen_tcp (not $config.tls_cert) (not (hasPrefix "127." $config.listen_tcp)) (not (hasPrefix "[::1]" $config.listen_tcp)) }}
+{{- fail (printf "broker.config.listen_tcp: %s is beyond loopback and needs broker.tls.secretName (mutual TLS)" $config.listen_tcp) }}
+{{- end -}}
 socket = {{ printf "%s/broker.sock" .Values.paths.sockets | toJson }}
 state_dir = {{ .Values.paths.state | toJson }}
 {{- if .Values.metrics.enabled }}
 metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
+{{- end }}
+{{- if .Values.broker.tls.secretName }}
+tls_cert = "/etc/swiftcache-tls/tls.crt"
+tls_key = "/etc/swiftcache-tls/tls.key"
+tls_client_ca = "/etc/swiftcache-tls/ca.crt"
 {{- end }}
 {{- range $key, $value := .Values.broker.config }}
 {{- if kindIs "float64" $value }}
@@ -40,6 +56,10 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
 {{ $key }} = {{ toJson $value }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- define "swiftcache.adminPort" -}}
+{{ splitList ":" .Values.broker.config.listen_tcp | last }}
 {{- end }}
 
 {{/* Gives the device nodes of every GPU without claiming one from the device plugin. */}}
@@ -77,10 +97,16 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
     {{- with .Values.broker.env }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- if .Values.metrics.enabled }}
+  {{- if or .Values.metrics.enabled .Values.broker.tls.secretName }}
   ports:
+    {{- if .Values.metrics.enabled }}
     - name: metrics
       containerPort: {{ .Values.metrics.port }}
+    {{- end }}
+    {{- if .Values.broker.tls.secretName }}
+    - name: admin
+      containerPort: {{ include "swiftcache.adminPort" . }}
+    {{- end }}
   {{- end }}
   # Probes run a command, because beyond loopback the broker only speaks gRPC with mutual TLS, and the kubelet's gRPC
   # probe cannot do that.
@@ -111,6 +137,11 @@ metrics_listen = "0.0.0.0:{{ .Values.metrics.port }}"
       mountPath: {{ .Values.paths.sockets }}
     - name: state
       mountPath: {{ .Values.paths.state }}
+    {{- if .Values.broker.tls.secretName }}
+    - name: tls
+      mountPath: /etc/swiftcache-tls
+      readOnly: true
+    {{- end }}
     {{- with (include "swiftcache.gpuMount" . | trim) }}
     {{- . | nindent 4 }}
     {{- end }}

@@ -6,16 +6,23 @@ here and nowhere else. Limits that the broker or the client has are theirs.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from swiftcache._native import MAX_DRAIN_MS, MAX_TENANT_BYTES
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = (
+    {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    | _BINARY
+    | {f"{name}IB": unit for name, unit in _BINARY.items()}
+)
+"""The same as the broker and the command line take (proto/src/size.rs): KB is 1000 bytes, K and KiB are 1024."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
 _MOST = 1 << 50
 """The largest size that is taken, bytes."""
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -87,6 +94,7 @@ class Settings:
                 f"{where}: SwiftCache knows no setting {', '.join(map(repr, unknown))}; "
                 f"it knows {', '.join(sorted(known))}"
             )
+        _refuse_mistyped(environment, known)
         values: dict[str, Any] = {}
         for name in known:
             variable = f"SWIFTCACHE_{name.upper()}"
@@ -101,6 +109,17 @@ class Settings:
                 "nothing to lend. Drop one of them"
             )
         return settings
+
+
+def _refuse_mistyped(environment: Mapping[str, str], known: Iterable[str]) -> None:
+    """Whoever set a variable that is nearly a setting's believes that it holds. Others with the prefix belong to the
+    broker and to tools, or are Kubernetes' for a service of this name."""
+    names = {f"SWIFTCACHE_{name.upper()}" for name in known}
+    for variable in sorted(environment):
+        if variable.startswith("SWIFTCACHE_") and variable not in names:
+            near = difflib.get_close_matches(variable, names, n=1, cutoff=0.94)
+            if near:
+                raise ValueError(f"{variable} is no setting of SwiftCache; {near[0]} is")
 
 
 def _convert(name: str, key: str, value: Any, loads: Sequence[str]) -> Any:

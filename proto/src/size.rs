@@ -1,8 +1,12 @@
-//! Reads sizes as people write them: `64MiB`, `1.5 GB`, `4096`.
+//! Reads sizes as people write them: `64MiB`, `1.5 GB`, `4096`. Command line and broker take the same; so do engines
+//! (`engine-adapter/python/swiftcache/engine/settings.py`).
 
 /// Reads a size in bytes: a number with an optional unit, which is B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
-/// TiB (powers of 1024). Upper and lower case are the same.
-pub(super) fn size(text: &str) -> Result<u64, String> {
+/// TiB (powers of 1024, as are K, M, G, T alone). Upper and lower case are the same.
+///
+/// # Errors
+/// For everything else. The text says what is taken.
+pub fn size(text: &str) -> Result<u64, String> {
     let refuse = || {
         format!("{text:?} is not a size; takes a number of bytes, or a number with kB, MiB, GB ...")
     };
