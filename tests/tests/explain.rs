@@ -5,7 +5,7 @@ use std::{
     process::{Command, Output},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use swiftcache_tests::{
     crew::donor_process,
     engine::{SLAB_BYTES, eventually},
@@ -56,6 +56,41 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     );
     ensure!(after.contains("0.40 GiB could be on offer"), "{after}");
     drop(donor);
+    // For programs, the same figures.
+    let slab = format!("--slab={SLAB_BYTES}");
+    let flags = [
+        "--device=all",
+        "--elastic",
+        "--explain",
+        "--json",
+        "--settle=0s",
+        &slab,
+    ];
+    let output = donate(&node, &flags)?;
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let devices = document.as_array().context("no list")?;
+    ensure!(devices.len() == 3, "{document}");
+    let one = devices.iter().find(|device| device["device"] == "SIM-1");
+    let one = one.context("SIM-1 is missing")?;
+    ensure!(
+        one["free"] == 512 << 20 && one["lends_nothing"] == false,
+        "{one}"
+    );
+    ensure!(one["could_offer"] == one["could_offer_settled"], "{one}");
+    // Beside an engine with 97 % nothing is lent at first, and a little once it is settled; beside one with all, nothing.
+    node.neighbour_uses(1, 993 << 20)?;
+    let beside = explained(&node, "SIM-1")?;
+    ensure!(
+        beside.contains("0.00 GiB could be on offer") && beside.contains("for 5 min"),
+        "{beside}"
+    );
+    node.neighbour_uses(1, 1024 << 20)?;
+    let beside = explained(&node, "SIM-1")?;
+    ensure!(
+        beside.contains("it lends nothing") && beside.contains("\"lend\""),
+        "{beside}"
+    );
+    node.neighbour_uses(1, 512 << 20)?;
     // It explains every device of the node, and makes no session or offer for that.
     let all = explained(&node, "all")?;
     ensure!(all.lines().count() == 3, "{all}");

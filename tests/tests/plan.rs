@@ -57,7 +57,7 @@ fn what_was_planned_is_what_a_replay_with_real_processes_finds() {
             .success()
     );
     // The smaller the tiers, the more a wrong rule of eviction shows.
-    let cases: [(&str, &str, &[&str]); 3] = [
+    let cases: [(&str, &str, &[&str]); 5] = [
         (
             &trace,
             "2",
@@ -68,6 +68,31 @@ fn what_was_planned_is_what_a_replay_with_real_processes_finds() {
             other,
             "2",
             &["--host-tier", "16GiB", "--model", "qwen3-14b"],
+        ),
+        // The other kinds of donors: a part of an engine's own pool, and a GPU that nobody uses.
+        (
+            &trace,
+            "2",
+            &[
+                "--host-tier",
+                "8GiB",
+                "--requests",
+                "900",
+                "--donor",
+                "40GiB",
+            ],
+        ),
+        (
+            &trace,
+            "1",
+            &[
+                "--host-tier",
+                "8GiB",
+                "--requests",
+                "900",
+                "--donor",
+                "idle",
+            ],
         ),
     ];
     for (file, donors, more) in cases {

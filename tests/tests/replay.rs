@@ -195,7 +195,7 @@ fn donors_that_have_nothing_to_lend_say_why() {
         "--requests",
         "5",
         "--donor-headroom",
-        "79GiB",
+        "70GiB",
     ];
     let output = replay(directory.path(), &args);
     assert_eq!(output.status.code(), Some(1));
@@ -203,11 +203,17 @@ fn donors_that_have_nothing_to_lend_say_why() {
     for part in [
         "donors: not ready",
         "SIM-1: ",
-        "79.0 GiB for its own growth 0.0 GiB could be lent",
+        "70.0 GiB for its own growth 0.0 GiB could be lent",
         "--donor-headroom",
     ] {
         assert!(said.contains(part), "{said:?} lacks {part:?}");
     }
+    // What could not lend beside anybody is refused at once, and the donor's own words are shown.
+    let args = ["--donors", "1", "--requests", "5", "--donor-headroom"];
+    let output = replay(directory.path(), &[&args[..], &["79GiB"]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("SIM-1 would never lend anything"), "{said:?}");
 }
 
 /// A running demo: its processes have started, and its socket is known.

@@ -4,22 +4,25 @@ use std::{
     path::PathBuf,
     sync::{Arc, atomic::Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::{ArgGroup, Args, ValueEnum};
+use serde::Serialize;
 use swiftcache_proto::{
     convert::{MAX_DRAIN_MS, SLAB_BYTES},
     domain::{Device, DeviceUuid, HandleKind},
+    size::size,
     v1,
 };
 use tracing::info;
 
-use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output, size::size};
+use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output};
 use swiftcache_client::{
     device::{DeviceError, DeviceLayer},
     donor::{
-        Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Observation, PolicyConfig, explain,
+        Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Forecast, Observation, PolicyConfig,
+        Settled,
     },
     session::{Session, SessionConfig},
 };
@@ -29,6 +32,8 @@ use swiftcache_replay::report::bytes;
 const LEAVE_MARGIN: Duration = Duration::from_secs(5);
 /// How often to look for a signal.
 const NAP: Duration = Duration::from_millis(50);
+/// What is on offer is said when it has been the same for this long.
+const STEADY: Duration = Duration::from_secs(2);
 
 /// Lend a device's idle HBM: a fixed amount, or as much as stays idle
 ///
@@ -50,6 +55,9 @@ pub(super) struct DonateArgs {
     /// Say what --elastic would come to lend, by what the broker sees of each device now, and why; lend nothing
     #[arg(long, conflicts_with = "bytes")]
     explain: bool,
+    /// With --explain: print JSON
+    #[arg(long, requires = "explain")]
+    json: bool,
     /// For people: shown in status and logs
     #[arg(long, value_name = "NAME", default_value = "donate")]
     name: String,
@@ -98,10 +106,11 @@ impl From<Opened> for HandleKind {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "With --elastic")]
 struct ElasticArgs {
-    /// Never lent [default: a twentieth of the device]
+    /// Never lent [default: a twentieth of the device; beside settled neighbours at most an eighth of what is idle]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
     reserve: Option<u64>,
-    /// Kept free for neighbours' growth, even if none was seen; restored when they are quiet [default: a twentieth of the device]
+    /// Kept free for neighbours' growth, even if none was seen; restored when they are quiet [default: as the
+    /// reserve]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
     headroom: Option<u64>,
     /// The most to lend [default: all that is idle]
@@ -119,6 +128,10 @@ struct ElasticArgs {
     /// Half of a seen growth is forgotten in this time [default: 2m]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
     half_life: Option<Duration>,
+    /// Neighbours are settled when they have held what they have for this long: an engine that takes its memory when it
+    /// starts. What --reserve and --headroom name is kept beside settled neighbours too [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
+    settled_after: Option<Duration>,
 }
 
 impl ElasticArgs {
@@ -131,6 +144,17 @@ impl ElasticArgs {
             settle: self.settle.unwrap_or(usual.settle),
             horizon: self.horizon.unwrap_or(usual.horizon),
             half_life: self.half_life.unwrap_or(usual.half_life),
+            settled: usual.settled.map(|settled| Settled {
+                after: self.settled_after.unwrap_or(settled.after),
+                reserve_part: match self.reserve {
+                    Some(_) => 0,
+                    None => settled.reserve_part,
+                },
+                headroom_part: match self.headroom {
+                    Some(_) => 0,
+                    None => settled.headroom_part,
+                },
+            }),
             ..usual
         }
     }
@@ -147,6 +171,14 @@ impl Running {
         match self {
             Self::Fixed(donor) => donor.status(),
             Self::Elastic(agent) => agent.status(),
+        }
+    }
+
+    /// Why it has no more on offer, for people.
+    fn why(&self) -> String {
+        match self {
+            Self::Fixed(donor) => (donor.problem()).unwrap_or_else(|| "it is closing".to_owned()),
+            Self::Elastic(agent) => agent.problem().unwrap_or_else(|| agent.explain()),
         }
     }
 
@@ -220,7 +252,59 @@ impl DonateArgs {
                 )));
             }
         }
+        if self.bytes.is_some() {
+            return Ok(());
+        }
+        // On a device that nobody else uses.
+        let policy = self.elastic_args.policy(total, self.slab);
+        let kept = policy
+            .reserve_bytes
+            .saturating_add(policy.least_headroom_bytes);
+        if total.saturating_sub(kept) < self.slab {
+            let [reserve, headroom, slab, total] = [
+                policy.reserve_bytes,
+                policy.least_headroom_bytes,
+                self.slab,
+                total,
+            ]
+            .map(bytes);
+            return Err(CliError::Usage(format!(
+                "--reserve, --headroom: {device} would never lend anything: of {total} a reserve of {reserve} and a headroom of \
+                 {headroom} leave less than one slab of {slab}"
+            )));
+        }
         Ok(())
+    }
+}
+
+/// Says what a donor has on offer, whenever that has come to rest.
+#[derive(Debug)]
+struct Herald {
+    seen: u64,
+    since: Instant,
+    said: Option<u64>,
+}
+
+impl Herald {
+    fn new() -> Self {
+        Self {
+            seen: 0,
+            since: Instant::now(),
+            said: None,
+        }
+    }
+
+    /// Whether `offered` is news, and has been the same for long enough.
+    fn hears(&mut self, offered: u64, now: Instant) -> bool {
+        if offered != self.seen {
+            (self.seen, self.since) = (offered, now);
+        }
+        let news = self.said != Some(offered);
+        let rests = now.saturating_duration_since(self.since) >= STEADY;
+        if news && rests {
+            self.said = Some(offered);
+        }
+        news && rests
     }
 }
 
@@ -258,10 +342,69 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
     if let (true, Some(error)) = (running.is_empty(), failed) {
         return Err(error);
     }
+    let mut heralds: Vec<Herald> = running.iter().map(|_| Herald::new()).collect();
     while !interrupt.load(Ordering::Relaxed) {
+        for ((device, donor), herald) in running.iter().zip(&mut heralds) {
+            let offered = donor.status().offered_bytes;
+            if herald.hears(offered, Instant::now()) {
+                // Nobody has to read it.
+                let _ = output::print(&match offered {
+                    0 => format!("{device}: lends nothing now: {}\n", donor.why()),
+                    offered => format!("{device}: lends {}\n", bytes(offered)),
+                });
+            }
+        }
         thread::sleep(NAP);
     }
     leave(running, args.leave_within)
+}
+
+/// What an elastic donor would come to lend on a device. Sizes are bytes.
+#[derive(Debug, Serialize)]
+struct Explained {
+    device: DeviceUuid,
+    /// What nobody can tell, and why; then there are no figures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+    #[serde(flatten)]
+    figures: Option<Figures>,
+}
+
+#[derive(Debug, Serialize)]
+struct Figures {
+    total: u64,
+    free: u64,
+    offered: u64,
+    reserve: u64,
+    headroom: u64,
+    /// What could be on offer by what is known now.
+    could_offer: u64,
+    /// The same once neighbours have held what they have for `settled_after_ms`.
+    could_offer_settled: u64,
+    settled_after_ms: Option<u64>,
+    /// It would never come to lend a slab as things are.
+    lends_nothing: bool,
+}
+
+impl Figures {
+    fn new(forecast: &Forecast) -> Self {
+        let Forecast {
+            now,
+            settled,
+            after,
+        } = forecast;
+        Self {
+            total: now.observation.total,
+            free: now.observation.free,
+            offered: now.observation.offered,
+            reserve: now.reserve,
+            headroom: now.headroom,
+            could_offer: now.ceiling,
+            could_offer_settled: *settled,
+            settled_after_ms: after.map(|after| after.as_millis() as u64),
+            lends_nothing: forecast.is_nothing(),
+        }
+    }
 }
 
 /// By what the broker's probe sees: a process that looked for itself would take half a gigabyte of each GPU for its own
@@ -276,32 +419,51 @@ fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
         device.ok_or_else(|| CliError::Failed("the broker named a device badly".to_owned()))
     };
     let known: Vec<Device> = seen.iter().map(read).collect::<Result<_, _>>()?;
+    let mut explained = Vec::new();
     for device in args.device.among(&known)? {
         let seen = (known.iter().zip(&seen)).find(|(known, _)| known.uuid == device.uuid);
         let Some((_, seen)) = seen else { continue };
         if seen.hbm_used_unknown || device.hbm_bytes == 0 {
-            let text = format!("{}: nobody can tell: {}\n", device.uuid, seen.problem);
-            output::print(&text)?;
+            explained.push(Explained {
+                device: device.uuid.clone(),
+                problem: Some(seen.problem.clone()),
+                figures: None,
+            });
+            if !args.json {
+                let text = format!("{}: nobody can tell: {}\n", device.uuid, seen.problem);
+                output::print(&text)?;
+            }
             continue;
         }
-        let (used, offered) = (
-            seen.hbm_used_bytes,
-            seen.account.unwrap_or_default().offered_bytes,
-        );
-        let observation = Observation {
-            now: Duration::ZERO,
-            free: device.hbm_bytes.saturating_sub(used),
-            total: device.hbm_bytes,
-            // What is lent already is not a neighbour's.
-            donated: offered,
-            offered,
-            held: seen.hold.map(|hold| hold.free_bytes),
-        };
         let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
-        let text = explain(&device.uuid, observation, policy)?;
-        output::print(&format!("{text}\n"))?;
+        let forecast = Forecast::new(policy, observation(device, seen))?;
+        explained.push(Explained {
+            device: device.uuid.clone(),
+            problem: None,
+            figures: Some(Figures::new(&forecast)),
+        });
+        if !args.json {
+            output::print(&format!("{}: {forecast}\n", device.uuid))?;
+        }
     }
-    Ok(())
+    match args.json {
+        true => output::print_json(&explained),
+        false => Ok(()),
+    }
+}
+
+/// A device as the broker's probe sees it.
+pub(super) fn observation(device: &Device, seen: &v1::DeviceStatus) -> Observation {
+    let offered = seen.account.unwrap_or_default().offered_bytes;
+    Observation {
+        now: Duration::ZERO,
+        free: device.hbm_bytes.saturating_sub(seen.hbm_used_bytes),
+        total: device.hbm_bytes,
+        // What is lent already is not a neighbour's.
+        donated: offered,
+        offered,
+        held: seen.hold.map(|hold| hold.free_bytes),
+    }
 }
 
 fn start(
@@ -415,6 +577,8 @@ mod tests {
         assert!(parse("--elastic").unwrap().elastic);
         for flags in [
             "",
+            "--elastic --json",
+            "--bytes 1GiB --settled-after 1m",
             "--bytes 1GiB --elastic",
             "--bytes 1GiB --explain",
             "--bytes 1GiB --reserve 1",
@@ -494,6 +658,47 @@ mod tests {
             );
             args.check_for(&device, 2 << 30).unwrap();
         }
+    }
+
+    #[test]
+    fn what_would_never_lend_is_refused() {
+        let device: DeviceUuid = "SIM-1".parse().unwrap();
+        let refused = |flags: &str| {
+            let args = parse(flags).unwrap();
+            args.check_for(&device, 1 << 30)
+                .err()
+                .map(|error| error.to_string())
+        };
+        for flags in [
+            "--elastic --reserve 1GiB",
+            "--elastic --headroom 1GiB",
+            "--elastic --reserve 512MiB --headroom 257MiB",
+        ] {
+            let problem = refused(flags).unwrap_or_default();
+            assert!(
+                problem.contains("--reserve, --headroom: SIM-1"),
+                "{flags}: {problem}"
+            );
+        }
+        // The twin: what leaves a slab.
+        for flags in ["--elastic", "--elastic --reserve 512MiB --headroom 256MiB"] {
+            assert_eq!(refused(flags), None, "{flags}");
+        }
+    }
+
+    #[test]
+    fn what_is_on_offer_is_said_once_it_rests() {
+        let mut herald = Herald::new();
+        let start = herald.since;
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        assert!(!herald.hears(0, at(0)));
+        assert!(!herald.hears(64, at(100)), "it still rises");
+        assert!(!herald.hears(128, at(1_900)));
+        assert!(!herald.hears(128, at(3_800)));
+        assert!(herald.hears(128, at(3_900)));
+        assert!(!herald.hears(128, at(9_000)), "no news");
+        assert!(!herald.hears(0, at(9_100)));
+        assert!(herald.hears(0, at(12_000)), "it lends nothing now");
     }
 
     #[test]

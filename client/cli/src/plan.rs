@@ -1,27 +1,29 @@
 //! `swiftcache plan`.
 
-use std::{path::PathBuf, str::FromStr};
+use std::path::PathBuf;
 
 use clap::Args;
 
 use super::{
-    CliError, output,
+    CliError,
+    args::Donor,
+    output,
     progress::Progress,
     replay::{
         Stretch,
         play::{BUNDLED_LOAD, NEIGHBOUR_BATCH},
     },
     report::{ReportArgs, ReportFile},
-    size::size,
     trace::TraceArgs,
 };
+use swiftcache_proto::size::size;
 use swiftcache_replay::{
     ReplayError,
     compare::Watch,
     donor_load::{self, TokensInFlight},
     html,
     models::ModelShape,
-    plan::{Lenders, Lending, NodeShape, Plan},
+    plan::{Lenders, NodeShape, Plan},
     roofline::{Engine, Gpu, Roofline},
     sizing::{ACTIVATION_BYTES, SLAB_BYTES},
 };
@@ -74,27 +76,6 @@ pub(super) struct PlanArgs {
     stretch: Stretch,
     #[command(flatten)]
     report: ReportArgs,
-}
-
-/// `--donor`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Donor(Lending);
-
-impl FromStr for Donor {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "elastic" => Ok(Self(Lending::Elastic)),
-            "idle" => Ok(Self(Lending::Idle)),
-            bytes => match size(bytes) {
-                Ok(bytes) if bytes >= SLAB_BYTES => Ok(Self(Lending::Fixed(bytes))),
-                _ => Err(format!(
-                    "{text:?} is no donor; takes a size of at least 1GiB, elastic or idle"
-                )),
-            },
-        }
-    }
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), CliError> {
@@ -152,21 +133,5 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), CliError> {
     match file {
         Some(file) => file.write(&html::plan_page(&report)),
         None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_donor_is_a_size_or_a_kind() {
-        let donor = |text: &str| text.parse::<Donor>();
-        assert_eq!(donor("40GB"), Ok(Donor(Lending::Fixed(40_000_000_000))));
-        assert_eq!(donor("elastic"), Ok(Donor(Lending::Elastic)));
-        assert_eq!(donor("idle"), Ok(Donor(Lending::Idle)));
-        for text in ["", "0", "12", "-1GB", "lots"] {
-            assert!(donor(text).unwrap_err().contains("elastic"), "{text}");
-        }
     }
 }

@@ -30,12 +30,21 @@ pub(super) struct TraceArgs {
     /// Only the first N rows
     #[arg(long, value_name = "N")]
     requests: Option<usize>,
+    /// Bytes of text in a token, where the trace has the texts: no tokenizer is used [default: 4]
+    #[arg(long, value_name = "BYTES", value_parser = bytes_per_token)]
+    bytes_per_token: Option<f64>,
 }
 
 fn rate(text: &str) -> Result<f64, String> {
     let number = text.parse().ok();
     let number = number.filter(|rate: &f64| *rate > 1e-6 && *rate <= 1e6);
     number.ok_or_else(|| format!("{text:?} is not a rate; takes a number above 0"))
+}
+
+fn bytes_per_token(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|bytes: &f64| (0.25..=64.0).contains(bytes));
+    number.ok_or_else(|| format!("{text:?} is no size of a token; takes 0.25 to 64 bytes"))
 }
 
 impl TraceArgs {
@@ -46,6 +55,7 @@ impl TraceArgs {
             block_tokens: self.block_tokens,
             rate: self.rate,
             first: self.requests,
+            bytes_per_token: self.bytes_per_token,
         };
         let trace = trace::load(&self.trace, &options);
         Ok(trace.map_err(ReplayError::from)?)

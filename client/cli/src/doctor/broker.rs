@@ -10,10 +10,18 @@ use std::{
 };
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use swiftcache_proto::v1::{GetNodeResponse, RegionStatus};
+use swiftcache_client::donor::{Forecast, PolicyConfig};
+use swiftcache_proto::{
+    domain::Device,
+    v1::{GetNodeResponse, RegionStatus},
+};
+use swiftcache_replay::report::bytes;
 
 use super::{
-    super::admin::{self, Admin},
+    super::{
+        admin::{self, Admin},
+        donate,
+    },
     report::{Finding, Report},
 };
 
@@ -39,6 +47,7 @@ pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<Answers> {
         Ok(answers) => {
             report.add(speaks(&answers.node));
             report.add(devices(&answers.node));
+            report.add(lending(&answers.node));
             Some(answers)
         }
         Err(error) => {
@@ -96,6 +105,60 @@ fn devices(node: &GetNodeResponse) -> Finding {
         "the other GPUs are lent as usual. A lost GPU needs a reset or a reboot: nvidia-smi and the kernel's log (Xid) \
          say more. Restart the broker afterwards",
     )
+}
+
+/// Says who can lend: nobody should wait for memory that no donor will ever offer.
+fn lending(node: &GetNodeResponse) -> Finding {
+    const CHECK: &str = "lending";
+    const ADVICE: &str = "a vLLM engine lends a part of its own pool with \"lend\" in its connector's configuration; an engine \
+        with a smaller --gpu-memory-utilization leaves more to `swiftcache donate --elastic`; an idle GPU lends by it too";
+    let mut nothing = Vec::new();
+    let mut agents = Vec::new();
+    let mut offered = 0;
+    for status in &node.devices {
+        offered += status.account.unwrap_or_default().offered_bytes;
+        let Some(Ok(device)) = status.device.as_ref().map(Device::try_from) else {
+            continue;
+        };
+        if status.hbm_used_unknown || device.hbm_bytes == 0 {
+            continue;
+        }
+        let policy = PolicyConfig::new(device.hbm_bytes, 256 << 20);
+        let Ok(forecast) = Forecast::new(policy, donate::observation(&device, status)) else {
+            continue;
+        };
+        match forecast.is_nothing() {
+            true => nothing.push(device.uuid.to_string()),
+            false => agents.push(format!("{} {}", device.uuid, bytes(forecast.settled))),
+        }
+    }
+    let found = format!("{} on offer now", bytes(offered));
+    let found = match agents.is_empty() {
+        true => found,
+        false => format!(
+            "{found}; `swiftcache donate --elastic` could come to lend: {}",
+            agents.join(", ")
+        ),
+    };
+    match (nothing.is_empty(), offered) {
+        (true, _) => Finding::ok(CHECK, found),
+        (false, 0) => Finding::warn(
+            CHECK,
+            format!(
+                "{found}; beside what uses {} it lends nothing",
+                nothing.join(", ")
+            ),
+            ADVICE,
+        ),
+        // Whoever lends otherwise needs no advice.
+        (false, _) => Finding::ok(
+            CHECK,
+            format!(
+                "{found}; beside what uses {} it lends nothing",
+                nothing.join(", ")
+            ),
+        ),
+    }
 }
 
 /// Checks the directory of the sockets. Returns whether there is one: otherwise the sockets need no checks.
@@ -306,6 +369,48 @@ mod tests {
             simulated.found.starts_with("SIMULATED (hgx-8)"),
             "{simulated:?}"
         );
+    }
+
+    /// Beside an engine with 92 % an agent lends a little once it is settled, beside 99 % nothing, and an idle GPU most of it.
+    #[test]
+    fn who_can_lend_is_told_before_somebody_waits_for_it() {
+        const HBM: u64 = 80 << 30;
+        let device = |used: f64, offered: u64| swiftcache_proto::v1::DeviceStatus {
+            device: Some(swiftcache_proto::v1::Device {
+                uuid: "SIM-1".to_owned(),
+                hbm_bytes: HBM,
+                ..swiftcache_proto::v1::Device::default()
+            }),
+            hbm_used_bytes: (HBM as f64 * used) as u64 + offered,
+            account: Some(swiftcache_proto::v1::Account {
+                offered_bytes: offered,
+                ..swiftcache_proto::v1::Account::default()
+            }),
+            ..swiftcache_proto::v1::DeviceStatus::default()
+        };
+        let told = |devices: &[swiftcache_proto::v1::DeviceStatus]| {
+            lending(&GetNodeResponse {
+                devices: devices.to_vec(),
+                ..GetNodeResponse::default()
+            })
+        };
+        let full = told(&[device(0.99, 0)]);
+        assert_eq!(full.verdict, Verdict::Warn);
+        let advice = serde_json::to_string(&full).unwrap();
+        assert!(
+            advice.contains("lend") && advice.contains("--gpu-memory-utilization"),
+            "{advice}"
+        );
+        for lends in [device(0.92, 0), device(0.0, 0), device(0.5, 1 << 30)] {
+            let told = told(&[lends]);
+            assert!(
+                told.verdict == Verdict::Ok && told.found.contains("SIM-1"),
+                "{told:?}"
+            );
+        }
+        // Engines that lend their own pools need no agent.
+        let pool = told(&[device(0.9, 8 << 30)]);
+        assert_eq!(pool.verdict, Verdict::Ok, "{pool:?}");
     }
 
     #[test]

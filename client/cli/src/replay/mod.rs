@@ -5,21 +5,22 @@ pub(crate) mod play;
 use std::{path::PathBuf, str::FromStr};
 
 use clap::Args;
-use swiftcache_proto::domain::DeviceUuid;
+use swiftcache_proto::{domain::DeviceUuid, size::size};
 
 pub(super) use self::play::Play;
 use super::{
-    CliError, output,
+    CliError,
+    args::Donor,
+    output,
     progress::Progress,
     report::{ReportArgs, ReportFile},
-    size::size,
     trace::TraceArgs,
 };
 use swiftcache_replay::{html, models::ModelShape, report::Report, roofline::Gpu};
 
 /// Replay a trace of a busy model against donors, and compare SwiftCache with offloading and recompute
 ///
-/// Without --socket the replay starts a private node and ends it afterwards: a broker, and elastic donors whose
+/// Without --socket the replay starts a private node and ends it afterwards: a broker, and donors, usually elastic ones whose
 /// own models' load rises and falls. Processes, leases, revocations and bytes are real; time is modelled, and the
 /// report says how. Every byte that is read back is checked, and a wrong one ends the replay with status 1.
 #[derive(Args, Debug)]
@@ -73,7 +74,11 @@ pub(super) struct NodeArgs {
     /// Donor processes, each on its own GPU
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(super) donors: usize,
-    /// The donors' own load: CSV of timestamp,input,output, or an Azure trace [default: a bundled load]
+    /// What each donor lends: a size all the time, full size (an engine with "lend", or donate --bytes), elastic (beside an
+    /// engine with a load of its own), or idle (a GPU that nobody uses)
+    #[arg(long, value_name = "SIZE|elastic|idle", default_value = "elastic")]
+    donor: Donor,
+    /// The elastic donors' own load: CSV of timestamp,input,output, or an Azure trace [default: a bundled load]
     #[arg(long, value_name = "FILE")]
     donor_load: Option<PathBuf>,
     /// The donors' own model

@@ -23,6 +23,7 @@ use swiftcache_replay::{
     models::ModelShape,
     neighbours::NeighbourUse,
     node::{NodePlan, PrivateNode},
+    plan::Lending,
     report::Report,
     roofline::{Engine, Roofline},
     serving::LinkRates,
@@ -84,7 +85,10 @@ impl Play {
                 host,
             },
             topology: args.topology.clone(),
-            donor_load,
+            donor_load: match args.donor.0 {
+                Lending::Elastic => donor_load,
+                lending => lending.to_string(),
+            },
             donors: args.donors as u64,
             pace: args.pace,
         };
@@ -95,6 +99,7 @@ impl Play {
             donors: args.donors,
             pace: args.pace,
             headroom_bytes: args.donor_headroom,
+            lending: args.donor.0,
             broker: beside_this("swiftcache-broker")?,
             swiftcache: this()?,
             directory,
@@ -216,8 +221,14 @@ impl Play {
             engine: Engine::VLLM,
         };
         let curve = TokensInFlight::new(&self.load, &roofline, NEIGHBOUR_BATCH);
-        let base = self.donor_model.weight_bytes() + ACTIVATION_BYTES;
-        let token = self.donor_model.bytes_per_token();
+        let (base, token) = match self.plan.lending {
+            Lending::Elastic => (
+                self.donor_model.weight_bytes() + ACTIVATION_BYTES,
+                self.donor_model.bytes_per_token(),
+            ),
+            // What others use of the GPU does not change what is lent.
+            Lending::Fixed(_) | Lending::Idle => (0, 0),
+        };
         NeighbourUse::new(usage_dir, donors, curve, base, token, self.setup.scale)
     }
 

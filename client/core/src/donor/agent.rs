@@ -302,20 +302,6 @@ impl Shared {
     }
 }
 
-/// What agents would come to have on offer on a device that is seen like this, and why; offers nothing and looks at
-/// nothing.
-///
-/// # Errors
-/// For settings that cannot work.
-pub fn explain(
-    device: &DeviceUuid,
-    observation: Observation,
-    policy: PolicyConfig,
-) -> Result<String> {
-    let decision = Policy::new(policy)?.step(observation);
-    Ok(format!("{device}: {decision}"))
-}
-
 impl fmt::Debug for Agent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Agent({:?})", self.shared.donor)

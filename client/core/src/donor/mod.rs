@@ -34,10 +34,10 @@ use swiftcache_proto::{
     domain::{DeviceUuid, HandleKind},
 };
 
-pub use agent::{Agent, AgentConfig, explain};
+pub use agent::{Agent, AgentConfig};
 pub use lender::Lender;
 pub use loans::{Ended, GIVE_BACK_MARGIN, Loans, Moment};
-pub use policy::{Decision, Observation, Policy, PolicyConfig, Reason};
+pub use policy::{Decision, Forecast, Observation, Policy, PolicyConfig, Reason, Settled};
 pub use pool::{NotLent, PoolLender, PoolRange};
 
 use self::{core::Core, region::Source, state::Task};

@@ -9,6 +9,10 @@
 //! * The offer rises slowly, to what the worst observation of the recent past would still have allowed, with headroom
 //!   for as much growth as was seen, and only when that leaves the hysteresis besides. Noise that stays within the
 //!   hysteresis therefore moves nothing.
+//! * A neighbour that takes its memory when it starts and then holds it, as most engines do, does not grow. When neighbours have
+//!   neither grown nor shrunk for some minutes they are settled: then reserve and headroom are no more than a part of what is
+//!   idle beside them. The first growth makes them what they were, and what is missing is given back at once. It has to be
+//!   quiet for twice as long after that.
 //! * While the device is held for an engine's start, the offer falls by what the engine asks for, and never rises.
 
 use std::{collections::VecDeque, fmt, time::Duration};
@@ -39,11 +43,27 @@ pub struct PolicyConfig {
     pub half_life: Duration,
     /// The most slabs to add in one step.
     pub rise_slabs: u64,
+    /// What is kept free beside neighbours that do not grow. `None`: the same as beside others.
+    pub settled: Option<Settled>,
 }
+
+/// What is kept free beside neighbours that hold what they have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// Neighbours are settled when they have neither grown nor shrunk beyond noise for this long.
+    pub after: Duration,
+    /// The reserve is at most this part of what is idle beside them: 8 is an eighth. 0: the reserve stays as it is.
+    pub reserve_part: u64,
+    /// The same of the least headroom.
+    pub headroom_part: u64,
+}
+
+/// The longest time that neighbours must be quiet, however often they have grown.
+const LONGEST_QUIET: Duration = Duration::from_secs(3600);
 
 impl PolicyConfig {
     /// Settings for a device of `total` bytes, lent in slabs of `slab_bytes`: a twentieth in reserve, a twentieth
-    /// for growth.
+    /// for growth; beside neighbours that were quiet for five minutes at most an eighth of what is idle, each.
     pub fn new(total: u64, slab_bytes: u64) -> Self {
         Self {
             slab_bytes,
@@ -55,6 +75,29 @@ impl PolicyConfig {
             horizon: Duration::from_secs(2),
             half_life: Duration::from_secs(120),
             rise_slabs: 4,
+            settled: Some(Settled {
+                after: Duration::from_secs(300),
+                reserve_part: 8,
+                headroom_part: 8,
+            }),
+        }
+    }
+
+    /// The settings that hold beside settled neighbours who leave `available` bytes.
+    pub fn beside_settled(&self, available: u64) -> Self {
+        let Some(settled) = self.settled else {
+            return *self;
+        };
+        // Less than two slabs would be gone before the next look.
+        let least = self.slab_bytes.saturating_mul(2);
+        let most = |usual: u64, part: u64| match part {
+            0 => usual,
+            part => usual.min((available / part).max(least)),
+        };
+        Self {
+            reserve_bytes: most(self.reserve_bytes, settled.reserve_part),
+            least_headroom_bytes: most(self.least_headroom_bytes, settled.headroom_part),
+            ..*self
         }
     }
 
@@ -141,6 +184,20 @@ pub struct Policy {
     growing: bool,
     /// The least that was free before they began to, bytes, until something more is offered.
     level: Option<u64>,
+    /// Since when neighbours hold what they have.
+    quiet: Option<Quiet>,
+    /// Neighbours are settled.
+    settled: bool,
+    /// How often neighbours grew after they had been settled.
+    unsettled: u32,
+}
+
+/// Neighbours have neither grown nor shrunk.
+#[derive(Clone, Copy, Debug)]
+struct Quiet {
+    since: Duration,
+    /// What was available then, bytes.
+    available: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -166,6 +223,9 @@ impl Policy {
             spurt: 0.0,
             growing: false,
             level: None,
+            quiet: None,
+            settled: false,
+            unsettled: 0,
         })
     }
 
@@ -178,19 +238,28 @@ impl Policy {
     pub fn step(&mut self, observation: Observation) -> Decision {
         let now = observation.now;
         let available = observation.available();
-        let headroom = self.headroom(now, available);
+        // What holds for an engine's start is not changed by the start.
+        if observation.held.is_none() {
+            self.watch(now, available);
+        }
+        let config = match self.settled {
+            true => self.config.beside_settled(available),
+            false => self.config,
+        };
+        let headroom = self.headroom(now, available, &config);
         let fallen = self.fallen(now, available);
         self.since.get_or_insert(now);
-        let ceiling = self.ceiling(available, headroom);
+        let ceiling = ceiling(&config, available, headroom);
         let settled =
             (self.since).is_some_and(|since| now.saturating_sub(since) >= self.config.settle);
         let worst = (self.past.iter().map(|look| look.available)).fold(available, u64::min);
-        let kept = self.ceiling(worst.saturating_sub(self.config.hysteresis_bytes), headroom);
+        let worst = worst.saturating_sub(config.hysteresis_bytes);
+        let kept = self::ceiling(&config, worst, headroom);
         let slab = self.config.slab_bytes;
         let step = slab.saturating_mul(self.config.rise_slabs);
         let most = observation.offered.min(self.config.max_bytes);
         let left = available.saturating_sub(observation.offered);
-        let least = most.saturating_sub(self.give_back(&observation, left, fallen));
+        let least = most.saturating_sub(self.give_back(&config, &observation, left, fallen));
         let (target, reason) = if least < observation.offered {
             (least, Reason::Falling)
         } else if observation.held.is_some() {
@@ -220,19 +289,49 @@ impl Policy {
             ceiling,
             headroom,
             observation,
-            reserve: self.config.reserve_bytes,
+            reserve: config.reserve_bytes,
+        }
+    }
+
+    /// Sees whether neighbours are settled.
+    fn watch(&mut self, now: Duration, available: u64) {
+        let Some(Settled { after, .. }) = self.config.settled else {
+            return;
+        };
+        let noise = self.config.hysteresis_bytes;
+        match self.quiet {
+            Some(quiet) if quiet.available.abs_diff(available) <= noise => {
+                let needed = after.saturating_mul(1 << self.unsettled.min(16));
+                let needed = needed.min(LONGEST_QUIET.max(after));
+                self.settled |= now.saturating_sub(quiet.since) >= needed;
+            }
+            before => {
+                let grew = before.is_some_and(|quiet| available < quiet.available);
+                self.unsettled += u32::from(self.settled && grew);
+                self.settled = false;
+                self.quiet = Some(Quiet {
+                    since: now,
+                    available,
+                });
+            }
         }
     }
 
     /// What is to be given back, bytes: whole slabs. `left` is what will be free when all that was asked back is here,
     /// `fallen` what neighbours took within the recent past.
-    fn give_back(&self, observation: &Observation, left: u64, fallen: u64) -> u64 {
+    fn give_back(
+        &self,
+        config: &PolicyConfig,
+        observation: &Observation,
+        left: u64,
+        fallen: u64,
+    ) -> u64 {
         let PolicyConfig {
             slab_bytes: slab,
             reserve_bytes,
             least_headroom_bytes,
             ..
-        } = self.config;
+        } = *config;
         let needed = observation
             .held
             .map_or(reserve_bytes, |asked| asked.max(reserve_bytes));
@@ -267,16 +366,7 @@ impl Policy {
         fallen
     }
 
-    /// What could be on offer if it had been so for long enough, bytes: whole slabs.
-    fn ceiling(&self, available: u64, headroom: u64) -> u64 {
-        let room = available
-            .saturating_sub(self.config.reserve_bytes)
-            .saturating_sub(headroom)
-            .min(self.config.max_bytes);
-        room / self.config.slab_bytes * self.config.slab_bytes
-    }
-
-    fn headroom(&mut self, now: Duration, available: u64) -> u64 {
+    fn headroom(&mut self, now: Duration, available: u64, config: &PolicyConfig) -> u64 {
         let horizon = now.saturating_sub(self.config.horizon);
         let most = (self.past.iter())
             .filter(|look| look.when >= horizon)
@@ -287,7 +377,7 @@ impl Policy {
             self.spurt *= 0.5_f64.powf(elapsed / self.config.half_life.as_secs_f64());
         }
         self.spurt = self.spurt.max((most - available) as f64);
-        self.config.least_headroom_bytes.max(self.spurt as u64)
+        config.least_headroom_bytes.max(self.spurt as u64)
     }
 
     fn remember(&mut self, look: Look) {
@@ -299,9 +389,78 @@ impl Policy {
     }
 }
 
+/// What could be on offer if it had been so for long enough, bytes: whole slabs.
+fn ceiling(config: &PolicyConfig, available: u64, headroom: u64) -> u64 {
+    let room = available
+        .saturating_sub(config.reserve_bytes)
+        .saturating_sub(headroom)
+        .min(config.max_bytes);
+    room / config.slab_bytes * config.slab_bytes
+}
+
+/// What an elastic donor would come to lend on a device that is seen like this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forecast {
+    /// By what is known now.
+    pub now: Decision,
+    /// What could be on offer once neighbours are settled, bytes.
+    pub settled: u64,
+    /// How long they must be quiet for that. `None`: settled neighbours make no difference.
+    pub after: Option<Duration>,
+}
+
+impl Forecast {
+    /// Looks once, with a policy that has seen nothing.
+    ///
+    /// # Errors
+    /// For settings that cannot work.
+    pub fn new(config: PolicyConfig, observation: Observation) -> Result<Self> {
+        let now = Policy::new(config)?.step(observation);
+        let available = observation.available();
+        let beside = config.beside_settled(available);
+        let settled = ceiling(&beside, available, beside.least_headroom_bytes);
+        let more = settled > now.ceiling;
+        Ok(Self {
+            now,
+            settled: settled.max(now.ceiling),
+            after: config.settled.filter(|_| more).map(|settled| settled.after),
+        })
+    }
+
+    /// Not even a slab.
+    pub fn is_nothing(&self) -> bool {
+        self.settled == 0
+    }
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.now)?;
+        if let Some(after) = self.after {
+            let minutes = after.as_secs_f64() / 60.0;
+            write!(
+                f,
+                "; {:.2} GiB once its neighbours have held what they have for {minutes:.0} min",
+                gib(self.settled)
+            )?;
+        }
+        if self.is_nothing() {
+            write!(
+                f,
+                "; it lends nothing: a vLLM engine lends a part of its own pool with \"lend\", or leaves more with a smaller \
+                 --gpu-memory-utilization"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let seen = &self.observation;
         write!(
             f,

@@ -9,6 +9,7 @@ use super::policy::*;
 const SLAB: u64 = 10;
 const TOTAL: u64 = 1_000;
 const PERIOD: Duration = Duration::from_millis(250);
+const MINUTES: Duration = Duration::from_secs(300);
 
 fn config() -> PolicyConfig {
     PolicyConfig {
@@ -21,6 +22,11 @@ fn config() -> PolicyConfig {
         horizon: Duration::from_secs(1),
         half_life: Duration::from_secs(60),
         rise_slabs: 4,
+        settled: Some(Settled {
+            after: MINUTES,
+            reserve_part: 8,
+            headroom_part: 8,
+        }),
     }
 }
 
@@ -144,6 +150,123 @@ fn decisions() {
     }
 }
 
+/// Looks on while neighbours use the same, for as long as they must be quiet to be settled.
+fn quiet(device: &mut Device, neighbours: u64, times: u32) {
+    let until = device.now + MINUTES * times + PERIOD * 100;
+    while device.now < until {
+        device.step(neighbours);
+    }
+}
+
+/// As vLLM does: it takes 92 % when it starts, and holds it.
+#[test]
+fn what_is_idle_beside_a_settled_engine_is_lent() {
+    let mut device = Device::new(config());
+    // Less than reserve and headroom is free, and for all it knows the neighbour grows into it.
+    device.settle(920);
+    assert_eq!(device.offered, 0);
+    quiet(&mut device, 920, 1);
+    // 1000 - 920, less two slabs of reserve, two of headroom, and the hysteresis.
+    assert_eq!(device.offered, 20);
+    // The twin: where settled neighbours count like others, nothing is ever lent.
+    let mut careful = Device::new(PolicyConfig {
+        settled: None,
+        ..config()
+    });
+    quiet(&mut careful, 920, 1);
+    assert_eq!(careful.offered, 0);
+}
+
+#[test]
+fn a_neighbour_that_grows_after_all_gets_the_whole_reserve_at_once_and_then_the_headroom() {
+    let mut device = Device::new(config());
+    quiet(&mut device, 800, 1);
+    // An eighth of 200 in reserve, an eighth for growth, and the hysteresis.
+    assert_eq!(device.offered, 130);
+    let decision = device.step(830);
+    assert_eq!((decision.reason, decision.reserve), (Reason::Falling, 50));
+    assert_eq!(device.offered, 120, "1000 - 830 - 50");
+    for _ in 0..20 {
+        device.step(830);
+    }
+    // And the headroom, but less than the 70 that were free before: an engine may have started.
+    assert_eq!(device.offered, 110);
+    // It has to be quiet for twice as long as before.
+    quiet(&mut device, 830, 1);
+    assert_eq!(device.step(830).reserve, 50);
+    quiet(&mut device, 830, 1);
+    assert_eq!(device.step(830).reserve, 21);
+}
+
+/// The twin: neighbours that have shrunk are waited for as long as at first.
+#[test]
+fn an_engine_that_ends_does_not_make_others_wait_longer() {
+    let mut device = Device::new(config());
+    quiet(&mut device, 830, 1);
+    assert_eq!(device.step(830).reserve, 21);
+    assert_eq!(device.step(800).reserve, 50);
+    quiet(&mut device, 800, 1);
+    assert_eq!(device.step(800).reserve, 25);
+}
+
+#[test]
+fn a_hold_keeps_what_held_when_it_began() {
+    let mut device = Device::new(config());
+    quiet(&mut device, 800, 1);
+    device.held = Some(60);
+    device.step(800);
+    let held = device.offered;
+    device.held = Some(0);
+    // The engine takes its room, beyond noise, and no reserve is made for it.
+    for engine in [0, 25, 40] {
+        assert_eq!(device.step(800 + engine).target, held);
+    }
+    device.held = None;
+    // Now it has grown, and gets what any growth gets.
+    device.settle(840);
+    assert_eq!(
+        device.offered, 100,
+        "the reserve, and less than was free before"
+    );
+}
+
+#[test]
+fn what_somebody_asked_to_be_kept_is_kept_beside_anybody() {
+    let kept = PolicyConfig {
+        settled: Some(Settled {
+            after: MINUTES,
+            reserve_part: 0,
+            headroom_part: 8,
+        }),
+        ..config()
+    };
+    let mut device = Device::new(kept);
+    quiet(&mut device, 880, 1);
+    // 1000 - 880, less 50, 20 and 20.
+    assert_eq!(device.offered, 30);
+}
+
+#[test]
+fn a_forecast_says_what_time_will_bring() {
+    let device = Device::new(config());
+    let forecast = |neighbours| Forecast::new(config(), device.look(neighbours)).unwrap();
+    let settled = forecast(920);
+    assert_eq!((settled.now.ceiling, settled.settled), (0, 40));
+    assert_eq!(settled.after, Some(MINUTES));
+    let text = settled.to_string();
+    assert!(
+        text.contains("for 5 min") && !text.contains("lends nothing"),
+        "{text}"
+    );
+    let idle = forecast(100);
+    assert_eq!((idle.settled, idle.after), (idle.now.ceiling, None));
+    let full = forecast(970);
+    assert!(
+        full.is_nothing() && full.to_string().contains("\"lend\""),
+        "{full}"
+    );
+}
+
 #[test]
 fn a_spurt_is_forgotten_in_time() {
     let mut device = Device::new(config());
@@ -213,6 +336,22 @@ proptest! {
                 }
             }
         }
+    }
+
+    /// As it was before anybody was settled: growth beyond noise has the whole reserve free within one look, or all there is.
+    #[test]
+    fn growth_after_any_quiet_has_the_reserve_within_one_look(
+        before in 0_u64..=960,
+        quiet_for in 0_u32..3,
+        growth in 21_u64..=400,
+    ) {
+        let mut device = Device::new(config());
+        quiet(&mut device, before, quiet_for);
+        let used = (before + growth).min(TOTAL - device.offered);
+        prop_assume!(used > before + config().hysteresis_bytes);
+        device.step(used);
+        let free = TOTAL - used - device.offered;
+        prop_assert!(free >= 50 || device.offered == 0, "{} free, {} offered", free, device.offered);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{mem, time::Instant};
 
 use swiftcache_proto::domain::RegionId;
 use tonic::Code;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::{
     core::Core,
@@ -224,9 +224,9 @@ impl Core {
         if let Some(asked) = asked {
             let took = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
             state.give_back.saturating_record(took.max(1));
-            info!(region = %id, took_us = took, "region given back");
+            debug!(region = %id, took_us = took, "region given back");
         } else {
-            info!(region = %id, "region given back unasked");
+            debug!(region = %id, "region given back unasked");
         }
         drop(state);
         self.returned.notify_all();

@@ -234,7 +234,7 @@ impl Leases {
         let taken = pending.is_none_or(|pending| pending.revoked || pending.refused);
         match mapped {
             Ok(area) if !taken => {
-                info!(
+                debug!(
                     lease = %grant.lease, bytes = grant.slab_bytes, device = %grant.device,
                     link = %grant.link, slots = grant.slots, ?hold, "lease mapped"
                 );

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::info;
+use tracing::debug;
 
 use super::{
     core::{Leases, RecallTask},
@@ -30,7 +30,7 @@ impl Observer for Leases {
             && generation == Some(revocation.generation)
         {
             let window = Duration::from_millis(revocation.drain_ms.into());
-            info!(lease = %revocation.lease, reason = %revocation.reason, ?window, "lease revoked");
+            debug!(lease = %revocation.lease, reason = %revocation.reason, ?window, "lease revoked");
             self.recall(&mut state, slab, window);
             return true;
         }

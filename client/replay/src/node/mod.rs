@@ -22,7 +22,7 @@ use shape::{shrink, to_toml};
 use swiftcache_client::donor::{Observation, Policy, PolicyConfig};
 use swiftcache_proto::{domain::Device, topology::Topology};
 
-use super::{ReplayError, roofline::Gpu, sizing::Scale};
+use super::{ReplayError, plan::Lending, roofline::Gpu, sizing::Scale};
 
 /// How long a process may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(15);
@@ -51,8 +51,10 @@ pub struct NodePlan {
     pub donors: usize,
     /// Trace seconds per second of wall clock. The times of the donors' policy are divided by it.
     pub pace: f64,
-    /// HBM that a donor keeps free for its own model's growth, full-size bytes.
+    /// HBM that an elastic donor keeps free for its own model's growth, full-size bytes.
     pub headroom_bytes: u64,
+    /// What donors lend.
+    pub lending: Lending,
     /// The broker's program.
     pub broker: PathBuf,
     /// The `swiftcache` program.
@@ -123,7 +125,7 @@ impl PrivateNode {
         Ok(node)
     }
 
-    /// Starts an elastic donor on every device except the first, and waits until `ready` says that all of them
+    /// Starts a donor on every device except the first, and waits until `ready` says that all of them
     /// lend.
     ///
     /// # Errors
@@ -138,18 +140,29 @@ impl PrivateNode {
             let mut donor = self.tethered(&self.swiftcache);
             let bytes = |full: u64| plan.scale.shrink(full).to_string();
             donor
-                .args(["donate", "--elastic", "--name", name.as_str()])
+                .args(["donate", "--name", name.as_str()])
                 .args(["--device", device.uuid.as_str()])
                 .args(["--slab", &plan.scale.slab_bytes().to_string()])
-                .args(["--headroom", &bytes(plan.headroom_bytes)])
-                .args(["--period", &shortened(PERIOD, plan.pace)])
-                .args(["--settle", &shortened(SETTLE, plan.pace)])
-                .args(["--horizon", &shortened(HORIZON, plan.pace)])
-                .args(["--half-life", &shortened(HALF_LIFE, plan.pace)])
                 .arg("--socket")
                 .arg(&self.socket)
                 .arg("--usage-dir")
-                .arg(&self.usage_dir);
+                .arg(&self.usage_dir)
+                // What it says of itself would stand between the lines of this program.
+                .stdout(Stdio::null());
+            let reserve = PolicyConfig::new(plan.gpu.hbm_bytes, 1).reserve_bytes;
+            match plan.lending {
+                // Its engine takes memory as it needs it: with a reserve that is given it is never settled.
+                Lending::Elastic => donor
+                    .arg("--elastic")
+                    .args(["--reserve", &bytes(reserve)])
+                    .args(["--headroom", &bytes(plan.headroom_bytes)])
+                    .args(["--period", &shortened(PERIOD, plan.pace)])
+                    .args(["--settle", &shortened(SETTLE, plan.pace)])
+                    .args(["--horizon", &shortened(HORIZON, plan.pace)])
+                    .args(["--half-life", &shortened(HALF_LIFE, plan.pace)]),
+                Lending::Fixed(size) => donor.args(["--bytes", &bytes(size)]),
+                Lending::Idle => donor.args(["--bytes", &bytes(plan.gpu.hbm_bytes - reserve)]),
+            };
             self.spawn(name, donor)?;
         }
         self.wait_until("donors", &mut |_| ready())
@@ -164,6 +177,9 @@ impl PrivateNode {
 
     /// What each donor would come to lend, and why.
     fn why_not(&self, plan: &NodePlan) -> String {
+        if plan.lending != Lending::Elastic {
+            return "\n  The donors' logs say what their offers met".to_owned();
+        }
         let mut reasons = String::new();
         for device in self.donor_devices() {
             let file = self.usage_dir.join(device.uuid.as_str());
@@ -419,6 +435,7 @@ mod tests {
             donors,
             pace: 60.0,
             headroom_bytes: 4 << 30,
+            lending: Lending::Elastic,
             broker: "/nowhere/broker".into(),
             swiftcache: "/nowhere/swiftcache".into(),
             directory: None,

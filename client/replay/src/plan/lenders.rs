@@ -1,10 +1,10 @@
 //! What donors would lend over time: nothing is lent here, their policies are only asked.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use swiftcache_client::donor::{Observation, Policy, PolicyConfig};
 
-use crate::{ReplayError, donor_load::TokensInFlight, neighbours::MOST_SHARE};
+use crate::{ReplayError, donor_load::TokensInFlight, neighbours::MOST_SHARE, report::bytes};
 
 /// How often a donor looks at its device, trace seconds: as `swiftcache donate` does.
 const PERIOD_S: f64 = 0.25;
@@ -20,6 +20,16 @@ pub enum Lending {
     Fixed(u64),
     /// A GPU that nobody uses, but for a reserve.
     Idle,
+}
+
+impl fmt::Display for Lending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Elastic => f.write_str("elastic, beside engines with a load of their own"),
+            Self::Fixed(size) => write!(f, "{} each all the time", bytes(*size)),
+            Self::Idle => f.write_str("GPUs that nobody uses"),
+        }
+    }
 }
 
 /// One kind of donors.
@@ -69,6 +79,8 @@ impl Lenders {
     fn policy(&self) -> PolicyConfig {
         PolicyConfig {
             least_headroom_bytes: self.headroom_bytes,
+            // Its engine takes memory as it needs it, so it is never settled.
+            settled: None,
             ..PolicyConfig::new(self.hbm_bytes, self.slab_bytes)
         }
     }

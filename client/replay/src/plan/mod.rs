@@ -23,7 +23,7 @@ use crate::{
     ReplayError,
     lent::Lent,
     models::ModelShape,
-    report::{Holds, Ttft, bytes, curve},
+    report::{Holds, Ttft, curve},
     roofline::{Engine, Roofline},
     serving::{Arm, Loading, Outcome, Recompute, Serving, TARGET_UTILISATION, serve, stretch_for},
     sizing::pool_blocks,
@@ -181,7 +181,7 @@ impl Plan<'_> {
                 gpu: gpu.name.to_owned(),
                 model: self.model.name.to_owned(),
                 tensor_parallel: self.tensor_parallel,
-                lending: self.lending(),
+                lending: self.lenders.lending.to_string(),
                 block_bytes: self.block_bytes(),
                 pool_bytes: own.pool_bytes,
                 host_bytes: self.host_bytes,
@@ -299,14 +299,6 @@ impl Plan<'_> {
         arm.longest_stitched_tokens += arm.lent_least_bytes / self.model.bytes_per_token();
         arm.revocations = lent.revocations;
         arm.lent = lent.points(block);
-    }
-
-    fn lending(&self) -> String {
-        match self.lenders.lending {
-            Lending::Elastic => "elastic, beside engines with a load of their own".to_owned(),
-            Lending::Fixed(size) => format!("{} each all the time", bytes(size)),
-            Lending::Idle => "GPUs that nobody uses".to_owned(),
-        }
     }
 
     fn basis(&self) -> String {

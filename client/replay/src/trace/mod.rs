@@ -138,6 +138,8 @@ pub struct Options {
     pub rate: Option<f64>,
     /// Only so many rows of the file.
     pub first: Option<usize>,
+    /// Bytes of text in a token, for traces that have the texts. `None`: four.
+    pub bytes_per_token: Option<f64>,
 }
 
 impl Options {

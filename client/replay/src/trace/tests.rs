@@ -248,6 +248,16 @@ fn messages_share_what_they_begin_with_and_say_that_tokens_are_guessed() {
     assert_eq!(trace.requests[1].output_tokens, 6, "the answer itself");
     assert_eq!(shared(&trace, 0, 1), 1, "256 bytes of the system prompt");
     assert!(trace.notes[0].contains("no tokenizer"), "{:?}", trace.notes);
+    // Whoever knows the model's tokenizer says how long its tokens are.
+    let shorter = Options {
+        bytes_per_token: Some(2.0),
+        ..Options::default()
+    };
+    let twice = with(MESSAGES, shorter).unwrap();
+    let tokens = |trace: &Trace| trace.requests[0].input_tokens;
+    assert!(tokens(&twice).abs_diff(2 * tokens(&trace)) <= 1);
+    assert!(shared(&twice, 0, 1) >= 2, "the same bytes are more blocks");
+    assert!(twice.notes[0].contains("2 bytes"), "{:?}", twice.notes);
     for text in [BATCH, PROMPTS] {
         let rate = Options {
             rate: Some(4.0),
