@@ -1,12 +1,38 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs.
 CARGO ?= cargo
 
-.PHONY: demo test quick soak test-python test-vllm test-sglang bench-vllm test-deploy wheel check build bench gpu ptx sbom image
+.PHONY: demo install uninstall package test quick soak test-python test-vllm test-sglang bench-vllm test-deploy wheel check build bench gpu ptx sbom image
+
+# Where the built programs are.
+BUILT ?= target/release
+PROGRAMS := swiftcache-broker swiftcache
 
 ## Builds, starts a node of real processes on this machine, replays a sample workload, prints the table.
 demo: setup
-	$(CARGO) build --release --locked --bin swiftcache-broker --bin swiftcache
-	target/release/swiftcache demo
+	@[ -x $(BUILT)/swiftcache ] || echo "The first build compiles 300 crates: about five minutes on two cores, one on sixteen. Later ones take seconds."
+	$(CARGO) build --release --locked $(PROGRAMS:%=--bin %)
+	@echo "The programs are $(BUILT)/swiftcache and $(BUILT)/swiftcache-broker; make install copies them to $(PREFIX)/bin."
+	$(BUILT)/swiftcache demo
+
+## Copies both programs, their manual page and completions to PREFIX (below DESTDIR, for packages).
+PREFIX ?= /usr/local
+install: setup
+	$(CARGO) build --release --locked $(PROGRAMS:%=--bin %)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -m 0755 $(PROGRAMS:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin/
+	$(BUILT)/swiftcache man > $(DESTDIR)$(PREFIX)/share/man/man1/swiftcache.1
+	$(BUILT)/swiftcache completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/swiftcache
+
+## Removes what `make install` copied.
+uninstall:
+	rm -f $(PROGRAMS:%=$(DESTDIR)$(PREFIX)/bin/%) $(DESTDIR)$(PREFIX)/share/man/man1/swiftcache.1 \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/swiftcache
+
+## An archive of both programs with units, licence and bill of materials, in target/packages; what a release has.
+package: setup
+	$(CARGO) build --release --locked $(PROGRAMS:%=--bin %)
+	deploy/release/package.sh $(BUILT) target/packages
 
 ## Every check and every test.
 test: setup check

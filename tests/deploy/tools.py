@@ -138,6 +138,51 @@ def debian_package(package, program):
     return path
 
 
+def debian_packages(package, program):
+    """A program of a Debian package with all that it needs and this machine lacks, unpacked and not installed. It finds its
+    libraries by `library_path`."""
+    home = TOOLS / "debian" / package
+    path = home / program
+    if path.exists():
+        return path
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as name:
+        beside = Path(name)
+        for directory in ("state/lists/partial", "cache/archives/partial"):
+            (beside / directory).mkdir(parents=True, exist_ok=True)
+        private = [f"-oDir::Cache={beside}/cache", "-oAPT::Sandbox::User=", "-oDebug::NoLocking=1"]
+        get = ["install", "--download-only", "--no-install-recommends", "-y", "-qq", package]
+        try:
+            run("apt-get", *private, *get)
+        except Unavailable:
+            private += [f"-oDir::State={beside}/state", "-oDir::State::status=/var/lib/dpkg/status"]
+            run("apt-get", *private, "-qq", "update")
+            run("apt-get", *private, *get)
+        for archive in beside.glob("cache/archives/*.deb"):
+            run("dpkg", "-x", archive, beside / "unpacked")
+        shutil.rmtree(home, ignore_errors=True)
+        (beside / "unpacked").rename(home)
+    if not path.exists():
+        raise Unavailable(f"Debian's {package} has no {program}")
+    return path
+
+
+def library_path(path):
+    """The directories of libraries of a program of `debian_packages`."""
+    homes = [parent for parent in Path(path).parents if parent.parent == TOOLS / "debian"]
+    libraries = [found for home in homes for found in home.glob("usr/lib/*-linux-gnu")]
+    return [str(found) for library in libraries for found in (library, library / "pulseaudio")]
+
+
+def chromium():
+    """A real browser, without a window."""
+    found = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    path = found or debian_packages("chromium-headless-shell", "usr/lib/chromium/chromium-headless-shell")
+    libraries = os.pathsep.join(library_path(path))
+    run(path, "--version", env={"LD_LIBRARY_PATH": libraries} if libraries else None)
+    return path
+
+
 def promtool():
     return shutil.which("promtool") or debian_package("prometheus", "promtool")
 
@@ -183,7 +228,7 @@ def docker():
 
 # The tools of one line are prepared one after the other, the lines at the same time.
 PREPARED = [
-    [promtool, prometheus, buf, hadolint, systemd_analyze, cargo_deny, docker],
+    [promtool, prometheus, buf, hadolint, systemd_analyze, cargo_deny, docker, chromium],
     [grpcurl, helm],
 ]
 

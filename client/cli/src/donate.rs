@@ -656,7 +656,7 @@ mod tests {
                 problem.starts_with(&format!("{flag}: SIM-1 has 1.1 GB")),
                 "{problem}"
             );
-            args.check_for(&device, 2 << 30).unwrap();
+            args.check_for(&device, 4 << 30).unwrap();
         }
     }
 

@@ -199,7 +199,7 @@ impl Found {
     pub(super) fn by_tier(&self) -> String {
         let [own, replica, host] =
             [self.own, self.replica, self.host].map(|found| percent(found, self.asked));
-        format!("own {own} replicas {replica} host {host}")
+        format!("own {own} shared {replica} host {host}")
     }
 }
 
