@@ -398,7 +398,6 @@ mod tests {
                     replica_blocks: 1,
                     host_blocks: 3,
                     failed_operations: 4,
-                    ..v1::Traffic::default()
                 }),
                 routes_down: 1,
                 ..v1::GetNodeResponse::default()
