@@ -120,6 +120,13 @@ def test_of_what_is_served_it_is_known_which_blocks_are_needed() -> None:
         Groups.of(stage.hybrid(SinklessSpec(block_size=stage.BLOCK)), config, stage.BLOCK)
 
 
+def test_a_block_of_the_only_group_is_a_unit() -> None:
+    """Whatever block size a backend has chosen for it."""
+    kv = stage.kv_config(kv_cache_spec=stage.spec(block_size=2 * stage.BLOCK))
+    (group,) = Groups.of(kv, stage.config(), stage.BLOCK).all
+    assert group.per_unit == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class SinklessSpec(KVCacheSpec):
     """Of a vLLM to come."""

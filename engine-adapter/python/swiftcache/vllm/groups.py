@@ -113,7 +113,8 @@ it goes on from, the one before it while a step is under way, the next one, and 
 
 
 def _group(number: int, spec: KVCacheSpec, config: VllmConfig, unit_tokens: int) -> Group:
-    kind, per_unit = get_kv_cache_spec_kind(spec).value, unit_tokens // spec.block_size
+    # Of a model's only group vLLM takes the unit from its settings, and nothing else has to be a part of it.
+    kind, per_unit = get_kv_cache_spec_kind(spec).value, max(1, unit_tokens // spec.block_size)
     layer = next(iter(iter_layer_specs(spec)))
     if isinstance(layer, MambaSpec):
         most = STATES_OF_A_REQUEST + layer.num_prefill_checkpoint_blocks
