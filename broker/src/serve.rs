@@ -14,6 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use swiftcache_proto::{
     convert::MAX_MESSAGE_BYTES,
     domain::{Device, DeviceUuid},
+    numa,
     topology::Topology,
     v1::{self, admin_server::AdminServer, broker_server::BrokerServer},
 };
@@ -311,6 +312,7 @@ fn restore(
     let node = Node {
         devices: (probe.devices().iter().cloned())
             .chain(missed(&records, probe))
+            .chain(numa::devices())
             .collect(),
         links: probe.links().to_vec(),
     };

@@ -36,6 +36,7 @@ pub(crate) struct Cache(Arc<Worker>);
 struct Wanted {
     layout: Layout,
     max_leased_bytes: u64,
+    max_host_leased_bytes: Option<u64>,
     lease_step_bytes: Option<u64>,
     host_tier_bytes: Option<u64>,
     device: Option<DeviceUuid>,
@@ -52,6 +53,8 @@ impl Wanted {
         let named = self.device.clone().map_or_else(|| "unknown".parse(), Ok);
         let named = named.map_err(|problem: String| Failure::argument("device", problem))?;
         let mut config = BorrowerConfig::new(named, self.layout, self.max_leased_bytes);
+        config.max_host_leased_bytes =
+            (self.max_host_leased_bytes).unwrap_or(config.max_host_leased_bytes);
         config.lease_step_bytes = self.lease_step_bytes.unwrap_or(config.lease_step_bytes);
         config.host_tier_bytes = self.host_tier_bytes.unwrap_or(config.host_tier_bytes);
         config.share = self.share.unwrap_or(config.share);
@@ -73,13 +76,14 @@ impl Wanted {
 impl Cache {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "Python callers name them")]
-    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, lease_step_bytes = None, host_tier_bytes = None, device = None, backend = "auto", share = None, lookup_ms = None, lend_drain_ms = None, borrower_id = None))]
+    #[pyo3(signature = (connection, *, namespace, layer_bytes, max_leased_bytes, max_host_leased_bytes = None, lease_step_bytes = None, host_tier_bytes = None, device = None, backend = "auto", share = None, lookup_ms = None, lend_drain_ms = None, borrower_id = None))]
     fn new(
         py: Python<'_>,
         connection: &Bound<'_, Connection>,
         namespace: String,
         layer_bytes: &Bound<'_, PyAny>,
         max_leased_bytes: &Bound<'_, PyAny>,
+        max_host_leased_bytes: Option<&Bound<'_, PyAny>>,
         lease_step_bytes: Option<&Bound<'_, PyAny>>,
         host_tier_bytes: Option<&Bound<'_, PyAny>>,
         device: Option<&str>,
@@ -98,6 +102,10 @@ impl Cache {
                 layer_bytes: arguments::number("layer_bytes", layer_bytes)?,
             },
             max_leased_bytes: arguments::number("max_leased_bytes", max_leased_bytes)?,
+            max_host_leased_bytes: arguments::optional(
+                "max_host_leased_bytes",
+                max_host_leased_bytes,
+            )?,
             lease_step_bytes: arguments::optional("lease_step_bytes", lease_step_bytes)?,
             host_tier_bytes: arguments::optional("host_tier_bytes", host_tier_bytes)?,
             device: named("device", device)?,

@@ -40,6 +40,7 @@ pub(crate) fn flat(stats: &Stats) -> Vec<(&'static str, u64)> {
         ("leases", stats.leases.into()),
         ("shared_leases", stats.shared_leases.into()),
         ("leased_bytes", stats.leased_bytes),
+        ("host_leased_bytes", stats.host_leased_bytes),
         ("donor_blocks", stats.donor_blocks),
         ("host_blocks", stats.host_blocks),
     ];

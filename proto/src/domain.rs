@@ -137,6 +137,27 @@ impl DeviceUuid {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The host memory of a NUMA node: `HOST-n`.
+    pub fn of_host(node: u32) -> Self {
+        Self(format!("HOST-{node}").into())
+    }
+
+    /// The NUMA node whose host memory this names, if it is of that form.
+    pub fn host_node(&self) -> Option<u32> {
+        let digits = self.0.strip_prefix("HOST-")?;
+        let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+        let padded = digits.len() > 1 && digits.starts_with('0');
+        (plain && !padded).then(|| digits.parse().ok()).flatten()
+    }
+
+    /// The kind of memory that the device has.
+    pub fn medium(&self) -> Medium {
+        match self.host_node() {
+            Some(_) => Medium::Host,
+            None => Medium::Hbm,
+        }
+    }
 }
 
 impl FromStr for DeviceUuid {
@@ -177,7 +198,7 @@ pub enum LinkKind {
     Nvlink,
     /// Peer access across PCIe.
     Pcie,
-    /// No peer access: staged through host memory.
+    /// Host memory, reached over PCIe; or, between two GPUs, no peer access.
     Host,
 }
 
@@ -388,16 +409,16 @@ impl FoundRun {
     }
 }
 
-/// A GPU, or a simulated one.
+/// A GPU, or a simulated one; or a NUMA node's host memory, which computes nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Its identity.
     pub uuid: DeviceUuid,
     /// Marketing name.
     pub name: String,
-    /// Total HBM, bytes; 0 when the driver does not say.
+    /// Its memory in all, bytes; 0 when the driver does not say.
     pub hbm_bytes: u64,
-    /// The broker's ordinal, for people only.
+    /// The broker's ordinal, or the NUMA node's number; for people only.
     pub ordinal: u32,
 }
 

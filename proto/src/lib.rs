@@ -4,6 +4,7 @@
 //! * [`domain`] is what the two sides think in: validated identifiers, hashes and enums.
 //! * [`topology`] describes a simulated node.
 //! * [`fd_socket`] frames what travels beside gRPC.
+//! * [`numa`] lists the machine's host memory.
 //! * [`nvml`] says where NVML's library is: the broker's probe and `swiftcache doctor` load the same one.
 //! * [`size`] reads sizes as people write them.
 //! * [`traffic`] adds up what engines report of their copies.
@@ -12,6 +13,7 @@
 pub mod convert;
 pub mod domain;
 pub mod fd_socket;
+pub mod numa;
 pub mod nvml;
 pub mod size;
 pub mod topology;

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::domain::{Device, DeviceUuid, Link, LinkKind};
+use crate::domain::{Device, DeviceUuid, Link, LinkKind, Medium};
 
 /// The most devices that a topology may have.
 pub const MAX_DEVICES: usize = 64;
@@ -144,6 +144,11 @@ fn devices(list: &[FileDevice]) -> Result<Vec<Device>, String> {
         let uuid = entry.uuid.clone();
         if devices.iter().any(|device| device.uuid == uuid) {
             return Err(format!("device {uuid} appears twice"));
+        }
+        if uuid.medium() == Medium::Host {
+            return Err(format!(
+                "device {uuid}: a UUID cannot be HOST-n, which names host memory"
+            ));
         }
         if uuid.as_str().contains('/') {
             return Err(format!("device {uuid}: a UUID cannot contain '/'"));

@@ -7,7 +7,7 @@ import pytest
 from tools import ROOT
 
 UNITS = ROOT / "deploy" / "systemd"
-SERVICES = ["swiftcache-broker.service", "swiftcache-donor.service"]
+SERVICES = ["swiftcache-broker.service", "swiftcache-donor.service", "swiftcache-host-donor@.service"]
 # The limit of systemd's exposure level, times ten. systemd calls a level below 20 "OK".
 EXPOSURE = 20
 
@@ -17,7 +17,8 @@ def installable(directory, change=lambda text: text):
     paths = []
     for name in SERVICES:
         text = change((UNITS / name).read_text())
-        path = directory / name
+        # Of a template, one instance is checked.
+        path = directory / name.replace("@.", "@0.")
         path.write_text(re.sub(r"^ExecStart=/usr/bin/[a-z-]+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
         paths.append(path)
     return paths
@@ -29,7 +30,8 @@ NEW = re.compile(r"Unknown key (name )?'(RestartSteps|RestartMaxDelaySec)' in se
 
 def complaints(done):
     """The complaints about our units. Other units of this machine do not matter."""
-    lines = [line for line in done.stderr.splitlines() if any(name in line for name in SERVICES)]
+    stems = [name.split(".")[0] for name in SERVICES]
+    lines = [line for line in done.stderr.splitlines() if any(stem in line for stem in stems)]
     return [line for line in lines if not NEW.search(line)]
 
 
@@ -120,7 +122,13 @@ def test_the_broker_may_give_its_socket_to_a_group():
     assert calls.index("@chown") > next(index for index, value in enumerate(calls) if "@privileged" in value)
 
 
-def test_the_donor_stops_first_and_outlives_the_broker():
-    donor = settings(SERVICES[1])
+@pytest.mark.parametrize("name", SERVICES[1:])
+def test_the_donor_stops_first_and_outlives_the_broker(name):
+    donor = settings(name)
     assert ("After", "swiftcache-broker.service") in donor
     assert not [key for key, _ in donor if key in ("Requires", "BindsTo", "PartOf")]
+
+
+def test_the_donor_of_host_memory_lends_its_own_numa_node():
+    [command] = [value for key, value in settings(SERVICES[2]) if key == "ExecStart"]
+    assert "--device=HOST-%i" in command and "--bytes=${SWIFTCACHE_HOST_BYTES}" in command

@@ -98,10 +98,18 @@ impl<'a> Scene<'a> {
     /// # Errors
     /// When it does not start.
     pub fn donate(&mut self, device: usize, slabs: u64) -> Result<usize> {
+        self.donate_on(&self.node.device(device), slabs)
+    }
+
+    /// The same for a device by its name, which may be host memory.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn donate_on(&mut self, device: &DeviceUuid, slabs: u64) -> Result<usize> {
         let before = self.offered()?;
         let mut command = Command::new(program("swiftcache")?);
         command
-            .args(["donate", "--device", self.node.device(device).as_str()])
+            .args(["donate", "--device", device.as_str()])
             .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
             .args(["--slab", &SLAB_BYTES.to_string()])
             // Nobody is in a hurry: what comes back comes because it was let go of.

@@ -170,15 +170,18 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 18] = [
+const UNBOUNDED: [&str; 21] = [
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",
     "Lookup.unpinned",
+    "Lookup.host_memory",
+    "Lease.host_bytes",
     "Keep.shares",
     "Keep.anew",
     "Keep.closed",
     "Keep.host_memory_down",
+    "Keep.host_memory",
     "Report.routes_down",
     "Report.homes",
     "ListRegions.page_size",

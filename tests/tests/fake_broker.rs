@@ -104,6 +104,7 @@ fn forged_answers_end_every_call_and_nothing_else() -> Result<()> {
             bytes: 1,
             block_bytes: 1,
             class: Default::default(),
+            host_bytes: 0,
         };
         drop(session.lease(demand).wait());
     }

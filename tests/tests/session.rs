@@ -86,6 +86,7 @@ fn the_brokers_refusals_are_passed_on() -> Result<()> {
         bytes: 1,
         block_bytes: 1,
         class: Default::default(),
+        host_bytes: 0,
     };
     match session.lease(demand).wait() {
         Err(Error::Refused { call, status }) => {
@@ -124,6 +125,7 @@ fn any_demand(node: &Node) -> Demand {
         bytes: 1,
         block_bytes: 1,
         class: Default::default(),
+        host_bytes: 0,
     }
 }
 

@@ -143,6 +143,7 @@ impl Bench {
             bytes: SLAB_BYTES,
             block_bytes: SLAB_BYTES / 16,
             class: Default::default(),
+            host_bytes: 0,
         }
     }
 

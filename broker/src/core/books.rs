@@ -12,7 +12,7 @@ use super::{
     arena::{LeaseKey, RegionKey},
     borrowers::Borrowers,
     check::hold,
-    claims::{Claims, Stake},
+    claims::{AllClaims, Stake},
     config::{CoreConfig, Node},
     counters::Counters,
     devices::Devices,
@@ -43,7 +43,7 @@ pub(super) struct Books {
     pub(super) pins: Pins,
     pub(super) unmappable: Unmappable,
     pub(super) borrowers: Borrowers,
-    pub(super) claims: Claims,
+    pub(super) claims: AllClaims,
     pub(super) quotas: Quotas,
     pub(super) holds: Holds,
     pub(super) counters: Counters,
@@ -89,7 +89,7 @@ impl Books {
             pins: Pins::new(config.pin_base),
             unmappable: Unmappable::default(),
             borrowers: Borrowers::default(),
-            claims: Claims::new(Weights {
+            claims: AllClaims::new(Weights {
                 tenants: config.tenant_weights.clone(),
                 namespaces: config.namespace_weights.clone(),
             }),
@@ -210,7 +210,8 @@ impl Books {
                 last_hit: self.now,
             };
             let path = holders::path(&new.tenant, &new.namespace);
-            self.claims.add(key, stake, &path);
+            let medium = self.devices.medium(device);
+            self.claims.of_mut(medium).add(key, stake, &path);
         } else {
             self.leases.drop_party(key, new.lessee);
         }
@@ -356,7 +357,8 @@ impl Books {
         self.check_slabs(may_be_left)?;
         self.check_leases()?;
         self.check_sessions()?;
-        self.claims.check(self.active(), lives)
+        let medium = |stake: &Stake| self.devices.medium(stake.device);
+        self.claims.check(self.active(), medium, lives)
     }
 
     /// Every leased slab has a lease that says the same, and every lease a slab.

@@ -37,6 +37,8 @@ pub(super) struct Nature {
     pub(super) down: Vec<usize>,
     /// The same of its own host memory.
     pub(super) host_down: bool,
+    /// It can map host memory of donors.
+    pub(super) host_memory: bool,
 }
 
 impl Borrower {
@@ -65,6 +67,11 @@ impl Borrower {
     /// Devices whose memory it cannot copy from now.
     pub(super) fn down(&self) -> &[usize] {
         &self.nature.down
+    }
+
+    /// Whether it can map host memory of donors.
+    pub(super) fn maps_host_memory(&self) -> bool {
+        self.nature.host_memory
     }
 
     /// The blocks in its own host memory, if it can copy from there now.

@@ -9,7 +9,7 @@ use std::{
     ops::Bound,
 };
 
-use swiftcache_proto::domain::{LeaseId, SessionId};
+use swiftcache_proto::domain::{LeaseId, Medium, SessionId};
 
 use super::{
     arena::{Beside, LeaseKey, NamespaceKey, OfLease},
@@ -89,7 +89,87 @@ struct Total {
     namespaces: BTreeSet<NamespaceKey>,
 }
 
-/// All claims.
+/// The claims to each kind of memory. Each is shared out by itself: who holds much host memory has no less of a claim to HBM.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AllClaims {
+    hbm: Claims,
+    host: Claims,
+}
+
+impl AllClaims {
+    pub(super) fn new(weights: Weights) -> Self {
+        Self {
+            hbm: Claims::new(weights.clone()),
+            host: Claims::new(weights),
+        }
+    }
+
+    pub(super) fn of(&self, medium: Medium) -> &Claims {
+        match medium {
+            Medium::Hbm => &self.hbm,
+            Medium::Host => &self.host,
+        }
+    }
+
+    pub(super) fn of_mut(&mut self, medium: Medium) -> &mut Claims {
+        match medium {
+            Medium::Hbm => &mut self.hbm,
+            Medium::Host => &mut self.host,
+        }
+    }
+
+    fn each(&mut self) -> [&mut Claims; 2] {
+        [&mut self.hbm, &mut self.host]
+    }
+
+    pub(super) fn stop_waiting(&mut self, session: SessionId) {
+        for claims in self.each() {
+            claims.stop_waiting(session);
+        }
+    }
+
+    pub(super) fn expire_waits(&mut self, now: u64) {
+        for claims in self.each() {
+            claims.expire_waits(now);
+        }
+    }
+
+    /// A lease is not active any more.
+    pub(super) fn remove(&mut self, lease: LeaseKey) {
+        for claims in self.each() {
+            claims.remove(lease);
+        }
+    }
+
+    /// A lease has so many published blocks now.
+    pub(super) fn set_blocks(&mut self, lease: LeaseKey, blocks: u32) {
+        for claims in self.each() {
+            claims.set_blocks(lease, blocks);
+        }
+    }
+
+    /// The slab of a lease could be lent to somebody else from now on.
+    pub(super) fn make_takeable(&mut self, lease: LeaseKey) {
+        for claims in self.each() {
+            claims.make_takeable(lease);
+        }
+    }
+
+    /// Verifies all sums and sets against the active leases, each with the kind of memory that its slab is of.
+    pub(super) fn check(
+        &self,
+        active: BTreeMap<LeaseKey, (Stake, Path)>,
+        medium: impl Fn(&Stake) -> Medium,
+        lives: impl Fn(SessionId) -> bool,
+    ) -> Result<(), String> {
+        let (hbm, host) =
+            (active.into_iter()).partition(|(_, (stake, _))| medium(stake) == Medium::Hbm);
+        self.hbm.check(hbm, &lives)?;
+        self.host.check(host, &lives)
+    }
+}
+
+/// All claims to one kind of memory.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
     weights: Weights,
@@ -101,7 +181,7 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    pub(super) fn new(weights: Weights) -> Self {
+    fn new(weights: Weights) -> Self {
         Self {
             weights,
             ..Self::default()
@@ -119,11 +199,11 @@ impl Claims {
         self.waits.insert(session, Wait { claim, until });
     }
 
-    pub(super) fn stop_waiting(&mut self, session: SessionId) {
+    fn stop_waiting(&mut self, session: SessionId) {
         self.waits.remove(&session);
     }
 
-    pub(super) fn expire_waits(&mut self, now: u64) {
+    fn expire_waits(&mut self, now: u64) {
         self.waits.retain(|_, wait| wait.until > now);
     }
 
@@ -193,7 +273,7 @@ impl Claims {
     }
 
     /// A lease is not active any more.
-    pub(super) fn remove(&mut self, lease: LeaseKey) {
+    fn remove(&mut self, lease: LeaseKey) {
         if self.stakes.get(lease).is_none() {
             return;
         }
@@ -248,12 +328,12 @@ impl Claims {
     }
 
     /// A lease has so many published blocks now.
-    pub(super) fn set_blocks(&mut self, lease: LeaseKey, blocks: u32) {
+    fn set_blocks(&mut self, lease: LeaseKey, blocks: u32) {
         self.change(lease, |stake| stake.blocks = blocks);
     }
 
     /// The slab of a lease could be lent to somebody else from now on.
-    pub(super) fn make_takeable(&mut self, lease: LeaseKey) {
+    fn make_takeable(&mut self, lease: LeaseKey) {
         self.change(lease, |stake| stake.takeable = true);
     }
 
@@ -311,7 +391,7 @@ impl Claims {
     }
 
     /// Verifies all sums and sets against the active leases, and that whoever waits `lives`.
-    pub(super) fn check(
+    fn check(
         &self,
         active: BTreeMap<LeaseKey, (Stake, Path)>,
         lives: impl Fn(SessionId) -> bool,

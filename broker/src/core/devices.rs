@@ -1,8 +1,10 @@
 //! The node's devices and the links between them. Nothing of it changes while the broker runs.
+//!
+//! Host memory is a device for each NUMA node. Every other device reaches it, over PCIe.
 
 use std::collections::BTreeMap;
 
-use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind};
+use swiftcache_proto::domain::{Device, DeviceUuid, Link, LinkKind, Medium};
 
 use super::{config::Node, effect::Refusal};
 
@@ -17,6 +19,8 @@ pub(super) struct Path {
 #[derive(Clone, Debug)]
 pub(super) struct Devices {
     list: Vec<Device>,
+    /// The kind of memory that each has.
+    media: Vec<Medium>,
     numbers: BTreeMap<DeviceUuid, usize>,
     /// From (row) to (column).
     links: Vec<Option<Path>>,
@@ -45,8 +49,10 @@ impl Devices {
                 });
             }
         }
+        let media = list.iter().map(|device| device.uuid.medium()).collect();
         Self {
             list,
+            media,
             numbers,
             links,
         }
@@ -75,10 +81,20 @@ impl Devices {
         &self.list[number].uuid
     }
 
-    /// How `from` reaches `to`: as the same device or by peer access; `None` when it cannot.
+    /// The kind of memory that a device has.
+    pub(super) fn medium(&self, number: usize) -> Medium {
+        self.media[number]
+    }
+
+    /// How `from` reaches `to`: as the same device, by peer access, or because `to` is host memory; `None` when it cannot.
     pub(super) fn path(&self, from: usize, to: usize) -> Option<Path> {
-        self.link(from, to)
-            .filter(|path| path.kind != LinkKind::Host)
+        match (self.media[from], self.media[to]) {
+            (Medium::Hbm, Medium::Host) => Some(Path {
+                kind: LinkKind::Host,
+                bytes_per_second: 0,
+            }),
+            _ => (self.link(from, to)).filter(|path| path.kind != LinkKind::Host),
+        }
     }
 
     fn link(&self, from: usize, to: usize) -> Option<Path> {
@@ -102,9 +118,10 @@ impl Devices {
         links.collect()
     }
 
-    /// The devices that `from` reaches, in tiers of equal links, best first.
-    pub(super) fn tiers(&self, from: usize) -> Vec<(LinkKind, Vec<usize>)> {
+    /// The devices of a kind of memory that `from` reaches, in tiers of equal links, best first.
+    pub(super) fn tiers(&self, from: usize, medium: Medium) -> Vec<(LinkKind, Vec<usize>)> {
         let mut reached: Vec<_> = (0..self.list.len())
+            .filter(|to| self.media[*to] == medium)
             .filter_map(|to| Some((self.path(from, to)?, to)))
             .collect();
         reached

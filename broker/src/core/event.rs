@@ -216,6 +216,8 @@ pub struct LeaseDemand {
     pub block_bytes: u64,
     /// What for.
     pub class: LeaseClass,
+    /// How much host memory, where HBM falls short, bytes.
+    pub host_bytes: u64,
 }
 
 /// See `PublishRequest`.
@@ -246,6 +248,8 @@ pub struct Lookup {
     pub borrower: Option<BorrowerId>,
     /// Nothing is to be pinned.
     pub unpinned: bool,
+    /// The asker can map host memory of donors.
+    pub host_memory: bool,
 }
 
 /// See `KeepRequest`.
@@ -275,6 +279,8 @@ pub struct Keep {
     pub down: Vec<DeviceUuid>,
     /// The same of its own host memory.
     pub host_down: bool,
+    /// It can map host memory of donors.
+    pub host_memory: bool,
 }
 
 /// What an operator drains.

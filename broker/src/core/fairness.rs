@@ -7,6 +7,8 @@
 //! other is that user's own matter, and however many namespaces, labels or sessions a user makes up, another user's share
 //! stays the same. A model with ten replicas gets no ten shares either.
 //!
+//! HBM and host memory are shared out apart by the same rules.
+//!
 //! * *Granting.* While others wait that would hold no more (for their weight) with another slab than the asker holds
 //!   without, the asker is granted a free slab only if enough free bytes remain for them to catch up with it.
 //! * *Taking.* When no free slab is left, the asker takes slabs from the user that holds the most for its weight,
@@ -27,7 +29,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use swiftcache_proto::domain::{LeaseClass, LinkKind, SessionId};
+use swiftcache_proto::domain::{LeaseClass, LinkKind, Medium, SessionId};
 
 use super::{
     account::Account,
@@ -35,6 +37,7 @@ use super::{
     books::Books,
     claims::Claim,
     holders::{Holder, LEVELS, Path, path, tenant_of},
+    regions::Shelf,
     shares::{Level, max_min_level, scaled},
 };
 
@@ -46,7 +49,9 @@ pub(super) struct Demand {
     pub(super) device: usize,
     pub(super) block_bytes: u64,
     pub(super) class: LeaseClass,
-    /// Devices it can reach, best first.
+    /// The kind of memory that is asked for.
+    pub(super) medium: Medium,
+    /// Devices of that kind that it can reach, best first.
     pub(super) tiers: Vec<(LinkKind, Vec<usize>)>,
     /// Still to be granted, bytes.
     pub(super) missing: u64,
@@ -56,6 +61,18 @@ impl Demand {
     /// Whose share it counts towards.
     fn path(&self) -> Path {
         path(&self.tenant, &self.namespace)
+    }
+
+    /// The same session's demand of so much host memory.
+    pub(super) fn of_host_memory(&self, books: &Books, bytes: u64) -> Self {
+        Self {
+            tenant: self.tenant.clone(),
+            namespace: self.namespace.clone(),
+            medium: Medium::Host,
+            tiers: books.devices.tiers(self.device, Medium::Host),
+            missing: bytes,
+            ..*self
+        }
     }
 
     /// Whether it could use a slab of a region. An engine that lends part of its pool gains nothing by leasing it, and CUDA
@@ -77,7 +94,8 @@ pub(super) fn wait(books: &mut Books, demand: &Demand) {
         path: demand.path(),
     };
     let until = books.now.saturating_add(books.config.wait_ms.into());
-    books.claims.wait(demand.session, claim, until);
+    let claims = books.claims.of_mut(demand.medium);
+    claims.wait(demand.session, claim, until);
 }
 
 /// The level at which the paths of two claims part; `None` within one namespace.
@@ -85,15 +103,20 @@ fn parting(one: &Path, other: &Path) -> Option<usize> {
     (0..LEVELS).find(|level| one[*level] != other[*level])
 }
 
-fn lendable_bytes(books: &Books, column: impl Fn(&Account) -> u64) -> u64 {
-    let shelves = books.regions.shelves().iter();
-    shelves.map(|shelf| column(&shelf.lendable())).sum()
+/// What is offered of a kind of memory, with the device that holds it.
+fn shelves(books: &Books, medium: Medium) -> impl Iterator<Item = (usize, &Shelf)> {
+    let shelves = books.regions.shelves().iter().enumerate();
+    shelves.filter(move |(device, _)| books.devices.medium(*device) == medium)
 }
 
-/// Free bytes that a session computing on this device reaches.
-fn free_within_reach(books: &Books, from: usize) -> u64 {
-    let shelves = books.regions.shelves().iter().enumerate();
-    let reached = shelves.filter(|(to, _)| books.devices.path(from, *to).is_some());
+fn lendable_bytes(books: &Books, medium: Medium, column: impl Fn(&Account) -> u64) -> u64 {
+    let shelves = shelves(books, medium);
+    shelves.map(|(_, shelf)| column(&shelf.lendable())).sum()
+}
+
+/// Free bytes of a kind of memory that a session computing on this device reaches.
+fn free_within_reach(books: &Books, medium: Medium, from: usize) -> u64 {
+    let reached = shelves(books, medium).filter(|(to, _)| books.devices.path(from, *to).is_some());
     reached.map(|(_, shelf)| shelf.lendable().free).sum()
 }
 
@@ -102,14 +125,14 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
     let its = books.regions.get(region);
     let (device, bytes) = (its.device(), its.slab_bytes());
     let own = demand.path();
-    let held = books.claims.held(demand.session);
+    let held = books.claims.of(demand.medium).held(demand.session);
     let mut claimed = 0;
     let mut free = u64::MAX;
     // With the slab, the rest of its allocation may be out of other tenants' reach.
     let closed = books.regions.free_beside(region).saturating_sub(bytes);
     // By who parts from the asker, and where: the slabs that they miss, and the free bytes within their reach.
     let mut others: BTreeMap<(usize, &Holder), (u64, u64)> = BTreeMap::new();
-    for (session, claim) in books.claims.waits() {
+    for (session, claim) in books.claims.of(demand.medium).waits() {
         let useful = bytes >= claim.block_bytes
             && books.devices.path(claim.device, device).is_some()
             && books.regions.can_open_to(region, tenant_of(&claim.path), 0);
@@ -121,18 +144,18 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
             let other = others.entry((level, &claim.path[level]));
             let (slabs, free) = other.or_insert((0, u64::MAX));
             *slabs += missing;
-            let within_reach = free_within_reach(books, claim.device);
+            let within_reach = free_within_reach(books, demand.medium, claim.device);
             *free = (*free).min(match *tenant_of(&claim.path) == *demand.tenant {
                 true => within_reach,
                 false => within_reach.saturating_sub(closed),
             });
             continue;
         }
-        let behind = held.saturating_sub(books.claims.held(session)) / bytes;
+        let behind = held.saturating_sub(books.claims.of(demand.medium).held(session)) / bytes;
         let slabs = missing.min(behind);
         if slabs > 0 {
             claimed += slabs * bytes;
-            free = free.min(free_within_reach(books, claim.device));
+            free = free.min(free_within_reach(books, demand.medium, claim.device));
         }
     }
     // From the namespaces up: what is claimed within the asker's side is its side's too, once it is granted.
@@ -142,10 +165,13 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
             (within, below) = (claimed, level);
         }
         let own = &own[level];
-        let own_holds = books.claims.holders().bytes(own) + within;
-        let (weight, its) = (books.claims.weight(other), books.claims.weight(own));
+        let own_holds = books.claims.of(demand.medium).holders().bytes(own) + within;
+        let (weight, its) = (
+            books.claims.of(demand.medium).weight(other),
+            books.claims.of(demand.medium).weight(own),
+        );
         let even = scaled(own_holds, weight, its);
-        let theirs = books.claims.holders().bytes(other);
+        let theirs = books.claims.of(demand.medium).holders().bytes(other);
         let behind = even.saturating_sub(theirs) / bytes;
         let starves = theirs == 0 && own_holds > 0;
         let slabs = missing.min(behind.max(starves.into()));
@@ -183,10 +209,12 @@ pub(super) struct Coming {
 
 /// Who may have what is on its way.
 pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
-    let moving = lendable_bytes(books, |account| account.draining + account.scrubbing);
+    let moving = lendable_bytes(books, demand.medium, |account| {
+        account.draining + account.scrubbing
+    });
     let coming = moving + to_be_zeroed(books, demand);
-    let shelves = books.regions.shelves().iter();
-    let Some(unit) = shelves.flat_map(|shelf| shelf.slab_sizes().next()).min() else {
+    let shelves = shelves(books, demand.medium);
+    let Some(unit) = (shelves.flat_map(|(_, shelf)| shelf.slab_sizes().next())).min() else {
         return Coming {
             to_asker: coming,
             ..Coming::default()
@@ -196,7 +224,7 @@ pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
     // Among whom the asker's share is divided, at each level.
     let mut wants: [Wants; LEVELS] = Default::default();
     let mut held = 0;
-    for (holder, bytes) in books.claims.holders().iter() {
+    for (holder, bytes) in books.claims.of(demand.medium).holders().iter() {
         let (level, beside) = match holder {
             Holder::User(_) => {
                 held += bytes;
@@ -209,24 +237,28 @@ pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
             wants[level].entry(holder.clone()).or_default().0 = bytes;
         }
     }
-    for (_, claim) in books.claims.waits() {
+    for (_, claim) in books.claims.of(demand.medium).waits() {
         let last = parting(&own, &claim.path).unwrap_or(LEVELS - 1);
         for (wants, holder) in wants.iter_mut().zip(&claim.path).take(last + 1) {
             let missing = claim.missing.div_ceil(unit) * unit;
             wants.entry(holder.clone()).or_default().1 += missing;
         }
     }
-    let free = lendable_bytes(books, |account| account.free);
+    let free = lendable_bytes(books, demand.medium, |account| account.free);
     let mut pool = free + moving + held;
     // At each level, and among the sessions of the asker's namespace.
     let mut claimed = [0; LEVELS + 1];
     for ((wants, own), claimed) in wants.iter().zip(&own).zip(&mut claimed) {
-        let demands = (wants.iter())
-            .map(|(holder, (holds, missing))| (holds + missing, books.claims.weight(holder)));
+        let demands = (wants.iter()).map(|(holder, (holds, missing))| {
+            (
+                holds + missing,
+                books.claims.of(demand.medium).weight(holder),
+            )
+        });
         let level = max_min_level(demands.collect(), pool);
         pool = 0;
         for (holder, (holds, missing)) in wants {
-            let share = Level::share(level, books.claims.weight(holder));
+            let share = Level::share(level, books.claims.of(demand.medium).weight(holder));
             if holder == own {
                 pool = share.min(holds + missing);
             } else {
@@ -249,17 +281,20 @@ pub(super) fn on_its_way(books: &Books, demand: &Demand) -> Coming {
 /// What other sessions of the demand's namespace may have of what its share still brings it.
 fn claimed_by_replicas(books: &Books, demand: &Demand, share: u64, unit: u64) -> u64 {
     let own = demand.path();
-    let waiting: BTreeMap<SessionId, u64> = (books.claims.waits())
+    let waiting: BTreeMap<SessionId, u64> = (books.claims.of(demand.medium).waits())
         .filter(|(_, claim)| claim.path == own)
         .map(|(id, claim)| (id, claim.missing))
         .collect();
     let mut demands: BTreeMap<SessionId, u64> = BTreeMap::new();
     let key = (books.index).find_namespace(&demand.tenant, &demand.namespace);
-    for (id, held) in key.into_iter().flat_map(|key| books.claims.largest(key)) {
+    for (id, held) in key
+        .into_iter()
+        .flat_map(|key| books.claims.of(demand.medium).largest(key))
+    {
         demands.insert(id, held);
     }
     for (id, missing) in &waiting {
-        let held = books.claims.held(*id);
+        let held = books.claims.of(demand.medium).held(*id);
         demands.insert(*id, held + missing);
     }
     let demands = demands.into_values().map(|demand| (demand, 1));
@@ -267,7 +302,7 @@ fn claimed_by_replicas(books: &Books, demand: &Demand, share: u64, unit: u64) ->
     let others = waiting.iter().filter(|(id, _)| **id != demand.session);
     others
         .map(|(id, missing)| {
-            let held = books.claims.held(*id);
+            let held = books.claims.of(demand.medium).held(*id);
             let room = Level::share(level, 1).saturating_sub(held) / unit;
             missing.div_ceil(unit).min(room) * unit
         })
@@ -284,12 +319,17 @@ pub(super) fn slab_to_take(
     let path = demand.path();
     let mut within = None;
     for (own, to_others) in path.iter().zip(coming.within) {
-        let weight = books.claims.weight(own);
-        let would_hold = books.claims.holders().bytes(own) + coming.to_asker + to_others;
-        let mut next = books.claims.holders().next_wealthiest(within, None);
+        let weight = books.claims.of(demand.medium).weight(own);
+        let would_hold =
+            books.claims.of(demand.medium).holders().bytes(own) + coming.to_asker + to_others;
+        let mut next = books
+            .claims
+            .of(demand.medium)
+            .holders()
+            .next_wealthiest(within, None);
         while let Some((other, bytes)) = next {
             if other != *own {
-                let theirs = books.claims.weight(&other);
+                let theirs = books.claims.of(demand.medium).weight(&other);
                 // What it can give and still hold as much for its weight as the asker's side then does.
                 let ahead = u128::from(weight) * u128::from(bytes);
                 let behind = u128::from(theirs) * u128::from(would_hold);
@@ -300,12 +340,12 @@ pub(super) fn slab_to_take(
                     return Some(lease);
                 }
             }
-            next = (books.claims.holders()).next_wealthiest(within, Some(&other));
+            next = (books.claims.of(demand.medium).holders()).next_wealthiest(within, Some(&other));
         }
         within = Some(own);
     }
     let own_key = (books.index).find_namespace(&demand.tenant, &demand.namespace)?;
-    let asker_would_hold = books.claims.held(demand.session) + coming.to_asker;
+    let asker_would_hold = books.claims.of(demand.medium).held(demand.session) + coming.to_asker;
     take_from(books, demand, own_key, |held| {
         let ahead = held
             .checked_sub(asker_would_hold)
@@ -324,12 +364,17 @@ fn take_within(books: &mut Books, demand: &Demand, holder: &Holder, most: u64) -
         let key = books.index.find_namespace(tenant, name)?;
         return take_from(books, demand, key, |_| Some(most));
     }
-    let mut next = books.claims.holders().next_wealthiest(Some(holder), None);
+    let mut next = books
+        .claims
+        .of(demand.medium)
+        .holders()
+        .next_wealthiest(Some(holder), None);
     while let Some((inner, _)) = next {
         if let Some(lease) = take_within(books, demand, &inner, most) {
             return Some(lease);
         }
-        next = (books.claims.holders()).next_wealthiest(Some(holder), Some(&inner));
+        next =
+            (books.claims.of(demand.medium).holders()).next_wealthiest(Some(holder), Some(&inner));
     }
     None
 }
@@ -342,7 +387,7 @@ fn take_from(
     namespace: NamespaceKey,
     most: impl Fn(u64) -> Option<u64>,
 ) -> Option<LeaseKey> {
-    let mut next = books.claims.next_largest(namespace, None);
+    let mut next = books.claims.of(demand.medium).next_largest(namespace, None);
     while let Some((session, held)) = next {
         if session != demand.session {
             let most = most(held)?;
@@ -350,7 +395,10 @@ fn take_from(
                 return Some(lease);
             }
         }
-        next = books.claims.next_largest(namespace, Some(session));
+        next = books
+            .claims
+            .of(demand.medium)
+            .next_largest(namespace, Some(session));
     }
     None
 }
@@ -380,7 +428,8 @@ fn cheapest(
             && books.regions.can_open_to(region, &demand.tenant, of_others)
     };
     let last_hit = |lease| books.leases.get(lease).last_hit();
-    let cheapest = claims.cheapest(session, namespace, piles, wanted, last_hit);
+    let its = claims.of_mut(demand.medium);
+    let cheapest = its.cheapest(session, namespace, piles, wanted, last_hit);
     books.claims = claims;
     cheapest
 }

@@ -41,6 +41,7 @@ pub(super) fn keep(books: &mut Books, keep: Keep) -> Result<Reply, Refusal> {
             .filter_map(|uuid| books.devices.number(uuid).ok())
             .collect(),
         host_down: keep.host_down,
+        host_memory: keep.host_memory,
     };
     let (id, anew) = (keep.borrower, keep.anew);
     books

@@ -5,8 +5,11 @@
 //!
 //! Whoever maps a slab can reach all of its allocation. So slabs of one allocation go to one tenant at a time, and what
 //! others left in any of them is zeroed first, unless its donor says that tenants may share it.
+//!
+//! Host memory stands in for HBM that is not to be had: a demand that accepts it is granted some only when HBM falls short, and
+//! not while HBM is being zeroed for it.
 
-use swiftcache_proto::domain::{Generation, LinkKind, RevokeReason, Shortfall};
+use swiftcache_proto::domain::{Generation, LinkKind, Medium, RevokeReason, Shortfall};
 
 use super::{
     arena::RegionKey,
@@ -43,7 +46,8 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
     let (name, tenant) = (session.name().to_string(), session.tenant().clone());
     books.check_silence(demand.caller.session)?;
     let device = books.devices.number(&demand.device)?;
-    for (field, value) in [("bytes", demand.bytes), ("block_bytes", demand.block_bytes)] {
+    let all_bytes = demand.bytes.saturating_add(demand.host_bytes);
+    for (field, value) in [("bytes", all_bytes), ("block_bytes", demand.block_bytes)] {
         if value == 0 {
             return Err(Refusal::Invalid {
                 field,
@@ -58,7 +62,13 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
             problem: format!("is {}; takes at least {least}", demand.block_bytes),
         });
     }
-    let asked_bytes = demand.bytes;
+    if demand.host_bytes > 0 && !demand.class.is_cache() {
+        return Err(Refusal::Invalid {
+            field: "host_bytes",
+            problem: "is above 0 for a working set, which lies in HBM only".to_owned(),
+        });
+    }
+    let (asked_bytes, host_bytes) = (demand.bytes, demand.host_bytes);
     let mut demand = Demand {
         session: demand.caller.session,
         tenant,
@@ -66,11 +76,27 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
         device,
         block_bytes: demand.block_bytes,
         class: demand.class,
-        tiers: books.devices.tiers(device),
-        missing: demand.bytes,
+        medium: Medium::Hbm,
+        tiers: books.devices.tiers(device, Medium::Hbm),
+        missing: asked_bytes,
     };
-    let (grants, stop) = grant_slabs(books, &mut demand);
-    let shortfall = shortfall(books, &demand, stop);
+    books.claims.expire_waits(books.now);
+    books.claims.stop_waiting(demand.session);
+    let (mut grants, stop) = grant_slabs(books, &mut demand, books.config.max_grants);
+    let mut shortfall = shortfall_of(books, &demand, stop);
+    let short = demand.missing > 0 || asked_bytes == 0;
+    if host_bytes > 0 && short && shortfall != Shortfall::Scrubbing && offers_host_memory(books) {
+        let mut in_host = demand.of_host_memory(books, host_bytes);
+        let room = books.config.max_grants.saturating_sub(grants.len());
+        let (more, stop) = grant_slabs(books, &mut in_host, room);
+        grants.extend(more);
+        let host_shortfall = shortfall_of(books, &in_host, stop);
+        if asked_bytes == 0 {
+            shortfall = host_shortfall;
+        }
+    } else if asked_bytes == 0 {
+        shortfall = Shortfall::NoFreeSlab;
+    }
     books.counters.leases_granted += grants.len() as u64;
     if shortfall != Shortfall::None {
         books.counters.leases_refused += u64::from(grants.is_empty());
@@ -81,23 +107,30 @@ pub(super) fn lease(books: &mut Books, demand: LeaseDemand) -> Result<Reply, Ref
             namespace: demand.namespace.to_string(),
             device: books.devices.uuid(device).clone(),
             asked_bytes,
-            granted_bytes: asked_bytes - demand.missing,
+            granted_bytes: asked_bytes.saturating_sub(demand.missing),
             shortfall,
         });
     }
     Ok(Reply::Leased { grants, shortfall })
 }
 
-fn grant_slabs(books: &mut Books, demand: &mut Demand) -> (Vec<Grant>, Option<Stop>) {
-    books.claims.expire_waits(books.now);
-    books.claims.stop_waiting(demand.session);
+/// Whether any host memory is on offer. Without any, nobody waits for it either.
+fn offers_host_memory(books: &Books) -> bool {
+    let shelves = books.regions.shelves().iter().enumerate();
+    shelves
+        .filter(|(device, _)| books.devices.medium(*device) == Medium::Host)
+        .any(|(_, shelf)| shelf.account().offered > 0)
+}
+
+/// Grants as much as is free and fair, in at most `room` slabs.
+fn grant_slabs(books: &mut Books, demand: &mut Demand, room: usize) -> (Vec<Grant>, Option<Stop>) {
     let mut grants: Vec<Grant> = Vec::new();
     while demand.missing > 0 {
         let Some(found) = best_slab(books, demand) else {
             return (grants, Some(Stop::NoSlab));
         };
         let bytes = books.regions.get(found.region).slab_bytes();
-        if grants.len() >= books.config.max_grants || over_quota(books, demand, bytes) {
+        if grants.len() >= room || over_quota(books, demand, bytes) {
             return (grants, Some(Stop::Quota));
         }
         if !fair(books, demand, found.region) {
@@ -202,7 +235,7 @@ fn grant(books: &mut Books, demand: &Demand, found: &Found) -> Option<Grant> {
 
 /// Says why the demand was not met in full, and does what can be done about it: has slabs zeroed, and asks
 /// borrowers above their share to let go.
-fn shortfall(books: &mut Books, demand: &Demand, stop: Option<Stop>) -> Shortfall {
+fn shortfall_of(books: &mut Books, demand: &Demand, stop: Option<Stop>) -> Shortfall {
     match stop {
         None => Shortfall::None,
         Some(Stop::Quota) => Shortfall::Quota,

@@ -41,6 +41,8 @@ pub(super) struct Asker<'a> {
     kept: Option<&'a Kept>,
     /// Devices whose memory it cannot copy from now.
     down: &'a [usize],
+    /// What lies in host memory of donors counts.
+    host_memory: bool,
 }
 
 /// How good a lease is to read a block from: the least is the best.
@@ -61,6 +63,7 @@ impl<'a> Asker<'a> {
             block_bytes: Some(borrower.block_bytes()),
             kept: borrower.kept(),
             down: borrower.down(),
+            host_memory: borrower.maps_host_memory(),
         }
     }
 
@@ -89,6 +92,7 @@ impl<'a> Asker<'a> {
             block_bytes: None,
             kept: None,
             down: &[],
+            host_memory: lookup.host_memory,
         }))
     }
 
@@ -102,7 +106,8 @@ impl<'a> Asker<'a> {
             Reach::From(device) => Some(books.devices.path(device, on)?),
             Reach::Nowhere => return None,
         };
-        if self.down.contains(&on) {
+        let far = books.devices.medium(on) == Medium::Host && !self.host_memory;
+        if far || self.down.contains(&on) {
             return None;
         }
         if self
@@ -142,7 +147,8 @@ impl<'a> Asker<'a> {
 }
 
 impl Asker<'static> {
-    /// On whose behalf a lease's lessee publishes: a block that this asker can read elsewhere need not be published.
+    /// On whose behalf a lease's lessee publishes: a block that this asker can read elsewhere need not be published. A block
+    /// in HBM is worth publishing beside a copy in host memory, which is slower to read.
     pub(super) fn publisher(books: &Books, lease: LeaseKey) -> Self {
         let terms = books.leases.get(lease).terms();
         let name = books.index.namespace(terms.namespace).name();
@@ -155,6 +161,10 @@ impl Asker<'static> {
             block_bytes: Some(terms.block_bytes),
             kept: None,
             down: &[],
+            host_memory: {
+                let on = books.regions.get(terms.region).device();
+                books.devices.medium(on) == Medium::Host
+            },
         }
     }
 }
@@ -277,6 +287,7 @@ fn found(books: &mut Books, run: Run) -> FoundRun {
     books.leases.hit(span.lease, books.now);
     let terms = books.leases.get(span.lease).terms();
     books.regions.hit(terms.region, books.now);
+    let on = books.regions.get(terms.region).device();
     FoundRun::Leased {
         extent: Extent {
             lease: terms.id,
@@ -284,7 +295,7 @@ fn found(books: &mut Books, run: Run) -> FoundRun {
             first_slot: span.first,
             count: span.count,
         },
-        medium: Medium::Hbm,
+        medium: books.devices.medium(on),
         hold,
     }
 }

@@ -1,6 +1,6 @@
 //! Offering: a region comes in, or its donor says once more how it is mapped.
 
-use swiftcache_proto::domain::Handle;
+use swiftcache_proto::domain::{Handle, HandleKind, Medium};
 
 use super::{
     arena::RegionKey,
@@ -26,6 +26,9 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
         bytes: offer.bytes,
         slab_bytes: offer.slab_bytes,
     };
+    if books.devices.medium(outline.device) == Medium::Host {
+        host_memory_is_a_file(&offer)?;
+    }
     if let Some(key) = books.regions.key(offer.region) {
         return offer_again(books, key, &outline, promises, offer.handle);
     }
@@ -60,6 +63,26 @@ pub(super) fn offer(books: &mut Books, offer: Offer) -> Result<Reply, Refusal> {
         bytes: offer.bytes,
     });
     Ok(Reply::Done)
+}
+
+/// Host memory is lent as a file that other processes map, and of it a fixed amount.
+fn host_memory_is_a_file(offer: &Offer) -> Result<(), Refusal> {
+    let invalid = |field, problem: &str| {
+        Err(Refusal::Invalid {
+            field,
+            problem: problem.to_owned(),
+        })
+    };
+    if offer.handle.kind() != HandleKind::PosixFd {
+        return invalid("handle", "is no descriptor, as host memory needs");
+    }
+    if offer.elastic {
+        return invalid(
+            "elastic",
+            "is set for host memory, of which a fixed amount is lent",
+        );
+    }
+    Ok(())
 }
 
 /// Nobody has more of a device to offer than there is. Counted for each user, since only one of those who together offer

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use swiftcache_proto::domain::{
-    Device, DeviceUuid, Generation, HandleKind, LeaseClass, LeaseId, LinkKind, RegionId,
+    Device, DeviceUuid, Generation, HandleKind, LeaseClass, LeaseId, LinkKind, Medium, RegionId,
     RevokeReason, SessionId,
 };
 
@@ -16,6 +16,7 @@ use super::{
     leases::{Lease, Phase},
     process::Process,
     region::Region,
+    regions::Shelf,
     sessions::Session,
 };
 
@@ -195,8 +196,13 @@ pub struct WithdrawPreview {
     pub leases: Vec<LeaseView>,
 }
 
+/// The devices that matter to people: host memory is one once some of it is on offer.
 pub(super) fn devices(books: &Books) -> Vec<DeviceView> {
-    let shelves = books.regions.shelves().iter().enumerate();
+    let matters = |(number, shelf): &(usize, &Shelf)| {
+        let hbm = books.devices.medium(*number) == Medium::Hbm;
+        hbm || shelf.account().offered > 0 || shelf.is_drained()
+    };
+    let shelves = books.regions.shelves().iter().enumerate().filter(matters);
     let views = shelves.map(|(number, shelf)| DeviceView {
         device: books.devices.get(number).clone(),
         account: shelf.account(),

@@ -255,6 +255,7 @@ impl World {
             device: Some("B".parse().unwrap()),
             borrower: None,
             unpinned: false,
+            host_memory: false,
         };
         match self.owner.apply(Event::Lookup(lookup)).await {
             Ok(Reply::Found { runs, pin }) => {
@@ -294,6 +295,7 @@ fn demand(caller: Caller, slabs: u64) -> Event {
         bytes: slabs * SLAB,
         block_bytes: SLAB,
         class: Default::default(),
+        host_bytes: 0,
     })
 }
 

@@ -6,6 +6,7 @@ use std::{fmt, sync::Arc};
 use swiftcache_proto::{
     convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
     domain::{DeviceUuid, LeaseId, RegionId, SessionId},
+    numa,
     v1::{
         self, admin_server::Admin, drain_request, evict_request, set_quota_request, undrain_request,
     },
@@ -93,7 +94,10 @@ impl AdminService {
         let used =
             tokio::task::spawn_blocking(move || -> Vec<(DeviceUuid, Result<u64, String>)> {
                 let used = donated.into_iter().map(|(device, donated)| {
-                    let used = probe.used_bytes(&device, donated);
+                    let used = match device.host_node() {
+                        Some(node) => numa::used_bytes(node),
+                        None => probe.used_bytes(&device, donated),
+                    };
                     (device, used)
                 });
                 used.collect()

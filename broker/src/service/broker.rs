@@ -202,6 +202,7 @@ impl BrokerService {
                 refused_lease_ids: refused.into_iter().map(|lease| lease.0).collect(),
                 region_ids: regions.iter().map(|id| id.0.to_vec().into()).collect(),
                 default_drain_ms: self.node.drain_ms,
+                host_devices: self.node.host_devices.clone(),
             }),
             _ => Err(Refused::OutOfTurn),
         }
@@ -273,9 +274,13 @@ impl BrokerService {
             caller,
             namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
-            bytes: at_least_one("bytes", request.bytes)?,
+            bytes: match request.host_bytes {
+                0 => at_least_one("bytes", request.bytes)?,
+                _ => request.bytes,
+            },
             block_bytes: at_least_one("block_bytes", request.block_bytes)?,
             class: convert::lease_class("class", request.class)?,
+            host_bytes: request.host_bytes,
         };
         match self.owner.apply(Event::Lease(demand)).await? {
             Reply::Leased { grants, shortfall } => {
@@ -390,6 +395,7 @@ impl BrokerService {
             device: device.transpose()?,
             borrower: borrower.transpose()?,
             unpinned: request.unpinned,
+            host_memory: request.host_memory,
         };
         match self.owner.apply(Event::Lookup(lookup)).await? {
             Reply::Found { runs, pin } => Ok(v1::LookupResponse {
@@ -421,6 +427,7 @@ impl BrokerService {
                 .map(|uuid| convert::device_uuid("down_device_uuids", uuid))
                 .collect::<Result<_, _>>()?,
             host_down: request.host_memory_down,
+            host_memory: request.host_memory,
         };
         self.owner.apply(Event::Keep(keep)).await?;
         Ok(())

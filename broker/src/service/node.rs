@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use swiftcache_proto::{domain::Handle, v1};
+use swiftcache_proto::{domain::Handle, numa, v1};
 
 use crate::{
     core::{Caller, Grant},
@@ -14,6 +14,7 @@ use crate::{
 pub struct NodeFacts {
     pub(super) devices: Vec<v1::Device>,
     pub(super) links: Vec<v1::Link>,
+    pub(super) host_devices: Vec<v1::Device>,
     pub(super) fd_socket: String,
     pub(super) drain_ms: u32,
     pub(super) pin_ms: u32,
@@ -22,7 +23,9 @@ pub struct NodeFacts {
 impl NodeFacts {
     /// The facts from the probe and the settings.
     pub fn new(probe: &dyn Probe, fd_socket: String, drain_ms: u32, pin_ms: u32) -> Self {
+        let hosts = numa::devices();
         Self {
+            host_devices: hosts.iter().map(v1::Device::from).collect(),
             devices: probe.devices().iter().map(v1::Device::from).collect(),
             links: probe.links().iter().map(v1::Link::from).collect(),
             fd_socket,

@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use swiftcache_proto::v1::{self, admin_client::AdminClient};
+use swiftcache_proto::{
+    domain::{DeviceUuid, Medium},
+    v1::{self, admin_client::AdminClient},
+};
 use tokio::runtime::Runtime;
 use tonic::{
     Status,
@@ -53,6 +56,12 @@ pub(super) fn source(node: &v1::GetNodeResponse) -> String {
         Some(topology) => format!("SIMULATED ({topology})"),
         None => node.probe.clone(),
     }
+}
+
+/// Whether a device is a NUMA node's host memory.
+pub(super) fn is_host_memory(uuid: &str) -> bool {
+    uuid.parse::<DeviceUuid>()
+        .is_ok_and(|uuid| uuid.medium() == Medium::Host)
 }
 
 /// A GPU that the broker does not use, and why.

@@ -2,11 +2,11 @@
 
 use std::str::FromStr;
 
-use swiftcache_proto::domain::{Device, DeviceUuid};
+use swiftcache_proto::domain::{Device, DeviceUuid, Medium};
 
 use super::CliError;
 
-/// Which devices to lend from.
+/// Which devices to lend from: one, or all of the node's GPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Chosen {
     All,
@@ -25,12 +25,17 @@ impl FromStr for Chosen {
 }
 
 impl Chosen {
-    /// The chosen devices among `known`: one at least, or an error.
+    /// Whether it names host memory.
+    pub(super) fn is_host_memory(&self) -> bool {
+        matches!(self, Self::One(uuid) if uuid.medium() == Medium::Host)
+    }
+
+    /// The chosen devices among `known`: one at least, or an error. Host memory is only chosen by its name.
     pub(super) fn among<'a>(&self, known: &'a [Device]) -> Result<Vec<&'a Device>, CliError> {
         let chosen: Vec<&Device> = known
             .iter()
             .filter(|device| match self {
-                Self::All => true,
+                Self::All => device.uuid.medium() == Medium::Hbm,
                 Self::One(uuid) => device.uuid == *uuid,
             })
             .collect();

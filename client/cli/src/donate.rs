@@ -11,7 +11,7 @@ use clap::{ArgGroup, Args, ValueEnum};
 use serde::Serialize;
 use swiftcache_proto::{
     convert::{MAX_DRAIN_MS, SLAB_BYTES},
-    domain::{Device, DeviceUuid, HandleKind},
+    domain::{Device, DeviceUuid, HandleKind, Medium},
     size::size,
     v1,
 };
@@ -19,7 +19,7 @@ use tracing::info;
 
 use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output};
 use swiftcache_client::{
-    device::{DeviceError, DeviceLayer},
+    device::{self, DeviceError, DeviceLayer},
     donor::{
         Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Forecast, Observation, PolicyConfig,
         Settled,
@@ -35,7 +35,7 @@ const NAP: Duration = Duration::from_millis(50);
 /// What is on offer is said when it has been the same for this long.
 const STEADY: Duration = Duration::from_secs(2);
 
-/// Lend a device's idle HBM: a fixed amount, or as much as stays idle
+/// Lend a device's idle HBM: a fixed amount, or as much as stays idle; or a fixed amount of host memory
 ///
 /// Runs until SIGTERM or SIGINT, then asks for everything back and waits until nobody can touch it any more.
 #[derive(Args, Debug)]
@@ -43,8 +43,9 @@ const STEADY: Duration = Duration::from_secs(2);
 pub(super) struct DonateArgs {
     #[command(flatten)]
     socket: SocketArg,
-    /// The device, as `swiftcache status` names it, or all of the node's
-    #[arg(long, value_name = "UUID|all")]
+    /// The device, as `swiftcache status` names it, or all of the node's; HOST-0, HOST-1, ...: host memory of that NUMA
+    /// node, which engines lease where HBM falls short
+    #[arg(long, value_name = "UUID|all|HOST-N")]
     device: Chosen,
     /// Lend this much, whole slabs; what is missing is offered as soon as it can be
     #[arg(long, value_name = "SIZE", value_parser = size)]
@@ -230,6 +231,16 @@ impl DonateArgs {
                 return refuse(format!("{flag}: takes more than 0s"));
             }
         }
+        if self.device.is_host_memory() {
+            if self.elastic {
+                return refuse(
+                    "--elastic: follows idle HBM; of host memory lend --bytes".to_owned(),
+                );
+            }
+            if self.handle == Some(Opened::CudaIpc) {
+                return refuse("--handle: host memory is opened by descriptor only".to_owned());
+            }
+        }
         let longest = Duration::from_millis(MAX_DRAIN_MS.into());
         if self.drain.is_some_and(|drain| drain > longest) {
             let longest = humantime::format_duration(longest);
@@ -247,8 +258,12 @@ impl DonateArgs {
         ] {
             if let Some(given) = given.filter(|given| *given > total) {
                 let (given, total) = (bytes(given), bytes(total));
+                let memory = match device.medium() {
+                    Medium::Hbm => "HBM",
+                    Medium::Host => "memory",
+                };
                 return Err(CliError::Usage(format!(
-                    "{flag}: {device} has {total} of HBM, which is less than {given}"
+                    "{flag}: {device} has {total} of {memory}, which is less than {given}"
                 )));
             }
         }
@@ -320,8 +335,13 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
         tenant: args.tenant.clone(),
     };
     let (first, shape) = backend::connect(session.clone())?;
-    let devices = args.device.among(&shape.0)?;
-    let layer = backend::open(&shape, args.usage_dir.clone())?;
+    let mut known = shape.0.clone();
+    known.extend(first.host_devices().unwrap_or_default());
+    let devices = args.device.among(&known)?;
+    let layer = match args.device.is_host_memory() {
+        true => device::open_host_memory(&known).map_err(swiftcache_client::Error::from)?,
+        false => backend::open(&shape, args.usage_dir.clone())?,
+    };
     // A session for each device: one that fails takes no other with it.
     let mut first = Some(first);
     let mut running = Vec::new();

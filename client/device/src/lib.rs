@@ -34,7 +34,7 @@ pub use address_space::{
 };
 pub use error::DeviceError;
 pub use memory::Memory;
-pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_node};
+pub use open::{Choice, REQUIRE_GPU_VARIABLE, open, open_host_memory, open_node};
 pub use origin::Origin;
 pub use steps::{EngineWord, StepEnd, Steps, Still, Touching};
 pub use stream::{CopyStream, Part, Piece, Ticket, nap};
@@ -97,7 +97,8 @@ pub trait DeviceLayer: Send + Sync {
         })
     }
 
-    /// Maps another process's allocation: `bytes` from its base, which lie on `owner`, for use by `device`.
+    /// Maps another process's allocation: `bytes` from its base, which lie on `owner`, for use by `device`. Every backend
+    /// maps host memory (`HOST-n`).
     /// Unmapped when the last clone of the [`Memory`] goes. Expensive: once per allocation.
     fn import(
         &self,

@@ -66,6 +66,15 @@ pub fn open_node(
     }
 }
 
+/// Opens host memory of NUMA nodes (`HOST-n`) to lend it. Nothing computes there, so no driver is needed.
+///
+/// # Errors
+/// When the backend cannot work here, and says why.
+pub fn open_host_memory(devices: &[Device]) -> Result<Arc<dyn DeviceLayer>> {
+    let layer = HostLayer::new(devices.to_vec(), Vec::new(), HostOptions::default())?;
+    Ok(Arc::new(layer))
+}
+
 /// Opens a backend; `host` makes the host's, if it comes to that.
 ///
 /// # Errors

@@ -90,6 +90,7 @@ class Cache:
         namespace: str,
         layer_bytes: Sequence[int],
         max_leased_bytes: int,
+        max_host_leased_bytes: int | None = None,
         lease_step_bytes: int | None = None,
         host_tier_bytes: int | None = None,
         device: str | None = None,
@@ -103,7 +104,9 @@ class Cache:
         Args:
             namespace: what makes two blocks interchangeable: model, precision, layout, rank; 1 to 256 bytes.
             layer_bytes: bytes of one block in each layer. An engine that keeps K and V apart lists each layer twice.
-            max_leased_bytes: the most to lease from donors, bytes; 0: nothing.
+            max_leased_bytes: the most HBM to lease from donors, bytes; 0: nothing.
+            max_host_leased_bytes: the most host memory to lease from donors where they lend too little HBM, bytes; None:
+                none.
             lease_step_bytes: how much to lease at a time, bytes; None: an eighth of `max_leased_bytes`.
             host_tier_bytes: host memory for blocks that donors have no room for, bytes, taken when it opens; None: none.
             device: UUID of the device that the engine computes on; None: the backend's first.
@@ -234,7 +237,8 @@ class Cache:
         moved_to_host_blocks, dropped_blocks.
         Bytes: {loaded,stored}_{same_device,nvlink,pcie,host}_bytes.
         Microseconds: {drain,acknowledge}_{p50,p99,max}_us.
-        Now: routes_down, leases, shared_leases, leased_bytes, donor_blocks, host_blocks, connected (0 or 1), open (0 or 1).
+        Now: routes_down, leases, shared_leases, leased_bytes, host_leased_bytes, donor_blocks, host_blocks, connected (0 or
+        1), open (0 or 1).
         """
 
     def close(self) -> None:

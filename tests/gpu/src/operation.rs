@@ -8,8 +8,9 @@ use clap::ValueEnum;
 use swiftcache_client::device::{
     CopyStream, DeviceLayer, Memory, Piece,
     cuda::{CudaLayer, Method},
+    open_host_memory,
 };
-use swiftcache_proto::domain::HandleKind;
+use swiftcache_proto::{domain::HandleKind, numa};
 
 use crate::{pattern, peer::Peer, subject::Subject};
 
@@ -40,6 +41,8 @@ pub enum Operation {
     ImportVirtual,
     /// Open another process's plain allocation after its death.
     ImportFromTheDead,
+    /// Map and register a donor's host memory, and copy out of it.
+    ImportHost,
     /// Copy pieces one by one, and verify them.
     Copy,
     /// Copy pieces in batches, and verify them.
@@ -89,6 +92,15 @@ pub fn run(operation: Operation, program: PathBuf) -> Result<()> {
                 peer.kill()?;
             }
             Ok(layer.import(&last, &first, export, SIZE).map(|_| ())?)
+        }
+        Operation::ImportHost => {
+            let nodes = numa::devices();
+            let node = nodes.first().context("no NUMA node has memory")?;
+            let donor = open_host_memory(std::slice::from_ref(node))?;
+            let donated = donor.allocate(&node.uuid, SIZE, HandleKind::PosixFd)?;
+            let lent = layer.import(&first, &node.uuid, donor.export(&donated)?, SIZE)?;
+            let stream = layer.stream(&first)?;
+            mirror(&*stream, &lent, &allocate(HandleKind::CudaIpc)?)
         }
         Operation::Copy | Operation::Batch | Operation::Gather => {
             let method = match operation {

@@ -30,7 +30,7 @@ const RELAXED: u32 = 2;
 
 /// What might wait, allocate, or change what is mapped. A real driver does not say which calls it takes for such; this
 /// one counts every one that could be.
-const POTENTIALLY_UNSAFE: [&str; 21] = [
+const POTENTIALLY_UNSAFE: [&str; 23] = [
     "cuCtxEnablePeerAccess",
     "cuEventQuery",
     "cuEventSynchronize",
@@ -45,6 +45,8 @@ const POTENTIALLY_UNSAFE: [&str; 21] = [
     "cuMemFreeHost",
     "cuMemFree_v2",
     "cuMemHostAlloc",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
     "cuMemImportFromShareableHandle",
     "cuMemMap",
     "cuMemRelease",

@@ -8,7 +8,8 @@ use std::{
 };
 
 use crate::{
-    Code, INVALID_VALUE, OUT_OF_MEMORY, World, call,
+    Code, HOST_MEMORY_ALREADY_REGISTERED, HOST_MEMORY_NOT_REGISTERED, INVALID_VALUE, OUT_OF_MEMORY,
+    World, call,
     context::current,
     device::{HBM_BYTES, ordinal},
     faults,
@@ -31,6 +32,8 @@ pub(crate) enum Kind {
     Virtual(Pieces),
     /// Pinned host memory.
     Host,
+    /// The process's own host memory, pinned for the time being.
+    Registered,
     /// Freed. The addresses stay taken, so that a late copy is noticed.
     Gone,
 }
@@ -49,7 +52,7 @@ impl World {
             Kind::Plain { device, .. } => Some(*device),
             Kind::Opened { owner, .. } => Some(*owner),
             Kind::Virtual(pieces) => pieces.device_at(address),
-            Kind::Host | Kind::Gone => None,
+            Kind::Host | Kind::Registered | Kind::Gone => None,
         }
     }
 
@@ -75,7 +78,7 @@ impl World {
             }
             Kind::Opened { device: opener, .. } => *opener == device,
             Kind::Virtual(pieces) => pieces.admits(device, address, bytes),
-            Kind::Host => true,
+            Kind::Host | Kind::Registered => true,
             Kind::Gone => false,
         }
     }
@@ -256,6 +259,55 @@ pub unsafe extern "C" fn cuMemFreeHost(address: u64) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostRegister_v2(address: u64, size: usize, _flags: u32) -> Code {
+    call("cuMemHostRegister_v2", || {
+        current()?;
+        let mut world = world();
+        let mut below = world.allocations.range(..address + size as u64);
+        let taken = below.next_back();
+        if size == 0 || taken.is_some_and(|(base, found)| base + found.size as u64 > address) {
+            return Err(HOST_MEMORY_ALREADY_REGISTERED);
+        }
+        let kind = Kind::Registered;
+        world.allocations.insert(address, Allocation { size, kind });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostUnregister(address: u64) -> Code {
+    call("cuMemHostUnregister", || {
+        current()?;
+        let mut world = world();
+        let known = world.allocations.get(&address);
+        if !known.is_some_and(|found| matches!(found.kind, Kind::Registered)) {
+            return Err(HOST_MEMORY_NOT_REGISTERED);
+        }
+        world.allocations.remove(&address);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
+    device_address: *mut u64,
+    address: u64,
+    _flags: u32,
+) -> Code {
+    call("cuMemHostGetDevicePointer_v2", || {
+        current()?;
+        let world = world();
+        let (_, found) = world.find(address, 1).ok_or(INVALID_VALUE)?;
+        if !matches!(found.kind, Kind::Host | Kind::Registered) {
+            return Err(INVALID_VALUE);
+        }
+        // SAFETY: the caller gives room for one address.
+        unsafe { device_address.write(address) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetAddressRange_v2(
     base: *mut u64,
     length: *mut usize,
@@ -293,7 +345,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
             Kind::Plain { device, .. } => *device,
             Kind::Opened { owner, .. } => *owner,
             Kind::Virtual(pieces) => pieces.device_at(address).ok_or(INVALID_VALUE)?,
-            Kind::Host | Kind::Gone => return Err(INVALID_VALUE),
+            Kind::Host | Kind::Registered | Kind::Gone => return Err(INVALID_VALUE),
         };
         if attribute != DEVICE_ORDINAL {
             return Err(INVALID_VALUE);

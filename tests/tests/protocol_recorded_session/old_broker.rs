@@ -207,6 +207,7 @@ async fn todays_client_works_with_an_old_broker() {
         bytes: 1,
         block_bytes: 1 << 20,
         class: Default::default(),
+        host_bytes: 0,
     };
     let leased = session.lease(demand).await.unwrap();
     assert_eq!(leased.shortfall, Shortfall::None);

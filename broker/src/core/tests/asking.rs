@@ -64,6 +64,7 @@ impl History {
             closed,
             down: own.down.clone(),
             host_down: own.host_down,
+            host_memory: false,
         };
         // One such call at a time: what is on its way says nothing that can be relied on.
         if let Some(client) = self.world.client(session) {
@@ -97,6 +98,7 @@ impl History {
             device,
             borrower: named,
             unpinned: d.is_multiple_of(7),
+            host_memory: false,
         };
         let deadline = self.now + u64::from(self.config.pin_ms);
         let (id, tenant) = (client.caller.session, client.tenant.clone());

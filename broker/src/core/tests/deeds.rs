@@ -91,6 +91,7 @@ impl History {
             bytes: u64::from(c % 9).div_ceil(2) * SLAB,
             block_bytes: [BLOCK, BLOCK, SLAB / 2, SLAB * 2][usize::from(d % 16) / 5],
             class: [LeaseClass::Cache, LeaseClass::WorkingSet][usize::from(d % 3 == 0)],
+            host_bytes: 0,
         }
     }
 

@@ -49,6 +49,18 @@ pub(super) fn node() -> Node {
     Node { devices, links }
 }
 
+/// The same node with its host memory, of one NUMA node.
+pub(super) fn node_with_host_memory() -> Node {
+    let mut node = node();
+    node.devices.push(Device {
+        uuid: DeviceUuid::of_host(0),
+        name: "host memory".to_owned(),
+        hbm_bytes: 1 << 40,
+        ordinal: 0,
+    });
+    node
+}
+
 pub(super) fn device(ordinal: u32) -> DeviceUuid {
     format!("SIM-{ordinal}").parse().unwrap()
 }
@@ -76,6 +88,7 @@ pub(super) fn hashes(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
 pub(super) struct Bench {
     pub(super) state: State,
     pub(super) config: CoreConfig,
+    node: Node,
     pub(super) now: u64,
     pub(super) ledger: Vec<Record>,
     pub(super) said: BTreeMap<SessionId, Vec<Outgoing>>,
@@ -90,8 +103,13 @@ impl Bench {
     }
 
     pub(super) fn with(config: CoreConfig) -> Self {
+        Self::on(node(), config)
+    }
+
+    pub(super) fn on(node: Node, config: CoreConfig) -> Self {
         Self {
-            state: State::new(config.clone(), node()),
+            state: State::new(config.clone(), node.clone()),
+            node,
             config,
             now: 1_000,
             ledger: Vec::new(),
@@ -211,7 +229,7 @@ impl Bench {
     /// The broker dies and starts again on its ledger.
     pub(super) fn restart(&mut self) {
         let records = self.ledger.clone();
-        self.state = State::restore(self.config.clone(), node(), records).unwrap();
+        self.state = State::restore(self.config.clone(), self.node.clone(), records).unwrap();
         self.state.check().unwrap();
         self.said.clear();
     }
@@ -245,6 +263,7 @@ impl Bench {
             bytes: slabs * SLAB,
             block_bytes: BLOCK,
             class: LeaseClass::Cache,
+            host_bytes: 0,
         }
     }
 
@@ -330,6 +349,7 @@ impl Bench {
             device: None,
             borrower: None,
             unpinned: false,
+            host_memory: false,
         }
     }
 
@@ -369,6 +389,7 @@ impl Bench {
             closed: false,
             down: Vec::new(),
             host_down: false,
+            host_memory: false,
         }
     }
 

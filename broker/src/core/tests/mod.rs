@@ -13,6 +13,7 @@ mod finding;
 mod fixture;
 mod history;
 mod holding;
+mod host_memory;
 mod lending;
 mod lifecycle;
 mod lines;

@@ -78,7 +78,19 @@ fn speaks(node: &GetNodeResponse) -> Finding {
 /// Checks the devices that the broker lends from.
 fn devices(node: &GetNodeResponse) -> Finding {
     const CHECK: &str = "broker-devices";
-    let found = format!("{}: {} devices", admin::source(node), node.devices.len());
+    let all = node
+        .devices
+        .iter()
+        .filter_map(|status| status.device.as_ref());
+    let hosts = all.filter(|device| admin::is_host_memory(&device.uuid));
+    let found = match hosts.count() {
+        0 => format!("{}: {} devices", admin::source(node), node.devices.len()),
+        hosts => format!(
+            "{}: {} devices, and host memory of {hosts} NUMA nodes",
+            admin::source(node),
+            node.devices.len() - hosts
+        ),
+    };
     if node.devices.is_empty() {
         return Finding::fail(
             CHECK,

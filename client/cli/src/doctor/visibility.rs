@@ -33,7 +33,9 @@ pub(super) fn examine(
         .devices
         .iter()
         .filter_map(|status| status.device.as_ref());
-    let lent: BTreeSet<&str> = lent.map(|device| device.uuid.as_str()).collect();
+    let lent = lent.map(|device| device.uuid.as_str());
+    // Host memory needs no device node.
+    let lent: BTreeSet<&str> = lent.filter(|uuid| !admin::is_host_memory(uuid)).collect();
     let enumerated: BTreeSet<&str> = enumerated.iter().map(DeviceUuid::as_str).collect();
     let nodes = Nodes::find(Path::new("/"));
     let variable = std::env::var("NVIDIA_VISIBLE_DEVICES").ok();

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use swiftcache_proto::v1;
 
+use super::super::admin;
+
 /// The leases of one borrower, namespace and class on one device.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct LeaseGroup {
@@ -85,11 +87,14 @@ fn link(kind: v1::LinkKind) -> &'static str {
     }
 }
 
-/// The device's number, because a UUID does not fit into the column.
+/// The device's number, because a UUID does not fit into the column; host memory's name does.
 fn short_device(uuid: &str, devices: &[v1::DeviceStatus]) -> String {
     let mut devices = devices.iter().filter_map(|status| status.device.as_ref());
     let device = devices.find(|device| device.uuid == uuid);
-    device.map_or_else(|| uuid.to_owned(), |device| device.ordinal.to_string())
+    match device {
+        Some(device) if !admin::is_host_memory(uuid) => device.ordinal.to_string(),
+        _ => uuid.to_owned(),
+    }
 }
 
 /// A part of a whole in percent, or "-" if the whole is 0.

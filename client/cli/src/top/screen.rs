@@ -11,7 +11,7 @@ use swiftcache_proto::v1;
 
 use super::{
     super::{
-        admin::{Snapshot, simulated},
+        admin::{Snapshot, is_host_memory, simulated},
         output::deceives,
     },
     bars::{self, PARTS},
@@ -211,7 +211,10 @@ fn legend() -> Line<'static> {
 fn bar(status: &v1::DeviceStatus, width: usize) -> Line<'static> {
     let device = status.device.clone().unwrap_or_default();
     let account = status.account.unwrap_or_default();
-    let mut name = format!("{} {}", device.ordinal, device.uuid);
+    let mut name = match is_host_memory(&device.uuid) {
+        true => device.uuid.clone(),
+        false => format!("{} {}", device.ordinal, device.uuid),
+    };
     if name.chars().count() > NAME_WIDTH {
         name = name.chars().take(NAME_WIDTH - 1).chain(['…']).collect();
     }

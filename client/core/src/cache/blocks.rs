@@ -183,7 +183,7 @@ impl Blocks {
         self.note_host(id);
     }
 
-    /// Something is new about a block of the host tier, or one that leaves it.
+    /// Something is new about a block in host memory, or one that leaves it: it may be of the host tier.
     fn note_host(&mut self, id: BlockId) {
         let worth = self.value.get(id);
         if worth.medium == Medium::Host {

@@ -17,8 +17,11 @@ pub struct BorrowerConfig {
     pub device: DeviceUuid,
     /// What its blocks look like.
     pub layout: Layout,
-    /// The most it leases from donors, bytes. 0: none.
+    /// The most HBM that it leases from donors, bytes. 0: none.
     pub max_leased_bytes: u64,
+    /// The most host memory that it leases from donors (`swiftcache donate --device HOST-n`), where they lend too little HBM,
+    /// bytes. Others of the namespace find what lies there. 0: none.
+    pub max_host_leased_bytes: u64,
     /// How much it asks for at a time, bytes; the broker rounds up to slabs.
     pub lease_step_bytes: u64,
     /// Host memory taken at the start for blocks that donors have no room for, bytes. 0: none.
@@ -63,6 +66,7 @@ impl BorrowerConfig {
             device,
             layout,
             max_leased_bytes,
+            max_host_leased_bytes: 0,
             lease_step_bytes: (max_leased_bytes / 8).max(1),
             host_tier_bytes: 0,
             share: true,
@@ -83,7 +87,8 @@ impl BorrowerConfig {
     /// Names the setting that cannot work.
     pub fn check(&self) -> Result<()> {
         self.layout.check()?;
-        if self.max_leased_bytes > 0 && self.lease_step_bytes == 0 {
+        let leases = self.max_leased_bytes > 0 || self.max_host_leased_bytes > 0;
+        if leases && self.lease_step_bytes == 0 {
             return Err(Error::config("lease_step_bytes", "takes more than 0"));
         }
         Ok(())

@@ -1,5 +1,8 @@
-//! Making room: the blocks worth least go (see `value`), a sequence's last ones first; from donors to the host tier
-//! where that has room, or holds colder ones.
+//! Making room: the blocks worth least go (see `value`), a sequence's last ones first; from HBM to host memory where that
+//! has room, or holds colder ones.
+//!
+//! A slot of host memory that donors lend is free only when the broker has forgotten its block. So some are kept free, since what
+//! leaves HBM cannot wait for that: see [`Core::make_room_in_host`].
 
 use std::sync::Arc;
 
@@ -47,12 +50,15 @@ impl Core {
             return;
         }
         let short = want - donor;
-        if self.leases.may_grow() {
+        if self.leases.may_grow(Medium::Hbm) {
             self.leases.grow_soon();
             // More is on its way: what has no room for now goes to the host tier rather than in place of others.
             if state.free_slots(Medium::Host, routes) >= short {
                 return;
             }
+        }
+        if self.leases.may_grow(Medium::Host) {
+            self.leases.grow_soon();
         }
         let mut registering = self.leases.registering();
         let slack = state.slots(Medium::Hbm, routes) / 16;
@@ -64,8 +70,10 @@ impl Core {
             room.evict(&mut state, id);
         }
         let host_free = state.free_slots(Medium::Host, routes);
-        for id in victims_for_host(&mut state, still_short.saturating_sub(host_free)) {
-            state.drop_host_block(id);
+        let connected = self.connected().is_some();
+        let short_in_host = still_short.saturating_sub(host_free);
+        for id in self::victims(&mut state, Medium::Host, short_in_host, connected) {
+            room.drop_from_host(&mut state, id);
         }
         let flight = registering.begin(room.slabs);
         drop(registering);
@@ -90,6 +98,33 @@ impl Core {
         }
     }
 
+    /// Keeps some slots of leased host memory free, a sixteenth of them: the blocks worth least go. Their slots are free when
+    /// the broker has forgotten them.
+    pub(super) fn make_room_in_host(&self) {
+        // Nothing goes as long as more can be leased.
+        if self.connected().is_none() || self.leases.may_grow(Medium::Host) {
+            return;
+        }
+        let mut state = self.state.lock();
+        let routes = state.routes_up();
+        let leased = state.shelves.placement.iter();
+        let leased = leased.filter_map(|slab| state.shelves.get(*slab));
+        let leased = leased.filter(|shelf| shelf.medium() == Medium::Host && !shelf.is_host_tier());
+        let slots: u32 = leased.map(|shelf| shelf.area.slots).sum();
+        // What was asked for before comes back soon.
+        let coming: usize = (state.shelves.iter())
+            .filter(|shelf| shelf.medium() == Medium::Host)
+            .map(|shelf| shelf.cooling.len() + shelf.unconfirmed.len())
+            .sum();
+        let free = state.free_slots(Medium::Host, routes) as usize + coming;
+        let short = ((slots / 16) as usize).saturating_sub(free);
+        for id in victims(&mut state, Medium::Host, short as u32, true) {
+            state.drop_host_block(id);
+        }
+        drop(state);
+        self.tell_soon();
+    }
+
     /// Queues copies from slab to slab.
     pub(super) fn issue_moves(&self, flight: &Flight, moves: Vec<Move>, lead: MoveLead) {
         let mut queueing = Queueing::new(&flight.transfer, Direction::Store);
@@ -106,7 +141,7 @@ impl Core {
 }
 
 impl Room {
-    /// Takes a block off its donor slot: to the host tier, or away.
+    /// Takes a block off its slot in HBM: to host memory, or away.
     fn evict(&mut self, state: &mut State, id: BlockId) {
         let block = state.blocks.get(id);
         let (published, place) = (block.published, block.place);
@@ -126,6 +161,19 @@ impl Room {
                 state.counts.evicted_blocks += 1;
             }
         }
+        self.vacate(state, from, published);
+    }
+
+    /// Evicts a block from host memory.
+    fn drop_from_host(&mut self, state: &mut State, id: BlockId) {
+        let published = state.blocks.get(id).published;
+        if let Some(from) = state.lose(id) {
+            state.counts.evicted_blocks += 1;
+            self.vacate(state, from, published);
+        }
+    }
+
+    fn vacate(&mut self, state: &State, from: Place, published: Published) {
         let key = state.shelves.get(from.slab).and_then(Shelf::own_lease);
         match (published, key) {
             (Published::Maybe | Published::Yes, Some(key)) => self.ask(from, key),
@@ -165,13 +213,19 @@ fn last_place(step: &Move) -> Option<Place> {
 }
 
 impl State {
-    /// A slot of the host tier for a block that was last used at `used`: a free one, or that of a colder block.
+    /// A slot of host memory for a block that was last used at `used`: a free one, or that of a colder block.
     pub(super) fn host_slot_for(&mut self, used: u64, near: Option<Place>) -> Option<Place> {
         let routes = self.routes_up();
         if let Some(place) = self.take_slot(Medium::Host, near, routes) {
             return Some(place);
         }
-        let colder = victims_for_host(self, 1).pop()?;
+        // Only a slot that the broker never heard of is free at once: one of the host tier, which comes last.
+        let last = self.shelves.placement.last();
+        let last = last.and_then(|slab| self.shelves.get(*slab));
+        if !last.is_some_and(Shelf::is_host_tier) {
+            return None;
+        }
+        let colder = victims(self, Medium::Host, 1, false).pop()?;
         if self.blocks.worth(colder).used >= used {
             return None;
         }
@@ -179,10 +233,11 @@ impl State {
         self.take_slot(Medium::Host, None, routes)
     }
 
-    /// Evicts a block of the host tier, which no replica can read.
+    /// Evicts a block from host memory. Its slot is free at once if no replica can have read it.
     fn drop_host_block(&mut self, id: BlockId) {
+        let published = self.blocks.get(id).published;
         if let Some(place) = self.lose(id) {
-            self.retire(place, Published::No);
+            self.retire(place, published);
             self.counts.evicted_blocks += 1;
         }
     }
@@ -201,8 +256,4 @@ fn victims(state: &mut State, medium: Medium, most: u32, connected: bool) -> Vec
         let shelf = place.and_then(|place| shelves.get(place.slab));
         free_to_go && shelf.is_some_and(|shelf| shelf.is_open() && shelf.is_behind(routes))
     })
-}
-
-fn victims_for_host(state: &mut State, most: u32) -> Vec<BlockId> {
-    victims(state, Medium::Host, most, true)
 }

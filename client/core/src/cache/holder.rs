@@ -12,7 +12,7 @@ use swiftcache_proto::domain::Medium;
 use super::{core::Core, publish::Publishing, rescue::Rescue, shelf::Shelf, write::Write};
 use crate::{
     Result,
-    leases::{Arrival, Holder, Progress},
+    leases::{Arrival, Holder, Progress, Wants},
     transfer::{AreaId, RouteSet},
 };
 
@@ -58,30 +58,44 @@ impl Holder for CacheHolder {
         Ok(())
     }
 
-    fn wants_more(&self) -> bool {
-        let free = (self.core.state.lock()).free_slots(Medium::Hbm, RouteSet::ALL);
-        u64::from(free) < self.core.config.step_slots()
+    /// Host memory only besides HBM, for what that has no room for.
+    fn wants(&self) -> Wants {
+        let state = self.core.state.lock();
+        let scarce = |medium| {
+            let free = state.free_slots(medium, RouteSet::ALL);
+            u64::from(free) < self.core.config.step_slots()
+        };
+        let hbm = scarce(Medium::Hbm);
+        Wants {
+            hbm,
+            host: hbm && scarce(Medium::Host),
+        }
     }
 
-    /// As long as a step's room is left.
+    /// As long as a step's room is left of the kind of memory.
     fn give_up_unused(&self) -> Vec<AreaId> {
         let config = &self.core.config;
         let now = Instant::now();
         let mut unused = Vec::new();
         let mut state = self.core.state.lock();
-        let mut free = u64::from(state.free_slots(Medium::Hbm, RouteSet::ALL));
+        let free = |medium| u64::from(state.free_slots(medium, RouteSet::ALL));
+        let (mut free_hbm, mut free_host) = (free(Medium::Hbm), free(Medium::Host));
         let candidates: Vec<AreaId> = state.shelves.placement.iter().rev().copied().collect();
         for slab in candidates {
             let Some(shelf) = state.shelves.get(slab) else {
                 continue;
             };
             let slots = u64::from(shelf.area.slots);
+            let free = match shelf.medium() {
+                Medium::Hbm => &mut free_hbm,
+                Medium::Host => &mut free_host,
+            };
             let idle = shelf.own_lease().is_some()
                 && shelf.is_open()
                 && shelf.is_unused()
                 && now.duration_since(shelf.empty_since) >= config.idle_release;
-            if idle && free >= slots + config.step_slots() {
-                free -= slots;
+            if idle && *free >= slots + config.step_slots() {
+                *free -= slots;
                 state.shelves.remove(slab);
                 unused.push(slab);
             }

@@ -39,6 +39,7 @@ impl Core {
             }
             self.tell_kept();
             promotion = self.promote(promotion);
+            self.make_room_in_host();
             pause = match promotion {
                 Some(_) => PROMOTING,
                 None => TICK,

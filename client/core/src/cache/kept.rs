@@ -14,28 +14,35 @@ use tonic::Code;
 use tracing::{debug, warn};
 
 use super::{
-    blocks::{BlockId, Blocks},
+    blocks::BlockId,
     core::{Core, KeeperTask},
     news::Phase,
+    shelf::Shelf,
+    state::State,
 };
 use crate::{
     Error,
     session::{Call, Keep, Session},
-    transfer::RouteSet,
+    transfer::{Route, RouteSet},
 };
 
 /// When to tell again after the broker did not take it.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
 
-impl Blocks {
-    /// Whether the host tier has the block, all of it.
+impl State {
+    /// Whether the host tier has the block, all of it. What lies in leases is published instead.
     fn keeps(&self, hash: &BlockHash) -> bool {
-        let keeps = |id: BlockId| self.get(id).ready && self.worth(id).medium == Medium::Host;
-        self.find(hash).is_some_and(keeps)
+        let in_tier = |id: BlockId| {
+            let block = self.blocks.get(id);
+            let place = block.place.filter(|_| block.ready);
+            let shelf = place.and_then(|place| self.shelves.get(place.slab));
+            shelf.is_some_and(Shelf::is_host_tier)
+        };
+        self.blocks.find(hash).is_some_and(in_tier)
     }
 
     fn all_kept(&self) -> Vec<BlockHash> {
-        let hashes = self.all().map(|id| self.hash(id));
+        let hashes = self.blocks.all().map(|id| self.blocks.hash(id));
         hashes.filter(|hash| self.keeps(hash)).collect()
     }
 }
@@ -70,7 +77,7 @@ impl Core {
             state.told.kept.clear();
             state.blocks.host_news.take(usize::MAX);
             keep.anew = true;
-            keep.kept = state.blocks.all_kept();
+            keep.kept = state.all_kept();
             // The rest is news like any other.
             for hash in keep.kept.split_off(keep.kept.len().min(MAX_BLOCKS)) {
                 state.blocks.host_news.add(hash);
@@ -79,7 +86,7 @@ impl Core {
         }
         let news = state.blocks.host_news.take(MAX_BLOCKS);
         for hash in news {
-            match (state.blocks.keeps(&hash), state.told.kept.contains(&hash)) {
+            match (state.keeps(&hash), state.told.kept.contains(&hash)) {
                 (true, false) => keep.kept.push(hash),
                 (false, true) => keep.dropped.push(hash),
                 _ => {}
@@ -149,7 +156,9 @@ impl Core {
 
     fn as_it_is(&self, up: RouteSet) -> Keep {
         let down = self.routes.all_but(up);
-        let to_host = |medium| medium == Medium::Host;
+        // The host memory of donors is a device like any other.
+        let to_host =
+            |route: &Route| route.medium == Medium::Host && route.device == self.config.device;
         Keep {
             borrower: self.id,
             namespace: self.config.layout.namespace.clone(),
@@ -160,9 +169,9 @@ impl Core {
             kept: Vec::new(),
             dropped: Vec::new(),
             closed: false,
-            host_down: down.iter().any(|route| to_host(route.medium)),
+            host_down: down.iter().any(|route| to_host(route)),
             down: (down.iter())
-                .filter(|route| !to_host(route.medium))
+                .filter(|route| !to_host(route))
                 .map(|route| route.device.clone())
                 .collect(),
         }

@@ -134,10 +134,10 @@ impl Core {
         if generation != Some(extent.generation) || !inside || !usable {
             return false;
         }
-        let (slab, link) = (shelf.area.id, shelf.area.link);
+        let (slab, link, medium) = (shelf.area.id, shelf.area.link, shelf.medium());
         let slots = extent.first_slot..extent.first_slot + extent.count;
         for (slot, _) in slots.zip(rest) {
-            hit.push(HitBlock::Shared { slab, slot, pin }, Medium::Hbm, link);
+            hit.push(HitBlock::Shared { slab, slot, pin }, medium, link);
         }
         true
     }

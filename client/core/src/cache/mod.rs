@@ -1,4 +1,4 @@
-//! The cache: an engine's prefix KV blocks, by hash, in leased HBM and a bounded host tier.
+//! The cache: an engine's prefix KV blocks, by hash, in leased HBM, leased host memory and a bounded host tier of its own.
 //!
 //! The way of a block through this room:
 //! * [`Borrower::store`] finds slots (`store`, `slots`, `evict`), copies layer by layer (`transfer`), and
@@ -110,6 +110,7 @@ impl Borrower {
             device: config.device.clone(),
             layer_bytes: config.layout.layer_bytes.clone(),
             max_bytes: config.max_leased_bytes,
+            max_host_bytes: config.max_host_leased_bytes,
             step_bytes: config.lease_step_bytes,
             class: LeaseClass::Cache,
         };
@@ -247,6 +248,7 @@ impl Borrower {
             acknowledge: Latency::from(&leases.acknowledge),
             leases: leases.own,
             leased_bytes: leases.own_bytes,
+            host_leased_bytes: leases.own_host_bytes,
             shared_leases: leases.shared,
             ..self.core.state.lock().stats()
         }

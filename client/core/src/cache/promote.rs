@@ -1,4 +1,4 @@
-//! Back to donors: blocks that only the host tier has, as far as donors have room. The hottest go first, and none without
+//! Back to HBM: blocks that lie in host memory only, as far as donors lend HBM that has room. The hottest go first, and none without
 //! what comes before it. An engine that finds such a block does not offer it again, so nobody else would.
 
 use std::sync::Arc;
@@ -23,7 +23,7 @@ const BATCH: u32 = 64;
 /// Blocks looked at for that: those that cannot be moved now are few, or cold.
 const LOOKED_AT: usize = 4 * BATCH as usize;
 
-/// Blocks on their way from the host tier to donors.
+/// Blocks on their way from host memory to HBM.
 #[derive(Debug)]
 pub(super) struct Promotion {
     flight: Arc<Flight>,
@@ -98,8 +98,10 @@ impl Core {
                 let free = block.pins == 1 && block.place == Some(step.from);
                 let usable = state.shelves.get(step.to.slab).is_some_and(Shelf::is_open);
                 if copied && free && usable {
+                    // In host memory of donors others may know it.
+                    let published = block.published;
                     state.relocate(step.block, step.to);
-                    state.retire(step.from, Published::No);
+                    state.retire(step.from, published);
                     state.counts.promoted_blocks += 1;
                     ready.push(step.block);
                     continue;
@@ -115,7 +117,7 @@ impl Core {
 }
 
 impl State {
-    /// Blocks of the host tier that donors have room for, the hottest first, each with its place. Making room leaves some
+    /// Blocks in host memory that there is HBM for, the hottest first, each with its place. Making room leaves some
     /// slots free: taking those would only have the next store make room again. What a store is making room for is not there
     /// to be taken at all.
     fn worth_promoting(&self) -> Vec<(BlockId, Place)> {

@@ -66,6 +66,11 @@ impl Shelf {
         self.key.filter(|_| self.hold == Hold::Own)
     }
 
+    /// Whether it is the borrower's own host tier, of which only this borrower knows what lies where.
+    pub(super) fn is_host_tier(&self) -> bool {
+        self.key.is_none()
+    }
+
     /// Whether new transfers may touch it. See [`BlockArea::is_open`].
     pub(super) fn is_open(&self) -> bool {
         self.area.is_open()
@@ -115,7 +120,7 @@ impl BlockCounts {
 pub(super) struct Shelves {
     table: HashMap<AreaId, Box<Shelf>, RandomState>,
     by_lease: HashMap<LeaseId, AreaId, RandomState>,
-    /// Own ones, best link first; then host memory.
+    /// Own ones, best link first; then host memory, of donors before the borrower's own, which nobody else can read.
     pub(super) placement: Vec<AreaId>,
     counts: BlockCounts,
 }
@@ -123,7 +128,7 @@ pub(super) struct Shelves {
 impl Shelves {
     pub(super) fn insert(&mut self, shelf: Shelf) {
         let id = shelf.area.id;
-        let rank = |shelf: &Shelf| (shelf.medium(), shelf.area.link);
+        let rank = |shelf: &Shelf| (shelf.medium(), shelf.area.link, shelf.key.is_none());
         if let Some(key) = shelf.key {
             self.by_lease.insert(key.lease, id);
         }

@@ -11,11 +11,11 @@ pub use crate::latency::Latency;
 /// Blocks by the tier they were found in: each is a hold and a medium.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlocksByTier {
-    /// In this borrower's own leases.
+    /// In this borrower's own leases of HBM.
     pub donor: u64,
     /// In leases of replicas.
     pub shared: u64,
-    /// In the host tier.
+    /// In host memory: own leases of it, and the host tier.
     pub host: u64,
 }
 
@@ -71,13 +71,13 @@ pub struct Stats {
     pub unplaced_blocks: u64,
     /// Blocks dropped to make room.
     pub evicted_blocks: u64,
-    /// Blocks moved from a lease to the host tier to make room.
+    /// Blocks moved from leased HBM to host memory to make room.
     pub demoted_blocks: u64,
-    /// Blocks moved from the host tier to a lease, because donors had room.
+    /// Blocks moved from host memory to leased HBM, because donors had room.
     pub promoted_blocks: u64,
-    /// Blocks rescued from a revoked lease to another lease.
+    /// Blocks rescued from a revoked lease to leased HBM.
     pub moved_to_donor: u64,
-    /// Blocks rescued from a revoked lease to the host tier.
+    /// Blocks rescued from a revoked lease to host memory.
     pub moved_to_host: u64,
     /// Blocks lost with a revoked or refused lease.
     pub dropped_blocks: u64,
@@ -93,11 +93,13 @@ pub struct Stats {
     pub broker_misses: u64,
     /// Own leases now.
     pub leases: u32,
-    /// Their bytes.
+    /// The bytes of those of HBM.
     pub leased_bytes: u64,
-    /// Blocks in them now.
+    /// The bytes of those of host memory.
+    pub host_leased_bytes: u64,
+    /// Blocks in leased HBM now.
     pub donor_blocks: u64,
-    /// Blocks in the host tier now.
+    /// Blocks in host memory now: in own leases of it, and in the host tier.
     pub host_blocks: u64,
     /// Replicas' leases mapped now.
     pub shared_leases: u32,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-use swiftcache_proto::domain::{DeviceUuid, Hold, LeaseClass, LeaseId};
+use swiftcache_proto::domain::{DeviceUuid, Hold, LeaseClass, LeaseId, Medium};
 
 use super::{
     mapping::Mappings,
@@ -31,8 +31,10 @@ pub(crate) struct LeaseSettings {
     pub(crate) device: DeviceUuid,
     /// Bytes of one block in each layer.
     pub(crate) layer_bytes: Vec<u64>,
-    /// The most that is leased, bytes.
+    /// The most HBM that is leased, bytes.
     pub(crate) max_bytes: u64,
+    /// The most host memory of donors that is leased where HBM falls short, bytes.
+    pub(crate) max_host_bytes: u64,
     /// How much is asked for at a time, bytes.
     pub(crate) step_bytes: u64,
     /// What for.
@@ -42,6 +44,14 @@ pub(crate) struct LeaseSettings {
 impl LeaseSettings {
     pub(super) fn block_bytes(&self) -> u64 {
         self.layer_bytes.iter().sum()
+    }
+
+    /// The most that is leased of a kind of memory, bytes.
+    pub(super) fn most(&self, medium: Medium) -> u64 {
+        match medium {
+            Medium::Hbm => self.max_bytes,
+            Medium::Host => self.max_host_bytes,
+        }
     }
 }
 
@@ -148,16 +158,21 @@ impl Leases {
         }
     }
 
-    /// Whether another lease could be had, as far as is known here.
-    pub(crate) fn may_grow(&self) -> bool {
-        self.connected().is_some() && self.has_room(&self.state.lock())
+    /// Whether another lease of a kind of memory could be had, as far as is known here.
+    pub(crate) fn may_grow(&self, medium: Medium) -> bool {
+        let state = self.state.lock();
+        let refused = match medium {
+            Medium::Hbm => Instant::now() < state.grow_after,
+            Medium::Host => state.host_refused,
+        };
+        self.connected().is_some() && self.room(&state, medium) > 0 && !refused
     }
 
-    /// Whether another lease may be asked for.
-    pub(super) fn has_room(&self, state: &State) -> bool {
-        let next = state.slab_bytes.unwrap_or(1);
-        state.leased_bytes().saturating_add(next) <= self.settings.max_bytes
-            && Instant::now() >= state.grow_after
+    /// How much more of a kind of memory may be leased: a slab at least, or nothing. Bytes.
+    pub(super) fn room(&self, state: &State, medium: Medium) -> u64 {
+        let left = (self.settings.most(medium)).saturating_sub(state.leased_bytes(medium));
+        let next = state.slab_bytes.of(medium).unwrap_or(1);
+        if left >= next { left } else { 0 }
     }
 
     /// Leases more soon.
@@ -166,7 +181,7 @@ impl Leases {
         let _ = self.tasks.send(GrowthTask::Grow);
     }
 
-    /// Leases up to `bytes` in all now; blocks. Returns the bytes held, which may be fewer.
+    /// Leases up to `bytes` of HBM in all now; blocks. Returns the bytes held, which may be fewer.
     pub(crate) fn reserve(&self, bytes: u64) -> u64 {
         let (reply, answer) = mpsc::sync_channel(1);
         let bytes = bytes.min(self.settings.max_bytes);

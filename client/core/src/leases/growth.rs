@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     core::{GrowthTask, Leases, RecallTask},
-    holder::{Arrival, Holder},
+    holder::{Arrival, Holder, Wants},
     probe::Prober,
     slabs::{Draining, LeaseKey, Slab},
     state::{Pending, State},
@@ -60,14 +60,18 @@ impl Leases {
             match inbox.recv_timeout(pause) {
                 Ok(GrowthTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Ok(GrowthTask::Reserve { bytes, reply }) => {
-                    while self.open_bytes() < bytes && self.grow(holder) {}
+                    let wants = || Wants {
+                        hbm: true,
+                        ..holder.wants()
+                    };
+                    while self.open_bytes() < bytes && self.grow(holder, wants()) {}
                     // The caller may have given up.
                     let _ = reply.send(self.open_bytes());
                 }
                 Ok(GrowthTask::Open(lease)) => self.open_share(holder, lease),
                 Ok(GrowthTask::Grow) | Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
-            while holder.wants_more() && self.grow(holder) {}
+            while self.grow(holder, holder.wants()) {}
             prober.advance(self);
             if self.connected().is_some() {
                 self.give_back_unused(holder);
@@ -78,31 +82,39 @@ impl Leases {
         self.opened.notify_all();
     }
 
-    /// Bytes of own leases that can be used.
+    /// Bytes of own leases of HBM that can be used.
     fn open_bytes(&self) -> u64 {
-        self.state.lock().slabs.totals().open_bytes
+        let totals = self.state.lock().slabs.totals();
+        totals.open_bytes.of(Medium::Hbm)
     }
 
-    /// Leases one step more. True when something was granted.
-    fn grow(&self, holder: &dyn Holder) -> bool {
+    /// Leases one step more of what is wanted. True when something was granted that can be used.
+    fn grow(&self, holder: &dyn Holder, wants: Wants) -> bool {
         let Some(session) = self.connected() else {
             return false;
         };
         let demand = {
             let mut state = self.state.lock();
-            let left = (self.settings.max_bytes).saturating_sub(state.leased_bytes());
-            if !self.has_room(&state) {
+            let step = |wanted, medium| match wanted {
+                true => self.room(&state, medium).min(self.settings.step_bytes),
+                false => 0,
+            };
+            let bytes = step(wants.hbm, Medium::Hbm);
+            let host_bytes = step(wants.host, Medium::Host);
+            if bytes + host_bytes == 0 || Instant::now() < state.grow_after {
                 return false;
             }
             state.grants_in_flight += 1;
             Demand {
                 namespace: self.settings.namespace.clone(),
                 device: self.settings.device.clone(),
-                bytes: self.settings.step_bytes.min(left),
+                bytes,
                 block_bytes: self.settings.block_bytes(),
                 class: self.settings.class,
+                host_bytes,
             }
         };
+        let host_wanted = demand.host_bytes > 0;
         let leased = session.lease(demand).wait();
         let mut adopted = 0;
         let mut unmapped = None;
@@ -111,6 +123,11 @@ impl Leases {
             Ok(leased) => {
                 let mut turned_down = Vec::new();
                 let mut regions = Vec::new();
+                if host_wanted {
+                    let mut grants = leased.grants.iter();
+                    let granted = grants.any(|grant| grant.device.medium() == Medium::Host);
+                    self.state.lock().host_refused = !granted;
+                }
                 for grant in leased.grants {
                     let unmappable =
                         match self.adopt(holder, session, &grant, Hold::Own, leased.epoch) {
@@ -137,9 +154,10 @@ impl Leases {
                     again = Some(pause);
                 } else if leased.shortfall == Shortfall::Scrubbing {
                     again = Some(ASK_AGAIN_SCRUBBING);
-                } else if let Some(slab_bytes) = self.slab_too_large() {
-                    let max_bytes = self.settings.max_bytes;
+                } else if let Some((medium, slab_bytes)) = self.slab_too_large() {
+                    let max_bytes = self.settings.most(medium);
                     warn!(
+                        ?medium,
                         max_bytes,
                         slab_bytes,
                         "slabs on offer are larger than the most that may be leased: nothing is leased. Allow at least \
@@ -168,12 +186,14 @@ impl Leases {
         adopted > 0
     }
 
-    /// The size of the smallest slab that was granted, when it is more than may be leased in all.
-    fn slab_too_large(&self) -> Option<u64> {
-        let state = self.state.lock();
-        state
-            .slab_bytes
-            .filter(|slab_bytes| *slab_bytes > self.settings.max_bytes)
+    /// The size of the smallest slab that was granted of a kind of memory, when it is more than may be leased of it in all.
+    fn slab_too_large(&self) -> Option<(Medium, u64)> {
+        let seen = self.state.lock().slab_bytes;
+        [Medium::Hbm, Medium::Host].into_iter().find_map(|medium| {
+            let most = self.settings.most(medium);
+            let slab_bytes = seen.of(medium).filter(|slab_bytes| *slab_bytes > most)?;
+            Some((medium, slab_bytes))
+        })
     }
 
     /// Maps a granted slab and hands it to the holder. Otherwise an own lease is the caller's to release.
@@ -187,12 +207,14 @@ impl Leases {
     ) -> Adopted {
         {
             let mut state = self.state.lock();
-            let most = self.settings.max_bytes;
-            state.slab_bytes = Some(
-                (state.slab_bytes).map_or(grant.slab_bytes, |seen| seen.min(grant.slab_bytes)),
-            );
+            let medium = grant.device.medium();
             let own = hold == Hold::Own;
-            let too_much = own && state.leased_bytes() + grant.slab_bytes > most;
+            if own {
+                let seen = state.slab_bytes.of_mut(medium);
+                *seen = Some(seen.map_or(grant.slab_bytes, |seen| seen.min(grant.slab_bytes)));
+            }
+            let most = self.settings.most(medium);
+            let too_much = own && state.leased_bytes(medium) + grant.slab_bytes > most;
             // A grant of an earlier connection: the broker has been told since that it is not held.
             let stale = session.epoch() != epoch;
             let revoked = state.revoked_early.contains(&grant.lease);
@@ -207,6 +229,7 @@ impl Leases {
             }
             let pending = Pending {
                 hold,
+                medium,
                 bytes: grant.slab_bytes,
                 revoked: false,
                 refused: false,
@@ -263,7 +286,7 @@ impl Leases {
     }
 
     fn map(&self, session: &Session, grant: &Grant) -> Result<Arc<BlockArea>> {
-        let route = self.routes.to(Medium::Hbm, &grant.device)?;
+        let route = self.routes.to(grant.device.medium(), &grant.device)?;
         let (layer, device) = (self.layer.as_ref(), &self.settings.device);
         let mapping = self.mappings.open(session, layer, device, grant)?;
         let layers = &self.settings.layer_bytes;

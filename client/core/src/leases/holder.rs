@@ -22,6 +22,15 @@ pub(crate) struct Arrival {
     pub(crate) hold: Hold,
 }
 
+/// Which slabs a holder would use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wants {
+    /// Slabs of HBM.
+    pub(crate) hbm: bool,
+    /// Slabs of host memory, where HBM is not to be had.
+    pub(crate) host: bool,
+}
+
 /// How far a holder got in one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
@@ -45,8 +54,8 @@ pub(crate) trait Holder: Send + Sync {
     /// region is.
     fn granted(&self, slab: Arrival) -> Result<()>;
 
-    /// Whether more slabs would be used.
-    fn wants_more(&self) -> bool;
+    /// Which slabs would be used besides those that there are.
+    fn wants(&self) -> Wants;
 
     /// Gives up slabs of its own that have held nothing for a while, and does not use them any more.
     fn give_up_unused(&self) -> Vec<AreaId>;

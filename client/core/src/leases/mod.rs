@@ -33,7 +33,7 @@ use crate::{
 };
 
 pub(crate) use self::core::{LeaseSettings, Leases};
-pub(crate) use holder::{Arrival, Holder, Progress};
+pub(crate) use holder::{Arrival, Holder, Progress, Wants};
 pub(crate) use slabs::{Flight, LeaseKey};
 
 /// The threads of [`Leases`].

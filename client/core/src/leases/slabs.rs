@@ -7,7 +7,7 @@ use std::{
 
 use foldhash::fast::RandomState;
 use hashbrown::HashMap;
-use swiftcache_proto::domain::{Generation, Hold, LeaseId};
+use swiftcache_proto::domain::{Generation, Hold, LeaseId, Medium};
 
 use crate::transfer::{AreaId, BlockArea, Transfer};
 
@@ -84,6 +84,11 @@ impl Slab {
         self.key.is_some() && self.hold == Hold::Own
     }
 
+    /// The kind of memory that it is of.
+    fn medium(&self) -> Medium {
+        self.area.route.medium
+    }
+
     /// Its bytes, if it is an own lease that the broker does not know as this session's.
     fn refused_bytes(&self) -> u64 {
         let refused = self.draining.is_some_and(|draining| draining.refused);
@@ -95,17 +100,40 @@ impl Slab {
     }
 }
 
-/// What all slabs come to. Kept up to date, so that asking costs nothing.
+/// One for each kind of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ByMedium<T> {
+    hbm: T,
+    host: T,
+}
+
+impl<T: Copy> ByMedium<T> {
+    pub(super) fn of(&self, medium: Medium) -> T {
+        match medium {
+            Medium::Hbm => self.hbm,
+            Medium::Host => self.host,
+        }
+    }
+
+    pub(super) fn of_mut(&mut self, medium: Medium) -> &mut T {
+        match medium {
+            Medium::Hbm => &mut self.hbm,
+            Medium::Host => &mut self.host,
+        }
+    }
+}
+
+/// What slabs come to. Kept up to date, so that asking costs nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Totals {
     /// Own leases.
     pub(super) own: u32,
     /// Their bytes.
-    pub(super) own_bytes: u64,
+    pub(super) own_bytes: ByMedium<u64>,
     /// Of those, the bytes of leases that the broker does not know as this session's.
-    pub(super) refused_bytes: u64,
+    pub(super) refused_bytes: ByMedium<u64>,
     /// Of those, the bytes of leases that are not being let go of.
-    pub(super) open_bytes: u64,
+    pub(super) open_bytes: ByMedium<u64>,
     /// Replicas' leases.
     pub(super) shared: u32,
 }
@@ -180,7 +208,7 @@ impl Slabs {
         slab.area.set_open(false);
         slab.draining = Some(draining);
         if slab.is_own_lease() {
-            self.totals.open_bytes -= slab.bytes;
+            *self.totals.open_bytes.of_mut(slab.medium()) -= slab.bytes;
         }
         true
     }
@@ -198,7 +226,7 @@ impl Slabs {
         {
             draining.refused = true;
             if slab.is_own_lease() {
-                self.totals.refused_bytes += slab.bytes;
+                *self.totals.refused_bytes.of_mut(slab.medium()) += slab.bytes;
             }
         }
     }
@@ -208,9 +236,10 @@ impl Totals {
     fn add(&mut self, slab: &Slab) {
         if slab.is_own_lease() {
             self.own += 1;
-            self.own_bytes += slab.bytes;
-            self.refused_bytes += slab.refused_bytes();
-            self.open_bytes += match slab.draining {
+            let medium = slab.medium();
+            *self.own_bytes.of_mut(medium) += slab.bytes;
+            *self.refused_bytes.of_mut(medium) += slab.refused_bytes();
+            *self.open_bytes.of_mut(medium) += match slab.draining {
                 None => slab.bytes,
                 Some(_) => 0,
             };
@@ -223,9 +252,11 @@ impl Totals {
         let mut its = Self::default();
         its.add(slab);
         self.own -= its.own;
-        self.own_bytes -= its.own_bytes;
-        self.refused_bytes -= its.refused_bytes;
-        self.open_bytes -= its.open_bytes;
+        for medium in [Medium::Hbm, Medium::Host] {
+            *self.own_bytes.of_mut(medium) -= its.own_bytes.of(medium);
+            *self.refused_bytes.of_mut(medium) -= its.refused_bytes.of(medium);
+            *self.open_bytes.of_mut(medium) -= its.open_bytes.of(medium);
+        }
         self.shared -= its.shared;
     }
 }
@@ -234,10 +265,7 @@ impl Totals {
 mod tests {
     use proptest::prelude::*;
     use swiftcache_device::{Memory, host::HostLayer};
-    use swiftcache_proto::{
-        domain::{LinkKind, Medium},
-        topology::Topology,
-    };
+    use swiftcache_proto::{domain::LinkKind, topology::Topology};
 
     use super::*;
     use crate::{
@@ -248,7 +276,7 @@ mod tests {
     /// Makes slabs over one and the same memory.
     struct Maker {
         memory: Memory,
-        route: Arc<Route>,
+        routes: [Arc<Route>; 2],
         leases: u64,
     }
 
@@ -258,9 +286,11 @@ mod tests {
             let device = topology.devices[0].uuid.clone();
             let layer: Arc<dyn DeviceLayer> =
                 Arc::new(HostLayer::from_topology(&topology, false).unwrap());
+            let routes = Routes::new(Arc::clone(&layer), device.clone());
+            let to = |medium| routes.to(medium, &device).unwrap();
             Self {
                 memory: layer.allocate_host(&device, 4_096).unwrap(),
-                route: (Routes::new(layer, device.clone()).to(Medium::Host, &device)).unwrap(),
+                routes: [to(Medium::Hbm), to(Medium::Host)],
                 leases: 0,
             }
         }
@@ -276,7 +306,8 @@ mod tests {
                 1 => (None, Hold::Own),
                 _ => (Some(key), Hold::Own),
             };
-            let (memory, route) = (self.memory.clone(), Arc::clone(&self.route));
+            let route = &self.routes[(bytes % 2) as usize];
+            let (memory, route) = (self.memory.clone(), Arc::clone(route));
             let area = BlockArea::new(memory, 0, 4, &[16], LinkKind::Nvlink, route);
             Slab::new(key, hold, bytes, Arc::new(area))
         }
@@ -290,9 +321,11 @@ mod tests {
                 (Some(_), Hold::Own) => {
                     let refused = slab.draining.is_some_and(|draining| draining.refused);
                     totals.own += 1;
-                    totals.own_bytes += slab.bytes;
-                    totals.refused_bytes += if refused { slab.bytes } else { 0 };
-                    totals.open_bytes += if slab.area.is_open() { slab.bytes } else { 0 };
+                    let medium = slab.area.route.medium;
+                    *totals.own_bytes.of_mut(medium) += slab.bytes;
+                    *totals.refused_bytes.of_mut(medium) += if refused { slab.bytes } else { 0 };
+                    *totals.open_bytes.of_mut(medium) +=
+                        if slab.area.is_open() { slab.bytes } else { 0 };
                 }
                 (Some(_), Hold::Shared) => totals.shared += 1,
                 (None, _) => {}
@@ -367,6 +400,6 @@ mod tests {
             slabs.iter().map(|slab| slab.area.id).collect::<Vec<_>>(),
             [kept]
         );
-        assert_eq!(slabs.totals().own_bytes, 7);
+        assert_eq!(slabs.totals().own_bytes.of(Medium::Host), 7);
     }
 }

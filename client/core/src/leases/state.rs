@@ -8,10 +8,10 @@ use std::{
 
 use hdrhistogram::Histogram;
 use parking_lot::MutexGuard;
-use swiftcache_proto::domain::{Hold, LeaseId, RegionId};
+use swiftcache_proto::domain::{Hold, LeaseId, Medium, RegionId};
 
 use super::{
-    slabs::{Flight, Slabs},
+    slabs::{ByMedium, Flight, Slabs},
     unreadable::Unreadable,
 };
 use crate::{session::Held, transfer::AreaId};
@@ -32,10 +32,12 @@ pub(super) struct State {
     pub(super) unreadable: Unreadable,
     /// Replicas' leases that are about to be opened.
     pub(super) opening: HashSet<LeaseId>,
-    /// The smallest slab seen: what a further lease takes at least, bytes.
-    pub(super) slab_bytes: Option<u64>,
+    /// The smallest slab seen of each kind of memory: what a further lease takes at least, bytes.
+    pub(super) slab_bytes: ByMedium<Option<u64>>,
     /// The broker had nothing to lend; not to be asked before.
     pub(super) grow_after: Instant,
+    /// When it was last asked for host memory, it granted none.
+    pub(super) host_refused: bool,
     /// How long it was last left alone for because what it had to lend cannot be mapped here; zero when it can.
     pub(super) map_pause: Duration,
     /// Regions of which slabs were granted that cannot be mapped here.
@@ -56,8 +58,10 @@ pub(crate) struct Counts {
     pub(crate) acknowledge: Histogram<u64>,
     /// Own leases now.
     pub(crate) own: u32,
-    /// Their bytes.
+    /// The bytes of those of HBM.
     pub(crate) own_bytes: u64,
+    /// The bytes of those of host memory.
+    pub(crate) own_host_bytes: u64,
     /// Replicas' leases mapped now.
     pub(crate) shared: u32,
 }
@@ -66,6 +70,7 @@ pub(crate) struct Counts {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pending {
     pub(super) hold: Hold,
+    pub(super) medium: Medium,
     pub(super) bytes: u64,
     /// Revoked meanwhile: to be acknowledged instead of used.
     pub(super) revoked: bool,
@@ -84,8 +89,9 @@ impl State {
             revoked_early: HashSet::new(),
             unreadable: Unreadable::default(),
             opening: HashSet::new(),
-            slab_bytes: None,
+            slab_bytes: ByMedium::default(),
             grow_after: Instant::now(),
+            host_refused: false,
             map_pause: Duration::ZERO,
             unmapped: HashSet::new(),
             counts: Counts {
@@ -95,18 +101,20 @@ impl State {
                 acknowledge: histogram(),
                 own: 0,
                 own_bytes: 0,
+                own_host_bytes: 0,
                 shared: 0,
             },
         }
     }
 
-    /// Own leases, revoked ones that are not let go of yet and those about to be mapped included, bytes.
-    pub(super) fn leased_bytes(&self) -> u64 {
+    /// Own leases of a kind of memory, revoked ones that are not let go of yet and those about to be mapped included, bytes.
+    pub(super) fn leased_bytes(&self, medium: Medium) -> u64 {
         let totals = self.slabs.totals();
         let pending = (self.pending.values())
-            .filter(|pending| pending.hold == Hold::Own)
+            .filter(|pending| pending.hold == Hold::Own && pending.medium == medium)
             .map(|pending| pending.bytes);
-        totals.own_bytes - totals.refused_bytes + pending.sum::<u64>()
+        let known = totals.own_bytes.of(medium) - totals.refused_bytes.of(medium);
+        known + pending.sum::<u64>()
     }
 
     /// What is mapped, to be claimed when the session resumes.
@@ -138,7 +146,8 @@ impl State {
         let totals = self.slabs.totals();
         Counts {
             own: totals.own,
-            own_bytes: totals.own_bytes,
+            own_bytes: totals.own_bytes.of(Medium::Hbm),
+            own_host_bytes: totals.own_bytes.of(Medium::Host),
             shared: totals.shared,
             ..self.counts.clone()
         }

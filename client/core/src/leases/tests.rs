@@ -52,8 +52,8 @@ impl Holder for Notebook {
         Ok(())
     }
 
-    fn wants_more(&self) -> bool {
-        false
+    fn wants(&self) -> Wants {
+        Wants::default()
     }
 
     fn give_up_unused(&self) -> Vec<AreaId> {
@@ -126,6 +126,7 @@ impl Stand {
             device,
             layer_bytes: LAYERS.to_vec(),
             max_bytes: 0,
+            max_host_bytes: 0,
             step_bytes: 0,
             class: LeaseClass::Cache,
         };

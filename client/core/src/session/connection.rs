@@ -37,6 +37,8 @@ pub(super) struct Connection {
     pub(super) drain_ms: u32,
     pub(super) devices: Vec<Device>,
     pub(super) links: Vec<Link>,
+    /// Its host memory, one device for each NUMA node. An older broker names none.
+    pub(super) host_devices: Vec<Device>,
     /// Observers have been told: what they do about a new connection comes before what others do with it.
     pub(super) announced: AtomicBool,
     /// Cancelled when the broker must be told anew what is held, which only another connection does.
@@ -164,6 +166,9 @@ impl Connection {
                 .collect::<Result<_, _>>()
                 .map_err(invalid)?,
             links: (registered.links.iter().map(Link::try_from))
+                .collect::<Result<_, _>>()
+                .map_err(invalid)?,
+            host_devices: (registered.host_devices.iter().map(Device::try_from))
                 .collect::<Result<_, _>>()
                 .map_err(invalid)?,
             announced: AtomicBool::new(false),

@@ -22,6 +22,8 @@ pub struct Demand {
     pub block_bytes: u64,
     /// What for. A broker that does not know classes grants what it may take by fairness.
     pub class: LeaseClass,
+    /// How much host memory of donors to lease where less HBM is granted than asked for, bytes. With this, `bytes` may be 0.
+    pub host_bytes: u64,
 }
 
 /// What was leased.

@@ -280,6 +280,15 @@ impl Session {
         }
     }
 
+    /// The node's host memory, one device for each NUMA node, as the broker told it, while connected.
+    pub fn host_devices(&self) -> Option<Vec<Device>> {
+        self.check_origin().ok()?;
+        match &*self.shared.link.lock() {
+            LinkState::Up(connection) => Some(connection.host_devices.clone()),
+            _ => None,
+        }
+    }
+
     /// Which connection this is. A reply that names an older one may speak of leases that the broker has since
     /// been told are not held.
     pub fn epoch(&self) -> u64 {

@@ -105,6 +105,7 @@ impl Session {
                 bytes: demand.bytes,
                 block_bytes: demand.block_bytes,
                 class: v1::LeaseClass::from(demand.class).into(),
+                host_bytes: demand.host_bytes,
             };
             let leased = connection.client.clone().lease(request).await?.into_inner();
             let grants = leased.grants.iter().map(Grant::read);
@@ -259,6 +260,7 @@ impl Session {
                 device_uuid: device.map_or_else(String::new, String::from),
                 unpinned,
                 borrower_id: borrower.map_or_else(Vec::new, |id| id.0.to_vec()).into(),
+                host_memory: true,
             };
             let found = connection
                 .client
@@ -294,6 +296,7 @@ impl Session {
                 closed: keep.closed,
                 down_device_uuids: keep.down.into_iter().map(Into::into).collect(),
                 host_memory_down: keep.host_down,
+                host_memory: true,
             };
             connection.client.clone().keep(request).await?;
             Ok(())

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     Error, Result,
     device::DeviceError,
-    leases::{Arrival, Holder, Progress},
+    leases::{Arrival, Holder, Progress, Wants},
     transfer::AreaId,
 };
 
@@ -64,9 +64,12 @@ impl Holder for StreamHolder {
         Ok(())
     }
 
-    fn wants_more(&self) -> bool {
+    fn wants(&self) -> Wants {
         let state = self.0.state.lock();
-        !state.closing && state.missing_slabs() > 0
+        Wants {
+            hbm: !state.closing && state.missing_slabs() > 0,
+            host: false,
+        }
     }
 
     fn give_up_unused(&self) -> Vec<AreaId> {

@@ -113,6 +113,7 @@ fn with_slabs(
         layer_bytes: vec![unit_bytes],
         // While a slab is on its way back, another one takes its place.
         max_bytes: most.saturating_mul(2),
+        max_host_bytes: 0,
         // One at a time, so that ranks that open together share what there is.
         step_bytes: unit_bytes,
         class: LeaseClass::WorkingSet,
@@ -187,6 +188,7 @@ fn learn_unit(
             bytes: 1,
             block_bytes: granularity,
             class: LeaseClass::WorkingSet,
+            host_bytes: 0,
         });
         match leased.wait() {
             Ok(leased) => {

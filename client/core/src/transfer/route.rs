@@ -21,7 +21,7 @@ pub(crate) enum Direction {
 pub(crate) struct Route {
     /// The kind of memory it leads to.
     pub(crate) medium: Medium,
-    /// The device whose memory that is; of host memory, the device that reaches it.
+    /// The device whose memory that is; of this process's own host memory, the device that reaches it.
     pub(crate) device: DeviceUuid,
     pub(super) index: RouteIndex,
     pub(super) load: Arc<dyn CopyStream>,
@@ -48,6 +48,7 @@ impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.medium {
             Medium::Hbm => self.device.fmt(f),
+            Medium::Host if self.device.medium() == Medium::Host => self.device.fmt(f),
             Medium::Host => f.write_str("host memory"),
         }
     }

@@ -17,7 +17,11 @@ use super::{
     ticket::Point,
     virtual_range::VirtualRange,
 };
-use crate::{Base, DeviceError, Export, Memory, Result, stream::Completion};
+use crate::{
+    Base, DeviceError, Export, Memory, Result,
+    host::{map_sealed, mapping::Mapping},
+    stream::Completion,
+};
 
 /// Plain allocations are multiples of this, so that none shares its pages with a neighbour: a legacy handle opens
 /// whole pages.
@@ -43,6 +47,8 @@ pub(super) enum Kind {
     Space,
     /// `cuMemHostAlloc`.
     Host,
+    /// `cuMemHostRegister`: a donor's host memory, which is unmapped after it is unregistered.
+    Registered(Mapping),
     /// Another process's plain allocation.
     Opened,
     /// Somebody else in this process frees it.
@@ -170,6 +176,47 @@ impl Arena {
         Ok(arena.into_memory(bytes))
     }
 
+    /// Maps a donor's host memory, and pins it for every device of this process.
+    pub(super) fn register(
+        context: &Arc<Context>,
+        descriptor: &OwnedFd,
+        bytes: u64,
+    ) -> Result<Memory> {
+        let mapping = map_sealed(descriptor, bytes)?;
+        let entered = context.enter()?;
+        let core = entered.core();
+        let refuse = |code| {
+            let problem = context.driver.describe(code);
+            refuse_import(
+                HandleKind::PosixFd,
+                format!(
+                    "cuMemHostRegister of {bytes} bytes of host memory: {problem}; the driver pins the donor's pages for this \
+                     process, so the machine must have them to spare (check the memory limit of this container, and \
+                     ulimit -l)"
+                ),
+            )
+        };
+        let start = mapping.address() as *mut c_void;
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: the context is current; the range is mapped, ours, and stays so until it is unregistered.
+        match unsafe { (core.register_host)(start, bytes as usize, flags) } {
+            SUCCESS => {}
+            code => return Err(refuse(code)),
+        }
+        let mut address = 0;
+        // SAFETY: the range was registered for devices a moment ago; one address is written, to one of ours.
+        let code = unsafe { (core.host_pointer)(&raw mut address, start, 0) };
+        if code != SUCCESS {
+            // SAFETY: ends our own registration, once.
+            let ended = unsafe { (core.unregister_host)(start) };
+            report(&context.driver, ended, "cuMemHostUnregister", &context.uuid);
+            return Err(refuse(code));
+        }
+        drop(entered);
+        let kind = Kind::Registered(mapping);
+        Ok(Self::new(context, address, kind, Route::Pcie).into_memory(bytes))
+    }
+
     /// Memory that an engine of this process allocated.
     pub(super) fn adopt(context: &Arc<Context>, address: u64, bytes: u64) -> Result<Memory> {
         let entered = context.enter()?;
@@ -262,7 +309,7 @@ impl Arena {
             return Ok(Some(self.route));
         }
         match &self.kind {
-            Kind::Host => Ok(Some(self.route)),
+            Kind::Host | Kind::Registered(_) => Ok(Some(self.route)),
             Kind::Plain | Kind::Adopted | Kind::Lent(_) => context.reach(&self.context, entered),
             Kind::Virtual(range) => {
                 range.admit(context, entered)?;
@@ -316,7 +363,7 @@ impl Arena {
                 // SAFETY: the driver made this descriptor for us a moment ago; nobody else owns it.
                 Ok(Export::Fd(unsafe { OwnedFd::from_raw_fd(descriptor) }))
             }
-            Kind::Host | Kind::Opened | Kind::Space => Err(refuse_export(
+            Kind::Host | Kind::Registered(_) | Kind::Opened | Kind::Space => Err(refuse_export(
                 HandleKind::CudaIpc,
                 "only HBM can be exported, by the process that allocated it",
             )),
@@ -358,6 +405,10 @@ impl Drop for Arena {
                 Kind::Host => (
                     (core.free_host)(self.address as *mut c_void),
                     "cuMemFreeHost",
+                ),
+                Kind::Registered(mapping) => (
+                    (core.unregister_host)(mapping.address() as *mut c_void),
+                    "cuMemHostUnregister",
                 ),
                 Kind::Opened => ((core.ipc_close)(self.address), "cuIpcCloseMemHandle"),
                 Kind::Virtual(range) => (range.unmap(&self.context, &entered), "cuMemUnmap"),

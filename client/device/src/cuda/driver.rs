@@ -109,6 +109,9 @@ entry_points! {
         free = "cuMemFree_v2" (CUdeviceptr);
         allocate_host = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
         free_host = "cuMemFreeHost" (*mut c_void);
+        register_host = "cuMemHostRegister_v2" (*mut c_void, usize, c_uint);
+        unregister_host = "cuMemHostUnregister" (*mut c_void);
+        host_pointer = "cuMemHostGetDevicePointer_v2" (*mut CUdeviceptr, *mut c_void, c_uint);
         address_range = "cuMemGetAddressRange_v2" (*mut CUdeviceptr, *mut usize, CUdeviceptr);
         pointer_attribute = "cuPointerGetAttribute" (*mut c_void, CUpointer_attribute, CUdeviceptr);
         set_bytes = "cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream);

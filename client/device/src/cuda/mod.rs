@@ -280,6 +280,9 @@ impl DeviceLayer for CudaLayer {
                 }
                 Arena::open(&self.context(device)?, route, &handle, bytes)
             }
+            Export::Fd(descriptor) if owner.host_node().is_some() => {
+                Arena::register(&self.context(device)?, &descriptor, bytes)
+            }
             Export::Fd(descriptor) => {
                 let route = self.route(device, owner, HandleKind::PosixFd)?;
                 Arena::import(&self.context(device)?, route, &descriptor, bytes)

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, SealFlags};
 use swiftcache_proto::domain::{DeviceUuid, HandleKind};
 
-use super::{DeviceError, Memory, Result, mapping::Mapping, usage::Claim};
+use super::{DeviceError, Memory, Result, mapping::Mapping, numa, usage::Claim};
 
 /// The magic number of tmpfs, which every memfd of ordinary pages lives on. Huge-page memfds are refused: a hole
 /// punched by the other side turns into SIGBUS there.
@@ -52,6 +52,9 @@ impl Arena {
         let memfd = sealed(device, bytes)?;
         let mapping =
             Mapping::shared(&memfd, bytes).map_err(|error| failed("mmap", device, &error))?;
+        if let Some(node) = device.host_node() {
+            numa::settle(device, node, &mapping)?;
+        }
         Ok(Self {
             place: Place::Device(device.clone()),
             origin: Origin::Exportable,
@@ -97,30 +100,13 @@ impl Arena {
         memfd: OwnedFd,
         bytes: u64,
     ) -> Result<Memory> {
-        let refuse = |problem: String| DeviceError::Handle {
-            action: "import",
-            kind: HandleKind::PosixFd,
-            problem,
+        let mapping = map_sealed(&memfd, bytes)?;
+        let place = match owner.host_node() {
+            Some(_) => Place::Host(device.clone()),
+            None => Place::Device(owner.clone()),
         };
-        let stat = rustix::fs::fstat(&memfd).map_err(|error| refuse(error.to_string()))?;
-        let seals = rustix::fs::fcntl_get_seals(&memfd).unwrap_or(SealFlags::empty());
-        let tmpfs = rustix::fs::fstatfs(&memfd)
-            .is_ok_and(|filesystem| filesystem.f_type as u64 == TMPFS_MAGIC);
-        if !tmpfs || !seals.contains(SealFlags::SHRINK) {
-            return Err(refuse(
-                "it is not a memfd sealed against shrinking; only the host backend's exports are accepted".to_owned(),
-            ));
-        }
-        let size = u64::try_from(stat.st_size).unwrap_or(0);
-        if bytes == 0 || bytes > size {
-            return Err(refuse(format!(
-                "{bytes} bytes were promised, but it holds {size}"
-            )));
-        }
-        let mapping = Mapping::shared(&memfd, bytes)
-            .map_err(|error| refuse(format!("mmap of {bytes} bytes: {error}")))?;
         Ok(Self {
-            place: Place::Device(owner.clone()),
+            place,
             origin: Origin::Private,
             mapping: Some(mapping),
             memfd: Some(memfd),
@@ -237,6 +223,31 @@ impl Arena {
         })?;
         memfd.try_clone().map_err(|error| refuse(error.to_string()))
     }
+}
+
+/// Maps another process's memory, after checking that it can never fault.
+pub(crate) fn map_sealed(memfd: &OwnedFd, bytes: u64) -> Result<Mapping> {
+    let refuse = |problem: String| DeviceError::Handle {
+        action: "import",
+        kind: HandleKind::PosixFd,
+        problem,
+    };
+    let stat = rustix::fs::fstat(memfd).map_err(|error| refuse(error.to_string()))?;
+    let seals = rustix::fs::fcntl_get_seals(memfd).unwrap_or(SealFlags::empty());
+    let tmpfs =
+        rustix::fs::fstatfs(memfd).is_ok_and(|filesystem| filesystem.f_type as u64 == TMPFS_MAGIC);
+    if !tmpfs || !seals.contains(SealFlags::SHRINK) {
+        return Err(refuse(
+            "it is not a memfd sealed against shrinking; only the host backend's exports are accepted".to_owned(),
+        ));
+    }
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    if bytes == 0 || bytes > size {
+        return Err(refuse(format!(
+            "{bytes} bytes were promised, but it holds {size}"
+        )));
+    }
+    Mapping::shared(memfd, bytes).map_err(|error| refuse(format!("mmap of {bytes} bytes: {error}")))
 }
 
 /// A file of zeroes that keeps its size.

@@ -25,7 +25,7 @@ pub(super) fn keep_from_children(address: usize, bytes: usize) {
 
 /// A range of pages. When dropped it is unmapped, or the owner of the range has fresh pages there.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     address: usize,
     bytes: usize,
     /// The memory that these pages are a part of, if it is another's.
@@ -35,7 +35,7 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
-    pub(super) fn shared(memfd: impl AsFd, bytes: u64) -> Result<Self> {
+    pub(crate) fn shared(memfd: impl AsFd, bytes: u64) -> Result<Self> {
         let size = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
         // SAFETY: the kernel picks the address, so no existing mapping is touched. The pages are reached
         // through raw pointers only, never through references that would assume nobody else writes.
@@ -105,11 +105,11 @@ impl Mapping {
         })
     }
 
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.address as u64
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes as u64
     }
 

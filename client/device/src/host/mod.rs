@@ -3,10 +3,13 @@
 //! An allocation is a sealed memfd, mapped shared; another process maps the same bytes through its descriptor.
 //! Copies are plain memory copies on one thread per stream. A link model can pace them (see [`HostOptions`]), so
 //! that overlap and ratios of links can be measured; figures from it are figures of the model.
+//!
+//! Host memory of a NUMA node (`HOST-n`) is lent by this backend too, whatever backend borrows it: its device is real.
 
 mod arena;
-mod mapping;
+pub(crate) mod mapping;
 mod maps;
+mod numa;
 mod pacing;
 mod space;
 mod stream;
@@ -25,6 +28,7 @@ use swiftcache_proto::{
 
 use super::{AddressSpaces, CopyStream, DeviceError, DeviceLayer, Export, Hbm, Memory, Result};
 use arena::Arena;
+pub(crate) use arena::map_sealed;
 use pacing::LinkModel;
 use stream::HostStream;
 use usage::Usage;
@@ -176,6 +180,9 @@ impl DeviceLayer for HostLayer {
                 problem: "the host backend exports descriptors: ask for PosixFd".to_owned(),
             });
         }
+        if device.host_node().is_some() {
+            numa::check_room(device, bytes)?;
+        }
         let claim = Usage::claim(&self.usage, device, bytes, total)?;
         Arena::allocate(device, bytes, claim)
     }
@@ -202,7 +209,10 @@ impl DeviceLayer for HostLayer {
         bytes: u64,
     ) -> Result<Memory> {
         self.device(device)?;
-        self.device(owner)?;
+        // Every device reaches host memory, which is none of this layer's devices.
+        if owner.host_node().is_none() {
+            self.device(owner)?;
+        }
         match export {
             Export::Fd(descriptor) => Arena::import(device, owner, descriptor, bytes),
             Export::Opaque(handle) => Err(DeviceError::Handle {

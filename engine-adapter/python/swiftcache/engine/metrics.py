@@ -39,6 +39,7 @@ COUNTERS = {
 }
 GAUGES = {
     "leased_bytes": "HBM leased from donors now.",
+    "host_leased_bytes": "Host memory leased from donors now.",
     "leases": "Leases held now.",
     "routes_down": "Ways to a GPU's memory, or to host memory, on which copies fail: nothing is found or stored there.",
     "donor_blocks": "Blocks on donors now.",

@@ -41,7 +41,7 @@ class CacheOpener:
 
         settings = self._settings
         block = sum(entry.page for entry in layout.entries)
-        for name in ("max_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
+        for name in ("max_leased_bytes", "max_host_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
             if 0 < (getattr(settings, name) or 0) < block:
                 raise ValueError(
                     f"{name} is {getattr(settings, name)}, which is less than one block of this worker: {block} bytes "
@@ -54,6 +54,7 @@ class CacheOpener:
             namespace=namespace,
             layer_bytes=[entry.page for entry in layout.entries],
             max_leased_bytes=settings.max_leased_bytes,
+            max_host_leased_bytes=settings.max_host_leased_bytes,
             lease_step_bytes=settings.lease_step_bytes,
             host_tier_bytes=settings.host_tier_bytes,
             device=settings.device or gpu,

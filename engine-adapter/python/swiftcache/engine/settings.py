@@ -37,11 +37,14 @@ class Settings:
     socket: str = "/run/swiftcache/broker.sock"
     """The broker's Unix socket."""
     max_leased_bytes: int = 16 << 30
-    """The most that one worker leases from donors. The broker's fairness and quotas bound it further."""
+    """The most HBM that one worker leases from donors. The broker's fairness and quotas bound it further."""
+    max_host_leased_bytes: int = 64 << 30
+    """The most host memory that one worker leases where donors lend too little HBM: that of `swiftcache donate --device
+    HOST-n`, which all engines of the node share. 0: nothing."""
     lease_step_bytes: int | None = None
     """How much to lease at a time; None: an eighth of the most."""
     host_tier_bytes: int = 0
-    """Host memory of one worker, for blocks that donors have no room for."""
+    """Host memory of one worker alone, for blocks that donors have no room for."""
     device: str = ""
     """UUID of the device the worker computes on; empty: found out."""
     backend: str = "auto"

@@ -177,7 +177,7 @@ pub(super) fn time_pieces(
 
 /// Several lists of pieces in a memory of `memory` bytes. Each piece goes from a random place of the source to a random
 /// place of the target. Together the lists cover more than the caches hold.
-fn scatter(memory: u64, Pieces { bytes, count }: Pieces) -> Vec<Vec<Piece>> {
+pub(super) fn scatter(memory: u64, Pieces { bytes, count }: Pieces) -> Vec<Vec<Piece>> {
     let mut random = StdRng::seed_from_u64(bytes);
     let mut shuffled = || {
         let mut blocks: Vec<u64> = (0..memory / bytes).collect();
@@ -203,7 +203,7 @@ fn scatter(memory: u64, Pieces { bytes, count }: Pieces) -> Vec<Vec<Piece>> {
 }
 
 /// Writes new bytes, copies them once more, and checks every byte.
-fn verify(
+pub(super) fn verify(
     stream: &Arc<dyn CopyStream>,
     from: &Memory,
     to: &Memory,

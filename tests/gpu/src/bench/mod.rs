@@ -7,6 +7,7 @@ mod copies;
 mod course;
 pub mod host;
 mod latencies;
+mod lent_host;
 mod peers;
 mod pipeline;
 mod rows;
@@ -75,7 +76,7 @@ struct Bench<'a> {
 type Part = fn(&Bench<'_>, &mut Rows<'_>) -> Result<()>;
 
 /// The parts of the benchmark, by name.
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 8] = [
     ("extents", |bench, rows| {
         copies::extents(&Course::within(bench), rows)
     }),
@@ -86,6 +87,7 @@ const PARTS: [(&str, Part); 7] = [
         copies::models(&Course::within(bench), rows)
     }),
     ("host memory", copies::host),
+    ("lent host memory", lent_host::run),
     ("opening and closing", latencies::run),
     ("layer pipeline", pipeline::run),
     ("peers", peers::run),

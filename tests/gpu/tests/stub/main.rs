@@ -95,10 +95,11 @@ fn lent_memory_comes_back_zero_though_the_driver_fails_for_a_moment() {
     );
 }
 
-const OPERATIONS: [&str; 11] = [
+const OPERATIONS: [&str; 12] = [
     "allocate-plain",
     "allocate-virtual",
     "allocate-host",
+    "import-host",
     "hbm",
     "stream",
     "export-plain",
@@ -171,6 +172,16 @@ fn each_refusal_of_the_driver_is_explained() {
             "cuMemHostAlloc=2",
             "allocate-host",
             "no room for 4194304 bytes",
+        ),
+        (
+            "cuMemHostRegister_v2=2",
+            "import-host",
+            "cuMemHostRegister of 4194304 bytes of host memory",
+        ),
+        (
+            "cuMemHostGetDevicePointer_v2=1",
+            "import-host",
+            "cuMemHostRegister of 4194304 bytes of host memory",
         ),
         (
             "cuMemsetD8Async=719",
