@@ -2,9 +2,7 @@
 //! registers with the driver. Each is compared with the same copy of the driver's own pinned memory, in the same run.
 
 use anyhow::{Context, Result, ensure};
-use swiftcache_client::device::{
-    CopyStream, DeviceLayer, Memory, Piece, cuda::Method, open_host_memory,
-};
+use swiftcache_client::device::{DeviceLayer, Memory, Piece, cuda::Method, open_host_memory};
 use swiftcache_proto::{domain::HandleKind, numa};
 
 use super::{
