@@ -54,7 +54,7 @@ def test_a_prefix_that_lies_in_host_memory_only_is_found_and_the_tokens_are_the_
     assert stats["hit_host_blocks"] >= BLOCKS and stats["loaded_host_bytes"] > 0
     assert stats["leased_bytes"] == stats["hit_donor_blocks"] == stats["failed_blocks"] == 0
     [lent] = [device for device in node.status()["devices"] if device["uuid"] == "HOST-0"]
-    assert lent["leased"] > 0
+    assert lent["account"]["leased"] > 0
 
 
 def test_another_engine_of_the_model_uses_the_same_copy(lab, engine, node, want) -> None:
