@@ -273,7 +273,8 @@ fn an_engine_on_cuda_registers_host_memory_and_a_donor_that_leaves_in_mid_load_c
         "an_engine_on_cuda_registers_host_memory_and_a_donor_that_leaves_in_mid_load_costs_hits_only",
         |stub: &Stub| {
             let mut scene = Scene::new(stub, 1)?;
-            let donor = scene.donate_on(&host(), 2)?;
+            // One slab: what is let go of is the one that is read.
+            let donor = scene.donate_on(&host(), 1)?;
             let engine = on_cuda(&scene)?;
             leased_in_host(&engine, 1)?;
             let conversation: Vec<u32> = (0..12).collect();
