@@ -170,7 +170,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 21] = [
+const UNBOUNDED: [&str; 22] = [
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",
@@ -185,6 +185,7 @@ const UNBOUNDED: [&str; 21] = [
     "Report.routes_down",
     "Report.homes",
     "ListRegions.page_size",
+    "ListSessions.page_size",
     "ListLeases.page_size",
     "ListNamespaces.page_size",
     "ListEvents.after_sequence",
