@@ -17,7 +17,7 @@ const MOST: usize = 1_000;
 const DEFAULT: usize = 100;
 
 /// All kinds of events.
-const KINDS: [&str; 17] = [
+const KINDS: [&str; 19] = [
     "register",
     "leave",
     "gone",
@@ -25,6 +25,8 @@ const KINDS: [&str; 17] = [
     "withdraw",
     "return",
     "lease",
+    "estate",
+    "inherit",
     "short",
     "revoke",
     "acknowledge",
@@ -156,6 +158,32 @@ pub fn describe(note: &Note) -> Option<(&'static str, String)> {
             "lease",
             format!(
                 "lease {lease}: {} of region {region} on {device} over {link}",
+                Bytes(*bytes)
+            ),
+        ),
+        Note::LeftEstate {
+            lease,
+            tenant,
+            namespace,
+            bytes,
+            blocks,
+        } => (
+            "estate",
+            format!(
+                "lease {lease}: {} with {blocks} blocks of {namespace} are kept for an heir of tenant {tenant}",
+                Bytes(*bytes)
+            ),
+        ),
+        Note::Inherited {
+            lease,
+            heir,
+            name,
+            bytes,
+            blocks,
+        } => (
+            "inherit",
+            format!(
+                "lease {lease}: {} with {blocks} blocks go to {heir:?} ({name})",
                 Bytes(*bytes)
             ),
         ),

@@ -150,12 +150,13 @@ pub(crate) fn render(owner: &Owner) -> String {
 }
 
 /// The bytes of a device in each state. What nobody holds and an operator drained is not free: it is lent to nobody.
-fn states(account: Account, drained: u64) -> [(&'static str, u64); 7] {
+fn states(account: Account, drained: u64) -> [(&'static str, u64); 8] {
     [
         ("free", account.free - drained),
         ("drained", drained),
         ("leased", account.leased),
         ("working-set", account.working_set),
+        ("estate", account.estate),
         ("draining", account.draining),
         ("zombie", account.zombie),
         ("scrubbing", account.scrubbing),

@@ -295,6 +295,7 @@ fn restore(
         pin_ms: config.pin_ms,
         default_drain_ms: config.drain_ms,
         wait_ms: config.wait_ms,
+        estate_ttl_ms: config.estate_ttl_ms,
         pin_base: rand::random::<u64>() >> 1,
         session_quota_bytes: config.session_quota_bytes,
         namespace_quota_bytes: config.namespace_quota_bytes,

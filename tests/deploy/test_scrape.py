@@ -70,7 +70,7 @@ def test_the_document_lists_every_metric_with_its_kind_and_labels(scrape):
 def test_the_accounts_are_in_the_scrape(scrape, lent):
     states = re.findall(r'^swiftcache_offered_bytes\{.*device="(.*?)".*state="([\w-]+)".*\} (\d+)$', scrape, re.MULTILINE)
     of_device = {state: int(value) for device, state, value in states if device == lent.device}
-    assert set(of_device) == {"free", "drained", "leased", "working-set", "draining", "zombie", "scrubbing"}
+    assert set(of_device) == {"free", "drained", "leased", "working-set", "estate", "draining", "zombie", "scrubbing"}
     assert sum(of_device.values()) > 0
 
 

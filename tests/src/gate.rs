@@ -380,4 +380,5 @@ passes! {
     lookup: "Lookup", LookupRequest => LookupResponse;
     keep: "Keep", KeepRequest => KeepResponse;
     report: "Report", ReportRequest => ReportResponse;
+    inherit: "Inherit", InheritRequest => InheritResponse;
 }

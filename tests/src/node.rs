@@ -172,6 +172,11 @@ impl Node {
             .arg("--socket")
             .arg(self.socket())
             .args(&self.setup.options);
+        // What engines leave is freed at once, unless a test is about that.
+        let names = |option: &String| option.starts_with("--estate-ttl-ms");
+        if !self.setup.options.iter().any(names) {
+            command.args(["--estate-ttl-ms", "0"]);
+        }
         self.name_topology(&mut command);
         if let Some(file) = &self.setup.log_file {
             command.stderr(fs::File::options().create(true).append(true).open(file)?);

@@ -214,6 +214,7 @@ pub fn balanced(whole: &v1::Account, parts: impl IntoIterator<Item = v1::Account
         sum.scrubbing_bytes += part.scrubbing_bytes;
         // Some of the leased bytes.
         sum.working_set_bytes += part.working_set_bytes;
+        sum.estate_bytes += part.estate_bytes;
     }
     ensure!(
         sum == *whole,

@@ -283,6 +283,7 @@ impl Member {
             session_id: self.session,
             lease_ids: vec![lease],
             unmappable: false,
+            bequeath: false,
         };
         let released = self.wire.wait(self.wire.broker().release(release));
         released.map(drop)

@@ -73,6 +73,7 @@ impl Scene {
             session_id: self.borrower.session,
             lease_ids: vec![self.lease.lease_id],
             unmappable,
+            bequeath: false,
         }))?;
         Ok(())
     }

@@ -65,6 +65,11 @@ class Engine:
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
+    def kill(self) -> None:
+        """As a crash would."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         self._process.stdin.close()  # type: ignore[union-attr]
         try:

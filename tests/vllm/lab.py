@@ -165,6 +165,10 @@ class Lab:
             engine.ask("stop")
         return self._wanted[key]
 
+    def kill(self, name: str) -> None:
+        """Kills an engine process. The next one of this name is a new one."""
+        self._engines.pop(name).kill()
+
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()

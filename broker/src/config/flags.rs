@@ -120,6 +120,12 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_ms: Option<u32>,
 
+    /// Time that the published blocks of a borrower that is gone are kept for its heir, milliseconds; 0: not at all
+    /// [default: 600000]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estate_ttl_ms: Option<u32>,
+
     /// The most sessions at a time [default: 1024]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -73,6 +73,8 @@ pub struct Config {
     pub pin_ms: u32,
     /// How long an unmet demand for slabs counts against sessions above their fair share, milliseconds.
     pub wait_ms: u32,
+    /// How long what a borrower that is gone has published is kept for its heir, milliseconds; 0: not at all.
+    pub estate_ttl_ms: u32,
     /// The most sessions at a time.
     pub max_sessions: u32,
     /// The most regions at a time.
@@ -120,6 +122,7 @@ impl Default for Config {
             drain_ms: core.default_drain_ms,
             pin_ms: core.pin_ms,
             wait_ms: core.wait_ms,
+            estate_ttl_ms: core.estate_ttl_ms,
             max_sessions: limit(core.max_sessions),
             max_regions: limit(core.max_regions),
             max_leases: limit(core.max_leases),
@@ -134,6 +137,9 @@ impl Default for Config {
         }
     }
 }
+
+/// The longest that anything is kept for an heir, milliseconds: a week.
+const MAX_ESTATE_MS: u64 = 7 * 24 * 3_600 * 1_000;
 
 /// A limit of the core as a setting.
 fn limit(core: usize) -> u32 {
@@ -241,6 +247,7 @@ impl Config {
         within("drain_ms", self.drain_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("pin_ms", self.pin_ms.into(), 1, MAX_DRAIN_MS.into())?;
         within("wait_ms", self.wait_ms.into(), 0, MAX_DRAIN_MS.into())?;
+        within("estate_ttl_ms", self.estate_ttl_ms.into(), 0, MAX_ESTATE_MS)?;
         self.namespace_weights()?;
         self.tenant_weights()?;
         within("max_blocks", self.max_blocks, 1, 1 << 32)?;

@@ -5,7 +5,8 @@ use std::ops::{AddAssign, SubAssign};
 use swiftcache_proto::domain::LeaseClass;
 
 /// Where the offered bytes of a region, a device or the node are. After every event
-/// `offered = free + leased + working set + draining + zombie + scrubbing`, and each is the sum over the slabs in that place.
+/// `offered = free + leased + working set + estate + draining + zombie + scrubbing`, and each is the sum over the slabs in that
+/// place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {
     /// On offer, bytes.
@@ -16,6 +17,8 @@ pub struct Account {
     pub leased: u64,
     /// Leased as a working set and not revoked, bytes.
     pub working_set: u64,
+    /// Of borrowers that are gone, and kept for their heirs, bytes.
+    pub estate: u64,
     /// Revoked and within the drain window, bytes.
     pub draining: u64,
     /// Revoked, past the drain window and still held by a live process, bytes.
@@ -30,6 +33,7 @@ pub(super) enum Place {
     Free,
     Leased,
     WorkingSet,
+    Estate,
     Draining,
     Zombie,
     Scrubbing,
@@ -51,6 +55,7 @@ impl Account {
             Place::Free => &mut self.free,
             Place::Leased => &mut self.leased,
             Place::WorkingSet => &mut self.working_set,
+            Place::Estate => &mut self.estate,
             Place::Draining => &mut self.draining,
             Place::Zombie => &mut self.zombie,
             Place::Scrubbing => &mut self.scrubbing,
@@ -58,7 +63,7 @@ impl Account {
     }
 
     pub(super) fn balances(&self) -> bool {
-        let held = self.leased + self.working_set + self.draining + self.zombie;
+        let held = self.leased + self.working_set + self.estate + self.draining + self.zombie;
         self.offered == self.free + held + self.scrubbing
     }
 }
@@ -69,6 +74,7 @@ impl AddAssign for Account {
         self.free += other.free;
         self.leased += other.leased;
         self.working_set += other.working_set;
+        self.estate += other.estate;
         self.draining += other.draining;
         self.zombie += other.zombie;
         self.scrubbing += other.scrubbing;
@@ -81,6 +87,7 @@ impl SubAssign for Account {
         self.free -= other.free;
         self.leased -= other.leased;
         self.working_set -= other.working_set;
+        self.estate -= other.estate;
         self.draining -= other.draining;
         self.zombie -= other.zombie;
         self.scrubbing -= other.scrubbing;

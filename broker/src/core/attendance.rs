@@ -6,6 +6,7 @@ use swiftcache_proto::domain::{Generation, RevokeReason, SessionId};
 
 use super::{
     account::Place,
+    bequest::leave_to_heir,
     books::{Books, keys_of},
     effect::{Effect, Note, Outgoing, Refusal, Reply},
     event::{Caller, Register},
@@ -186,7 +187,7 @@ pub(super) fn detach(books: &mut Books, id: SessionId) {
 pub(super) fn leave(books: &mut Books, caller: Caller) -> Result<Reply, Refusal> {
     books.sessions.of(caller)?;
     let id = caller.session;
-    drop_holdings(books, id, RevokeReason::Released);
+    drop_holdings(books, id, Departure::Leaves);
     close(books, id, RevokeReason::Withdrawn);
     books.note(Note::Left { session: id });
     if !books.sessions.knows(caller.process) {
@@ -204,7 +205,7 @@ pub(super) fn process_gone(books: &mut Books, process: Process) {
     }
     // What one of its sessions lent another is free before its regions are looked at.
     for id in &sessions {
-        drop_holdings(books, *id, RevokeReason::LesseeGone);
+        drop_holdings(books, *id, Departure::Gone);
     }
     for id in sessions {
         let session = books.sessions.get(id);
@@ -215,8 +216,18 @@ pub(super) fn process_gone(books: &mut Books, process: Process) {
     }
 }
 
-/// Lets go of everything the session holds of others, and of what it told of itself.
-fn drop_holdings(books: &mut Books, id: SessionId, reason: RevokeReason) {
+/// How a session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Departure {
+    /// It says so.
+    Leaves,
+    /// Its process can touch nothing any more.
+    Gone,
+}
+
+/// Lets go of everything the session holds of others, and of what it told of itself. What a process that is gone has published is
+/// left to its heir.
+fn drop_holdings(books: &mut Books, id: SessionId, departure: Departure) {
     books.claims.stop_waiting(id);
     books.pins.end_all_of(id);
     books.borrowers.close_all_of(id);
@@ -231,8 +242,13 @@ fn drop_holdings(books: &mut Books, id: SessionId, reason: RevokeReason) {
         }
     }
     for lease in leases {
-        if let Some(key) = books.leases.key(lease) {
-            lessee_lets_go(books, key, reason);
+        let Some(key) = books.leases.key(lease) else {
+            continue;
+        };
+        match departure {
+            Departure::Leaves => lessee_lets_go(books, key, RevokeReason::Released),
+            Departure::Gone if leave_to_heir(books, key) => {}
+            Departure::Gone => lessee_lets_go(books, key, RevokeReason::LesseeGone),
         }
     }
 }

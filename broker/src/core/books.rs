@@ -283,6 +283,41 @@ impl Books {
         party.is_some()
     }
 
+    /// The lessee of an active lease is gone, or touches it no more: what it published there is kept for an heir until then,
+    /// milliseconds. It counts as nobody's holding.
+    pub(super) fn keep_for_heir(&mut self, key: LeaseKey, until: u64) {
+        let lessee = self.leases.get(key).terms().lessee;
+        self.drop_party(key, lessee);
+        self.leases.keep_for_heir(key, until);
+        let terms = self.leases.get(key).terms();
+        self.regions.put(terms.region, terms.slab, Place::Estate);
+    }
+
+    /// A lease that was kept for an heir is a session's own from now on, which computes on this device.
+    pub(super) fn inherit(&mut self, key: LeaseKey, heir: SessionId, device: usize) {
+        self.pins.end_of_on(heir, key);
+        self.leases.inherit(key, heir, device);
+        let lease = self.leases.get(key);
+        let terms = lease.terms();
+        let (region, slab) = (terms.region, terms.slab);
+        self.sessions.hold(heir, terms.id, terms.bytes);
+        let namespace = self.index.namespace(terms.namespace);
+        let path = holders::path(namespace.tenant(), namespace.name());
+        let its = self.regions.get(region);
+        let stake = Stake {
+            id: terms.id,
+            namespace: terms.namespace,
+            session: heir,
+            device: its.device(),
+            bytes: terms.bytes,
+            takeable: its.handle().is_some(),
+            blocks: self.index.published(key),
+            last_hit: lease.last_hit(),
+        };
+        self.regions.put(region, slab, Place::Leased);
+        self.claims.add(key, stake, &path);
+    }
+
     /// Forgets a lease that nobody holds: its slab is free, and remembers whose bytes are in it.
     pub(super) fn free_slab(&mut self, key: LeaseKey) {
         self.forget_blocks(key);
@@ -391,6 +426,7 @@ impl Books {
                     terms.id
                 );
                 let place = match lease.phase() {
+                    Phase::Active if lease.estate().is_some() => Place::Estate,
                     Phase::Active => Place::of(terms.class),
                     Phase::Draining(_) => Place::Draining,
                     Phase::Zombie(_) => Place::Zombie,
@@ -424,6 +460,10 @@ impl Books {
             hold!(
                 self.index.published(key) == 0 || lease.is_active(),
                 "blocks of the revoked lease {id} can be found"
+            );
+            hold!(
+                lease.estate().is_none() || self.index.published(key) > 0,
+                "lease {id} is kept for an heir and has no block"
             );
             for reader in lease.readers() {
                 let session = self.sessions.get(*reader);
@@ -499,7 +539,8 @@ impl Books {
 
     /// The stakes that there should be.
     fn active(&self) -> BTreeMap<LeaseKey, (Stake, Path)> {
-        let active = self.leases.iter().filter(|(_, lease)| lease.is_active());
+        let active =
+            (self.leases.iter()).filter(|(_, lease)| lease.is_active() && lease.lessee_holds());
         let stakes = active.map(|(key, lease)| {
             let terms = lease.terms();
             let region = self.regions.get(terms.region);

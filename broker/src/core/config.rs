@@ -25,6 +25,8 @@ pub struct CoreConfig {
     pub default_drain_ms: u32,
     /// How long an unmet demand is remembered after its session last asked, milliseconds.
     pub wait_ms: u32,
+    /// How long what a borrower that is gone has published is kept for its heir, milliseconds; 0: not at all.
+    pub estate_ttl_ms: u32,
     /// The id before the first pin's. Drawn at random by the shell, so that an `Unpin` meant for the broker before
     /// this one ends nobody's pin.
     pub pin_base: u64,
@@ -49,6 +51,8 @@ pub struct CoreConfig {
     pub max_leases: usize,
     /// Leases that one session holds or reads at a time: as many as it can name when it resumes.
     pub max_leases_per_session: usize,
+    /// Slabs inherited by one reply.
+    pub max_inherited: usize,
     /// Slabs granted by one reply.
     pub max_grants: usize,
     /// Sessions that read one lease at a time.
@@ -75,6 +79,7 @@ impl Default for CoreConfig {
             pin_ms: 10_000,
             default_drain_ms: DEFAULT_DRAIN_MS,
             wait_ms: 2_000,
+            estate_ttl_ms: 600_000,
             pin_base: 0,
             session_quota_bytes: None,
             namespace_quota_bytes: None,
@@ -86,6 +91,7 @@ impl Default for CoreConfig {
             max_slabs: 1 << 20,
             max_leases: 262_144,
             max_leases_per_session: 65_536,
+            max_inherited: 1_024,
             max_grants: 4_096,
             max_readers: 1_024,
             max_pins_per_session: 1_024,

@@ -21,4 +21,8 @@ pub struct Counters {
     pub hit_blocks: u64,
     /// Blocks published.
     pub published_blocks: u64,
+    /// Leases whose lessees are gone, and that were kept for an heir.
+    pub estate_leases: u64,
+    /// Leases that an heir got.
+    pub inherited_leases: u64,
 }

@@ -1,8 +1,8 @@
 //! What the broker does about it: every output of [`State::apply`](super::State::apply), in order.
 
 use swiftcache_proto::domain::{
-    AllocationId, DeviceUuid, FoundRun, Generation, Handle, LeaseId, LinkKind, PinId, RegionId,
-    RevokeReason, SessionId, Shortfall,
+    AllocationId, BlockHash, DeviceUuid, FoundRun, Generation, Handle, LeaseId, LinkKind, PinId,
+    RegionId, RevokeReason, SessionId, Shortfall,
 };
 
 use super::{event::QuotaTarget, process::Process, record::Record};
@@ -57,6 +57,13 @@ pub enum Reply {
     },
     /// To `Share`.
     Shared(Grant),
+    /// To `Inherit`.
+    Inherited {
+        /// What was inherited; may be empty.
+        leases: Vec<Inherited>,
+        /// There is more, now or soon.
+        more: bool,
+    },
     /// To `Publish`: indexes of blocks that another lease already holds.
     Published {
         /// Not published.
@@ -89,6 +96,15 @@ pub enum Reply {
         blocks: u64,
         /// Leases revoked.
         leases: u32,
+    },
+    /// To `Forget`.
+    Forgotten {
+        /// Leases dropped.
+        leases: u32,
+        /// Their bytes.
+        bytes: u64,
+        /// Their blocks.
+        blocks: u64,
     },
     /// To `SetQuota`.
     QuotaSet {
@@ -128,6 +144,17 @@ pub struct Grant {
     pub block_bytes: u64,
     /// How much of the allocation to map from its base, bytes: to the region's end.
     pub map_bytes: u64,
+}
+
+/// A lease that an heir has got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inherited {
+    /// The right to its slab.
+    pub grant: Grant,
+    /// The published blocks, each with the slot it lies in.
+    pub blocks: Vec<(BlockHash, u32)>,
+    /// Until the other slots may be written, milliseconds: somebody may still read what lay there.
+    pub retry_ms: u32,
 }
 
 /// What travels on a session's stream.
@@ -278,6 +305,22 @@ pub enum Note {
         device: DeviceUuid,
         bytes: u64,
         link: LinkKind,
+    },
+    /// What a borrower that is gone has published is kept for its heir.
+    LeftEstate {
+        lease: LeaseId,
+        tenant: String,
+        namespace: String,
+        bytes: u64,
+        blocks: u32,
+    },
+    /// An heir has got a lease.
+    Inherited {
+        lease: LeaseId,
+        heir: SessionId,
+        name: String,
+        bytes: u64,
+        blocks: u32,
     },
     /// A demand was granted less than it asked, perhaps nothing.
     LeaseShort {

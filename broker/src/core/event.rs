@@ -56,7 +56,11 @@ pub enum Event {
         leases: Vec<LeaseId>,
         /// It cannot map their memory.
         unmappable: bool,
+        /// What is published there may be kept for an heir.
+        bequeath: bool,
     },
+    /// A session takes over what borrowers that are gone have left. Answered by `Reply::Inherited`.
+    Inherit(InheritDemand),
     /// Answered by `Reply::Shared`.
     Share {
         /// Who speaks.
@@ -121,6 +125,8 @@ pub enum Event {
     Undrain(DrainTarget),
     /// An operator drops blocks from the index. Answered by `Reply::Evicted`.
     Evict(EvictTarget),
+    /// An operator drops what borrowers that are gone have left. Answered by `Reply::Forgotten`.
+    Forget(Forget),
     /// An operator bounds what somebody may hold. Answered by `Reply::QuotaSet`.
     SetQuota(SetQuota),
     /// A device is held for an engine that starts there. Answered by `Reply::Done`.
@@ -218,6 +224,21 @@ pub struct LeaseDemand {
     pub class: LeaseClass,
     /// How much host memory, where HBM falls short, bytes.
     pub host_bytes: u64,
+}
+
+/// See `InheritRequest`.
+#[derive(Clone, Debug)]
+pub struct InheritDemand {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The model fingerprint.
+    pub namespace: String,
+    /// The device that the heir computes on.
+    pub device: DeviceUuid,
+    /// The most that it takes, bytes.
+    pub bytes: u64,
+    /// Bytes of one block over all layers.
+    pub block_bytes: u64,
 }
 
 /// See `PublishRequest`.
@@ -329,6 +350,15 @@ pub enum QuotaTarget {
     Namespace(String),
     /// All namespaces of a tenant together.
     Tenant(String),
+}
+
+/// Which estates an operator drops. What is not named is any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forget {
+    /// Of this tenant.
+    pub tenant: Option<String>,
+    /// Of namespaces of this name.
+    pub namespace: Option<String>,
 }
 
 /// What an operator evicts.

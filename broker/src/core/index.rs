@@ -233,6 +233,11 @@ impl Index {
         self.slots[lease].blocks.published()
     }
 
+    /// The published blocks of a lease, by slot.
+    pub(super) fn blocks_in(&self, lease: LeaseKey) -> impl Iterator<Item = (u32, &BlockHash)> {
+        self.slots[lease].blocks.iter()
+    }
+
     /// The block in a slot of a lease.
     pub(super) fn block(&self, at: Location) -> Option<&BlockHash> {
         hash_in(&self.slots, at)

@@ -13,6 +13,9 @@ use super::{
     effect::Refusal,
 };
 
+/// The lessee of what is kept for an heir: no session has this id.
+pub(super) const NOBODY: SessionId = SessionId(0);
+
 /// A revocation under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Revocation {
@@ -58,6 +61,8 @@ pub(super) struct Lease {
     phase: Phase,
     /// The lessee has not let go.
     lessee_holds: bool,
+    /// The lessee is gone, and what it published is kept for an heir until then, milliseconds.
+    estate: Option<u64>,
     /// The sessions that opened it for reading and have not let go.
     readers: BTreeSet<SessionId>,
     /// When it was granted, milliseconds.
@@ -91,6 +96,11 @@ impl Lease {
     /// Whether the lessee has not let go.
     pub(super) fn lessee_holds(&self) -> bool {
         self.lessee_holds
+    }
+
+    /// Until when it is kept for an heir, milliseconds, if its lessee is gone.
+    pub(super) fn estate(&self) -> Option<u64> {
+        self.estate
     }
 
     pub(super) fn readers(&self) -> &BTreeSet<SessionId> {
@@ -134,6 +144,8 @@ pub(super) struct Leases {
     next: u64,
     /// Revoked leases by when their drain window closes, milliseconds.
     draining: BTreeSet<(u64, LeaseId)>,
+    /// Leases kept for an heir, by until when, milliseconds.
+    estates: BTreeSet<(u64, LeaseId)>,
 }
 
 impl Default for Leases {
@@ -143,6 +155,7 @@ impl Default for Leases {
             ids: BTreeMap::new(),
             next: 1,
             draining: BTreeSet::new(),
+            estates: BTreeSet::new(),
         }
     }
 }
@@ -206,6 +219,7 @@ impl Leases {
             terms,
             phase: Phase::Active,
             lessee_holds: true,
+            estate: None,
             readers: BTreeSet::new(),
             since: now,
             last_hit: now,
@@ -222,6 +236,9 @@ impl Leases {
         self.ids.remove(&lease.terms.id);
         if let Some(revocation) = lease.revocation() {
             self.draining.remove(&(revocation.deadline, lease.terms.id));
+        }
+        if let Some(until) = lease.estate {
+            self.estates.remove(&(until, lease.terms.id));
         }
         lease
     }
@@ -245,8 +262,47 @@ impl Leases {
         lease.readers.remove(&session).then_some(Party::Reader)
     }
 
+    /// The lessee has let go. The lease is kept for an heir until then, milliseconds.
+    pub(super) fn keep_for_heir(&mut self, key: LeaseKey, until: u64) {
+        let lease = &mut self.known[key];
+        // A session that gave it up and lives is a stranger to it.
+        lease.terms.lessee = NOBODY;
+        lease.estate = Some(until);
+        self.estates.insert((until, lease.terms.id));
+    }
+
+    /// The lease is not kept for an heir any more.
+    fn end_estate(&mut self, key: LeaseKey) {
+        let lease = &mut self.known[key];
+        if let Some(until) = lease.estate.take() {
+            self.estates.remove(&(until, lease.terms.id));
+        }
+    }
+
+    /// A lease that was kept for an heir has a lessee again, which computes on this device.
+    pub(super) fn inherit(&mut self, key: LeaseKey, heir: SessionId, device: usize) {
+        self.end_estate(key);
+        let lease = &mut self.known[key];
+        lease.terms.lessee = heir;
+        lease.terms.device = device;
+        lease.lessee_holds = true;
+    }
+
+    /// The leases that are kept for heirs, those first that are so no longer than others.
+    pub(super) fn estates(&self) -> impl Iterator<Item = (LeaseKey, &Lease)> {
+        let keys = self.estates.iter().map(|(_, id)| self.ids[id]);
+        keys.map(|key| (key, self.get(key)))
+    }
+
+    /// A lease that has been kept for an heir long enough.
+    pub(super) fn next_expired_estate(&self, now: u64) -> Option<LeaseKey> {
+        let (until, id) = self.estates.first()?;
+        (*until <= now).then(|| self.ids[id])
+    }
+
     /// Begins the revocation of an active lease.
     pub(super) fn revoke(&mut self, key: LeaseKey, revocation: Revocation) {
+        self.end_estate(key);
         let lease = &mut self.known[key];
         lease.phase = Phase::Draining(revocation);
         self.draining.insert((revocation.deadline, lease.terms.id));
@@ -286,12 +342,17 @@ impl Leases {
     }
 
     /// Windows are counted from here, as far as this clock can tell.
-    pub(super) fn restart_clocks(&mut self, now: u64, deadline: u64) {
+    pub(super) fn restart_clocks(&mut self, now: u64, deadline: u64, estates_until: u64) {
         self.draining.clear();
+        self.estates.clear();
         for (id, key) in &self.ids {
             let lease = &mut self.known[*key];
             lease.since = now;
             lease.last_hit = now;
+            if let Some(until) = &mut lease.estate {
+                *until = estates_until;
+                self.estates.insert((estates_until, *id));
+            }
             if let Phase::Draining(revocation) = &mut lease.phase {
                 revocation.since = now;
                 revocation.deadline = deadline;
@@ -300,10 +361,12 @@ impl Leases {
         }
     }
 
-    /// Verifies that every lease is held by somebody, an active one by its lessee, and that windows close in order.
+    /// Verifies that every lease is held by somebody or kept for an heir, an active one by its lessee, and that windows close in
+    /// order.
     pub(super) fn check(&self) -> Result<(), String> {
         hold!(self.ids.len() == self.known.len(), "a lease has two ids");
         let mut draining = BTreeSet::new();
+        let mut estates = BTreeSet::new();
         for (id, key) in &self.ids {
             let lease = &self.known[*key];
             hold!(
@@ -312,16 +375,23 @@ impl Leases {
             );
             hold!(id.0 < self.next, "lease {id} will be granted again");
             let held = lease.parties().next().is_some();
-            hold!(held, "lease {id} is held by nobody");
+            let kept = lease.estate.is_some();
+            hold!(held || kept, "lease {id} is held by nobody");
             hold!(
-                !lease.is_active() || lease.lessee_holds,
-                "lease {id} is active without its lessee"
+                !lease.is_active() || lease.lessee_holds != kept,
+                "lease {id} is active without its lessee, or kept for an heir besides"
             );
+            hold!(
+                lease.is_active() || !kept,
+                "lease {id} is revoked and kept for an heir"
+            );
+            estates.extend(lease.estate.map(|until| (until, *id)));
             if let Phase::Draining(revocation) = lease.phase {
                 draining.insert((revocation.deadline, *id));
             }
         }
         hold!(draining == self.draining, "drain windows are misfiled");
+        hold!(estates == self.estates, "estates are misfiled");
         Ok(())
     }
 }

@@ -13,8 +13,10 @@ use swiftcache_proto::domain::{Generation, LinkKind, Medium, RevokeReason, Short
 
 use super::{
     arena::RegionKey,
+    bequest::{Whose, end_coldest},
     books::{Books, NewLease},
     effect::{Grant, Note, Refusal, Reply},
+    estates::{free_own_estate, give_up_estate},
     event::LeaseDemand,
     fairness::{Demand, fair, on_its_way, slab_to_take, wait},
     record::Record,
@@ -127,10 +129,27 @@ fn grant_slabs(books: &mut Books, demand: &mut Demand, room: usize) -> (Vec<Gran
     let mut grants: Vec<Grant> = Vec::new();
     while demand.missing > 0 {
         let Some(found) = best_slab(books, demand) else {
+            if free_own_estate(books, demand) {
+                continue;
+            }
             return (grants, Some(Stop::NoSlab));
         };
         let bytes = books.regions.get(found.region).slab_bytes();
-        if grants.len() >= room || over_quota(books, demand, bytes) {
+        if grants.len() >= room {
+            return (grants, Some(Stop::Quota));
+        }
+        if let Some(bound) = bound_reached(books, demand, bytes) {
+            // What is kept for heirs counts as held, and goes first.
+            let (tenant, name) = (demand.tenant.clone(), demand.namespace.clone());
+            let ended = match &bound {
+                Bound::Session => false,
+                Bound::Namespace => end_coldest(books, Whose::Namespace(&tenant, &name)),
+                Bound::Tenant(of) => end_coldest(books, Whose::Tenant(of)),
+                Bound::Leases => end_coldest(books, Whose::Anybody),
+            };
+            if ended {
+                continue;
+            }
             return (grants, Some(Stop::Quota));
         }
         if !fair(books, demand, found.region) {
@@ -142,10 +161,22 @@ fn grant_slabs(books: &mut Books, demand: &mut Demand, room: usize) -> (Vec<Gran
     (grants, None)
 }
 
-/// Whether a slab more of so many bytes would be beyond a quota or a bound.
-fn over_quota(books: &Books, demand: &Demand, bytes: u64) -> bool {
+/// What keeps a demand from a slab more.
+enum Bound {
+    /// Of its session.
+    Session,
+    /// The quota of its namespace.
+    Namespace,
+    /// The quota of this tenant.
+    Tenant(String),
+    /// Of all leases together.
+    Leases,
+}
+
+/// The quota or bound that a slab more of so many bytes would be beyond, if there is one.
+fn bound_reached(books: &Books, demand: &Demand, bytes: u64) -> Option<Bound> {
     let Some(session) = books.sessions.get(demand.session) else {
-        return true;
+        return Some(Bound::Session);
     };
     let beyond = |held: u64, quota: Option<u64>| quota.is_some_and(|most| held + bytes > most);
     let namespace = books
@@ -154,11 +185,20 @@ fn over_quota(books: &Books, demand: &Demand, bytes: u64) -> bool {
     let held = namespace.map_or(0, |key| books.index.namespace(key).leased_bytes());
     // Only who has such a quota pays for the sum.
     let mut of_tenant = books.quotas.of_tenant(&demand.tenant);
-    beyond(session.held_bytes(), books.config.session_quota_bytes)
-        || beyond(held, books.quotas.of_namespace(&demand.namespace))
-        || of_tenant.any(|(of, quota)| beyond(books.index.held_by(of), Some(quota)))
+    if beyond(session.held_bytes(), books.config.session_quota_bytes)
         || session.leases().len() >= books.config.max_leases_per_session
-        || books.leases.len() >= books.config.max_leases
+    {
+        return Some(Bound::Session);
+    }
+    if beyond(held, books.quotas.of_namespace(&demand.namespace)) {
+        return Some(Bound::Namespace);
+    }
+    if let Some((of, _)) =
+        of_tenant.find(|(of, quota)| beyond(books.index.held_by(of), Some(*quota)))
+    {
+        return Some(Bound::Tenant(of.to_owned()));
+    }
+    (books.leases.len() >= books.config.max_leases).then_some(Bound::Leases)
 }
 
 /// The best free slab that the demand's tenant may have as it is.
@@ -246,8 +286,10 @@ fn shortfall_of(books: &mut Books, demand: &Demand, stop: Option<Stop>) -> Short
         Some(Stop::NoSlab) if block_too_large(books, demand) => Shortfall::BlockTooLarge,
         Some(Stop::NoSlab) => {
             wait(books, demand);
-            let scrubbing = scrub_for(books, demand);
-            reclaim_for(books, demand);
+            let mut scrubbing = scrub_for(books, demand);
+            if reclaim_for(books, demand) {
+                scrubbing |= scrub_for(books, demand);
+            }
             match scrubbing {
                 true => Shortfall::Scrubbing,
                 false => Shortfall::NoFreeSlab,
@@ -307,16 +349,24 @@ fn dirty_slab(books: &Books, device: usize, demand: &Demand) -> Option<(RegionKe
     })
 }
 
-/// Asks the largest holders to let go of what the demand lacks and may have.
-fn reclaim_for(books: &mut Books, demand: &Demand) {
+/// Gives up estates, and then asks the largest holders to let go of what the demand lacks and may have. Says whether an estate was
+/// given up.
+fn reclaim_for(books: &mut Books, demand: &Demand) -> bool {
+    let mut gave_up = false;
     let mut coming = on_its_way(books, demand);
     let mut lacking = demand.missing.saturating_sub(coming.to_asker);
     for _ in 0..TAKEN_AT_ONCE {
         if lacking == 0 {
-            return;
+            break;
+        }
+        if let Some(bytes) = give_up_estate(books, demand) {
+            gave_up = true;
+            coming.to_asker += bytes;
+            lacking = lacking.saturating_sub(bytes);
+            continue;
         }
         let Some(lease) = slab_to_take(books, demand, &coming) else {
-            return;
+            break;
         };
         let bytes = books.leases.get(lease).terms().bytes;
         let drain_ms = books.config.default_drain_ms;
@@ -324,4 +374,5 @@ fn reclaim_for(books: &mut Books, demand: &Demand) {
         coming.to_asker += bytes;
         lacking = lacking.saturating_sub(bytes);
     }
+    gave_up
 }

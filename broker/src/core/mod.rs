@@ -37,6 +37,8 @@ mod books;
 
 // What happens, from what others are made of to what is made of others.
 mod attendance;
+mod bequest;
+mod estates;
 mod fairness;
 mod holding;
 mod keeping;
@@ -66,10 +68,11 @@ mod tests;
 pub use account::Account;
 pub use config::{CoreConfig, Node};
 pub use counters::Counters;
-pub use effect::{Effect, Grant, Note, Outgoing, Refusal, Reply};
+pub use effect::{Effect, Grant, Inherited, Note, Outgoing, Refusal, Reply};
 pub use event::{
-    Caller, Connection, DrainTarget, Event, EvictTarget, HoldDemand, HoldId, Keep, LeaseDemand,
-    Lookup, Now, Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw, WithdrawWhat,
+    Caller, Connection, DrainTarget, Event, EvictTarget, Forget, HoldDemand, HoldId, InheritDemand,
+    Keep, LeaseDemand, Lookup, Now, Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw,
+    WithdrawWhat,
 };
 pub use process::Process;
 pub use record::Record;

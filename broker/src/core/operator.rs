@@ -4,6 +4,7 @@ use swiftcache_proto::domain::{LeaseId, RevokeReason};
 
 use super::{
     arena::{LeaseKey, RegionKey},
+    bequest::end_estate,
     books::{Books, keys_of},
     effect::{Note, Refusal, Reply},
     event::{DrainTarget, EvictTarget, QuotaTarget, SetQuota},
@@ -132,8 +133,15 @@ fn evict_namespaces(books: &mut Books, name: &str) -> Result<u64, Refusal> {
             which: name.to_owned(),
         });
     }
-    let blocks = leases.into_iter().map(|key| books.forget_blocks(key));
-    Ok(blocks.sum())
+    let mut blocks = 0;
+    for key in leases {
+        blocks += match books.leases.get(key).estate() {
+            None => books.forget_blocks(key),
+            // Without its blocks it is worth nothing.
+            Some(_) => end_estate(books, key),
+        };
+    }
+    Ok(blocks)
 }
 
 fn evict_lease(books: &mut Books, id: LeaseId) -> Result<(u64, u32), Refusal> {

@@ -183,6 +183,30 @@ impl Pins {
         }
     }
 
+    /// When the last pin on a lease ends, milliseconds; 0 when there is none.
+    pub(super) fn last_on(&self, lease: LeaseKey) -> u64 {
+        let pins = self.by_lease.get(lease).into_iter().flatten();
+        pins.map(|id| self.live[id].deadline).max().unwrap_or(0)
+    }
+
+    /// Ends what a session's pins hold of one lease.
+    pub(super) fn end_of_on(&mut self, session: SessionId, lease: LeaseKey) {
+        let on = self.by_lease.get(lease).cloned().unwrap_or_default();
+        for id in on {
+            let Some(pin) = (self.live.get_mut(&id)).filter(|pin| pin.session == session) else {
+                continue;
+            };
+            pin.spans.retain(|span| span.lease != lease);
+            let empty = pin.spans.is_empty();
+            if let Some(pins) = self.by_lease.get_mut(lease) {
+                pins.remove(&id);
+            }
+            if empty {
+                self.drop_pin(id);
+            }
+        }
+    }
+
     /// Which of these slots of a lease are pinned, and until when the last of them is.
     pub(super) fn among(&self, lease: LeaseKey, slots: &BTreeSet<u32>) -> (BTreeSet<u32>, u64) {
         let mut pinned = BTreeSet::new();

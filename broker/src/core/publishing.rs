@@ -6,6 +6,7 @@ use swiftcache_proto::domain::{BlockHash, Generation, LeaseId, SessionId};
 
 use super::{
     arena::LeaseKey,
+    bequest::{Whose, end_coldest},
     books::Books,
     effect::{Note, Refusal, Reply},
     event::{Caller, Publish},
@@ -47,6 +48,7 @@ fn active_lease_of(
 
 pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refusal> {
     let lease = active_lease_of(books, publish.caller, publish.lease, publish.generation)?;
+    make_room_in_index(books, publish.caller.session, publish.blocks.len());
     publishable(books, lease, &publish.blocks)?;
     let terms = books.leases.get(lease).terms();
     if !terms.class.is_cache() {
@@ -110,6 +112,22 @@ fn publishable(books: &Books, lease: LeaseKey, blocks: &[(BlockHash, u32)]) -> R
         return invalid(format!("names slot {} twice", twice[0]));
     }
     may_index(books, books.leases.get(lease).terms().lessee, blocks.len())
+}
+
+/// Ends estates until so many blocks more of a session may be known.
+fn make_room_in_index(books: &mut Books, session: SessionId, more: usize) {
+    while may_index(books, session, more).is_err() {
+        let full = books.index.blocks() + books.borrowers.kept() + more as u64;
+        let its = books.sessions.get(session).map(|its| its.tenant().clone());
+        let whose = match &its {
+            _ if full > books.config.max_blocks => Whose::Anybody,
+            Some(tenant) => Whose::Tenant(user_of(tenant)),
+            None => return,
+        };
+        if !end_coldest(books, whose) {
+            return;
+        }
+    }
 }
 
 /// Checks that so many blocks more of a session may be known.

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// One line of the ledger. Replaying the lines in order rebuilds every session, region and lease; the index
-/// is published again by the borrowers.
+/// is published again by the borrowers, but for what those that are gone have left.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "kebab-case")]
 pub enum Record {
@@ -89,6 +89,24 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "LeaseClass::is_cache")]
         class: LeaseClass,
     },
+    /// The lessee of a lease is gone. What it published there is kept for an heir.
+    Estate {
+        /// The lease.
+        lease: LeaseId,
+        /// The slots that hold a published block.
+        slots: Vec<u32>,
+        /// The blocks in them, in the same order: 32 hexadecimal digits each.
+        blocks: String,
+    },
+    /// A lease that was kept for an heir has a lessee again.
+    Inherited {
+        /// The lease.
+        lease: LeaseId,
+        /// Its lessee from now on.
+        heir: SessionId,
+        /// The device that the heir computes on.
+        device: DeviceUuid,
+    },
     /// A session opened a lease for reading.
     Share {
         /// The lease.
@@ -164,7 +182,9 @@ impl Record {
     /// The device that the record names, if it names one. It cannot be replayed on a node without that device.
     pub fn device(&self) -> Option<&DeviceUuid> {
         match self {
-            Self::Region { device, .. } | Self::Lease { device, .. } => Some(device),
+            Self::Region { device, .. }
+            | Self::Lease { device, .. }
+            | Self::Inherited { device, .. } => Some(device),
             _ => None,
         }
     }

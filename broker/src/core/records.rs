@@ -3,7 +3,8 @@
 use swiftcache_proto::domain::Generation;
 
 use super::{
-    account::Place, books::Books, event::DrainTarget, leases::Lease, record::Record, region::Region,
+    account::Place, arena::LeaseKey, books::Books, event::DrainTarget, record::Record,
+    region::Region,
 };
 
 /// The shortest ledger that restores these books.
@@ -31,8 +32,8 @@ pub(super) fn records(books: &Books) -> Vec<Record> {
     for (_, region) in books.regions.iter() {
         record_region(books, region, &mut records);
     }
-    for (_, lease) in books.leases.iter() {
-        record_lease(books, lease, &mut records);
+    for (key, _) in books.leases.iter() {
+        record_lease(books, key, &mut records);
     }
     let over = books
         .sessions
@@ -82,7 +83,20 @@ fn record_region(books: &Books, region: &Region, records: &mut Vec<Record>) {
     }
 }
 
-fn record_lease(books: &Books, lease: &Lease, records: &mut Vec<Record>) {
+/// What a lease that is kept for an heir holds.
+pub(super) fn estate_record(books: &Books, key: LeaseKey) -> Record {
+    let blocks = books.index.blocks_in(key);
+    let (slots, blocks): (Vec<u32>, Vec<String>) =
+        blocks.map(|(slot, hash)| (slot, hash.to_string())).unzip();
+    Record::Estate {
+        lease: books.leases.get(key).terms().id,
+        slots,
+        blocks: blocks.concat(),
+    }
+}
+
+fn record_lease(books: &Books, key: LeaseKey, records: &mut Vec<Record>) {
+    let lease = books.leases.get(key);
     let terms = lease.terms();
     let id = terms.id;
     let namespace = books.index.namespace(terms.namespace);
@@ -108,7 +122,9 @@ fn record_lease(books: &Books, lease: &Lease, records: &mut Vec<Record>) {
             reason: revocation.reason,
         });
     }
-    if !lease.lessee_holds() {
+    if lease.estate().is_some() {
+        records.push(estate_record(books, key));
+    } else if !lease.lessee_holds() {
         records.push(Record::LetGo {
             lease: id,
             session: terms.lessee,

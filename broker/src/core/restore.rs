@@ -1,16 +1,20 @@
 //! From a ledger to the books that wrote it.
 
-use swiftcache_proto::domain::{DeviceUuid, LeaseId, RegionId, SessionId};
+use swiftcache_proto::domain::{BlockHash, DeviceUuid, LeaseId, RegionId, SessionId};
 
 use super::{
     account::Place,
     arena::{LeaseKey, RegionKey},
     books::{Books, NewLease},
+    index::Location,
     operator::set_drained,
     record::Record,
     region::{Outline, Promises},
     returning::return_region,
 };
+
+/// Hexadecimal digits of a block's hash.
+const DIGITS: usize = 32;
 
 /// A ledger that contradicts itself or the node: nothing may be lent on its word.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -100,6 +104,32 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
             };
             grant(books, new)?;
         }
+        Record::Estate {
+            lease,
+            slots,
+            blocks,
+        } => {
+            let key = lease_of(books, lease)?;
+            estate(books, key, &slots, &blocks)?;
+        }
+        Record::Inherited {
+            lease,
+            heir,
+            device,
+        } => {
+            let key = lease_of(books, lease)?;
+            let device = device_of(books, &device)?;
+            if books.leases.get(key).estate().is_none() {
+                return Err(format!("lease {lease} was not kept for an heir"));
+            }
+            if books.sessions.get(heir).is_none() {
+                return Err(format!("no {heir:?}"));
+            }
+            books.inherit(key, heir, device);
+            // Its heir publishes it again, as every lessee does.
+            books.forget_blocks(key);
+            books.leases.mark_restored(key);
+        }
         Record::Share { lease, reader } => {
             let key = lease_of(books, lease)?;
             if books.sessions.get(reader).is_none() {
@@ -116,7 +146,9 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
         Record::LetGo { lease, session } => {
             let key = lease_of(books, lease)?;
             books.drop_party(key, session);
-            if books.leases.get(key).parties().next().is_none() {
+            let its = books.leases.get(key);
+            let ended = its.estate().is_none() || its.terms().lessee == session;
+            if ended && its.parties().next().is_none() {
                 books.free_slab(key);
             }
         }
@@ -154,6 +186,34 @@ pub(super) fn replay(books: &mut Books, record: Record) -> Result<(), String> {
         }
         Record::NextLease { lease } => books.leases.start_from(lease),
     }
+    Ok(())
+}
+
+fn estate(books: &mut Books, key: LeaseKey, slots: &[u32], blocks: &str) -> Result<(), String> {
+    let lease = books.leases.get(key);
+    let id = lease.terms().id;
+    let region = lease.terms().region;
+    if !lease.is_active() || lease.estate().is_some() {
+        return Err(format!("lease {id} cannot be kept for an heir"));
+    }
+    if slots.is_empty() || blocks.len() != slots.len() * DIGITS || !blocks.is_ascii() {
+        return Err(format!("lease {id} names other slots than blocks"));
+    }
+    for (number, slot) in slots.iter().enumerate() {
+        let digits = &blocks[number * DIGITS..][..DIGITS];
+        // A block's hash is written like a region's id.
+        let RegionId(hash) = digits.parse()?;
+        let at = Location {
+            lease: key,
+            slot: *slot,
+        };
+        if *slot >= books.index.slots(key) || books.index.block(at).is_some() {
+            return Err(format!("lease {id} has no empty slot {slot}"));
+        }
+        books.index.insert(BlockHash(hash), at);
+    }
+    books.regions.published_more(region, slots.len() as u64);
+    books.keep_for_heir(key, 0);
     Ok(())
 }
 
@@ -235,7 +295,8 @@ pub(super) fn settle(books: &mut Books) {
     books.grace_until = now.saturating_add(books.config.pin_ms.into());
     books.sessions.restart_clocks(now);
     let deadline = now.saturating_add(books.config.default_drain_ms.into());
-    books.leases.restart_clocks(now, deadline);
+    let estates_until = now.saturating_add(books.config.estate_ttl_ms.into());
+    books.leases.restart_clocks(now, deadline, estates_until);
     let over = books.regions.iter();
     let over = over.filter(|(_, region)| region.is_withdrawing() && region.leases() == 0);
     for key in over.map(|(key, _)| key).collect::<Vec<_>>() {

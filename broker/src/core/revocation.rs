@@ -56,12 +56,16 @@ pub(super) fn revoke(
     let generation = lease.terms().generation;
     let parties: Vec<_> = lease.parties().collect();
     books.counters.revocations += 1;
-    books.record(Record::Revoked { lease: id, reason });
+    // Of a lease that nobody holds, one record says that it is over.
+    if !parties.is_empty() {
+        books.record(Record::Revoked { lease: id, reason });
+    }
     books.note(Note::Revoked {
         lease: id,
         reason,
         bytes,
     });
+    let over = parties.is_empty();
     for party in parties {
         if Some(party) != untold {
             let message = Outgoing::Revoke {
@@ -73,7 +77,18 @@ pub(super) fn revoke(
             books.send(party, message);
         }
     }
+    if over {
+        forget_estate(books, key);
+    }
     true
+}
+
+/// A lease that was kept for an heir is over: nobody touches its slab.
+fn forget_estate(books: &mut Books, key: LeaseKey) {
+    let terms = books.leases.get(key).terms();
+    let (lease, session) = (terms.id, terms.lessee);
+    books.record(Record::LetGo { lease, session });
+    end_lease(books, key);
 }
 
 /// The lessee lets go; readers, if any, are asked to do the same.
@@ -94,9 +109,11 @@ pub(super) fn let_go(books: &mut Books, key: LeaseKey, session: SessionId) {
     }
     let lease = books.leases.get(key).terms().id;
     books.record(Record::LetGo { lease, session });
-    if books.leases.get(key).parties().next().is_none() {
-        end_lease(books, key);
+    let its = books.leases.get(key);
+    if its.parties().next().is_some() || its.estate().is_some() {
+        return;
     }
+    end_lease(books, key);
 }
 
 fn end_lease(books: &mut Books, key: LeaseKey) {

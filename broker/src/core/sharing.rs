@@ -4,6 +4,7 @@ use swiftcache_proto::domain::{DeviceUuid, LeaseId, LinkKind, RevokeReason, Sess
 
 use super::{
     arena::{LeaseKey, RegionKey},
+    bequest::leave_to_heir,
     books::Books,
     effect::{Grant, Note, Outgoing, Refusal, Reply},
     event::Caller,
@@ -162,13 +163,33 @@ fn cannot_map(books: &mut Books, session: SessionId, key: RegionKey) {
     books.send(donor, message);
 }
 
+/// As what a lease is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Giving {
+    Back,
+    /// What is published there may be kept for an heir.
+    ToHeir,
+    /// The session cannot map it.
+    Unmappable,
+}
+
+impl Giving {
+    pub(super) fn of(unmappable: bool, bequeath: bool) -> Self {
+        match (unmappable, bequeath) {
+            (true, _) => Self::Unmappable,
+            (false, true) => Self::ToHeir,
+            (false, false) => Self::Back,
+        }
+    }
+}
+
 /// The lessee gives leases back, or a reader its shares; perhaps because it cannot map them. Leases that are over
 /// already are skipped.
 pub(super) fn release(
     books: &mut Books,
     caller: Caller,
     ids: &[LeaseId],
-    unmappable: bool,
+    giving: Giving,
 ) -> Result<Reply, Refusal> {
     books.sessions.of(caller)?;
     for id in ids {
@@ -187,13 +208,13 @@ pub(super) fn release(
             continue;
         };
         let (lessee, region) = (lease.terms().lessee, lease.terms().region);
-        if unmappable {
+        if giving == Giving::Unmappable {
             cannot_map(books, caller.session, region);
         }
-        if lessee == caller.session {
-            lessee_lets_go(books, key, RevokeReason::Released);
-        } else {
+        if lessee != caller.session {
             let_go(books, key, caller.session);
+        } else if giving != Giving::ToHeir || !leave_to_heir(books, key) {
+            lessee_lets_go(books, key, RevokeReason::Released);
         }
     }
     Ok(Reply::Done)

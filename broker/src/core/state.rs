@@ -9,6 +9,7 @@ use super::{
     config::{CoreConfig, Node},
     counters::Counters,
     effect::{Effect, Note, Refusal, Reply},
+    estates::{expire_estates, forget, inherit},
     event::{Caller, Event, Now, QuotaTarget},
     holding::{expire_holds, hold},
     keeping::keep,
@@ -23,7 +24,7 @@ use super::{
     restore::{LedgerError, replay, settle},
     revocation::{acknowledge, close_drain_windows},
     scrubs::scrubbed,
-    sharing::{release, share},
+    sharing::{Giving, release, share},
     views::{self, DeviceView, LeaseView, NamespaceView, RegionView, SessionView, WithdrawPreview},
     withdrawal::{Need, preview, withdraw},
 };
@@ -288,7 +289,9 @@ fn dispatch(books: &mut Books, event: Event) -> Result<Option<Reply>, (Refusal, 
             caller,
             leases,
             unmappable,
-        } => release(books, caller, &leases, unmappable),
+            bequeath,
+        } => release(books, caller, &leases, Giving::of(unmappable, bequeath)),
+        Event::Inherit(demand) => inherit(books, &demand),
         Event::Share {
             caller,
             lease,
@@ -321,12 +324,14 @@ fn dispatch(books: &mut Books, event: Event) -> Result<Option<Reply>, (Refusal, 
         Event::Drain { target, drain_ms } => drain(books, target, drain_ms),
         Event::Undrain(target) => undrain(books, &target),
         Event::Evict(target) => evict(books, &target),
+        Event::Forget(which) => forget(books, &which),
         Event::SetQuota(set) => set_quota(books, set),
         Event::Hold(demand) => hold(books, demand),
         Event::Tick => {
             close_drain_windows(books);
             books.claims.expire_waits(books.now);
             expire_holds(books);
+            expire_estates(books);
             return Ok(None);
         }
     };

@@ -160,6 +160,8 @@ pub struct LeaseView {
     pub published_blocks: u32,
     /// Sessions that have it open for reading.
     pub readers: u32,
+    /// Its lessee is gone, and it is kept for an heir so long, milliseconds.
+    pub estate_left_ms: Option<u32>,
     /// Why it is being revoked.
     pub revoke_reason: Option<RevokeReason>,
     /// Once it is revoked: the pids that have yet to let go.
@@ -177,6 +179,8 @@ pub struct NamespaceView {
     pub blocks: u64,
     /// Bytes of its leases.
     pub leased_bytes: u64,
+    /// Of these: leases that are kept for an heir.
+    pub estate_bytes: u64,
     /// Lookups since it became known.
     pub lookups: u64,
     /// Blocks they asked for.
@@ -295,6 +299,8 @@ pub(super) fn lease(books: &Books, key: LeaseKey, lease: &Lease) -> LeaseView {
         slots: books.index.slots(key),
         published_blocks: books.index.published(key),
         readers: lease.readers().len() as u32,
+        estate_left_ms: (lease.estate())
+            .map(|until| u32::try_from(until.saturating_sub(books.now)).unwrap_or(u32::MAX)),
         revoke_reason: lease.revocation().map(|revocation| revocation.reason),
         waiting_for_pids: waiting.unwrap_or_default(),
     }
@@ -307,11 +313,18 @@ pub(super) fn namespace(books: &Books, namespace: &Namespace) -> NamespaceView {
         tenant: namespace.tenant().clone(),
         blocks: namespace.blocks(),
         leased_bytes: namespace.leased_bytes(),
+        estate_bytes: estate_bytes(books, namespace),
         lookups: looked.lookups,
         lookup_blocks: looked.blocks,
         hit_blocks: looked.hits,
         quota_bytes: books.quotas.of_namespace(namespace.name()),
     }
+}
+
+fn estate_bytes(books: &Books, namespace: &Namespace) -> u64 {
+    let leases = namespace.leases().iter().map(|key| books.leases.get(*key));
+    let kept = leases.filter(|lease| lease.estate().is_some());
+    kept.map(|lease| lease.terms().bytes).sum()
 }
 
 fn name_of(books: &Books, session: SessionId) -> Arc<str> {

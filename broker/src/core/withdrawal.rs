@@ -93,9 +93,9 @@ fn regions_of(books: &Books, donor: SessionId) -> Vec<RegionKey> {
     keys_of(books, session.into_iter().flat_map(|its| its.regions()))
 }
 
-/// At least `bytes` of those of `candidates` that lie on a device, or all there are: regions without a lease first,
-/// then those without a working set, then those with the fewest published blocks, then those whose blocks were found longest
-/// ago.
+/// At least `bytes` of those of `candidates` that lie on a device, or all there are: regions that nobody has a lease of first, and
+/// of them those first of which nothing is kept for an heir; then those without a working set, then those with the fewest
+/// published blocks, then those whose blocks were found longest ago.
 fn cheapest_regions(
     books: &Books,
     candidates: Vec<RegionKey>,
@@ -109,10 +109,11 @@ fn cheapest_regions(
     let mut regions: Vec<_> = able.collect();
     regions.sort_by_key(|key| {
         let region = books.regions.get(*key);
-        let lent = region.leases() > 0;
-        let working = region.account().working_set;
+        let account = region.account();
+        let lent = account.leased + account.working_set + account.draining + account.zombie > 0;
+        let kept = region.leases() > 0;
         let worth = (region.published(), region.last_hit());
-        (lent, working, worth, region.id())
+        (lent, account.working_set, kept, worth, region.id())
     });
     let mut chosen = Vec::new();
     let mut sum = 0;
@@ -167,10 +168,14 @@ pub(super) fn withdraw_region(
         books.note(Note::Withdrawing { region, bytes });
         books.regions.withdraw(key);
     }
+    let id = books.regions.get(key).id();
     for lease in books.regions.get(key).leased() {
         revoke(books, lease, reason, drain_ms, None);
     }
-    if books.regions.get(key).leases() == 0 {
+    // The last of them may have been kept for an heir: then it is there already.
+    if let Some(key) = books.regions.key(id)
+        && books.regions.get(key).leases() == 0
+    {
         return_region(books, key);
     }
 }

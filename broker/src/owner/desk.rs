@@ -70,6 +70,7 @@ impl Desk {
     pub(super) fn handle(&mut self, owner: &Owner, event: Event) -> Result<Reply, Refused> {
         let caller = match &event {
             Event::Lease(demand) => Some(demand.caller),
+            Event::Inherit(demand) => Some(demand.caller),
             Event::Share { caller, .. } => Some(*caller),
             _ => None,
         };
@@ -209,6 +210,9 @@ impl Desk {
         let leases = match done.reply {
             Some(Reply::Leased { grants, .. }) => grants.iter().map(|grant| grant.lease).collect(),
             Some(Reply::Shared(grant)) => vec![grant.lease],
+            Some(Reply::Inherited { leases, .. }) => {
+                leases.iter().map(|its| its.grant.lease).collect()
+            }
             _ => Vec::new(),
         };
         self.apply(
@@ -217,6 +221,8 @@ impl Desk {
                 caller,
                 leases,
                 unmappable: false,
+                // What was inherited goes back to where it was.
+                bequeath: true,
             },
         );
         Err(self.unrecorded())

@@ -287,6 +287,8 @@ impl Owner {
                 | Note::Withdrawing { .. }
                 | Note::Returned { .. }
                 | Note::Leased { .. }
+                | Note::LeftEstate { .. }
+                | Note::Inherited { .. }
                 | Note::LeaseShort { .. }
                 | Note::Revoked { .. }
                 | Note::LeaseEnded { .. } => tracing::debug!(kind, "{text}"),

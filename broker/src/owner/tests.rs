@@ -358,6 +358,7 @@ async fn letting_go_works_while_nothing_can_be_recorded_and_the_ledger_catches_u
         caller: borrower,
         leases: vec![lease],
         unmappable: false,
+        bequeath: false,
     };
     world.owner.apply(release).await.unwrap();
     assert_eq!(world.leased(), 0);
@@ -382,6 +383,7 @@ async fn a_scrub_that_is_not_recorded_waits_until_it_is() {
         caller: first,
         leases: vec![lease],
         unmappable: false,
+        bequeath: false,
     };
     world.owner.apply(release).await.unwrap();
     let mut stream = world.owner.attach(donor).await.unwrap();

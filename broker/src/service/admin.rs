@@ -20,8 +20,8 @@ use super::{
 use crate::{
     authority::Operators,
     core::{
-        DrainTarget, Event, EvictTarget, HoldDemand, HoldId, LeaseView, NamespaceView, Need,
-        QuotaTarget, RegionView, Reply, SessionView, SetQuota, State,
+        DrainTarget, Event, EvictTarget, Forget, HoldDemand, HoldId, LeaseView, NamespaceView,
+        Need, QuotaTarget, RegionView, Reply, SessionView, SetQuota, State,
     },
     error::Refused,
     events::Wanted,
@@ -222,6 +222,28 @@ impl AdminService {
             hold: (request.hold_id != 0).then_some(HoldId(request.hold_id)),
         };
         self.owner.apply_by(Event::Hold(demand), by).await.map(drop)
+    }
+}
+
+impl AdminService {
+    async fn do_forget(&self, request: v1::ForgetRequest) -> Result<v1::ForgetResponse, Refused> {
+        let named = |text: String| (!text.is_empty()).then_some(text);
+        let forget = Event::Forget(Forget {
+            tenant: named(request.tenant),
+            namespace: named(request.namespace),
+        });
+        match self.owner.apply(forget).await? {
+            Reply::Forgotten {
+                leases,
+                bytes,
+                blocks,
+            } => Ok(v1::ForgetResponse {
+                leases,
+                bytes,
+                blocks,
+            }),
+            _ => Err(Refused::OutOfTurn),
+        }
     }
 }
 
@@ -505,6 +527,15 @@ impl Admin for AdminService {
         Ok(Response::new(
             self.do_evict(request.into_inner(), by).await?,
         ))
+    }
+
+    async fn forget(
+        &self,
+        request: Request<v1::ForgetRequest>,
+    ) -> Result<Response<v1::ForgetResponse>, Status> {
+        let _timer = self.owner.metrics().time("Forget");
+        self.operators.check(&request, "forget estates")?;
+        Ok(Response::new(self.do_forget(request.into_inner()).await?))
     }
 
     async fn preview_withdraw(

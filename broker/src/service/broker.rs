@@ -18,7 +18,8 @@ use super::{
 };
 use crate::{
     core::{
-        Event, Keep, LeaseDemand, Lookup, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat,
+        Event, InheritDemand, Keep, LeaseDemand, Lookup, Offer, Publish, Register, Reply, Withdraw,
+        WithdrawWhat,
     },
     error::Refused,
     owner::{Owner, Reported},
@@ -143,6 +144,14 @@ impl Broker for BrokerService {
         let _timer = self.owner.metrics().time("Keep");
         self.do_keep(request).await?;
         Ok(Response::new(v1::KeepResponse {}))
+    }
+
+    async fn inherit(
+        &self,
+        request: Request<v1::InheritRequest>,
+    ) -> Result<Response<v1::InheritResponse>, Status> {
+        let _timer = self.owner.metrics().time("Inherit");
+        Ok(Response::new(self.do_inherit(request).await?))
     }
 
     async fn report(
@@ -296,6 +305,39 @@ impl BrokerService {
         }
     }
 
+    async fn do_inherit(
+        &self,
+        request: Request<v1::InheritRequest>,
+    ) -> Result<v1::InheritResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let caller = caller(&peer, request.session_id);
+        let demand = InheritDemand {
+            caller,
+            namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
+            device: convert::device_uuid("device_uuid", &request.device_uuid)?,
+            bytes: at_least_one("bytes", request.bytes)?,
+            block_bytes: at_least_one("block_bytes", request.block_bytes)?,
+        };
+        let Reply::Inherited { leases, more } = self.owner.apply(Event::Inherit(demand)).await?
+        else {
+            return Err(Refused::OutOfTurn);
+        };
+        let inherited = leases.into_iter().map(|its| {
+            let (hashes, slots): (Vec<_>, Vec<_>) = its.blocks.into_iter().unzip();
+            v1::InheritedLease {
+                grant: Some(node::grant(&self.owner, its.grant, caller)),
+                hashes: convert::pack_hashes(&hashes).into(),
+                slots,
+                retry_ms: its.retry_ms,
+            }
+        });
+        Ok(v1::InheritResponse {
+            leases: inherited.collect(),
+            more,
+        })
+    }
+
     async fn do_release(&self, request: Request<v1::ReleaseRequest>) -> Result<(), Refused> {
         let peer = peer(&request)?;
         let request = request.into_inner();
@@ -305,6 +347,7 @@ impl BrokerService {
             caller,
             leases: leases.clone(),
             unmappable: request.unmappable,
+            bequeath: request.bequeath,
         };
         self.owner.apply(release).await?;
         self.owner.descriptors().let_go(caller.session, &leases);

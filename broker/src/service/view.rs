@@ -70,6 +70,8 @@ impl NodeView {
                 lookup_blocks: counters.lookup_blocks,
                 hit_blocks: counters.hit_blocks,
                 published_blocks: counters.published_blocks,
+                estate_leases: counters.estate_leases,
+                inherited_leases: counters.inherited_leases,
             }),
             traffic: Some(reports.total().into()),
             routes_down: reports.routes_down(),
@@ -91,12 +93,13 @@ fn account(account: Account, drained: u64) -> v1::Account {
     v1::Account {
         offered_bytes: account.offered,
         free_bytes: account.free,
-        leased_bytes: account.leased + account.working_set,
+        leased_bytes: account.leased + account.working_set + account.estate,
         draining_bytes: account.draining,
         zombie_bytes: account.zombie,
         scrubbing_bytes: account.scrubbing,
         working_set_bytes: account.working_set,
         drained_bytes: drained,
+        estate_bytes: account.estate,
     }
 }
 
@@ -175,6 +178,7 @@ pub(super) fn lease(view: LeaseView, started: u64) -> v1::LeaseStatus {
             .into(),
         waiting_for_pids: view.waiting_for_pids,
         class: v1::LeaseClass::from(view.class).into(),
+        estate_left_ms: view.estate_left_ms,
     }
 }
 
@@ -188,6 +192,7 @@ pub(super) fn namespace(view: NamespaceView) -> v1::NamespaceStatus {
         lookup_blocks: view.lookup_blocks,
         hit_blocks: view.hit_blocks,
         quota_bytes: view.quota_bytes,
+        estate_bytes: view.estate_bytes,
     }
 }
 
@@ -209,7 +214,7 @@ pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWith
     };
     let idle = |region: &RegionView| {
         let held = region.account;
-        held.leased + held.working_set + held.draining + held.zombie == 0
+        held.leased + held.working_set + held.estate + held.draining + held.zombie == 0
     };
     let blocks = |lease: &LeaseView| u64::from(lease.published_blocks);
     v1::PreviewWithdrawResponse {
@@ -219,6 +224,10 @@ pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWith
         lost_blocks: preview.leases.iter().map(blocks).sum(),
         working_set_bytes: (preview.leases.iter())
             .filter(|lease| !lease.class.is_cache())
+            .map(|lease| lease.bytes)
+            .sum(),
+        estate_bytes: (preview.leases.iter())
+            .filter(|lease| lease.estate_left_ms.is_some())
             .map(|lease| lease.bytes)
             .sum(),
         regions: preview.regions.into_iter().map(region).collect(),

@@ -198,6 +198,14 @@ impl Admin {
         self.ask(async |mut client| client.undrain(request.clone()).await.map(drop))
     }
 
+    /// Drops the estates that the request names.
+    pub(super) fn forget(
+        &self,
+        request: &v1::ForgetRequest,
+    ) -> Result<v1::ForgetResponse, CliError> {
+        self.ask(async |mut client| Ok(client.forget(request.clone()).await?.into_inner()))
+    }
+
     /// Evicts what the request names.
     pub(super) fn evict(&self, request: &v1::EvictRequest) -> Result<v1::EvictResponse, CliError> {
         self.ask(async |mut client| Ok(client.evict(request.clone()).await?.into_inner()))

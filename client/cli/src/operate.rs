@@ -1,4 +1,4 @@
-//! What operators do to a node: `drain`, `undrain`, `evict`, `quota`, `preview`, `events`.
+//! What operators do to a node: `drain`, `undrain`, `evict`, `forget`, `quota`, `preview`, `events`.
 
 use std::{
     io::{BufRead, IsTerminal, Write as _},
@@ -251,6 +251,53 @@ pub(super) fn evict(args: &EvictArgs) -> Result<(), CliError> {
         "evicted": name,
         "evicted_blocks": done.evicted_blocks,
         "revoked_leases": done.revoked_leases,
+    });
+    answer(args.manner.json, &text, &document)
+}
+
+/// Drop what engines that are gone have left for their successors
+///
+/// Their memory is free at once, or when those that read it have let go. Without a flag, everything that was left is dropped.
+#[derive(Args, Debug)]
+pub(super) struct ForgetArgs {
+    #[command(flatten)]
+    broker: BrokerArg,
+    /// Only of this tenant: a uid, or uid/label
+    #[arg(long, value_name = "TENANT")]
+    tenant: Option<String>,
+    /// Only of namespaces of this name
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+    #[command(flatten)]
+    manner: Manner,
+}
+
+pub(super) fn forget(args: &ForgetArgs) -> Result<(), CliError> {
+    let admin = args.broker.connect()?;
+    let tenant = args.tenant.as_ref();
+    let namespace = args.namespace.as_ref();
+    let of = [
+        tenant.map(|tenant| format!(" of tenant {tenant}")),
+        namespace.map(|name| format!(" of namespace {name}")),
+    ];
+    let of = of.into_iter().flatten().collect::<String>();
+    args.manner.confirm(&format!(
+        "Drop what engines that are gone have left{of}: their successors start cold."
+    ))?;
+    let done = admin.forget(&v1::ForgetRequest {
+        tenant: tenant.cloned().unwrap_or_default(),
+        namespace: namespace.cloned().unwrap_or_default(),
+    })?;
+    let text = format!(
+        "{} leases with {} and {} blocks{of} are dropped",
+        done.leases,
+        bytes(done.bytes),
+        done.blocks
+    );
+    let document = json!({
+        "forgotten_leases": done.leases,
+        "forgotten_bytes": done.bytes,
+        "forgotten_blocks": done.blocks,
     });
     answer(args.manner.json, &text, &document)
 }

@@ -163,7 +163,11 @@ impl Oracle {
             _ => None,
         });
         let chosen = chosen.unwrap_or_default();
-        let lent = |region: &ORegion| self.leases.iter().any(|lease| lease.region == region.id);
+        let lent = |region: &ORegion| {
+            let of = |lease: &OLease| lease.region == region.id && lease.estate.is_none();
+            self.leases.iter().any(of)
+        };
+        let kept = |region: &ORegion| self.leases.iter().any(|lease| lease.region == region.id);
         let able: Vec<_> = self
             .regions
             .iter()
@@ -189,13 +193,13 @@ impl Oracle {
             let kept = (able.iter()).any(|region| !dear(region) && !chosen.contains(&region.id));
             kept && taken.iter().any(|region| dear(region))
         };
-        if !(all && sum <= bytes || enough) || dearer(&lent) || dearer(&working) {
+        if !(all && sum <= bytes || enough) || dearer(&lent) || dearer(&working) || dearer(&kept) {
             return Err(format!("withdrew {chosen:?} for {bytes} bytes"));
         }
         Ok(self.withdraw(withdraw.caller, &chosen, withdraw.drain_ms))
     }
 
-    fn lendable(&self, region: &ORegion) -> bool {
+    pub(super) fn lendable(&self, region: &ORegion) -> bool {
         let donor = self
             .sessions
             .iter()
@@ -240,7 +244,11 @@ impl Oracle {
     }
 
     /// The slabs that this demand could be granted as they are, with the links they are reached by.
-    fn usable(&self, demand: &LeaseDemand, tenant: &str) -> Vec<(RegionId, u32, LinkKind)> {
+    pub(super) fn usable(
+        &self,
+        demand: &LeaseDemand,
+        tenant: &str,
+    ) -> Vec<(RegionId, u32, LinkKind)> {
         let mut usable = Vec::new();
         let asker = demand.caller.session;
         let others = |region: &&ORegion| {
@@ -291,9 +299,24 @@ impl Oracle {
             _ => None,
         });
         let (grants, shortfall) = reply.ok_or("a lease demand was not answered")?;
-        for grant in &grants {
-            self.granted(demand, &session.tenant, grant)?;
+        // Slabs are granted, and estates given up, in turn.
+        for effect in effects {
+            match effect {
+                Effect::Record(Record::Lease { lease, .. }) => {
+                    let grant = grants.iter().find(|grant| grant.lease == *lease);
+                    let grant = grant.ok_or("a lease is recorded and not granted")?;
+                    self.granted(demand, &session.tenant, grant)?;
+                }
+                Effect::Note(Note::Revoked { lease, reason, .. })
+                    if *reason == RevokeReason::LesseeGone =>
+                {
+                    self.given_up(*lease, demand, &session.tenant)?;
+                }
+                _ => {}
+            }
         }
+        let given_up = self.leases.iter().filter(|lease| lease.estate.is_some());
+        let others_first = given_up.cloned().collect::<Vec<_>>();
         let granted = grants.len() as u64 * SLAB;
         if granted >= demand.bytes + SLAB {
             return Err(format!("granted {granted} bytes for {}", demand.bytes));
@@ -322,7 +345,13 @@ impl Oracle {
                     scrubs += 1;
                     self.scrubbing(*region, *slab, &session.tenant)?;
                 }
-                Effect::Note(Note::Revoked { lease, reason, .. }) => {
+                Effect::Note(Note::Revoked { lease, reason, .. })
+                    if *reason != RevokeReason::LesseeGone =>
+                {
+                    let mut stays = others_first.iter();
+                    if let Some(estate) = stays.find(|it| self.could_go(it, demand, &session)) {
+                        return Err(format!("{estate:?} stays and {lease} is asked back"));
+                    }
                     let revoked = grants.len() + scrubs;
                     self.asked_back(*lease, *reason, (&session, &demand.namespace), revoked)?;
                 }
@@ -372,6 +401,7 @@ impl Oracle {
             zombie: false,
             blocks: Vec::new(),
             restored: false,
+            estate: None,
         });
         Ok(())
     }

@@ -230,6 +230,7 @@ impl History {
             caller,
             leases,
             unmappable,
+            bequeath: d.is_multiple_of(3),
         };
         // A message naming a foreign lease is refused whole, so what it unmapped stays leased.
         self.call(release, move |history, reply| {

@@ -22,6 +22,7 @@ impl Oracle {
                     None => &mut account.free,
                     Some(lease) if lease.zombie => &mut account.zombie,
                     Some(lease) if lease.revoked.is_some() => &mut account.draining,
+                    Some(lease) if lease.estate.is_some() => &mut account.estate,
                     Some(lease) if lease.class.is_cache() => &mut account.leased,
                     Some(_) => &mut account.working_set,
                 };
@@ -136,6 +137,7 @@ impl Oracle {
                 theirs.region,
                 theirs.slab,
             ) && holders == parties
+                && mine.estate.is_some() == theirs.estate_left_ms.is_some()
                 && mine.blocks.len() == theirs.published_blocks as usize
                 && mine.revoked.map(|(reason, _)| reason) == theirs.revoke_reason;
             if !same {

@@ -25,8 +25,13 @@ impl Oracle {
         lease.revoked = Some((reason, until));
         lease.revoked_at = self.now;
         lease.blocks.clear();
+        lease.estate = None;
         let (generation, holders) = (Generation(lease.generation), lease.holders.clone());
         self.pins.retain(|pin| pin.lease != id);
+        if holders.is_empty() {
+            self.forget(id);
+            return true;
+        }
         for holder in holders.into_iter().filter(|holder| Some(*holder) != untold) {
             let message = Outgoing::Revoke {
                 lease: id,
@@ -44,10 +49,16 @@ impl Oracle {
             return;
         };
         lease.holders.retain(|holder| *holder != session);
-        if !lease.holders.is_empty() {
-            return;
+        if lease.holders.is_empty() && lease.estate.is_none() {
+            self.forget(id);
         }
-        let lease = lease.clone();
+    }
+
+    /// Nobody touches the slab of a lease any more, and it is kept for nobody.
+    pub(super) fn forget(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.iter().find(|lease| lease.id == id).cloned() else {
+            return;
+        };
         self.leases.retain(|other| other.id != id);
         self.pins.retain(|pin| pin.lease != id);
         for region in &mut self.regions {
@@ -118,7 +129,10 @@ impl Oracle {
         self.unmappable.retain(|(session, _)| *session != id);
         for lease in self.leases.clone() {
             if lease.lessee == id {
-                self.lessee_lets_go(lease.id, reason);
+                let gone = reason == RevokeReason::LesseeGone;
+                if !gone || !self.leave_to_heir(lease.id) {
+                    self.lessee_lets_go(lease.id, reason);
+                }
             } else if lease.holders.contains(&id) {
                 self.let_go(lease.id, id);
             }

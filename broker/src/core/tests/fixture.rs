@@ -403,6 +403,7 @@ impl Bench {
             caller,
             leases: grants.iter().map(|grant| grant.lease).collect(),
             unmappable: false,
+            bequeath: false,
         });
     }
 

@@ -9,7 +9,13 @@ use crate::core::{Caller, Grant, Outgoing, Publish, Reply};
 use swiftcache_proto::domain::{DeviceUuid, Generation, Handle, LeaseId, RegionId, RevokeReason};
 
 impl Oracle {
-    pub(super) fn release(&mut self, caller: Caller, ids: &[LeaseId], unmappable: bool) -> Answer {
+    pub(super) fn release(
+        &mut self,
+        caller: Caller,
+        ids: &[LeaseId],
+        unmappable: bool,
+        bequeath: bool,
+    ) -> Answer {
         let session = self.session(caller)?.id;
         for id in ids {
             let lease = self.leases.iter().find(|lease| lease.id == *id);
@@ -27,7 +33,9 @@ impl Oracle {
             }
             match self.leases.iter().find(|lease| lease.id == *id) {
                 Some(lease) if lease.lessee == session => {
-                    self.lessee_lets_go(*id, RevokeReason::Released);
+                    if !bequeath || unmappable || !self.leave_to_heir(*id) {
+                        self.lessee_lets_go(*id, RevokeReason::Released);
+                    }
                 }
                 Some(_) => self.let_go(*id, session),
                 None => {}

@@ -49,6 +49,7 @@ fn sender(event: &Event) -> Option<SessionId> {
         Event::Offer(offer) => Some(offer.caller.session),
         Event::Withdraw(withdraw) => Some(withdraw.caller.session),
         Event::Lease(demand) => Some(demand.caller.session),
+        Event::Inherit(demand) => Some(demand.caller.session),
         Event::Publish(publish) => Some(publish.caller.session),
         Event::Lookup(lookup) => Some(lookup.caller.session),
         Event::Keep(keep) => Some(keep.caller.session),

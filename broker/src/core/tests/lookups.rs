@@ -150,6 +150,7 @@ fn what_cannot_be_mapped_is_neither_found_nor_granted_until_it_is_offered_anew()
         caller: reader,
         leases: vec![shared.lease],
         unmappable,
+        bequeath: false,
     };
     // The twin: a share that is given back for another reason.
     bench.done(gives_up(false));

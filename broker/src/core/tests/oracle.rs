@@ -66,6 +66,8 @@ pub(super) struct OLease {
     pub(super) zombie: bool,
     pub(super) blocks: Vec<(BlockHash, u32)>,
     pub(super) restored: bool,
+    /// Its lessee is gone, and it is kept for an heir until then.
+    pub(super) estate: Option<u64>,
 }
 
 /// What a borrower said of itself.
@@ -166,7 +168,10 @@ impl Oracle {
             region.handle = false;
         }
         for lease in &mut self.leases {
-            lease.blocks.clear();
+            // The ledger has what is kept for heirs.
+            if lease.estate.is_none() {
+                lease.blocks.clear();
+            }
             lease.zombie = false;
             lease.restored = true;
         }
@@ -241,8 +246,11 @@ impl Oracle {
                 revoked: lease.revocation().map(|revocation| (revocation.reason, 0)),
                 revoked_at: 0,
                 zombie: false,
-                blocks: Vec::new(),
+                blocks: (books.index.blocks_in(key))
+                    .map(|(slot, hash)| (*hash, slot))
+                    .collect(),
                 restored: true,
+                estate: lease.estate(),
             });
         }
         oracle
@@ -306,6 +314,9 @@ impl Oracle {
                 *until = deadline;
                 lease.revoked_at = self.now;
             }
+            if let Some(until) = &mut lease.estate {
+                *until = self.now + u64::from(self.config.estate_ttl_ms);
+            }
         }
         for region in self.regions.clone() {
             self.return_if_over(region.id);
@@ -346,7 +357,10 @@ impl Oracle {
                 caller,
                 leases,
                 unmappable,
-            } => self.release(*caller, leases, *unmappable),
+                bequeath,
+            } => self.release(*caller, leases, *unmappable, *bequeath),
+            Event::Inherit(demand) => return self.inherit(demand, effects),
+            Event::Forget(_) => return Err("histories forget nothing".to_owned()),
             Event::Share {
                 caller,
                 lease,
@@ -397,6 +411,7 @@ impl Oracle {
                     let over = lease.revoked.is_some_and(|(_, until)| until <= self.now);
                     lease.zombie |= over;
                 }
+                self.expire_estates();
                 Ok(None)
             }
         })

@@ -89,7 +89,16 @@ impl Oracle {
         for lease in &mut self.leases {
             if named.contains(&lease.id) {
                 blocks += lease.blocks.len() as u64;
-                lease.blocks.clear();
+                if lease.estate.is_none() {
+                    lease.blocks.clear();
+                }
+            }
+        }
+        let kept = self.leases.iter().filter(|lease| lease.estate.is_some());
+        let kept: Vec<_> = kept.map(|lease| lease.id).collect();
+        if let EvictTarget::Namespace(_) = target {
+            for id in kept.into_iter().filter(|id| named.contains(id)) {
+                self.end_estate(id);
             }
         }
         let leases = match target {

@@ -47,6 +47,7 @@ fn only_its_own_process_speaks_for_a_session() {
                 caller,
                 leases: vec![grant.lease],
                 unmappable: true,
+                bequeath: false,
             },
             Bench::share_event(caller, &grant),
             Bench::publish_event(caller, &grant, &[(1, 0)]),

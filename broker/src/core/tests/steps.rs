@@ -171,6 +171,7 @@ impl History {
                 let demand = Self::demand_of(&client, [b, c, d]);
                 self.tell(Event::Lease(demand))
             }
+            Act::Inherit => self.inherit(&client, [b, c, d]),
             Act::Release => self.release(&client, [b, c, d]),
             Act::Share => self.share(&client, b, c),
             Act::Write => self.write(&client, [b, c, d]),
@@ -379,6 +380,7 @@ impl History {
                 caller,
                 leases: vec![lease],
                 unmappable: true,
+                bequeath: false,
             },
             4 => Event::Unpublish {
                 caller,

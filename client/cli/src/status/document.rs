@@ -44,6 +44,8 @@ pub(super) struct Account {
     pub(super) leased: u64,
     /// Of the leased bytes: working sets of running engines.
     pub(super) working_set: u64,
+    /// Of the leased bytes: left by engines that are gone, for their successors.
+    pub(super) estate: u64,
     pub(super) draining: u64,
     pub(super) zombie: u64,
     pub(super) scrubbing: u64,
@@ -57,6 +59,7 @@ impl Account {
             drained: account.drained_bytes,
             leased: account.leased_bytes,
             working_set: account.working_set_bytes,
+            estate: account.estate_bytes,
             draining: account.draining_bytes,
             zombie: account.zombie_bytes,
             scrubbing: account.scrubbing_bytes,
@@ -76,6 +79,8 @@ pub(super) struct Counters {
     pub(super) lookup_blocks: u64,
     pub(super) hit_blocks: u64,
     pub(super) published_blocks: u64,
+    pub(super) estate_leases: u64,
+    pub(super) inherited_leases: u64,
 }
 
 /// What engines reported since the broker started.
@@ -188,6 +193,8 @@ pub(super) struct NamespaceRow {
     pub(super) tenant: String,
     pub(super) blocks: u64,
     pub(super) leased: u64,
+    /// Of the leased bytes: left by engines that are gone, for their successors.
+    pub(super) estate: u64,
     /// Lookups of the broker, as in the counters.
     pub(super) lookups: u64,
     pub(super) lookup_blocks: u64,
@@ -211,6 +218,8 @@ impl Status {
                 lookup_blocks: c.lookup_blocks,
                 hit_blocks: c.hit_blocks,
                 published_blocks: c.published_blocks,
+                estate_leases: c.estate_leases,
+                inherited_leases: c.inherited_leases,
             });
         Self {
             simulated: simulated(&node).is_some(),
@@ -347,7 +356,10 @@ fn leases(leases: &[v1::LeaseStatus]) -> Vec<LeaseRow> {
             class(lease.class()),
         );
         let row = rows.entry(key).or_default();
-        row.borrower = format!("{} [{}]", lease.borrower_name, lease.borrower_label);
+        row.borrower = match lease.estate_left_ms {
+            Some(_) => "(gone)".to_owned(),
+            None => format!("{} [{}]", lease.borrower_name, lease.borrower_label),
+        };
         row.pid = lease.borrower_pid;
         row.namespace.clone_from(&lease.namespace);
         row.device.clone_from(&lease.device_uuid);
@@ -370,6 +382,7 @@ fn namespace(status: v1::NamespaceStatus) -> NamespaceRow {
         tenant: status.tenant,
         blocks: status.blocks,
         leased: status.leased_bytes,
+        estate: status.estate_bytes,
         lookups: status.lookups,
         lookup_blocks: status.lookup_blocks,
         hit_blocks: status.hit_blocks,

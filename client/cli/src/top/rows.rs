@@ -18,6 +18,8 @@ pub(super) struct LeaseGroup {
     pub(super) blocks: u64,
     /// What a running engine works with.
     working_set: bool,
+    /// Its engine is gone.
+    left: bool,
     draining: u32,
     zombies: u32,
     waiting: BTreeSet<u32>,
@@ -33,6 +35,7 @@ impl LeaseGroup {
         let pids: Vec<String> = self.waiting.iter().map(u32::to_string).collect();
         match (self.zombies, self.draining) {
             (0, 0) if self.working_set => "working set".to_owned(),
+            (0, 0) if self.left => "left".to_owned(),
             (0, 0) => "active".to_owned(),
             (0, draining) => format!("{draining} draining"),
             // The pids are more important than counts, because somebody must act on these processes.
@@ -46,6 +49,7 @@ pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -
     let mut rows: BTreeMap<(&str, &str, &str, bool), LeaseGroup> = BTreeMap::new();
     for lease in leases {
         let working_set = lease.class() == v1::LeaseClass::WorkingSet;
+        let left = lease.estate_left_ms.is_some();
         let key = (
             lease.borrower_label.as_str(),
             lease.namespace.as_str(),
@@ -53,7 +57,11 @@ pub(super) fn leases(leases: &[v1::LeaseStatus], devices: &[v1::DeviceStatus]) -
             working_set,
         );
         let row = rows.entry(key).or_insert_with(|| LeaseGroup {
-            borrower: format!("{} [{}]", lease.borrower_name, lease.borrower_label),
+            borrower: match left {
+                true => "(gone)".to_owned(),
+                false => format!("{} [{}]", lease.borrower_name, lease.borrower_label),
+            },
+            left,
             label: lease.borrower_label.clone(),
             namespace: lease.namespace.clone(),
             device: short_device(&lease.device_uuid, devices),

@@ -51,10 +51,14 @@ impl CacheHolder {
 impl Holder for CacheHolder {
     fn granted(&self, slab: Arrival) -> Result<()> {
         let Arrival {
-            area, key, hold, ..
+            area,
+            key,
+            hold,
+            left,
+            ..
         } = slab;
         let shelf = Shelf::new(area, hold, Some(key));
-        self.core.state.lock().shelves.insert(shelf);
+        self.core.state.lock().take_in(shelf, &left);
         Ok(())
     }
 

@@ -17,6 +17,7 @@ mod blocks;
 mod config;
 mod core;
 mod evict;
+mod heir;
 mod hit;
 mod holder;
 mod keeper;

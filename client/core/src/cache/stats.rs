@@ -63,6 +63,8 @@ pub struct Stats {
     pub routes_down: u32,
     /// Blocks written back.
     pub stored_blocks: u64,
+    /// Blocks that a borrower before this one had left.
+    pub inherited_blocks: u64,
     /// Blocks offered for writing back that were there already.
     pub known_blocks: u64,
     /// Blocks written back that a replica had published first.

@@ -232,7 +232,11 @@ impl Drains<'_> {
         let told = self.telling.len() < before;
         let released = std::mem::take(&mut self.released);
         if let (false, Some(session)) = (released.is_empty(), self.leases.connected()) {
-            self.telling.push(session.release(released));
+            // A holder that closes leaves what it has published to its heir.
+            self.telling.push(match self.closing {
+                true => session.bequeath(released),
+                false => session.release(released),
+            });
             return true;
         }
         told

@@ -12,13 +12,14 @@ use tracing::{debug, info, warn};
 use super::{
     core::{GrowthTask, Leases, RecallTask},
     holder::{Arrival, Holder, Wants},
+    inheriting::Heir,
     probe::Prober,
     slabs::{Draining, LeaseKey, Slab},
     state::{Pending, State},
 };
 use crate::{
     Error, Result,
-    session::{Call, Demand, Grant, Session},
+    session::{Call, Demand, Grant, Left, Session},
     transfer::{AreaId, BlockArea},
 };
 
@@ -52,12 +53,16 @@ impl Leases {
     /// The leasing thread. Ends when it is told so.
     pub(super) fn growth_loop(&self, holder: &dyn Holder, inbox: &mpsc::Receiver<GrowthTask>) {
         let mut prober = Prober::default();
+        let mut heir = Heir::default();
         loop {
             let pause = match prober.is_busy() {
                 true => PROBING,
                 false => TICK,
             };
-            match inbox.recv_timeout(pause) {
+            let task = inbox.recv_timeout(pause);
+            // What was left comes before what is new.
+            self.inherit(holder, &mut heir);
+            match task {
                 Ok(GrowthTask::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Ok(GrowthTask::Reserve { bytes, reply }) => {
                     let wants = || Wants {
@@ -129,20 +134,26 @@ impl Leases {
                     self.state.lock().host_refused = !granted;
                 }
                 for grant in leased.grants {
-                    let unmappable =
-                        match self.adopt(holder, session, &grant, Hold::Own, leased.epoch) {
-                            Adopted::Yes => {
-                                adopted += 1;
-                                continue;
-                            }
-                            Adopted::No => false,
-                            Adopted::Unmapped(error) => {
-                                regions.push(grant.region);
-                                let unmappable = matches!(error, Error::Device(_));
-                                unmapped = Some(error);
-                                unmappable
-                            }
-                        };
+                    let unmappable = match self.adopt(
+                        holder,
+                        session,
+                        &grant,
+                        Hold::Own,
+                        leased.epoch,
+                        Left::default(),
+                    ) {
+                        Adopted::Yes => {
+                            adopted += 1;
+                            continue;
+                        }
+                        Adopted::No => false,
+                        Adopted::Unmapped(error) => {
+                            regions.push(grant.region);
+                            let unmappable = matches!(error, Error::Device(_));
+                            unmapped = Some(error);
+                            unmappable
+                        }
+                    };
                     turned_down.push((grant.lease, unmappable));
                 }
                 if adopted == 0
@@ -204,6 +215,7 @@ impl Leases {
         grant: &Grant,
         hold: Hold,
         epoch: u64,
+        left: Left,
     ) -> Adopted {
         {
             let mut state = self.state.lock();
@@ -249,6 +261,7 @@ impl Leases {
                 key,
                 region: grant.region,
                 hold,
+                left,
             })?;
             Ok(area)
         });
@@ -321,7 +334,8 @@ impl Leases {
 pub(super) fn give_back(session: &Session, lease: LeaseId, unmappable: bool) -> Call<()> {
     match unmappable {
         true => session.cannot_map(vec![lease]),
-        false => session.release(vec![lease]),
+        // What was inherited goes back to where it was; there is nothing in others.
+        false => session.bequeath(vec![lease]),
     }
 }
 

@@ -10,6 +10,7 @@ use swiftcache_proto::domain::{Hold, RegionId};
 use super::slabs::LeaseKey;
 use crate::{
     Result,
+    session::Left,
     transfer::{AreaId, BlockArea},
 };
 
@@ -20,6 +21,8 @@ pub(crate) struct Arrival {
     pub(crate) key: LeaseKey,
     pub(crate) region: RegionId,
     pub(crate) hold: Hold,
+    /// What a lessee before this one has left in it. Nothing here knows what that is.
+    pub(crate) left: Left,
 }
 
 /// Which slabs a holder would use.

@@ -13,6 +13,7 @@ mod core;
 mod drain;
 mod growth;
 mod holder;
+mod inheriting;
 mod mapping;
 mod probe;
 mod recall;

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     Error,
-    session::{Grant, Session},
+    session::{Grant, Left, Session},
 };
 
 /// Why a replica's lease is not open for reading.
@@ -111,7 +111,7 @@ impl Leases {
             warn!(%lease, own, theirs, "a replica's lease holds blocks of another size");
             return Err(NotShared::OTHER_LAYOUT);
         }
-        match self.adopt(holder, session, grant, Hold::Shared, epoch) {
+        match self.adopt(holder, session, grant, Hold::Shared, epoch, Left::default()) {
             Adopted::Yes => Ok(()),
             Adopted::No => Err(NotShared::NOT_NOW),
             Adopted::Unmapped(error) => {

@@ -37,6 +37,35 @@ pub struct Leased {
     pub(crate) epoch: u64,
 }
 
+/// What borrowers that are gone have left.
+#[derive(Clone, Debug)]
+pub struct Inheritance {
+    /// Each slab, and what lies in it; what was found last is first.
+    pub leases: Vec<Inherited>,
+    /// There is more, now or soon.
+    pub more: bool,
+    /// The connection it came by.
+    pub(crate) epoch: u64,
+}
+
+/// The right to a slab that was left.
+#[derive(Clone, Debug)]
+pub struct Inherited {
+    /// The slab.
+    pub grant: Grant,
+    /// What lies in it.
+    pub left: Left,
+}
+
+/// What lies in a slab when it is granted.
+#[derive(Clone, Debug, Default)]
+pub struct Left {
+    /// Blocks that can be found, each with its slot.
+    pub blocks: Vec<(BlockHash, u32)>,
+    /// Until when others may read what lay in the other slots.
+    pub readers_until: Option<Instant>,
+}
+
 /// On whose behalf a lookup looks.
 #[derive(Clone, Debug)]
 pub struct Asker {

@@ -42,7 +42,8 @@ pub use call::Call;
 use connection::Connection;
 pub use grant::{Grant, Opening};
 pub use messages::{
-    Asker, Demand, Found, Keep, Leased, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing,
+    Asker, Demand, Found, Inheritance, Inherited, Keep, Leased, Left, OfferedRegion, Unpublished,
+    WithdrawWhat, Withdrawing,
 };
 use observer::Observers;
 pub use observer::{Connected, Held, Hold, Observer, Revocation, Scrub};

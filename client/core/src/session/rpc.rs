@@ -17,8 +17,9 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use super::{
-    Asker, Call, Demand, Found, Grant, Keep, Leased, LinkState, OfferedRegion, Opening, Session,
-    Unpublished, WithdrawWhat, Withdrawing, connection::Connection, fd,
+    Asker, Call, Demand, Found, Grant, Inheritance, Inherited, Keep, Leased, Left, LinkState,
+    OfferedRegion, Opening, Session, Unpublished, WithdrawWhat, Withdrawing,
+    connection::Connection, fd,
 };
 use crate::{Error, Result, device::Export};
 
@@ -33,6 +34,14 @@ enum Settled {
     /// The next connection, for which this one is given up: resuming tells the broker which leases this process holds,
     /// and the broker takes the others back.
     ByResuming,
+}
+
+/// As what leases are given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Giving {
+    Back,
+    ToHeir,
+    Unmappable,
 }
 
 /// Why a call failed, before it is known which one it was.
@@ -119,16 +128,22 @@ impl Session {
 
     /// Gives leases back, or shares: nothing of this process touches them any more.
     pub fn release(&self, leases: Vec<LeaseId>) -> Call<()> {
-        self.give_back(leases, false)
+        self.give_back(leases, Giving::Back)
+    }
+
+    /// Gives leases back, and lets the broker keep what is published there for an heir: nothing of this process touches them any
+    /// more. An older broker frees them.
+    pub fn bequeath(&self, leases: Vec<LeaseId>) -> Call<()> {
+        self.give_back(leases, Giving::ToHeir)
     }
 
     /// Gives leases back, or shares, whose memory this process cannot map. The broker grants this session no slab of
     /// their regions any more, and promises it nothing there, until their donors offer them anew.
     pub fn cannot_map(&self, leases: Vec<LeaseId>) -> Call<()> {
-        self.give_back(leases, true)
+        self.give_back(leases, Giving::Unmappable)
     }
 
-    fn give_back(&self, leases: Vec<LeaseId>, unmappable: bool) -> Call<()> {
+    fn give_back(&self, leases: Vec<LeaseId>, giving: Giving) -> Call<()> {
         self.call(
             "Release",
             CALL_LIMIT,
@@ -137,10 +152,39 @@ impl Session {
                 let request = v1::ReleaseRequest {
                     session_id: connection.session.0,
                     lease_ids: leases.iter().map(|lease| lease.0).collect(),
-                    unmappable,
+                    unmappable: giving == Giving::Unmappable,
+                    bequeath: giving == Giving::ToHeir,
                 };
                 connection.client.clone().release(request).await?;
                 Ok(())
+            },
+        )
+    }
+
+    /// Takes over what borrowers of the tenant and namespace have left that are gone.
+    pub fn inherit(&self, demand: Demand) -> Call<Inheritance> {
+        let settled = Settled::ByResuming;
+        self.call(
+            "Inherit",
+            CALL_LIMIT,
+            settled,
+            move |connection| async move {
+                let request = v1::InheritRequest {
+                    session_id: connection.session.0,
+                    namespace: demand.namespace,
+                    device_uuid: demand.device.to_string(),
+                    bytes: demand.bytes,
+                    block_bytes: demand.block_bytes,
+                };
+                let client = &mut connection.client.clone();
+                let inherited = client.inherit(request).await?.into_inner();
+                let now = Instant::now();
+                let leases = inherited.leases.iter().map(|its| read_inherited(its, now));
+                Ok(Inheritance {
+                    leases: leases.collect::<std::result::Result<_, _>>()?,
+                    more: inherited.more,
+                    epoch: connection.epoch,
+                })
             },
         )
     }
@@ -470,6 +514,38 @@ impl Session {
         });
         Call::running(name, task, *self.shared.thread.lock())
     }
+}
+
+/// What lies in a slab that was left, as the broker says. It must be able to lie there.
+fn read_inherited(
+    inherited: &v1::InheritedLease,
+    now: Instant,
+) -> std::result::Result<Inherited, Fault> {
+    let missing = || Fault::Answer("no grant".to_owned());
+    let grant = Grant::read(inherited.grant.as_ref().ok_or_else(missing)?)?;
+    let hashes = convert::hashes("leases.hashes", &inherited.hashes)?;
+    let slots = &inherited.slots;
+    let mut sorted = slots.clone();
+    sorted.sort_unstable();
+    let twice = sorted.windows(2).any(|pair| pair[0] == pair[1]);
+    let beyond = sorted.last().is_some_and(|slot| *slot >= grant.slots);
+    if hashes.len() != slots.len() || twice || beyond {
+        let problem = format!(
+            "lease {} is said to hold {} blocks in slots {sorted:?} of {}",
+            grant.lease,
+            hashes.len(),
+            grant.slots
+        );
+        return Err(Fault::Answer(problem));
+    }
+    let retry = Duration::from_millis(inherited.retry_ms.into());
+    Ok(Inherited {
+        left: Left {
+            blocks: hashes.zip(slots.iter().copied()).collect(),
+            readers_until: (!retry.is_zero()).then(|| now + retry),
+        },
+        grant,
+    })
 }
 
 #[cfg(test)]

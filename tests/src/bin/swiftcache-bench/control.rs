@@ -255,6 +255,7 @@ async fn lease(
                 session_id: borrower.id,
                 lease_ids: grants.iter().map(|grant| grant.lease_id).collect(),
                 unmappable: false,
+                bequeath: false,
             })
             .await?;
     }

@@ -1,0 +1,54 @@
+"""An engine is killed and started again: what it had stored is found, with the tokens of an engine without SwiftCache."""
+
+from __future__ import annotations
+
+import lab as of
+import pytest
+from neighbours import donate
+from node import Node, eventually
+
+
+@pytest.fixture
+def bare_node(tmp_path):
+    one = Node(tmp_path)
+    yield one
+    one.close()
+
+
+def prompts() -> dict[str, list[int]]:
+    return of.shared_prefix() | of.long_prompt()
+
+
+def whole_blocks() -> int:
+    """Blocks of all prompts but for the part that is always computed."""
+    return sum((len(prompt) - 1) // of.BLOCK for prompt in prompts().values())
+
+
+@pytest.mark.parametrize("ttl_ms", [3_600_000, 0], ids=["kept", "not-kept"])
+def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_ms) -> None:
+    want = lab.want("killed")
+    bare_node.start_broker(estate_ttl_ms=ttl_ms)
+    donate(bare_node)
+    first = lab.engine("killed")
+    of.connect(first, bare_node, connector={"load": "sync"})
+    assert of.said(first.generate(prompts(), of.ANSWER)).items() <= want.items()
+    first.ask("settle")
+    # In the middle of a request, which stores as it goes.
+    first.ask("add", name="last", tokens=of.tokens("last", 400), max_tokens=of.ANSWER)
+    first.ask("step", count=2)
+    lab.kill("killed")
+    if ttl_ms:
+        eventually("an estate", lambda: bare_node.status()["total"]["estate"])
+    else:
+        eventually("all to be free", lambda: not bare_node.status()["total"]["leased"])
+    second = lab.engine("b")
+    of.connect(second, bare_node, connector={"load": "sync"})
+    results = second.generate(prompts(), of.ANSWER)
+    assert of.said(results).items() <= want.items()
+    if ttl_ms:
+        assert of.cached(results) // of.BLOCK == whole_blocks()
+        eventually("it to inherit", lambda: bare_node.status()["counters"]["inherited_leases"])
+    else:
+        # The twin: only what the four have in common, and find in vLLM's own cache.
+        assert of.cached(results) <= 4 * 200
+    second.ask("stop")
