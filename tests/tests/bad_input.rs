@@ -92,6 +92,10 @@ impl Stage {
                 "session_id: {lessee} borrower_id: 'borrower-number1' namespace: '{NAMESPACE}' \
                  device_uuid: 'SIM-0' block_bytes: {BLOCK} kept_hashes: '0123456789abcdef'"
             ),
+            "Inherit" => format!(
+                "session_id: {lessee} namespace: '{NAMESPACE}' device_uuid: 'SIM-0' bytes: {SLAB} \
+                 block_bytes: {BLOCK}"
+            ),
             "Report" => format!("session_id: {lessee} traffic {{ lookup_blocks: 1 }}"),
             "Drain" | "Undrain" => "device_uuid: 'SIM-2'".to_owned(),
             "PreviewWithdraw" => "device_uuid: 'SIM-1' bytes: 1".to_owned(),
@@ -174,6 +178,7 @@ const UNBOUNDED: [&str; 22] = [
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",
+    "Release.bequeath",
     "Lookup.unpinned",
     "Lookup.host_memory",
     "Lease.host_bytes",

@@ -80,6 +80,8 @@ fn the_calls_of_a_member() -> Result<()> {
         target: Some(v1::evict_request::Target::Namespace("model".to_owned())),
     };
     say("evict", wire.wait(admin.evict(evict)).map(drop))?;
+    let forget = v1::ForgetRequest::default();
+    say("forget", wire.wait(admin.forget(forget)).map(drop))?;
     let quota = v1::SetQuotaRequest {
         target: Some(v1::set_quota_request::Target::Tenant("0".to_owned())),
         bytes: Some(0),
@@ -109,7 +111,7 @@ fn node(options: &[&str]) -> Result<(Node, Operator)> {
     Ok((node, operator))
 }
 
-const CHANGES: [&str; 5] = ["drain", "undrain", "evict", "quota", "end-hold"];
+const CHANGES: [&str; 6] = ["drain", "undrain", "evict", "forget", "quota", "end-hold"];
 
 #[test]
 fn a_member_looks_and_changes_nothing_of_others() -> Result<()> {
@@ -151,7 +153,7 @@ fn a_member_of_the_admin_group_changes_what_others_have() -> Result<()> {
     let grant = lessee.lease("model", "SIM-0", SLAB, SLAB)?.grants.remove(0);
     lessee.publish(grant.lease_id, grant.generation, &[[9; 16]])?;
     let calls = calls_of_a_member(&node)?;
-    ensure!(calls.len() == 9, "{calls:?}");
+    ensure!(calls.len() == 10, "{calls:?}");
     ensure!(calls.iter().all(|(_, code)| code == "Ok"), "{calls:?}");
     ensure!(lessee.hits("model", &[[9; 16]])? == 0);
     ensure!(

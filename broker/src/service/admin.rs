@@ -228,9 +228,13 @@ impl AdminService {
 impl AdminService {
     async fn do_forget(&self, request: v1::ForgetRequest) -> Result<v1::ForgetResponse, Refused> {
         let named = |text: String| (!text.is_empty()).then_some(text);
+        let namespace = &request.namespace;
+        let namespace = convert::optional_text("namespace", namespace, MAX_NAMESPACE_BYTES)?;
+        let tenant = &request.tenant;
+        let tenant = convert::optional_text("tenant", tenant, MAX_WHOLE_TENANT_BYTES)?;
         let forget = Event::Forget(Forget {
-            tenant: named(request.tenant),
-            namespace: named(request.namespace),
+            tenant: named(tenant),
+            namespace: named(namespace),
         });
         match self.owner.apply(forget).await? {
             Reply::Forgotten {
