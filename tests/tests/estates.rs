@@ -4,10 +4,7 @@ use std::{collections::BTreeSet, process::Command};
 
 use anyhow::{Result, ensure};
 use rand::Rng;
-use swiftcache_client::{
-    cache::{Borrower, BorrowerConfig, Layout},
-    device::DeviceLayer,
-};
+use swiftcache_client::cache::{Borrower, BorrowerConfig, Layout};
 use swiftcache_tests::{
     crew::{BorrowerProcess, FOREVER, Job, donor, donor_process},
     engine::{BLOCK_BYTES, NAMESPACE, SLAB_BYTES, eventually, hash},

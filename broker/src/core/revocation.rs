@@ -119,7 +119,7 @@ pub(super) fn let_go(books: &mut Books, key: LeaseKey, session: SessionId) {
 fn end_lease(books: &mut Books, key: LeaseKey) {
     let lease = books.leases.get(key);
     let revocation = lease.revocation();
-    let after_ms = revocation.map(|revocation| books.now - revocation.since);
+    let after_ms = revocation.map(|revocation| books.now.saturating_sub(revocation.since));
     let (id, region) = (lease.terms().id, lease.terms().region);
     books.free_slab(key);
     books.note(Note::LeaseEnded {

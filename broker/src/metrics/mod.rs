@@ -19,7 +19,7 @@ use crate::core::Note;
 use traffic::TrafficCounters;
 
 /// The RPCs, all of which are timed.
-const RPCS: [&str; 25] = [
+const RPCS: [&str; 27] = [
     "Register",
     "Session",
     "Leave",
@@ -42,6 +42,8 @@ const RPCS: [&str; 25] = [
     "Drain",
     "Undrain",
     "Evict",
+    "Forget",
+    "Inherit",
     "PreviewWithdraw",
     "SetQuota",
     "Hold",
