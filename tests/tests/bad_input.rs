@@ -174,7 +174,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 22] = [
+const UNBOUNDED: [&str; 23] = [
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",
@@ -189,6 +189,7 @@ const UNBOUNDED: [&str; 22] = [
     "Keep.host_memory",
     "Report.routes_down",
     "Report.homes",
+    "ListSessions.page_size",
     "ListRegions.page_size",
     "ListSessions.page_size",
     "ListLeases.page_size",
