@@ -174,7 +174,9 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 23] = [
+const UNBOUNDED: [&str; 25] = [
+    "Inherit.bytes",
+    "Inherit.host_bytes",
     "Offer.shared_allocation",
     "Offer.elastic",
     "Release.unmappable",

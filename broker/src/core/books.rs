@@ -315,7 +315,8 @@ impl Books {
             last_hit: lease.last_hit(),
         };
         self.regions.put(region, slab, Place::Leased);
-        self.claims.add(key, stake, &path);
+        let medium = self.devices.medium(stake.device);
+        self.claims.of_mut(medium).add(key, stake, &path);
     }
 
     /// Forgets a lease that nobody holds: its slab is free, and remembers whose bytes are in it.

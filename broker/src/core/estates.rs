@@ -9,7 +9,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
-use swiftcache_proto::{convert::MAX_BLOCKS, domain::AllocationId};
+use swiftcache_proto::{
+    convert::MAX_BLOCKS,
+    domain::{AllocationId, Medium},
+};
 
 use super::{
     arena::LeaseKey,
@@ -33,12 +36,17 @@ pub(super) fn inherit(books: &mut Books, demand: &InheritDemand) -> Result<Reply
     let (mine, later) = inheritable(books, demand, &tenant, device);
     let mut more = later;
     let mut leases: Vec<Inherited> = Vec::new();
-    let (mut blocks, mut bytes) = (0, 0);
+    let (mut blocks, mut bytes, mut host_bytes) = (0, 0, 0);
     for key in mine {
         let terms = books.leases.get(key).terms();
         let (id, size) = (terms.id, terms.bytes);
         let published = books.index.published(key);
-        if bytes + size > demand.bytes || !may_hold(books, demand, size) {
+        let region = books.regions.get(terms.region).device();
+        let (taken, most) = match books.devices.medium(region) {
+            Medium::Hbm => (&mut bytes, demand.bytes),
+            Medium::Host => (&mut host_bytes, demand.host_bytes),
+        };
+        if *taken + size > most || !may_hold(books, demand, size) {
             continue;
         }
         let full =
@@ -47,7 +55,6 @@ pub(super) fn inherit(books: &mut Books, demand: &InheritDemand) -> Result<Reply
             more = true;
             break;
         }
-        let region = books.regions.get(terms.region).device();
         let Some(path) = books.devices.path(device, region) else {
             continue;
         };
@@ -55,7 +62,7 @@ pub(super) fn inherit(books: &mut Books, demand: &InheritDemand) -> Result<Reply
             continue;
         };
         blocks += published as usize;
-        bytes += size;
+        *taken += size;
         let retry_ms = pinned_for(books, key);
         books.record(Record::Inherited {
             lease: id,
@@ -172,7 +179,8 @@ pub(super) fn forget(books: &mut Books, which: &Forget) -> Result<Reply, Refusal
 fn is_of_use(books: &Books, demand: &Demand, lease: &Lease) -> bool {
     let region = lease.terms().region;
     let device = books.regions.get(region).device();
-    books.regions.is_listed(region)
+    books.devices.medium(device) == demand.medium
+        && books.regions.is_listed(region)
         && demand.can_use(books, region)
         && books.devices.path(demand.device, device).is_some()
 }

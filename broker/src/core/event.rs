@@ -235,8 +235,10 @@ pub struct InheritDemand {
     pub namespace: String,
     /// The device that the heir computes on.
     pub device: DeviceUuid,
-    /// The most that it takes, bytes.
+    /// The most HBM that it takes, bytes.
     pub bytes: u64,
+    /// The most host memory that it takes, bytes.
+    pub host_bytes: u64,
     /// Bytes of one block over all layers.
     pub block_bytes: u64,
 }

@@ -316,7 +316,8 @@ impl BrokerService {
             caller,
             namespace: convert::text("namespace", &request.namespace, MAX_NAMESPACE_BYTES)?,
             device: convert::device_uuid("device_uuid", &request.device_uuid)?,
-            bytes: at_least_one("bytes", request.bytes)?,
+            bytes: request.bytes,
+            host_bytes: request.host_bytes,
             block_bytes: at_least_one("block_bytes", request.block_bytes)?,
         };
         let Reply::Inherited { leases, more } = self.owner.apply(Event::Inherit(demand)).await?

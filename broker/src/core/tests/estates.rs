@@ -29,6 +29,7 @@ fn demand(caller: Caller) -> InheritDemand {
         namespace: "model".to_owned(),
         device: device(0),
         bytes: 64 * SLAB,
+        host_bytes: 0,
         block_bytes: BLOCK,
     }
 }

@@ -185,6 +185,7 @@ impl History {
             namespace: demand.namespace,
             device: demand.device,
             bytes: demand.bytes.max(SLAB),
+            host_bytes: demand.host_bytes,
             block_bytes: demand.block_bytes.min(SLAB),
         };
         let (session, namespace) = (client.caller.session, demand.namespace.clone());

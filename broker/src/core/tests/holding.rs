@@ -33,15 +33,20 @@ impl Oracle {
             }
             match self.leases.iter().find(|lease| lease.id == *id) {
                 Some(lease) if lease.lessee == session => {
-                    if !bequeath || unmappable || !self.leave_to_heir(*id) {
-                        self.lessee_lets_go(*id, RevokeReason::Released);
-                    }
+                    let left = bequeath && !unmappable && self.leave_to_heir(*id);
+                    self.end_unless(left, *id);
                 }
                 Some(_) => self.let_go(*id, session),
                 None => {}
             }
         }
         Ok(Some(Reply::Done))
+    }
+
+    fn end_unless(&mut self, left: bool, id: LeaseId) {
+        if !left {
+            self.lessee_lets_go(id, RevokeReason::Released);
+        }
     }
 
     /// The donor hears how many cannot map its region.

@@ -97,6 +97,7 @@ fn hbm_that_is_being_zeroed_is_worth_waiting_for() {
         caller: first,
         leases: vec![grants[0].lease],
         unmappable: false,
+        bequeath: false,
     });
     let (grants, shortfall) = bench.demanded(demand(second, 1, 1));
     assert_eq!(

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use swiftcache_proto::domain::{Hold, LeaseId};
+use swiftcache_proto::domain::{Hold, LeaseId, Medium};
 use tonic::Code;
 use tracing::{debug, info};
 
@@ -86,17 +86,20 @@ impl Leases {
     fn inherit_page(&self, holder: &dyn Holder, session: &Session, heir: &mut Heir) -> bool {
         let demand = {
             let mut state = self.state.lock();
-            let left = (self.settings.max_bytes).saturating_sub(state.leased_bytes());
-            if left == 0 {
+            let left =
+                |medium| (self.settings.most(medium)).saturating_sub(state.leased_bytes(medium));
+            let (bytes, host_bytes) = (left(Medium::Hbm), left(Medium::Host));
+            if bytes + host_bytes == 0 {
                 return false;
             }
             state.grants_in_flight += 1;
             Demand {
                 namespace: self.settings.namespace.clone(),
                 device: self.settings.device.clone(),
-                bytes: left,
+                bytes,
                 block_bytes: self.settings.block_bytes(),
                 class: self.settings.class,
+                host_bytes,
             }
         };
         let mut more = false;

@@ -175,6 +175,7 @@ impl Session {
                     device_uuid: demand.device.to_string(),
                     bytes: demand.bytes,
                     block_bytes: demand.block_bytes,
+                    host_bytes: demand.host_bytes,
                 };
                 let client = &mut connection.client.clone();
                 let inherited = client.inherit(request).await?.into_inner();
