@@ -193,7 +193,6 @@ const UNBOUNDED: [&str; 25] = [
     "Report.homes",
     "ListSessions.page_size",
     "ListRegions.page_size",
-    "ListSessions.page_size",
     "ListLeases.page_size",
     "ListNamespaces.page_size",
     "ListEvents.after_sequence",
