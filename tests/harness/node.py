@@ -50,8 +50,8 @@ class Node:
         return started
 
     def start_broker(self, estate_ttl_ms: int = 0) -> None:
-        """Starts the broker (again) in the same directory, and waits until it listens. What engines leave is freed at once,
-        unless a test is about that."""
+        """Starts the broker (again) in the same directory, and waits until it listens. What engines leave is freed at
+        once, unless a test is about that."""
         options = ["--estate-ttl-ms", str(estate_ttl_ms), "--log", "error", "--socket", self.socket, *self._probe]
         self._broker = self._start("swiftcache-broker", *options)
         eventually("the broker to listen", self._listens)

@@ -1,4 +1,6 @@
-"""An engine is killed and started again: what it had stored is found, with the tokens of an engine without SwiftCache."""
+"""An engine is killed and started again: what it had stored is found. Its tokens are those of an engine without
+SwiftCache.
+"""
 
 from __future__ import annotations
 
