@@ -32,8 +32,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "vllm")]
 
 import shapes  # noqa: E402
+from bench import quantile  # noqa: E402
 from ground import Ground, log_file  # noqa: E402
-from talk import Conversations  # noqa: E402
+from talk import converse, in_turn  # noqa: E402
 
 GiB = 1 << 30
 LOCAL = "from its own pool"
@@ -79,18 +80,7 @@ class Talk:
             self._engine.shutdown()
 
     async def _converse(self) -> dict[str, Any]:
-        task = self._task
-        talks = Conversations("bench", task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
-        await self._in_turn(talks.histories, 4, 1)
-        # A turn for nobody's measurement: kernels compile, buffers are pinned.
-        await self._in_turn(talks.turn(task["new"], task["answer"]), 1, task["answer"])
-        rounds = {}
-        for clients in task["clients"]:
-            began, turns = time.monotonic(), []
-            for _ in range(task["rounds"]):
-                turns += await self._in_turn(talks.turn(task["new"], task["answer"]), clients, task["answer"])
-            rounds[clients] = {"seconds": time.monotonic() - began, "turns": turns}
-        return {"rounds": rounds}
+        return {"rounds": await converse(self._ask, self._task)}
 
     async def _answer(self) -> dict[str, Any]:
         """Two passes over the prompts."""
@@ -99,19 +89,7 @@ class Talk:
         prompts = [
             [source.randrange(self._task["vocabulary"]) for _ in range(count)] for count in self._task["prompts"]
         ]
-        return {"passes": [await self._in_turn(prompts, 1, 16) for _ in range(2)]}
-
-    async def _in_turn(self, prompts: list[list[int]], clients: int, answer: int) -> list[dict[str, Any]]:
-        """Each client takes the next prompt when it has its answer."""
-        waiting = iter(prompts)
-        done: list[dict[str, Any]] = []
-
-        async def client() -> None:
-            for prompt in waiting:
-                done.append(await self._ask(prompt, answer))
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return done
+        return {"passes": [await in_turn(self._ask, prompts, 1, 16) for _ in range(2)]}
 
     async def _ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True}
@@ -235,6 +213,7 @@ class Place:
             more = self.linker(**({"load": "wait"} if name.endswith("wait") else {}))
         task = {
             "what": "bench",
+            "seed": "bench",
             "options": self.options(size.shape, own // size.token // size.page * size.page) | more,
             "conversations": size.conversations,
             "shortest": size.shortest,
@@ -246,11 +225,6 @@ class Place:
             "clients": self.args.clients,
         }
         return self.run(f"bench {name}", task, name.startswith("SwiftCache"))
-
-
-def quantile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def table(results: dict[str, Any]) -> str:

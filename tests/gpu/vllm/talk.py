@@ -13,8 +13,12 @@ import json
 import random
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+Ask = Callable[[list[int], int], Awaitable[dict[str, Any]]]
+"""Has an engine answer a prompt with so many tokens, and says how that went."""
 
 
 class Conversations:
@@ -31,6 +35,35 @@ class Conversations:
         prompts = [history + self._tokens(new) for history in self.histories]
         self.histories = [prompt + self._tokens(answer) for prompt in prompts]
         return prompts
+
+
+async def in_turn(ask: Ask, prompts: list[list[int]], clients: int, answer: int) -> list[dict[str, Any]]:
+    """Each client takes the next prompt when it has its answer."""
+    waiting = iter(prompts)
+    done: list[dict[str, Any]] = []
+
+    async def client() -> None:
+        for prompt in waiting:
+            done.append(await ask(prompt, answer))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return done
+
+
+async def converse(ask: Ask, task: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Rounds of conversations, by the number of clients."""
+    talks = Conversations(task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
+    await in_turn(ask, talks.histories, 4, 1)
+    # A turn for nobody's measurement: kernels compile, buffers are pinned.
+    await in_turn(ask, talks.turn(task["new"], task["answer"]), 1, task["answer"])
+    rounds = {}
+    for clients in task["clients"]:
+        turns: list[dict[str, Any]] = []
+        began = time.monotonic()
+        for _ in range(task["rounds"]):
+            turns += await in_turn(ask, talks.turn(task["new"], task["answer"]), clients, task["answer"])
+        rounds[clients] = {"seconds": time.monotonic() - began, "turns": turns}
+    return rounds
 
 
 class Arm:
@@ -51,34 +84,9 @@ class Arm:
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
         started = time.monotonic() - began
         try:
-            talks = Conversations(
-                task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"]
-            )
-            await self._in_turn(talks.histories, 4, 1)
-            # A turn for nobody's measurement: kernels compile, buffers are pinned.
-            await self._in_turn(talks.turn(task["new"], task["answer"]), 1, task["answer"])
-            rounds = {}
-            for clients in task["clients"]:
-                turns: list[dict[str, Any]] = []
-                began = time.monotonic()
-                for _ in range(task["rounds"]):
-                    turns += await self._in_turn(talks.turn(task["new"], task["answer"]), clients, task["answer"])
-                rounds[clients] = {"seconds": time.monotonic() - began, "turns": turns}
-            return {"started": started, "rounds": rounds}
+            return {"started": started, "rounds": await converse(self._ask, task)}
         finally:
             self._engine.shutdown()
-
-    async def _in_turn(self, prompts: list[list[int]], clients: int, answer: int) -> list[dict[str, Any]]:
-        """Each client takes the next prompt when it has its answer."""
-        waiting = iter(prompts)
-        done: list[dict[str, Any]] = []
-
-        async def client() -> None:
-            for prompt in waiting:
-                done.append(await self._ask(prompt, answer))
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return done
 
     async def _ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
         from vllm import SamplingParams
