@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     device::DeviceLayer,
-    session::Session,
+    session::{Demand, Session},
     transfer::{AreaId, BlockArea, Routes},
 };
 
@@ -51,6 +51,18 @@ impl LeaseSettings {
         match medium {
             Medium::Hbm => self.max_bytes,
             Medium::Host => self.max_host_bytes,
+        }
+    }
+
+    /// A demand for so many bytes of HBM, and so many of host memory.
+    pub(super) fn demand(&self, bytes: u64, host_bytes: u64) -> Demand {
+        Demand {
+            namespace: self.namespace.clone(),
+            device: self.device.clone(),
+            bytes,
+            block_bytes: self.block_bytes(),
+            class: self.class,
+            host_bytes,
         }
     }
 }

@@ -8,14 +8,11 @@ use tonic::Code;
 use tracing::{debug, info};
 
 use super::{
+    adopting::{Adopted, give_back},
     core::Leases,
-    growth::{Adopted, give_back},
     holder::Holder,
 };
-use crate::{
-    Error,
-    session::{Demand, Session},
-};
+use crate::{Error, session::Session};
 
 /// When to ask again: twice as long each time.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
@@ -93,14 +90,7 @@ impl Leases {
                 return false;
             }
             state.grants_in_flight += 1;
-            Demand {
-                namespace: self.settings.namespace.clone(),
-                device: self.settings.device.clone(),
-                bytes,
-                block_bytes: self.settings.block_bytes(),
-                class: self.settings.class,
-                host_bytes,
-            }
+            self.settings.demand(bytes, host_bytes)
         };
         let mut more = false;
         match session.inherit(demand).wait() {

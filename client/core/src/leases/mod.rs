@@ -1,7 +1,8 @@
 //! Leases: slabs that donors lend, mapped once and given back, and replicas' slabs opened for reading.
 //!
 //! * [`Leases`] keeps the table of slabs behind a lock of its own (`state`, `slabs`).
-//! * A thread leases more, maps what was granted, opens replicas' slabs and gives back what nobody uses (`growth`, `sharing`).
+//! * A thread takes over what its predecessor left (`inheriting`), leases more and gives back what nobody uses (`growth`), and opens
+//!   replicas' slabs (`sharing`). What it is granted, it maps (`adopting`).
 //! * Another one lets go of slabs that are asked back: no transfer that touches one begins from the moment of the revocation on
 //!   (`recall`), its [`Holder`] moves out what is worth it, and it is unmapped and acknowledged when the last transfer is known to be
 //!   over (`drain`).
@@ -9,6 +10,7 @@
 //! What lies in a slab is its holder's business: nothing here knows what a block's hash is. A holder may call in here with its own
 //! lock held. It is called with none of this room's locks held.
 
+mod adopting;
 mod core;
 mod drain;
 mod growth;

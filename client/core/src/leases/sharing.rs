@@ -8,8 +8,8 @@ use tonic::Code;
 use tracing::{debug, warn};
 
 use super::{
+    adopting::{Adopted, give_back},
     core::Leases,
-    growth::{Adopted, give_back},
     holder::Holder,
     unreadable::Lasting,
 };
