@@ -105,6 +105,7 @@ class Talk:
             "first_ms": 1e3 * first,
             "per_token_ms": 1e3 * (over - first) / max(1, answer - 1),
             "prompt": len(prompt),
+            "answered": len(said["output_ids"]),
             "cached": said["meta_info"].get("cached_tokens", 0),
             "tokens": said["output_ids"],
             "logprobs": [one[0] for one in said["meta_info"].get("output_token_logprobs") or ()],
@@ -223,6 +224,7 @@ class Place:
             "answer": size.answer,
             "rounds": size.rounds,
             "clients": self.args.clients,
+            "rates": self.args.rates,
         }
         return self.run(f"bench {name}", task, name.startswith("SwiftCache"))
 
@@ -231,18 +233,18 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     if identity := results.get("identity"):
         rows.append(f"identity: {json.dumps(identity)}")
-    rows.append("| arm | clients | first token: p50 | p90 | p99 | time per token | of the prompt found |")
+    rows.append("| arm | load | first token: p50 | p90 | p99 | time per token | of the prompt found |")
     rows.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, of in results["arms"].items():
         if "error" in of:
             rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:80]} | | | | |")
             continue
-        for clients, one in of["rounds"].items():
+        for load, one in of["rounds"].items():
             first = [turn["first_ms"] for turn in one["turns"]]
             token = statistics.median(turn["per_token_ms"] for turn in one["turns"])
             share = sum(turn["cached"] for turn in one["turns"]) / sum(turn["prompt"] for turn in one["turns"])
             rows.append(
-                f"| {name} | {clients} | {statistics.median(first):.0f} ms | {quantile(first, 0.9):.0f} | "
+                f"| {name} | {load} | {statistics.median(first):.0f} ms | {quantile(first, 0.9):.0f} | "
                 f"{quantile(first, 0.99):.0f} | {token:.1f} ms | {100 * share:.0f} % |"
             )
     return "\n".join(rows)
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--attention", help="SGLang's --attention-backend")
     parser.add_argument("--only", default="", help="arms whose name contains this")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns a second that arrive in any case")
     parser.add_argument("--arm-limit", type=float, default=300, help="the longest that an engine may live, seconds")
     args = parser.parse_args()
     if args.what != "bench" and not args.model:

@@ -1,50 +1,53 @@
 """Time to the first token of a conversation's next turn, on real vLLM, by where the prefix comes from.
 
-Arms: computed again; vLLM's OffloadingConnector (pinned host memory); SwiftCache from a neighbour's HBM, `async` and
-`sync`, from its host tier, and while the donor takes everything back every few seconds; resident in the engine's own
-pool. All see the same conversations. The result is a table, bench.json, and bench.svg where matplotlib is there.
+Arms: computed again; vLLM's OffloadingConnector and LMCache (pinned host memory); SwiftCache from a neighbour's HBM,
+from its host tier, and while the donor takes everything back every few seconds; resident in the engine's own pool.
+They run as `vllm serve` does by itself, but for two that run as `load: sync` needs it. All see the same conversations:
+clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. The result is a
+table, bench.json, and bench.svg where matplotlib is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, log_file
-
-EAGER, GRAPHS = {"enforce_eager": True}, {"enforce_eager": False}
-SYNC = {"async_scheduling": False}
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file
 
 ARMS: dict[str, dict[str, Any]] = {
-    "computed again, eager": {"options": EAGER, "environment": V2},
-    "resident, eager": {"options": EAGER, "environment": V2, "resident": True},
-    "SwiftCache async, eager": {"options": EAGER, "environment": V2, "settings": {}},
-    "OffloadingConnector, eager": {"options": EAGER, "environment": V2, "offload": True},
-    "resident, CUDA graphs": {"options": GRAPHS, "environment": V2, "resident": True},
-    "SwiftCache async, CUDA graphs": {"options": GRAPHS, "environment": V2, "settings": {}},
-    "SwiftCache sync, V1, eager": {"options": EAGER | SYNC, "environment": V1, "settings": {"load": "sync"}},
-    "SwiftCache host tier, eager": {"options": EAGER, "environment": V2, "settings": {}, "host": True},
-    "SwiftCache async, withdrawn every 5 s, eager": {
-        "options": EAGER,
-        "environment": V2,
-        "settings": {},
-        "withdraw": 5.0,
+    "resident": {"environment": V2, "resident": True},
+    "SwiftCache": {"environment": V2, "settings": {}},
+    "OffloadingConnector": {"environment": V2, "offload": True},
+    "LMCache": {"environment": V2, "lmcache": True},
+    "SwiftCache, withdrawn every 5 s": {"environment": V2, "settings": {}, "withdraw": 5.0},
+    "SwiftCache, host tier": {"environment": V2, "settings": {}, "host": True},
+    "SwiftCache sync, V1": {
+        "environment": V1,
+        "options": {"async_scheduling": False},
+        "settings": {"load": "sync"},
     },
+    "resident, V1": {"environment": V1, "options": {"async_scheduling": False}, "resident": True},
+    "computed again": {"environment": V2},
 }
 
 
 def arms_without_gpu() -> dict[str, dict[str, Any]]:
-    return {name: arm | {"environment": {}, "options": arm["options"] | EAGER} for name, arm in ARMS.items()}
+    eager = {"enforce_eager": True}
+    return {name: arm | {"environment": {}, "options": arm.get("options", {}) | eager} for name, arm in ARMS.items()}
 
 
 class Size:
@@ -52,7 +55,7 @@ class Size:
 
     def __init__(self, cpu: bool) -> None:
         self.shape = "tiny" if cpu else "qwen3-8b"
-        self.conversations = 4 if cpu else 12
+        self.conversations = 4 if cpu else 16
         self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
         self.new, self.answer = (32, 8) if cpu else (256, 32)
         self.rounds = 1 if cpu else 2
@@ -66,6 +69,9 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any]
     if arm.get("offload"):
         extra = {"cpu_bytes_to_use": size.lent}
         return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    if arm.get("lmcache"):
+        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": arm["port"]}
+        return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if "settings" not in arm:
         return None
     settings = {"socket": ground.socket, "max_leased_bytes": size.lent, "lease_step_bytes": size.lent}
@@ -78,6 +84,34 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any]
         "kv_role": "kv_both",
         "kv_connector_extra_config": settings | arm["settings"],
     }
+
+
+@contextlib.contextmanager
+def lmcache(arm: dict[str, Any], size: Size, log: Path) -> Iterator[dict[str, Any]]:
+    """LMCache's server beside the engine, where the arm needs one. Yields the arm with the server's port."""
+    if not arm.get("lmcache"):
+        yield arm
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--port", str(port)]
+    command += ["--l1-size-gb", str(size.lent / (1 << 30)), "--eviction-policy", "LRU"]
+    with log.open("ab") as into:
+        server = subprocess.Popen(command, stdout=into, stderr=into, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"})
+    try:
+
+        def listens() -> bool:
+            if server.poll() is not None:
+                raise OSError(f"LMCache's server ended with {server.returncode}")
+            with socket.socket() as probe:
+                return probe.connect_ex(("localhost", port)) == 0
+
+        eventually("LMCache's server to listen", listens)
+        yield arm | {"port": port}
+    finally:
+        server.kill()
+        server.wait()
 
 
 class Withdrawals:
@@ -114,12 +148,11 @@ def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: An
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": size.resident if arm.get("resident") else size.local,
         "gpu_memory_utilization": 0.9,
-    } | arm["options"]
+    } | arm.get("options", {})
     if args.cpu:
         options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024}
     task = {
         "options": options,
-        "connector": connector(arm, ground, size),
         "seed": "bench",
         "conversations": size.conversations,
         "shortest": size.shortest,
@@ -129,13 +162,15 @@ def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: An
         "answer": size.answer,
         "rounds": size.rounds,
         "clients": args.clients,
+        "rates": args.rates,
         "result": str(directory / "result.json"),
     }
     log = log_file(args.report, f"bench {name}")
     donor = None if "settings" not in arm or arm.get("host") else ground.lend(size.lent, size.slab)
     back = Withdrawals(ground, donor, arm["withdraw"], size) if donor is not None and "withdraw" in arm else None
     try:
-        with log.open("ab") as into:
+        with lmcache(arm, size, log) as ready, log.open("ab") as into:
+            task["connector"] = connector(ready, ground, size)
             subprocess.run(
                 [sys.executable, str(HERE / "talk.py")],
                 input=json.dumps(task),
@@ -168,32 +203,34 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def summary(rounds: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By clients."""
+    """By load: so many clients, or so many turns a second."""
     found = {}
-    for clients, of in rounds.items():
+    for load, of in rounds.items():
         first = [turn["first_ms"] for turn in of["turns"]]
-        found[clients] = {
+        found[load] = {
             "p50": statistics.median(first),
             "p90": quantile(first, 0.9),
-            "max": max(first),
+            "p99": quantile(first, 0.99),
             "per_token": statistics.median(turn["per_token_ms"] for turn in of["turns"]),
             "turns_per_second": len(first) / of["seconds"],
+            "tokens_per_second": sum(turn["answered"] for turn in of["turns"]) / of["seconds"],
             "cached": sum(turn["cached"] for turn in of["turns"]) / sum(turn["prompt"] for turn in of["turns"]),
         }
     return found
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = ["| arm | clients | first token: p50 | p90 | max | time per token | turns a second | of the prompt found |"]
-    rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    rows = ["| arm | load | first token: p50 | p90 | p99 | time per token | turns a second | tokens a second | found |"]
+    rows.append("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, of in results.items():
         if "error" in of:
-            rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | |")
+            rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | | |")
             continue
-        for clients, one in summary(of["rounds"]).items():
+        for load, one in summary(of["rounds"]).items():
             rows.append(
-                f"| {name} | {clients} | {one['p50']:.0f} ms | {one['p90']:.0f} | {one['max']:.0f} | "
-                f"{one['per_token']:.1f} ms | {one['turns_per_second']:.1f} | {100 * one['cached']:.0f} % |"
+                f"| {name} | {load} | {one['p50']:.0f} ms | {one['p90']:.0f} | {one['p99']:.0f} | "
+                f"{one['per_token']:.1f} ms | {one['turns_per_second']:.1f} | {one['tokens_per_second']:.0f} | "
+                f"{100 * one['cached']:.0f} % |"
             )
     return "\n".join(rows)
 
@@ -210,19 +247,19 @@ def plot(results: dict[str, Any], file: Path, title: str) -> bool:
     measured = {name: summary(of["rounds"]) for name, of in results.items() if "error" not in of}
     if not measured:
         return True
-    clients = list(next(iter(measured.values())))
-    figure, axes = pyplot.subplots(1, len(clients), figsize=(6 * len(clients), 0.5 * len(measured) + 1.5), sharey=True)
-    for axis, count in zip([axes] if len(clients) == 1 else axes, clients, strict=True):
+    loads = list(next(iter(measured.values())))
+    figure, axes = pyplot.subplots(1, len(loads), figsize=(5 * len(loads), 0.5 * len(measured) + 1.5), sharey=True)
+    for axis, load in zip([axes] if len(loads) == 1 else axes, loads, strict=True):
         names = list(measured)
-        medians = [measured[name][count]["p50"] for name in names]
-        worst = [measured[name][count]["max"] - measured[name][count]["p50"] for name in names]
+        medians = [measured[name][load]["p50"] for name in names]
+        worst = [measured[name][load]["p99"] - measured[name][load]["p50"] for name in names]
         axis.errorbar(
             medians, names, xerr=[[0] * len(names), worst], fmt="o", color="#4878a8", ecolor="#888888", capsize=3
         )
         axis.grid(axis="x", which="both", alpha=0.3)
         axis.set_xscale("log")
-        axis.set_xlabel("ms to the first token (point: median, whisker: slowest)")
-        axis.set_title(f"{count} client{'s' if str(count) != '1' else ''}")
+        axis.set_xlabel("ms to the first token (point: median, whisker: p99)")
+        axis.set_title(load)
     figure.axes[0].invert_yaxis()
     figure.suptitle(title)
     figure.tight_layout()
@@ -235,8 +272,9 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for results and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
-    parser.add_argument("--only", default="", help="arms whose name contains this")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--only", default="", help="arms whose name contains one of these, with | between them")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
+    parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
     parser.add_argument("--within", type=float, default=float("inf"), help="begin no arm after this many seconds")
     parser.add_argument("--arm-limit", type=float, default=600, help="the longest that an arm may take, seconds")
     args = parser.parse_args()
@@ -248,7 +286,10 @@ def main() -> None:
         try:
             ground.start_broker()
             for name, arm in (arms_without_gpu() if args.cpu else ARMS).items():
-                if args.only not in name:
+                if not any(wanted in name for wanted in args.only.split("|")):
+                    continue
+                if arm.get("lmcache") and importlib.util.find_spec("lmcache") is None:
+                    print(f"{name}: not measured, it is not installed", flush=True)
                     continue
                 if time.monotonic() - began > args.within:
                     results[name] = {"error": "the time was over before it began"}

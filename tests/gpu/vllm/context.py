@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, V1, V2, Engine, Ground, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, eventually, log_file
 
 GiB = 1 << 30
 Result = dict[str, dict[str, Any]]
@@ -33,7 +33,7 @@ Result = dict[str, dict[str, Any]]
 class Size:
     """How much of everything. KV of a token is 112 KiB in qwen3-0.6b and 144 KiB in qwen3-8b."""
 
-    def __init__(self, cpu: bool, longest: int | None, lent: int | None) -> None:
+    def __init__(self, cpu: bool, args: argparse.Namespace) -> None:
         self.cpu = cpu
         # Identity: a window has room for 16,384 tokens on a GPU.
         self.shape = "tiny" if cpu else "qwen3-0.6b"
@@ -47,12 +47,12 @@ class Size:
         self.crowd = [600] * 3 if cpu else [6000] * 4
         self.answer = 24
         # Speed.
-        self.large = "tiny" if cpu else "qwen3-8b"
-        self.large_own = self.own if cpu else 6 * GiB
-        self.large_lent = self.stream if cpu else lent or 64 * GiB
+        self.large = "tiny" if cpu else args.shape
+        self.large_own = self.own if cpu else args.own
+        self.large_lent = self.stream if cpu else args.lent
         self.large_slab = self.slab if cpu else 64 << 20
-        self.contexts = [400, 1600] if cpu else [32_768, 131_072]
-        self.longest = 2000 if cpu else longest or 400_000
+        self.contexts = [400, 1600] if cpu else args.contexts
+        self.longest = 2000 if cpu else args.longest
         self.tokens = 16 if cpu else 64
 
 
@@ -155,7 +155,9 @@ def identity(place: Place, name: str, environment: dict[str, str], more: dict[st
         together = asked(own, crowd, size.answer)
     finally:
         own.close()
-    donor = ground.lend(size.stream * 3 // 2, size.slab)
+    # Each rank has its own stitched pool.
+    lent = size.stream * 3 // 2 * more.get("tensor_parallel_size", 1)
+    donor = ground.lend(lent, size.slab)
     engine = place.engine(
         name,
         environment,
@@ -211,8 +213,10 @@ def identity(place: Place, name: str, environment: dict[str, str], more: dict[st
         "on_floor": after["on_floor"],
     }
     whole = [called for called in prompts if called != "longer than a window"]
+    invariant = INVARIANT.items() <= environment.items()
     result["passed"] = (
         all(result["equal"][called] for called in whole)
+        and (not invariant or result["batch_equal"] == len(crowd))
         and result["staged"] > 0
         and not result["control_equal"]
         and result["withdrawn_equal"]
@@ -230,6 +234,11 @@ def configurations(cpu: bool) -> dict[str, tuple[dict[str, str], dict[str, Any]]
         "V2, eager": (V2, {"enforce_eager": True}),
         "V2, CUDA graphs": (V2, {}),
         "V1, CUDA graphs": (V1, {}),
+        "V2, CUDA graphs, batch-invariant": (V2 | INVARIANT, {}),
+        "V2, eager, TP 2": (
+            V2,
+            {"enforce_eager": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ),
     }
 
 
@@ -429,13 +438,17 @@ def main() -> None:
     parser.add_argument("--part", choices=("identity", "speed"), help="only this")
     parser.add_argument("--only", default="", help="configurations of identity whose name contains this")
     parser.add_argument("--at-once", type=int, default=3, help="configurations of identity that run at a time")
-    parser.add_argument("--longest", type=int, help="tokens of the longest context of speed")
-    parser.add_argument("--lent", type=int, help="bytes that the donor of speed lends")
+    speed_of = parser.add_argument_group("speed")
+    speed_of.add_argument("--shape", default="qwen3-8b", help="of the model")
+    speed_of.add_argument("--own", type=int, default=6 * GiB, help="bytes of local KV cache")
+    speed_of.add_argument("--lent", type=int, default=64 * GiB, help="bytes that the donor lends")
+    speed_of.add_argument("--contexts", type=int, nargs="+", default=[32_768, 131_072], help="tokens, beside all local")
+    speed_of.add_argument("--longest", type=int, default=400_000, help="tokens of the longest context")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"identity": {}}
     with tempfile.TemporaryDirectory() as directory:
-        place = Place(Path(directory), args.programs, args.report, Size(args.cpu, args.longest, args.lent))
+        place = Place(Path(directory), args.programs, args.report, Size(args.cpu, args))
 
         def guarded(work: Any, *arguments: Any) -> dict[str, Any]:
             try:

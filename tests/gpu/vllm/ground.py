@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1]
 from engine import Engine  # noqa: E402
 from node import Node, eventually  # noqa: E402
 
-__all__ = ["ENGINE_ENVIRONMENT", "V1", "V2", "Engine", "Ground", "eventually", "hbm_used", "log_file"]
+__all__ = ["ENGINE_ENVIRONMENT", "INVARIANT", "V1", "V2", "Engine", "Ground", "eventually", "hbm_used", "log_file"]
 
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -25,6 +25,10 @@ ENGINE_ENVIRONMENT = {
 
 V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 """vLLM's model runners, as an engine's environment chooses them."""
+
+INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
+"""Has vLLM compute a request's sums in an order that does not depend on what it shares steps with. Then answers of
+requests that run together can be compared bit by bit, too."""
 
 
 def log_file(report: Path, name: str) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, V1, V2, Engine, Ground, eventually, hbm_used, log_file
+from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, eventually, hbm_used, log_file
 
 ANSWER = 24
 """Tokens of each answer."""
@@ -56,6 +56,16 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
         },
         "V2 async, pages of 32": {"options": eager | {"block_size": 32}, "settings": {}, "environment": V2},
         "V2 async, fp8 KV": {"options": eager | {"kv_cache_dtype": "fp8"}, "settings": {}, "environment": V2},
+        "V2 async, eager, batch-invariant": {
+            "options": eager,
+            "settings": {},
+            "environment": V2 | INVARIANT,
+        },
+        "V2 async, CUDA graphs, batch-invariant": {
+            "options": eager | {"enforce_eager": False},
+            "settings": {},
+            "environment": V2 | INVARIANT,
+        },
         "V2 async, TP 2": {"options": eager | {"tensor_parallel_size": 2}, "settings": {}, "environment": V2},
         "gpt-oss, V2, eager": {"shape": "gpt-oss", "options": eager, "settings": {}, "environment": V2},
         "gpt-oss, V2, CUDA graphs": {
@@ -137,7 +147,8 @@ class Trial:
         if ground.cpu:
             del options["kv_cache_memory_bytes"]
             settings |= {"max_leased_bytes": "64MiB", "lease_step_bytes": "8MiB"}
-        self.sync = settings.get("load") == "sync"
+        self.batches = settings.get("load") == "sync" or INVARIANT.items() <= of.get("environment", {}).items()
+        """Whether the answers of a batch can be compared, too."""
         self.engine = Engine(log_file(place.report, name), ENGINE_ENVIRONMENT | of.get("environment", {}))
         try:
             self.engine.start(**options, connector=settings)
@@ -199,7 +210,7 @@ def compare(trial: Trial) -> dict[str, Any]:
         "control_equal": equal(truth, control),
     }
     right = found["equal"] == len(work) and 0 < found["cached_tokens"] == found["cached_tokens_locally"]
-    if trial.sync:
+    if trial.batches:
         right = right and found["batch_equal"] == len(batch)
     found["passed"] = right and found["control_equal"] < len(work)
     return found

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Real vLLM on GPUs of this machine: tokens of loaded KV against local prefix hits (identity), contexts larger than local HBM
-# (context), time to the first token by where the prefix comes from (bench), and where that time goes (timeline).
+# Real vLLM on GPUs of this machine: tokens of loaded KV against local prefix hits (identity), SIGKILL of everybody under load
+# (kills), contexts larger than local HBM (context), time to the first token by where the prefix comes from (bench), what an
+# engine that lends notices of it (lender), and where the time to the first token goes (timeline).
 #
-#     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [identity|context|bench|timeline] [ARGUMENTS OF THAT SCRIPT]
+#     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [SCRIPT [ITS ARGUMENTS]]
 #
 # With one GPU, the memory that is lent is on the engine's own: tokens are proven, but no link is measured.
 #
@@ -24,7 +25,7 @@ if [ -n "$site" ]; then
     export LD_LIBRARY_PATH=$site/nvidia/nccl/lib:$LD_LIBRARY_PATH
 fi
 status=0
-for script in identity context bench timeline; do
+for script in identity kills context bench lender timeline; do
     if [ "$what" = "$script" ] || [ "$what" = all ]; then
         python3 "$here/$script.py" "$programs" "$report" "$@" || status=1
     fi

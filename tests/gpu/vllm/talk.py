@@ -2,7 +2,8 @@
 
 Reads a JSON object from standard input, prints one to the file that it names. Each conversation's history is computed
 first. Then every client takes the next conversation in turn, asks a question on top of its history, and notes when the
-first and the last token come. Questions and answers that become history are made from the seed, so that every arm sees
+first and the last token come. After that, questions arrive at a fixed rate on average, whether or not earlier ones are
+answered. Questions and answers that become history are made from the seed, so that every arm sees
 the same prompts.
 """
 
@@ -50,45 +51,58 @@ async def in_turn(ask: Ask, prompts: list[list[int]], clients: int, answer: int)
     return done
 
 
-async def converse(ask: Ask, task: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Rounds of conversations, by the number of clients."""
+async def arriving(
+    ask: Ask, prompts: list[list[int]], rate: float, answer: int, source: random.Random
+) -> list[dict[str, Any]]:
+    """So many prompts a second on average, at random times: their gaps are exponential."""
+    asked: list[asyncio.Task[dict[str, Any]]] = []
+    due = asyncio.get_running_loop().time()
+    for prompt in prompts:
+        due += source.expovariate(rate)
+        await asyncio.sleep(due - asyncio.get_running_loop().time())
+        asked.append(asyncio.ensure_future(ask(prompt, answer)))
+    return list(await asyncio.gather(*asked))
+
+
+async def converse(ask: Ask, task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rounds of conversations, by the load: so many clients, or so many turns a second."""
     talks = Conversations(task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
+    new, answer = task["new"], task["answer"]
     await in_turn(ask, talks.histories, 4, 1)
     # A turn for nobody's measurement: kernels compile, buffers are pinned.
-    await in_turn(ask, talks.turn(task["new"], task["answer"]), 1, task["answer"])
+    await in_turn(ask, talks.turn(new, answer), 1, answer)
     rounds = {}
     for clients in task["clients"]:
         turns: list[dict[str, Any]] = []
         began = time.monotonic()
         for _ in range(task["rounds"]):
-            turns += await in_turn(ask, talks.turn(task["new"], task["answer"]), clients, task["answer"])
-        rounds[clients] = {"seconds": time.monotonic() - began, "turns": turns}
+            turns += await in_turn(ask, talks.turn(new, answer), clients, answer)
+        rounds[f"{clients} client{'s' if clients > 1 else ''}"] = {"seconds": time.monotonic() - began, "turns": turns}
+    for rate in task.get("rates", ()):
+        prompts = [prompt for _ in range(task["rounds"]) for prompt in talks.turn(new, answer)]
+        began = time.monotonic()
+        turns = await arriving(ask, prompts, rate, answer, random.Random(f"{task['seed']} {rate}"))
+        rounds[f"{rate:g} turns a second"] = {"seconds": time.monotonic() - began, "turns": turns}
     return rounds
 
 
 class Arm:
-    def __init__(self, task: dict[str, Any]) -> None:
-        self._task = task
-        self._requests = 0
+    """An engine, and what clients note of its answers."""
 
-    async def run(self) -> dict[str, Any]:
+    def __init__(self, options: dict[str, Any], connector: dict[str, Any] | None) -> None:
         from vllm import AsyncEngineArgs
         from vllm.config import KVTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        task = self._task
-        options = dict(task["options"])
-        if task["connector"]:
-            options["kv_transfer_config"] = KVTransferConfig(**task["connector"])
-        began = time.monotonic()
+        self._requests = 0
+        if connector:
+            options = options | {"kv_transfer_config": KVTransferConfig(**connector)}
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-        started = time.monotonic() - began
-        try:
-            return {"started": started, "rounds": await converse(self._ask, task)}
-        finally:
-            self._engine.shutdown()
 
-    async def _ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
+    def close(self) -> None:
+        self._engine.shutdown()
+
+    async def ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
         from vllm import SamplingParams
 
         self._requests += 1
@@ -104,14 +118,24 @@ class Arm:
             "first_ms": 1e3 * first,
             "per_token_ms": 1e3 * (last - first) / max(1, tokens - 1),
             "prompt": len(prompt),
+            "answered": tokens,
             "cached": cached,
         }
 
 
+async def run(task: dict[str, Any]) -> dict[str, Any]:
+    began = time.monotonic()
+    arm = Arm(task["options"], task["connector"])
+    started = time.monotonic() - began
+    try:
+        return {"started": started, "rounds": await converse(arm.ask, task)}
+    finally:
+        arm.close()
+
+
 def main() -> None:
     task = json.load(sys.stdin)
-    result = asyncio.run(Arm(task).run())
-    Path(task["result"]).write_text(json.dumps(result))
+    Path(task["result"]).write_text(json.dumps(asyncio.run(run(task))))
 
 
 if __name__ == "__main__":
