@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -272,7 +273,7 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for results and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
-    parser.add_argument("--only", default="", help="arms whose name contains one of these, with | between them")
+    parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
     parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
     parser.add_argument("--within", type=float, default=float("inf"), help="begin no arm after this many seconds")
@@ -286,7 +287,7 @@ def main() -> None:
         try:
             ground.start_broker()
             for name, arm in (arms_without_gpu() if args.cpu else ARMS).items():
-                if not any(wanted in name for wanted in args.only.split("|")):
+                if not re.search(args.only, name):
                     continue
                 if arm.get("lmcache") and importlib.util.find_spec("lmcache") is None:
                     print(f"{name}: not measured, it is not installed", flush=True)
