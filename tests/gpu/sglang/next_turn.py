@@ -33,7 +33,7 @@ sys.path[:0] = [str(HERE.parent / "vllm")]
 
 import shapes  # noqa: E402
 from bench import quantile  # noqa: E402
-from ground import Ground, log_file  # noqa: E402
+from ground import Ground, log_file, run_whole  # noqa: E402
 from talk import converse, in_turn  # noqa: E402
 
 GiB = 1 << 30
@@ -159,15 +159,12 @@ class Place:
         donor = self.ground.lend(self.size.lent, self.size.slab) if lent else None
         try:
             with log.open("ab") as into:
-                subprocess.run(
+                run_whole(
                     [sys.executable, str(Path(__file__).resolve()), "--child", str(result)],
-                    input=json.dumps(task),
-                    stdout=into,
-                    stderr=into,
-                    text=True,
-                    check=True,
-                    timeout=self.args.arm_limit,
-                    env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+                    task,
+                    into,
+                    os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+                    self.args.arm_limit,
                 )
             return json.loads(result.read_text())
         except (subprocess.SubprocessError, OSError) as reason:

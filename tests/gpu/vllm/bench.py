@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file, run_whole
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
@@ -46,9 +46,16 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def arms_without_gpu() -> dict[str, dict[str, Any]]:
-    eager = {"enforce_eager": True}
-    return {name: arm | {"environment": {}, "options": arm.get("options", {}) | eager} for name, arm in ARMS.items()}
+def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """As they are chosen."""
+    found = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
+    if args.cpu or args.eager:
+        found = {
+            name: arm | {"options": arm.get("options", {}) | {"enforce_eager": True}} for name, arm in found.items()
+        }
+    if args.cpu:
+        found = {name: arm | {"environment": {}} for name, arm in found.items()}
+    return found
 
 
 class Size:
@@ -172,15 +179,12 @@ def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: An
     try:
         with lmcache(arm, size, log) as ready, log.open("ab") as into:
             task["connector"] = connector(ready, ground, size)
-            subprocess.run(
+            run_whole(
                 [sys.executable, str(HERE / "talk.py")],
-                input=json.dumps(task),
-                stdout=into,
-                stderr=into,
-                env=os.environ | ENGINE_ENVIRONMENT | arm["environment"],
-                text=True,
-                check=True,
-                timeout=args.arm_limit,
+                task,
+                into,
+                os.environ | ENGINE_ENVIRONMENT | arm["environment"],
+                args.arm_limit,
             )
         result = json.loads(Path(task["result"]).read_text())
         if back is not None:
@@ -273,6 +277,7 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for results and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
     parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
@@ -286,9 +291,7 @@ def main() -> None:
         ground = Ground(Path(directory), args.programs, cpu=args.cpu)
         try:
             ground.start_broker()
-            for name, arm in (arms_without_gpu() if args.cpu else ARMS).items():
-                if not re.search(args.only, name):
-                    continue
+            for name, arm in arms(args).items():
                 if arm.get("lmcache") and importlib.util.find_spec("lmcache") is None:
                     print(f"{name}: not measured, it is not installed", flush=True)
                     continue

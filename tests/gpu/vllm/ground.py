@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1] / "vllm")]
@@ -13,7 +17,18 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1]
 from engine import Engine  # noqa: E402
 from node import Node, eventually  # noqa: E402
 
-__all__ = ["ENGINE_ENVIRONMENT", "INVARIANT", "V1", "V2", "Engine", "Ground", "eventually", "hbm_used", "log_file"]
+__all__ = [
+    "ENGINE_ENVIRONMENT",
+    "INVARIANT",
+    "V1",
+    "V2",
+    "Engine",
+    "Ground",
+    "eventually",
+    "hbm_used",
+    "log_file",
+    "run_whole",
+]
 
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -34,6 +49,28 @@ requests that run together can be compared bit by bit, too."""
 def log_file(report: Path, name: str) -> Path:
     """Where an engine writes that runs what is called `name`."""
     return report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
+
+
+def run_whole(
+    command: list[str], task: dict[str, Any], log: IO[bytes], environment: dict[str, str], seconds: float
+) -> None:
+    """Runs a program that reads a task as JSON, and that may have children of its own, which end with it in any case:
+    an engine's would keep their HBM.
+
+    Raises:
+        subprocess.SubprocessError: it has failed, or was not over after so many seconds.
+    """
+    program = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+    try:
+        program.communicate(json.dumps(task).encode(), timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
+    if program.returncode:
+        raise subprocess.CalledProcessError(program.returncode, command)
 
 
 def _smi(field: str) -> list[str]:

@@ -64,13 +64,21 @@ async def arriving(
     return list(await asyncio.gather(*asked))
 
 
+def note(what: str) -> None:
+    """Progress, for the log."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 async def converse(ask: Ask, task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rounds of conversations, by the load: so many clients, or so many turns a second."""
     talks = Conversations(task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
     new, answer = task["new"], task["answer"]
+    note("conversations begin")
     await in_turn(ask, talks.histories, 4, 1)
+    note(f"{len(talks.histories)} histories are computed")
     # A turn for nobody's measurement: kernels compile, buffers are pinned.
     await in_turn(ask, talks.turn(new, answer), 1, answer)
+    note("a first turn is over")
     rounds = {}
     for clients in task["clients"]:
         turns: list[dict[str, Any]] = []
@@ -78,11 +86,13 @@ async def converse(ask: Ask, task: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for _ in range(task["rounds"]):
             turns += await in_turn(ask, talks.turn(new, answer), clients, answer)
         rounds[f"{clients} client{'s' if clients > 1 else ''}"] = {"seconds": time.monotonic() - began, "turns": turns}
+        note(f"{len(turns)} turns of {clients} clients are over")
     for rate in task.get("rates", ()):
         prompts = [prompt for _ in range(task["rounds"]) for prompt in talks.turn(new, answer)]
         began = time.monotonic()
         turns = await arriving(ask, prompts, rate, answer, random.Random(f"{task['seed']} {rate}"))
         rounds[f"{rate:g} turns a second"] = {"seconds": time.monotonic() - began, "turns": turns}
+        note(f"{len(turns)} turns at {rate:g} a second are over")
     return rounds
 
 

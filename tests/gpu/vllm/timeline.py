@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file, run_whole
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
@@ -175,18 +175,13 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     log = log_file(args.report, f"timeline {name}")
     try:
         with log.open("ab") as into:
-            subprocess.run(
+            own = {} if args.cpu else arm["environment"]
+            run_whole(
                 [sys.executable, str(HERE / "timeline.py"), "--arm"],
-                input=json.dumps(task),
-                stdout=into,
-                stderr=into,
-                env=os.environ
-                | ENGINE_ENVIRONMENT
-                | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-                | ({} if args.cpu else arm["environment"]),
-                text=True,
-                check=True,
-                timeout=600,
+                task,
+                into,
+                os.environ | ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | own,
+                600,
             )
         return {"requests": json.loads(file.read_text())}
     except (subprocess.SubprocessError, OSError) as reason:
