@@ -126,6 +126,16 @@ pub enum Refused {
         /// The broker's own user.
         broker_uid: u32,
     },
+    /// PERMISSION_DENIED.
+    #[error(
+        "uid {user} may not see blocks of tenant {tenant:?}: members see those of their own user"
+    )]
+    NotYourTenant {
+        /// The user who asks.
+        user: String,
+        /// What was asked for.
+        tenant: String,
+    },
     /// PERMISSION_DENIED: nobody can tell who asks.
     #[error(
         "nobody may {doing} over TCP without a client certificate, because TCP does not tell who asks: use the broker's \
@@ -184,6 +194,7 @@ impl From<Refused> for Status {
             Refused::Core(Refusal::Unknown { .. }) => Self::not_found(text),
             Refused::Core(Refusal::NotYours { .. })
             | Refused::NotAnOperator { .. }
+            | Refused::NotYourTenant { .. }
             | Refused::Anonymous { .. } => Self::permission_denied(text),
             Refused::Core(Refusal::LateConnection(_)) => Self::aborted(text),
             Refused::Core(Refusal::Overlap { .. } | Refusal::Followed { .. }) => {

@@ -29,6 +29,8 @@ use crate::{
 const LISTS: &str = "/swiftcache.v1.Admin/";
 /// The call whose answer is a session's messages.
 const SESSION: &str = "/swiftcache.v1.Broker/Session";
+/// The call whose answer has no end.
+const WATCH: &str = "/swiftcache.v1.Admin/Watch";
 /// How long a call waits until what was answered before is read.
 const WAIT: Duration = Duration::from_secs(2);
 /// How long an answer may stay unread.
@@ -40,6 +42,12 @@ const SESSION_PATIENCE: u32 = 10;
 const ANSWERS: Limits = Limits {
     all: 64,
     of_user: 8,
+    reserved: 16,
+};
+/// The most answers to `Watch` at a time. Each costs the broker a little whenever a block is published.
+const WATCHERS: Limits = Limits {
+    all: 64,
+    of_user: 16,
     reserved: 16,
 };
 /// An engine has some hundred KB unsent at times.
@@ -73,6 +81,7 @@ struct Budget {
 #[derive(Clone)]
 pub(crate) struct Unread {
     lists: Admission,
+    watchers: Admission,
     budget: Budget,
     wait: Duration,
     books: Arc<Books>,
@@ -89,6 +98,7 @@ impl Unread {
         tokio::spawn(cut_late(Arc::downgrade(&books), patience));
         Self {
             lists: Admission::new(lists),
+            watchers: Admission::new(WATCHERS),
             budget,
             wait,
             books,
@@ -293,8 +303,11 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let reader = Reader::of(request.extensions());
-        let listed = request.uri().path().starts_with(LISTS);
-        let lists = listed.then(|| self.unread.lists.clone());
+        let lists = match request.uri().path() {
+            WATCH => Some(self.unread.watchers.clone()),
+            path if path.starts_with(LISTS) => Some(self.unread.lists.clone()),
+            _ => None,
+        };
         let patience = match request.uri().path() {
             SESSION => SESSION_PATIENCE,
             _ => 1,

@@ -67,6 +67,28 @@ fn the_calls_of_a_member() -> Result<()> {
     )?;
     let list = v1::ListLeasesRequest::default();
     say("list", wire.wait(admin.list_leases(list)).map(drop))?;
+    // What it sees of the index is in the name of the call.
+    let seen = wire.wait(async {
+        let mut stream = admin.watch(v1::WatchRequest::default()).await?.into_inner();
+        let mut seen = 0;
+        while let Some(told) = stream.message().await? {
+            seen += told
+                .changes
+                .iter()
+                .map(|it| it.hashes.len() / 16)
+                .sum::<usize>();
+            if told.current {
+                break;
+            }
+        }
+        Ok::<_, Status>(seen)
+    })?;
+    say(&format!("sees-{seen}"), Ok(()))?;
+    let others = v1::WatchRequest {
+        tenant: "0".to_owned(),
+        ..Default::default()
+    };
+    say("watch-others", wire.wait(admin.watch(others)).map(drop))?;
     let drain = v1::DrainRequest {
         target: Some(v1::drain_request::Target::DeviceUuid(device())),
         ..Default::default()
@@ -111,7 +133,15 @@ fn node(options: &[&str]) -> Result<(Node, Operator)> {
     Ok((node, operator))
 }
 
-const CHANGES: [&str; 6] = ["drain", "undrain", "evict", "forget", "quota", "end-hold"];
+const REFUSED: [&str; 7] = [
+    "drain",
+    "undrain",
+    "evict",
+    "forget",
+    "quota",
+    "end-hold",
+    "watch-others",
+];
 
 #[test]
 fn a_member_looks_and_changes_nothing_of_others() -> Result<()> {
@@ -126,8 +156,10 @@ fn a_member_looks_and_changes_nothing_of_others() -> Result<()> {
     let lessee = wire.member("lessee", "")?;
     let grant = lessee.lease("model", "SIM-0", SLAB, SLAB)?.grants.remove(0);
     lessee.publish(grant.lease_id, grant.generation, &[[9; 16]])?;
-    for (call, code) in calls_of_a_member(&node)? {
-        let refused = CHANGES.contains(&call.as_str());
+    let calls = calls_of_a_member(&node)?;
+    ensure!(calls.iter().any(|(call, _)| call == "sees-0"), "{calls:?}");
+    for (call, code) in calls {
+        let refused = REFUSED.contains(&call.as_str());
         ensure!((code == "PermissionDenied") == refused, "{call}: {code}");
         ensure!(refused || code == "Ok", "{call}: {code}");
     }
@@ -153,7 +185,8 @@ fn a_member_of_the_admin_group_changes_what_others_have() -> Result<()> {
     let grant = lessee.lease("model", "SIM-0", SLAB, SLAB)?.grants.remove(0);
     lessee.publish(grant.lease_id, grant.generation, &[[9; 16]])?;
     let calls = calls_of_a_member(&node)?;
-    ensure!(calls.len() == 10, "{calls:?}");
+    ensure!(calls.len() == 12, "{calls:?}");
+    ensure!(calls.iter().any(|(call, _)| call == "sees-1"), "{calls:?}");
     ensure!(calls.iter().all(|(_, code)| code == "Ok"), "{calls:?}");
     ensure!(lessee.hits("model", &[[9; 16]])? == 0);
     ensure!(

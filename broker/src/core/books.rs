@@ -20,6 +20,7 @@ use super::{
     holders::{self, Path, Weights},
     holds::Holds,
     index::Index,
+    journal::Journal,
     leases::{Leases, Party, Phase, Revocation, Terms},
     pins::Pins,
     process::Process,
@@ -40,6 +41,8 @@ pub(super) struct Books {
     pub(super) regions: Regions,
     pub(super) leases: Leases,
     pub(super) index: Index,
+    /// What has changed in the index.
+    pub(super) journal: Journal,
     pub(super) pins: Pins,
     pub(super) unmappable: Unmappable,
     pub(super) borrowers: Borrowers,
@@ -86,6 +89,7 @@ impl Books {
             regions: Regions::new(devices.count()),
             leases: Leases::default(),
             index: Index::default(),
+            journal: Journal::new(config.max_journal),
             pins: Pins::new(config.pin_base),
             unmappable: Unmappable::default(),
             borrowers: Borrowers::default(),
@@ -190,7 +194,8 @@ impl Books {
             class: new.class,
         };
         let key = self.leases.insert(terms, self.now);
-        self.index.add_lease(key, namespace, bytes, slots);
+        let medium = self.devices.medium(device);
+        self.index.add_lease(key, namespace, bytes, slots, medium);
         let tenure = Tenure {
             lease: key,
             generation: new.generation,
@@ -210,7 +215,6 @@ impl Books {
                 last_hit: self.now,
             };
             let path = holders::path(&new.tenant, &new.namespace);
-            let medium = self.devices.medium(device);
             self.claims.of_mut(medium).add(key, stake, &path);
         } else {
             self.leases.drop_party(key, new.lessee);
@@ -333,7 +337,7 @@ impl Books {
 
     /// Drops all blocks of a lease from the index, and says how many there were; pins on its slots stay.
     pub(super) fn forget_blocks(&mut self, key: LeaseKey) -> u64 {
-        let blocks = self.index.clear(key);
+        let blocks = self.index.clear(&mut self.journal, key);
         let region = self.leases.get(key).terms().region;
         self.regions.published_less(region, blocks);
         self.claims.set_blocks(key, 0);

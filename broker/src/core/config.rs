@@ -65,6 +65,8 @@ pub struct CoreConfig {
     pub max_blocks: u64,
     /// The same for the blocks of one user, and for those of one process of root.
     pub max_blocks_per_user: u64,
+    /// The last changes of the index that are kept, for who watches it.
+    pub max_journal: usize,
     /// Borrowers that one session tells of at a time.
     pub max_borrowers_per_session: usize,
     /// The smallest blocks, bytes. A smaller one would cost the broker more than it holds.
@@ -98,6 +100,8 @@ impl Default for CoreConfig {
             max_pinned_extents_per_session: 262_144,
             max_blocks: 16 << 20,
             max_blocks_per_user: 12 << 20,
+            // 6 MiB.
+            max_journal: 1 << 17,
             max_borrowers_per_session: 64,
             min_block_bytes: 64,
             // As many as one message publishes. A slab has 64 MiB or more, and a model's block tens of KiB.

@@ -13,11 +13,12 @@ use std::{
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
-use swiftcache_proto::domain::BlockHash;
+use swiftcache_proto::domain::{BlockHash, Medium};
 
 use super::{
     arena::{Arena, Beside, LeaseKey, NamespaceKey, OfLease, OfNamespace},
     check::hold,
+    journal::{Change, Journal, Scope},
     quotas::is_of,
     slots::BlockSlots,
 };
@@ -42,8 +43,7 @@ pub(super) struct Looked {
 /// What makes two blocks interchangeable: a tenant and a model fingerprint. Known while it has leases.
 #[derive(Clone, Debug)]
 pub(super) struct Namespace {
-    tenant: Arc<str>,
-    name: Arc<str>,
+    scope: Arc<Scope>,
     table: HashTable<Location>,
     /// Blocks in the table beyond the first of each hash.
     copies: u64,
@@ -54,11 +54,16 @@ pub(super) struct Namespace {
 
 impl Namespace {
     pub(super) fn tenant(&self) -> &Arc<str> {
-        &self.tenant
+        &self.scope.tenant
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
-        &self.name
+        &self.scope.namespace
+    }
+
+    /// Whose blocks it has.
+    pub(super) fn scope(&self) -> &Arc<Scope> {
+        &self.scope
     }
 
     /// Its published blocks.
@@ -90,6 +95,8 @@ impl Namespace {
 #[derive(Clone, Debug)]
 struct Shelved {
     namespace: NamespaceKey,
+    /// The kind of memory that its slab is.
+    medium: Medium,
     blocks: BlockSlots,
 }
 
@@ -167,7 +174,7 @@ impl Index {
 
     /// The blocks in all namespaces of a user, under all labels.
     pub(super) fn blocks_of(&self, user: &str) -> u64 {
-        let of_user = |namespace: &&Namespace| is_of(&namespace.tenant, user);
+        let of_user = |namespace: &&Namespace| is_of(namespace.tenant(), user);
         let its = self.after(None).map(|(_, namespace)| namespace);
         its.filter(of_user).map(Namespace::blocks).sum()
     }
@@ -177,8 +184,10 @@ impl Index {
         let names = self.names.entry(tenant.clone()).or_default();
         *names.entry(name.clone()).or_insert_with(|| {
             self.namespaces.insert(Namespace {
-                tenant: tenant.clone(),
-                name: name.clone(),
+                scope: Arc::new(Scope {
+                    tenant: tenant.clone(),
+                    namespace: name.clone(),
+                }),
                 table: HashTable::new(),
                 copies: 0,
                 leases: BTreeSet::new(),
@@ -188,19 +197,25 @@ impl Index {
         })
     }
 
-    /// A namespace has a lease more, of so many bytes and slots.
+    /// A namespace has a lease more, of so many bytes and slots in this kind of memory.
     pub(super) fn add_lease(
         &mut self,
         lease: LeaseKey,
         namespace: NamespaceKey,
         bytes: u64,
         slots: u32,
+        medium: Medium,
     ) {
         let its = &mut self.namespaces[namespace];
         its.leases.insert(lease);
         its.leased_bytes += bytes;
         let blocks = BlockSlots::new(slots);
-        self.slots.insert(lease, Shelved { namespace, blocks });
+        let shelved = Shelved {
+            namespace,
+            medium,
+            blocks,
+        };
+        self.slots.insert(lease, shelved);
     }
 
     /// A lease that has no blocks any more is over; forgets its namespace with its last one.
@@ -215,10 +230,10 @@ impl Index {
             return;
         }
         let namespace = self.namespaces.remove(namespace);
-        if let Some(names) = self.names.get_mut(&namespace.tenant) {
-            names.remove(&namespace.name);
+        if let Some(names) = self.names.get_mut(namespace.tenant()) {
+            names.remove(namespace.name());
             if names.is_empty() {
-                self.names.remove(&namespace.tenant);
+                self.names.remove(namespace.tenant());
             }
         }
     }
@@ -236,6 +251,20 @@ impl Index {
     /// The published blocks of a lease, by slot.
     pub(super) fn blocks_in(&self, lease: LeaseKey) -> impl Iterator<Item = (u32, &BlockHash)> {
         self.slots[lease].blocks.iter()
+    }
+
+    /// The published blocks of a lease from a slot on, by slot.
+    pub(super) fn blocks_from(
+        &self,
+        lease: LeaseKey,
+        slot: u32,
+    ) -> impl Iterator<Item = (u32, &BlockHash)> {
+        self.slots[lease].blocks.iter_from(slot)
+    }
+
+    /// The kind of memory that a lease's slab is.
+    pub(super) fn medium(&self, lease: LeaseKey) -> Medium {
+        self.slots[lease].medium
     }
 
     /// The block in a slot of a lease.
@@ -259,8 +288,10 @@ impl Index {
     }
 
     /// Publishes a block in an empty slot.
-    pub(super) fn insert(&mut self, hash: BlockHash, at: Location) {
-        let namespace = self.slots[at.lease].namespace;
+    pub(super) fn insert(&mut self, journal: &mut Journal, hash: BlockHash, at: Location) {
+        let Shelved {
+            namespace, medium, ..
+        } = self.slots[at.lease];
         let copy = self.find(namespace, &hash).next().is_some();
         self.slots[at.lease].blocks.set(at.slot, hash);
         let digest = self.digest(&hash);
@@ -269,31 +300,51 @@ impl Index {
         namespace.table.insert_unique(digest, at, rehash);
         namespace.copies += u64::from(copy);
         self.blocks += 1;
+        // Also where it has a copy already: who reads the index meanwhile may have passed this slot, and not reach that one
+        // before it is empty.
+        journal.push(Change {
+            scope: namespace.scope.clone(),
+            medium,
+            hash,
+            added: true,
+        });
     }
 
     /// Takes the block in a slot out of the table and out of the slot. False when there is none.
-    pub(super) fn remove(&mut self, at: Location) -> bool {
+    pub(super) fn remove(&mut self, journal: &mut Journal, at: Location) -> bool {
         let Some(hash) = self.slots[at.lease].blocks.clear(at.slot) else {
             return false;
         };
         let digest = self.digest(&hash);
-        let namespace = self.slots[at.lease].namespace;
+        let Shelved {
+            namespace, medium, ..
+        } = self.slots[at.lease];
         let table = &mut self.namespaces[namespace].table;
         if let Ok(entry) = table.find_entry(digest, |entry| *entry == at) {
             entry.remove();
             self.blocks -= 1;
-            let copy = self.find(namespace, &hash).next().is_some();
+            let others: Vec<_> = self.find(namespace, &hash).collect();
+            let copy = !others.is_empty();
+            let there = (others.iter()).any(|other| self.medium(other.lease) == medium);
             self.namespaces[namespace].copies -= u64::from(copy);
+            if !there {
+                journal.push(Change {
+                    scope: self.namespaces[namespace].scope.clone(),
+                    medium,
+                    hash,
+                    added: false,
+                });
+            }
         }
         true
     }
 
     /// Takes all blocks of a lease out, and says how many there were.
-    pub(super) fn clear(&mut self, lease: LeaseKey) -> u64 {
+    pub(super) fn clear(&mut self, journal: &mut Journal, lease: LeaseKey) -> u64 {
         let blocks = &self.slots[lease].blocks;
         let slots: Vec<_> = blocks.iter().map(|(slot, _)| slot).collect();
         for slot in &slots {
-            self.remove(Location { lease, slot: *slot });
+            self.remove(journal, Location { lease, slot: *slot });
         }
         self.shrink(self.slots[lease].namespace);
         slots.len() as u64
@@ -352,7 +403,7 @@ impl Index {
             leases.entry(its.namespace).or_default().insert(key);
         }
         for (key, namespace) in self.iter() {
-            let name = &namespace.name;
+            let name = namespace.name();
             let counted = published.get(&key).copied().unwrap_or(0);
             hold!(
                 counted == namespace.blocks(),

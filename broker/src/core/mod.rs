@@ -13,6 +13,7 @@ mod config;
 mod counters;
 mod effect;
 mod event;
+mod journal;
 mod process;
 mod record;
 mod shares;
@@ -51,6 +52,7 @@ mod returning;
 mod revocation;
 mod scrubs;
 mod sharing;
+mod watching;
 mod withdrawal;
 
 // Out of and into the books.
@@ -74,6 +76,7 @@ pub use event::{
     Keep, LeaseDemand, Lookup, Now, Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw,
     WithdrawWhat,
 };
+pub use journal::{Change, Scope};
 pub use process::Process;
 pub use record::Record;
 pub use recorded::Recorded;
@@ -83,4 +86,5 @@ pub use views::{
     DeviceView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
     WithdrawPreview,
 };
+pub use watching::{Sight, Watched, Watcher};
 pub use withdrawal::Need;

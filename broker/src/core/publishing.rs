@@ -76,7 +76,7 @@ pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refu
             continue;
         }
         drop(places);
-        books.index.insert(hash, at);
+        books.index.insert(&mut books.journal, hash, at);
         published += 1;
     }
     books.regions.published_more(region, u64::from(published));
@@ -196,7 +196,7 @@ pub(super) fn unpublish(
     let mut blocks = 0;
     for slot in slots {
         let at = Location { lease, slot: *slot };
-        blocks += u32::from(books.index.remove(at));
+        blocks += u32::from(books.index.remove(&mut books.journal, at));
     }
     let region = books.leases.get(lease).terms().region;
     books.regions.published_less(region, u64::from(blocks));

@@ -210,7 +210,7 @@ fn estate(books: &mut Books, key: LeaseKey, slots: &[u32], blocks: &str) -> Resu
         if *slot >= books.index.slots(key) || books.index.block(at).is_some() {
             return Err(format!("lease {id} has no empty slot {slot}"));
         }
-        books.index.insert(BlockHash(hash), at);
+        (books.index).insert(&mut books.journal, BlockHash(hash), at);
     }
     books.regions.published_more(region, slots.len() as u64);
     books.keep_for_heir(key, 0);

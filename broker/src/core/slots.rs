@@ -78,10 +78,17 @@ impl BlockSlots {
 
     /// Every published block with its slot.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &BlockHash)> {
+        self.iter_from(0)
+    }
+
+    /// Every published block with its slot, from a slot on.
+    pub(super) fn iter_from(&self, from: u32) -> impl Iterator<Item = (u32, &BlockHash)> {
         let chunks = (0u32..).step_by(CHUNK as usize).zip(&self.chunks);
+        let chunks = chunks.skip((from / CHUNK) as usize);
         chunks.flat_map(move |(first, chunk)| {
             let occupied = chunk.is_some() as u32 * CHUNK;
-            (first..first + occupied).filter_map(move |slot| Some((slot, self.get(slot)?)))
+            (first.max(from)..first + occupied)
+                .filter_map(move |slot| Some((slot, self.get(slot)?)))
         })
     }
 

@@ -26,6 +26,7 @@ use super::{
     scrubs::scrubbed,
     sharing::{Giving, release, share},
     views::{self, DeviceView, LeaseView, NamespaceView, RegionView, SessionView, WithdrawPreview},
+    watching::{self, Watched, Watcher},
     withdrawal::{Need, preview, withdraw},
 };
 
@@ -151,6 +152,16 @@ impl State {
     /// Blocks that a lookup can find in leases.
     pub fn indexed_blocks(&self) -> u64 {
         self.books.index.blocks()
+    }
+
+    /// The number of the last change of the index, which counts from 1.
+    pub fn sequence(&self) -> u64 {
+        self.books.journal.sequence()
+    }
+
+    /// Reads on in the index and its changes, at most `most` entries.
+    pub fn watch(&self, watcher: &mut Watcher, most: usize) -> Watched {
+        watching::watch(&self.books, watcher, most)
     }
 
     /// The processes whose death must be watched for.

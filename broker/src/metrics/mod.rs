@@ -19,7 +19,7 @@ use crate::core::Note;
 use traffic::TrafficCounters;
 
 /// The RPCs, all of which are timed.
-const RPCS: [&str; 27] = [
+const RPCS: [&str; 28] = [
     "Register",
     "Session",
     "Leave",
@@ -47,6 +47,7 @@ const RPCS: [&str; 27] = [
     "PreviewWithdraw",
     "SetQuota",
     "Hold",
+    "Watch",
 ];
 /// Upper bounds, seconds: an RPC takes tens of microseconds, its deadline is seconds.
 const RPC_SECONDS: [f64; 12] = [

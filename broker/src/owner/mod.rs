@@ -26,7 +26,11 @@ use std::{
 use desk::Desk;
 use parking_lot::Mutex;
 use swiftcache_proto::{domain::SessionId, v1};
-use tokio::{sync::mpsc, task::block_in_place};
+use tokio::{
+    sync::{mpsc, watch},
+    task::block_in_place,
+};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     core::{Caller, Connection, Effect, Event, Note, Now, Offer, Process, Register, Reply, State},
@@ -60,6 +64,10 @@ pub struct Owner {
     state: Mutex<State>,
     reports: Mutex<Reports>,
     events: Mutex<EventLog>,
+    /// The number of the index's last change.
+    changed: watch::Sender<u64>,
+    /// The broker is shutting down.
+    closing: CancellationToken,
     /// Attached streams and watched processes, after the last event at the desk.
     attached: AtomicUsize,
     watched: AtomicUsize,
@@ -97,6 +105,8 @@ impl Owner {
             state: Mutex::new(parts.state),
             reports: Mutex::default(),
             events: Mutex::default(),
+            changed: watch::Sender::new(0),
+            closing: CancellationToken::new(),
             attached: AtomicUsize::new(0),
             watched: AtomicUsize::new(0),
             descriptors: Descriptors::new(parts.max_descriptors),
@@ -242,7 +252,26 @@ impl Owner {
     /// Has the core decide what an event leads to.
     fn decide(&self, event: Event) -> Vec<Effect> {
         let now = self.now();
-        self.state.lock().apply(event, now)
+        let (effects, sequence) = {
+            let mut state = self.state.lock();
+            (state.apply(event, now), state.sequence())
+        };
+        self.changed.send_if_modified(|told| {
+            let more = *told < sequence;
+            *told = sequence.max(*told);
+            more
+        });
+        effects
+    }
+
+    /// Tells whenever the index has changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Cancelled when the broker shuts down.
+    pub(crate) fn closing(&self) -> &CancellationToken {
+        &self.closing
     }
 
     /// Applies an event that has no effect but an answer.
@@ -414,6 +443,7 @@ impl Owner {
 
     /// Ends all streams, and lets no new one begin, because the broker is shutting down.
     pub async fn close(self: &Arc<Self>) {
+        self.closing.cancel();
         let closed = self.at_desk(|_, desk| {
             desk.closing = true;
             desk.streams.close_all();

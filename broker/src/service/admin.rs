@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 use super::{
     pace::{Pace, Turn},
     view::{self, NodeView},
+    watch::{self, Watching},
 };
 use crate::{
     authority::Operators,
@@ -26,13 +27,14 @@ use crate::{
     error::Refused,
     events::Wanted,
     owner::{Owner, PAGE},
+    peer::Peer,
     probe::Probe,
 };
 
 /// Hexadecimal digits of a session's label.
 const LABEL_BYTES: usize = 4;
 /// A uid, a slash and a label.
-const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
+pub(super) const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
 /// The most entries in one page of a list. Everybody waits while the broker writes a page, which is a millisecond for these
 /// 250 KB.
 const MOST_LISTED: usize = 2_048;
@@ -46,7 +48,7 @@ pub struct AdminService {
     operators: Operators,
     drain_ms: u32,
     /// Of questions by others than operators.
-    pace: Pace,
+    pace: Arc<Pace>,
 }
 
 impl AdminService {
@@ -62,7 +64,7 @@ impl AdminService {
             probe,
             operators,
             drain_ms,
-            pace: Pace::default(),
+            pace: Arc::default(),
         }
     }
 
@@ -496,6 +498,26 @@ impl Admin for AdminService {
         let wanted = Wanted::new(request.into_inner()).map_err(Refused::from)?;
         let events = self.owner.events(&wanted);
         Ok(Response::new(v1::ListEventsResponse { events }))
+    }
+
+    type WatchStream = Watching;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Watching>, Status> {
+        let _timer = self.owner.metrics().time("Watch");
+        let (user, pace) = match self.operators.check(&request, "watch all blocks") {
+            Ok(()) => (None, None),
+            Err(refused) => {
+                let peer = request.extensions().get::<Peer>().ok_or(refused)?;
+                (Some(peer.process.uid), Some(Arc::clone(&self.pace)))
+            }
+        };
+        let owner = Arc::clone(&self.owner);
+        let process = request.extensions().get::<Peer>().map(|peer| peer.process);
+        let watcher = watch::watcher(&owner, request.get_ref(), process, user)?;
+        Ok(Response::new(watch::start(owner, watcher, pace)))
     }
 
     async fn drain(

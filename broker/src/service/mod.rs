@@ -6,6 +6,7 @@ mod node;
 mod pace;
 mod session;
 mod view;
+mod watch;
 
 pub use admin::AdminService;
 pub use broker::BrokerService;

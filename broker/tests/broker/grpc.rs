@@ -230,6 +230,8 @@ async fn tcp_serves_admin_and_health_and_sends_sessions_to_the_unix_socket() {
     };
     let status = admin.hold(hold).await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied);
+    let status = admin.watch(v1::WatchRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     for service in ["", "swiftcache.v1.Broker", "swiftcache.v1.Admin"] {
         let request = tonic_health::pb::HealthCheckRequest {

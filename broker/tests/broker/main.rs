@@ -9,3 +9,4 @@ mod grpc;
 mod node;
 mod operator;
 mod restart;
+mod watch;

@@ -188,6 +188,28 @@ impl Admin {
         })
     }
 
+    /// Hands over what the broker says of its index, until `heard` returns false or the broker hangs up.
+    pub(super) fn watch(
+        &self,
+        request: v1::WatchRequest,
+        mut heard: impl FnMut(v1::WatchResponse) -> Result<bool, CliError>,
+    ) -> Result<(), CliError> {
+        self.runtime.block_on(async {
+            let refused = |status| self.refused(&status);
+            let stream = self.client.clone().watch(request).await;
+            let mut stream = stream.map_err(refused)?.into_inner();
+            while let Some(message) = stream.message().await.map_err(refused)? {
+                if !heard(message)? {
+                    return Ok(());
+                }
+            }
+            Err(CliError::NoBroker {
+                socket: self.socket.clone(),
+                problem: "it has ended the stream".to_owned(),
+            })
+        })
+    }
+
     /// Drains what the request names.
     pub(super) fn drain(&self, request: &v1::DrainRequest) -> Result<v1::DrainResponse, CliError> {
         self.ask(async |mut client| Ok(client.drain(request.clone()).await?.into_inner()))

@@ -10,6 +10,7 @@ mod chosen;
 mod demo;
 mod doctor;
 mod donate;
+mod follow;
 mod generate;
 mod hold;
 mod manual;
@@ -63,6 +64,7 @@ enum Command {
     Quota(operate::QuotaArgs),
     Preview(operate::PreviewArgs),
     Events(operate::EventsArgs),
+    Watch(follow::WatchArgs),
     Plan(plan::PlanArgs),
     Replay(replay::ReplayArgs),
     Demo(demo::DemoArgs),
@@ -145,6 +147,7 @@ fn main() -> ExitCode {
         Command::Quota(args) => operate::quota(&args),
         Command::Preview(args) => operate::preview(&args),
         Command::Events(args) => operate::events(&args),
+        Command::Watch(args) => follow::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Demo(args) => demo::run(&args),

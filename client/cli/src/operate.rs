@@ -47,7 +47,7 @@ pub(super) struct BrokerArg {
 }
 
 impl BrokerArg {
-    fn connect(&self) -> Result<Admin, CliError> {
+    pub(super) fn connect(&self) -> Result<Admin, CliError> {
         match (&self.address, &self.tls_ca, &self.tls_cert, &self.tls_key) {
             (Some(address), Some(ca), Some(cert), Some(key)) => {
                 Admin::connect_tls(address, &Tls { ca, cert, key })

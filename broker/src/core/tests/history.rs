@@ -10,9 +10,10 @@ use super::{
     fixture::*,
     lines::Lines,
     oracle::Oracle,
+    watching::{Follower, index},
     world::{Client, Mapping, World},
 };
-use crate::core::{CoreConfig, Effect, Event, Now, Record, Recorded, Reply, State};
+use crate::core::{CoreConfig, Effect, Event, Now, Record, Recorded, Reply, Sight, State, Watcher};
 
 /// One step of a history; the numbers choose among what there is.
 #[derive(Clone, Copy)]
@@ -159,6 +160,8 @@ pub(super) struct History {
     pub(super) drawn: u64,
     /// The next event's records reach the disk only up to here, and its effects nobody.
     pub(super) crash_after: Option<usize>,
+    /// Somebody who watches the index.
+    pub(super) follower: Follower,
     /// What is on its way, where messages take their time.
     pub(super) lines: Lines,
     pub(super) queued: bool,
@@ -179,6 +182,8 @@ impl History {
             estate_ttl_ms: 900,
             tenant_weights: [("1001".to_owned(), 2)].into(),
             namespace_weights: [("other".to_owned(), 3)].into(),
+            // Some watchers fall behind.
+            max_journal: 12,
             ..CoreConfig::default()
         };
         let state = State::new(config.clone(), node());
@@ -194,6 +199,7 @@ impl History {
             post: Vec::new(),
             drawn: 0,
             crash_after: None,
+            follower: Follower::new(Sight::default()),
             lines: Lines::new(),
             queued: false,
         }
@@ -244,6 +250,7 @@ impl History {
             oracle.follow(&event, self.now, &effects)?;
             oracle.agrees_with(&self.state)?;
         }
+        self.watch()?;
         self.world.witness(&effects)?;
         let mut reply = None;
         for effect in effects {
@@ -275,6 +282,24 @@ impl History {
             }
         }
         Ok(reply)
+    }
+
+    /// Whoever watches reads on, a little now and then. What it knows is what there is, whenever it is told so.
+    fn watch(&mut self) -> Outcome {
+        self.follower.turns += 1;
+        let most = self.follower.turns % 4;
+        if most == 0 {
+            return Ok(());
+        }
+        let watched = self.follower.read(&self.state, most);
+        let index = index(&self.state);
+        match watched.current && self.follower.known != index {
+            true => Err(format!(
+                "a watcher knows {:?}, not {index:?}",
+                self.follower.known
+            )),
+            false => Ok(()),
+        }
     }
 
     /// The broker dies in the middle of writing an event's records.
@@ -320,6 +345,8 @@ impl History {
             .collect();
         let restored = State::restore(self.config.clone(), node(), ledger);
         self.state = restored.map_err(|error| error.to_string())?;
+        // Its numbers are another broker's.
+        self.follower.watcher = Watcher::new(Sight::default(), None);
         if let Some(recorded) = &mut self.recorded {
             *recorded = Recorded::of(&self.state)?;
         }

@@ -29,5 +29,6 @@ mod service;
 mod sessions;
 mod steps;
 mod users;
+mod watching;
 mod weights;
 mod world;

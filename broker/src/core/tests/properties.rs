@@ -11,6 +11,7 @@ use proptest::{
 use super::{
     faults::Fault,
     history::{History, Step, steps, travelling_steps},
+    watching::Follower,
 };
 
 /// Runs random histories to their ends. Every run draws another seed, and prints it; `SWIFTCACHE_FAULT_SEED` draws it
@@ -48,6 +49,21 @@ fn no_history_breaks_the_contract() {
 #[test]
 fn no_travelling_history_breaks_the_contract() {
     run(2_000, travelling_steps(), || History::travelling(None));
+}
+
+/// The twin: who is not told that a block is gone is noticed.
+#[test]
+fn a_watcher_that_hears_of_no_removal_is_caught() {
+    let mut runner = TestRunner::deterministic();
+    let strategy = steps();
+    let caught = (0..5_000).any(|_| {
+        let steps = strategy.new_tree(&mut runner).unwrap().current();
+        let mut deaf = History::new(None);
+        deaf.follower = Follower::deaf();
+        let outcome = deaf.run(&steps);
+        outcome.is_err_and(|wrong| wrong.contains("a watcher knows"))
+    });
+    assert!(caught, "nobody notices what a watcher is not told");
 }
 
 /// The twin of the travelling ones: broken brokers are caught where nobody hears anything at once. What is wrong with pins
