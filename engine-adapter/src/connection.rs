@@ -12,6 +12,7 @@ use swiftcache_proto::convert::MAX_NAMESPACE_BYTES;
 use crate::{
     arguments,
     failure::{Failure, Result},
+    index::IndexWatch,
     unlocked::{drop_unlocked, unlocked},
 };
 
@@ -94,6 +95,16 @@ impl Connection {
             let hashes = arguments::hashes(hashes)?;
             let session = self.session();
             Ok(session.map_or(0, |session| session.count_hits(&ranks, &hashes, limit)))
+        })
+    }
+
+    fn watch_index(&self, py: Python<'_>, namespaces: Vec<String>) -> PyResult<IndexWatch> {
+        unlocked(py, || {
+            check_namespaces(&namespaces)?;
+            let session = self.session();
+            Ok(IndexWatch::new(
+                session.map(|session| session.watch_index(namespaces)),
+            ))
         })
     }
 

@@ -9,6 +9,7 @@ mod cache;
 mod connection;
 mod failure;
 mod hit;
+mod index;
 mod load;
 mod loans;
 mod mark;
@@ -30,8 +31,8 @@ mod _native {
 
     #[pymodule_export]
     use crate::{
-        cache::Cache, connection::Connection, hit::Hit, load::Load, loans::Loans, mark::Mark,
-        store::Store, stream::StreamPool,
+        cache::Cache, connection::Connection, hit::Hit, index::IndexWatch, load::Load,
+        loans::Loans, mark::Mark, store::Store, stream::StreamPool,
     };
 
     #[pymodule_init]

@@ -72,6 +72,9 @@ class Connection:
             Blocks; 0 when the broker is absent, late or in trouble.
         """
 
+    def watch_index(self, namespaces: Sequence[str]) -> IndexWatch:
+        """Follows what the broker's index has of these namespaces of this connection's tenant: one for each rank."""
+
     def close(self) -> None:
         """Ends the session, once the caches opened with it are closed too. From now on everything is a miss."""
 
@@ -244,6 +247,27 @@ class Cache:
     def close(self) -> None:
         """Takes back what is lent, for as long as healthy borrowers need; waits for copies, gives every lease back, and lets
         go of the pool. Loads and stores still held end here."""
+
+@final
+class IndexWatch:
+    """Which blocks every rank can find in donors' memory: the broker's index, followed in the background.
+
+    It tells of the blocks that it was named only. What it tells of a block: its 16 bytes, whether it is in host memory (else in
+    HBM), and whether it can be found there; if not, its last copy is gone. Where ranks have a block in different kinds of memory
+    it counts as in the slowest. While the broker is away nothing is told.
+    """
+
+    def name(self, hashes: bytes) -> None:
+        """From now on it tells of these blocks: at once where they can be found already."""
+
+    def forget(self, hashes: bytes) -> list[tuple[bytes, bool, bool]]:
+        """It tells of these no more. Returns what it has told of them and would not take back, as gone."""
+
+    def take(self) -> list[tuple[bytes, bool, bool]]:
+        """What has become of them since the last call, in the order in which it did. Waits for nothing."""
+
+    def close(self) -> None:
+        """Follows nothing any more."""
 
 @final
 class Hit:

@@ -29,6 +29,8 @@ const PING_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) client: BrokerClient<Channel>,
+    /// What the client speaks over.
+    pub(super) channel: Channel,
     pub(super) session: SessionId,
     pub(super) boot_id: u64,
     pub(super) epoch: u64,
@@ -105,7 +107,7 @@ impl Connection {
         held: Held,
     ) -> Result<Opened, OpenError> {
         let channel = channel(config).await.map_err(OpenError::Failed)?;
-        let mut client = BrokerClient::new(channel)
+        let mut client = BrokerClient::new(channel.clone())
             .max_decoding_message_size(convert::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(convert::MAX_MESSAGE_BYTES);
         let request = v1::RegisterRequest {
@@ -154,6 +156,7 @@ impl Connection {
         let invalid = |invalid: convert::InvalidField| OpenError::Failed(invalid.to_string());
         let connection = Self {
             client,
+            channel,
             session,
             boot_id: registered.boot_id,
             epoch,

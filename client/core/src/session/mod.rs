@@ -11,6 +11,7 @@ mod connection;
 mod count;
 mod fd;
 mod grant;
+mod index;
 mod messages;
 mod observer;
 mod orphans;
@@ -41,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 pub use call::Call;
 use connection::Connection;
 pub use grant::{Grant, Opening};
+pub use index::{Findable, IndexWatch};
 pub use messages::{
     Asker, Demand, Found, Inheritance, Inherited, Keep, Leased, Left, OfferedRegion, Unpublished,
     WithdrawWhat, Withdrawing,
