@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from swiftcache import engine
 from swiftcache.engine import quiet
-from swiftcache.engine.events import Events
+from swiftcache.engine.events import CLEARED, MEDIUM_HBM, MEDIUM_HOST, Change, Events
 from swiftcache.engine.fingerprint import Ranks, namespace, weight_files
 from swiftcache.engine.keys import KEY_BYTES, Keys
 from swiftcache.engine.metrics import Meter, Tally
@@ -111,19 +111,81 @@ def test_a_namespace_tells_facts_and_ranks_apart() -> None:
     assert namespace(dict(reversed(facts.items())), Ranks()) in names
 
 
-def test_events_are_there_when_blocks_are_kept_and_only_if_somebody_listens() -> None:
-    events = Events(True)
-    for number in range(3):
-        events.offered(number, lambda number=number: f"stored {number}")
-    events.kept(1)
-    events.gone(2)
-    events.kept(2)
-    events.removed(lambda: "removed")
-    assert events.take() == ["stored 1", "removed"] and events.take() == []
+class Index:
+    """What is said of the named blocks when it is taken."""
+
+    def __init__(self, namespaces: list[str]) -> None:
+        self.namespaces, self.named, self.told, self.news, self.closed = namespaces, [], set(), [], False
+
+    def name(self, hashes: bytes) -> None:
+        self.named += [hashes[at : at + KEY_BYTES] for at in range(0, len(hashes), KEY_BYTES)]
+
+    def say(self, *news: tuple[bytes, bool, bool]) -> None:
+        self.news += news
+
+    def take(self) -> list[tuple[bytes, bool, bool]]:
+        news, self.news = self.news, []
+        self.told |= {key for key, _, found in news if found}
+        return news
+
+    def forget(self, hashes: bytes) -> list[tuple[bytes, bool, bool]]:
+        keys = [hashes[at : at + KEY_BYTES] for at in range(0, len(hashes), KEY_BYTES)]
+        self.named = [key for key in self.named if key not in keys]
+        return [(key, False, False) for key in keys if key in self.told]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+KEYS = [bytes([number]) * KEY_BYTES for number in range(6)]
+
+
+def test_events_say_of_offered_blocks_what_the_index_says() -> None:
+    events, indexes = Events(True), []
+    events.offered(KEYS[0] + KEYS[1], lambda number: f"block {number}")
+    assert events.take() == []
+
+    def watch(namespaces) -> Index:
+        indexes.append(Index(namespaces))
+        return indexes[-1]
+
+    # Ranks may share a namespace, and may say again who they are.
+    events.follow(["one", "two", "one"], watch)
+    events.follow(["one", "two"], watch)
+    (index,) = indexes
+    assert (index.namespaces, index.named) == (("one", "two"), KEYS[:2])
+    events.offered(KEYS[1] + KEYS[2], lambda number: f"later {number}")
+    assert index.named == KEYS[:3], "each is named once"
+    index.say((KEYS[1], False, True), (KEYS[2], True, True), (KEYS[5], True, True), (KEYS[1], False, False))
+    assert events.take() == [
+        Change("block 1", MEDIUM_HBM, True),
+        Change("later 1", MEDIUM_HOST, True),
+        Change("block 1", MEDIUM_HBM, False),
+    ]
+    events.reset()
+    index.say((KEYS[2], True, False))
+    assert events.take() == [CLEARED] and index.named == [], "what was offered before a reset is no news after it"
+    events.close()
+    assert index.closed
+
+
+def test_events_know_so_many_blocks_and_take_back_the_oldest() -> None:
+    events, index = Events(True, most=2), Index([])
+    events.follow(["one"], lambda namespaces: index)
+    events.offered(KEYS[0] + KEYS[1], lambda number: number)
+    index.say((KEYS[0], False, True))
+    assert events.take() == [Change(0, MEDIUM_HBM, True)]
+    events.offered(KEYS[2], lambda number: 2)
+    assert events.take() == [Change(0, MEDIUM_HBM, False)]
+    events.offered(KEYS[3], lambda number: 3)
+    assert events.take() == [] and index.named == KEYS[2:4], "nobody was told of the next one"
+
+
+def test_events_cost_nothing_where_nobody_listens() -> None:
     silent = Events(False)
-    silent.offered(0, lambda: pytest.fail("nobody listens"))
-    silent.kept(0)
-    silent.removed(lambda: pytest.fail("nobody listens"))
+    silent.follow(["one"], lambda namespaces: pytest.fail("nobody listens"))
+    silent.offered(KEYS[0], lambda number: pytest.fail("nobody listens"))
+    silent.reset()
     assert silent.take() == []
 
 

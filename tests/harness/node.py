@@ -93,6 +93,23 @@ class Node:
 
         return eventually("the broker's status", answer)
 
+    def index(self, *namespaces: str) -> set[tuple[str, str]]:
+        """The blocks that lookups find in donors' memory, of these namespaces or of all: the kind of memory and the
+        name in hexadecimal of each."""
+        command = [self.programs / "swiftcache", "watch", "--once", "--json", "--socket", self.socket]
+        command += [f"--namespace={name}" for name in namespaces]
+
+        def answer() -> list[dict[str, Any]] | None:
+            asked = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=120)
+            return [json.loads(line) for line in asked.stdout.splitlines()] if asked.returncode == 0 else None
+
+        blocks: set[tuple[str, str]] = set()
+        for message in eventually("the broker's index", answer):
+            for change in message["changes"]:
+                its = {(change["medium"], name) for name in change["hashes"]}
+                blocks = blocks - its if change["removed"] else blocks | its
+        return blocks
+
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
         """Makes a donor ask for all of its memory back. The donor exits when it has it."""
         os.kill(donor.pid, signal.SIGTERM)

@@ -43,8 +43,32 @@ class Connection:
             count += 1
         return count
 
+    def watch_index(self, namespaces: Sequence[str]) -> IndexWatch:
+        return IndexWatch(namespaces)
+
     def close(self) -> None:
         self.closed = True
+
+
+class IndexWatch:
+    def __init__(self, namespaces: Sequence[str]) -> None:
+        self.namespaces, self.told = namespaces, {}
+
+    def name(self, hashes: bytes) -> None:
+        for key in split(hashes):
+            self.told.setdefault(key, False)
+
+    def forget(self, hashes: bytes) -> list[tuple[bytes, bool, bool]]:
+        return [(key, False, False) for key in split(hashes) if self.told.pop(key, False)]
+
+    def take(self) -> list[tuple[bytes, bool, bool]]:
+        now = {key: all(key in published.get(name, {}) for name in self.namespaces) for key in self.told}
+        changes = [(key, False, found) for key, found in now.items() if found != self.told[key]]
+        self.told = now
+        return changes
+
+    def close(self) -> None:
+        self.told = {}
 
 
 class Mark:

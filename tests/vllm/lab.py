@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "VLLM_CACHE_ROOT": str(HOME / "cache"),
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # So that events name blocks as SwiftCache can, too.
+    "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",
 }
 
 

@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import rig
 from meter import Meter
+from replay import Replay
 
 # vLLM writes to standard output, which the answers need.
 answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -200,7 +201,7 @@ class Engine:
     def __init__(self) -> None:
         self.llm: Any = None
         self.preemptions = 0
-        self.published: list[str] = []
+        self.replay: Replay | None = None
         self.meter = Meter()
 
     @property
@@ -235,6 +236,13 @@ class Engine:
                 kv_connector_extra_config={"connectors": [first, alone]},
                 **beside,
             )
+        if (below := options.pop("below", None)) is not None:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="MultiConnector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={"connectors": [alone, below]},
+            )
         if other := options.pop("other_connector", None):
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector=other["kv_connector"],
@@ -263,12 +271,12 @@ class Engine:
             self.meter.around(get_kv_transfer_group())
         if connector is not None:
             self.llm.collective_rpc(install)
-            self.published = []
+            replay = self.replay = Replay(self._key)
             take = self._scheduler.connector.take_events
 
             def recorded() -> list[Any]:
                 events = list(take())
-                self.published += [type(event).__name__ for event in events]
+                replay.hear(events)
                 return events
 
             self._scheduler.connector.take_events = recorded
@@ -456,6 +464,17 @@ class Engine:
 
         return [type(greeting).__name__ for greeting in beside.greeted]
 
+    def below(self) -> dict[str, int]:
+        """What the store below SwiftCache has done."""
+        import below
+
+        return dict(below.counts)
+
+    def metrics(self) -> list[str]:
+        """The names of vLLM's metrics that have counted something."""
+        found = self.llm.get_metrics()
+        return sorted({one.name for one in found if getattr(one, "value", 0) or getattr(one, "count", 0)})
+
     def believe(self, believes: bool) -> None:
         """Whether SwiftCache takes every load of other connectors for good from now on. What it stores then it stores
         before the engine computes it again."""
@@ -475,9 +494,22 @@ class Engine:
 
         side.metadata, side.allocated = stepped, given
 
-    def events(self) -> list[str]:
-        """Kinds of the events that vLLM was given to publish."""
-        return self.published
+    def _key(self, name: bytes, group: int | None) -> bytes:
+        finder = self._side._finder
+        groups = finder._groups
+        [of] = [one for one in groups.all if group in (None, one.number)]
+        return finder._key.of([name], groups.salt(of))
+
+    def events(self) -> dict[str, Any]:
+        """What a router makes of vLLM's events, those that its next step would publish among them."""
+        self._scheduler.connector.take_events()
+        replay = self.replay
+        return {
+            "kinds": replay.kinds,
+            "known": sorted(replay.known),
+            "deaf": sorted(replay.deaf),
+            "wrong": replay.wrong,
+        }
 
 
 def main() -> None:

@@ -32,6 +32,9 @@ def request(name: str, tokens: int, *, start: int = 0) -> SimpleNamespace:
         shared_prefix_boundary=0,
         skip_reading_prefix_cache=False,
         lora_request=None,
+        cache_salt=None,
+        mm_features=[],
+        prompt_embeds=None,
     )
     grow(made, 0)
     return made

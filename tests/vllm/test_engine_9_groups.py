@@ -247,7 +247,7 @@ def test_everything_comes_from_the_store(engine, want) -> None:
     results = of.matching(want, lambda: from_the_store(engine))
     assert of.cached(results) // of.BLOCK == full()
     assert engine.ask("stats")["hit_donor_blocks"] > full(), "blocks of each group"
-    assert set(engine.ask("events")) == {"BlockStored"}
+    eventually("events", lambda: "BlockStored" in engine.ask("events")["kinds"])
 
 
 def test_where_requests_part_is_found_after_one_has_come_there(engine) -> None:
@@ -279,7 +279,6 @@ def test_half_of_the_loads_fail(engine, want) -> None:
     of.matching(want, lambda: from_the_store(engine))
     engine.ask("halve", on=False)
     assert engine.ask("held")["workers"][0]["spoiled"] > before
-    assert "BlockRemoved" in engine.ask("events")
     assert nothing_held(engine)
 
 

@@ -78,6 +78,10 @@ class Stand:
         for block in blocks:
             self.native.published.setdefault(NAME, {})[key(request, group, block)] = []
 
+    def publish_stored(self, step: StepMetadata) -> None:
+        for one in kept(step):
+            self.native.published.setdefault(NAME, {})[one] = []
+
     def publish_prefix(self, request, end: int) -> None:
         self.publish(request, FULL, range(end))
         self.publish(request, TAIL, range(end - 2, end))
@@ -363,7 +367,7 @@ def test_events_name_the_group(native) -> None:
     stand = Stand(native, events=True)
     request = stage.request("a", 17)
     stand.admit(request)
-    stand.report(done={job.number: 1 for job in stand.step((request, 17)).stores})
+    stand.publish_stored(stand.step((request, 17)))
     found = {
         (event.group_idx, event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window)
         for event in stand.side.take_events()
@@ -531,7 +535,7 @@ def test_events_of_states_name_their_kind(native) -> None:
     stand = Stand(native, STATES, events=True)
     request = stage.request("a", 19)
     stand.admit(request)
-    stand.report(done={job.number: 1 for job in stand.step((request, 16), states={"a": [(1, 57, 16)]}).stores})
+    stand.publish_stored(stand.step((request, 16), states={"a": [(1, 57, 16)]}))
     (event,) = [event for event in stand.side.take_events() if event.group_idx == 1]
     assert (event.kv_cache_spec_kind, event.block_hashes) == (
         "mamba",

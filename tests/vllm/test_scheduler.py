@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import stage
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from swiftcache.engine.events import Events
 from swiftcache.engine.loans import Orders
@@ -525,18 +527,42 @@ def test_events_say_what_is_kept_and_what_is_gone(native) -> None:
     request = stage.request("a", 12)
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 0, [1, 2, 3])
-    (first,) = stand.step(request, 4, [1, 2, 3]).stores
+    stand.step(request, 4, [1, 2, 3])
     request.num_computed_tokens = 4
-    (second,) = stand.step(request, 8, [1, 2, 3]).stores
-    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={first.number: 2})))
-    stand.side.worker_output(
-        stage.answer(kv_connector_worker_meta=WorkerReport(done={second.number: 2}, lost={second.number}))
-    )
+    stand.step(request, 8, [1, 2, 3])
+    stand.publish(request, 3, NAMESPACES[:1])
+    assert stand.side.take_events() == [], "one rank does not have them"
+    stand.publish(request, 3)
+    names = [maybe_convert_block_hash(one) for one in request.block_hashes]
     (event,) = stand.side.take_events()
-    assert (event.block_size, event.token_ids, event.parent_block_hash) == (4, [0, 1, 2, 3], None)
-    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(failed={"a": 1})))
+    assert (event.block_hashes, event.parent_block_hash, event.medium) == (names, None, "SWIFTCACHE_HBM")
+    assert (event.block_size, event.token_ids, event.extra_keys) == (4, list(range(12)), [None] * 3)
+    # A revocation, say: no load was needed to find out.
+    for key in request.block_hashes[1:]:
+        del native.published[NAMESPACES[1]][key[:16]]
     (event,) = stand.side.take_events()
-    assert type(event).__name__ == "BlockRemoved" and len(event.block_hashes) == 2
+    assert type(event) is BlockRemoved and event.block_hashes == names[1:]
+    assert (event.medium, event.group_idx) == ("SWIFTCACHE_HBM", None)
+    stand.publish(request, 3)
+    (event,) = stand.side.take_events()
+    assert (event.block_hashes, event.parent_block_hash, event.token_ids) == (names[1:], names[0], list(range(4, 12)))
+    stand.side.reset()
+    (event,) = stand.side.take_events()
+    assert type(event) is AllBlocksCleared
+
+
+def test_events_tell_of_blocks_that_others_have_stored(native) -> None:
+    """Also with what their tokens do not say: an adapter, and a salt in the first block."""
+    stand = Stand(native, workers=2, events=True)
+    request = stage.request("a", 12)
+    request.lora_request = SimpleNamespace(lora_int_id=7, lora_name="adapter", lora_path="/adapter")
+    request.cache_salt = "salt"
+    stand.publish(request, 2)
+    assert stand.side.matched_tokens(request, 0) == (8, False)
+    stand.admit(request, 8, [1, 2, 3])
+    (event,) = stand.side.take_events()
+    assert (len(event.block_hashes), event.lora_name, event.lora_id) == (2, "adapter", 7)
+    assert event.extra_keys == [("adapter", "salt"), ("adapter",)]
 
 
 def test_requests_want_the_blocks_of_their_tokens_and_the_next_one(native) -> None:

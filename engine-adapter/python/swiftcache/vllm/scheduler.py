@@ -131,6 +131,8 @@ class SchedulerSide:
     def meet(self, workers: Iterable[Handshake]) -> None:
         """All workers. Without them nothing is looked up."""
         self._ranks = list(workers)
+        if self._ranks:
+            self._events.follow([of.namespace for of in self._ranks], self._connection.watch_index)
         local = [of.local_blocks for of in self._ranks if of.local_blocks is not None]
         if self._free is not None and self._placement is None and local:
             from swiftcache.vllm.stream.placement import Placement
@@ -211,6 +213,10 @@ class SchedulerSide:
         tracked.loading = not self._sync
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
         self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync))
+        for group in self._groups.full:
+            # Whoever stored them: this engine can load them.
+            start, last = group.last(first), group.last(end)
+            self._tell(request, group, start, self._finder.keys(request, group, start, last))
 
     def request_finished(self, request: Request, tables: Tables) -> bool:
         """Whether vLLM must keep the blocks until the workers say that they are through."""
@@ -380,10 +386,15 @@ class SchedulerSide:
         self._jobs[number] = (request.request_id, 0)
         if self._placement is not None:
             self._offered[number] = self._placement.holding(blocks)
+        keys = self._finder.keys(request, group, first, last)
+        self._tell(request, group, first, keys)
+        return StoreJob(number, request.request_id, keys, list(blocks))
+
+    def _tell(self, request: Request, group: Group, first: int, keys: bytes) -> None:
+        """Has what becomes of a request's blocks from `first` on reported."""
         of = group if self._groups.several else None
         step, size = self._hashes_per_block // group.per_unit, self._block_tokens // group.per_unit
-        self._events.offered(number, lambda: events.stored(request, first, last, step, size, of))
-        return StoreJob(number, request.request_id, self._finder.keys(request, group, first, last), list(blocks))
+        self._events.offered(keys, lambda number: events.block(request, first + number, step, size, of))
 
     def _moved_on(self) -> list[int]:
         """Stores of blocks that vLLM has given up since, because the window has moved on."""
@@ -426,13 +437,11 @@ class SchedulerSide:
         if not request_id:
             return
         if lost:
-            self._events.gone(number)
             self._offered.pop(number, None)
         if so_far + workers < self._workers:
             self._jobs[number] = (request_id, so_far + workers)
             return
         del self._jobs[number]
-        self._events.kept(number)
         if self._placement is not None and (offered := self._offered.pop(number, None)):
             self._placement.kept_elsewhere(offered)
         if tracked := self._tracked.get(request_id):
@@ -445,17 +454,7 @@ class SchedulerSide:
         if tracked is None:
             return
         tracked.failed = True
-        if block < (kept := tracked.kept):
-            # With several groups nobody knows of which a block was lost.
-            for group in self._groups.all:
-                of, step = group.number if self._groups.several else None, self._hashes_per_block // group.per_unit
-                first, last = group.last(block), group.last(kept)
-                self._events.removed(
-                    lambda of=of, step=step, first=first, last=last: events.removed(
-                        tracked.request, first, last, step, of
-                    )
-                )
-            tracked.kept = block
+        tracked.kept = min(tracked.kept, block)
 
     def _drop(self, request_id: str) -> None:
         self._doubt.gone(request_id)
@@ -465,7 +464,6 @@ class SchedulerSide:
             for number in tracked.stores:
                 self._jobs.pop(number, None)
                 self._offered.pop(number, None)
-                self._events.gone(number)
 
     def frees_pending(self) -> bool:
         return bool(self._kept_back) or bool(self._pins) or (self._loans is not None and self._loans.frees_pending())
@@ -483,6 +481,7 @@ class SchedulerSide:
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""
         self._finder.reset()
+        self._events.reset()
         for tracked in self._tracked.values():
             tracked.closed = True
             tracked.hit = None
@@ -493,7 +492,7 @@ class SchedulerSide:
         return None if stats.is_empty() else stats
 
     def take_events(self) -> Iterable[Any]:
-        return self._events.take()
+        return events.of(self._events.take())
 
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)
@@ -502,4 +501,5 @@ class SchedulerSide:
         return tracked
 
     def close(self) -> None:
+        self._events.close()
         self._connection.close()

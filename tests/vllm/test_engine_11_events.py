@@ -1,0 +1,136 @@
+"""A router that believes an engine's KV events knows what the broker's index has: at every pause, whatever became of
+the blocks, and whoever did it. Tests run in the order of this file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import lab as of
+import pytest
+from neighbours import SLAB, donate
+from node import eventually
+
+MEDIA = {"hbm": "SWIFTCACHE_HBM", "host": "SWIFTCACHE_HOST"}
+SETTINGS = {"load": "sync", "max_leased_bytes": 3 * SLAB, "max_host_leased_bytes": 2 * SLAB}
+
+
+@pytest.fixture(scope="module")
+def donors(node) -> list[subprocess.Popen[bytes]]:
+    node.start_broker(estate_ttl_ms=3_600_000)
+    return [donate(node, slabs=2), donate(node, slabs=2, device="HOST-0")]
+
+
+@pytest.fixture(scope="module")
+def engine(lab, node, donors):
+    engine = lab.engine("a")
+    of.connect(engine, node, events=True, connector=SETTINGS)
+    yield engine
+    engine.ask("stop")
+
+
+def index(node) -> set[tuple[str, str]]:
+    return {(MEDIA[medium], name) for medium, name in node.index()}
+
+
+def believed(engine, how: str = "known") -> set[tuple[str, str]]:
+    events = engine.ask("events")
+    assert events["wrong"] == []
+    return {tuple(block) for block in events[how]}
+
+
+def pause(engine, node, old: frozenset = frozenset()) -> set[tuple[str, str]]:
+    """Nothing is on its way: what a router believes is what there is. `old`: what the engine has disowned."""
+    engine.ask("settle")
+    blocks: set[tuple[str, str]] = set()
+
+    def equal() -> bool:
+        nonlocal blocks
+        blocks = believed(engine)
+        return blocks == index(node) - old
+
+    eventually("events to say what the index says", equal)
+    return blocks
+
+
+def talk(engine, name: str, tokens: int = 700) -> None:
+    engine.generate({name: of.tokens(name, tokens)}, of.ANSWER)
+
+
+def test_what_is_stored_is_known(engine, node) -> None:
+    assert pause(engine, node) == set()
+    talk(engine, "first")
+    assert len(pause(engine, node)) == 715 // of.BLOCK
+    assert set(engine.ask("events")["kinds"]) == {"BlockStored"}
+
+
+def test_what_is_evicted_or_moved_is_known(engine, node) -> None:
+    """The pool of the donors holds some hundred blocks: what came first has to go."""
+    number = 0
+
+    def removed() -> bool:
+        nonlocal number
+        number += 1
+        talk(engine, f"crowd-{number}", 2000)
+        return "BlockRemoved" in engine.ask("events")["kinds"]
+
+    eventually("an eviction", removed, 600)
+    blocks = pause(engine, node)
+    assert {medium for medium, _ in blocks} == set(MEDIA.values()), "both kinds of memory are full"
+    # The twin: a router that is told of no removal believes in blocks that are gone.
+    assert believed(engine, "deaf") > blocks
+
+
+def test_what_is_withdrawn_is_known(engine, node, donors) -> None:
+    before = pause(engine, node)
+    node.withdraw(donors[0])
+    donors[0].wait()
+    after = pause(engine, node)
+    assert {medium for medium, _ in after} == {MEDIA["host"]} and before - after
+    donors[0] = donate(node, slabs=2)
+    talk(engine, "after-the-withdrawal")
+    pause(engine, node)
+
+
+def test_what_an_operator_drops_is_known(engine, node) -> None:
+    """The engine's own part in it is none: it would find the blocks still."""
+    before = pause(engine, node)
+    [name] = {worker["namespace"] for worker in engine.ask("held")["workers"]}
+    command = [node.programs / "swiftcache", "evict", "--socket", node.socket, "--namespace", name, "--yes"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert before - pause(engine, node)
+    talk(engine, "after-the-operator")
+    assert pause(engine, node)
+
+
+def test_what_dies_with_its_donor_is_known(engine, node, donors) -> None:
+    os.kill(donors[0].pid, signal.SIGKILL)
+    donors[0].wait()
+    eventually("the broker to notice", lambda: len(node.status()["donors"]) == 1)
+    blocks = pause(engine, node)
+    assert MEDIA["hbm"] not in {medium for medium, _ in blocks}
+    donors[0] = donate(node, slabs=2)
+    talk(engine, "after-the-death")
+    pause(engine, node)
+
+
+def test_what_a_broker_does_not_know_any_more_is_known(engine, node) -> None:
+    """It is told again what there is. Until then nothing is found there by others, and a router knows that."""
+    before = pause(engine, node)
+    node.kill_broker()
+    node.start_broker(estate_ttl_ms=3_600_000)
+    eventually("the engine to be back", lambda: engine.ask("leased"))
+    eventually("the blocks to be back", lambda: index(node) >= before)
+    assert pause(engine, node)
+
+
+def test_a_reset_clears_all(engine, node) -> None:
+    pause(engine, node)
+    assert engine.ask("reset", connector=True)
+    old = frozenset(index(node))
+    assert believed(engine) == set() and engine.ask("events")["kinds"][-1] == "AllBlocksCleared"
+    talk(engine, "after-the-reset")
+    # What was stored before stays until there is need of its room. This engine finds it no more, and others do.
+    assert pause(engine, node, old) and old & index(node)
