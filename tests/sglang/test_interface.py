@@ -44,6 +44,8 @@ CALLERS = {
     "the start of a batch's loads": UnifiedRadixCache.ready_to_load_host_cache,
     "ranks that agree": UnifiedRadixCache._all_reduce_attn_groups,
     "reset": UnifiedRadixCache.reset,
+    # Events are the tree's alone: a linker could add to them if this asked it.
+    "KV events": UnifiedRadixCache.take_events,
     "a flush": Scheduler.flush_cache,
     "the batch that is waited for": TpModelWorker.set_hicache_consumer,
     # Who waits for a layer, and what a page is.
