@@ -323,9 +323,11 @@ impl Index {
         if let Ok(entry) = table.find_entry(digest, |entry| *entry == at) {
             entry.remove();
             self.blocks -= 1;
-            let others: Vec<_> = self.find(namespace, &hash).collect();
-            let copy = !others.is_empty();
-            let there = (others.iter()).any(|other| self.medium(other.lease) == medium);
+            let (mut copy, mut there) = (false, false);
+            for other in self.find(namespace, &hash) {
+                copy = true;
+                there |= self.medium(other.lease) == medium;
+            }
             self.namespaces[namespace].copies -= u64::from(copy);
             if !there {
                 journal.push(Change {

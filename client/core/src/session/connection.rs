@@ -43,6 +43,8 @@ pub(super) struct Connection {
     pub(super) host_devices: Vec<Device>,
     /// Observers have been told: what they do about a new connection comes before what others do with it.
     pub(super) announced: AtomicBool,
+    /// Cancelled when it is served no more.
+    pub(super) over: CancellationToken,
     /// Cancelled when the broker must be told anew what is held, which only another connection does.
     pub(super) given_up: CancellationToken,
     outgoing: mpsc::UnboundedSender<v1::SessionRequest>,
@@ -175,6 +177,7 @@ impl Connection {
                 .collect::<Result<_, _>>()
                 .map_err(invalid)?,
             announced: AtomicBool::new(false),
+            over: CancellationToken::new(),
             given_up: CancellationToken::new(),
             outgoing,
         };

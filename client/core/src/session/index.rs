@@ -268,13 +268,18 @@ async fn follow(session: Weak<Shared>, mirror: Arc<Mutex<Mirror>>) {
                 }
             };
             let mut admin = AdminClient::new(connection.channel.clone());
+            // A connection ends with its session's stream, and not when nobody uses it any more.
+            let over = connection.over.clone();
             drop(connection);
             match admin.watch(request).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
-                    while let Ok(Some(message)) = stream.message().await {
-                        mirror.lock().hear(&message);
-                    }
+                    let heard = async {
+                        while let Ok(Some(message)) = stream.message().await {
+                            mirror.lock().hear(&message);
+                        }
+                    };
+                    let _ = over.run_until_cancelled(heard).await;
                 }
                 Err(status) if status.code() == tonic::Code::Unimplemented => {
                     warn!(

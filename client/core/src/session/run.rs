@@ -130,6 +130,7 @@ async fn serve(
     shared.changed.notify_all();
     let reporter = Reporter::new(&connection);
     let given_up = connection.given_up.clone();
+    let _over = connection.over.clone().drop_guard();
     let withdrawer = Withdrawer::new(&connection);
     let _withdrawals = AbortOnDropHandle::new(tokio::spawn(withdrawer.run(Arc::clone(shared))));
     drop(connection);
