@@ -506,6 +506,18 @@ mod tests {
         assert_eq!(broker.unread(&peer, LIST).await.len(), 100);
     }
 
+    #[tokio::test]
+    async fn a_user_has_few_watchers_and_they_take_no_place_of_lists() {
+        let mut broker = Broker::new(ANSWERS, ANY_BYTES, LONG);
+        let peer = broker.peer.clone();
+        let mut watching = broker.unread(&peer, WATCH).await;
+        assert_eq!(watching.len(), WATCHERS.of_user);
+        assert_eq!(broker.unread(&peer, LIST).await.len(), ANSWERS.of_user);
+        // The twin: one that hangs up makes room.
+        drop(watching.pop());
+        assert!(broker.call(WATCH).await.is_some());
+    }
+
     /// However small the answers, their bytes are bounded: of a connection, of a process with many, of a user with many
     /// processes, and of all users. Whoever reads gets more, and root is answered in any case.
     #[tokio::test]

@@ -49,6 +49,8 @@ pub(crate) enum Flood {
     Lists,
     /// The other questions of Admin, in turn.
     Reads,
+    /// Watches of the index that begin anew again and again.
+    Watches,
     /// Sessions that come and leave.
     Sessions,
     /// Regions that are offered and withdrawn.
@@ -64,6 +66,7 @@ impl Flood {
         match self {
             Self::Lists => "lists of 61,000 leases",
             Self::Reads => "questions of Admin",
+            Self::Watches => "watches of the index",
             Self::Sessions => "Register and Leave",
             Self::Offers => "Offer and Withdraw",
             Self::Lookups => "another's lookups",
@@ -192,6 +195,7 @@ pub(crate) fn flood(flood: Flood, socket: &Path, runtime: &Runtime) -> Result<()
                 match flood {
                     Flood::Lists => tasks.spawn(lists(channel)),
                     Flood::Reads => tasks.spawn(reads(channel, call)),
+                    Flood::Watches => tasks.spawn(watches(channel)),
                     Flood::Sessions => tasks.spawn(sessions(channel)),
                     Flood::Offers => tasks.spawn(offers(channel, call)),
                     Flood::Lookups => tasks.spawn(lookups(channel)),
@@ -237,6 +241,21 @@ async fn reads(channel: Channel, first: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+async fn watches(channel: Channel) -> Result<()> {
+    let mut admin = AdminClient::new(channel);
+    loop {
+        let Ok(stream) = admin.watch(v1::WatchRequest::default()).await else {
+            continue;
+        };
+        let mut stream = stream.into_inner();
+        while let Ok(Some(told)) = stream.message().await {
+            if told.current {
+                break;
+            }
+        }
+    }
 }
 
 async fn register(client: &mut Client) -> Option<u64> {
