@@ -43,6 +43,7 @@ pub(crate) fn flat(stats: &Stats) -> Vec<(&'static str, u64)> {
         ("host_leased_bytes", stats.host_leased_bytes),
         ("donor_blocks", stats.donor_blocks),
         ("host_blocks", stats.host_blocks),
+        ("unsettled_slabs", stats.unsettled_slabs.into()),
     ];
     flat.extend(crossed(&stats.loaded, LOADED));
     flat.extend(crossed(&stats.stored, STORED));

@@ -97,6 +97,8 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
     import transformers
 
     torch.manual_seed(seed)
+    if kind == "eagle":
+        return _head(target, done)
     config_class, model_class = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -113,6 +115,33 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
                 parameter.mul_(SCALE)
     model.save_pretrained(target)
     done.write_text(json.dumps({"kind": kind, "seed": seed}))
+    return target
+
+
+def _head(target: Path, done: Path) -> Path:
+    """A draft model for the tiny Llama: an EAGLE head, which guesses badly."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, wide, head = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["head_dim"]
+    heads, kv = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
+    shapes = {
+        "fc": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj": (heads * head, hidden),
+        "layers.0.self_attn.k_proj": (kv * head, hidden),
+        "layers.0.self_attn.v_proj": (kv * head, hidden),
+        "layers.0.self_attn.o_proj": (hidden, heads * head),
+        "layers.0.mlp.gate_proj": (wide, hidden),
+        "layers.0.mlp.up_proj": (wide, hidden),
+        "layers.0.mlp.down_proj": (hidden, wide),
+    }
+    tensors = {f"{name}.weight": torch.randn(shape) * 0.02 * SCALE for name, shape in shapes.items()}
+    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    target.mkdir(parents=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = SHAPE | {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    done.write_text(json.dumps({"kind": "eagle"}))
     return target
 
 

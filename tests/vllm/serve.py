@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -35,6 +36,8 @@ class Spy:
     def __init__(self, cache: Any) -> None:
         self._cache = cache
         self._stores: list[Any] = []
+        self.keeps = True
+        """Keep them; else they are over when the engine says so."""
         self.lose: list[int] = []
         self.at_once = False
         """Stores end before the engine goes on."""
@@ -47,6 +50,10 @@ class Spy:
         self.loads = 0
         self.slow = 0
         """Loads are over after so many steps and some more, each after others."""
+        self.liar = False
+        """Loads that fail say that they have not."""
+        self.victim = 0
+        """A process that is killed before the next load begins."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -55,10 +62,14 @@ class Spy:
         store = self._cache.store(*arguments)
         if self.at_once:
             store.finish()
-        self._stores.append(store)
+        if self.keeps:
+            self._stores.append(store)
         return store
 
     def load(self, keys: bytes, blocks: list[int], after: Any = None) -> Any:
+        if self.victim:
+            os.kill(self.victim, signal.SIGKILL)
+            self.victim = 0
         changed = bytearray(keys)
         for position in self.lose:
             if position < len(blocks):
@@ -71,6 +82,8 @@ class Spy:
                 changed[16 * position : 16 * position + 16] = os.urandom(16)
                 self.spoiled += 1
         load = self._cache.load(bytes(changed), blocks, after)
+        if self.liar:
+            load = Liar(load)
         if self.slow:
             load = Slow(load, self.slow + 3 * self.loads % 7)
         if self.repeat:
@@ -86,6 +99,20 @@ class Spy:
                 outcome[name] = outcome.get(name, 0) + count
         self._stores = []
         return outcome
+
+
+class Liar:
+    """A load that has never failed."""
+
+    def __init__(self, load: Any) -> None:
+        self._load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load, name)
+
+    def finish(self) -> list[int]:
+        self._load.finish()
+        return []
 
 
 class Slow:
@@ -140,6 +167,23 @@ def halve(worker: Any, on: bool, slow: int, rank: int | None) -> None:
     side = _side(worker)
     if rank in (None, side._ranks.tp):
         side._cache.half, side._cache.slow = on, slow
+
+
+def lie(worker: Any, on: bool) -> None:
+    _side(worker)._cache.liar = on
+
+
+def keep(worker: Any, on: bool) -> None:
+    _side(worker)._cache.keeps = on
+
+
+def ambush(worker: Any, victim: int) -> None:
+    _side(worker)._cache.victim = victim
+
+
+def deafen(worker: Any) -> None:
+    side = _side(worker)
+    side.weights_changed = lambda: None
 
 
 def overwrite(worker: Any) -> None:
@@ -215,6 +259,7 @@ class Engine:
     def start(self, options: dict[str, Any]) -> dict[str, Any]:
         from vllm import LLM
         from vllm.config import KVEventsConfig, KVTransferConfig
+        from vllm.platforms import current_platform
 
         self.stop()
         began = time.monotonic()
@@ -256,6 +301,8 @@ class Engine:
         if "kv_cache_memory_bytes" in options:
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]
         self.llm = LLM(**options)
+        # Once in a process is enough. vLLM 0.32 fails the second time if numba has come meanwhile, as with speculation.
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda _: None)
         self.preemptions = 0
         preempt = self._scheduler._preempt_request
 
@@ -302,15 +349,25 @@ class Engine:
         salt: str | None = None,
         logprobs: bool = False,
         n: int = 1,
+        prompt_logprobs: bool = False,
+        priority: int = 0,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
-        """`n`: so many answers."""
+        """`n`: so many answers. `adapter`: fields of a LoRARequest."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt:
             prompt["cache_salt"] = salt
-        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=0 if prompt_logprobs else None,
+        )
         if logprobs:
             parameters.logprobs = 1
         if n > 1:
@@ -324,7 +381,8 @@ class Engine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-        self.llm.llm_engine.add_request(name, prompt, parameters)
+        lora = LoRARequest(**adapter) if adapter is not None else None
+        self.llm.llm_engine.add_request(name, prompt, parameters, lora_request=lora, priority=priority)
 
     def step(self, count: int = 0) -> dict[str, Any]:
         """`count` steps, or fewer when nothing is left to do; 0: until nothing is."""
@@ -346,6 +404,10 @@ class Engine:
                     }
                     if (of := output.outputs[0].logprobs) is not None:
                         done[output.request_id]["logprobs"] = [max(at.values(), key=_logprob).logprob for at in of]
+                    if (of := output.prompt_logprobs) is not None:
+                        # Of the tokens that are there; the first has none.
+                        there = zip(of, output.prompt_token_ids, strict=True)
+                        done[output.request_id]["prompt"] = [at[token].logprob for at, token in there if at]
         return {"finished": done, "left": engine.has_unfinished_requests(), "seconds": seconds, "hooks": hooks}
 
     def settle(self) -> dict[str, int]:
@@ -374,6 +436,36 @@ class Engine:
     def halve(self, on: bool, slow: int = 0, rank: int | None = None) -> None:
         """Has half of the loads fail from now on, and all take so many steps and some more; of one rank, or of all."""
         self.llm.collective_rpc(halve, args=(on, slow, rank))
+
+    def lie(self, on: bool) -> None:
+        """Whether loads that fail say so."""
+        self.llm.collective_rpc(lie, args=(on,))
+
+    def ambush(self, victim: int) -> None:
+        """Has a process killed when the next load begins: after the lookup."""
+        self.llm.collective_rpc(ambush, args=(victim,))
+
+    def update_weights(self, path: str) -> None:
+        """As a trainer does: other weights in place, by vLLM's own call."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+    def deafen(self) -> None:
+        """Has workers not notice that their weights are updated from now on."""
+        self.llm.collective_rpc(deafen)
+
+    def sleep(self, level: int) -> None:
+        self.llm.sleep(level=level)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+    def keep_stores(self, on: bool) -> None:
+        """Whether stores are kept until `settle`, so that what they have stored can be found by others then."""
+        self.llm.collective_rpc(keep, args=(on,))
+
+    def counted(self) -> dict[str, float]:
+        """What the engine's /metrics say of SwiftCache."""
+        return {of.name: of.value for of in self.llm.get_metrics() if "swiftcache" in of.name}
 
     def overwrite(self) -> None:
         """Forgets vLLM's own prefix cache, and overwrites the pool."""

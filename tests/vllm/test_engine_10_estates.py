@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from neighbours import donate
+from neighbours import Tenant, donate
 from node import Node, eventually
+from test_engine_3_lending import nudge
 
 
 @pytest.fixture
@@ -31,10 +32,24 @@ def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_
     want = lab.want("killed")
     bare_node.start_broker(estate_ttl_ms=ttl_ms)
     donate(bare_node)
+    offered = bare_node.status()["total"]["offered"]
     first = lab.engine("killed")
-    of.connect(first, bare_node, connector={"load": "sync"})
+    # One that nothing is left of lends, too, to somebody who has it when the engine is killed.
+    lending = {} if ttl_ms else {"lend": 0.5, "lend_after_ms": 0, "device": "SIM-0"}
+    of.connect(first, bare_node, connector={"load": "sync"} | lending)
     assert of.said(first.generate(prompts(), of.ANSWER)).items() <= want.items()
     first.ask("settle")
+    tenant = None
+    if lending:
+
+        def lends() -> bool:
+            nudge(first)
+            first.ask("settle")
+            return bare_node.status()["total"]["offered"] > offered
+
+        eventually("loans", lends)
+        tenant = Tenant(bare_node)
+        assert tenant.leased > 0
     # In the middle of a request, which stores as it goes.
     first.ask("add", name="last", tokens=of.tokens("last", 400), max_tokens=of.ANSWER)
     first.ask("step", count=2)
@@ -42,7 +57,10 @@ def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_
     if ttl_ms:
         eventually("an estate", lambda: bare_node.status()["total"]["estate"])
     else:
+        eventually("what it lent to be gone", lambda: bare_node.status()["total"]["offered"] == offered)
+        tenant.end()
         eventually("all to be free", lambda: not bare_node.status()["total"]["leased"])
+        assert bare_node.status()["total"]["zombie"] == 0
     second = lab.engine("b")
     of.connect(second, bare_node, connector={"load": "sync"})
     results = second.generate(prompts(), of.ANSWER)

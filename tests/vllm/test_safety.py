@@ -254,8 +254,18 @@ def test_a_model_without_prefix_caching_is_told_apart_from_a_flag() -> None:
     off = {"cache_config__enable_prefix_caching": False}
     with pytest.raises(ValueError, match="vLLM switches prefix caching off for this model"):
         safety.check(stage.config(**off, model_config__is_prefix_caching_supported=False), stage.kv_config())
+    off_by_itself = off | {"model_config__is_prefix_caching_supported": False}
+    for attention in ("encoder_only", "encoder_decoder"):  # BERT, Whisper
+        named = attention.replace("_", "-")
+        with pytest.raises(ValueError, match=f"vLLM switches prefix caching off for {named} models"):
+            safety.check(stage.config(**off_by_itself, model_config__attn_type=attention), stage.kv_config())
+    off["model_config__is_prefix_caching_supported"] = True
+    with pytest.raises(
+        ValueError, match="vLLM switches prefix caching off for models with MLA, such as DeepSeek, on CPUs"
+    ):
+        safety.check(stage.config(**off, model_config__use_mla=True), stage.kv_config())
     with pytest.raises(ValueError, match="drop --no-enable-prefix-caching"):
-        safety.check(stage.config(**off, model_config__is_prefix_caching_supported=True), stage.kv_config())
+        safety.check(stage.config(**off), stage.kv_config())
 
 
 def test_inside_another_connector_its_counters_are_found_by_name() -> None:

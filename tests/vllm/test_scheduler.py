@@ -42,9 +42,9 @@ class Stand:
         return self.side.metadata(stage.output({}, {})) if self.side.wants_steps() else None
 
     def publish(self, request, blocks: int, namespaces=NAMESPACES) -> None:
+        keys = self.side._finder.keys(request, self.side._groups.full[0], 0, blocks)
         for name in namespaces:
-            for key in request.block_hashes[:blocks]:
-                self.native.published.setdefault(name, {})[key[:16]] = []
+            self.native.published.setdefault(name, {}).update({key: [] for key in self.native.split(keys)})
 
     def lookups(self) -> int:
         return sum(1 for call in self.native.calls if call[0] == "count_hits")
@@ -551,11 +551,13 @@ def test_events_say_what_is_kept_and_what_is_gone(native) -> None:
     assert type(event) is AllBlocksCleared
 
 
-def test_events_tell_of_blocks_that_others_have_stored(native) -> None:
+def test_events_tell_of_blocks_that_others_have_stored(native, tmp_path) -> None:
     """Also with what their tokens do not say: an adapter, and a salt in the first block."""
     stand = Stand(native, workers=2, events=True)
     request = stage.request("a", 12)
-    request.lora_request = SimpleNamespace(lora_int_id=7, lora_name="adapter", lora_path="/adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).touch()
+    request.lora_request = SimpleNamespace(lora_int_id=7, lora_name="adapter", lora_path=str(tmp_path))
     request.cache_salt = "salt"
     stand.publish(request, 2)
     assert stand.side.matched_tokens(request, 0) == (8, False)

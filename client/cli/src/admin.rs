@@ -163,6 +163,10 @@ impl Admin {
         self.ask(async |mut client| all_regions(&mut client).await)
     }
 
+    pub(super) fn namespaces(&self) -> Result<Vec<v1::NamespaceStatus>, CliError> {
+        self.ask(async |mut client| all_namespaces(&mut client).await)
+    }
+
     /// The newest events, at most `limit`, oldest first.
     pub(super) fn events(&self, limit: u32) -> Result<Vec<v1::EventRecord>, CliError> {
         self.ask(async |mut client| {

@@ -240,8 +240,8 @@ class Cache:
         moved_to_host_blocks, dropped_blocks.
         Bytes: {loaded,stored}_{same_device,nvlink,pcie,host}_bytes.
         Microseconds: {drain,acknowledge}_{p50,p99,max}_us.
-        Now: routes_down, leases, shared_leases, leased_bytes, host_leased_bytes, donor_blocks, host_blocks, connected (0 or
-        1), open (0 or 1).
+        Now: routes_down, leases, shared_leases, leased_bytes, host_leased_bytes, donor_blocks, host_blocks, unsettled_slabs
+        (0: everything that was stored is counted), connected (0 or 1), open (0 or 1).
         """
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use swiftcache_client::donor::{Forecast, PolicyConfig};
 use swiftcache_proto::{
     domain::Device,
-    v1::{GetNodeResponse, RegionStatus},
+    v1::{GetNodeResponse, NamespaceStatus, RegionStatus},
 };
 use swiftcache_replay::report::bytes;
 
@@ -30,6 +30,7 @@ pub(super) struct Answers {
     pub(super) node: GetNodeResponse,
     /// What is on offer.
     pub(super) regions: Vec<RegionStatus>,
+    pub(super) namespaces: Vec<NamespaceStatus>,
 }
 
 /// Checks the sockets and the broker. Returns what the broker says, if it answers.
@@ -41,6 +42,7 @@ pub(super) fn examine(socket: &Path, report: &mut Report) -> Option<Answers> {
         Ok(Answers {
             node: admin.node()?,
             regions: admin.regions()?,
+            namespaces: admin.namespaces()?,
         })
     });
     match asked {

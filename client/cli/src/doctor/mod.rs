@@ -4,6 +4,7 @@ mod broker;
 mod gpus;
 mod host;
 mod report;
+mod sharing;
 mod visibility;
 
 use clap::Args;
@@ -31,6 +32,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
     let node = answers.as_ref().map(|answers| &answers.node);
     let enumerated = gpus::examine(node, &mut report);
     visibility::examine(answers.as_ref(), enumerated.as_deref(), &mut report);
+    sharing::examine(answers.as_ref(), &mut report);
     if args.json {
         output::print_json(&report)?;
     } else {

@@ -183,6 +183,12 @@ impl Shelves {
         self.counts
     }
 
+    /// How many slabs are written to.
+    pub(super) fn unsettled(&self) -> u32 {
+        let written = self.table.values().filter(|shelf| !shelf.writes.is_empty());
+        written.count() as u32
+    }
+
     /// A block lies in a slot from now on.
     pub(super) fn occupy(&mut self, place: Place, block: BlockId) {
         if let Some(shelf) = self.table.get_mut(&place.slab) {

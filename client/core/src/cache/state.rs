@@ -208,6 +208,7 @@ impl State {
             routes_down: self.routes.down(),
             donor_blocks: blocks.hbm,
             host_blocks: blocks.host,
+            unsettled_slabs: self.shelves.unsettled(),
             ..self.counts
         }
     }

@@ -105,6 +105,9 @@ pub struct Stats {
     pub host_blocks: u64,
     /// Replicas' leases mapped now.
     pub shared_leases: u32,
+    /// Slabs into which copies are under way, or over and not counted yet: 0 when everything that was given up is in the
+    /// numbers above.
+    pub unsettled_slabs: u32,
 }
 
 impl Stats {

@@ -27,10 +27,19 @@ class Ranks:
     pp_size: int = 1
 
 
-def namespace(facts: Mapping[str, Any], ranks: Ranks) -> str:
-    """At most 256 bytes: a digest of the facts, and the worker's place."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{digest}/tp{ranks.tp}of{ranks.tp_size}/pp{ranks.pp}of{ranks.pp_size}"
+def namespace(facts: Mapping[str, Any], ranks: Ranks, seed: str | None = None) -> str:
+    """At most 256 bytes: a digest of the facts, and the worker's place. `seed`: what the engine's block hashes are
+    seeded with, "" for its default. It has a place of its own, by which `swiftcache doctor` knows engines that differ
+    in nothing else."""
+    digest = _digest(facts)
+    seeded = "" if seed is None else f"/seed-{seed if len(seed) <= 10 and seed.isalnum() else _digest(seed)[:10]}"
+    if seed == "":
+        seeded = "/seed-none"
+    return f"{digest}{seeded}/tp{ranks.tp}of{ranks.tp_size}/pp{ranks.pp}of{ranks.pp_size}"
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weight_files(model: str, revision: str | None) -> list[tuple[str, ...]]:
@@ -55,11 +64,27 @@ def weight_files(model: str, revision: str | None) -> list[tuple[str, ...]]:
     return files
 
 
-def _snapshot(model: str, revision: str | None) -> str | None:
+def adapter(path: str) -> bytes:
+    """Names a LoRA adapter by its files, 16 bytes; empty if there are none (yet). `path` is a directory, or a name in
+    the Hugging Face cache."""
+    path = os.path.expanduser(path)
+    directory = path if os.path.isdir(path) else _snapshot(path, None, "adapter_config.json")
+    try:
+        files = weight_files(directory, None) if directory is not None else []
+        if not files or directory is None:
+            return b""
+        with open(os.path.join(directory, "adapter_config.json"), "rb") as config:
+            return hashlib.sha256(repr(files).encode() + config.read()).digest()[:16]
+    except OSError:  # somebody is writing it
+        return b""
+
+
+def _snapshot(model: str, revision: str | None, of: str = "config.json") -> str | None:
+    """The directory of a repository in Hugging Face's cache, in which there is a file of this name."""
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
+        found = try_to_load_from_cache(model, of, revision=revision)
     except Exception:  # not a repository's name, or another version of the library: the name has to do
         return None
     return os.path.dirname(found) if isinstance(found, str) else None

@@ -128,6 +128,14 @@ class Doubt:
         tracked.spoiled = at
         self._spoiled[tracked.request.request_id] = tracked
 
+    def distrust(self, requests: Iterable[Tracked]) -> None:
+        """What vLLM has cached of prefixes may be wrong from now on, and what these requests compute on theirs."""
+        for tracked in requests:
+            if not tracked.finished:
+                self._mark(tracked, 0)
+        if self._manager is not None:
+            self._forget(set(range(len(self._manager.block_pool.blocks))))
+
     # vLLM's own cache.
 
     def _table(self, tracked: Tracked) -> list[int]:

@@ -1,12 +1,12 @@
 """What makes KV blocks of two vLLM workers interchangeable: everything that might change a byte of one.
 
-What differs between requests of one engine is in vLLM's block hashes already: tokens, `cache_salt`, LoRA name and path,
-multimodal items, prompt embeddings.
+What differs between requests of one engine is in vLLM's block hashes already: tokens, `cache_salt`, LoRA name and path
+(`updates` adds the files), multimodal items, prompt embeddings. What seeds the hashes has a place of its own in the
+namespace.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def facts(
         "vllm": vllm.__version__,
         "model": _model(config, settings),
         "salt": settings.salt,
-        "hash": [config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED", "")],
+        "hash": config.cache_config.prefix_caching_hash_algo,
         "block_tokens": block_tokens,
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
         "layout": str(getattr(config.cache_config, "kv_cache_layout", None)),

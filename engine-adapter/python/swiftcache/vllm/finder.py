@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from swiftcache._native import Connection
     from swiftcache.vllm.groups import Group, Groups
     from swiftcache.vllm.metadata import Handshake
+    from swiftcache.vllm.updates import Adapters
 
 Tables = Sequence[Sequence[int]]
 """A request's blocks in the pool: of each group. Block 0 of the pool is vLLM's placeholder."""
@@ -30,8 +31,9 @@ class Finder:
         hashes_per_block: int,
         lookup_ms: int,
         quiet: Quiet,
+        adapters: Adapters,
     ) -> None:
-        self._connection, self._groups = connection, groups
+        self._connection, self._groups, self._adapters = connection, groups, adapters
         self._block_tokens, self._hashes_per_block = block_tokens, hashes_per_block
         self._lookup_ms, self._quiet = lookup_ms, quiet
         self._key = Keys()
@@ -54,10 +56,13 @@ class Finder:
         return len(request.block_hashes) // self._hashes_per_block
 
     def keys(self, request: Request, group: Group, first: int, last: int) -> bytes:
-        """Hashes are chained, so that of a block's last part names the block and all before it."""
+        """Hashes are chained, so that of a block's last part names the block and all before it. What they say of an
+        adapter is its name and path."""
         step = self._hashes_per_block // group.per_unit
         hashes = request.block_hashes[first * step + step - 1 : last * step : step]
-        return self._key.of(hashes, self._groups.salt(group))
+        adapter = self._adapters.of(request)
+        files = adapter.files if adapter is not None else b""
+        return self._key.of(hashes, files + self._groups.salt(group))
 
     def present(self, request: Request, first: int, end: int, tables: Tables) -> tuple[bytes, list[int]]:
         """The blocks of the units from `first` up to `end` that a request has in the pool, of every group: their keys

@@ -13,6 +13,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from swiftcache.engine.loans import LendJob
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The LoRA adapter that blocks are computed with: vLLM's number, and a digest of its files, empty where that is not
+    known. Then none of its blocks are kept."""
+
+    number: int
+    files: bytes
+
+
 @dataclass(slots=True)
 class LoadJob:
     request: str
@@ -23,6 +32,7 @@ class LoadJob:
     blocks: list[int]
     sync: bool
     """Whether this step's forward needs it."""
+    adapter: Adapter | None = None
 
 
 @dataclass(slots=True)
@@ -31,6 +41,7 @@ class StoreJob:
     request: str
     keys: bytes
     blocks: list[int]
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -51,6 +62,9 @@ class StepMetadata(KVConnectorMetadata):
     doubt: int = 0
     """A number for a step whose forward relies on loads that may fail, this connector's or another one's. The workers
     report it with the step's outcome. 0: nothing that the step computes is in doubt."""
+    weights: dict[tuple[int, int], int] = field(default_factory=dict)
+    """How many updates of its weights the scheduler knows of, of each worker that has had any. If there are more, the
+    loads and stores of this step are of other weights."""
 
 
 @dataclass
@@ -69,9 +83,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """Workers that say who they are, by their ranks in pipeline and tensor parallelism."""
     settled: int = 0
     """The step's `doubt`: blocks that its loads lost are in the same output of vLLM's workers."""
+    weights: dict[tuple[int, int], int] = field(default_factory=dict)
+    """How many updates of its weights each worker has had, of those that had one since their last report."""
 
     def is_empty(self) -> bool:
-        return not (self.done or self.failed or self.back or self.lend_refused or self.met or self.settled)
+        happened = (
+            self.done or self.failed or self.back or self.lend_refused or self.met or self.settled or self.weights
+        )
+        return not happened
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, WorkerReport)
@@ -84,6 +103,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.back[loan] = self.back.get(loan, 0) + workers
         self.lend_refused = self.lend_refused or other.lend_refused
         self.met |= other.met
+        self.weights |= other.weights
         self.settled = max(self.settled, other.settled)
         return self
 

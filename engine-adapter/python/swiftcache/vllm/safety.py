@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -66,12 +67,15 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
     if transfer.kv_role != "kv_both":
         raise ValueError(f"SwiftCache needs kv_role 'kv_both', not {transfer.kv_role!r}: it reads and writes")
     if not cache.enable_prefix_caching:
-        if not getattr(config.model_config, "is_prefix_caching_supported", True):
+        if reason := _switched_off(config):
             raise ValueError(
                 "SwiftCache does not serve this model: it needs vLLM's prefix caching for its block hashes, and vLLM "
-                "switches prefix caching off for this model"
+                f"switches prefix caching off for {reason}"
             )
-        raise ValueError("SwiftCache needs vLLM's prefix caching for its block hashes: drop --no-enable-prefix-caching")
+        raise ValueError(
+            "SwiftCache needs vLLM's prefix caching for its block hashes: drop --no-enable-prefix-caching. If it was "
+            "not given, vLLM has switched prefix caching off for this model, and its log says why"
+        )
     if cache.prefix_caching_hash_algo not in HASHES:
         raise ValueError(
             f"SwiftCache refuses prefix_caching_hash_algo {cache.prefix_caching_hash_algo!r}, whose hashes collide or "
@@ -118,6 +122,17 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
             "SwiftCache serves sliding windows and chunks beside full attention, not alone: "
             "--disable-hybrid-kv-cache-manager keeps them as full attention"
         )
+
+
+def _switched_off(config: VllmConfig) -> str:
+    """What of this model has vLLM switch prefix caching off by itself; empty if nothing is known."""
+    model = config.model_config
+    if not getattr(model, "is_prefix_caching_supported", True):
+        attention = str(getattr(model, "attn_type", ""))
+        return f"{attention.replace('_', '-')} models" if attention.startswith("encoder") else "this model"
+    if getattr(model, "use_mla", False) and current_platform.is_cpu():
+        return "models with MLA, such as DeepSeek, on CPUs"
+    return ""
 
 
 def _reach(spec: KVCacheSpec) -> tuple[int | None, int | None]:

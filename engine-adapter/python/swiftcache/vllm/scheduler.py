@@ -15,6 +15,9 @@ tail. Tails are kept where somebody is likely to go on: at a prompt's end, at th
 and where a lookup found that a tail was missing. Blocks that full attention computes after the prompt are kept when
 the request ends, and only with the tail there: a prefix without its tail would be found and could not be used.
 
+Which names blocks have. After an update of the workers' weights, and after a reset, they are other ones than before; of
+a LoRA adapter whose files are others than those of the one before, too (`updates`).
+
 States are kept where vLLM offers them, which is at a prompt's end and where it is told to (`junction`): only vLLM knows
 which block of a request has the state of which token. So what a request computes after its prompt is not kept.
 """
@@ -36,6 +39,7 @@ from swiftcache.vllm.metrics import SwiftCacheStats
 from swiftcache.vllm.pins import Pins
 from swiftcache.vllm.room import Room
 from swiftcache.vllm.tracked import Hit, Tracked
+from swiftcache.vllm.updates import Adapters
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -101,9 +105,13 @@ class SchedulerSide:
         self._offered: dict[int, list[tuple[int, Any]]] = {}
         """The blocks of each store, with what they hold, where local ones are to be given away first."""
         self._quiet = Quiet()
+        self._adapters = Adapters()
+        self._weights: dict[tuple[int, int], int] = {}
+        """Of each worker, the updates of its weights that it has reported."""
         self._finder = Finder(
             connection,
             groups,
+            adapters=self._adapters,
             block_tokens=block_tokens,
             hashes_per_block=hashes_per_block,
             lookup_ms=settings.lookup_ms,
@@ -149,7 +157,23 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         self._counted = False
-        self._tracked[request.request_id] = Tracked(request)
+        self._start(request)
+
+    def _start(self, request: Request) -> Tracked:
+        adapter = self._adapters.of(request)
+        tracked = self._tracked[request.request_id] = Tracked(request, adapter=adapter)
+        if adapter is not None:
+            if not adapter.files:
+                tracked.closed = tracked.failed = True
+            if self._adapters.is_another(request, adapter):
+                name = request.lora_request.lora_name
+                alike = [
+                    of
+                    for of in self._tracked.values()
+                    if of is not tracked and of.adapter is not None and of.request.lora_request.lora_name == name
+                ]
+                self._doubt.distrust(alike)
+        return tracked
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens after those that are computed can be loaded, and whether that is done before the request is
@@ -212,7 +236,7 @@ class SchedulerSide:
         tracked.promised = end if self._groups.several else 0
         tracked.loading = not self._sync
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
-        self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync))
+        self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter))
         for group in self._groups.full:
             # Whoever stored them: this engine can load them.
             start, last = group.last(first), group.last(end)
@@ -246,7 +270,7 @@ class SchedulerSide:
     # Per step.
 
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
-        step = StepMetadata(self._loads, self._late, [], self._retained)
+        step = StepMetadata(self._loads, self._late, [], self._retained, weights=dict(self._weights))
         self._loads, self._late, self._retained = [], [], []
         for request_id in output.preempted_req_ids or ():
             if tracked := self._tracked.get(request_id):
@@ -388,7 +412,7 @@ class SchedulerSide:
             self._offered[number] = self._placement.holding(blocks)
         keys = self._finder.keys(request, group, first, last)
         self._tell(request, group, first, keys)
-        return StoreJob(number, request.request_id, keys, list(blocks))
+        return StoreJob(number, request.request_id, keys, list(blocks), tracked.adapter)
 
     def _tell(self, request: Request, group: Group, first: int, keys: bytes) -> None:
         """Has what becomes of a request's blocks from `first` on reported."""
@@ -414,6 +438,8 @@ class SchedulerSide:
         if isinstance(report, WorkerReport):
             if report.met:
                 self._introduced(report.met)
+            if report.weights:
+                self._updated(report.weights)
             for number, workers in report.done.items():
                 self._job_done(number, workers, number in report.lost)
             for request_id, block in report.failed.items():
@@ -430,6 +456,15 @@ class SchedulerSide:
         for request_id in output.finished_sending or ():
             self._kept_back.discard(request_id)
             self._drop(request_id)
+
+    def _updated(self, weights: Mapping[tuple[int, int], int]) -> None:
+        """Workers have other weights. They have done nothing since that was ordered by old names."""
+        self._weights |= weights
+        self.reset()
+        self._doubt.distrust(self._tracked.values())
+        late, self._late = self._late, []
+        for job in late:
+            self._job_done(job.number, self._workers, True)
 
     def _job_done(self, number: int, workers: int, lost: bool) -> None:
         self._pins.done(number, workers)
@@ -497,7 +532,7 @@ class SchedulerSide:
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked = self._start(request)
         return tracked
 
     def close(self) -> None:

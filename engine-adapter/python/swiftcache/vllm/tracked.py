@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from swiftcache.vllm.metadata import Adapter
+
 
 @dataclass(slots=True)
 class Hit:
@@ -53,7 +55,8 @@ class Tracked:
     leased: bool = False
     """A block of it is in leased slabs."""
     closed: bool = False
-    """Nothing more of it is stored: its KV is older than a reset."""
+    """Nothing more of it is stored: its KV is older than a reset, or nobody knows what its adapter is."""
+    adapter: Adapter | None = None
     finished: bool = False
 
     def reaches_end(self, full: int) -> bool:

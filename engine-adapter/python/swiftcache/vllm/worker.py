@@ -7,6 +7,7 @@ reported in the step that it concerns.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swiftcache.engine.fingerprint import Ranks, namespace
+from swiftcache.engine.keys import Keys
 from swiftcache.engine.layout import Layout
 from swiftcache.engine.loans import WorkerLoans
 from swiftcache.engine.metrics import Meter
@@ -24,6 +26,7 @@ from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
 from swiftcache.vllm.stream.pool import StitchedPool
+from swiftcache.vllm.updates import watch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 STATS_SECONDS = 1.0
 """Reading the client's counters each step would cost more than a step's hooks do."""
+SETTLING_MS = 20
+"""As long an engine without requests waits for stores to be counted: they are over, and it takes one, mostly."""
 
 
 class WorkerSide:
@@ -87,6 +92,14 @@ class WorkerSide:
         self._report = WorkerReport()
         self._meter = Meter(f"{self._ranks.pp}.{self._ranks.tp}")
         self._next_stats = 0.0
+        self._updates = 0
+        """Of this worker's weights."""
+        self._adapters: dict[int, bytes] = {}
+        """Of each LoRA adapter, the digest of the files that it was loaded from."""
+        self._outdated = False
+        """The scheduler has ordered this step before it knew of the last update of weights."""
+        self._private = Keys.private()
+        self._watched = watch(self, config)
 
     # The pool.
 
@@ -113,7 +126,13 @@ class WorkerSide:
             ranks=self._ranks,
             groups=group_facts(self._kv) if self._several else None,
         )
-        self.namespace = namespace(known, self._ranks)
+        if not self._watched:
+            known["weights"] = self._private
+            logger.warning(
+                "SwiftCache: this vLLM does not say when weights are updated: no blocks are shared with other engines"
+            )
+        seed = os.environ.get("PYTHONHASHSEED", "")
+        self.namespace = namespace(known, self._ranks, seed)
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if self._cuda else None
         native = None
         if self._stitched is not None:
@@ -124,11 +143,10 @@ class WorkerSide:
         )
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
-        algorithm, seed = known["hash"]
         logger.info(
             "SwiftCache: loads are %s; block hashes are %s with %s",
             "layer by layer" if self._sync else "asynchronous",
-            algorithm,
+            known["hash"],
             f"PYTHONHASHSEED={seed}" if seed else "no PYTHONHASHSEED",
         )
 
@@ -173,6 +191,7 @@ class WorkerSide:
 
     def close(self) -> None:
         self.unregister()
+        self._caches = {}
         self._opener.close()
 
     def _wait_all(self) -> None:
@@ -182,6 +201,35 @@ class WorkerSide:
         for jobs in self._storing.values():
             for _, store in jobs.values():
                 self._attempt("a store did not end", store.finish)
+
+    # What changes in between (`updates`).
+
+    def weights_changed(self) -> None:
+        self._updates += 1
+        self._report.weights[self._ranks.pp, self._ranks.tp] = self._updates
+        # What is loaded now is of the old ones.
+        self._tainted.update(job.request for job, _ in self._loading)
+        self._tainted.update(self._receiving)
+
+    def adapter_loaded(self, number: int, files: bytes) -> None:
+        self._adapters[number] = files
+
+    def sleeps(self) -> None:
+        self.unregister()
+
+    def wakes(self) -> None:
+        self.restore()
+
+    def _may_load(self, job: LoadJob) -> bool:
+        """An adapter may be loaded after the blocks of its requests."""
+        return not self._outdated and (
+            job.adapter is None or self._adapters.get(job.adapter.number, job.adapter.files) == job.adapter.files
+        )
+
+    def _may_store(self, job: StoreJob) -> bool:
+        return not self._outdated and (
+            job.adapter is None or self._adapters.get(job.adapter.number) == job.adapter.files
+        )
 
     # A step, in vLLM's order.
 
@@ -201,6 +249,7 @@ class WorkerSide:
             ahead = step is not None and not any(job.sync for job in step.loads)
             self._staging.begin(step.staged if step is not None else 0, ahead)
         if step is not None:
+            self._outdated = step.weights.get((self._ranks.pp, self._ranks.tp), 0) != self._updates
             self._retained.update(step.retained)
             self._report.settled = step.doubt
             self._lend(step)
@@ -225,7 +274,7 @@ class WorkerSide:
         after = self._attempt("the engine's stream could not be marked", self._mark) if self._cuda else None
         for job in step.loads:
             load = None
-            if self._cache is not None and (after is not None or not self._cuda):
+            if self._cache is not None and (after is not None or not self._cuda) and self._may_load(job):
                 load = self._attempt("a load could not start", self._cache.load, job.keys, job.blocks, after)
             if not job.sync:
                 self._receiving[job.request] = (job, load)
@@ -283,7 +332,7 @@ class WorkerSide:
             marks = [self._marks.get(entry, end) for entry in range(len(self._layout.entries))]
         for job in step.stores:
             cache, store = self._cache, None
-            if cache is not None:
+            if cache is not None and self._may_store(job):
                 store = self._attempt("a store could not start", cache.store, job.keys, job.blocks, marks)
             if store is None:
                 self._give_up([job])
@@ -307,6 +356,7 @@ class WorkerSide:
             else:
                 self._finish(job, load)
             del self._receiving[request]
+            self._tainted.discard(request)
             received.add(request)
         failed, self._lost = self._lost, set()
         return sent, received, failed
@@ -339,6 +389,12 @@ class WorkerSide:
             return None
         self._next_stats = now + STATS_SECONDS
         totals = self._attempt("the client's counters could not be read", self._cache.stats)
+        for _ in range(SETTLING_MS if last else 0):
+            # The last stores are over, and the client's own thread may be about to count them.
+            if totals is None or not totals.get("unsettled_slabs"):
+                break
+            time.sleep(1e-3)
+            totals = self._attempt("the client's counters could not be read", self._cache.stats)
         if totals is None:
             return None
         if self._stitched is not None:
