@@ -10,13 +10,19 @@ use tokio::{
 
 use crate::{
     core::Process,
-    peer::{self, Peer},
+    peer::{self, Image, Peer},
 };
 
 /// The watched processes. Their deaths are sent to a channel.
 pub struct DeathWatch {
-    watched: HashMap<Process, AbortHandle>,
+    watched: HashMap<Process, Watched>,
     gone: mpsc::UnboundedSender<Process>,
+}
+
+struct Watched {
+    task: AbortHandle,
+    /// The program that has the sessions, where the broker may look.
+    image: Option<Image>,
 }
 
 impl DeathWatch {
@@ -37,7 +43,12 @@ impl DeathWatch {
             return Ok(());
         }
         let pidfd = peer.pidfd.try_clone()?;
-        self.watch(peer.process, pidfd)
+        self.watch(peer.process, pidfd, peer.image)
+    }
+
+    /// The program that a watched process ran when the watch began, as far as that is known.
+    pub fn image(&self, process: Process) -> Option<Image> {
+        self.watched.get(&process)?.image
     }
 
     /// Starts watching a process that the ledger names. A process that is gone is reported at once. A process that
@@ -47,7 +58,8 @@ impl DeathWatch {
             return;
         }
         let watched = match peer::reopen(process) {
-            Ok(Some(pidfd)) => self.watch(process, pidfd),
+            // What it has become while no broker was there is not known.
+            Ok(Some(pidfd)) => self.watch(process, pidfd, Image::of(process)),
             Ok(None) => {
                 self.report(process);
                 Ok(())
@@ -64,8 +76,8 @@ impl DeathWatch {
 
     /// Stops watching a process.
     pub fn unwatch(&mut self, process: Process) {
-        if let Some(task) = self.watched.remove(&process) {
-            task.abort();
+        if let Some(watched) = self.watched.remove(&process) {
+            watched.task.abort();
         }
     }
 
@@ -79,7 +91,7 @@ impl DeathWatch {
         let _ = self.gone.send(process);
     }
 
-    fn watch(&mut self, process: Process, pidfd: OwnedFd) -> io::Result<()> {
+    fn watch(&mut self, process: Process, pidfd: OwnedFd, image: Option<Image>) -> io::Result<()> {
         #[expect(
             deprecated,
             reason = "its unsafe successor is needed only for types that can give up their descriptor, and an OwnedFd \
@@ -97,15 +109,16 @@ impl DeathWatch {
                 }
             }
         });
-        self.watched.insert(process, task.abort_handle());
+        let task = task.abort_handle();
+        self.watched.insert(process, Watched { task, image });
         Ok(())
     }
 }
 
 impl Drop for DeathWatch {
     fn drop(&mut self) {
-        for task in self.watched.values() {
-            task.abort();
+        for watched in self.watched.values() {
+            watched.task.abort();
         }
     }
 }

@@ -12,7 +12,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -49,6 +49,9 @@ static NOT_ACCEPTED: Sparse = Sparse::new();
 const BACKLOG: i32 = 4096;
 /// How long a new connection may be silent. Every client of gRPC speaks first.
 const SILENCE: Duration = Duration::from_secs(10);
+/// How long a connection may have no call under way. A session has one all the time, its stream, and so has who watches
+/// health; commands that look now and then connect anew.
+const IDLE: Duration = Duration::from_secs(120);
 /// Only owner and group may connect.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -317,12 +320,79 @@ impl Drop for Place {
     }
 }
 
+/// The calls of a connection that are under way. Clones count together.
+#[derive(Clone, Debug)]
+pub struct Calls(Arc<Mutex<UnderWay>>);
+
+#[derive(Debug)]
+struct UnderWay {
+    calls: usize,
+    /// When the last one ended.
+    since: Instant,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(UnderWay {
+            calls: 0,
+            since: Instant::now(),
+        })))
+    }
+}
+
+impl Calls {
+    /// A call begins. It is over when what this returns is dropped.
+    pub fn begin(&self) -> Call {
+        self.0.lock().calls += 1;
+        Call(self.clone())
+    }
+
+    /// For how long there has been none.
+    fn idle(&self) -> Duration {
+        let under_way = self.0.lock();
+        match under_way.calls {
+            0 => under_way.since.elapsed(),
+            _ => Duration::ZERO,
+        }
+    }
+}
+
+/// A call that is under way.
+#[derive(Debug)]
+pub struct Call(Calls);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut under_way = self.0.0.lock();
+        under_way.calls -= 1;
+        under_way.since = Instant::now();
+    }
+}
+
+/// How long a connection may be good for nothing.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    /// Until it says something.
+    silence: Duration,
+    /// Without any call.
+    idle: Duration,
+}
+
+const PATIENCE: Patience = Patience {
+    silence: SILENCE,
+    idle: IDLE,
+};
+
 /// A connection with information for its services about the other end.
 pub struct Known<S, I, P> {
     stream: S,
     info: I,
-    /// When the other end must have said something, until it has.
-    speaks_by: Option<Pin<Box<Sleep>>>,
+    calls: Calls,
+    patience: Patience,
+    /// Whether the other end has said anything.
+    spoken: bool,
+    /// When to look whether the connection is good for anything.
+    looks: Pin<Box<Sleep>>,
     /// Comes when the connection is to end.
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     _permit: P,
@@ -335,16 +405,49 @@ pub struct TcpPeer {
     pub connection: Connection,
     /// Ends the connection.
     pub cut: CancellationToken,
+    /// Its calls.
+    pub calls: Calls,
 }
 
 impl<S, I, P> Known<S, I, P> {
-    fn new(stream: S, info: I, permit: P, cut: CancellationToken, silence: Duration) -> Self {
+    fn new(
+        stream: S,
+        info: I,
+        permit: P,
+        (cut, calls): (CancellationToken, Calls),
+        patience: Patience,
+    ) -> Self {
         Self {
             stream,
             info,
+            calls,
+            patience,
+            spoken: false,
+            looks: Box::pin(tokio::time::sleep(patience.silence)),
             cut: Box::pin(cut.cancelled_owned()),
-            speaks_by: Some(Box::pin(tokio::time::sleep(silence))),
             _permit: permit,
+        }
+    }
+
+    /// The other end has said something.
+    fn hears(&mut self) {
+        if !self.spoken {
+            self.spoken = true;
+            self.looks
+                .as_mut()
+                .reset((Instant::now() + self.patience.idle).into());
+        }
+    }
+
+    /// Ready when the connection is good for nothing.
+    fn poll_useless(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.looks.as_mut().poll(context));
+            let left = self.patience.idle.saturating_sub(self.calls.idle());
+            if !self.spoken || left.is_zero() {
+                return Poll::Ready(());
+            }
+            self.looks.as_mut().reset((Instant::now() + left).into());
         }
     }
 }
@@ -373,8 +476,8 @@ pub fn unix_connections(
             }
             None
         })?;
-        let cut = info.cut.clone();
-        Some(Ok(Known::new(stream, info, permit, cut, SILENCE)))
+        let ends = (info.cut.clone(), info.calls.clone());
+        Some(Ok(Known::new(stream, info, permit, ends, PATIENCE)))
     })
 }
 
@@ -388,6 +491,7 @@ pub fn tcp_connections(
         let info = TcpPeer {
             connection: next_connection(),
             cut: CancellationToken::new(),
+            calls: Calls::default(),
         };
         let (place, full) = places.take(info.connection, info.cut.clone());
         if full && let Some(withheld) = TOO_MANY.turn() {
@@ -396,8 +500,8 @@ pub fn tcp_connections(
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY cannot be set");
         }
-        let cut = info.cut.clone();
-        Some(Ok(Known::new(stream, info, place, cut, SILENCE)))
+        let ends = (info.cut.clone(), info.calls.clone());
+        Some(Ok(Known::new(stream, info, place, ends, PATIENCE)))
     })
 }
 
@@ -429,10 +533,10 @@ impl<S: AsyncRead + Unpin, I: Unpin, P: Unpin> AsyncRead for Known<S, I, P> {
         }
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        match (&read, &mut self.speaks_by) {
-            (Poll::Ready(Ok(())), _) if buffer.filled().len() > before => self.speaks_by = None,
-            (Poll::Pending, Some(speaks_by)) => {
-                ready!(speaks_by.as_mut().poll(context));
+        match read {
+            Poll::Ready(Ok(())) if buffer.filled().len() > before => self.hears(),
+            Poll::Pending => {
+                ready!(self.poll_useless(context));
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             _ => {}
@@ -604,13 +708,18 @@ mod tests {
     async fn a_connection_that_never_speaks_is_closed_and_one_that_has_spoken_is_not() {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let silence = Duration::from_millis(1);
+        let patience = Patience {
+            silence,
+            idle: IDLE,
+        };
+        let ends = || (CancellationToken::new(), Calls::default());
         let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
-        let mut silent = Known::new(stream, (), (), CancellationToken::new(), silence);
+        let mut silent = Known::new(stream, (), (), ends(), patience);
         let closed = silent.read_u8().await.unwrap_err();
         assert_eq!(closed.kind(), io::ErrorKind::TimedOut);
         let (mut other, stream) = tokio::net::UnixStream::pair().unwrap();
         other.write_u8(1).await.unwrap();
-        let mut speaks = Known::new(stream, (), (), CancellationToken::new(), silence);
+        let mut speaks = Known::new(stream, (), (), ends(), patience);
         assert_eq!(speaks.read_u8().await.unwrap(), 1);
         tokio::time::sleep(silence * 10).await;
         let read = tokio::spawn(async move { speaks.read_u8().await });
@@ -623,11 +732,47 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_connection_without_calls_is_closed_and_one_with_a_call_is_not() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let patience = Patience {
+            silence: SILENCE,
+            idle: Duration::from_millis(1),
+        };
+        let (mut other, stream) = tokio::net::UnixStream::pair().unwrap();
+        let calls = Calls::default();
+        let ends = (CancellationToken::new(), calls.clone());
+        let mut known = Known::new(stream, (), (), ends, patience);
+        let call = calls.begin();
+        other.write_u8(1).await.unwrap();
+        assert_eq!(known.read_u8().await.unwrap(), 1);
+        let read = tokio::spawn(async move { known.read_u8().await });
+        // As often as it would be looked at without a call.
+        tokio::time::sleep(patience.idle * 10).await;
+        assert!(!read.is_finished(), "it was closed in the middle of a call");
+        let second = calls.begin();
+        drop(call);
+        tokio::time::sleep(patience.idle * 10).await;
+        assert!(!read.is_finished(), "another call is under way");
+        drop(second);
+        let closed = read.await.unwrap().unwrap_err();
+        assert_eq!(closed.kind(), io::ErrorKind::TimedOut);
+        // One that says something, and never calls.
+        let (mut other, stream) = tokio::net::UnixStream::pair().unwrap();
+        let ends = (CancellationToken::new(), Calls::default());
+        let mut idle = Known::new(stream, (), (), ends, patience);
+        other.write_u8(1).await.unwrap();
+        assert_eq!(idle.read_u8().await.unwrap(), 1);
+        let closed = idle.read_u8().await.unwrap_err();
+        assert_eq!(closed.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
     async fn a_connection_that_is_cut_ends_whatever_its_other_end_does() {
         use tokio::io::AsyncReadExt;
         let (_other, stream) = tokio::net::UnixStream::pair().unwrap();
         let cut = CancellationToken::new();
-        let mut connection = Known::new(stream, (), (), cut.clone(), SILENCE);
+        let ends = (cut.clone(), Calls::default());
+        let mut connection = Known::new(stream, (), (), ends, PATIENCE);
         let read = tokio::spawn(async move { connection.read_u8().await });
         tokio::task::yield_now().await;
         assert!(!read.is_finished());

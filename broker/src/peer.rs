@@ -3,6 +3,9 @@
 //!
 //! The process is the one that called `connect`. A child that inherits the connection counts as its parent, as with
 //! every other descriptor that it inherits.
+//!
+//! A process that becomes another program by `exec` stays the same process, and has nothing of its memory any more. Where the
+//! broker may look into it, it notices that by its [`Image`].
 
 use std::{
     fs, io,
@@ -13,7 +16,10 @@ use std::{
     },
 };
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::{
+    libc::{SYS_execve, SYS_execveat},
+    sys::socket::{getsockopt, sockopt},
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, pidfd_open},
@@ -21,7 +27,10 @@ use rustix::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{Connection, Process};
+use crate::{
+    core::{Connection, Process},
+    listen::Calls,
+};
 
 /// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9). With pidfs, the inode of a pidfd identifies one process
 /// until the next boot. Before, all pidfds have the same inode.
@@ -36,10 +45,14 @@ pub struct Peer {
     pub gid: u32,
     /// Becomes readable when the process is gone.
     pub pidfd: Arc<OwnedFd>,
+    /// The program that connected; `None` where the broker may not look into the process.
+    pub image: Option<Image>,
     /// Ends the connection.
     pub cut: CancellationToken,
     /// The connection.
     pub connection: Connection,
+    /// Its calls.
+    pub calls: Calls,
 }
 
 /// The number of the last connection.
@@ -66,10 +79,11 @@ impl Peer {
             Err(nix::Error::ENOPROTOOPT) if pid != 0 => open_pidfd(pid)?,
             Err(error) => return Err(error.into()),
         };
-        let birth = if pid == 0 {
-            inode_birth(&pidfd)?
+        let (birth, image) = if pid == 0 {
+            (inode_birth(&pidfd)?, None)
         } else {
-            stat_birth(pid)?
+            let stat = read_stat(pid)?;
+            (birth_of(pid, &stat)?, Image::parse(&stat))
         };
         // The process is alive after its birth was read, so the birth is not that of a later process with this pid.
         if is_gone(&pidfd)? {
@@ -86,8 +100,10 @@ impl Peer {
             },
             gid: credentials.gid(),
             pidfd: Arc::new(pidfd),
+            image,
             connection: next_connection(),
             cut: CancellationToken::new(),
+            calls: Calls::default(),
         })
     }
 
@@ -158,10 +174,79 @@ fn is_gone(pidfd: &OwnedFd) -> io::Result<bool> {
     Ok(poll(&mut fds, Some(&now))? > 0)
 }
 
+/// Where a program has its code, its stack, its arguments and its environment: `exec` puts them elsewhere, as far as addresses
+/// are random.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image([u64; 4]);
+
+impl Image {
+    /// The program that a process runs now; `None` where the broker may not look, and when the process is gone.
+    pub fn of(process: Process) -> Option<Self> {
+        let stat = read_stat(process.pid).ok()?;
+        let same = parse_birth(&stat) == Some(process.birth);
+        same.then(|| Self::parse(&stat)).flatten()
+    }
+
+    /// Reads it from `/proc/<pid>/stat`: fields 26, 28, 48 and 50. Who may not look reads zeros.
+    fn parse(stat: &str) -> Option<Self> {
+        let (_, fields) = stat.rsplit_once(')')?;
+        let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3)?.parse().ok();
+        let [code, stack, arguments, environment] =
+            [field(26)?, field(28)?, field(48)?, field(50)?];
+        let known = stack != 0 && arguments != 0;
+        known.then_some(Self([code, stack, arguments, environment]))
+    }
+
+    /// Whether the process is known to run another program than this, and to have nothing left of what this could reach:
+    /// no memory, which is gone with `exec`, and no descriptor of a GPU or of shared memory that was inherited. A driver ends
+    /// what the last program had under way when its descriptors are closed, at the end of `exec`: so the process must have been
+    /// on from there.
+    pub fn is_gone_from(self, process: Process) -> bool {
+        let replaced = Self::of(process).is_some_and(|now| now != self);
+        replaced && is_past_exec(process.pid) && !reaches_memory(process.pid).unwrap_or(true)
+    }
+
+    /// The same of a process that has connected since: that it has done after `exec`.
+    pub fn is_gone_before(self, peer: &Peer) -> bool {
+        let replaced = peer.image.is_some_and(|now| now != self);
+        replaced && !reaches_memory(peer.process.pid).unwrap_or(true)
+    }
+}
+
+/// Whether a process waits in a system call other than `exec`.
+fn is_past_exec(pid: u32) -> bool {
+    let Ok(call) = fs::read_to_string(format!("/proc/{pid}/syscall")) else {
+        return false;
+    };
+    let call = call.split_ascii_whitespace().next();
+    let call: Option<i64> = call.and_then(|number| number.parse().ok());
+    call.is_some_and(|call| call >= 0 && ![SYS_execve, SYS_execveat].contains(&call))
+}
+
+/// Whether a process has a descriptor through which memory of donors could be reached.
+fn reaches_memory(pid: u32) -> io::Result<bool> {
+    for descriptor in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = fs::read_link(descriptor?.path())?;
+        let target = target.to_string_lossy();
+        if target.starts_with("/dev/nvidia") || target.starts_with("/memfd:") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn read_stat(pid: u32) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+}
+
 /// The start time of a process, clock ticks since boot: field 22 of `/proc/<pid>/stat`.
 fn stat_birth(pid: u32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    parse_birth(&stat).ok_or_else(|| {
+    birth_of(pid, &read_stat(pid)?)
+}
+
+fn birth_of(pid: u32, stat: &str) -> io::Result<u64> {
+    parse_birth(stat).ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::InvalidData,
             format!("/proc/{pid}/stat has no start time"),
@@ -251,6 +336,71 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(reopen(process).unwrap().is_none());
+    }
+
+    /// A child that becomes `cat` when it is told so.
+    #[test]
+    fn a_program_is_gone_when_its_process_runs_another_one() {
+        use std::{
+            io::Write,
+            process::{Command, Stdio},
+        };
+        let mut child = Command::new("sh")
+            .args(["-c", "read go; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let process = Process {
+            pid: child.id(),
+            birth: stat_birth(child.id()).unwrap(),
+            uid: 0,
+        };
+        // `spawn` returns when `sh` runs, or is about to.
+        let before = loop {
+            if is_past_exec(process.pid)
+                && let Some(image) = Image::of(process)
+            {
+                break image;
+            }
+            std::thread::yield_now();
+        };
+        assert!(!before.is_gone_from(process));
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(b"go\n").unwrap();
+        while !before.is_gone_from(process) {
+            std::thread::yield_now();
+        }
+        // The twins: a process of another birth, and one that is gone, say nothing of the program.
+        let reused = Process {
+            birth: process.birth + 1,
+            ..process
+        };
+        assert!(!before.is_gone_from(reused));
+        drop(input);
+        child.wait().unwrap();
+        assert!(!before.is_gone_from(process));
+    }
+
+    #[test]
+    fn who_may_not_look_into_a_process_knows_no_program() {
+        let fields = |stack: u64, arguments: u64| {
+            let mut fields = vec!["1".to_owned(); 50];
+            (fields[25], fields[45]) = (stack.to_string(), arguments.to_string());
+            format!("42 (cat) {}", fields.join(" "))
+        };
+        assert!(Image::parse(&fields(7, 8)).is_some());
+        assert_ne!(Image::parse(&fields(7, 8)), Image::parse(&fields(7, 9)));
+        assert_eq!(Image::parse(&fields(0, 0)), None);
+        assert_eq!(Image::parse("42 (cat) S 1 2"), None);
+    }
+
+    #[test]
+    fn a_descriptor_of_shared_memory_reaches_memory() {
+        let own = std::process::id();
+        let file = rustix::fs::memfd_create("a slab", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(reaches_memory(own).unwrap());
+        drop(file);
     }
 
     #[test]

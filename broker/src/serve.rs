@@ -56,6 +56,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(50);
 /// Ticks between two upkeeps of the metrics, which fold the samples of histograms.
 const UPKEEP_TICKS: u32 = 100;
+/// Ticks between two looks at processes that may have become other programs.
+const LOOK_TICKS: u32 = 20;
 /// The longest time of an RPC, with the arrival of its request. RPCs take microseconds.
 const RPC_DEADLINE: Duration = Duration::from_secs(10);
 /// The most RPCs of one connection at a time. An engine has a few.
@@ -268,6 +270,9 @@ impl Broker {
                     _ = ticks.tick() => {
                         owner.tick().await;
                         until_upkeep -= 1;
+                        if until_upkeep.is_multiple_of(LOOK_TICKS) {
+                            owner.look_for_other_programs().await;
+                        }
                         if until_upkeep == 0 {
                             until_upkeep = UPKEEP_TICKS;
                             owner.metrics().upkeep();

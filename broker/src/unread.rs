@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Bound,
     pin::{Pin, pin},
     sync::{Arc, Weak},
     task::{Context, Poll},
@@ -21,7 +22,7 @@ use tower::{Layer, Service};
 
 use crate::{
     core::{Connection, Process},
-    listen::{Admission, Limits, Permit, TcpPeer},
+    listen::{Admission, Call, Calls, Limits, Permit, TcpPeer},
     peer::Peer,
 };
 
@@ -105,28 +106,59 @@ impl Unread {
         }
     }
 
-    /// Whether there is room for another answer to the reader.
-    fn has_room(&self, reader: &Reader) -> bool {
-        let trusted = self.lists.trusts(reader.process.uid);
-        (self.books.page.lock()).has_room(reader, trusted, &self.budget)
-    }
-
     /// Waits for room, not for ever. Says whether there is.
     async fn room(&self, reader: &Reader) -> bool {
-        if self.has_room(reader) {
+        let trusted = self.lists.trusts(reader.process.uid);
+        let full = |page: &Page| page.full(reader, trusted, &self.budget);
+        if full(&self.books.page.lock()).is_none() {
             return true;
         }
         let room = async {
             loop {
-                let mut freed = pin!(self.books.freed.notified());
-                freed.as_mut().enable();
-                if self.has_room(reader) {
-                    return;
-                }
+                let freed = {
+                    let mut page = self.books.page.lock();
+                    let Some(share) = full(&page) else {
+                        return;
+                    };
+                    let freed = page.waited_for.entry(share).or_default();
+                    Arc::clone(freed).notified_owned()
+                };
                 freed.await;
             }
         };
         tokio::time::timeout(self.wait, room).await.is_ok()
+    }
+
+    /// The same for a list's place, or a watcher's. Who was refused at once would ask again at once, and each refusal costs
+    /// others a turn.
+    async fn place(&self, lists: &Admission, process: Process) -> Option<ListPermit> {
+        let admitted = async {
+            loop {
+                let mut freed = pin!(self.books.list_freed.notified());
+                freed.as_mut().enable();
+                if let Some(permit) = lists.admit(process) {
+                    return ListPermit {
+                        permit: Some(permit),
+                        books: Arc::clone(&self.books),
+                    };
+                }
+                freed.await;
+            }
+        };
+        tokio::time::timeout(self.wait, admitted).await.ok()
+    }
+}
+
+/// A list may be answered, or a watcher watch. Drop makes room for another one.
+struct ListPermit {
+    permit: Option<Permit>,
+    books: Arc<Books>,
+}
+
+impl Drop for ListPermit {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        self.books.list_freed.notify_waiters();
     }
 }
 
@@ -148,12 +180,13 @@ async fn cut_late(books: Weak<Books>, patience: Duration) {
 }
 
 /// Who reads an answer.
-#[derive(Clone)]
 struct Reader {
     process: Process,
     connection: Connection,
     /// Ends the connection.
     cut: CancellationToken,
+    /// The connection's calls.
+    calls: Calls,
 }
 
 impl Reader {
@@ -164,6 +197,7 @@ impl Reader {
                 process: peer.process,
                 connection: peer.connection,
                 cut: peer.cut.clone(),
+                calls: peer.calls.clone(),
             };
         }
         let tls = extensions.get::<TlsConnectInfo<TcpPeer>>();
@@ -174,6 +208,7 @@ impl Reader {
             process: NOBODY,
             connection: tcp.connection,
             cut: tcp.cut,
+            calls: tcp.calls,
         }
     }
 
@@ -198,7 +233,7 @@ enum Share {
 
 /// An answer, or a part of one, that the kernel has not taken yet.
 struct Answer {
-    reader: Reader,
+    reader: Arc<Reader>,
     bytes: usize,
     since: Instant,
     /// How many times as long as others it may stay unread.
@@ -209,8 +244,8 @@ struct Answer {
 #[derive(Default)]
 struct Books {
     page: Mutex<Page>,
-    /// Tells that something was sent.
-    freed: Notify,
+    /// Tells that a list was read, or that a watcher has left.
+    list_freed: Notify,
 }
 
 #[derive(Default)]
@@ -219,6 +254,9 @@ struct Page {
     answers: BTreeMap<u64, Answer>,
     last: u64,
     unsent: BTreeMap<Share, usize>,
+    /// Shares that calls wait for, each until it is below a bound. Who reads what others do not wait for wakes none of them:
+    /// thousands may wait, and an answer is sent for every lookup.
+    waited_for: BTreeMap<(Share, usize), Arc<Notify>>,
 }
 
 impl Page {
@@ -226,16 +264,16 @@ impl Page {
         self.unsent.get(&share).copied().unwrap_or(0)
     }
 
-    /// Whether there is room for another answer.
-    fn has_room(&self, reader: &Reader, trusted: bool, budget: &Budget) -> bool {
+    /// A share in which there is no room for another answer, and its bound; `None`: there is room.
+    fn full(&self, reader: &Reader, trusted: bool, budget: &Budget) -> Option<(Share, usize)> {
         let all = budget.all - if trusted { 0 } else { budget.reserved };
         let bounds = [all, budget.user, budget.process, budget.connection];
         let shares = reader.shares().into_iter().zip(bounds);
         let mut bounded = shares.filter(|(share, _)| *share != Share::User(0));
-        bounded.all(|(share, bound)| self.unsent(share) < bound)
+        bounded.find(|(share, bound)| self.unsent(*share) >= *bound)
     }
 
-    fn add(&mut self, reader: Reader, bytes: usize, patience: u32) -> u64 {
+    fn add(&mut self, reader: Arc<Reader>, bytes: usize, patience: u32) -> u64 {
         for share in reader.shares() {
             *self.unsent.entry(share).or_default() += bytes;
         }
@@ -261,6 +299,21 @@ impl Page {
                 if *unsent == 0 {
                     self.unsent.remove(&share);
                 }
+            }
+            self.wake(share);
+        }
+    }
+
+    /// Wakes the calls that wait for this share, if there is room in it.
+    fn wake(&mut self, share: Share) {
+        let unsent = self.unsent(share);
+        let above = (
+            Bound::Excluded((share, unsent)),
+            Bound::Included((share, usize::MAX)),
+        );
+        while let Some((&key, _)) = self.waited_for.range(above).next() {
+            if let Some(freed) = self.waited_for.remove(&key) {
+                freed.notify_waiters();
             }
         }
     }
@@ -302,7 +355,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let reader = Reader::of(request.extensions());
+        let reader = Arc::new(Reader::of(request.extensions()));
         let lists = match request.uri().path() {
             WATCH => Some(self.unread.watchers.clone()),
             path if path.starts_with(LISTS) => Some(self.unread.lists.clone()),
@@ -312,16 +365,19 @@ where
             SESSION => SESSION_PATIENCE,
             _ => 1,
         };
+        let call = reader.calls.begin();
         let (answering, unread) = (self.inner.call(request), self.unread.clone());
         Box::pin(async move {
             // Here, and not before: meanwhile the answers before it have been counted.
             if !unread.room(&reader).await {
                 return Ok(refused("too many bytes of answers are unread"));
             }
-            let permit = match lists.map(|lists| lists.admit(reader.process)) {
+            let permit = match lists {
                 None => None,
-                Some(Some(permit)) => Some(Arc::new(permit)),
-                Some(None) => return Ok(refused("too many answers to calls of Admin are unread")),
+                Some(lists) => match unread.place(&lists, reader.process).await {
+                    Some(place) => Some(Arc::new(place)),
+                    None => return Ok(refused("too many answers to calls of Admin are unread")),
+                },
             };
             let answer = answering.await?;
             Ok(answer.map(|body| {
@@ -331,6 +387,7 @@ where
                     books: unread.books,
                     permit,
                     patience,
+                    _call: call,
                 })
             }))
         })
@@ -345,10 +402,12 @@ fn refused(what: &str) -> Response<Body> {
 /// A body whose data counts from when it is there until the kernel has taken it.
 struct Counted {
     body: Body,
-    reader: Reader,
+    reader: Arc<Reader>,
     books: Arc<Books>,
-    permit: Option<Arc<Permit>>,
+    permit: Option<Arc<ListPermit>>,
     patience: u32,
+    /// The call is under way until its answer is read.
+    _call: Call,
 }
 
 /// Data that counts until it is dropped. What sends it keeps it until then, whatever became of the body.
@@ -356,7 +415,7 @@ struct Unsent {
     data: Bytes,
     books: Arc<Books>,
     number: u64,
-    _permit: Option<Arc<Permit>>,
+    _permit: Option<Arc<ListPermit>>,
 }
 
 impl AsRef<[u8]> for Unsent {
@@ -368,7 +427,6 @@ impl AsRef<[u8]> for Unsent {
 impl Drop for Unsent {
     fn drop(&mut self) {
         self.books.page.lock().remove(self.number);
-        self.books.freed.notify_waiters();
     }
 }
 
@@ -384,7 +442,7 @@ impl HttpBody for Counted {
         frame.map_ok(|frame| {
             frame.map_data(|data| {
                 let mut page = self.books.page.lock();
-                let number = page.add(self.reader.clone(), data.len(), self.patience);
+                let number = page.add(Arc::clone(&self.reader), data.len(), self.patience);
                 Bytes::from_owner(Unsent {
                     data,
                     books: Arc::clone(&self.books),
@@ -445,11 +503,15 @@ mod tests {
 
     impl Broker {
         fn new(lists: Limits, budget: Budget, patience: Duration) -> Self {
+            Self::of(lists, budget, Duration::from_millis(1), patience)
+        }
+
+        fn of(lists: Limits, budget: Budget, wait: Duration, patience: Duration) -> Self {
             let answer = tower::service_fn(async |_| Ok(Response::new(Body::new("a".repeat(KIB)))));
             let (ours, theirs) = UnixStream::pair().unwrap();
             let mut peer = Peer::of(&ours).unwrap();
             peer.process.uid = 4_711;
-            let unread = Unread::bounded(lists, budget, Duration::from_millis(1), patience);
+            let unread = Unread::bounded(lists, budget, wait, patience);
             Self {
                 books: Arc::clone(&unread.books),
                 service: unread.layer(tower::util::BoxCloneService::new(answer)),
@@ -516,6 +578,26 @@ mod tests {
         // The twin: one that hangs up makes room.
         drop(watching.pop());
         assert!(broker.call(WATCH).await.is_some());
+    }
+
+    /// A list that finds no place waits for one: it is answered when one is read, and not refused at once.
+    #[tokio::test]
+    async fn a_list_waits_for_its_place() {
+        let mut broker = Broker::of(ANSWERS, ANY_BYTES, LONG, LONG);
+        let mut unread = Vec::new();
+        for _ in 0..ANSWERS.of_user {
+            unread.push(broker.call(LIST).await);
+        }
+        let waiting = tokio::spawn(async move { broker.call(LIST).await.is_some() });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(
+            !waiting.is_finished(),
+            "there is no place, and time to wait"
+        );
+        drop(unread.pop());
+        assert!(waiting.await.unwrap());
     }
 
     /// However small the answers, their bytes are bounded: of a connection, of a process with many, of a user with many
@@ -587,6 +669,39 @@ mod tests {
         broker.peer.cut.cancelled().await;
         assert!(answered >= patience && began.elapsed() >= patience * SESSION_PATIENCE);
         drop((message, answer));
+    }
+
+    /// A call that waits for room is woken by who makes room for it, and by nobody else's reading.
+    #[tokio::test]
+    async fn who_waits_is_woken_by_what_it_waits_for() {
+        let mut broker = Broker::new(ANY, FEW, LONG);
+        let first = broker.peer.clone();
+        let mut other = first.clone();
+        other.connection = Connection(u64::MAX);
+        let mut unread = broker.unread(&first, SMALL).await;
+        assert!(
+            broker.books.page.lock().waited_for.len() == 1,
+            "the call that was refused has waited for its connection"
+        );
+        let others = broker.call_as(&other, SMALL).await;
+        drop(others);
+        assert_eq!(broker.books.page.lock().waited_for.len(), 1);
+        let mut waiting = broker.service.clone();
+        let mut request = Request::new(());
+        *request.uri_mut() = SMALL.parse().unwrap();
+        request.extensions_mut().insert(first.clone());
+        let unread_of_all = Arc::clone(&broker.books);
+        let answered = tokio::spawn(async move {
+            loop {
+                let answer = waiting.call(request.clone()).await.unwrap();
+                if Status::from_header_map(answer.headers()).is_none() {
+                    return;
+                }
+            }
+        });
+        drop(unread.pop());
+        answered.await.unwrap();
+        assert!(unread_of_all.page.lock().waited_for.is_empty());
     }
 
     /// The twin: an answer that was read costs nothing, however many came before.

@@ -179,6 +179,14 @@ impl Sessions {
         self.processes.contains_key(&process)
     }
 
+    /// The processes of which no session has its stream up.
+    pub(super) fn detached_processes(&self) -> impl Iterator<Item = Process> {
+        let attached = |id: &SessionId| self.get(*id).is_some_and(Session::is_attached);
+        let processes = self.processes.iter();
+        let detached = processes.filter(move |(_, sessions)| !sessions.iter().any(attached));
+        detached.map(|(process, _)| *process)
+    }
+
     /// The sessions of a user that are not over.
     pub(super) fn of_user(&self, uid: u32) -> impl Iterator<Item = SessionId> {
         let processes = self.processes.iter();

@@ -174,6 +174,11 @@ impl State {
         self.books.sessions.knows(process)
     }
 
+    /// The processes of which no session has its stream up.
+    pub fn detached_processes(&self) -> Vec<Process> {
+        self.books.sessions.detached_processes().collect()
+    }
+
     /// How many sessions are not over.
     pub fn session_count(&self) -> usize {
         self.books.sessions.live()

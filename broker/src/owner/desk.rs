@@ -7,7 +7,7 @@ use tokio::task::block_in_place;
 
 use super::{Owner, answer};
 use crate::{
-    core::{Caller, Effect, Event, Note, Outgoing, Record, Recorded, Reply, State},
+    core::{Caller, Effect, Event, Note, Outgoing, Process, Record, Recorded, Reply, State},
     death::DeathWatch,
     error::Refused,
     ledger::Ledger,
@@ -46,8 +46,9 @@ fn lost(problem: &str) {
     );
 }
 
-/// Rate-limits a warning that any member can cause.
+/// Rate-limit warnings that any member can cause.
 static SLOW: Sparse = Sparse::new();
+static BECAME: Sparse = Sparse::new();
 
 /// Keeps a message from a session's queue, or passes it on.
 type Divert<'a> = dyn FnMut(SessionId, v1::SessionResponse) -> Option<v1::SessionResponse> + 'a;
@@ -64,6 +65,21 @@ impl Desk {
             closing: false,
             by: None,
         }
+    }
+
+    /// A process runs another program than the one that opened its sessions: they end as with its death.
+    pub(super) fn has_become_another(&mut self, owner: &Owner, process: Process) {
+        let (pid, uid) = (process.pid, process.uid);
+        if let Some(withheld) = BECAME.turn() {
+            tracing::warn!(
+                pid,
+                uid,
+                withheld,
+                "a process has become another program: its sessions end"
+            );
+        }
+        self.apply(owner, Event::ProcessGone(process));
+        self.deaths.unwatch(process);
     }
 
     /// Applies an event for a caller. A grant never leaves unrecorded.

@@ -340,6 +340,9 @@ impl Owner {
             if desk.closing {
                 return Err(Refused::ShuttingDown);
             }
+            if (desk.deaths.image(peer.process)).is_some_and(|had| had.is_gone_before(&peer)) {
+                desk.has_become_another(owner, peer.process);
+            }
             // A process that cannot be watched gets no session, so the watch comes first.
             desk.deaths.watch_peer(&peer).map_err(|error| {
                 Refused::Unwatchable(format!(
@@ -379,6 +382,29 @@ impl Owner {
         });
         if let Err(error) = told.await {
             tracing::error!(%error, pid = process.pid, "the end of a process could not be dealt with");
+        }
+    }
+
+    /// Ends the sessions of processes that have become other programs. Their streams have ended with that.
+    pub async fn look_for_other_programs(self: &Arc<Self>) {
+        let detached = self.at_desk(|owner, desk| {
+            let detached = owner.read(State::detached_processes).into_iter();
+            let known = detached.filter_map(|it| Some((it, desk.deaths.image(it)?)));
+            known.collect::<Vec<_>>()
+        });
+        for (process, image) in detached.await.unwrap_or_default() {
+            if !image.is_gone_from(process) {
+                continue;
+            }
+            let told = self.at_desk(move |owner, desk| {
+                // Unless it has opened a session of its own meanwhile.
+                if desk.deaths.image(process) == Some(image) {
+                    desk.has_become_another(owner, process);
+                }
+            });
+            if let Err(error) = told.await {
+                tracing::error!(%error, pid = process.pid, "the end of a program could not be dealt with");
+            }
         }
     }
 
