@@ -35,6 +35,16 @@ def donor(node):
     return donate(node, slabs=32)
 
 
+def believed(engine) -> set[str]:
+    return {name for _, name in engine.ask("events")["known"]}
+
+
+def indexed(engine, node) -> set[str]:
+    """The blocks of which every rank's part is in donors' memory."""
+    ranks = {worker["namespace"] for worker in engine.ask("held")["workers"]}
+    return set.intersection(*({name for _, name in node.index(rank)} for rank in ranks))
+
+
 def crowd() -> dict[str, list[int]]:
     """More than a tiny pool holds at once."""
     return {f"crowd-{number}": of.tokens("crowd", 64) + of.tokens(f"c{number}", 250) for number in range(5)}
@@ -58,7 +68,9 @@ def test_tokens(lab, node, donor, name) -> None:
     rounds = 2 if tiny or "async" in name else 1
     want = lab.want("b", do, **configuration)
     engine = lab.engine("b")
-    of.connect(engine, node, events="async" in name, connector=connector, **configuration)
+    # Where blocks are published late, and where every rank has to have them.
+    events = "async" in name or "ranks" in name
+    of.connect(engine, node, events=events, connector=connector, **configuration)
 
     found = []
 
@@ -82,8 +94,9 @@ def test_tokens(lab, node, donor, name) -> None:
     assert all(worker["storing"] == worker["receiving"] == 0 for worker in held["workers"])
     assert len({worker["namespace"] for worker in held["workers"]}) == ranks
     assert (held["preemptions"] > 0) == tiny
-    if "async" in name:
-        eventually("events", lambda: set(engine.ask("events")["kinds"]) == {"BlockStored"})
+    if events:
+        eventually("events to say what every rank has", lambda: believed(engine) == indexed(engine, node) != set())
+        assert set(engine.ask("events")["kinds"]) == {"BlockStored"}
 
     # A load of which blocks are gone, in this configuration too.
     def robbed() -> dict[str, dict]:
