@@ -16,6 +16,7 @@ use super::{
     report::{ReportArgs, ReportFile},
     trace::TraceArgs,
 };
+use swiftcache_client::cache::Retention;
 use swiftcache_proto::size::size;
 use swiftcache_replay::{
     ReplayError,
@@ -74,8 +75,19 @@ pub(super) struct PlanArgs {
     /// Multiply arrival times by this; auto: by the factor that keeps the server of vLLM as it is busy 80 % of the time
     #[arg(long, value_name = "auto|FACTOR", default_value = "auto")]
     stretch: Stretch,
+    /// What decides which of SwiftCache's blocks go first: value, as it does, or age, as most caches do, to compare
+    #[arg(long, value_name = "value|age", default_value = "value", value_parser = retention)]
+    retention: Retention,
     #[command(flatten)]
     report: ReportArgs,
+}
+
+fn retention(name: &str) -> Result<Retention, String> {
+    match name {
+        "value" => Ok(Retention::Value),
+        "age" => Ok(Retention::Age),
+        _ => Err("is neither value nor age".to_owned()),
+    }
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<(), CliError> {
@@ -117,6 +129,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<(), CliError> {
         host_bytes: args.host_tier,
         stretch: args.stretch.factor(),
         move_blocks: true,
+        retention: args.retention,
     };
     let mut progress = Progress::new(args.report.quiet || !output::is_terminal());
     let report = plan.run(&mut |step, steps| {

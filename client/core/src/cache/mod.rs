@@ -59,6 +59,7 @@ pub use model::{CacheModel, ModelRun};
 pub use stats::{BlocksByTier, BytesByLink, Latency, Stats};
 pub use store::{Store, Stored};
 pub use swiftcache_proto::domain::{Hold, Medium};
+pub use value::Retention;
 
 pub use crate::transfer::{PagedKv, PagedLayer, PoolSpan};
 

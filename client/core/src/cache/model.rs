@@ -12,7 +12,7 @@ use swiftcache_proto::domain::{BlockHash, Medium};
 
 use super::{
     evict::MOST_SLACK,
-    value::{BlockId, Value},
+    value::{BlockId, Retention, Value},
 };
 
 /// Blocks that a promotion looks at for each that it moves.
@@ -73,9 +73,9 @@ pub struct CacheModel {
 
 impl CacheModel {
     /// An empty cache with a host tier of `host_slots` blocks, and nothing lent.
-    pub fn new(host_slots: u32) -> Self {
+    pub fn new(host_slots: u32, retention: Retention) -> Self {
         let mut model = Self {
-            value: Value::default(),
+            value: Value::new(retention),
             blocks: Vec::new(),
             unused: Vec::new(),
             index: HashMap::default(),

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use swiftcache_proto::domain::BlockHash;
 
-use super::{CacheModel, Medium, ModelRun};
+use super::{CacheModel, Medium, ModelRun, Retention};
 
 fn hashes(ids: impl IntoIterator<Item = u16>) -> Vec<BlockHash> {
     let hash = |id: u16| {
@@ -19,7 +19,7 @@ fn found(model: &mut CacheModel, ids: impl IntoIterator<Item = u16>) -> u32 {
 
 #[test]
 fn donors_come_before_host_memory_and_the_best_link_before_others() {
-    let mut model = CacheModel::new(4);
+    let mut model = CacheModel::new(4, Retention::Value);
     model.lend(7, 1, 2);
     model.lend(3, 0, 2);
     assert_eq!(model.store(&hashes(0..6)), 0);
@@ -31,7 +31,7 @@ fn donors_come_before_host_memory_and_the_best_link_before_others() {
 #[test]
 fn what_is_evicted_from_donors_is_found_in_host_memory_as_long_as_it_has_room() {
     for (host, kept) in [(8, 4), (0, 0)] {
-        let mut model = CacheModel::new(host);
+        let mut model = CacheModel::new(host, Retention::Value);
         model.lend(0, 0, 4);
         model.store(&hashes(0..4));
         model.store(&hashes(100..104));
@@ -43,7 +43,7 @@ fn what_is_evicted_from_donors_is_found_in_host_memory_as_long_as_it_has_room() 
 #[test]
 fn a_slab_taken_back_costs_nothing_while_others_have_room_and_everything_without_a_rescue() {
     for (rescue, kept) in [(true, 4), (false, 0)] {
-        let mut model = CacheModel::new(0);
+        let mut model = CacheModel::new(0, Retention::Value);
         model.lend(0, 0, 4);
         model.store(&hashes(0..4));
         model.lend(1, 0, 4);
@@ -54,8 +54,22 @@ fn a_slab_taken_back_costs_nothing_while_others_have_room_and_everything_without
 }
 
 #[test]
+fn what_was_found_outlives_what_is_newer_unless_only_age_counts() {
+    for (retention, kept) in [(Retention::Value, 4), (Retention::Age, 0)] {
+        let mut model = CacheModel::new(0, retention);
+        model.lend(0, 0, 12);
+        model.store(&hashes(0..4));
+        assert_eq!(found(&mut model, 0..4), 4);
+        model.store(&hashes(100..104));
+        model.store(&hashes(200..204));
+        model.store(&hashes(300..304));
+        assert_eq!(found(&mut model, 0..4), kept, "{retention:?}");
+    }
+}
+
+#[test]
 fn the_cheapest_slab_goes_first() {
-    let mut model = CacheModel::new(0);
+    let mut model = CacheModel::new(0, Retention::Value);
     model.lend(0, 0, 4);
     model.lend(0, 0, 4);
     model.store(&hashes(0..4));
@@ -70,7 +84,7 @@ proptest! {
         host in 0_u32..12,
         steps in prop::collection::vec((0_u8..4, 0_u16..6, 1_u16..10), 1..120),
     ) {
-        let mut model = CacheModel::new(host);
+        let mut model = CacheModel::new(host, Retention::Value);
         let mut lent = [0_usize; 3];
         for (step, a, b) in steps {
             let donor = usize::from(a) % 3;

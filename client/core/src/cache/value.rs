@@ -4,12 +4,14 @@
 //! * *Frequency*: a block that was found is spared when its turn comes, once for each time it was found, up to
 //!   [`MOST_FOUND`]. So what many requests share, or a conversation that goes on, outlives what was stored once and
 //!   never asked for again.
+//!   A block that went and comes back was missed: that counts as a find, and it keeps its earlier ones. For this, as many
+//!   as twice the cache's blocks are remembered when they go.
 //! * *Position*: a block whose predecessor is gone is a *stray*: it goes first, and is never carried anywhere. A block
 //!   goes after those that follow it. Its predecessor coming back makes it worth something again.
 //!
 //! This knows neither where a block lies nor who uses it, and reads no clock: a planner can use it without a node.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use swiftcache_proto::domain::{BlockHash, Medium};
 
@@ -17,8 +19,22 @@ const NONE: u32 = u32::MAX;
 
 /// More finds than this count as this: what was hot long ago must not outlive its use by much.
 const MOST_FOUND: u8 = 3;
+/// Blocks that went are remembered for each that the cache has numbers for.
+const DEPARTED_PER_BLOCK: usize = 2;
+/// The most blocks that went and are remembered, about 40 bytes each.
+const MOST_DEPARTED: usize = 1 << 18;
 /// Strays remembered by what they wait for, before those that are gone are swept out.
 const SWEEP_AT: usize = 1_024;
+
+/// What decides which blocks go first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Retention {
+    /// What a block is worth, as the cache decides it.
+    #[default]
+    Value,
+    /// When it was last used, and nothing else: what most caches do. For comparison.
+    Age,
+}
 
 /// A block's number. Given to another block only when nobody uses the first one any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +86,43 @@ struct Waiting {
     count: usize,
 }
 
+/// Blocks that went, by the first bytes of their hashes: two that share these are taken for one, which costs no more
+/// than a wrong guess of worth.
+#[derive(Debug, Default)]
+struct Departed {
+    /// How often each was found, and when it went.
+    found: HashMap<u64, (u8, u64)>,
+    /// In the order in which they went; may name blocks that are back, or went again.
+    order: VecDeque<(u64, u64)>,
+    count: u64,
+}
+
+impl Departed {
+    fn key(hash: &BlockHash) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = hash.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+
+    fn remember(&mut self, hash: &BlockHash, found: u8, most: usize) {
+        let key = Self::key(hash);
+        self.count += 1;
+        self.found.insert(key, (found, self.count));
+        self.order.push_back((key, self.count));
+        while self.order.len() > most {
+            if let Some((key, when)) = self.order.pop_front()
+                && self.found.get(&key).is_some_and(|(_, last)| *last == when)
+            {
+                self.found.remove(&key);
+            }
+        }
+    }
+
+    /// How often a block that comes back was found before it went, if that is remembered.
+    fn take(&mut self, hash: &BlockHash) -> Option<u8> {
+        self.found.remove(&Self::key(hash)).map(|(found, _)| found)
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Ends {
     newest: u32,
@@ -93,20 +146,31 @@ pub(super) struct Value {
     host: Ends,
     clock: u64,
     waiting: Waiting,
+    departed: Departed,
+    retention: Retention,
 }
 
 impl Value {
+    /// Without blocks.
+    pub(super) fn new(retention: Retention) -> Self {
+        Self {
+            retention,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn get(&self, id: BlockId) -> &Worth {
         &self.table[id.0 as usize]
     }
 
     /// Adds a block, the most recently used of its list. Its number follows the last one, or was another block's that is gone.
     pub(super) fn add(&mut self, id: BlockId, hash: BlockHash, medium: Medium) {
+        let before = self.departed.take(&hash);
         let worth = Worth {
             hash,
             present: true,
             used: 0,
-            found: 0,
+            found: before.map_or(0, |found| (found + 1).min(MOST_FOUND)),
             stray: false,
             medium,
             newer: NONE,
@@ -131,6 +195,9 @@ impl Value {
 
     /// A block is gone: it can be found no more, and nor can what follows it.
     pub(super) fn lose(&mut self, id: BlockId) {
+        let most = (self.table.len() * DEPARTED_PER_BLOCK).min(MOST_DEPARTED);
+        let block = &self.table[id.0 as usize];
+        self.departed.remember(&block.hash, block.found, most);
         self.forget(id);
         self.strand(id);
     }
@@ -298,7 +365,11 @@ impl Value {
         let mut victims = Vec::new();
         let mut chosen = HashSet::new();
         // In the last round nobody is spared any more.
-        for round in 0..=MOST_FOUND + 1 {
+        let first = match self.retention {
+            Retention::Value => 0,
+            Retention::Age => MOST_FOUND + 1,
+        };
+        for round in first..=MOST_FOUND + 1 {
             let newest = self.ends(medium).newest;
             let mut next = self.ends(medium).oldest;
             while next != NONE && victims.len() < most {

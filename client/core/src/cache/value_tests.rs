@@ -256,3 +256,42 @@ fn sequence_of(branch: u32) -> Vec<u32> {
         .map(|n| if n < 2 { n } else { branch * 100 + n })
         .collect()
 }
+
+#[test]
+fn what_comes_back_was_missed_and_outlives_what_came_once() {
+    // The twin: without the departure nothing is known of the first two.
+    for missed in [true, false] {
+        let mut cache = Valued::new(4);
+        let once = |cache: &mut Valued, from: u32| {
+            for n in from..from + 4 {
+                cache.store(&[n]);
+            }
+        };
+        if missed {
+            cache.store(&[1, 2]);
+            once(&mut cache, 10);
+            assert_eq!(cache.lookup(&[1, 2]), 0, "they went");
+        }
+        cache.store(&[1, 2]);
+        once(&mut cache, 20);
+        assert_eq!(cache.lookup(&[1, 2]), if missed { 2 } else { 0 });
+    }
+}
+
+#[test]
+fn blocks_that_went_are_forgotten_in_the_order_in_which_they_went() {
+    let mut departed = Departed::default();
+    for n in 0..10 {
+        departed.remember(&hash(n), 1, 4);
+    }
+    assert_eq!(departed.found.len(), 4);
+    assert_eq!(departed.take(&hash(5)), None);
+    assert_eq!(departed.take(&hash(6)), Some(1));
+    // One that comes back and goes again counts from its last departure.
+    departed.remember(&hash(7), 2, 4);
+    departed.remember(&hash(11), 0, 4);
+    departed.remember(&hash(12), 0, 4);
+    assert_eq!(departed.take(&hash(7)), Some(2));
+    assert_eq!(departed.take(&hash(8)), None);
+    assert!(departed.order.len() <= 4);
+}

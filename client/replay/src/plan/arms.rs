@@ -1,6 +1,6 @@
 //! The arms of a plan: each says what it would find, and moves nothing.
 
-use swiftcache_client::cache::CacheModel;
+use swiftcache_client::cache::{CacheModel, Retention};
 use swiftcache_proto::domain::BlockHash;
 
 use super::lenders::Supply;
@@ -25,13 +25,14 @@ pub(super) struct Planned<'a> {
 impl<'a> Planned<'a> {
     pub(super) fn new(
         host_blocks: u32,
+        retention: Retention,
         supply: Supply<'a>,
         tiers: &'a [Tier],
         slab_slots: u32,
         rescue: bool,
     ) -> Self {
         Self {
-            cache: CacheModel::new(host_blocks),
+            cache: CacheModel::new(host_blocks, retention),
             supply,
             tiers,
             slab_slots,

@@ -13,6 +13,8 @@ mod text;
 
 use std::collections::BTreeMap;
 
+use swiftcache_client::cache::Retention;
+
 pub use lenders::{Lenders, Lending};
 pub use nodes::NodeShape;
 pub use report::{HostPoint, PlanArm, PlanReport, PlannedNode, PlannedWorkload, SCHEMA};
@@ -59,6 +61,8 @@ pub struct Plan<'a> {
     pub stretch: Option<f64>,
     /// Whether the hottest blocks of slabs taken back move elsewhere.
     pub move_blocks: bool,
+    /// What decides which of SwiftCache's blocks go first.
+    pub retention: Retention,
 }
 
 impl Plan<'_> {
@@ -216,7 +220,14 @@ impl Plan<'_> {
         let slab_slots = self.blocks_of(self.lenders.slab_bytes);
         let host = self.blocks_of(host_bytes);
         let tiers = &self.node.others;
-        let mut arm = Planned::new(host, supply, tiers, slab_slots, self.move_blocks);
+        let mut arm = Planned::new(
+            host,
+            self.retention,
+            supply,
+            tiers,
+            slab_slots,
+            self.move_blocks,
+        );
         let (outcome, _) = self.serve(serving, &mut arm)?;
         Ok((outcome, arm.lent))
     }
@@ -303,8 +314,14 @@ impl Plan<'_> {
 
     fn basis(&self) -> String {
         let engine = Engine::VLLM;
+        let rules = match self.retention {
+            Retention::Value => "the cache's and the donors' own rules",
+            Retention::Age => {
+                "the donors' own rules and of a cache that drops what was used longest ago"
+            }
+        };
         format!(
-            "Modelled, nothing was run: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate, {:.0} ms a request; {}), one GPU prefills first come first served. SwiftCache and the ideal offload load layer by layer at the links' rates; vLLM's offload loads before it computes, at {:.0} % of the rate, as measured. Hits are those of the cache's and the donors' own rules.",
+            "Modelled, nothing was run: compute is a roofline of {} ({:.0} % of peak FLOP/s, {:.0} % of peak HBM rate, {:.0} ms a request; {}), one GPU prefills first come first served. SwiftCache and the ideal offload load layer by layer at the links' rates; vLLM's offload loads before it computes, at {:.0} % of the rate, as measured. Hits are those of {rules}.",
             self.node.gpu.name,
             engine.compute_efficiency * 100.0,
             engine.memory_efficiency * 100.0,

@@ -74,6 +74,7 @@ fn plan(trace: &Trace, lending: Lending, host_bytes: u64) -> Plan<'_> {
         host_bytes,
         stretch: Some(1.0),
         move_blocks: true,
+        retention: Retention::Value,
     }
 }
 
