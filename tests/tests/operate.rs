@@ -315,3 +315,48 @@ fn the_bench_checks_its_document_before_it_measures() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_watch_prints_the_index_and_goes_on_where_it_was() -> Result<()> {
+    const SLAB: u64 = 64 << 10;
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let (donor, lessee) = (
+        operator.wire().member("donor", "")?,
+        operator.wire().member("lessee", "")?,
+    );
+    donor.offer([1; 16], "SIM-1", 1, SLAB)?;
+    let grant = lessee
+        .lease("model", "SIM-0", SLAB, SLAB / 4)?
+        .grants
+        .remove(0);
+    lessee.publish(grant.lease_id, grant.generation, &[[0x1f; 16], [0x20; 16]])?;
+    let printed = |arguments: &[&str]| -> Result<String> {
+        let output = at(&node, &[&["watch", "--once"], arguments].concat())?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let all = printed(&["--namespace", "model"])?;
+    let lines: Vec<_> = all.lines().collect();
+    let block = |byte: &str| format!(" model {}", byte.repeat(16));
+    ensure!(lines.len() == 4, "{all}");
+    ensure!(
+        lines[1].starts_with("+ hbm ") && lines[1].ends_with(&block("1f")),
+        "{all}"
+    );
+    ensure!(lines[2].ends_with(&block("20")), "{all}");
+    let place = lines[3].split_whitespace().last().context("no place")?;
+    ensure!(printed(&["--namespace", "other"])?.lines().count() == 2);
+
+    lessee.release(grant.lease_id)?;
+    let rest = printed(&["--after", place])?;
+    let gone = rest.lines().filter(|line| line.starts_with("- hbm "));
+    ensure!(gone.count() == 2 && !rest.contains('+'), "{rest}");
+    let first: Value =
+        serde_json::from_str(printed(&["--json"])?.lines().next().context("nothing")?)?;
+    ensure!(
+        first["anew"] == true && first["changes"] == serde_json::json!([]),
+        "{first}"
+    );
+    refused(&at(&node, &["watch", "--after", "here"])?, 2, "is no place")
+}
