@@ -197,9 +197,9 @@ impl From<Refused> for Status {
             | Refused::NotYourTenant { .. }
             | Refused::Anonymous { .. } => Self::permission_denied(text),
             Refused::Core(Refusal::LateConnection(_)) => Self::aborted(text),
-            Refused::Core(Refusal::Overlap { .. } | Refusal::Followed { .. }) => {
-                Self::already_exists(text)
-            }
+            Refused::Core(
+                Refusal::Overlap { .. } | Refusal::Followed { .. } | Refusal::DiskTaken { .. },
+            ) => Self::already_exists(text),
             Refused::Core(Refusal::Limit { .. })
             | Refused::Unrecorded { .. }
             | Refused::Streams(_) => Self::resource_exhausted(text),

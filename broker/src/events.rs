@@ -272,6 +272,7 @@ pub fn describe(note: &Note) -> Option<(&'static str, String)> {
         Note::Published { .. }
         | Note::Unpublished { .. }
         | Note::Looked { .. }
+        | Note::DiskWork
         | Note::Refused { .. } => return None,
     })
 }

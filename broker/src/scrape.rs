@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    core::Account,
+    core::{Account, DiskView},
     listen::Places,
     logging::{self, Sparse},
     owner::Owner,
@@ -101,15 +101,23 @@ async fn answer(path: &str, owner: Arc<Owner>) -> Response<String> {
 /// The metrics as text.
 pub(crate) fn render(owner: &Owner) -> String {
     let metrics = owner.metrics();
-    let (devices, gauges, drained_donors) = owner.read(|state| {
+    let (devices, gauges, drained_donors, disks) = owner.read(|state| {
         let gauges = [
             ("swiftcache_leases", state.lease_count() as u64),
             ("swiftcache_regions", state.region_count() as u64),
             ("swiftcache_sessions", state.session_count() as u64),
             ("swiftcache_indexed_blocks", state.indexed_blocks()),
         ];
-        (state.devices(), gauges, state.drained_donors())
+        (
+            state.devices(),
+            gauges,
+            state.drained_donors(),
+            state.disks(),
+        )
     });
+    for (name, value) in of_disks(&disks) {
+        metrics.set(name, vec![], value);
+    }
     let drains = [
         (
             "device",
@@ -147,6 +155,34 @@ pub(crate) fn render(owner: &Owner) -> String {
     let (streams, _) = owner.connections();
     metrics.set("swiftcache_attached_sessions", vec![], streams as u64);
     metrics.render()
+}
+
+/// Sums over all disks, so that their number does not matter to whoever keeps the figures.
+fn of_disks(disks: &[DiskView]) -> [(&'static str, u64); 9] {
+    let sum = |of: &dyn Fn(&DiskView) -> u64| disks.iter().map(of).sum::<u64>();
+    [
+        ("swiftcache_disk_bytes", sum(&|it| it.state.bytes)),
+        ("swiftcache_disk_used_bytes", sum(&|it| it.state.used_bytes)),
+        ("swiftcache_disk_blocks", sum(&|it| it.blocks)),
+        ("swiftcache_disk_to_store_blocks", sum(&|it| it.to_store)),
+        ("swiftcache_disk_wanted_blocks", sum(&|it| it.wanted)),
+        (
+            "swiftcache_disk_written_blocks",
+            sum(&|it| it.state.written_blocks),
+        ),
+        (
+            "swiftcache_disk_read_blocks",
+            sum(&|it| it.state.read_blocks),
+        ),
+        (
+            "swiftcache_disk_corrupt_blocks",
+            sum(&|it| it.state.corrupt_blocks),
+        ),
+        (
+            "swiftcache_disk_failed_blocks",
+            sum(&|it| it.state.failed_blocks),
+        ),
+    ]
 }
 
 /// The bytes of a device in each state. What nobody holds and an operator drained is not free: it is lent to nobody.

@@ -108,6 +108,28 @@ impl Connection {
         })
     }
 
+    #[pyo3(signature = (namespaces, hashes, *, deadline_ms, borrowers = None))]
+    fn count(
+        &self,
+        py: Python<'_>,
+        namespaces: Vec<String>,
+        hashes: &[u8],
+        deadline_ms: &Bound<'_, PyAny>,
+        borrowers: Option<Vec<Vec<u8>>>,
+    ) -> PyResult<(u32, u32, u64)> {
+        let limit = arguments::milliseconds(arguments::number("deadline_ms", deadline_ms)?);
+        unlocked(py, || {
+            check_namespaces(&namespaces)?;
+            let ranks = ranks(namespaces, borrowers)?;
+            let hashes = arguments::hashes(hashes)?;
+            let session = self.session();
+            let counted = session.map(|session| session.count(&ranks, &hashes, limit));
+            let counted = counted.unwrap_or_default();
+            let within = counted.coming.within.as_millis() as u64;
+            Ok((counted.blocks, counted.coming.blocks, within))
+        })
+    }
+
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         unlocked(py, || {
             if self.origin.is_here() {

@@ -21,6 +21,14 @@ pub const MAX_NAME_BYTES: usize = 128;
 pub const MAX_TENANT_BYTES: usize = 64;
 /// The longest namespace, bytes.
 pub const MAX_NAMESPACE_BYTES: usize = 256;
+/// Longest name of a disk, bytes.
+pub const MAX_DEVICE_BYTES: usize = 64;
+/// Longest text that a disk's agent says about its troubles, bytes.
+pub const MAX_PROBLEM_BYTES: usize = 512;
+/// Layers that a block may have.
+pub const MAX_LAYERS: usize = 4_096;
+/// The longest that an answer to a disk waits until there is work, milliseconds.
+pub const MAX_DISK_WAIT_MS: u32 = 1_000;
 /// The smallest and largest slab, bytes.
 pub const SLAB_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 << 30;
 /// The drain window of a broker whose operator has not set one, milliseconds.

@@ -380,5 +380,6 @@ passes! {
     lookup: "Lookup", LookupRequest => LookupResponse;
     keep: "Keep", KeepRequest => KeepResponse;
     report: "Report", ReportRequest => ReportResponse;
+    disk: "Disk", DiskRequest => DiskResponse;
     inherit: "Inherit", InheritRequest => InheritResponse;
 }

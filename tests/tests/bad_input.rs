@@ -92,6 +92,10 @@ impl Stage {
                 "session_id: {lessee} borrower_id: 'borrower-number1' namespace: '{NAMESPACE}' \
                  device_uuid: 'SIM-0' block_bytes: {BLOCK} kept_hashes: '0123456789abcdef'"
             ),
+            "Disk" => format!(
+                "session_id: {lessee} device_uuid: 'DISK-0' namespace: '{NAMESPACE}' block_bytes: {BLOCK} \
+                 stored_hashes: '0123456789abcdef'"
+            ),
             "Inherit" => format!(
                 "session_id: {lessee} namespace: '{NAMESPACE}' device_uuid: 'SIM-0' bytes: {SLAB} \
                  block_bytes: {BLOCK}"
@@ -174,7 +178,8 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 25] = [
+const UNBOUNDED: [&str; 26] = [
+    "Disk.anew",
     "Inherit.bytes",
     "Inherit.host_bytes",
     "Offer.shared_allocation",

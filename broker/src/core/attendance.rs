@@ -231,6 +231,7 @@ fn drop_holdings(books: &mut Books, id: SessionId, departure: Departure) {
     books.claims.stop_waiting(id);
     books.pins.end_all_of(id);
     books.borrowers.close_all_of(id);
+    books.disks.close(id);
     books.unmappable.forget_session(id);
     let Some(session) = books.sessions.get(id) else {
         return;

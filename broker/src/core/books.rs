@@ -16,6 +16,7 @@ use super::{
     config::{CoreConfig, Node},
     counters::Counters,
     devices::Devices,
+    disks::Disks,
     effect::{Effect, Note, Outgoing, Refusal},
     holders::{self, Path, Weights},
     holds::Holds,
@@ -46,6 +47,7 @@ pub(super) struct Books {
     pub(super) pins: Pins,
     pub(super) unmappable: Unmappable,
     pub(super) borrowers: Borrowers,
+    pub(super) disks: Disks,
     pub(super) claims: AllClaims,
     pub(super) quotas: Quotas,
     pub(super) holds: Holds,
@@ -93,6 +95,7 @@ impl Books {
             pins: Pins::new(config.pin_base),
             unmappable: Unmappable::default(),
             borrowers: Borrowers::default(),
+            disks: Disks::default(),
             claims: AllClaims::new(Weights {
                 tenants: config.tenant_weights.clone(),
                 namespaces: config.namespace_weights.clone(),
@@ -135,6 +138,18 @@ impl Books {
         if self.sessions.labelled(&label).next().is_none() {
             self.regions.drain_donor(&label, false);
         }
+    }
+
+    /// Bytes of one block of a tenant's namespace in each layer, as one of its borrowers said.
+    pub(super) fn layers_of(&self, tenant: &str, namespace: &str) -> Option<Arc<[u64]>> {
+        let of_tenant = |session| {
+            let its = self.sessions.get(session);
+            its.is_some_and(|its| **its.tenant() == *tenant)
+        };
+        let mut all = self.borrowers.iter().filter(|borrower| {
+            **borrower.namespace() == *namespace && of_tenant(borrower.session())
+        });
+        all.find_map(|borrower| borrower.layer_bytes().cloned())
     }
 
     /// How much may be on offer.
@@ -370,6 +385,7 @@ impl Books {
             + self.pins.len()
             + self.index.blocks() as usize
             + self.borrowers.kept() as usize
+            + self.disks.blocks() as usize
     }
 
     /// Verifies every book, and that they agree with each other. Costs as much as they are large.
@@ -394,6 +410,7 @@ impl Books {
         self.unmappable
             .check(lives, |key| self.regions.knows(key))?;
         self.borrowers.check(lives)?;
+        self.disks.check(lives)?;
         self.check_slabs(may_be_left)?;
         self.check_leases()?;
         self.check_sessions()?;

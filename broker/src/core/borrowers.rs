@@ -39,6 +39,8 @@ pub(super) struct Nature {
     pub(super) host_down: bool,
     /// It can map host memory of donors.
     pub(super) host_memory: bool,
+    /// Bytes of one block in each layer; empty when it did not say.
+    pub(super) layer_bytes: Arc<[u64]>,
 }
 
 impl Borrower {
@@ -74,6 +76,12 @@ impl Borrower {
         self.nature.host_memory
     }
 
+    /// Bytes of one block in each layer, if it said.
+    pub(super) fn layer_bytes(&self) -> Option<&Arc<[u64]>> {
+        let layers = &self.nature.layer_bytes;
+        (!layers.is_empty()).then_some(layers)
+    }
+
     /// The blocks in its own host memory, if it can copy from there now.
     pub(super) fn kept(&self) -> Option<&Kept> {
         (!self.nature.host_down).then_some(&self.kept)
@@ -105,6 +113,10 @@ pub(super) struct Borrowers {
 impl Borrowers {
     pub(super) fn get(&self, id: BorrowerId) -> Option<&Borrower> {
         self.known.get(&id)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Borrower> {
+        self.known.values()
     }
 
     /// The blocks in the host memory of a session's borrowers.

@@ -1,6 +1,6 @@
 //! The node's devices and the links between them. Nothing of it changes while the broker runs.
 //!
-//! Host memory is a device for each NUMA node. Every other device reaches it, over PCIe.
+//! Host memory is a device for each NUMA node. Every other device reaches it: a GPU over PCIe.
 
 use std::collections::BTreeMap;
 
@@ -89,7 +89,8 @@ impl Devices {
     /// How `from` reaches `to`: as the same device, by peer access, or because `to` is host memory; `None` when it cannot.
     pub(super) fn path(&self, from: usize, to: usize) -> Option<Path> {
         match (self.media[from], self.media[to]) {
-            (Medium::Hbm, Medium::Host) => Some(Path {
+            // A disk's agent works in host memory of one NUMA node, and reaches that of all.
+            (_, Medium::Host) if from != to => Some(Path {
                 kind: LinkKind::Host,
                 bytes_per_second: 0,
             }),

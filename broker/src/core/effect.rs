@@ -1,5 +1,7 @@
 //! What the broker does about it: every output of [`State::apply`](super::State::apply), in order.
 
+use std::sync::Arc;
+
 use swiftcache_proto::domain::{
     AllocationId, BlockHash, DeviceUuid, FoundRun, Generation, Handle, LeaseId, LinkKind, PinId,
     RegionId, RevokeReason, SessionId, Shortfall,
@@ -82,6 +84,17 @@ pub enum Reply {
         runs: Vec<FoundRun>,
         /// Its pin; `None` when nothing was found, or nothing was to be pinned.
         pin: Option<PinId>,
+        /// Blocks right behind that are on their way from a disk.
+        coming: u32,
+        /// How long that may take, milliseconds; 0 when nobody knows.
+        coming_ms: u32,
+    },
+    /// To `DiskTakes`.
+    DiskWork {
+        /// What to write.
+        to_store: Vec<DiskBlocks>,
+        /// What to bring back.
+        wanted: Vec<DiskBlocks>,
     },
     /// To `Drain`.
     Drained {
@@ -113,6 +126,17 @@ pub enum Reply {
     },
     /// To anything the broker will not do.
     Refused(Refusal),
+}
+
+/// Blocks of one namespace that a disk has to do with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskBlocks {
+    /// The model fingerprint.
+    pub namespace: Arc<str>,
+    /// Bytes of one block in each layer; empty when nobody has said.
+    pub layer_bytes: Vec<u64>,
+    /// The blocks.
+    pub hashes: Vec<BlockHash>,
 }
 
 /// The right to one slab, as the shell turns it into a wire `Grant`.
@@ -248,6 +272,14 @@ pub enum Refusal {
         /// And its name.
         name: String,
     },
+    /// ALREADY_EXISTS.
+    #[error("session {session} of this tenant has the disk {disk}: use another name for this one")]
+    DiskTaken {
+        /// The disk's name.
+        disk: String,
+        /// The label of the session that has it.
+        session: String,
+    },
     /// RESOURCE_EXHAUSTED.
     #[error("{what}: the limit is {limit}")]
     Limit {
@@ -367,6 +399,8 @@ pub enum Note {
         blocks: u32,
         hits: u32,
     },
+    /// A disk has something to do.
+    DiskWork,
     Drained {
         target: String,
     },

@@ -87,6 +87,10 @@ pub enum Event {
     Lookup(Lookup),
     /// A borrower says what it is and what it keeps. Answered by `Reply::Done`.
     Keep(Keep),
+    /// A disk says what it is and what lies on it. Answered by `Reply::Done`.
+    DiskSays(DiskSays),
+    /// A disk takes what it has to do. Answered by `Reply::DiskWork`.
+    DiskTakes(DiskTakes),
     /// A session has let go of a revoked lease (its own, or one it reads). Stale ones are ignored.
     Acknowledge {
         /// Who speaks.
@@ -304,6 +308,56 @@ pub struct Keep {
     pub host_down: bool,
     /// It can map host memory of donors.
     pub host_memory: bool,
+    /// Bytes of one block in each layer; empty when it does not say.
+    pub layer_bytes: Vec<u64>,
+}
+
+/// See `DiskRequest`.
+#[derive(Clone, Debug)]
+pub struct DiskSays {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The disk's name.
+    pub name: String,
+    /// What was said before is forgotten.
+    pub anew: bool,
+    /// What is new about the disk itself.
+    pub state: Option<DiskState>,
+    /// The model fingerprint, if something is said of blocks.
+    pub namespace: Option<String>,
+    /// Bytes of one of its blocks over all layers.
+    pub block_bytes: u64,
+    /// Blocks that lie on the disk now.
+    pub stored: Vec<BlockHash>,
+    /// Blocks that do not any more.
+    pub dropped: Vec<BlockHash>,
+}
+
+/// What of its work a disk takes, in blocks.
+#[derive(Clone, Debug)]
+pub struct DiskTakes {
+    /// Who speaks.
+    pub caller: Caller,
+    /// The most blocks to write.
+    pub to_store: usize,
+    /// The most blocks to bring back. Those that it took before are dealt with.
+    pub wanted: usize,
+}
+
+/// A disk as its agent sees it. See the message of this name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the fields are the protocol's words")]
+pub struct DiskState {
+    pub bytes: u64,
+    pub used_bytes: u64,
+    pub memory_bytes: u64,
+    pub bytes_per_second: u64,
+    pub problem: String,
+    pub written_blocks: u64,
+    pub read_blocks: u64,
+    pub corrupt_blocks: u64,
+    pub failed_blocks: u64,
+    pub evicted_blocks: u64,
 }
 
 /// What an operator drains.

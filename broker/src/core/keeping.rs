@@ -3,7 +3,7 @@
 use super::{
     books::Books,
     borrowers::Nature,
-    effect::{Refusal, Reply},
+    effect::{Note, Refusal, Reply},
     event::Keep,
     publishing::may_index,
 };
@@ -29,6 +29,14 @@ pub(super) fn keep(books: &mut Books, keep: Keep) -> Result<Reply, Refusal> {
             limit: most as u64,
         });
     }
+    let layers = keep.layer_bytes.iter();
+    let total = layers.fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
+    if !keep.layer_bytes.is_empty() && total != keep.block_bytes {
+        return Err(Refusal::Invalid {
+            field: "layer_bytes",
+            problem: format!("are {total} bytes in all; a block has {}", keep.block_bytes),
+        });
+    }
     may_index(books, session, keep.kept.len())?;
     let nature = Nature {
         session,
@@ -42,7 +50,12 @@ pub(super) fn keep(books: &mut Books, keep: Keep) -> Result<Reply, Refusal> {
             .collect(),
         host_down: keep.host_down,
         host_memory: keep.host_memory,
+        layer_bytes: keep.layer_bytes.into(),
     };
+    if !nature.layer_bytes.is_empty() {
+        // What it has published may wait for that.
+        books.note(Note::DiskWork);
+    }
     let (id, anew) = (keep.borrower, keep.anew);
     books
         .borrowers

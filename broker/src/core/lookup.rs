@@ -3,7 +3,7 @@
 //! What a lookup promises is what a load uses: a block is found in a lease that the asker holds, or that `Share` would
 //! open for it, or in its own host memory.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, sync::Arc};
 
 use swiftcache_proto::domain::{BlockHash, Extent, FoundRun, Hold, LinkKind, Medium, SessionId};
 
@@ -185,8 +185,19 @@ pub(super) fn lookup(books: &mut Books, lookup: &Lookup) -> Result<Reply, Refusa
             Some(books.pins.add(caller.session, spans, config, now)?)
         }
     };
+    // What a disk's agent reads is no use of blocks.
+    if books.disks.get(caller.session).is_some() {
+        let runs = runs.into_iter().map(|run| told(books, run)).collect();
+        return Ok(Reply::Found {
+            runs,
+            pin,
+            coming: 0,
+            coming_ms: 0,
+        });
+    }
     let runs: Vec<_> = runs.into_iter().map(|run| found(books, run)).collect();
     let hits: u32 = runs.iter().map(FoundRun::blocks).sum();
+    let (coming, coming_ms) = want_from_disk(books, lookup, key, hits as usize)?;
     let blocks = lookup.hashes.len() as u32;
     books.counters.lookups += 1;
     books.counters.lookup_blocks += u64::from(blocks);
@@ -195,7 +206,66 @@ pub(super) fn lookup(books: &mut Books, lookup: &Lookup) -> Result<Reply, Refusa
         books.index.looked(key, blocks.into(), hits.into());
     }
     books.note(Note::Looked { blocks, hits });
-    Ok(Reply::Found { runs, pin })
+    Ok(Reply::Found {
+        runs,
+        pin,
+        coming,
+        coming_ms,
+    })
+}
+
+/// Has disks bring back what follows the first `found` blocks, as far as it lies there or in between. Says how many blocks that makes,
+/// and how long it may take, milliseconds.
+fn want_from_disk(
+    books: &mut Books,
+    lookup: &Lookup,
+    key: Option<NamespaceKey>,
+    found: usize,
+) -> Result<(u32, u32), Refusal> {
+    let tenant = Arc::clone(books.sessions.of(lookup.caller)?.tenant());
+    if books.disks.of(&tenant).next().is_none() || found == lookup.hashes.len() {
+        return Ok((0, 0));
+    }
+    let asker = Asker::of(books, lookup)?;
+    let reads = |asker: &Asker<'_>| {
+        asker.host_memory && asker.shares && !matches!(asker.reach, Reach::Nowhere)
+    };
+    let Some(asker) = asker.filter(reads) else {
+        return Ok((0, 0));
+    };
+    let namespace: Arc<str> = lookup.namespace.as_str().into();
+    let mut wanted: Vec<(SessionId, BlockHash)> = Vec::new();
+    let mut coming = 0;
+    for hash in &lookup.hashes[found..] {
+        let in_memory = key.is_some_and(|key| best_place(books, &asker, key, hash).is_some())
+            || asker.kept.is_some_and(|kept| kept.contains(hash));
+        if !in_memory {
+            let fits = |size: Option<u64>| {
+                size.is_some() && asker.block_bytes.is_none_or(|of| Some(of) == size)
+            };
+            let disk = books.disks.of(&tenant).find(|(_, disk)| {
+                disk.has(&namespace, hash)
+                    && fits(disk.block_bytes(&namespace))
+                    && (wanted.len() as u64) < disk.most(&namespace)
+            });
+            match disk {
+                Some((disk, _)) => wanted.push((disk, *hash)),
+                None => break,
+            }
+        }
+        coming += 1;
+    }
+    let mut any = false;
+    let mut wait_ms = 0;
+    for (disk, hash) in wanted {
+        any |= books.disks.want(disk, &namespace, hash);
+        let its = books.disks.get(disk);
+        wait_ms = wait_ms.max(its.map_or(0, |its| its.wait_ms(&namespace)));
+    }
+    if any {
+        books.note(Note::DiskWork);
+    }
+    Ok((coming, wait_ms))
 }
 
 /// The longest run of leading hashes that the asker can load, as runs of consecutive slots.
@@ -280,13 +350,20 @@ fn foreign_spans(books: &Books, session: SessionId, runs: &[Run]) -> Vec<Span> {
 
 /// Tells of a run, whose blocks were found now.
 fn found(books: &mut Books, run: Run) -> FoundRun {
+    if let Run::Leased(span, _) = run {
+        books.leases.hit(span.lease, books.now);
+        let region = books.leases.get(span.lease).terms().region;
+        books.regions.hit(region, books.now);
+    }
+    told(books, run)
+}
+
+fn told(books: &Books, run: Run) -> FoundRun {
     let (span, hold) = match run {
         Run::Leased(span, hold) => (span, hold),
         Run::Kept(count) => return FoundRun::Kept { count },
     };
-    books.leases.hit(span.lease, books.now);
     let terms = books.leases.get(span.lease).terms();
-    books.regions.hit(terms.region, books.now);
     let on = books.regions.get(terms.region).device();
     FoundRun::Leased {
         extent: Extent {

@@ -23,6 +23,7 @@ mod slots;
 mod borrowers;
 mod claims;
 mod devices;
+mod disks;
 mod holders;
 mod holds;
 mod index;
@@ -39,6 +40,7 @@ mod books;
 // What happens, from what others are made of to what is made of others.
 mod attendance;
 mod bequest;
+mod disking;
 mod estates;
 mod fairness;
 mod holding;
@@ -70,11 +72,11 @@ mod tests;
 pub use account::Account;
 pub use config::{CoreConfig, Node};
 pub use counters::Counters;
-pub use effect::{Effect, Grant, Inherited, Note, Outgoing, Refusal, Reply};
+pub use effect::{DiskBlocks, Effect, Grant, Inherited, Note, Outgoing, Refusal, Reply};
 pub use event::{
-    Caller, Connection, DrainTarget, Event, EvictTarget, Forget, HoldDemand, HoldId, InheritDemand,
-    Keep, LeaseDemand, Lookup, Now, Offer, Publish, QuotaTarget, Register, SetQuota, Withdraw,
-    WithdrawWhat,
+    Caller, Connection, DiskSays, DiskState, DiskTakes, DrainTarget, Event, EvictTarget, Forget,
+    HoldDemand, HoldId, InheritDemand, Keep, LeaseDemand, Lookup, Now, Offer, Publish, QuotaTarget,
+    Register, SetQuota, Withdraw, WithdrawWhat,
 };
 pub use journal::{Change, Scope};
 pub use process::Process;
@@ -83,7 +85,7 @@ pub use recorded::Recorded;
 pub use restore::LedgerError;
 pub use state::State;
 pub use views::{
-    DeviceView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
+    DeviceView, DiskView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
     WithdrawPreview,
 };
 pub use watching::{Sight, Watched, Watcher};

@@ -8,6 +8,7 @@ use super::{
     arena::LeaseKey,
     bequest::{Whose, end_coldest},
     books::Books,
+    disking::offer,
     effect::{Note, Refusal, Reply},
     event::{Caller, Publish},
     index::Location,
@@ -63,7 +64,7 @@ pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refu
     let (namespace, region) = (terms.namespace, terms.region);
     let publisher = Asker::publisher(books, lease);
     let mut duplicates = Vec::new();
-    let mut published = 0;
+    let mut fresh = Vec::new();
     for (number, (hash, slot)) in (0..).zip(publish.blocks) {
         let at = Location { lease, slot };
         // Said again.
@@ -77,8 +78,10 @@ pub(super) fn publish(books: &mut Books, publish: Publish) -> Result<Reply, Refu
         }
         drop(places);
         books.index.insert(&mut books.journal, hash, at);
-        published += 1;
+        fresh.push(hash);
     }
+    let published = fresh.len() as u32;
+    offer(books, lease, &fresh);
     books.regions.published_more(region, u64::from(published));
     books.claims.set_blocks(lease, books.index.published(lease));
     books.counters.published_blocks += u64::from(published);

@@ -8,6 +8,7 @@ use super::{
     books::Books,
     config::{CoreConfig, Node},
     counters::Counters,
+    disking::{disk_says, disk_takes},
     effect::{Effect, Note, Refusal, Reply},
     estates::{expire_estates, forget, inherit},
     event::{Caller, Event, Now, QuotaTarget},
@@ -25,7 +26,10 @@ use super::{
     revocation::{acknowledge, close_drain_windows},
     scrubs::scrubbed,
     sharing::{Giving, release, share},
-    views::{self, DeviceView, LeaseView, NamespaceView, RegionView, SessionView, WithdrawPreview},
+    views::{
+        self, DeviceView, DiskView, LeaseView, NamespaceView, RegionView, SessionView,
+        WithdrawPreview,
+    },
     watching::{self, Watched, Watcher},
     withdrawal::{Need, preview, withdraw},
 };
@@ -147,6 +151,14 @@ impl State {
     /// Totals since the broker started.
     pub fn counters(&self) -> Counters {
         self.books.counters
+    }
+
+    /// All disks, by tenant and name.
+    pub fn disks(&self) -> Vec<DiskView> {
+        let disks = self.books.disks.iter();
+        let mut all: Vec<DiskView> = disks.map(|(id, disk)| views::disk(id, disk)).collect();
+        all.sort_by(|a, b| (&a.tenant, &a.name).cmp(&(&b.tenant, &b.name)));
+        all
     }
 
     /// Blocks that a lookup can find in leases.
@@ -322,6 +334,8 @@ fn dispatch(books: &mut Books, event: Event) -> Result<Option<Reply>, (Refusal, 
         } => unpublish(books, caller, lease, generation, &slots),
         Event::Lookup(it) => lookup(books, &it),
         Event::Keep(it) => keep(books, it),
+        Event::DiskSays(it) => disk_says(books, it),
+        Event::DiskTakes(it) => disk_takes(books, &it),
         Event::Acknowledge {
             caller,
             lease,

@@ -12,6 +12,8 @@ use super::{
     account::Account,
     arena::{LeaseKey, RegionKey},
     books::Books,
+    disks::Disk,
+    event::DiskState,
     index::Namespace,
     leases::{Lease, Phase},
     process::Process,
@@ -46,6 +48,40 @@ pub struct HoldView {
     pub free_bytes: u64,
     /// Time left, milliseconds, when the state last heard the time.
     pub left_ms: u32,
+}
+
+/// A disk of a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskView {
+    /// Whose it is.
+    pub session: SessionId,
+    /// The whole tenant.
+    pub tenant: Arc<str>,
+    /// Its name.
+    pub name: String,
+    /// As its agent sees it.
+    pub state: DiskState,
+    /// Blocks that lie on it.
+    pub blocks: u64,
+    /// Blocks that wait to be written.
+    pub to_store: u64,
+    /// Blocks that are on their way back.
+    pub wanted: u64,
+    /// Blocks that lookups wanted since it is there.
+    pub asked: u64,
+}
+
+pub(super) fn disk(session: SessionId, disk: &Disk) -> DiskView {
+    DiskView {
+        session,
+        tenant: Arc::clone(disk.tenant()),
+        name: disk.name().to_owned(),
+        state: disk.state().clone(),
+        blocks: disk.blocks(),
+        to_store: disk.to_store(),
+        wanted: disk.wanted(),
+        asked: disk.asked(),
+    }
 }
 
 /// A session that is not over.

@@ -19,7 +19,7 @@ use crate::core::Note;
 use traffic::TrafficCounters;
 
 /// The RPCs, all of which are timed.
-const RPCS: [&str; 28] = [
+const RPCS: [&str; 29] = [
     "Register",
     "Session",
     "Leave",
@@ -32,6 +32,7 @@ const RPCS: [&str; 28] = [
     "Unpublish",
     "Lookup",
     "Keep",
+    "Disk",
     "Report",
     "GetNode",
     "ListSessions",
@@ -228,7 +229,7 @@ impl Metrics {
 }
 
 /// What is read from the state at each scrape.
-pub const GAUGES: [(&str, Unit, &str); 11] = [
+pub const GAUGES: [(&str, Unit, &str); 20] = [
     (
         "swiftcache_offered_bytes",
         Unit::Bytes,
@@ -256,6 +257,47 @@ pub const GAUGES: [(&str, Unit, &str); 11] = [
         "swiftcache_unmappable_regions",
         Unit::Count,
         "Regions that some session says it cannot map, by device.",
+    ),
+    (
+        "swiftcache_disk_bytes",
+        Unit::Bytes,
+        "The most that the files of disks take.",
+    ),
+    (
+        "swiftcache_disk_used_bytes",
+        Unit::Bytes,
+        "What the files of disks take.",
+    ),
+    ("swiftcache_disk_blocks", Unit::Count, "Blocks on disks."),
+    (
+        "swiftcache_disk_to_store_blocks",
+        Unit::Count,
+        "Blocks in host memory that wait to be written to disks.",
+    ),
+    (
+        "swiftcache_disk_wanted_blocks",
+        Unit::Count,
+        "Blocks that lookups wanted and that are on their way from disks.",
+    ),
+    (
+        "swiftcache_disk_written_blocks",
+        Unit::Count,
+        "Blocks that the present disks' agents wrote.",
+    ),
+    (
+        "swiftcache_disk_read_blocks",
+        Unit::Count,
+        "Blocks that they read.",
+    ),
+    (
+        "swiftcache_disk_corrupt_blocks",
+        Unit::Count,
+        "Blocks whose bytes on a disk were not those that were written. None was given out.",
+    ),
+    (
+        "swiftcache_disk_failed_blocks",
+        Unit::Count,
+        "Blocks that a disk did not read or write.",
     ),
     (
         "swiftcache_log_lines_dropped",

@@ -76,6 +76,8 @@ pub struct Owner {
     started: Instant,
     started_unix_ms: u64,
     boot_id: u64,
+    /// A disk may have something to do.
+    disk_work: tokio::sync::Notify,
 }
 
 /// The parts of an owner.
@@ -114,6 +116,7 @@ impl Owner {
             started: Instant::now(),
             started_unix_ms: unix_ms(),
             boot_id: rand::random(),
+            disk_work: tokio::sync::Notify::new(),
         }
     }
 
@@ -135,6 +138,11 @@ impl Owner {
     /// The present time on the core's clock.
     pub fn now(&self) -> Now {
         Now(u64::try_from(self.uptime().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Told each time that a disk may have something to do.
+    pub(crate) fn disk_work(&self) -> &tokio::sync::Notify {
+        &self.disk_work
     }
 
     /// The descriptors of donors.
@@ -294,6 +302,7 @@ impl Owner {
             Note::Left { session } | Note::Gone { session, .. } => {
                 self.reports.lock().forget(*session);
             }
+            Note::DiskWork => self.disk_work.notify_waiters(),
             Note::Refused { refusal } => tracing::debug!(%refusal, "refused"),
             _ => {}
         }
@@ -486,6 +495,8 @@ fn only_answered(event: &Event) -> bool {
         event,
         Event::Lookup(_)
             | Event::Keep(_)
+            | Event::DiskSays(_)
+            | Event::DiskTakes(_)
             | Event::Publish(_)
             | Event::Unpublish { .. }
             | Event::Unpin { .. }

@@ -258,7 +258,7 @@ impl World {
             host_memory: false,
         };
         match self.owner.apply(Event::Lookup(lookup)).await {
-            Ok(Reply::Found { runs, pin }) => {
+            Ok(Reply::Found { runs, pin, .. }) => {
                 assert_eq!(pin.is_some(), !runs.is_empty());
                 let blocks = runs.iter().map(|run| match run {
                     FoundRun::Leased { extent, .. } => extent.count,

@@ -1,9 +1,15 @@
 //! The `Broker` service: checks a request, lets its event happen, turns the reply into the answer.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use swiftcache_proto::{
-    convert::{self, InvalidField, MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
+    convert::{
+        self, InvalidField, MAX_BLOCKS, MAX_DEVICE_BYTES, MAX_DISK_WAIT_MS, MAX_LAYERS,
+        MAX_NAME_BYTES, MAX_NAMESPACE_BYTES, MAX_PROBLEM_BYTES, MAX_TENANT_BYTES,
+    },
     domain::{FoundRun, Generation, HandleKind, HomeBytes, LeaseId, SessionId},
     traffic::Traffic,
     v1::{self, broker_server::Broker},
@@ -18,8 +24,8 @@ use super::{
 };
 use crate::{
     core::{
-        Event, InheritDemand, Keep, LeaseDemand, Lookup, Offer, Publish, Register, Reply, Withdraw,
-        WithdrawWhat,
+        DiskBlocks, DiskSays, DiskState, DiskTakes, Event, InheritDemand, Keep, LeaseDemand,
+        Lookup, Offer, Publish, Register, Reply, Withdraw, WithdrawWhat,
     },
     error::Refused,
     owner::{Owner, Reported},
@@ -152,6 +158,14 @@ impl Broker for BrokerService {
     ) -> Result<Response<v1::InheritResponse>, Status> {
         let _timer = self.owner.metrics().time("Inherit");
         Ok(Response::new(self.do_inherit(request).await?))
+    }
+
+    async fn disk(
+        &self,
+        request: Request<v1::DiskRequest>,
+    ) -> Result<Response<v1::DiskResponse>, Status> {
+        let _timer = self.owner.metrics().time("Disk");
+        Ok(Response::new(self.do_disk(request).await?))
     }
 
     async fn report(
@@ -442,13 +456,77 @@ impl BrokerService {
             host_memory: request.host_memory,
         };
         match self.owner.apply(Event::Lookup(lookup)).await? {
-            Reply::Found { runs, pin } => Ok(v1::LookupResponse {
+            Reply::Found {
+                runs,
+                pin,
+                coming,
+                coming_ms,
+            } => Ok(v1::LookupResponse {
+                coming_blocks: coming,
+                coming_ms,
                 hit_blocks: runs.iter().map(FoundRun::blocks).sum(),
                 extents: runs.into_iter().map(v1::Extent::from).collect(),
                 pin_id: pin.map_or(0, |pin| pin.0),
                 pin_ms: pin.map_or(0, |_| self.node.pin_ms),
             }),
             _ => Err(Refused::OutOfTurn),
+        }
+    }
+
+    /// The answer waits for work, as long as the disk lets it.
+    async fn do_disk(
+        &self,
+        request: Request<v1::DiskRequest>,
+    ) -> Result<v1::DiskResponse, Refused> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let caller = caller(&peer, request.session_id);
+        let namespace = match request.namespace.as_str() {
+            "" => None,
+            name => Some(convert::text("namespace", name, MAX_NAMESPACE_BYTES)?),
+        };
+        let says = DiskSays {
+            caller,
+            name: convert::text("device_uuid", &request.device_uuid, MAX_DEVICE_BYTES)?,
+            anew: request.anew,
+            state: request.state.map(disk_state).transpose()?,
+            block_bytes: match &namespace {
+                Some(_) => at_least_one("block_bytes", request.block_bytes)?,
+                None => 0,
+            },
+            namespace,
+            stored: convert::hashes("stored_hashes", &request.stored_hashes)?.collect(),
+            dropped: convert::hashes("dropped_hashes", &request.dropped_hashes)?.collect(),
+        };
+        let takes = DiskTakes {
+            caller,
+            to_store: at_most("take_to_store", request.take_to_store, MAX_BLOCKS as u32)? as usize,
+            wanted: at_most("take_wanted", request.take_wanted, MAX_BLOCKS as u32)? as usize,
+        };
+        let wait = at_most("wait_ms", request.wait_ms, MAX_DISK_WAIT_MS)?;
+        let deadline = Instant::now() + Duration::from_millis(wait.into());
+        self.owner.apply(Event::DiskSays(says)).await?;
+        if takes.to_store == 0 && takes.wanted == 0 {
+            return Ok(v1::DiskResponse::default());
+        }
+        loop {
+            let told = self.owner.disk_work().notified();
+            let mut told = std::pin::pin!(told);
+            // What comes from here on is heard.
+            told.as_mut().enable();
+            let work = self.owner.apply(Event::DiskTakes(takes.clone())).await?;
+            let Reply::DiskWork { to_store, wanted } = work else {
+                return Err(Refused::OutOfTurn);
+            };
+            let late = Instant::now() >= deadline;
+            if late || !to_store.is_empty() || !wanted.is_empty() {
+                let blocks = |its: Vec<DiskBlocks>| its.into_iter().map(disk_blocks).collect();
+                return Ok(v1::DiskResponse {
+                    to_store: blocks(to_store),
+                    wanted: blocks(wanted),
+                });
+            }
+            let _ = tokio::time::timeout_at(deadline.into(), told).await;
         }
     }
 
@@ -472,9 +550,49 @@ impl BrokerService {
                 .collect::<Result<_, _>>()?,
             host_down: request.host_memory_down,
             host_memory: request.host_memory,
+            layer_bytes: match request.layer_bytes.len() {
+                0..=MAX_LAYERS => request.layer_bytes,
+                count => {
+                    let problem = format!("has {count} entries; takes at most {MAX_LAYERS}");
+                    return Err(InvalidField::new("layer_bytes", problem).into());
+                }
+            },
         };
         self.owner.apply(Event::Keep(keep)).await?;
         Ok(())
+    }
+}
+
+fn disk_state(state: v1::DiskState) -> Result<DiskState, InvalidField> {
+    Ok(DiskState {
+        bytes: state.bytes,
+        used_bytes: state.used_bytes,
+        memory_bytes: state.memory_bytes,
+        bytes_per_second: state.bytes_per_second,
+        problem: convert::optional_text("state.problem", &state.problem, MAX_PROBLEM_BYTES)?,
+        written_blocks: state.written_blocks,
+        read_blocks: state.read_blocks,
+        corrupt_blocks: state.corrupt_blocks,
+        failed_blocks: state.failed_blocks,
+        evicted_blocks: state.evicted_blocks,
+    })
+}
+
+fn disk_blocks(blocks: DiskBlocks) -> v1::DiskBlocks {
+    v1::DiskBlocks {
+        namespace: blocks.namespace.to_string(),
+        layer_bytes: blocks.layer_bytes,
+        hashes: convert::pack_hashes(&blocks.hashes).into(),
+    }
+}
+
+fn at_most(field: &'static str, value: u32, most: u32) -> Result<u32, InvalidField> {
+    match value <= most {
+        true => Ok(value),
+        false => Err(InvalidField::new(
+            field,
+            format!("is {value}; takes at most {most}"),
+        )),
     }
 }
 

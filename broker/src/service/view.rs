@@ -7,7 +7,7 @@ use swiftcache_proto::{
 
 use crate::{
     core::{
-        Account, Counters, DeviceView, LeasePhase, LeaseView, NamespaceView, QuotaTarget,
+        Account, Counters, DeviceView, DiskView, LeasePhase, LeaseView, NamespaceView, QuotaTarget,
         RegionView, SessionView, State, WithdrawPreview,
     },
     owner::Reports,
@@ -23,6 +23,7 @@ pub(super) struct NodeView {
     sessions: usize,
     indexed_blocks: u64,
     counters: Counters,
+    disks: Vec<DiskView>,
 }
 
 impl NodeView {
@@ -35,6 +36,7 @@ impl NodeView {
             sessions: state.session_count(),
             indexed_blocks: state.indexed_blocks(),
             counters: state.counters(),
+            disks: state.disks(),
         }
     }
 
@@ -75,8 +77,34 @@ impl NodeView {
             }),
             traffic: Some(reports.total().into()),
             routes_down: reports.routes_down(),
+            disks: self.disks.into_iter().map(disk).collect(),
             ..Default::default()
         }
+    }
+}
+
+fn disk(view: DiskView) -> v1::DiskStatus {
+    let state = view.state;
+    v1::DiskStatus {
+        device_uuid: view.name,
+        tenant: view.tenant.to_string(),
+        session: view.session.label(),
+        state: Some(v1::DiskState {
+            bytes: state.bytes,
+            used_bytes: state.used_bytes,
+            memory_bytes: state.memory_bytes,
+            bytes_per_second: state.bytes_per_second,
+            problem: state.problem,
+            written_blocks: state.written_blocks,
+            read_blocks: state.read_blocks,
+            corrupt_blocks: state.corrupt_blocks,
+            failed_blocks: state.failed_blocks,
+            evicted_blocks: state.evicted_blocks,
+        }),
+        blocks: view.blocks,
+        to_store_blocks: view.to_store,
+        wanted_blocks: view.wanted,
+        asked_blocks: view.asked,
     }
 }
 

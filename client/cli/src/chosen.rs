@@ -30,6 +30,14 @@ impl Chosen {
         matches!(self, Self::One(uuid) if uuid.medium() == Medium::Host)
     }
 
+    /// The disk that it names, if it does: `DISK-0`.
+    pub(super) fn disk(&self) -> Option<&DeviceUuid> {
+        match self {
+            Self::One(uuid) => Some(uuid).filter(|uuid| is_disk(uuid.as_str())),
+            Self::All => None,
+        }
+    }
+
     /// The chosen devices among `known`: one at least, or an error. Host memory is only chosen by its name.
     pub(super) fn among<'a>(&self, known: &'a [Device]) -> Result<Vec<&'a Device>, CliError> {
         let chosen: Vec<&Device> = known
@@ -51,6 +59,13 @@ impl Chosen {
             ),
         }))
     }
+}
+
+fn is_disk(name: &str) -> bool {
+    let digits = name.strip_prefix("DISK-");
+    digits.is_some_and(|digits| {
+        (1..=4).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit())
+    })
 }
 
 /// One device, by its UUID or its number.

@@ -1,8 +1,11 @@
 //! `swiftcache donate`.
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -20,6 +23,7 @@ use tracing::info;
 use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output};
 use swiftcache_client::{
     device::{self, DeviceError, DeviceLayer},
+    disk::{DiskAgent, DiskConfig, StoreConfig},
     donor::{
         Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Forecast, Observation, PolicyConfig,
         Settled,
@@ -35,7 +39,7 @@ const NAP: Duration = Duration::from_millis(50);
 /// What is on offer is said when it has been the same for this long.
 const STEADY: Duration = Duration::from_secs(2);
 
-/// Lend a device's idle HBM: a fixed amount, or as much as stays idle; or a fixed amount of host memory
+/// Lend a device's idle HBM: a fixed amount, or as much as stays idle; or a fixed amount of host memory, or of a disk
 ///
 /// Runs until SIGTERM or SIGINT, then asks for everything back and waits until nobody can touch it any more.
 #[derive(Args, Debug)]
@@ -44,12 +48,22 @@ pub(super) struct DonateArgs {
     #[command(flatten)]
     socket: SocketArg,
     /// The device, as `swiftcache status` names it, or all of the node's; HOST-0, HOST-1, ...: host memory of that NUMA
-    /// node, which engines lease where HBM falls short
-    #[arg(long, value_name = "UUID|all|HOST-N")]
+    /// node, which engines lease where HBM falls short; DISK-0, DISK-1, ...: a file, to which blocks in host memory are
+    /// written, and from which they come back when a lookup wants them
+    #[arg(long, value_name = "UUID|all|HOST-N|DISK-N")]
     device: Chosen,
-    /// Lend this much, whole slabs; what is missing is offered as soon as it can be
+    /// Lend this much, whole slabs; what is missing is offered as soon as it can be. Of a disk: the most that its file takes
     #[arg(long, value_name = "SIZE", value_parser = size)]
     bytes: Option<u64>,
+    /// Of a disk: the directory of its file. It stays when the command ends, and is found again
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+    /// Of a disk: the most host memory to lease for blocks of one model (of each rank) that come back
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
+    memory: u64,
+    /// Of a disk: write and read through the kernel's cache, which takes memory from engines and gives it back slowly
+    #[arg(long, requires = "path")]
+    buffered: bool,
     /// Follow idle HBM: up slowly, down at once
     #[arg(long)]
     elastic: bool,
@@ -204,6 +218,16 @@ impl DonateArgs {
     /// Refuses what cannot work on any device.
     fn check(&self) -> Result<(), CliError> {
         let refuse = |problem: String| Err(CliError::Usage(problem));
+        match (self.device.disk(), &self.path) {
+            (Some(_), Some(_)) => return self.check_disk(),
+            (Some(disk), None) => {
+                return refuse(format!("--path: {disk} needs the directory of its file"));
+            }
+            (None, Some(_)) => {
+                return refuse("--path: goes with --device DISK-0, DISK-1, ...".to_owned());
+            }
+            (None, None) => {}
+        }
         let (least, most) = (SLAB_BYTES.start(), SLAB_BYTES.end());
         if !SLAB_BYTES.contains(&self.slab) {
             let (slab, least, most) = (bytes(self.slab), bytes(*least), bytes(*most));
@@ -245,6 +269,21 @@ impl DonateArgs {
         if self.drain.is_some_and(|drain| drain > longest) {
             let longest = humantime::format_duration(longest);
             return refuse(format!("--drain: takes at most {longest}"));
+        }
+        Ok(())
+    }
+
+    /// Refuses what cannot work on a disk.
+    fn check_disk(&self) -> Result<(), CliError> {
+        let refuse = |problem: &str| Err(CliError::Usage(problem.to_owned()));
+        if self.elastic {
+            return refuse("--elastic: follows idle HBM; of a disk lend --bytes");
+        }
+        if self.handle.is_some() {
+            return refuse("--handle: nobody opens a disk but this command");
+        }
+        if self.memory == 0 {
+            return refuse("--memory: takes more than 0: blocks come back to host memory");
         }
         Ok(())
     }
@@ -334,6 +373,9 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
         name: args.name.clone(),
         tenant: args.tenant.clone(),
     };
+    if let (Some(disk), Some(path)) = (args.device.disk(), &args.path) {
+        return keep_on_disk(args, session, disk, path, &interrupt);
+    }
     let (first, shape) = backend::connect(session.clone())?;
     let mut known = shape.0.clone();
     known.extend(first.host_devices().unwrap_or_default());
@@ -377,6 +419,82 @@ pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
         thread::sleep(NAP);
     }
     leave(running, args.leave_within)
+}
+
+/// Keeps blocks in a file until a signal comes.
+fn keep_on_disk(
+    args: &DonateArgs,
+    config: SessionConfig,
+    disk: &DeviceUuid,
+    path: &Path,
+    interrupt: &AtomicBool,
+) -> Result<(), CliError> {
+    survive_file_limit()?;
+    let label = config.tenant.clone();
+    let (session, _) = backend::connect(config)?;
+    let known = session.host_devices().unwrap_or_default();
+    let Some(host) = known.first() else {
+        return Err(CliError::Usage(
+            "--device: the broker names no host memory, through which blocks go to a disk: it is too old".to_owned(),
+        ));
+    };
+    let layer = device::open_host_memory(&known).map_err(swiftcache_client::Error::from)?;
+    let uid = rustix::process::getuid().as_raw();
+    let agent = DiskAgent::start(
+        session,
+        layer,
+        DiskConfig {
+            name: disk.to_string(),
+            store: StoreConfig {
+                path: path.to_owned(),
+                bytes: args.bytes.unwrap_or(0),
+                // As the broker calls the tenant.
+                tenant: match label.as_str() {
+                    "" => uid.to_string(),
+                    label => format!("{uid}/{label}"),
+                },
+                direct: !args.buffered,
+            },
+            device: host.uuid.clone(),
+            memory_bytes: args.memory,
+        },
+    )?;
+    let stats = agent.stats();
+    // Nobody has to read it.
+    let _ = output::print(&format!(
+        "{disk}: keeps {} blocks, and at most {}, in {}\n",
+        stats.blocks,
+        bytes(stats.bytes),
+        path.display()
+    ));
+    let mut said = None;
+    while !interrupt.load(Ordering::Relaxed) {
+        let problem = agent.problem();
+        if problem != said {
+            if let Some(problem) = &problem {
+                output::complain(&format!("swiftcache: {disk}: {problem}"));
+            }
+            said = problem;
+        }
+        thread::sleep(NAP);
+    }
+    drop(agent);
+    Ok(())
+}
+
+/// A file that may not grow (`ulimit -f`) is a full disk, and no reason to die: the signal is caught, and the write fails.
+fn survive_file_limit() -> Result<(), CliError> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let failed = |error: std::io::Error| CliError::Failed(format!("cannot catch signals: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(failed)?;
+    let _entered = runtime.enter();
+    // What is caught once stays caught.
+    let caught = signal(SignalKind::from_raw(libc::SIGXFSZ)).map_err(failed)?;
+    drop(caught);
+    Ok(())
 }
 
 /// What an elastic donor would come to lend on a device. Sizes are bytes.

@@ -2,6 +2,7 @@
 
 pub mod cache;
 mod check;
+pub mod disk;
 pub mod donor;
 pub mod error;
 mod latency;

@@ -75,6 +75,21 @@ class Connection:
     def watch_index(self, namespaces: Sequence[str]) -> IndexWatch:
         """Follows what the broker's index has of these namespaces of this connection's tenant: one for each rank."""
 
+    def count(
+        self,
+        namespaces: Sequence[str],
+        hashes: bytes,
+        *,
+        deadline_ms: int,
+        borrowers: Sequence[bytes] | None = None,
+    ) -> tuple[int, int, int]:
+        """Like `count_hits`, and what would be found besides if it were asked again soon.
+
+        Returns:
+            Blocks that every rank can load now; blocks right behind that are on their way from a disk into host memory;
+            how long that may take, milliseconds, 0 when nobody knows.
+        """
+
     def close(self) -> None:
         """Ends the session, once the caches opened with it are closed too. From now on everything is a miss."""
 

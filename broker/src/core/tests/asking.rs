@@ -65,6 +65,7 @@ impl History {
             down: own.down.clone(),
             host_down: own.host_down,
             host_memory: false,
+            layer_bytes: Vec::new(),
         };
         // One such call at a time: what is on its way says nothing that can be relied on.
         if let Some(client) = self.world.client(session) {
@@ -104,7 +105,7 @@ impl History {
         let (id, tenant) = (client.caller.session, client.tenant.clone());
         let asked = lookup.clone();
         self.call(Event::Lookup(lookup), move |history, reply| {
-            let Some(Reply::Found { runs, pin }) = reply else {
+            let Some(Reply::Found { runs, pin, .. }) = reply else {
                 return Ok(());
             };
             history.promised(&asked, &whose, &runs, &blocks)?;

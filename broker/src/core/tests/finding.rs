@@ -177,7 +177,7 @@ impl Oracle {
             Err(no) => return Ok(Err(no)),
         };
         let found = effects.iter().find_map(|effect| match effect {
-            Effect::Reply(Reply::Found { runs, pin }) => Some((runs.clone(), *pin)),
+            Effect::Reply(Reply::Found { runs, pin, .. }) => Some((runs.clone(), *pin)),
             _ => None,
         });
         let (runs, pin) = found.ok_or("a lookup was not answered")?;
@@ -234,7 +234,12 @@ impl Oracle {
                 deadline: self.now + u64::from(self.config.pin_ms),
             });
         }
-        Ok(Ok(Some(Reply::Found { runs, pin })))
+        Ok(Ok(Some(Reply::Found {
+            runs,
+            pin,
+            coming: 0,
+            coming_ms: 0,
+        })))
     }
 
     /// Each found block's place, and whose it is said to be. No run could be longer.

@@ -355,7 +355,7 @@ impl Bench {
 
     pub(super) fn looked_up(&mut self, lookup: Lookup) -> (Vec<FoundRun>, Option<PinId>) {
         match self.apply(Event::Lookup(lookup)) {
-            Some(Reply::Found { runs, pin }) => (runs, pin),
+            Some(Reply::Found { runs, pin, .. }) => (runs, pin),
             other => panic!("{other:?}"),
         }
     }
@@ -390,6 +390,7 @@ impl Bench {
             down: Vec::new(),
             host_down: false,
             host_memory: false,
+            layer_bytes: Vec::new(),
         }
     }
 

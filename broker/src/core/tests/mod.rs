@@ -7,6 +7,7 @@ mod budgets;
 mod comparison;
 mod consequences;
 mod deeds;
+mod disks;
 mod estates;
 mod fairness;
 mod faults;

@@ -108,7 +108,7 @@ fn kind(refusal: &Refusal) -> Option<No> {
         Refusal::Stale(_) => Some(No::Stale),
         Refusal::LateConnection(_) => Some(No::Late),
         Refusal::Followed { .. } => Some(No::Followed),
-        Refusal::Limit { .. } => None,
+        Refusal::Limit { .. } | Refusal::DiskTaken { .. } => None,
     }
 }
 
@@ -406,6 +406,9 @@ impl Oracle {
             Event::Evict(target) => self.evict(target),
             Event::SetQuota(_) => return Err("histories set no quotas".to_owned()),
             Event::Hold(_) => return Err("histories hold no devices".to_owned()),
+            Event::DiskSays(_) | Event::DiskTakes(_) => {
+                return Err("histories have no disks".to_owned());
+            }
             Event::Tick => {
                 for lease in &mut self.leases {
                     let over = lease.revoked.is_some_and(|(_, until)| until <= self.now);

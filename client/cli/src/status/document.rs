@@ -30,6 +30,8 @@ pub(super) struct Status {
     pub(super) donors: Vec<DonorRow>,
     pub(super) leases: Vec<LeaseRow>,
     /// Engines with a stitched pool.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) disks: Vec<DiskRow>,
     pub(super) pools: Vec<PoolRow>,
     pub(super) namespaces: Vec<NamespaceRow>,
 }
@@ -174,6 +176,52 @@ pub(super) struct LeaseRow {
     pub(super) blocks: u64,
 }
 
+/// A disk below host memory, as its agent says.
+#[derive(Debug, Serialize)]
+pub(super) struct DiskRow {
+    pub(super) disk: String,
+    pub(super) tenant: String,
+    pub(super) session: String,
+    /// The most that its file takes.
+    pub(super) bytes: u64,
+    pub(super) used: u64,
+    pub(super) blocks: u64,
+    /// Blocks in host memory that wait to be written.
+    pub(super) to_store_blocks: u64,
+    /// Blocks that lookups wanted and that are on their way to host memory.
+    pub(super) wanted_blocks: u64,
+    pub(super) written_blocks: u64,
+    pub(super) read_blocks: u64,
+    pub(super) corrupt_blocks: u64,
+    pub(super) failed_blocks: u64,
+    pub(super) evicted_blocks: u64,
+    /// How fast blocks came back lately.
+    pub(super) bytes_per_second: u64,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) problem: String,
+}
+
+fn disk(status: &v1::DiskStatus) -> DiskRow {
+    let state = status.state.clone().unwrap_or_default();
+    DiskRow {
+        disk: status.device_uuid.clone(),
+        tenant: status.tenant.clone(),
+        session: status.session.clone(),
+        bytes: state.bytes,
+        used: state.used_bytes,
+        blocks: status.blocks,
+        to_store_blocks: status.to_store_blocks,
+        wanted_blocks: status.wanted_blocks,
+        written_blocks: state.written_blocks,
+        read_blocks: state.read_blocks,
+        corrupt_blocks: state.corrupt_blocks,
+        failed_blocks: state.failed_blocks,
+        evicted_blocks: state.evicted_blocks,
+        bytes_per_second: state.bytes_per_second,
+        problem: state.problem,
+    }
+}
+
 /// Where an engine's stitched pool is, as it reports. What lies in its own part of the pool is not in it.
 #[derive(Debug, Serialize)]
 pub(super) struct PoolRow {
@@ -231,6 +279,7 @@ impl Status {
             devices: node.devices.iter().map(device).collect(),
             donors,
             leases: leases(&snapshot.leases),
+            disks: node.disks.iter().map(disk).collect(),
             pools: snapshot.sessions.iter().filter_map(pool).collect(),
             namespaces: snapshot.namespaces.into_iter().map(namespace).collect(),
             version: node.version,

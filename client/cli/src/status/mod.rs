@@ -70,12 +70,14 @@ impl Status {
             device_heading,
             donor_heading,
             borrower_heading,
+            disk_heading,
             pool_heading,
             namespace_heading,
         ] = [
             "device",
             "donor",
             "borrower",
+            "disk",
             "stitched pool of",
             "namespace",
         ]
@@ -181,6 +183,32 @@ impl Status {
             "blocks",
         ];
         let _ = writeln!(text, "{}\n", table(header, leases));
+        let disks = self.disks.iter().map(|disk| {
+            [
+                format!("{} [{}]", disk.disk, disk.session),
+                disk.tenant.clone(),
+                format!("{} of {}", bytes(disk.used), bytes(disk.bytes)),
+                disk.blocks.to_string(),
+                format!("{} ({} waiting)", disk.written_blocks, disk.to_store_blocks),
+                format!("{} ({} waiting)", disk.read_blocks, disk.wanted_blocks),
+                format!("{}, {}", disk.corrupt_blocks, disk.failed_blocks),
+            ]
+        });
+        let header = [
+            &disk_heading,
+            "tenant",
+            "used",
+            "blocks",
+            "written",
+            "read",
+            "corrupt, failed",
+        ];
+        if !self.disks.is_empty() {
+            let _ = writeln!(text, "{}\n", table(header, disks));
+            for disk in self.disks.iter().filter(|disk| !disk.problem.is_empty()) {
+                let _ = writeln!(text, "{}: {}\n", disk.disk, disk.problem);
+            }
+        }
         let pools = self.pools.iter().map(|pool| {
             [
                 pool.engine.clone(),

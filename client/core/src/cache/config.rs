@@ -35,6 +35,8 @@ pub struct BorrowerConfig {
     pub drain: DrainPolicy,
     /// A lease that has held no block for this long is given back.
     pub idle_release: Duration,
+    /// Takes over what borrowers of its tenant and namespace have left that are gone.
+    pub inherit: bool,
 }
 
 /// How much of a revocation's drain window goes into rescuing blocks.
@@ -73,6 +75,7 @@ impl BorrowerConfig {
             lookup_limit: Self::LOOKUP_LIMIT,
             drain: DrainPolicy::default(),
             idle_release: Duration::from_secs(60),
+            inherit: true,
         }
     }
 

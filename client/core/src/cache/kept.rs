@@ -169,6 +169,7 @@ impl Core {
             kept: Vec::new(),
             dropped: Vec::new(),
             closed: false,
+            layer_bytes: self.config.layout.layer_bytes.clone(),
             host_down: down.iter().any(|route| to_host(route)),
             down: (down.iter())
                 .filter(|route| !to_host(route))

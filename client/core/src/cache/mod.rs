@@ -38,7 +38,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
-mod value;
+pub(crate) mod value;
 mod write;
 
 use std::{
@@ -115,6 +115,7 @@ impl Borrower {
             max_host_bytes: config.max_host_leased_bytes,
             step_bytes: config.lease_step_bytes,
             class: LeaseClass::Cache,
+            inherit: config.inherit,
         };
         let (leases, lease_inboxes) = Leases::new(
             session.clone(),

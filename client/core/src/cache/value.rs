@@ -38,22 +38,22 @@ pub enum Retention {
 
 /// A block's number. Given to another block only when nobody uses the first one any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct BlockId(pub(super) u32);
+pub(crate) struct BlockId(pub(crate) u32);
 
 /// What one block is worth.
 #[derive(Clone, Debug)]
-pub(super) struct Worth {
-    pub(super) hash: BlockHash,
+pub(crate) struct Worth {
+    pub(crate) hash: BlockHash,
     /// It can be found.
     present: bool,
     /// When it was last used, on this room's own count.
-    pub(super) used: u64,
+    pub(crate) used: u64,
     /// How often it was found, fading.
-    pub(super) found: u8,
+    pub(crate) found: u8,
     /// A block before it in its sequence is gone: no lookup can reach it.
-    pub(super) stray: bool,
+    pub(crate) stray: bool,
     /// Where it lies, and so which list it is in.
-    pub(super) medium: Medium,
+    pub(crate) medium: Medium,
     newer: u32,
     older: u32,
     family: Family,
@@ -140,7 +140,7 @@ impl Default for Ends {
 
 /// What each block is worth, by number.
 #[derive(Debug, Default)]
-pub(super) struct Value {
+pub(crate) struct Value {
     table: Vec<Worth>,
     hbm: Ends,
     host: Ends,
@@ -152,19 +152,19 @@ pub(super) struct Value {
 
 impl Value {
     /// Without blocks.
-    pub(super) fn new(retention: Retention) -> Self {
+    pub(crate) fn new(retention: Retention) -> Self {
         Self {
             retention,
             ..Self::default()
         }
     }
 
-    pub(super) fn get(&self, id: BlockId) -> &Worth {
+    pub(crate) fn get(&self, id: BlockId) -> &Worth {
         &self.table[id.0 as usize]
     }
 
     /// Adds a block, the most recently used of its list. Its number follows the last one, or was another block's that is gone.
-    pub(super) fn add(&mut self, id: BlockId, hash: BlockHash, medium: Medium) {
+    pub(crate) fn add(&mut self, id: BlockId, hash: BlockHash, medium: Medium) {
         let before = self.departed.take(&hash);
         let worth = Worth {
             hash,
@@ -186,7 +186,7 @@ impl Value {
     }
 
     /// Makes a block the most recently used of its list.
-    pub(super) fn touch(&mut self, id: BlockId) {
+    pub(crate) fn touch(&mut self, id: BlockId) {
         if self.get(id).present {
             self.unlink(id.0);
             self.link_newest(id.0);
@@ -194,7 +194,7 @@ impl Value {
     }
 
     /// A block is gone: it can be found no more, and nor can what follows it.
-    pub(super) fn lose(&mut self, id: BlockId) {
+    pub(crate) fn lose(&mut self, id: BlockId) {
         let most = (self.table.len() * DEPARTED_PER_BLOCK).min(MOST_DEPARTED);
         let block = &self.table[id.0 as usize];
         self.departed.remember(&block.hash, block.found, most);
@@ -203,7 +203,7 @@ impl Value {
     }
 
     /// A block is gone that is found elsewhere: what follows it is still worth something.
-    pub(super) fn lose_duplicate(&mut self, id: BlockId) {
+    pub(crate) fn lose_duplicate(&mut self, id: BlockId) {
         self.forget(id);
         self.part(id);
     }
@@ -214,7 +214,7 @@ impl Value {
     }
 
     /// A block lies elsewhere from now on; the list that it comes to stays in order of use.
-    pub(super) fn relocate(&mut self, id: BlockId, medium: Medium) {
+    pub(crate) fn relocate(&mut self, id: BlockId, medium: Medium) {
         let used = self.get(id).used;
         self.unlink(id.0);
         self.table[id.0 as usize].medium = medium;
@@ -222,7 +222,7 @@ impl Value {
     }
 
     /// The blocks of a list from the most recently used on.
-    pub(super) fn newest(&self, medium: Medium) -> impl Iterator<Item = BlockId> {
+    pub(crate) fn newest(&self, medium: Medium) -> impl Iterator<Item = BlockId> {
         let mut next = self.ends(medium).newest;
         std::iter::from_fn(move || {
             let block = self.table.get(next as usize)?;
@@ -233,8 +233,7 @@ impl Value {
     }
 
     /// The blocks of a list from the least recently used on.
-    #[cfg(test)]
-    pub(super) fn oldest(&self, medium: Medium) -> impl Iterator<Item = BlockId> {
+    pub(crate) fn oldest(&self, medium: Medium) -> impl Iterator<Item = BlockId> {
         let mut next = self.ends(medium).oldest;
         std::iter::from_fn(move || {
             let block = self.table.get(next as usize)?;
@@ -313,7 +312,7 @@ impl Value {
     }
 
     /// Says that `id` follows `before` in a sequence.
-    pub(super) fn follow(&mut self, id: BlockId, before: BlockId) {
+    pub(crate) fn follow(&mut self, id: BlockId, before: BlockId) {
         let lost = |block: &Worth| !block.present;
         let orphaned = self.get(id).family.before == NONE;
         if !orphaned || id == before || lost(self.get(id)) || lost(self.get(before)) {
@@ -347,7 +346,7 @@ impl Value {
     }
 
     /// A lookup has found the block: it can be reached, whoever holds what comes before it.
-    pub(super) fn find_again(&mut self, id: BlockId) {
+    pub(crate) fn find_again(&mut self, id: BlockId) {
         let block = &mut self.table[id.0 as usize];
         block.found = (block.found + 1).min(MOST_FOUND);
         block.stray = false;
@@ -356,7 +355,7 @@ impl Value {
 
     /// Up to `most` blocks of a list that are worth least, of those that `may_go`. Those that are spared are found so
     /// much less often from now on.
-    pub(super) fn victims(
+    pub(crate) fn victims(
         &mut self,
         medium: Medium,
         most: usize,
@@ -417,7 +416,7 @@ impl Value {
     }
 
     /// The block that a block follows, where it is present.
-    pub(super) fn before(&self, id: BlockId) -> Option<BlockId> {
+    pub(crate) fn before(&self, id: BlockId) -> Option<BlockId> {
         let before = self.get(id).family.before;
         (before != NONE).then_some(BlockId(before))
     }

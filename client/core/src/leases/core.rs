@@ -39,6 +39,8 @@ pub(crate) struct LeaseSettings {
     pub(crate) step_bytes: u64,
     /// What for.
     pub(crate) class: LeaseClass,
+    /// What borrowers have left that are gone is taken over.
+    pub(crate) inherit: bool,
 }
 
 impl LeaseSettings {

@@ -71,7 +71,7 @@ impl Leases {
         let Some(session) = self.connected() else {
             return;
         };
-        if !self.settings.class.is_cache() || !heir.is_due(session.epoch(), Instant::now()) {
+        if !self.settings.inherit || !heir.is_due(session.epoch(), Instant::now()) {
             return;
         }
         // In pages, as long as each brings something.

@@ -129,6 +129,7 @@ impl Stand {
             max_host_bytes: 0,
             step_bytes: 0,
             class: LeaseClass::Cache,
+            inherit: true,
         };
         let (leases, inboxes) = Leases::new(None, Arc::clone(&layer), routes, settings);
         let area = Arc::new(area);

@@ -11,7 +11,7 @@ use swiftcache_proto::{
 };
 use tracing::debug;
 
-use super::{Asker, Session};
+use super::{Asker, Coming, Session};
 
 /// An answer that comes this late is still taken, for the pins that it names.
 const LATE: Duration = Duration::from_millis(250);
@@ -24,8 +24,13 @@ impl Session {
     ///
     /// Blocks the calling thread, which must not be the session's own.
     pub fn count_hits(&self, ranks: &[Asker], hashes: &[BlockHash], limit: Duration) -> u32 {
+        self.count(ranks, hashes, limit).blocks
+    }
+
+    /// Like [`count_hits`](Self::count_hits), and how much more there would be if it were asked again soon.
+    pub fn count(&self, ranks: &[Asker], hashes: &[BlockHash], limit: Duration) -> Counted {
         if ranks.is_empty() || hashes.is_empty() {
-            return 0;
+            return Counted::default();
         }
         let deadline = Instant::now() + limit;
         let (answers, heard) = mpsc::channel();
@@ -34,30 +39,36 @@ impl Session {
             let (session, answers) = (self.clone(), answers.clone());
             // An older broker pins all the same: a late answer is waited for, whether or not anybody still wants it.
             let task = self.shared.runtime.spawn(async move {
-                let runs = match call.await {
+                let found = match call.await {
                     Ok(found) => {
                         session.unpin(&Vec::from_iter(found.pin));
-                        found.runs
+                        (found.runs, found.coming)
                     }
                     Err(error) => {
                         debug!(%error, "counting hits");
-                        Vec::new()
+                        Default::default()
                     }
                 };
                 // Nobody is there any more after the deadline.
-                let _ = answers.send(runs);
+                let _ = answers.send(found);
             });
             drop(task);
         }
         drop(answers);
         let mut found = Vec::new();
         let mut least = u32::MAX;
+        // With what is on its way to each.
+        let mut least_soon = u32::MAX;
+        let mut within = Duration::ZERO;
         for _ in ranks {
             let left = deadline.saturating_duration_since(Instant::now());
-            let runs = heard.recv_timeout(left).unwrap_or_default();
-            least = least.min(runs.iter().map(FoundRun::blocks).sum());
+            let (runs, coming) = heard.recv_timeout(left).unwrap_or_default();
+            let its: u32 = runs.iter().map(FoundRun::blocks).sum();
+            least = least.min(its);
+            least_soon = least_soon.min(its.saturating_add(coming.blocks));
+            within = within.max(coming.within);
             found.push(runs);
-            if least == 0 {
+            if least_soon == 0 {
                 break;
             }
         }
@@ -69,8 +80,23 @@ impl Session {
             count(runs, least, &mut looked);
         }
         self.moved(looked);
-        least
+        Counted {
+            blocks: least,
+            coming: Coming {
+                blocks: least_soon - least,
+                within,
+            },
+        }
     }
+}
+
+/// How much of a prefix every rank has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Blocks that every rank can load now.
+    pub blocks: u32,
+    /// Blocks right behind that are on their way from a disk.
+    pub coming: Coming,
 }
 
 /// Counts the first `blocks` of what one rank found, by tier.

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use swiftcache_proto::domain::{
-    AllocationId, BlockHash, BorrowerId, DeviceUuid, FoundRun, LeaseClass, PinId, RegionId,
-    Shortfall,
+use swiftcache_proto::{
+    domain::{
+        AllocationId, BlockHash, BorrowerId, DeviceUuid, FoundRun, LeaseClass, PinId, RegionId,
+        Shortfall,
+    },
+    v1,
 };
 
 use super::Grant;
@@ -114,6 +117,62 @@ pub struct Keep {
     pub down: Vec<DeviceUuid>,
     /// The same of its own host memory.
     pub host_down: bool,
+    /// Bytes of one block in each layer.
+    pub layer_bytes: Vec<u64>,
+}
+
+/// What a disk says, and how much it takes of what there is to do.
+#[derive(Clone, Debug, Default)]
+pub struct DiskCall {
+    /// Its name.
+    pub name: String,
+    /// What was said before is forgotten.
+    pub anew: bool,
+    /// What is new about the disk itself.
+    pub state: Option<v1::DiskState>,
+    /// The model's fingerprint, where something is said of blocks.
+    pub namespace: String,
+    /// Bytes of one of its blocks over all layers.
+    pub block_bytes: u64,
+    /// Blocks that lie on the disk now: at most [`MAX_BLOCKS`](swiftcache_proto::convert::MAX_BLOCKS).
+    pub stored: Vec<BlockHash>,
+    /// Blocks that do not any more: at most as many.
+    pub dropped: Vec<BlockHash>,
+    /// The most blocks to write that it takes.
+    pub take_to_store: u32,
+    /// The most blocks to bring back that it takes.
+    pub take_wanted: u32,
+    /// How long the answer may wait for something to do.
+    pub wait: Duration,
+}
+
+/// What a disk has to do.
+#[derive(Clone, Debug, Default)]
+pub struct DiskWork {
+    /// Blocks to write.
+    pub to_store: Vec<DiskBlocks>,
+    /// Blocks to bring back.
+    pub wanted: Vec<DiskBlocks>,
+}
+
+/// Blocks of one namespace that a disk has to do with.
+#[derive(Clone, Debug)]
+pub struct DiskBlocks {
+    /// The model's fingerprint.
+    pub namespace: String,
+    /// Bytes of one block in each layer; empty when nobody has said.
+    pub layer_bytes: Vec<u64>,
+    /// The blocks.
+    pub hashes: Vec<BlockHash>,
+}
+
+/// Blocks that are on their way from a disk into host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Coming {
+    /// How many, right behind those that were found.
+    pub blocks: u32,
+    /// How long that may take; zero when nobody knows.
+    pub within: Duration,
 }
 
 /// What a lookup found.
@@ -127,6 +186,8 @@ pub struct Found {
     pub pinned_until: Instant,
     /// How long the broker pins.
     pub pin_for: Duration,
+    /// What a lookup that is asked again soon would find besides.
+    pub coming: Coming,
 }
 
 /// What an unpublishing left pinned.

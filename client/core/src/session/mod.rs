@@ -41,11 +41,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use call::Call;
 use connection::Connection;
+pub use count::Counted;
 pub use grant::{Grant, Opening};
 pub use index::{Findable, IndexWatch};
 pub use messages::{
-    Asker, Demand, Found, Inheritance, Inherited, Keep, Leased, Left, OfferedRegion, Unpublished,
-    WithdrawWhat, Withdrawing,
+    Asker, Coming, Demand, DiskBlocks, DiskCall, DiskWork, Found, Inheritance, Inherited, Keep,
+    Leased, Left, OfferedRegion, Unpublished, WithdrawWhat, Withdrawing,
 };
 use observer::Observers;
 pub use observer::{Connected, Held, Hold, Observer, Revocation, Scrub};

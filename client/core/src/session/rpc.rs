@@ -17,9 +17,9 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use super::{
-    Asker, Call, Demand, Found, Grant, Inheritance, Inherited, Keep, Leased, Left, LinkState,
-    OfferedRegion, Opening, Session, Unpublished, WithdrawWhat, Withdrawing,
-    connection::Connection, fd,
+    Asker, Call, Coming, Demand, DiskBlocks, DiskCall, DiskWork, Found, Grant, Inheritance,
+    Inherited, Keep, Leased, Left, LinkState, OfferedRegion, Opening, Session, Unpublished,
+    WithdrawWhat, Withdrawing, connection::Connection, fd,
 };
 use crate::{Error, Result, device::Export};
 
@@ -319,6 +319,10 @@ impl Session {
                 pin: (found.pin_id != 0).then_some(PinId(found.pin_id)),
                 pinned_until: sent + pin_for,
                 pin_for,
+                coming: Coming {
+                    blocks: found.coming_blocks,
+                    within: Duration::from_millis(found.coming_ms.into()),
+                },
             })
         })
     }
@@ -342,9 +346,45 @@ impl Session {
                 down_device_uuids: keep.down.into_iter().map(Into::into).collect(),
                 host_memory_down: keep.host_down,
                 host_memory: true,
+                layer_bytes: keep.layer_bytes,
             };
             connection.client.clone().keep(request).await?;
             Ok(())
+        })
+    }
+
+    /// Says what a disk of this process has, and takes what it has to do. Whoever says it must wait for each answer before the next.
+    pub fn disk(&self, call: DiskCall) -> Call<DiskWork> {
+        let settled = Settled::ByCaller;
+        self.call("Disk", CALL_LIMIT, settled, move |connection| async move {
+            let request = v1::DiskRequest {
+                session_id: connection.session.0,
+                device_uuid: call.name,
+                anew: call.anew,
+                state: call.state,
+                namespace: call.namespace,
+                block_bytes: call.block_bytes,
+                stored_hashes: convert::pack_hashes(&call.stored).into(),
+                dropped_hashes: convert::pack_hashes(&call.dropped).into(),
+                take_to_store: call.take_to_store,
+                take_wanted: call.take_wanted,
+                wait_ms: u32::try_from(call.wait.as_millis()).unwrap_or(u32::MAX),
+            };
+            let work = connection.client.clone().disk(request).await?.into_inner();
+            let read = |its: Vec<v1::DiskBlocks>| -> std::result::Result<Vec<DiskBlocks>, Fault> {
+                let its = its.into_iter().map(|blocks| {
+                    Ok(DiskBlocks {
+                        hashes: convert::hashes("hashes", &blocks.hashes)?.collect(),
+                        namespace: blocks.namespace,
+                        layer_bytes: blocks.layer_bytes,
+                    })
+                });
+                its.collect()
+            };
+            Ok(DiskWork {
+                to_store: read(work.to_store)?,
+                wanted: read(work.wanted)?,
+            })
         })
     }
 

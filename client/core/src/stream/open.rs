@@ -117,6 +117,7 @@ fn with_slabs(
         // One at a time, so that ranks that open together share what there is.
         step_bytes: unit_bytes,
         class: LeaseClass::WorkingSet,
+        inherit: false,
     };
     let (leases, inboxes) = Leases::new(
         Some(session.clone()),

@@ -4,6 +4,7 @@
 mod broker;
 mod control;
 mod copies;
+mod disk;
 mod floods;
 mod index;
 mod machine;
@@ -45,6 +46,9 @@ struct Flags {
     /// Measure only what lookups take while others flood the broker.
     #[arg(long, conflicts_with = "write")]
     floods: bool,
+    /// Measure only blocks to and from a disk, in this directory of it.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["write", "floods"])]
+    disk: Option<PathBuf>,
     /// Flood the broker at `--socket` until killed. The bench starts processes that do.
     #[arg(long, hide = true, requires = "socket")]
     flood: Option<floods::Flood>,
@@ -79,6 +83,9 @@ fn run(flags: &Flags) -> Result<String> {
     if let (Some(flood), Some(socket)) = (flags.flood, &flags.socket) {
         floods::flood(flood, socket, &runtime)?;
         return Ok(String::new());
+    }
+    if let Some(dir) = &flags.disk {
+        return Ok(text(flags, &disk::run(dir, flags.rounds.min(256))?));
     }
     if flags.floods {
         return Ok(text(flags, &flooded(flags.rounds, &runtime)?));

@@ -1,0 +1,557 @@
+//! The agent of a disk: it moves blocks between host memory that donors lend and a file.
+//!
+//! It is a borrower like any other, of its own tenant: what it writes it has found and read as a replica does, and what it brings
+//! back it stores and publishes in host memory that it has leased. The broker tells it which blocks, and passes no byte.
+//!
+//! Two threads share the file. One writes what has come to host memory, the other brings back what a lookup wanted, so that a wanted
+//! block waits for no writing. Each has borrowers of its own, one for each namespace, for as long as there is something to do for it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use swiftcache_proto::{
+    convert::MAX_PROBLEM_BYTES,
+    domain::{BlockHash, DeviceUuid},
+    v1,
+};
+use tonic::Code;
+use tracing::{debug, warn};
+
+use super::store::{DiskStore, StoreConfig, StoreStats};
+use crate::{
+    Error, Result,
+    cache::{Borrower, BorrowerConfig, Layout, PagedKv, PagedLayer},
+    device::{CopyStream, DeviceLayer},
+    session::{DiskBlocks, DiskCall, DiskWork, Session},
+    threads::Threads,
+};
+
+/// How long the broker may wait with its answer when there is nothing to do.
+const WAIT: Duration = Duration::from_millis(1_000);
+/// When to try again what the broker did not answer or refused.
+const AGAIN: Duration = Duration::from_millis(100);
+/// How long a wanted block waits for host memory to be leased, once for each batch.
+const ROOM: Duration = Duration::from_millis(500);
+const NAP: Duration = Duration::from_millis(5);
+/// Bytes that are moved at a time, at least one block.
+const BATCH_BYTES: u64 = 32 << 20;
+/// Blocks that are moved at a time at most.
+const BATCH: u64 = 64;
+/// Hashes in one message: two lists of them fit.
+const TOLD: usize = 32_768;
+/// A namespace for which there was nothing to do for so long has no borrower any more.
+const IDLE: Duration = Duration::from_secs(60);
+/// How often it is seen to that what was written reaches the disk.
+const SYNC: Duration = Duration::from_secs(5);
+
+/// What an agent does, and where.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// The disk's name: `DISK-0`.
+    pub name: String,
+    /// The file.
+    pub store: StoreConfig,
+    /// The node of host memory that it works in: `HOST-n`.
+    pub device: DeviceUuid,
+    /// The most host memory that it leases for blocks of one namespace that were wanted back, bytes.
+    pub memory_bytes: u64,
+}
+
+/// A disk that is lent. Ends when it is dropped: then what it has published is left to the tenant's engines.
+#[derive(Debug)]
+pub struct DiskAgent {
+    shared: Arc<Shared>,
+    threads: Threads,
+}
+
+struct Shared {
+    session: Session,
+    layer: Arc<dyn DeviceLayer>,
+    config: DiskConfig,
+    store: DiskStore,
+    /// One call with news at a time, so that they arrive in order.
+    told: Mutex<Told>,
+    bytes_per_second: AtomicU64,
+    closing: AtomicBool,
+    problem: Mutex<Option<String>>,
+}
+
+/// What the broker was told.
+#[derive(Debug, Default)]
+struct Told {
+    /// The connection by which it was told all.
+    epoch: Option<u64>,
+    state: v1::DiskState,
+}
+
+/// The borrowers of one thread.
+struct Hands<'a> {
+    shared: &'a Shared,
+    stream: Arc<dyn CopyStream>,
+    /// The most host memory that each leases, bytes.
+    memory_bytes: u64,
+    by_namespace: BTreeMap<String, Hand>,
+}
+
+/// A borrower of one namespace, and the memory that it loads to and stores from.
+struct Hand {
+    borrower: Arc<Borrower>,
+    kv: PagedKv,
+    layer_bytes: Vec<u64>,
+    used: Instant,
+}
+
+impl Hand {
+    fn block_bytes(&self) -> u64 {
+        self.layer_bytes.iter().sum()
+    }
+}
+
+impl DiskAgent {
+    /// Opens the file, and begins.
+    ///
+    /// # Errors
+    /// When the file cannot be used: see [`DiskStore::open`]; or when the system gives no threads.
+    pub fn start(
+        session: Session,
+        layer: Arc<dyn DeviceLayer>,
+        config: DiskConfig,
+    ) -> Result<Self> {
+        crate::check::check_device(&*layer, &config.device)?;
+        let store = DiskStore::open(&config.store)?;
+        let streams = [layer.stream(&config.device)?, layer.stream(&config.device)?];
+        let shared = Arc::new(Shared {
+            session,
+            layer,
+            config,
+            store,
+            told: Mutex::default(),
+            bytes_per_second: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+            problem: Mutex::new(None),
+        });
+        let mut threads = Threads::new();
+        let [writing, reading] = streams;
+        let its = Arc::clone(&shared);
+        threads.start("swiftcache-disk-write", move || its.write_loop(writing))?;
+        let its = Arc::clone(&shared);
+        threads.start("swiftcache-disk-read", move || its.read_loop(reading))?;
+        Ok(Self { shared, threads })
+    }
+
+    /// What it has and what it has done.
+    pub fn stats(&self) -> StoreStats {
+        self.shared.store.stats()
+    }
+
+    /// Why it takes or gives no blocks now, for people.
+    pub fn problem(&self) -> Option<String> {
+        self.shared.problem()
+    }
+}
+
+impl Drop for DiskAgent {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::Relaxed);
+        self.threads.join();
+        self.shared.store.sync();
+    }
+}
+
+impl Shared {
+    fn problem(&self) -> Option<String> {
+        let own = self.problem.lock().clone();
+        let unconnected = || self.session.problem();
+        (self.store.problem()).or(own).or_else(unconnected)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    fn state(&self) -> v1::DiskState {
+        let stats = self.store.stats();
+        let mut problem = self.problem().unwrap_or_default();
+        while problem.len() > MAX_PROBLEM_BYTES {
+            problem.pop();
+        }
+        v1::DiskState {
+            bytes: stats.bytes,
+            used_bytes: stats.used_bytes,
+            memory_bytes: self.config.memory_bytes,
+            bytes_per_second: self.bytes_per_second.load(Ordering::Relaxed),
+            problem,
+            written_blocks: stats.written_blocks,
+            read_blocks: stats.read_blocks,
+            corrupt_blocks: stats.corrupt_blocks,
+            failed_blocks: stats.failed_blocks,
+            evicted_blocks: stats.evicted_blocks,
+        }
+    }
+
+    /// Tells the broker what is new: all of it on a new connection. False when it does not know.
+    fn tell(&self) -> bool {
+        let mut told = self.told.lock();
+        let epoch = self.session.epoch();
+        let said = match told.epoch == Some(epoch) {
+            true => self.tell_news(&mut told),
+            false => self.tell_all(&mut told),
+        };
+        match said {
+            Ok(()) => {
+                told.epoch = Some(epoch);
+                true
+            }
+            Err(error) => {
+                told.epoch = None;
+                if let Error::Refused { status, .. } = &error {
+                    let said = match status.code() {
+                        Code::Unimplemented => {
+                            "the broker is too old to know disks: upgrade it".to_owned()
+                        }
+                        _ => status.message().to_owned(),
+                    };
+                    let mut problem = self.problem.lock();
+                    if problem.as_ref() != Some(&said) {
+                        warn!(
+                            problem = said,
+                            "the broker does not take what is on the disk"
+                        );
+                    }
+                    *problem = Some(said);
+                }
+                debug!(%error, "the broker does not know what is on the disk");
+                false
+            }
+        }
+    }
+
+    fn call(&self) -> DiskCall {
+        DiskCall {
+            name: self.config.name.clone(),
+            ..DiskCall::default()
+        }
+    }
+
+    fn tell_all(&self, told: &mut Told) -> Result<()> {
+        let state = self.state();
+        let first = DiskCall {
+            anew: true,
+            state: Some(state.clone()),
+            ..self.call()
+        };
+        self.session.disk(first).wait()?;
+        told.state = state;
+        for (namespace, hashes) in self.store.all() {
+            self.tell_blocks(&namespace, &hashes, &[])?;
+        }
+        Ok(())
+    }
+
+    fn tell_news(&self, told: &mut Told) -> Result<()> {
+        for (namespace, news) in self.store.news() {
+            self.tell_blocks(&namespace, &news.stored, &news.dropped)?;
+        }
+        let state = self.state();
+        if state != told.state {
+            let call = DiskCall {
+                state: Some(state.clone()),
+                ..self.call()
+            };
+            self.session.disk(call).wait()?;
+            told.state = state;
+        }
+        Ok(())
+    }
+
+    fn tell_blocks(
+        &self,
+        namespace: &str,
+        stored: &[BlockHash],
+        dropped: &[BlockHash],
+    ) -> Result<()> {
+        let Some(layers) = self.store.layers(namespace) else {
+            // All of it is gone. The size of its blocks matters to nobody.
+            return self.tell_part(namespace, 1, &[], dropped);
+        };
+        let block_bytes = layers.iter().sum();
+        for part in dropped.chunks(TOLD) {
+            self.tell_part(namespace, block_bytes, &[], part)?;
+        }
+        for part in stored.chunks(TOLD) {
+            self.tell_part(namespace, block_bytes, part, &[])?;
+        }
+        Ok(())
+    }
+
+    fn tell_part(
+        &self,
+        namespace: &str,
+        block_bytes: u64,
+        stored: &[BlockHash],
+        dropped: &[BlockHash],
+    ) -> Result<()> {
+        let call = DiskCall {
+            namespace: namespace.to_owned(),
+            block_bytes,
+            stored: stored.to_vec(),
+            dropped: dropped.to_vec(),
+            ..self.call()
+        };
+        self.session.disk(call).wait().map(drop)
+    }
+
+    /// Waits for something to do. `None` after a pause when the broker cannot be asked.
+    fn take(&self, take_to_store: u32, take_wanted: u32) -> Option<DiskWork> {
+        if !self.tell() {
+            std::thread::sleep(AGAIN);
+            return None;
+        }
+        let call = DiskCall {
+            take_to_store,
+            take_wanted,
+            wait: WAIT,
+            ..self.call()
+        };
+        match self.session.disk(call).wait() {
+            Ok(work) => Some(work),
+            Err(error) => {
+                debug!(%error, "the disk was told nothing to do");
+                std::thread::sleep(AGAIN);
+                None
+            }
+        }
+    }
+
+    fn write_loop(&self, stream: Arc<dyn CopyStream>) {
+        // It reads others' memory, and leases none.
+        let mut hands = Hands::new(self, stream, 0);
+        let mut synced = Instant::now();
+        while !self.is_closing() {
+            let work = self.take(BATCH as u32, 0).unwrap_or_default();
+            for blocks in &work.to_store {
+                hands.write(blocks);
+            }
+            if synced.elapsed() >= SYNC {
+                self.store.sync();
+                synced = Instant::now();
+            }
+            hands.close_idle();
+        }
+    }
+
+    fn read_loop(&self, stream: Arc<dyn CopyStream>) {
+        let mut hands = Hands::new(self, stream, self.config.memory_bytes);
+        while !self.is_closing() {
+            let work = self.take(0, BATCH as u32).unwrap_or_default();
+            for blocks in &work.wanted {
+                hands.bring_back(blocks);
+            }
+            hands.close_idle();
+        }
+    }
+}
+
+impl<'a> Hands<'a> {
+    fn new(shared: &'a Shared, stream: Arc<dyn CopyStream>, memory_bytes: u64) -> Self {
+        Self {
+            shared,
+            stream,
+            memory_bytes,
+            by_namespace: BTreeMap::new(),
+        }
+    }
+
+    fn close_idle(&mut self) {
+        self.by_namespace
+            .retain(|_, hand| hand.used.elapsed() < IDLE);
+    }
+
+    /// The borrower of a namespace. One of another layout is closed first.
+    fn hand(&mut self, namespace: &str, layer_bytes: &[u64]) -> Result<&Hand> {
+        let known = self.by_namespace.get(namespace);
+        if known.is_none_or(|hand| hand.layer_bytes != layer_bytes) {
+            self.by_namespace.remove(namespace);
+            let hand = self.open(namespace, layer_bytes)?;
+            self.by_namespace.insert(namespace.to_owned(), hand);
+        }
+        let missing = || Error::config("namespace", "has no borrower");
+        let hand = self.by_namespace.get_mut(namespace).ok_or_else(missing)?;
+        hand.used = Instant::now();
+        Ok(hand)
+    }
+
+    fn open(&self, namespace: &str, layer_bytes: &[u64]) -> Result<Hand> {
+        let device = self.shared.config.device.clone();
+        let layout = Layout {
+            namespace: namespace.to_owned(),
+            layer_bytes: layer_bytes.to_vec(),
+        };
+        let block_bytes = layout.block_bytes();
+        let mut config = BorrowerConfig::new(device.clone(), layout, 0);
+        config.max_host_leased_bytes = self.memory_bytes;
+        config.lease_step_bytes = self.memory_bytes.max(1);
+        config.lookup_limit = WAIT;
+        // What engines have left is their heirs'.
+        config.inherit = false;
+        let layer = Arc::clone(&self.shared.layer);
+        let borrower = Borrower::open(Some(self.shared.session.clone()), layer, config)?;
+        let blocks = (BATCH_BYTES / block_bytes.max(1)).clamp(1, BATCH);
+        let memory = self
+            .shared
+            .layer
+            .allocate_host(&device, blocks * block_bytes)?;
+        // Block by block, as they lie on the disk.
+        let mut offset = 0;
+        let layers = layer_bytes.iter().map(|bytes| {
+            let layer = PagedLayer {
+                memory: memory.clone(),
+                offset,
+                block_stride: block_bytes,
+            };
+            offset += bytes;
+            layer
+        });
+        Ok(Hand {
+            kv: PagedKv {
+                layers: layers.collect(),
+                blocks: blocks as u32,
+            },
+            borrower,
+            layer_bytes: layer_bytes.to_vec(),
+            used: Instant::now(),
+        })
+    }
+
+    /// Writes blocks that lie in host memory, as far as they still do.
+    fn write(&mut self, blocks: &DiskBlocks) {
+        let (shared, stream) = (self.shared, Arc::clone(&self.stream));
+        let namespace = &blocks.namespace;
+        let layers = match blocks.layer_bytes.is_empty() {
+            true => shared.store.layers(namespace),
+            false => Some(blocks.layer_bytes.clone()),
+        };
+        let Some(layers) = layers else { return };
+        let hand = match self.hand(namespace, &layers) {
+            Ok(hand) => hand,
+            Err(error) => {
+                warn!(namespace, %error, "blocks of this namespace are not written to disk");
+                return;
+            }
+        };
+        let block_bytes = hand.block_bytes();
+        let mut bytes = vec![0; block_bytes as usize];
+        let mut left = &blocks.hashes[..];
+        while let (Some(first), false) = (left.first(), shared.is_closing()) {
+            let hit = hand.borrower.lookup_within(left, WAIT);
+            let count = hit.blocks().min(hand.kv.blocks);
+            if count == 0 {
+                // It has left host memory meanwhile.
+                debug!(namespace, hash = ?first, "gone before it was written");
+                left = &left[1..];
+                continue;
+            }
+            let places: Vec<u32> = (0..count).collect();
+            let loaded = hand.borrower.load(&hit, &places, &hand.kv).finish();
+            drop(hit);
+            for place in 0..count {
+                let hash = left[place as usize];
+                let at = u64::from(place) * block_bytes;
+                let memory = &hand.kv.layers[0].memory;
+                let read =
+                    !loaded.failed.contains(&place) && stream.read(memory, at, &mut bytes).is_ok();
+                // In which order they were published says nothing of which follows which: lookups do.
+                if read {
+                    let put = shared.store.put(namespace, &layers, hash, None, &bytes);
+                    debug!(namespace, ?hash, ?put, "from host memory");
+                }
+            }
+            left = &left[count as usize..];
+        }
+    }
+
+    /// Brings wanted blocks to host memory, in their order. A block that is wrong on the disk is not there, and so nothing behind it
+    /// is of use.
+    fn bring_back(&mut self, blocks: &DiskBlocks) {
+        let (shared, stream) = (self.shared, Arc::clone(&self.stream));
+        let namespace = &blocks.namespace;
+        let Some(layers) = shared.store.layers(namespace) else {
+            return;
+        };
+        let hand = match self.hand(namespace, &layers) {
+            Ok(hand) => hand,
+            Err(error) => {
+                warn!(namespace, %error, "blocks of this namespace do not come back from disk");
+                return;
+            }
+        };
+        shared.store.follow(namespace, &blocks.hashes);
+        let block_bytes = hand.block_bytes();
+        for batch in blocks.hashes.chunks(hand.kv.blocks as usize) {
+            let began = Instant::now();
+            let mut stored: Vec<(BlockHash, u32)> = Vec::new();
+            for (hash, place) in batch.iter().zip(0..) {
+                let Some(bytes) = shared.store.get(namespace, hash) else {
+                    continue;
+                };
+                let at = u64::from(place) * block_bytes;
+                let memory = &hand.kv.layers[0].memory;
+                if stream.write(memory, at, &bytes).is_ok() {
+                    stored.push((*hash, place));
+                }
+            }
+            if store_all(hand, &stored, shared) {
+                *shared.problem.lock() = None;
+                shared.came_back(stored.len() as u64 * block_bytes, began.elapsed());
+            }
+            if shared.is_closing() {
+                return;
+            }
+        }
+    }
+}
+
+/// Stores blocks in leased host memory, and waits a moment for some to be leased. True when all of them are there.
+fn store_all(hand: &Hand, blocks: &[(BlockHash, u32)], shared: &Shared) -> bool {
+    let deadline = Instant::now() + ROOM;
+    while !blocks.is_empty() {
+        let stored = hand.borrower.store(blocks, &hand.kv, &|_| None).finish();
+        if stored.unplaced == 0 {
+            return true;
+        }
+        if Instant::now() >= deadline || shared.is_closing() {
+            let problem = "no host memory is to be had for what lookups want: lend some (swiftcache donate --device HOST-0)";
+            *shared.problem.lock() = Some(problem.to_owned());
+            return false;
+        }
+        std::thread::sleep(NAP);
+    }
+    false
+}
+
+impl Shared {
+    /// Takes note of how fast blocks come back: half of what is known is this.
+    fn came_back(&self, bytes: u64, took: Duration) {
+        let micros = (took.as_micros() as u64).max(1);
+        let rate = bytes.saturating_mul(1_000_000) / micros;
+        let known = self.bytes_per_second.load(Ordering::Relaxed);
+        let now = match known {
+            0 => rate,
+            known => known / 2 + rate / 2,
+        };
+        self.bytes_per_second.store(now.max(1), Ordering::Relaxed);
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DiskAgent({})", self.config.name)
+    }
+}

@@ -1,0 +1,444 @@
+//! Blocks on a disk: they come from host memory, come back byte for byte, outlive every process, and whatever happens to the disk costs
+//! hits only.
+
+use std::{
+    fs::{self, OpenOptions},
+    os::unix::fs::FileExt,
+    path::Path,
+    process::{Command, Output},
+};
+
+use anyhow::{Context, Result, ensure};
+use rand::Rng;
+use rustix::process::Signal;
+use swiftcache_client::{
+    cache::{BorrowerConfig, Hold, Medium},
+    session::{Session, SessionConfig},
+};
+use swiftcache_proto::v1;
+use swiftcache_tests::{
+    engine::{self, Engine, SLAB_BYTES, eventually, pattern},
+    node::Node,
+    operator::Operator,
+    programs::{Program, program},
+    seed::Course,
+};
+
+/// What a file of a disk is called.
+const FILE: &str = "swiftcache-kv.disk";
+/// Room for everything that a test stores.
+const AMPLE: u64 = 16 << 20;
+
+/// A node whose borrowers leave nothing behind: what a later one finds has been on a disk.
+fn node() -> Result<Node> {
+    Node::start(&["--estate-ttl-ms", "0", "--pin-ms", "100"])
+}
+
+fn donate(node: &Node, slabs: u64) -> Result<Program> {
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(["donate", "--device", "HOST-0", "--socket"])
+        .arg(node.socket())
+        .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
+        .args(["--slab", &SLAB_BYTES.to_string()]);
+    let donor = Program::start(&mut command)?;
+    let operator = Operator::of(node)?;
+    operator.eventually("host memory on offer", |account| {
+        account.offered_bytes >= slabs * SLAB_BYTES
+    })?;
+    Ok(donor)
+}
+
+fn disk_command(node: &Node, dir: &Path, bytes: u64) -> Result<Command> {
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(["donate", "--device", "DISK-0", "--path"])
+        .arg(dir)
+        .arg("--socket")
+        .arg(node.socket())
+        .args(["--bytes", &bytes.to_string()])
+        .args(["--memory", &(4 * SLAB_BYTES).to_string()]);
+    Ok(command)
+}
+
+/// `swiftcache donate` with a disk that the broker knows.
+fn disk(node: &Node, dir: &Path, bytes: u64) -> Result<Program> {
+    ready(node, disk_command(node, dir, bytes)?)
+}
+
+fn ready(node: &Node, mut command: Command) -> Result<Program> {
+    let mut agent = Program::start_ready(&mut command)?.0;
+    let operator = Operator::of(node)?;
+    eventually("the broker to know the disk", || {
+        ensure!(!agent.has_ended()?, "the disk's agent ended");
+        let state = status(&operator)?.and_then(|disk| disk.state);
+        Ok(state.is_some_and(|state| state.bytes > 0))
+    })?;
+    Ok(agent)
+}
+
+fn status(operator: &Operator) -> Result<Option<v1::DiskStatus>> {
+    Ok(operator.node()?.disks.into_iter().next())
+}
+
+/// Waits until so many blocks lie on the disk.
+fn on_disk(operator: &Operator, blocks: u64) -> Result<()> {
+    eventually("blocks on the disk", || {
+        Ok(status(operator)?.is_some_and(|disk| disk.blocks >= blocks))
+    })
+}
+
+fn settings(node: &Node, host_slabs: u64) -> BorrowerConfig {
+    let mut config = engine::config(node.device(0), 0);
+    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
+    config.lease_step_bytes = SLAB_BYTES;
+    config
+}
+
+fn borrower(node: &Node, name: &str, host_slabs: u64) -> Result<Engine> {
+    Engine::new(
+        Some(node.session(name)?),
+        node.layer()?,
+        settings(node, host_slabs),
+    )
+}
+
+fn sequence(conversation: u32, blocks: u32) -> Vec<u32> {
+    (0..blocks).map(|n| conversation * 1_000 + n).collect()
+}
+
+/// Stores a sequence in host memory, all of it.
+fn store(engine: &Engine, sequence: &[u32]) -> Result<()> {
+    eventually("room for all of it", || {
+        Ok(engine.store(sequence)?.unplaced == 0)
+    })
+}
+
+/// Stores a sequence, waits until it is on the disk, and has it leave memory.
+fn spill(node: &Node, sequence: &[u32]) -> Result<()> {
+    let operator = Operator::of(node)?;
+    let before = status(&operator)?.map_or(0, |disk| disk.blocks);
+    let writer = borrower(node, "writer", 2)?;
+    store(&writer, sequence)?;
+    on_disk(&operator, before + sequence.len() as u64)?;
+    drop(writer);
+    eventually("memory without a block", || {
+        Ok(operator.node()?.indexed_blocks == 0)
+    })
+}
+
+/// Asks for a sequence until all of it is there. Every byte is checked.
+fn comes_back(engine: &Engine, sequence: &[u32]) -> Result<()> {
+    eventually("all of it to come back", || {
+        let fetched = engine.fetch(sequence)?;
+        Ok(fetched.served == sequence.len() as u32)
+    })
+}
+
+#[test]
+fn what_has_left_memory_comes_back_from_disk_byte_for_byte_to_its_own_model_and_tenant_only()
+-> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 8)?;
+    let _disk = disk(&node, dir.path(), AMPLE)?;
+    let conversation = sequence(1, 20);
+    spill(&node, &conversation)?;
+    // Another model and another tenant that ask for the same hashes wait for nothing, and get nothing.
+    let mut config = settings(&node, 0);
+    config.layout.namespace = "another model".to_owned();
+    let other_model = Engine::new(Some(node.session("other model")?), node.layer()?, config)?;
+    let stranger = Session::connect(SessionConfig {
+        socket: node.socket(),
+        name: "stranger".to_owned(),
+        tenant: "another".to_owned(),
+    })?;
+    let other_tenant = Engine::new(Some(stranger), node.layer()?, settings(&node, 0))?;
+    for other in [&other_model, &other_tenant] {
+        ensure!(other.fetch(&conversation)?.found == 0);
+    }
+    ensure!(status(&operator)?.is_some_and(|disk| disk.asked_blocks == 0));
+    let reader = borrower(&node, "reader", 0)?;
+    // It is in no memory: what is found has come from the disk.
+    ensure!(reader.fetch(&conversation)?.found == 0);
+    comes_back(&reader, &conversation)?;
+    for run in reader.lookup(&conversation).runs() {
+        ensure!((run.medium, run.hold) == (Medium::Host, Hold::Shared));
+    }
+    for other in [&other_model, &other_tenant] {
+        ensure!(other.fetch(&conversation)?.found == 0);
+    }
+    let shown = node.status(&[])?;
+    ensure!(shown.contains("DISK-0"), "{shown}");
+    let told = status(&operator)?.context("a disk")?;
+    let state = told.state.context("its state")?;
+    ensure!(
+        told.asked_blocks == 20 && state.read_blocks == 20,
+        "{state:?}"
+    );
+    ensure!(
+        (state.corrupt_blocks, state.failed_blocks) == (0, 0),
+        "{state:?}"
+    );
+    ensure!(state.bytes_per_second > 0);
+    Ok(())
+}
+
+#[test]
+fn without_a_disk_nothing_comes_back() -> Result<()> {
+    // The twin of the test before.
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 8)?;
+    let conversation = sequence(1, 20);
+    let writer = borrower(&node, "writer", 2)?;
+    store(&writer, &conversation)?;
+    ensure!(writer.fetch(&conversation)?.served == 20);
+    drop(writer);
+    operator.eventually("all to be free", |account| account.leased_bytes == 0)?;
+    let reader = borrower(&node, "reader", 0)?;
+    ensure!(reader.fetch(&conversation)?.found == 0);
+    ensure!(status(&operator)?.is_none());
+    Ok(())
+}
+
+#[test]
+fn everything_is_killed_and_started_again_and_the_blocks_are_found() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let conversation = sequence(1, 20);
+    {
+        let node = node()?;
+        let mut donor = donate(&node, 8)?;
+        let mut agent = disk(&node, dir.path(), AMPLE)?;
+        spill(&node, &conversation)?;
+        agent.kill()?;
+        donor.kill()?;
+    }
+    // Another broker, other sockets, other processes: what is the same is the file.
+    let node = node()?;
+    let _donor = donate(&node, 8)?;
+    let reader = borrower(&node, "reader", 0)?;
+    // The twin: before the disk is there again, nothing is.
+    ensure!(reader.fetch(&conversation)?.found == 0);
+    let _disk = disk(&node, dir.path(), AMPLE)?;
+    on_disk(&Operator::of(&node)?, 20)?;
+    comes_back(&reader, &conversation)
+}
+
+#[test]
+fn the_broker_restarts_and_is_told_anew_what_is_on_the_disk() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut node = node()?;
+    let _donor = donate(&node, 8)?;
+    let _disk = disk(&node, dir.path(), AMPLE)?;
+    let conversation = sequence(1, 12);
+    spill(&node, &conversation)?;
+    node.kill_broker()?;
+    node.start_broker()?;
+    on_disk(&Operator::of(&node)?, 12)?;
+    let reader = borrower(&node, "reader", 0)?;
+    comes_back(&reader, &conversation)
+}
+
+#[test]
+fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Result<()> {
+    let mut course = Course::new("disk", 6);
+    let dir = tempfile::tempdir()?;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 12)?;
+    let mut conversations = Vec::new();
+    let written = || -> Result<u64> {
+        let state = status(&operator)?.and_then(|disk| disk.state);
+        Ok(state.map_or(0, |state| state.written_blocks))
+    };
+    while course.goes_on() {
+        // A file that is too small for all of it: slots are written over.
+        let mut agent = disk(&node, dir.path(), 2 << 20)?;
+        let writer = borrower(&node, "writer", 4)?;
+        let until = written()? + course.rng.random_range(1..30);
+        while written()? < until {
+            let conversation = sequence(conversations.len() as u32 + 1, 12);
+            store(&writer, &conversation)?;
+            conversations.push(conversation);
+        }
+        agent.kill()?;
+        eventually("the broker to hear of it", || {
+            Ok(status(&operator)?.is_none())
+        })?;
+    }
+    let _disk = disk(&node, dir.path(), 2 << 20)?;
+    eventually("memory without a block", || {
+        Ok(operator.node()?.indexed_blocks == 0)
+    })?;
+    // `fetch` checks every byte. What there is comes back within a few questions.
+    let reader = borrower(&node, "reader", 0)?;
+    let newest = conversations.last().context("a conversation")?;
+    let mut served = 0;
+    eventually("something to come back", || {
+        for conversation in conversations.iter().rev() {
+            served += reader.fetch(conversation)?.served;
+        }
+        Ok(served > 0)
+    })?;
+    ensure!(!newest.is_empty());
+    let state = status(&operator)?.and_then(|disk| disk.state);
+    let state = state.context("the disk's state")?;
+    ensure!(state.used_bytes <= 2 << 20, "{state:?}");
+    Ok(())
+}
+
+#[test]
+fn a_wrong_byte_on_the_disk_is_a_miss_and_is_counted() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let conversation = sequence(1, 12);
+    {
+        let node = node()?;
+        let _donor = donate(&node, 8)?;
+        let mut agent = disk(&node, dir.path(), AMPLE)?;
+        spill(&node, &conversation)?;
+        agent.kill()?;
+    }
+    let path = dir.path().join(FILE);
+    let whole = fs::read(&path)?;
+    let wanted = pattern(conversation[5], 0);
+    let at = whole
+        .windows(wanted.len())
+        .position(|bytes| bytes == wanted)
+        .context("the block in the file")?;
+    let file = OpenOptions::new().write(true).open(&path)?;
+    file.write_all_at(&[whole[at + 1_000] ^ 1], at as u64 + 1_000)?;
+    // The twin: what would be given out without the check is wrong.
+    ensure!(fs::read(&path)?[at..at + wanted.len()] != wanted);
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 8)?;
+    let _disk = disk(&node, dir.path(), AMPLE)?;
+    on_disk(&operator, 12)?;
+    let reader = borrower(&node, "reader", 0)?;
+    eventually("what is right to come back", || {
+        Ok(reader.fetch(&conversation)?.served == 5)
+    })?;
+    eventually("the wrong block to be counted", || {
+        let told = status(&operator)?;
+        let corrupt = told.as_ref().and_then(|disk| disk.state.as_ref());
+        Ok(corrupt.is_some_and(|state| state.corrupt_blocks == 1)
+            && told.is_some_and(|disk| disk.blocks == 11))
+    })?;
+    // It can be computed and kept anew.
+    let writer = borrower(&node, "writer", 2)?;
+    store(&writer, &conversation)?;
+    on_disk(&operator, 12)?;
+    comes_back(&writer, &conversation)
+}
+
+#[test]
+fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 12)?;
+    let writer = borrower(&node, "writer", 4)?;
+    // Bounded by itself; and by the system, which ends a process that does not catch the signal.
+    let bounded = tempfile::tempdir()?;
+    let limited = tempfile::tempdir()?;
+    for (dir, limit, bytes) in [(&bounded, None, 600_000), (&limited, Some("1000"), AMPLE)] {
+        let command = disk_command(&node, dir.path(), bytes)?;
+        let command = match limit {
+            None => command,
+            Some(blocks) => {
+                let mut shell = Command::new("sh");
+                shell
+                    .args(["-c", &format!("ulimit -f {blocks}; exec \"$@\""), "sh"])
+                    .arg(command.get_program())
+                    .args(command.get_args());
+                shell
+            }
+        };
+        let mut agent = ready(&node, command)?;
+        let first = if limit.is_some() { 100 } else { 1 };
+        for conversation in first..first + 12 {
+            let conversation = sequence(conversation, 12);
+            store(&writer, &conversation)?;
+            ensure!(writer.fetch(&conversation)?.served == 12);
+        }
+        let full = |state: &v1::DiskState| match limit {
+            None => state.evicted_blocks > 0,
+            Some(_) => state.failed_blocks > 0 || state.evicted_blocks > 0,
+        };
+        eventually("the disk to be full", || {
+            let state = status(&operator)?.and_then(|disk| disk.state);
+            Ok(state.is_some_and(|state| full(&state)))
+        })?;
+        ensure!(!agent.has_ended()?);
+        let file = fs::metadata(dir.path().join(FILE))?;
+        ensure!(file.len() <= 600_000, "{} bytes", file.len());
+        ensure!(writer.fetch(&sequence(first + 11, 12))?.served == 12);
+        agent.kill()?;
+        eventually("the broker to hear of it", || {
+            Ok(status(&operator)?.is_none())
+        })?;
+    }
+    Ok(())
+}
+
+fn refused(node: &Node, dir: &Path, more: &[&str]) -> Result<String> {
+    let Output { status, stderr, .. } = disk_command(node, dir, AMPLE)?.args(more).output()?;
+    ensure!(!status.success());
+    Ok(String::from_utf8(stderr)?)
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_with_its_name() -> Result<()> {
+    let node = node()?;
+    let dir = tempfile::tempdir()?;
+    // Nobody can write there, whoever it is.
+    let said = refused(&node, Path::new("/proc/swiftcache"), &[])?;
+    ensure!(said.contains("/proc/swiftcache"), "{said}");
+    let file = dir.path().join("file");
+    fs::write(&file, "")?;
+    let said = refused(&node, &file, &[])?;
+    ensure!(said.contains("file"), "{said}");
+    let held = dir.path().join("held");
+    let mut agent = disk(&node, &held, AMPLE)?;
+    let said = refused(&node, &held, &[])?;
+    ensure!(said.contains("in use by another process"), "{said}");
+    agent.signal(Signal::TERM)?;
+    agent.finish()?;
+    // Another tenant's agent does not serve what is in it.
+    let said = refused(&node, &held, &["--tenant", "another"])?;
+    ensure!(
+        said.contains("another") && said.contains("tenant"),
+        "{said}"
+    );
+    let foreign = dir.path().join("foreign");
+    fs::create_dir(&foreign)?;
+    fs::write(foreign.join(FILE), vec![7; 10_000])?;
+    let said = refused(&node, &foreign, &[])?;
+    ensure!(said.contains("not a file of SwiftCache"), "{said}");
+    for (flags, named) in [
+        (&["--device", "DISK-0", "--bytes", "1GiB"][..], "--path"),
+        (
+            &["--device", "HOST-0", "--bytes", "1GiB", "--path", "/tmp"],
+            "--path",
+        ),
+        (
+            &["--device", "DISK-0", "--elastic", "--path", "/tmp"],
+            "--elastic",
+        ),
+    ] {
+        let mut command = Command::new(program("swiftcache")?);
+        let output = command
+            .arg("donate")
+            .args(flags)
+            .arg("--socket")
+            .arg(node.socket())
+            .output()?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(
+            output.status.code() == Some(2) && said.contains(named),
+            "{said}"
+        );
+    }
+    Ok(())
+}
