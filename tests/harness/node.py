@@ -82,6 +82,21 @@ class Node:
         assert donor is not None
         return donor
 
+    def start_disk(self, path: pathlib.Path, *, size: str, memory: int) -> subprocess.Popen[bytes]:
+        """Starts a disk's agent, and waits until the broker knows it."""
+        options = ["--socket", self.socket, "--device", "DISK-0", "--path", str(path)]
+        agent: subprocess.Popen[bytes] | None = None
+
+        def known() -> bool:
+            nonlocal agent
+            if agent is None or agent.poll() is not None:
+                agent = self._start("swiftcache", "donate", *options, "--bytes", size, "--memory", str(memory))
+            return any(disk["bytes"] for disk in self.status().get("disks", []))
+
+        eventually("the disk to be known", known)
+        assert agent is not None
+        return agent
+
     def status(self) -> dict[str, Any]:
         """The node's status from the broker."""
         command = [self.programs / "swiftcache", "status", "--json", "--socket", self.socket]

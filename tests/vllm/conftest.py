@@ -21,6 +21,7 @@ def native(monkeypatch: pytest.MonkeyPatch):
     fake_native.published.clear()
     fake_native.hosts.clear()
     fake_native.calls.clear()
+    fake_native.coming.clear()
     fake_native.lose.clear()
     fake_native.hold_stores = fake_native.hold_loads = False
     monkeypatch.setattr(swiftcache, "_native", fake_native, raising=False)

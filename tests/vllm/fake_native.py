@@ -22,6 +22,15 @@ def split(keys: bytes) -> list[bytes]:
     return [keys[at : at + KEY] for at in range(0, len(keys), KEY)]
 
 
+coming: list[tuple[int, int]] = []
+"""What each of the next lookups hears of a disk: blocks up to which more are on their way, and for how long, ms."""
+
+
+def on_disk(found: int, asked: int) -> tuple[int, int]:
+    upto, milliseconds = coming.pop(0) if coming else (0, 0)
+    return max(0, min(upto, asked) - found), milliseconds
+
+
 class Connection:
     def __init__(self, socket: str, *, name: str, tenant: str = "") -> None:
         self.closed = False
@@ -45,6 +54,17 @@ class Connection:
 
     def watch_index(self, namespaces: Sequence[str]) -> IndexWatch:
         return IndexWatch(namespaces)
+
+    def count(
+        self,
+        namespaces: Sequence[str],
+        hashes: bytes,
+        *,
+        deadline_ms: int,
+        borrowers: Sequence[bytes] | None = None,
+    ) -> tuple[int, int, int]:
+        found = self.count_hits(namespaces, hashes, deadline_ms=deadline_ms, borrowers=borrowers)
+        return found, *on_disk(found, len(hashes) // KEY)
 
     def close(self) -> None:
         self.closed = True

@@ -119,6 +119,34 @@ def test_no_lookup_without_namespaces_or_when_the_request_forbids(stand) -> None
     assert stand.lookups() == 0
 
 
+def test_a_request_waits_for_what_comes_from_a_disk_and_the_engine_goes_on(stand) -> None:
+    request = stage.request("a", 17)
+    stand.native.coming.extend([(4, 100), (4, 100), (0, 0)])
+    assert stand.side.matched_tokens(request, 0) == (None, False)
+    # Asked in the same moment, it asks nobody.
+    assert stand.side.matched_tokens(request, 0) == (None, False)
+    assert stand.lookups() == 1
+    stand.now += 0.01
+    assert stand.side.matched_tokens(request, 0) == (None, False)
+    stand.publish(request, 4)
+    stand.now += 0.01
+    assert stand.side.matched_tokens(request, 0) == (16, False)
+    assert stand.lookups() == 3
+
+
+def test_a_request_waits_for_a_disk_no_longer_than_it_may(stand) -> None:
+    request = stage.request("a", 17)
+    stand.publish(request, 2)
+    stand.native.coming.extend([(4, 0)] * 5)
+    assert stand.side.matched_tokens(request, 0) == (None, False)
+    stand.now += 10
+    assert stand.side.matched_tokens(request, 0) == (8, False), "what is there is used"
+    # A disk that takes longer than that is not waited for at all.
+    other = stage.request("b", 17)
+    stand.native.coming[:] = [(4, 60_000)]
+    assert stand.side.matched_tokens(other, 0) == (8, False)
+
+
 def test_trouble_in_a_lookup_is_a_miss(stand, monkeypatch) -> None:
     def fail(*_, **__):
         raise RuntimeError("broken")

@@ -61,6 +61,10 @@ class Settings:
     """When blocks are loaded. Which modes there are is an engine's matter; auto: what fits it."""
     lookup_ms: int = 50
     """The longest the scheduler waits for one lookup, milliseconds."""
+    disk_ms: int = 2000
+    """How long a request waits at most for blocks that are on their way from a disk (`swiftcache donate --device
+    DISK-n`), milliseconds; not at all when the disk is expected to take longer. 0: it computes them, and the next
+    request finds them."""
     lend: float = 0.0
     """The share of the engine's own KV pool that it lends at most while it does not need it; 0: nothing."""
     lend_reserve: float = 0.05
@@ -133,8 +137,8 @@ def _convert(name: str, key: str, value: Any, loads: Sequence[str]) -> Any:
         if name in ("lease_step_bytes", "stream_window_bytes") and size == 0:
             raise ValueError(f"{key} must be positive")
         return size
-    if name in ("lookup_ms", "lend_after_ms", "lend_drain_ms", "stream_step_ms"):
-        least = 0 if name == "lend_after_ms" else 1
+    if name in ("lookup_ms", "disk_ms", "lend_after_ms", "lend_drain_ms", "stream_step_ms"):
+        least = 0 if name in ("disk_ms", "lend_after_ms") else 1
         whole = not isinstance(value, bool) and re.fullmatch(r"\d{1,9}", str(value))
         if not whole or not least <= int(value) <= MAX_DRAIN_MS:
             raise ValueError(

@@ -38,6 +38,10 @@ class Finder:
         self._lookup_ms, self._quiet = lookup_ms, quiet
         self._key = Keys()
         self._ends = Ends()
+        self.coming = 0
+        """Units behind those that were found last that are on their way from a disk."""
+        self.coming_ms = 0
+        """How long that may take; 0: nobody knows."""
 
     def reset(self) -> None:
         """What was stored until now is found no more."""
@@ -85,8 +89,10 @@ class Finder:
         """How many units from `first` on, up to `last`, every group has, and where full attention by itself would have
         ended."""
         full = self._groups.full
-        found = self._count(ranks, self._needed(request, full, first, last)) // sum(group.per_unit for group in full)
-        found = max(0, min(found, last - first))
+        blocks, coming, self.coming_ms = self._ask(ranks, self._needed(request, full, first, last))
+        per_unit = sum(group.per_unit for group in full)
+        found = max(0, min(blocks // per_unit, last - first))
+        self.coming = max(0, min((blocks + coming) // per_unit, last - first) - found)
         end = first + found
         if not found or not self._groups.tails or self._tails_are_there(ranks, request, first, end):
             return found, end
@@ -111,10 +117,13 @@ class Finder:
         return b"".join(self.keys(request, group, block, block + 1) for block, group in blocks)
 
     def _count(self, ranks: Sequence[Handshake], keys: bytes) -> int:
+        return self._ask(ranks, keys)[0]
+
+    def _ask(self, ranks: Sequence[Handshake], keys: bytes) -> tuple[int, int, int]:
         """How many of the first ones of these every worker's own cache can load: from its own leases, its host tier,
-        and what its device reaches."""
+        and what its device reaches. How many more are on their way from a disk, and for how many milliseconds."""
         try:
-            return self._connection.count_hits(
+            return self._connection.count(
                 [rank.namespace for rank in ranks],
                 keys,
                 borrowers=[rank.borrower_id for rank in ranks],
@@ -122,4 +131,4 @@ class Finder:
             )
         except Exception as reason:
             self._quiet.trouble("a lookup failed", reason)
-            return 0
+            return 0, 0, 0

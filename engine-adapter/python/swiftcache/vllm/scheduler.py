@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 States = dict[int, dict[int, int]]
 """By the end after which a request can go on from them, in units: of each group the block of the pool."""
 
+DISK_ASK_SECONDS = 0.002
+"""How often a request that waits for blocks from a disk asks whether they are there."""
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
 
@@ -88,6 +90,7 @@ class SchedulerSide:
         """The group of which a request's computed blocks are counted."""
         self._table_units = groups.full[0].per_unit
         self._clock = clock
+        self._disk_ms = settings.disk_ms
         self._ranks: list[Handshake] = []
         self._met: dict[tuple[int, int], Handshake] = {}
         self._stepped = False
@@ -181,14 +184,30 @@ class SchedulerSide:
         tracked = self._track(request)
         now = self._clock()
         hit = tracked.hit
+        if tracked.disk_since is not None and now - tracked.disk_asked < DISK_ASK_SECONDS:
+            return None, False
         if hit is None or hit.computed != computed or now - hit.at > ANSWER_SECONDS:
             hit = tracked.hit = Hit(computed, *self._look_up(tracked, computed), now)
+            if self._waits_for_disk(tracked, now):
+                tracked.hit = None
+                return None, False
         tokens = hit.blocks * self._block_tokens
         if self._groups.states and hit.junction * self._block_tokens > computed + tokens:
             junction.keep_state_at(request, hit.junction * self._block_tokens)
         if self._room is not None and not self._has_room(self._room, tracked, hit):
             return None, False
         return tokens, tokens > 0 and not self._sync
+
+    def _waits_for_disk(self, tracked: Tracked, now: float) -> bool:
+        """Whether blocks come from a disk sooner than a request may wait for them. The engine goes on meanwhile."""
+        since = tracked.disk_since if tracked.disk_since is not None else now
+        waited_ms = (now - since) * 1000
+        within_ms = max(self._finder.coming_ms, 1) if tracked.disk_since is None else 0
+        if not self._finder.coming or waited_ms + within_ms > self._disk_ms:
+            tracked.disk_since = None
+            return False
+        tracked.disk_since, tracked.disk_asked = since, now
+        return True
 
     def _has_room(self, room: Room, tracked: Tracked, hit: Hit) -> bool:
         if not hit.blocks or self._manager is None:
@@ -202,6 +221,7 @@ class SchedulerSide:
         request, first = tracked.request, computed // self._block_tokens
         # One token at least is left to compute: its logits are what the request came for.
         last = min((request.num_tokens - 1) // self._block_tokens, self._finder.hashed(request))
+        self._finder.coming = 0
         if last <= first or tracked.failed or not self._ranks or request.skip_reading_prefix_cache:
             return 0, 0
         found = self._finder.find(self._ranks, request, first, last)

@@ -27,6 +27,10 @@ class Hit:
 class Tracked:
     request: Request
     hit: Hit | None = None
+    disk_since: float | None = None
+    """When it began to wait for blocks that are on their way from a disk."""
+    disk_asked: float = 0.0
+    """When it was asked last whether they are there."""
     kept: int = 0
     """Leading units that are kept, on their way, or were found in vLLM's own cache: of full-attention groups."""
     ends: list[int] = field(default_factory=list)
