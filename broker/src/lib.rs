@@ -5,6 +5,7 @@
 //! what must not be forgotten to the [`ledger`], and only after that it sends the answer.
 
 pub mod authority;
+pub mod calls;
 pub mod config;
 pub mod core;
 pub mod death;

@@ -28,8 +28,8 @@ use rustix::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    calls::Calls,
     core::{Connection, Process},
-    listen::Calls,
 };
 
 /// `statfs` type of the kernel's pidfs ("PIDF"; Linux 6.9). With pidfs, the inode of a pidfd identifies one process

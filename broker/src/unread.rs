@@ -21,8 +21,9 @@ use tonic::{Status, body::Body, transport::server::TlsConnectInfo};
 use tower::{Layer, Service};
 
 use crate::{
+    calls::{Call, Calls},
     core::{Connection, Process},
-    listen::{Admission, Call, Calls, Limits, Permit, TcpPeer},
+    listen::{Admission, Limits, Permit, TcpPeer},
     peer::Peer,
 };
 

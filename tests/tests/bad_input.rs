@@ -178,7 +178,7 @@ fn expanded(text: &str, another: u64) -> Result<String> {
 }
 
 /// Fields that take every value: there is nothing to refuse.
-const UNBOUNDED: [&str; 26] = [
+const UNBOUNDED: [&str; 28] = [
     "Disk.anew",
     "Inherit.bytes",
     "Inherit.host_bytes",
@@ -203,6 +203,8 @@ const UNBOUNDED: [&str; 26] = [
     "ListEvents.after_sequence",
     "ListEvents.limit",
     "ListEvents.kinds",
+    "Watch.boot_id",
+    "Watch.after_sequence",
     "SetQuota.bytes",
     "Hold.free_bytes",
 ];

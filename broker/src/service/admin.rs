@@ -4,7 +4,7 @@
 use std::{fmt, sync::Arc};
 
 use swiftcache_proto::{
-    convert::{self, InvalidField, MAX_NAMESPACE_BYTES, MAX_TENANT_BYTES},
+    convert::{self, InvalidField, MAX_NAMESPACE_BYTES},
     domain::{DeviceUuid, LeaseId, RegionId, SessionId},
     numa,
     v1::{
@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     pace::{Pace, Turn},
-    view::{self, NodeView},
+    view::{self, MAX_WHOLE_TENANT_BYTES, NodeView},
     watch::{self, Watching},
 };
 use crate::{
@@ -33,8 +33,6 @@ use crate::{
 
 /// Hexadecimal digits of a session's label.
 const LABEL_BYTES: usize = 4;
-/// A uid, a slash and a label.
-pub(super) const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
 /// The most entries in one page of a list. Everybody waits while the broker writes a page, which is a millisecond for these
 /// 250 KB.
 const MOST_LISTED: usize = 2_048;

@@ -1,6 +1,7 @@
 //! The state's views as they travel.
 
 use swiftcache_proto::{
+    convert::MAX_TENANT_BYTES,
     domain::{HandleKind, Link},
     v1::{self, quota_status},
 };
@@ -13,6 +14,9 @@ use crate::{
     owner::Reports,
     probe::LeftOut,
 };
+
+/// The longest name of a tenant as it travels: a uid, a slash and a label.
+pub(super) const MAX_WHOLE_TENANT_BYTES: usize = 10 + 1 + MAX_TENANT_BYTES;
 
 /// What the state knows of the node.
 pub(super) struct NodeView {

@@ -18,7 +18,7 @@ use tokio::{sync::mpsc, task::yield_now};
 use tokio_stream::Stream;
 use tonic::Status;
 
-use super::{admin::MAX_WHOLE_TENANT_BYTES, pace::Pace};
+use super::{pace::Pace, view::MAX_WHOLE_TENANT_BYTES};
 use crate::{
     core::{Caller, Change, Connection, Process, Sight, Watched, Watcher},
     error::Refused,
