@@ -79,8 +79,9 @@ fn path(method: &MethodDescriptor) -> Result<PathAndQuery, Status> {
     path.parse().map_err(|_| Status::internal(path))
 }
 
-/// Calls a method with the first of `bodies`. For a streaming method, `bodies` are the stream's messages, and the last
-/// answer is returned.
+/// Calls a method with the first of `bodies`. For a method whose requests are a stream, `bodies` are its messages, and the
+/// last answer is returned. Of one that only answers with a stream, which may never end, no answer is waited for once the
+/// request is accepted.
 ///
 /// # Errors
 /// When the broker answers with an error, or the connection fails.
@@ -97,6 +98,10 @@ pub fn call(
             .map_err(|error| Status::unavailable(error.to_string()))?;
         if !method.is_client_streaming() {
             let body = bodies.into_iter().next().unwrap_or_default();
+            if method.is_server_streaming() {
+                let accepted = grpc.server_streaming(Request::new(body), path, Raw).await;
+                return accepted.map(|_| Vec::new());
+            }
             let answer = grpc.unary(Request::new(body), path, Raw).await?;
             return Ok(answer.into_inner());
         }

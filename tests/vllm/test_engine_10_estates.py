@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from neighbours import Tenant, donate
+from neighbours import SLAB, Tenant, donate
 from node import Node, eventually
 from test_engine_3_lending import nudge
 
@@ -32,7 +32,8 @@ def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_
     want = lab.want("killed")
     bare_node.start_broker(estate_ttl_ms=ttl_ms)
     donate(bare_node)
-    offered = bare_node.status()["total"]["offered"]
+    offered = 16 * SLAB
+    eventually("all that the donor lends", lambda: bare_node.status()["total"]["offered"] == offered)
     first = lab.engine("killed")
     # One that nothing is left of lends, too, to somebody who has it when the engine is killed.
     lending = {} if ttl_ms else {"lend": 0.5, "lend_after_ms": 0, "device": "SIM-0"}
