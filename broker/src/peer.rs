@@ -316,17 +316,21 @@ mod tests {
         assert!(!lists_group("Groups:\t\n", 0));
     }
 
+    fn process_of(child: &std::process::Child) -> Process {
+        Process {
+            pid: child.id(),
+            birth: stat_birth(child.id()).unwrap(),
+            uid: 0,
+        }
+    }
+
     #[test]
     fn a_living_process_is_reopened_and_a_dead_or_different_one_is_gone() {
         let mut child = std::process::Command::new("cat")
             .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        let process = Process {
-            pid: child.id(),
-            birth: stat_birth(child.id()).unwrap(),
-            uid: 0,
-        };
+        let process = process_of(&child);
         assert!(reopen(process).unwrap().is_some());
         let reused = Process {
             birth: process.birth + 1,
@@ -351,11 +355,7 @@ mod tests {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let process = Process {
-            pid: child.id(),
-            birth: stat_birth(child.id()).unwrap(),
-            uid: 0,
-        };
+        let process = process_of(&child);
         // `spawn` returns when `sh` runs, or is about to.
         let before = loop {
             if is_past_exec(process.pid)

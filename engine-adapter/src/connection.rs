@@ -88,14 +88,8 @@ impl Connection {
         deadline_ms: &Bound<'_, PyAny>,
         borrowers: Option<Vec<Vec<u8>>>,
     ) -> PyResult<u32> {
-        let limit = arguments::milliseconds(arguments::number("deadline_ms", deadline_ms)?);
-        unlocked(py, || {
-            check_namespaces(&namespaces)?;
-            let ranks = ranks(namespaces, borrowers)?;
-            let hashes = arguments::hashes(hashes)?;
-            let session = self.session();
-            Ok(session.map_or(0, |session| session.count_hits(&ranks, &hashes, limit)))
-        })
+        let counted = self.count(py, namespaces, hashes, deadline_ms, borrowers)?;
+        Ok(counted.0)
     }
 
     fn watch_index(&self, py: Python<'_>, namespaces: Vec<String>) -> PyResult<IndexWatch> {

@@ -69,11 +69,10 @@ pub(super) fn offer(books: &mut Books, lease: LeaseKey, hashes: &[BlockHash]) {
     if hashes.is_empty() || books.disks.iter().next().is_none() {
         return;
     }
-    let terms = books.leases.get(lease).terms();
-    let on = books.regions.get(terms.region).device();
-    if books.devices.medium(on) != Medium::Host {
+    if books.index.medium(lease) != Medium::Host {
         return;
     }
+    let terms = books.leases.get(lease).terms();
     let namespace = books.index.namespace(terms.namespace);
     let (tenant, name) = (Arc::clone(namespace.tenant()), Arc::clone(namespace.name()));
     if books.disks.offer(&tenant, &name, terms.lessee, hashes) > 0 {
@@ -135,8 +134,5 @@ fn lies_in_host_memory(books: &Books, tenant: &str, namespace: &str, hash: &Bloc
         return false;
     };
     let mut places = books.index.find(key, hash);
-    places.any(|at| {
-        let region = books.leases.get(at.lease).terms().region;
-        books.devices.medium(books.regions.get(region).device()) == Medium::Host
-    })
+    places.any(|at| books.index.medium(at.lease) == Medium::Host)
 }

@@ -161,10 +161,7 @@ impl Asker<'static> {
             block_bytes: Some(terms.block_bytes),
             kept: None,
             down: &[],
-            host_memory: {
-                let on = books.regions.get(terms.region).device();
-                books.devices.medium(on) == Medium::Host
-            },
+            host_memory: books.index.medium(lease) == Medium::Host,
         }
     }
 }
@@ -364,7 +361,6 @@ fn told(books: &Books, run: Run) -> FoundRun {
         Run::Kept(count) => return FoundRun::Kept { count },
     };
     let terms = books.leases.get(span.lease).terms();
-    let on = books.regions.get(terms.region).device();
     FoundRun::Leased {
         extent: Extent {
             lease: terms.id,
@@ -372,7 +368,7 @@ fn told(books: &Books, run: Run) -> FoundRun {
             first_slot: span.first,
             count: span.count,
         },
-        medium: books.devices.medium(on),
+        medium: books.index.medium(span.lease),
         hold,
     }
 }

@@ -31,11 +31,14 @@ def namespace(facts: Mapping[str, Any], ranks: Ranks, seed: str | None = None) -
     """At most 256 bytes: a digest of the facts, and the worker's place. `seed`: what the engine's block hashes are
     seeded with, "" for its default. It has a place of its own, by which `swiftcache doctor` knows engines that differ
     in nothing else."""
-    digest = _digest(facts)
-    seeded = "" if seed is None else f"/seed-{seed if len(seed) <= 10 and seed.isalnum() else _digest(seed)[:10]}"
-    if seed == "":
-        seeded = "/seed-none"
-    return f"{digest}{seeded}/tp{ranks.tp}of{ranks.tp_size}/pp{ranks.pp}of{ranks.pp_size}"
+    seeded = "" if seed is None else f"/seed-{_short(seed)}"
+    return f"{_digest(facts)}{seeded}/tp{ranks.tp}of{ranks.tp_size}/pp{ranks.pp}of{ranks.pp_size}"
+
+
+def _short(seed: str) -> str:
+    if not seed:
+        return "none"
+    return seed if len(seed) <= 10 and seed.isalnum() else _digest(seed)[:10]
 
 
 def _digest(of: Any) -> str:
