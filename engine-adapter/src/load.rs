@@ -98,6 +98,19 @@ impl Load {
         })
     }
 
+    fn promise(&self, py: Python<'_>, most_bytes: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let most_bytes = arguments::number("most_bytes", most_bytes)?;
+        unlocked(py, || {
+            if !self.origin.is_here() {
+                return Ok(false);
+            }
+            Ok(match &*self.state.read() {
+                State::Running(load, _) => self.found == self.asked && load.promise(most_bytes),
+                State::Over(failed) => failed.is_empty(),
+            })
+        })
+    }
+
     fn wait_layer(&self, py: Python<'_>, layer: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         let layer = arguments::number("layer", layer)?;
         unlocked(py, || {

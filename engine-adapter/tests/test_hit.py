@@ -112,6 +112,39 @@ def test_what_a_donor_took_back_is_missing_at_once(node: Node, engine: Make) -> 
     assert load.missing() == load.finish() == [0, 1, 2]
 
 
+def test_only_a_load_that_nobody_can_take_back_may_be_relied_on_before_it_is_over(node: Node, engine: Make) -> None:
+    donor = node.start_donor("SIM-1", 2, SLAB_BYTES)
+    one = engine()
+    one.store([1, 2, 3])
+    hit = one.cache.lookup(hashes([1, 2, 3]))
+    load = hit.load(upper(3))
+    with pytest.raises(ValueError, match="most_bytes"):
+        load.promise(-1)
+    assert load.promise(1 << 30) and load.finish() == [] and holds(one, [1, 2, 3])
+    assert load.promise(0), "all of it is there"
+    # The scheduler's own call finds it, too, and what it asks for must be there whole.
+    assert one.cache.load(hashes([1, 2, 3]), upper(3)).promise(1 << 30)
+    assert not one.cache.load(hashes([1, 2, 99]), upper(3)).promise(1 << 30)
+    node.withdraw(donor)
+    donor.wait(120)
+    assert not hit.load(upper(3)).promise(1 << 30), "its blocks are gone"
+
+
+def test_what_others_wrote_may_not_be_relied_on_before_it_is_there(node: Node, engine: Make) -> None:
+    node.start_donor("SIM-1", 4, SLAB_BYTES)
+    one = engine(device="SIM-2", lookup_ms=60_000)
+    with contextlib.closing(Connection(node.socket, name="another engine")) as connection:
+        other = Engine(
+            Cache(connection, namespace="model", layer_bytes=LAYERS, max_leased_bytes=SLAB_BYTES, device="SIM-0")
+        )
+        eventually("a lease", lambda: other.cache.stats()["leases"])
+        other.store([1])
+        hit = eventually("the other one's block", lambda: one.cache.lookup(hashes([1])) or None)
+        load = hit.load(upper(1))
+        assert not load.promise(1 << 30) and load.finish() == []
+        other.cache.close()
+
+
 def test_a_store_says_at_once_what_has_no_room(node: Node, engine: Make) -> None:
     donor = node.start_donor("SIM-1", 1, SLAB_BYTES)
     one = engine(slabs=1)

@@ -125,6 +125,16 @@ impl<'a> Scene<'a> {
         Ok(self.donors.len() - 1)
     }
 
+    /// Kills the broker, and starts one that knows nothing of what is lent.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn forget_everything(&mut self) -> Result<()> {
+        self.node.kill_broker()?;
+        self.node.lose_ledger()?;
+        self.node.start_broker()
+    }
+
     fn offered(&self) -> Result<u64> {
         let total = self.operator.node()?.total.unwrap_or_default();
         Ok(total.offered_bytes)

@@ -105,6 +105,43 @@ fn a_slab_that_is_copied_holds_up_no_other_slab() -> Result<()> {
 }
 
 #[test]
+fn what_was_promised_is_there_whatever_becomes_of_the_lease() -> Result<()> {
+    alone(
+        "what_was_promised_is_there_whatever_becomes_of_the_lease",
+        |stub| {
+            for promised in [true, false] {
+                let mut scene = Scene::new(stub, 1)?;
+                let engine = scene.engine(1, 0)?;
+                let blocks: Vec<u32> = FIRST.collect();
+                compute(&engine, &blocks)?;
+                ensure!(begin_store(&engine, &blocks).finish().stored as usize == blocks.len());
+                let hold = scene.hold(Held::Kernels)?;
+                let load = begin_load(&engine, &blocks)?;
+                ensure!(!load.promise(0), "nothing of it is there");
+                ensure!(!promised || load.promise(u64::MAX));
+                scene.forget_everything()?;
+                eventually("the lease to be refused", || {
+                    Ok(engine.borrower.stats().refused_leases == 1)
+                })?;
+                // Another tenant fills the slab that the donor offers in place of this one.
+                let mut rival = scene.rival()?;
+                ensure!(rival.run("sweep-store")?.stored > 0);
+                ensure!(!load.is_done(), "the copy was not held");
+                hold.release()?;
+                // The twin: who was promised nothing is told to compute the blocks.
+                let failed = load.finish().failed.len();
+                ensure!(failed == if promised { 0 } else { blocks.len() }, "{failed}");
+                for n in FIRST {
+                    ensure!(holds(&engine, n, scattered(n))?);
+                }
+                rival.finish()?;
+            }
+            Ok(())
+        },
+    )
+}
+
+#[test]
 fn blocks_that_are_slow_to_move_hold_up_no_other_slab() -> Result<()> {
     alone(
         "blocks_that_are_slow_to_move_hold_up_no_other_slab",

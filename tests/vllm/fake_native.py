@@ -16,6 +16,7 @@ lose: list[int] = []
 """Positions of the next load that fail."""
 hold_stores = False
 hold_loads = False
+promises = True
 
 
 def split(keys: bytes) -> list[bytes]:
@@ -98,7 +99,10 @@ class Mark:
 
 class Load:
     def __init__(self, failed: list[int]) -> None:
-        self.failed, self.waited, self.held = failed, [], hold_loads
+        self.failed, self.waited, self.held, self.finished = failed, [], hold_loads, False
+
+    def promise(self, most_bytes: int) -> bool:
+        return promises and not self.failed
 
     def wait_layer(self, layer: int) -> list[int]:
         self.waited.append(layer)
@@ -111,7 +115,7 @@ class Load:
         return not self.held
 
     def finish(self) -> list[int]:
-        self.held = False
+        self.held, self.finished = False, True
         return self.failed
 
 

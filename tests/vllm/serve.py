@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,6 +53,8 @@ class Spy:
         """Loads are over after so many steps and some more, each after others."""
         self.liar = False
         """Loads that fail say that they have not."""
+        self.late = False
+        """Loads begin when somebody waits for them."""
         self.victim = 0
         """A process that is killed before the next load begins."""
 
@@ -81,6 +84,8 @@ class Spy:
             for position in range(len(blocks) // 2, len(blocks)):
                 changed[16 * position : 16 * position + 16] = os.urandom(16)
                 self.spoiled += 1
+        if self.late:
+            return Late(lambda: self._cache.load(bytes(changed), blocks, after))
         load = self._cache.load(bytes(changed), blocks, after)
         if self.liar:
             load = Liar(load)
@@ -116,7 +121,7 @@ class Liar:
 
 
 class Slow:
-    """A load that takes so many steps."""
+    """A load that takes so many steps. Every second one may count as over before."""
 
     def __init__(self, load: Any, steps: int) -> None:
         self._load, self._steps = load, steps
@@ -124,9 +129,36 @@ class Slow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load, name)
 
+    def promise(self, most_bytes: int) -> bool:
+        return self._steps % 2 == 0 and self._load.promise(most_bytes)
+
     def is_done(self) -> bool:
         self._steps -= 1
         return self._steps < 0 and self._load.is_done()
+
+
+class Late:
+    """A load of which no byte is there before somebody waits for it, or asks whether it has kept its promise."""
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin, self._load, self._promised = begin, None, False
+
+    def promise(self, most_bytes: int) -> bool:
+        self._promised = True
+        return True
+
+    def is_done(self) -> bool:
+        return self._promised and self._begun().is_done()
+
+    def wait_layer(self, layer: int) -> list[int]:
+        return self._begun().wait_layer(layer)
+
+    def finish(self) -> list[int]:
+        return self._begun().finish()
+
+    def _begun(self) -> Any:
+        self._load = self._load or self._begin()
+        return self._load
 
 
 def ours(connector: Any) -> Any:
@@ -167,6 +199,14 @@ def halve(worker: Any, on: bool, slow: int, rank: int | None) -> None:
     side = _side(worker)
     if rank in (None, side._ranks.tp):
         side._cache.half, side._cache.slow = on, slow
+
+
+def linger(worker: Any, on: bool, careless: bool) -> None:
+    side = _side(worker)
+    side._cache.late = on
+    vars(side).pop("_wait_for_load", None)
+    if careless:
+        side._wait_for_load = lambda name, load: None
 
 
 def lie(worker: Any, on: bool) -> None:
@@ -436,6 +476,10 @@ class Engine:
     def halve(self, on: bool, slow: int = 0, rank: int | None = None) -> None:
         """Has half of the loads fail from now on, and all take so many steps and some more; of one rank, or of all."""
         self.llm.collective_rpc(halve, args=(on, slow, rank))
+
+    def linger(self, on: bool, careless: bool = False) -> None:
+        """Whether loads begin when somebody waits for them. `careless`: forwards do not."""
+        self.llm.collective_rpc(linger, args=(on, careless))
 
     def lie(self, on: bool) -> None:
         """Whether loads that fail say so."""

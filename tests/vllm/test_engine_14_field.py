@@ -122,6 +122,38 @@ def test_the_twin_a_failed_load_that_is_believed_shows(engine, want) -> None:
     assert wrong["alone"] != want["alone"]
 
 
+def layer_wise_ends(engine) -> float:
+    return engine.ask("counted")["vllm:swiftcache_layer_wise_ends"]
+
+
+def test_a_forward_waits_for_each_layer_of_a_load_that_counts_as_over(engine, want) -> None:
+    engine.ask("overwrite")
+    engine.ask("linger", on=True)
+    before = layer_wise_ends(engine)
+    result = engine.generate(alone(), of.ANSWER)["alone"]
+    engine.ask("settle")
+    assert result["tokens"] == want["alone"] and result["cached"] == 6 * of.BLOCK
+    assert layer_wise_ends(engine) == before + 1
+    # Aborted before it is scheduled: others compute in its blocks at once.
+    engine.ask("overwrite")
+    engine.ask("add", name="gone", tokens=next(iter(alone().values())), max_tokens=1)
+    engine.ask("step", count=1)
+    engine.ask("abort", name="gone")
+    engine.ask("linger", on=False)
+    results = {}
+    for number in range(5):
+        results |= engine.generate({f"family-{number}": family(number)}, of.ANSWER)
+    assert of.said(results).items() <= want.items()
+
+
+def test_the_twin_a_forward_that_does_not_wait_shows(engine, want) -> None:
+    engine.ask("overwrite")
+    engine.ask("linger", on=True, careless=True)
+    wrong = of.said(engine.generate(alone(), of.ANSWER))
+    engine.ask("linger", on=False)
+    assert wrong["alone"] != want["alone"]
+
+
 def test_prompt_logprobs_are_of_all_of_the_prompt(engine, want) -> None:
     fresh(engine)
     (name, prompt) = next(iter(alone().items()))

@@ -275,10 +275,10 @@ def test_inside_another_connector_its_counters_are_found_by_name() -> None:
 
 
 def test_loads_are_synchronous_only_where_vllm_recovers_from_their_failure() -> None:
-    auto, sync, never = (Settings(load=load) for load in ("auto", "sync", "async"))
+    auto, sync, never, wait = (Settings(load=load) for load in ("auto", "sync", "async", "wait"))
     plain = stage.config()
     assert safety.loads_synchronously(plain, auto) and safety.loads_synchronously(plain, sync)
-    assert not safety.loads_synchronously(plain, never)
+    assert not safety.loads_synchronously(plain, never) and not safety.loads_synchronously(plain, wait)
     for unsafe in ({"max_concurrent_batches": 2}, {"use_v2_model_runner": True}):
         config = stage.config(**unsafe)
         assert not safety.loads_synchronously(config, auto)
@@ -286,6 +286,18 @@ def test_loads_are_synchronous_only_where_vllm_recovers_from_their_failure() -> 
             safety.loads_synchronously(config, sync)
     graphs = stage.config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
     assert not safety.loads_synchronously(graphs, auto)
+
+
+def test_loads_end_layer_by_layer_only_where_every_forward_that_needs_them_calls_hooks() -> None:
+    def may(settings: Settings | None = None, groups: int = 1, **fields) -> bool:
+        kv = SimpleNamespace(kv_cache_groups=[None] * groups)
+        return safety.may_promise(stage.config(**fields), kv, settings or Settings())
+
+    modes = "compilation_config__cudagraph_mode"
+    assert may() and may(Settings(load="async")) and may(**{modes: CUDAGraphMode.FULL_AND_PIECEWISE}) and may(**{modes: CUDAGraphMode.FULL_DECODE_ONLY})
+    assert not may(**{modes: CUDAGraphMode.FULL})
+    assert not may(Settings(load="wait")) and not may(Settings(stream_bytes=1 << 30)) and not may(groups=2)
+    assert not may(speculative_config=object())
 
 
 def name_of(settings: Settings | None = None, ranks: Ranks | None = None, blocks: int = 8, **fields) -> str:

@@ -21,7 +21,14 @@ WORKERS = [Handshake(name, bytes([rank]) * 16) for rank, name in enumerate(NAMES
 
 class Stand:
     def __init__(
-        self, native, *, sync: bool = True, recovers: bool = True, workers: int = 1, events: bool = False
+        self,
+        native,
+        *,
+        sync: bool = True,
+        recovers: bool = True,
+        promises: bool = False,
+        workers: int = 1,
+        events: bool = False,
     ) -> None:
         self.native, self.now = native, 0.0
         self.side = SchedulerSide(
@@ -32,6 +39,7 @@ class Stand:
             sync=sync,
             recovers=recovers,
             workers=workers,
+            promises=promises,
             events=Events(events),
             clock=lambda: self.now,
         )
@@ -217,6 +225,27 @@ def test_an_asynchronous_load_is_allocated_twice_and_loaded_once(native) -> None
     step = stand.step(request, 9, [1, 2, 3, 4, 5])
     assert step.loads == []
     assert [job.blocks for job in step.stores] == [[3, 4]]
+
+
+@pytest.mark.parametrize("tokens", [9, 1, 0])
+def test_workers_hear_once_what_becomes_of_the_blocks_of_a_load_that_may_still_run(native, tokens: int) -> None:
+    stand = Stand(native, sync=False, promises=True)
+    request = stage.request("a", 17)
+    stand.publish(request, 2)
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 8, [1, 2])
+    assert stand.side.metadata(stage.output({}, {})).arrived == {}
+    stand.side.worker_output(stage.answer(finished_recving={"a"}))
+    if tokens:
+        stand.admit(request, 0, [1, 2, 3, 4, 5])
+        request.num_computed_tokens = 8
+        step = stand.step(request, tokens, [1, 2, 3, 4, 5])
+    else:
+        stand.side.request_finished(request, ())
+        step = stand.side.metadata(stage.output({}, {}))
+    # A step of one token may be a graph that calls no hooks.
+    assert step.arrived == {"a": tokens == 9}
+    assert stand.side.metadata(stage.output({}, {})).arrived == {}
 
 
 def test_a_failed_load_is_not_tried_again_and_its_blocks_are_stored_anew(native) -> None:

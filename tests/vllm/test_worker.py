@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -49,13 +50,13 @@ def store(number: int, blocks: list[int], request: str = "a") -> StoreJob:
     return StoreJob(number, request, b"".join(KEYS[: len(blocks)]), blocks)
 
 
-def run(worker, step: StepMetadata, *, before: bool = True):
-    """A step in vLLM's order. Returns what it reports."""
+def run(worker, step: StepMetadata, *, before: bool = True, layers: Sequence[str] = LAYERS):
+    """A step in vLLM's order, whose forward calls the hooks of these layers. Returns what it reports."""
     worker.before_overwriting(step)
     worker.bind(step)
     if before:
         worker.start_loads()
-    for layer in LAYERS:
+    for layer in layers:
         worker.wait_for_layer(layer)
         worker.layer_computed(layer)
     if not before:

@@ -319,6 +319,12 @@ class Load:
         """The positions known to have failed by now, ascending, without waiting: right after the start, blocks that had been
         given up since they were found."""
 
+    def promise(self, most_bytes: int) -> bool:
+        """Whether others may rely on the load from here on, though its last `most_bytes` bytes may still be on their way:
+        whoever reads a layer waits for it first (`gate_layer`). Then `finish` names failed positions only if the device
+        fails. False of others' blocks, where blocks are missing, of memory that goes with its donor (legacy handles),
+        over PCIe, and while more bytes are on their way."""
+
     def wait_layer(self, layer: int) -> list[int]:
         """Waits until a layer is in the pool. Returns the positions known to have failed so far, ascending: their
         blocks must be computed."""

@@ -32,6 +32,7 @@ from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_fil
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
     "SwiftCache": {"environment": V2, "settings": {}},
+    "SwiftCache, load: wait": {"environment": V2, "settings": {"load": "wait"}},
     "OffloadingConnector": {"environment": V2, "offload": True},
     "LMCache": {"environment": V2, "lmcache": True},
     "SwiftCache, withdrawn every 5 s": {"environment": V2, "settings": {}, "withdraw": 5.0},

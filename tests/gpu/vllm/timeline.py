@@ -23,10 +23,15 @@ from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_fil
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
-    "async": {"environment": V2, "options": {}, "settings": {}},
+    "SwiftCache": {"environment": V2, "options": {}, "settings": {}},
+    "wait": {"environment": V2, "options": {}, "settings": {"load": "wait"}},
     "resident, V1": {"environment": V1, "options": {"async_scheduling": False}},
     "sync, V1": {"environment": V1, "options": {"async_scheduling": False}, "settings": {"load": "sync"}},
 }
+
+
+PAUSE = 0.2
+"""Seconds between an answer and the next request, in all arms: processors that have rested are slower."""
 
 
 class Line:
@@ -104,6 +109,7 @@ class Arm:
         for number, prompt in enumerate(prompts[2:]):
             self._settle()
             self._forget()
+            time.sleep(PAUSE)
             found.append(self._ask(f"turn {number}", prompt + self._new(f"turn {number}"), 8))
         return found
 

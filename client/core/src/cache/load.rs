@@ -11,6 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use swiftcache_proto::domain::LinkKind;
 use tracing::warn;
 
 use super::{
@@ -40,6 +41,11 @@ pub struct Load {
     verdict: Mutex<Verdict>,
     /// Every copy was over before any pin ran out.
     in_time: AtomicBool,
+    /// Others rely on it already: see [`promise`](Self::promise).
+    promised: AtomicBool,
+    /// Every block is of the borrower's own leases, whose memory lasts as long as it is mapped here, behind a link that
+    /// is no slower than a forward.
+    lasting: bool,
     ended: bool,
 }
 
@@ -84,9 +90,12 @@ impl Core {
         let layers = layers.start..layers.end.min(layout.layer_bytes.len());
         let mut verdict = Verdict::default();
         let mut plan = self.plans.take();
+        let own = |block: &HitBlock| matches!(block, HitBlock::Own(_));
+        let mut lasting = hit.blocks[..blocks.len()].iter().all(own);
         let (flight, touching) = match self.touch(kv) {
             Ok(touching) => {
                 let flight = self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict);
+                lasting &= plan.lasts();
                 (flight, touching)
             }
             Err(error) => {
@@ -107,8 +116,10 @@ impl Core {
         );
         let tickets = issued.unwrap_or_else(|refused| {
             self.refused(&flight, &refused);
+            lasting = false;
             LayerTickets::default()
         });
+        lasting &= bytes[LinkKind::Pcie] + bytes[LinkKind::Host] == 0;
         // The plan keeps its slabs mapped: a revocation that finds the transfer queued must not find it holding on.
         self.plans.put_back(plan);
         drop(queueing);
@@ -125,6 +136,8 @@ impl Core {
             bytes,
             verdict: Mutex::new(verdict),
             in_time: AtomicBool::new(false),
+            promised: AtomicBool::new(false),
+            lasting,
             ended: false,
         }
     }
@@ -178,6 +191,32 @@ impl Load {
         self.judge(false).failed.clone()
     }
 
+    /// Whether others may rely on the load from here on, though its last `most_bytes` bytes may still be on their way: whoever
+    /// reads a layer waits for it first. Then [`finish`](Self::finish) reports a failure only if the device fails, since
+    /// whatever becomes of the leases, the bytes stay where they are until the copies are over: donors, operators and
+    /// brokers that come back take a slab when this process says so or is gone, and a donor that frees an allocation frees
+    /// no mapping of it. False where that does not hold: of others' blocks, of blocks that are missing, of memory that goes
+    /// with its donor (legacy handles), over PCIe, which is slower than what waits, and while more bytes are on their way.
+    pub fn promise(&self, most_bytes: u64) -> bool {
+        if !self.lasting || self.missing > 0 || self.flight.transfer.is_poisoned() {
+            return false;
+        }
+        let (layers, total) = (self.tickets.layers(), self.bytes.total());
+        let may_lack = (layers as u64).saturating_mul(most_bytes) / total.max(1);
+        // Layers come in order.
+        let promised = match layers.saturating_sub(may_lack.min(layers as u64) as usize) {
+            0 => true,
+            there => {
+                let mut last = self.tickets.of(there - 1).iter();
+                last.all(|ticket| ticket.outcome().is_some())
+            }
+        };
+        if promised {
+            self.promised.store(true, Ordering::Relaxed);
+        }
+        promised
+    }
+
     /// Blocks until layer `layer` is in the engine's pool. When copies have failed, blocks until none of this load is in
     /// flight any more: whoever is told computes blocks anew, and nothing may land in them after that.
     ///
@@ -228,7 +267,8 @@ impl Load {
     /// Decides what holds of what is over by now.
     fn judge(&self, copies_failed: bool) -> parking_lot::MutexGuard<'_, Verdict> {
         let mut verdict = self.verdict.lock();
-        if copies_failed || self.flight.transfer.is_poisoned() {
+        let worthless = self.flight.transfer.is_poisoned() && !self.promised.load(Ordering::Relaxed);
+        if copies_failed || worthless {
             verdict.fail_all(self.blocks);
             return verdict;
         }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    session::{Call, Grant, Left, Session},
+    session::{Call, Grant, Left, Opening, Session},
     transfer::BlockArea,
 };
 
@@ -128,7 +128,9 @@ impl Leases {
         let memory = mapping.memory.clone();
         let (base, slots, link) = (grant.offset, grant.slots, grant.link);
         let area = BlockArea::new(memory, base, slots, layers, link, route);
-        Ok(Arc::new(area.keeping(mapping)))
+        // What a descriptor stands for goes with its last mapping, what a legacy handle stands for with its process.
+        let lasts = matches!(grant.opening, Opening::Token(_));
+        Ok(Arc::new(area.lasting(lasts).keeping(mapping)))
     }
 }
 

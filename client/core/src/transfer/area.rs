@@ -34,6 +34,8 @@ pub(crate) struct BlockArea {
     pub(crate) slots: u32,
     pub(crate) link: LinkKind,
     pub(crate) route: Arc<Route>,
+    /// The bytes outlive whoever allocated the memory, as long as it is mapped here.
+    pub(crate) lasts: bool,
     open: AtomicBool,
     /// Keeps the memory mapped, where that takes more than the memory itself.
     _mapping: Option<Box<dyn Any + Send + Sync>>,
@@ -65,9 +67,16 @@ impl BlockArea {
             slots,
             link,
             route,
+            lasts: false,
             open: AtomicBool::new(true),
             _mapping: None,
         }
+    }
+
+    /// Says that the bytes outlive whoever allocated the memory, as long as it is mapped here.
+    pub(crate) fn lasting(mut self, lasts: bool) -> Self {
+        self.lasts = lasts;
+        self
     }
 
     /// Keeps `mapping` as long as the area.

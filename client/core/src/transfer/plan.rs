@@ -73,6 +73,11 @@ impl Plan {
         self.groups.iter().map(|group| group.area.id)
     }
 
+    /// Whether the bytes of all areas outlive those who allocated them.
+    pub(crate) fn lasts(&self) -> bool {
+        self.groups.iter().all(|group| group.area.lasts)
+    }
+
     /// Empties the plan, keeping its buffers and no area.
     fn clear(&mut self) {
         for mut group in self.groups.drain(..) {

@@ -12,6 +12,7 @@ COUNTERS = {
     "lookups": "Requests that were looked up on donors.",
     "lookup_tokens": "Tokens of the blocks that were looked up.",
     "promised_tokens": "Tokens that were to be loaded instead of computed.",
+    "layer_wise_ends": "Asynchronous loads whose last layers came while the forward that needed them ran.",
     "failed_loads": "Loads of which a block was gone or lost; it was computed.",
     "hit_donor_blocks": "Blocks loaded that this engine wrote to a donor, over all workers.",
     "hit_shared_blocks": "Blocks loaded that another engine wrote, over all workers.",

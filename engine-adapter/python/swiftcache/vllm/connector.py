@@ -69,6 +69,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if groups.states:
             junction.check()
         sync = not groups.several and safety.loads_synchronously(vllm_config, settings)
+        # Of hits that end within a block, vLLM copies a part before it calls any hook of the step.
+        whole = block_tokens == hash_tokens
+        promises = not sync and whole and safety.may_promise(vllm_config, kv_cache_config, settings)
         events = vllm_config.kv_events_config
         publishes = bool(events and events.enable_kv_cache_events)
         self._scheduler: SchedulerSide | None = None
@@ -101,6 +104,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 sync=sync,
                 recovers=not safety.unrecoverable(vllm_config),
                 workers=workers,
+                promises=promises,
                 events=Events(publishes),
                 groups=groups,
             )
@@ -112,6 +116,7 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 kv_cache_config,
                 block_tokens=block_tokens,
                 sync=sync,
+                promises=promises,
                 # Local blocks that are kept elsewhere too are the first to be used again, so the scheduler must know.
                 publish_outcome=publishes or self._stitched is not None,
                 stitched=self._stitched,

@@ -65,6 +65,9 @@ class StepMetadata(KVConnectorMetadata):
     weights: dict[tuple[int, int], int] = field(default_factory=dict)
     """How many updates of its weights the scheduler knows of, of each worker that has had any. If there are more, the
     loads and stores of this step are of other weights."""
+    arrived: dict[str, bool] = field(default_factory=dict)
+    """Requests whose loads all workers have said are over, told once, and whether this step computes several tokens of
+    them (`landing`)."""
 
 
 @dataclass

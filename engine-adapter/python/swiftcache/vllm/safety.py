@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -252,7 +252,7 @@ def unrecoverable(config: VllmConfig) -> str:
 
 def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
     """Whether loads run layer by layer inside the forward that needs them. Never with several groups."""
-    if settings.load == "async":
+    if settings.load in ("async", "wait"):
         return False
     obstacle = unrecoverable(config)
     if settings.load == "sync":
@@ -264,3 +264,13 @@ def loads_synchronously(config: VllmConfig, settings: Settings) -> bool:
         return True
     # A replayed full graph skips the hooks of its layers. 'sync' has vLLM do without; 'auto' does not ask for that.
     return not obstacle and not config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+
+
+def may_promise(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> bool:
+    """Whether a load may count as over before its last bytes are there (`landing`): where every forward that computes
+    several tokens of a request calls the hooks of all layers, and nothing but these layers reads the pool."""
+    if settings.load == "wait" or settings.stream_bytes or len(kv.kv_cache_groups) > 1:
+        return False
+    if getattr(config, "speculative_config", None) is not None or surrounding(config) is not None:
+        return False
+    return config.compilation_config.cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL

@@ -73,16 +73,18 @@ class SchedulerSide:
         sync: bool,
         recovers: bool,
         workers: int,
+        promises: bool = False,
         events: Events,
         groups: Groups = ONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sync`: loads run inside the step that needs them. `recovers`: this vLLM computes the right KV after a
-        synchronous load has failed."""
+        synchronous load has failed. `promises`: workers may say that a load is over before it is (`landing`)."""
         self._connection = connection
         self._block_tokens = block_tokens
         self._hashes_per_block = hashes_per_block
         self._sync = sync
+        self._promises = promises
         self._workers = workers
         self._events = events
         self._groups = groups
@@ -101,6 +103,7 @@ class SchedulerSide:
         self._loads: list[LoadJob] = []
         self._late: list[StoreJob] = []
         self._retained: list[str] = []
+        self._arrived: set[str] = set()
         self._kept_back: set[str] = set()
         self._loans: Loans | None = None
         self._free: FreeBlocks | None = None
@@ -292,6 +295,8 @@ class SchedulerSide:
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
         step = StepMetadata(self._loads, self._late, [], self._retained, weights=dict(self._weights))
         self._loads, self._late, self._retained = [], [], []
+        step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
+        self._arrived.clear()
         for request_id in output.preempted_req_ids or ():
             if tracked := self._tracked.get(request_id):
                 step.fence.extend(sorted(number for number in tracked.stores if number not in self._pins))
@@ -469,6 +474,8 @@ class SchedulerSide:
         settled = report.settled if isinstance(report, WorkerReport) else 0
         self._doubt.settle(settled, output.invalid_block_ids, self._tracked.values())
         for request_id in output.finished_recving or ():
+            if self._promises:
+                self._arrived.add(request_id)
             if tracked := self._tracked.get(request_id):
                 tracked.loading = False
                 if tracked.finished:

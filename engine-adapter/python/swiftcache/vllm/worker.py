@@ -22,6 +22,7 @@ from swiftcache.engine.metrics import Meter
 from swiftcache.engine.opener import CacheOpener
 from swiftcache.engine.quiet import Quiet, logger
 from swiftcache.vllm.facts import backends, facts, group_facts, ranks_here
+from swiftcache.vllm.landing import Landing
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
@@ -52,6 +53,7 @@ class WorkerSide:
         block_tokens: int,
         sync: bool,
         publish_outcome: bool,
+        promises: bool = False,
         reports_itself: bool = False,
         stitched: StitchedPool | None = None,
         ranks: Ranks | None = None,
@@ -61,6 +63,7 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._sync = sync
         self._publish_outcome = publish_outcome
+        self._promises = promises
         self._reports_itself = reports_itself
         self._stitched = stitched
         self._staging: Staging | None = None
@@ -80,6 +83,7 @@ class WorkerSide:
         self._step: StepMetadata | None = None
         self._loading: list[tuple[LoadJob, Load]] = []
         self._receiving: dict[str, tuple[LoadJob, Load | None]] = {}
+        self._landing: Landing | None = None
         self._several = len(kv.kv_cache_groups) > 1
         self._lost: set[str] = set()
         """With several groups: requests with a failed load."""
@@ -141,11 +145,15 @@ class WorkerSide:
         self._cache = self._opener.open(
             self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens, stitched=native
         )
+        self._landing = Landing(layout.by_layer) if self._promises else None
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
+        mode = "layer by layer" if self._sync else "asynchronous"
+        if self._landing is not None:
+            mode += ", and their ends layer by layer"
         logger.info(
             "SwiftCache: loads are %s; block hashes are %s with %s",
-            "layer by layer" if self._sync else "asynchronous",
+            mode,
             known["hash"],
             f"PYTHONHASHSEED={seed}" if seed else "no PYTHONHASHSEED",
         )
@@ -198,6 +206,8 @@ class WorkerSide:
         for _, load in [*self._loading, *self._receiving.values()]:
             if load is not None:
                 self._attempt("a load did not end", load.finish)
+        if self._landing is not None:
+            self._landing.wait()
         for jobs in self._storing.values():
             for _, store in jobs.values():
                 self._attempt("a store did not end", store.finish)
@@ -234,7 +244,9 @@ class WorkerSide:
     # A step, in vLLM's order.
 
     def before_overwriting(self, step: StepMetadata) -> None:
-        """Waits for the stores whose blocks this step gives to others."""
+        """Waits for the stores whose blocks this step gives to others, and for loads into blocks that it may give away."""
+        if self._landing is not None and step.arrived:
+            self._landing.arrived(step.arrived)
         if not step.fence:
             return
         fence = set(step.fence)
@@ -285,26 +297,28 @@ class WorkerSide:
 
     def wait_for_layer(self, name: str) -> None:
         """The layer has written its new KV and is about to read."""
-        self._wait_for_loads(name)
+        if self._loading:
+            self._awaited = True
+            for job, load in self._loading:
+                # What fails to load is known, and reported, when the load is finished. What could not be waited for
+                # may have been read too early, however the load ends.
+                if self._attempt("a layer could not be waited for", _done, self._wait_for_load, name, load) is None:
+                    self._tainted.add(job.request)
+        if self._landing is not None:
+            self._landing.wait_for_layer(name, lambda load: self._wait_for_load(name, load))
         if self._staging is not None:
             # What cannot be staged is read where it is.
             self._attempt("a layer's leased KV could not be staged", self._staging.enter, name)
 
-    def _wait_for_loads(self, name: str) -> None:
-        if not self._loading or self._layout is None:
+    def _wait_for_load(self, name: str, load: Load) -> None:
+        if self._layout is None:
             return
-        self._awaited = True
         stream = torch.cuda.current_stream().cuda_stream if self._cuda else 0
         for entry in self._layout.by_layer.get(name, ()):
-            for job, load in self._loading:
-                # What fails to load is known, and reported, when the load is finished. What could not be waited for
-                # may have been read too early, however the load ends.
-                if self._cuda:
-                    ready = self._attempt("a layer could not be waited for", _done, load.gate_layer, entry, stream)
-                else:
-                    ready = self._attempt("a layer could not be waited for", _done, load.wait_layer, entry)
-                if ready is None:
-                    self._tainted.add(job.request)
+            if self._cuda:
+                load.gate_layer(entry, stream)
+            else:
+                load.wait_layer(entry)
 
     def layer_computed(self, name: str) -> None:
         """Lets this layer's write-back start while later layers compute."""
@@ -348,13 +362,19 @@ class WorkerSide:
         sent = {request for request in self._retained if request not in self._storing}
         self._retained -= sent
         received = set()
+        if self._landing is not None:
+            self._landing.forward_over()
+        in_turn = True
         for request, (job, load) in list(self._receiving.items()):
             if load is None:
                 self._failed(job, range(len(job.blocks)))
-            elif self._attempt("a load did not answer", load.is_done) is False:
-                continue
-            else:
+            elif self._attempt("a load did not answer", load.is_done) is not False:
                 self._finish(job, load)
+            elif in_turn and self._promised(job, load):
+                in_turn = False
+            else:
+                in_turn = False
+                continue
             del self._receiving[request]
             self._tainted.discard(request)
             received.add(request)
@@ -399,6 +419,8 @@ class WorkerSide:
             return None
         if self._stitched is not None:
             totals |= self._attempt("the stitched pool's counters could not be read", self._stitched.totals) or {}
+        if self._landing is not None:
+            totals |= {"layer_wise_ends": self._landing.count}
         stats = SwiftCacheStats()
         self._meter.read(totals, stats)
         return stats
@@ -409,6 +431,8 @@ class WorkerSide:
         self._loading.clear()
         self._tainted.clear()
         self._awaited = False
+        if self._landing is not None:
+            self._landing.forget_capture()
 
     # Ends.
 
@@ -436,6 +460,11 @@ class WorkerSide:
     def _give_up(self, jobs: list[StoreJob]) -> None:
         for job in jobs:
             self._over(job.number, True)
+
+    def _promised(self, job: LoadJob, load: Load) -> bool:
+        if self._landing is None or job.request in self._tainted:
+            return False
+        return bool(self._attempt("a load did not answer", self._landing.promise, job.request, load))
 
     def _finish(self, job: LoadJob, load: Load) -> None:
         failed = self._attempt("a load did not end", load.finish)

@@ -12,6 +12,7 @@ mod ownership;
 mod pipeline;
 mod report;
 mod slowdown;
+mod tiers;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
@@ -49,6 +50,9 @@ struct Flags {
     /// Measure only blocks to and from a disk, in this directory of it.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["write", "floods"])]
     disk: Option<PathBuf>,
+    /// Measure only restarts, and lookups through the tiers.
+    #[arg(long, conflicts_with_all = ["write", "floods", "disk"])]
+    tiers: bool,
     /// Flood the broker at `--socket` until killed. The bench starts processes that do.
     #[arg(long, hide = true, requires = "socket")]
     flood: Option<floods::Flood>,
@@ -87,6 +91,9 @@ fn run(flags: &Flags) -> Result<String> {
     if let Some(dir) = &flags.disk {
         return Ok(text(flags, &disk::run(dir, flags.rounds.min(256))?));
     }
+    if flags.tiers {
+        return Ok(text(flags, &tiers::run(flags.rounds.min(20))?));
+    }
     if flags.floods {
         return Ok(text(flags, &flooded(flags.rounds, &runtime)?));
     }
@@ -99,6 +106,7 @@ fn run(flags: &Flags) -> Result<String> {
     lines.extend(pipeline::run(9)?);
     lines.extend(ownership::run(flags.rounds.min(20))?);
     lines.extend(slowdown::run(flags.rounds.min(15))?);
+    lines.extend(tiers::run(flags.rounds.min(20))?);
     if let Some(path) = &flags.write {
         let text = format!("{}\n\n{}", machine::describe(), report::markdown(&lines));
         report::write_between_markers(path, &text)?;

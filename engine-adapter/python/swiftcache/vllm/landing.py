@@ -1,0 +1,104 @@
+"""Loads that vLLM is told are over while their last bytes are still on their way, so that the copy and the forward run
+side by side in an engine whose loads are asynchronous.
+
+Such a load has no way to fail but the device's own (`Load.promise`), because vLLM could not take the news: it has
+scheduled on top of it. From the promise on the blocks may be used. So:
+
+* the step that vLLM schedules the request in waits for each layer before it reads it, where the step computes several
+  tokens of the request: a step that computes one of each may be a replayed full graph, which calls no hooks;
+* any other first step after the promise, of a request that was aborted or is not scheduled yet, waits for the whole load
+  before anything is written: its blocks may be somebody else's by then;
+* one load is promised at a time, in the order in which they were queued, and only with few bytes to go: other requests of
+  the step wait for it too;
+* nothing is promised before a forward has been seen to wait for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swiftcache._native import Load
+
+MOST_BYTES = 4 << 30
+"""What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes 14
+to 20 (docs/benchmarks.md)."""
+
+
+class BrokenPromise(RuntimeError):
+    """A forward may have read KV that was not there. The engine ends: it must not answer with it."""
+
+
+class Landing:
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers = frozenset(layers)
+        self._waited: set[str] = set()
+        self._proven = False
+        """Whether a forward has waited for every layer."""
+        self._promised: dict[str, Load] = {}
+        """By request: those of which the scheduler has not taken note yet."""
+        self._read: list[Load] = []
+        """What this step's forward reads layer by layer."""
+        self._behind: list[Load] = []
+        """Those that the engine's stream waits for."""
+        self.count = 0
+
+    def promise(self, request: str, load: Load) -> bool:
+        """Whether vLLM may be told that this load is over. Loads that were queued before it must be over or promised."""
+        ahead = [*self._promised.values(), *self._read, *self._behind]
+        if not self._proven or not all(other.is_done() for other in ahead) or not load.promise(MOST_BYTES):
+            return False
+        self._promised[request] = load
+        self.count += 1
+        return True
+
+    def arrived(self, requests: dict[str, bool]) -> None:
+        """The scheduler has taken note of these, and may give their blocks away; True: a forward is about to compute several
+        tokens of it. Before anything of this step is written."""
+        for request, computes in requests.items():
+            load = self._promised.pop(request, None)
+            if load is not None and computes:
+                self._read.append(load)
+            elif load is not None:
+                self._end(load)
+
+    def wait_for_layer(self, name: str, wait: Callable[[Load], None]) -> None:
+        """The forward is about to read a layer."""
+        self._waited.add(name)
+        for load in self._read:
+            wait(load)
+
+    def forward_over(self) -> None:
+        """The step's forward is queued, if it has one."""
+        waited, self._waited = self._layers <= self._waited, set()
+        if self._read and not waited:
+            raise BrokenPromise(
+                "SwiftCache: vLLM ran a forward without waiting for every layer of a load that it was told may be on its way. "
+                "The engine ends, since it may have read KV that was not there. Set \"load\": \"wait\""
+            )
+        self._proven = self._proven or waited
+        self._behind += self._read
+        self._read = []
+        running = [load for load in self._behind if not load.is_done()]
+        for load in self._behind:
+            if load not in running:
+                self._end(load)
+        self._behind = running
+
+    def forget_capture(self) -> None:
+        """Hooks were called while graphs were captured."""
+        self._waited.clear()
+
+    def wait(self) -> None:
+        """For all of them: the pool is about to go."""
+        for load in [*self._promised.values(), *self._read, *self._behind]:
+            self._end(load)
+        self._promised, self._read, self._behind = {}, [], []
+
+    def _end(self, load: Load) -> None:
+        if failed := load.finish():
+            raise BrokenPromise(
+                f"SwiftCache: the copies of {len(failed)} blocks failed that vLLM was told it has. The engine ends, since it may "
+                "have read them. The client's log says what the device reported"
+            )
