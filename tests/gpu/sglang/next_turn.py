@@ -40,7 +40,8 @@ GiB = 1 << 30
 LOCAL = "from its own pool"
 SAID = ("tokens", "logprobs", "cached", "finish")
 """What must be equal."""
-ARMS = ("computed again", "HiCache", "SwiftCache", "SwiftCache, load: wait", "resident")
+ARMS = ("HiCache", "SwiftCache", "resident", "computed again", "SwiftCache, load: wait")
+"""What is compared first comes first: an engine takes more than a minute to start."""
 
 
 class Size:
