@@ -294,7 +294,8 @@ def test_loads_end_layer_by_layer_only_where_every_forward_that_needs_them_calls
         return safety.may_promise(stage.config(**fields), kv, settings or Settings())
 
     modes = "compilation_config__cudagraph_mode"
-    assert may() and may(Settings(load="async")) and may(**{modes: CUDAGraphMode.FULL_AND_PIECEWISE}) and may(**{modes: CUDAGraphMode.FULL_DECODE_ONLY})
+    assert may() and may(Settings(load="async"))
+    assert may(**{modes: CUDAGraphMode.FULL_AND_PIECEWISE}) and may(**{modes: CUDAGraphMode.FULL_DECODE_ONLY})
     assert not may(**{modes: CUDAGraphMode.FULL})
     assert not may(Settings(load="wait")) and not may(Settings(stream_bytes=1 << 30)) and not may(groups=2)
     assert not may(speculative_config=object())

@@ -28,8 +28,8 @@ _MOST = 1 << 50
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 LOAD_MODES = ("auto", "sync", "async", "wait")
-"""sync: layer by layer while the forward runs; async: before the request is scheduled, but for the end of a load that cannot
-fail any more; wait: all of it before the request is scheduled."""
+"""sync: layer by layer while the forward runs; async: before the request is scheduled, but for the end of a load that
+cannot fail any more; wait: all of it before the request is scheduled."""
 BACKENDS = ("auto", "cuda", "host")
 
 

@@ -4,13 +4,13 @@ side by side in an engine whose loads are asynchronous.
 Such a load has no way to fail but the device's own (`Load.promise`), because vLLM could not take the news: it has
 scheduled on top of it. From the promise on the blocks may be used. So:
 
-* the step that vLLM schedules the request in waits for each layer before it reads it, where the step computes several
-  tokens of the request: a step that computes one of each may be a replayed full graph, which calls no hooks;
-* any other first step after the promise, of a request that was aborted or is not scheduled yet, waits for the whole load
-  before anything is written: its blocks may be somebody else's by then;
-* one load is promised at a time, in the order in which they were queued, and only with few bytes to go: other requests of
-  the step wait for it too;
-* nothing is promised before a forward has been seen to wait for every layer.
+* The step that vLLM schedules the request in waits for each layer before it reads it, where the step computes several
+  tokens of the request. A step that computes one of each may be a replayed full graph, which calls no hooks.
+* Any other first step after the promise, of a request that was aborted or is not scheduled yet, waits for the whole
+  load before anything is written: its blocks may be somebody else's by then.
+* One load is promised at a time, in the order in which they were queued, and only with few bytes to go: other requests
+  of the step wait for it too.
+* Nothing is promised before a forward has been seen to wait for every layer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from swiftcache._native import Load
 
 MOST_BYTES = 4 << 30
-"""What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes 14
-to 20 (docs/benchmarks.md)."""
+"""What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes
+14 to 20 (docs/benchmarks.md)."""
 
 
 class BrokenPromise(RuntimeError):
@@ -45,7 +45,7 @@ class Landing:
         self.count = 0
 
     def promise(self, request: str, load: Load) -> bool:
-        """Whether vLLM may be told that this load is over. Loads that were queued before it must be over or promised."""
+        """Whether vLLM may be told that this load is over. Those that were queued before it are over or promised."""
         ahead = [*self._promised.values(), *self._read, *self._behind]
         if not self._proven or not all(other.is_done() for other in ahead) or not load.promise(MOST_BYTES):
             return False
@@ -54,8 +54,8 @@ class Landing:
         return True
 
     def arrived(self, requests: dict[str, bool]) -> None:
-        """The scheduler has taken note of these, and may give their blocks away; True: a forward is about to compute several
-        tokens of it. Before anything of this step is written."""
+        """The scheduler has taken note of these, and may give their blocks away. True: a forward is about to compute
+        several tokens of the request. To be called before anything of this step is written."""
         for request, computes in requests.items():
             load = self._promised.pop(request, None)
             if load is not None and computes:
@@ -74,17 +74,18 @@ class Landing:
         waited, self._waited = self._layers <= self._waited, set()
         if self._read and not waited:
             raise BrokenPromise(
-                "SwiftCache: vLLM ran a forward without waiting for every layer of a load that it was told may be on its way. "
-                "The engine ends, since it may have read KV that was not there. Set \"load\": \"wait\""
+                "SwiftCache: vLLM ran a forward without waiting for every layer of a load that was still on its way. "
+                'The engine ends, since it may have read KV that was not there. Set "load": "wait"'
             )
         self._proven = self._proven or waited
         self._behind += self._read
         self._read = []
-        running = [load for load in self._behind if not load.is_done()]
-        for load in self._behind:
-            if load not in running:
+        behind, self._behind = self._behind, []
+        for load in behind:
+            if load.is_done():
                 self._end(load)
-        self._behind = running
+            else:
+                self._behind.append(load)
 
     def forget_capture(self) -> None:
         """Hooks were called while graphs were captured."""
@@ -99,6 +100,6 @@ class Landing:
     def _end(self, load: Load) -> None:
         if failed := load.finish():
             raise BrokenPromise(
-                f"SwiftCache: the copies of {len(failed)} blocks failed that vLLM was told it has. The engine ends, since it may "
-                "have read them. The client's log says what the device reported"
+                f"SwiftCache: the copies of {len(failed)} blocks failed that vLLM was told it has. The engine ends, "
+                "since it may have read them. The client's log says what the device reported"
             )

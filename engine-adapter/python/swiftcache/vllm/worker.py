@@ -244,7 +244,7 @@ class WorkerSide:
     # A step, in vLLM's order.
 
     def before_overwriting(self, step: StepMetadata) -> None:
-        """Waits for the stores whose blocks this step gives to others, and for loads into blocks that it may give away."""
+        """Waits for the stores whose blocks this step gives to others, and for loads into blocks that it may give."""
         if self._landing is not None and step.arrived:
             self._landing.arrived(step.arrived)
         if not step.fence:
