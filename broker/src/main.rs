@@ -14,7 +14,13 @@ use swiftcache_broker::{
     serve::{Broker, check},
     traces::Traces,
 };
+use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Gives memory back to the system some seconds after it was freed, by a thread of its own. glibc keeps it:
+/// `docs/decisions/0041-memory-handed-back.md`.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 fn main() -> ExitCode {
     let started = Instant::now();

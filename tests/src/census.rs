@@ -9,9 +9,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// The name of the threads in tokio's pool for blocking calls. They start under load and end when idle, so they are no
-/// leak.
-const POOL_THREAD: &str = "tokio-rt-worker";
+/// The names of threads that start under load, so they are no leak: of tokio's pool for blocking calls, which end when idle, and of
+/// the broker's allocator, of which there is one for each core at most.
+const POOL_THREADS: [&str; 2] = ["tokio-rt-worker", "jemalloc_bg_thd"];
 
 /// Descriptors by kind, mappings of shared memory by inode, threads by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,7 +46,7 @@ impl Census {
         }
         for entry in fs::read_dir(proc.join("task")).context("threads")? {
             if let Ok(name) = fs::read_to_string(entry?.path().join("comm"))
-                && name.trim_end() != POOL_THREAD
+                && !POOL_THREADS.contains(&name.trim_end())
             {
                 *census
                     .threads

@@ -11,7 +11,9 @@ use anyhow::{Context, Result, ensure};
 use rand::Rng;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use swiftcache_client::donor::{Donor, DonorConfig};
+use swiftcache_proto::convert::MAX_NAME_BYTES;
 use swiftcache_tests::{
+    census::resident_bytes,
     crew::{BorrowerProcess, Job, donor_process},
     engine::{SLAB_BYTES, eventually},
     node::{Node, Setup},
@@ -26,6 +28,9 @@ const SLOTS: u64 = 64 << 10;
 const BLOCK: u64 = 64;
 /// Bytes of a slab.
 const SLAB: u64 = SLOTS * BLOCK;
+
+/// How much more memory than before a broker has at least while answers are unread, bytes.
+const BURST: u64 = 8 << 20;
 
 fn pid_of(pid: u32) -> Result<Pid> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
@@ -91,6 +96,40 @@ fn a_broker_out_of_memory_refuses_or_dies_and_forgets_no_lease() -> Result<()> {
         "a lease was forgotten: {refused}"
     );
     ensure!(operator.settled()?.leased_bytes == SLABS * SLAB);
+    Ok(())
+}
+
+#[test]
+fn memory_is_handed_back_after_a_burst() -> Result<()> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let wire = operator.wire();
+    // So that a list of events is as long as it gets.
+    for _ in 0..500 {
+        wire.member(&"n".repeat(MAX_NAME_BYTES), "")?.leave()?;
+    }
+    let pid = node.broker()?.pid();
+    let before = resident_bytes(pid)?;
+    let grown = || -> Result<u64> { Ok(resident_bytes(pid)?.saturating_sub(before)) };
+    let mut readers = Vec::new();
+    for _ in 0..6 {
+        let mut command = Command::new(program("swiftcache-bench")?);
+        command.args(["--flood", "unread", "--socket"]);
+        readers.push(Program::start(command.arg(node.socket()))?);
+    }
+    // The twin: while answers are unread, the broker has them.
+    eventually("answers that nobody reads", || Ok(grown()? > BURST))?;
+    for reader in &mut readers {
+        ensure!(!reader.has_ended()?, "a reader has ended");
+        reader.kill()?;
+    }
+    let mut left = 0;
+    eventually("the memory to be handed back", || {
+        left = grown()?;
+        Ok(left < BURST / 2)
+    })
+    .with_context(|| format!("{left} bytes are left of a burst"))?;
+    operator.settled()?;
     Ok(())
 }
 
