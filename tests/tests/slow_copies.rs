@@ -130,7 +130,10 @@ fn what_was_promised_is_there_whatever_becomes_of_the_lease() -> Result<()> {
                 hold.release()?;
                 // The twin: who was promised nothing is told to compute the blocks.
                 let failed = load.finish().failed.len();
-                ensure!(failed == if promised { 0 } else { blocks.len() }, "{failed}");
+                ensure!(
+                    failed == if promised { 0 } else { blocks.len() },
+                    "{failed}"
+                );
                 for n in FIRST {
                     ensure!(holds(&engine, n, scattered(n))?);
                 }

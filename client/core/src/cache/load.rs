@@ -267,7 +267,8 @@ impl Load {
     /// Decides what holds of what is over by now.
     fn judge(&self, copies_failed: bool) -> parking_lot::MutexGuard<'_, Verdict> {
         let mut verdict = self.verdict.lock();
-        let worthless = self.flight.transfer.is_poisoned() && !self.promised.load(Ordering::Relaxed);
+        let worthless =
+            self.flight.transfer.is_poisoned() && !self.promised.load(Ordering::Relaxed);
         if copies_failed || worthless {
             verdict.fail_all(self.blocks);
             return verdict;

@@ -200,7 +200,9 @@ fn replicas() -> Result<Line> {
     }
     let (one, all) = (used[0], used[used.len() - 1]);
     Ok(Line {
-        what: format!("copies of a prefix in host memory that {REPLICAS} replicas keep (host backend)"),
+        what: format!(
+            "copies of a prefix in host memory that {REPLICAS} replicas keep (host backend)"
+        ),
         measured: format!("{all} blocks"),
         baseline: format!("one engine: {one} blocks"),
         ratio: Some(all as f64 / one as f64),
