@@ -1,107 +1,81 @@
-//! `swiftcache donate`.
+//! The flags of `swiftcache donate`, and what is refused of them.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgGroup, Args, ValueEnum};
-use serde::Serialize;
+use swiftcache_client::donor::{PolicyConfig, Settled};
 use swiftcache_proto::{
     convert::{MAX_DRAIN_MS, SLAB_BYTES},
-    domain::{Device, DeviceUuid, HandleKind, Medium},
+    domain::{DeviceUuid, HandleKind, Medium},
     size::size,
-    v1,
-};
-use tracing::info;
-
-use super::{CliError, admin::Admin, args::SocketArg, backend, chosen::Chosen, output};
-use swiftcache_client::{
-    device::{self, DeviceError, DeviceLayer},
-    disk::{DiskAgent, DiskConfig, StoreConfig},
-    donor::{
-        Agent, AgentConfig, Donor, DonorConfig, DonorStatus, Forecast, Observation, PolicyConfig,
-        Settled,
-    },
-    session::{Session, SessionConfig},
 };
 use swiftcache_replay::report::bytes;
 
-/// What leaving takes at most beyond the time that borrowers have to move away: copies under way, and a few messages.
-const LEAVE_MARGIN: Duration = Duration::from_secs(5);
-/// How often to look for a signal.
-const NAP: Duration = Duration::from_millis(50);
-/// What is on offer is said when it has been the same for this long.
-const STEADY: Duration = Duration::from_secs(2);
+use crate::{CliError, args::SocketArg, chosen::Chosen};
 
 /// Lend a device's idle HBM: a fixed amount, or as much as stays idle; or a fixed amount of host memory, or of a disk
 ///
 /// Runs until SIGTERM or SIGINT, then asks for everything back and waits until nobody can touch it any more.
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("amount").required(true).args(["bytes", "elastic"]))]
-pub(super) struct DonateArgs {
+pub(crate) struct DonateArgs {
     #[command(flatten)]
-    socket: SocketArg,
+    pub(super) socket: SocketArg,
     /// The device, as `swiftcache status` names it, or all of the node's; HOST-0, HOST-1, ...: host memory of that NUMA
     /// node, which engines lease where HBM falls short; DISK-0, DISK-1, ...: a file, to which blocks in host memory are
     /// written, and from which they come back when a lookup wants them
     #[arg(long, value_name = "UUID|all|HOST-N|DISK-N")]
-    device: Chosen,
+    pub(super) device: Chosen,
     /// Lend this much, whole slabs; what is missing is offered as soon as it can be. Of a disk: the most that its file takes
     #[arg(long, value_name = "SIZE", value_parser = size)]
-    bytes: Option<u64>,
+    pub(super) bytes: Option<u64>,
     /// Of a disk: the directory of its file. It stays when the command ends, and is found again
     #[arg(long, value_name = "DIR")]
-    path: Option<PathBuf>,
+    pub(super) path: Option<PathBuf>,
     /// Of a disk: the most host memory to lease for blocks of one model (of each rank) that come back
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
-    memory: u64,
+    pub(super) memory: u64,
     /// Of a disk: write and read through the kernel's cache, which takes memory from engines and gives it back slowly
     #[arg(long, requires = "path")]
-    buffered: bool,
+    pub(super) buffered: bool,
     /// Follow idle HBM: up slowly, down at once
     #[arg(long)]
-    elastic: bool,
+    pub(super) elastic: bool,
     /// Say what --elastic would come to lend, by what the broker sees of each device now, and why; lend nothing
     #[arg(long, conflicts_with = "bytes")]
-    explain: bool,
+    pub(super) explain: bool,
     /// With --explain: print JSON
     #[arg(long, requires = "explain")]
-    json: bool,
+    pub(super) json: bool,
     /// For people: shown in status and logs
     #[arg(long, value_name = "NAME", default_value = "donate")]
-    name: String,
+    pub(super) name: String,
     /// Sub-division of this user's tenant
     #[arg(long, value_name = "LABEL", default_value = "")]
-    tenant: String,
+    pub(super) tenant: String,
     /// What is lent and given back at a time, 64KiB to 16GiB
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
-    slab: u64,
+    pub(super) slab: u64,
     /// How long borrowers may take to move blocks away [default: the broker's]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    drain: Option<Duration>,
+    pub(super) drain: Option<Duration>,
     /// How borrowers open what is lent; cuda-ipc opens only in processes that enumerate this GPU and share the PID
     /// namespace [default: posix-fd, or cuda-ipc where the driver exports no descriptors]
     #[arg(long, value_name = "KIND", value_enum)]
-    handle: Option<Opened>,
+    pub(super) handle: Option<Opened>,
     /// How long to wait for everything to come back in the end [default: what borrowers may take, and 5s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    leave_within: Option<Duration>,
+    pub(super) leave_within: Option<Duration>,
     #[command(flatten)]
-    elastic_args: ElasticArgs,
+    pub(super) elastic_args: ElasticArgs,
     /// On a simulated device: where its use is written, the topology's usage_dir
     #[arg(long, value_name = "DIR")]
-    usage_dir: Option<PathBuf>,
+    pub(super) usage_dir: Option<PathBuf>,
 }
 
 /// How borrowers open an allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Opened {
+pub(super) enum Opened {
     /// By a legacy CUDA handle
     CudaIpc,
     /// By a file descriptor
@@ -120,37 +94,37 @@ impl From<Opened> for HandleKind {
 /// The policy of `--elastic`; what is not given follows from the device's size.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "With --elastic")]
-struct ElasticArgs {
+pub(super) struct ElasticArgs {
     /// Never lent [default: a twentieth of the device; beside settled neighbours at most an eighth of what is idle]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
-    reserve: Option<u64>,
+    pub(super) reserve: Option<u64>,
     /// Kept free for neighbours' growth, even if none was seen; restored when they are quiet [default: as the
     /// reserve]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
-    headroom: Option<u64>,
+    pub(super) headroom: Option<u64>,
     /// The most to lend [default: all that is idle]
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "bytes")]
-    most: Option<u64>,
+    pub(super) most: Option<u64>,
     /// How often to look [default: 250ms]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
-    period: Option<Duration>,
+    pub(super) period: Option<Duration>,
     /// HBM must have been idle for this long before it is lent [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
-    settle: Option<Duration>,
+    pub(super) settle: Option<Duration>,
     /// Headroom is what neighbours were seen to grow within this time [default: 2s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
-    horizon: Option<Duration>,
+    pub(super) horizon: Option<Duration>,
     /// Half of a seen growth is forgotten in this time [default: 2m]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
-    half_life: Option<Duration>,
+    pub(super) half_life: Option<Duration>,
     /// Neighbours are settled when they have held what they have for this long: an engine that takes its memory when it
     /// starts. What --reserve and --headroom name is kept beside settled neighbours too [default: 5m]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "bytes")]
-    settled_after: Option<Duration>,
+    pub(super) settled_after: Option<Duration>,
 }
 
 impl ElasticArgs {
-    fn policy(&self, total: u64, slab: u64) -> PolicyConfig {
+    pub(super) fn policy(&self, total: u64, slab: u64) -> PolicyConfig {
         let usual = PolicyConfig::new(total, slab);
         PolicyConfig {
             reserve_bytes: self.reserve.unwrap_or(usual.reserve_bytes),
@@ -175,48 +149,9 @@ impl ElasticArgs {
     }
 }
 
-/// Whichever kind of donor runs.
-enum Running {
-    Fixed(Donor),
-    Elastic(Agent),
-}
-
-impl Running {
-    fn status(&self) -> DonorStatus {
-        match self {
-            Self::Fixed(donor) => donor.status(),
-            Self::Elastic(agent) => agent.status(),
-        }
-    }
-
-    /// Why it has no more on offer, for people.
-    fn why(&self) -> String {
-        match self {
-            Self::Fixed(donor) => (donor.problem()).unwrap_or_else(|| "it is closing".to_owned()),
-            Self::Elastic(agent) => agent.problem().unwrap_or_else(|| agent.explain()),
-        }
-    }
-
-    /// How long it waits for everything to come back, if nobody says otherwise.
-    fn patience(&self) -> Duration {
-        let window = match self {
-            Self::Fixed(donor) => donor.drain_window(),
-            Self::Elastic(agent) => agent.drain_window(),
-        };
-        window + LEAVE_MARGIN
-    }
-
-    fn close(self, limit: Duration) -> bool {
-        match self {
-            Self::Fixed(donor) => donor.close(limit),
-            Self::Elastic(agent) => agent.stop(limit),
-        }
-    }
-}
-
 impl DonateArgs {
     /// Refuses what cannot work on any device.
-    fn check(&self) -> Result<(), CliError> {
+    pub(super) fn check(&self) -> Result<(), CliError> {
         let refuse = |problem: String| Err(CliError::Usage(problem));
         match (self.device.disk(), &self.path) {
             (Some(_), Some(_)) => return self.check_disk(),
@@ -289,7 +224,7 @@ impl DonateArgs {
     }
 
     /// Refuses what cannot work on a device of `total` bytes.
-    fn check_for(&self, device: &DeviceUuid, total: u64) -> Result<(), CliError> {
+    pub(super) fn check_for(&self, device: &DeviceUuid, total: u64) -> Result<(), CliError> {
         for (flag, given) in [
             ("--bytes", self.bytes),
             ("--most", self.elastic_args.most),
@@ -331,367 +266,11 @@ impl DonateArgs {
     }
 }
 
-/// Says what a donor has on offer, whenever that has come to rest.
-#[derive(Debug)]
-struct Herald {
-    seen: u64,
-    since: Instant,
-    said: Option<u64>,
-}
-
-impl Herald {
-    fn new() -> Self {
-        Self {
-            seen: 0,
-            since: Instant::now(),
-            said: None,
-        }
-    }
-
-    /// Whether `offered` is news, and has been the same for long enough.
-    fn hears(&mut self, offered: u64, now: Instant) -> bool {
-        if offered != self.seen {
-            (self.seen, self.since) = (offered, now);
-        }
-        let news = self.said != Some(offered);
-        let rests = now.saturating_duration_since(self.since) >= STEADY;
-        if news && rests {
-            self.said = Some(offered);
-        }
-        news && rests
-    }
-}
-
-pub(super) fn run(args: &DonateArgs) -> Result<(), CliError> {
-    args.check()?;
-    if args.explain {
-        return explain_all(args);
-    }
-    let interrupt = super::interrupt()?;
-    let session = SessionConfig {
-        socket: args.socket.socket.clone(),
-        name: args.name.clone(),
-        tenant: args.tenant.clone(),
-    };
-    if let (Some(disk), Some(path)) = (args.device.disk(), &args.path) {
-        return keep_on_disk(args, session, disk, path, &interrupt);
-    }
-    let (first, shape) = backend::connect(session.clone())?;
-    let mut known = shape.0.clone();
-    known.extend(first.host_devices().unwrap_or_default());
-    let devices = args.device.among(&known)?;
-    let layer = match args.device.is_host_memory() {
-        true => device::open_host_memory(&known).map_err(swiftcache_client::Error::from)?,
-        false => backend::open(&shape, args.usage_dir.clone())?,
-    };
-    // A session for each device: one that fails takes no other with it.
-    let mut first = Some(first);
-    let mut running = Vec::new();
-    let mut failed = None;
-    for device in devices {
-        let session = match first.take() {
-            Some(session) => Ok(session),
-            None => backend::connect(session.clone()).map(|(session, _)| session),
-        };
-        match session.and_then(|session| start(args, session, Arc::clone(&layer), device)) {
-            Ok(donor) => running.push((device.uuid.clone(), donor)),
-            Err(error) => {
-                output::complain(&format!("swiftcache: {}: {error}", device.uuid));
-                failed = Some(error);
-            }
-        }
-    }
-    if let (true, Some(error)) = (running.is_empty(), failed) {
-        return Err(error);
-    }
-    let mut heralds: Vec<Herald> = running.iter().map(|_| Herald::new()).collect();
-    while !interrupt.load(Ordering::Relaxed) {
-        for ((device, donor), herald) in running.iter().zip(&mut heralds) {
-            let offered = donor.status().offered_bytes;
-            if herald.hears(offered, Instant::now()) {
-                // Nobody has to read it.
-                let _ = output::print(&match offered {
-                    0 => format!("{device}: lends nothing now: {}\n", donor.why()),
-                    offered => format!("{device}: lends {}\n", bytes(offered)),
-                });
-            }
-        }
-        thread::sleep(NAP);
-    }
-    leave(running, args.leave_within)
-}
-
-/// Keeps blocks in a file until a signal comes.
-fn keep_on_disk(
-    args: &DonateArgs,
-    config: SessionConfig,
-    disk: &DeviceUuid,
-    path: &Path,
-    interrupt: &AtomicBool,
-) -> Result<(), CliError> {
-    survive_file_limit()?;
-    let label = config.tenant.clone();
-    let (session, _) = backend::connect(config)?;
-    let known = session.host_devices().unwrap_or_default();
-    let Some(host) = known.first() else {
-        return Err(CliError::Usage(
-            "--device: the broker names no host memory, through which blocks go to a disk: it is too old".to_owned(),
-        ));
-    };
-    let layer = device::open_host_memory(&known).map_err(swiftcache_client::Error::from)?;
-    let uid = rustix::process::getuid().as_raw();
-    let agent = DiskAgent::start(
-        session,
-        layer,
-        DiskConfig {
-            name: disk.to_string(),
-            store: StoreConfig {
-                path: path.to_owned(),
-                bytes: args.bytes.unwrap_or(0),
-                // As the broker calls the tenant.
-                tenant: match label.as_str() {
-                    "" => uid.to_string(),
-                    label => format!("{uid}/{label}"),
-                },
-                direct: !args.buffered,
-            },
-            device: host.uuid.clone(),
-            memory_bytes: args.memory,
-        },
-    )?;
-    let stats = agent.stats();
-    // Nobody has to read it.
-    let _ = output::print(&format!(
-        "{disk}: keeps {} blocks, and at most {}, in {}\n",
-        stats.blocks,
-        bytes(stats.bytes),
-        path.display()
-    ));
-    let mut said = None;
-    while !interrupt.load(Ordering::Relaxed) {
-        let problem = agent.problem();
-        if problem != said {
-            if let Some(problem) = &problem {
-                output::complain(&format!("swiftcache: {disk}: {problem}"));
-            }
-            said = problem;
-        }
-        thread::sleep(NAP);
-    }
-    drop(agent);
-    Ok(())
-}
-
-/// A file that may not grow (`ulimit -f`) is a full disk, and no reason to die: the signal is caught, and the write fails.
-fn survive_file_limit() -> Result<(), CliError> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let failed = |error: std::io::Error| CliError::Failed(format!("cannot catch signals: {error}"));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(failed)?;
-    let _entered = runtime.enter();
-    // What is caught once stays caught.
-    let caught = signal(SignalKind::from_raw(libc::SIGXFSZ)).map_err(failed)?;
-    drop(caught);
-    Ok(())
-}
-
-/// What an elastic donor would come to lend on a device. Sizes are bytes.
-#[derive(Debug, Serialize)]
-struct Explained {
-    device: DeviceUuid,
-    /// What nobody can tell, and why; then there are no figures.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    problem: Option<String>,
-    #[serde(flatten)]
-    figures: Option<Figures>,
-}
-
-#[derive(Debug, Serialize)]
-struct Figures {
-    total: u64,
-    free: u64,
-    offered: u64,
-    reserve: u64,
-    headroom: u64,
-    /// What could be on offer by what is known now.
-    could_offer: u64,
-    /// The same once neighbours have held what they have for `settled_after_ms`.
-    could_offer_settled: u64,
-    settled_after_ms: Option<u64>,
-    /// It would never come to lend a slab as things are.
-    lends_nothing: bool,
-}
-
-impl Figures {
-    fn new(forecast: &Forecast) -> Self {
-        let Forecast {
-            now,
-            settled,
-            after,
-        } = forecast;
-        Self {
-            total: now.observation.total,
-            free: now.observation.free,
-            offered: now.observation.offered,
-            reserve: now.reserve,
-            headroom: now.headroom,
-            could_offer: now.ceiling,
-            could_offer_settled: *settled,
-            settled_after_ms: after.map(|after| after.as_millis() as u64),
-            lends_nothing: forecast.is_nothing(),
-        }
-    }
-}
-
-/// By what the broker's probe sees: a process that looked for itself would take half a gigabyte of each GPU for its own
-/// context.
-fn explain_all(args: &DonateArgs) -> Result<(), CliError> {
-    let seen = Admin::connect(&args.socket.socket)?.node()?.devices;
-    let read = |seen: &v1::DeviceStatus| {
-        let device = seen
-            .device
-            .as_ref()
-            .and_then(|device| device.try_into().ok());
-        device.ok_or_else(|| CliError::Failed("the broker named a device badly".to_owned()))
-    };
-    let known: Vec<Device> = seen.iter().map(read).collect::<Result<_, _>>()?;
-    let mut explained = Vec::new();
-    for device in args.device.among(&known)? {
-        let seen = (known.iter().zip(&seen)).find(|(known, _)| known.uuid == device.uuid);
-        let Some((_, seen)) = seen else { continue };
-        if seen.hbm_used_unknown || device.hbm_bytes == 0 {
-            explained.push(Explained {
-                device: device.uuid.clone(),
-                problem: Some(seen.problem.clone()),
-                figures: None,
-            });
-            if !args.json {
-                let text = format!("{}: nobody can tell: {}\n", device.uuid, seen.problem);
-                output::print(&text)?;
-            }
-            continue;
-        }
-        let policy = args.elastic_args.policy(device.hbm_bytes, args.slab);
-        let forecast = Forecast::new(policy, observation(device, seen))?;
-        explained.push(Explained {
-            device: device.uuid.clone(),
-            problem: None,
-            figures: Some(Figures::new(&forecast)),
-        });
-        if !args.json {
-            output::print(&format!("{}: {forecast}\n", device.uuid))?;
-        }
-    }
-    match args.json {
-        true => output::print_json(&explained),
-        false => Ok(()),
-    }
-}
-
-/// A device as the broker's probe sees it.
-pub(super) fn observation(device: &Device, seen: &v1::DeviceStatus) -> Observation {
-    let offered = seen.account.unwrap_or_default().offered_bytes;
-    Observation {
-        now: Duration::ZERO,
-        free: device.hbm_bytes.saturating_sub(seen.hbm_used_bytes),
-        total: device.hbm_bytes,
-        // What is lent already is not a neighbour's.
-        donated: offered,
-        offered,
-        held: seen.hold.map(|hold| hold.free_bytes),
-    }
-}
-
-fn start(
-    args: &DonateArgs,
-    session: Session,
-    layer: Arc<dyn DeviceLayer>,
-    device: &Device,
-) -> Result<Running, CliError> {
-    let config = DonorConfig {
-        device: device.uuid.clone(),
-        slab_bytes: args.slab,
-        drain: args.drain.unwrap_or(Duration::ZERO),
-        handle: args.handle.map(HandleKind::from),
-    };
-    let total = match device.hbm_bytes {
-        // The broker's driver did not say.
-        0 => {
-            (layer.hbm(&device.uuid))
-                .map_err(swiftcache_client::Error::from)?
-                .total
-        }
-        total => total,
-    };
-    args.check_for(&device.uuid, total)?;
-    let Some(bytes) = args.bytes else {
-        let agent = AgentConfig {
-            policy: args.elastic_args.policy(total, args.slab),
-            period: args
-                .elastic_args
-                .period
-                .unwrap_or(Duration::from_millis(250)),
-        };
-        return Ok(Running::Elastic(Agent::start(
-            session, layer, config, agent,
-        )?));
-    };
-    let held = session.hold(&device.uuid).is_some();
-    let donor = Donor::open(session, layer, config)?;
-    // What can never work ends the command at once. What else it meets is logged, and tried again.
-    if !held
-        && let Err(error) = donor.grow(args.slab)
-        && !may_pass(&error)
-    {
-        return Err(error.into());
-    }
-    donor.keep(bytes);
-    Ok(Running::Fixed(donor))
-}
-
-/// Whether what failed may work later: the device is full, the broker away or at a limit.
-fn may_pass(error: &swiftcache_client::Error) -> bool {
-    use swiftcache_client::Error;
-    match error {
-        Error::Device(error) => matches!(error, DeviceError::OutOfMemory { .. }),
-        Error::Config { .. } | Error::Closed | Error::Thread(_) => false,
-        _ => true,
-    }
-}
-
-/// Asks for everything back, from all devices at once.
-fn leave(running: Vec<(DeviceUuid, Running)>, limit: Option<Duration>) -> Result<(), CliError> {
-    let leaving: Vec<_> = running
-        .into_iter()
-        .map(|(device, donor)| {
-            let held = donor.status().offered_bytes;
-            info!(bytes = held, %device, "asking for everything back");
-            let limit = limit.unwrap_or_else(|| donor.patience());
-            (device, limit, thread::spawn(move || donor.close(limit)))
-        })
-        .collect();
-    let late: Vec<String> = leaving
-        .into_iter()
-        .filter_map(|(device, limit, donor)| {
-            let returned = donor.join().unwrap_or(false);
-            let limit = humantime::format_duration(limit);
-            (!returned).then(|| format!("{device} within {limit}"))
-        })
-        .collect();
-    if late.is_empty() {
-        return Ok(());
-    }
-    Err(CliError::Failed(format!(
-        "not everything came back on {}: borrowers still map it until they let go",
-        late.join(", "),
-    )))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+
+    use swiftcache_proto::domain::Device;
 
     use super::*;
 
@@ -822,21 +401,6 @@ mod tests {
         for flags in ["--elastic", "--elastic --reserve 512MiB --headroom 256MiB"] {
             assert_eq!(refused(flags), None, "{flags}");
         }
-    }
-
-    #[test]
-    fn what_is_on_offer_is_said_once_it_rests() {
-        let mut herald = Herald::new();
-        let start = herald.since;
-        let at = |ms: u64| start + Duration::from_millis(ms);
-        assert!(!herald.hears(0, at(0)));
-        assert!(!herald.hears(64, at(100)), "it still rises");
-        assert!(!herald.hears(128, at(1_900)));
-        assert!(!herald.hears(128, at(3_800)));
-        assert!(herald.hears(128, at(3_900)));
-        assert!(!herald.hears(128, at(9_000)), "no news");
-        assert!(!herald.hears(0, at(9_100)));
-        assert!(herald.hears(0, at(12_000)), "it lends nothing now");
     }
 
     #[test]
