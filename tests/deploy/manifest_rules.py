@@ -55,9 +55,12 @@ def container_faults(name, container, spec):
     capabilities = security.get("capabilities", {})
     if capabilities.get("drop") != ["ALL"]:
         yield f"{name}: does not drop all capabilities"
-    # The container that prepares the directories is root, but all it can do as root is change owners.
-    preparing = container["name"] == "prepare"
+    # The containers that prepare directories are root, but all they can do as root is change owners.
+    preparing = container["name"] in ("prepare", "prepare-disk")
     allowed = {"CHOWN", "FOWNER"} if preparing else set()
+    # The runtime's seccomp profile lets mbind through with it.
+    if container["name"].startswith("host-memory-"):
+        allowed = {"SYS_NICE"}
     if extra := set(capabilities.get("add", [])) - allowed:
         yield f"{name}: adds {sorted(extra)}"
     if not preparing and (not security.get("runAsNonRoot") or security.get("runAsUser") == 0):

@@ -184,6 +184,41 @@ def test_the_hold_is_off_unless_asked_for_and_fits_an_engines_pod(tool):
         assert schema_faults(pod, version) == []
 
 
+@pytest.mark.tool("helm")
+def test_a_disk_runs_as_the_engines_user_and_keeps_its_file_on_the_node(tool):
+    [(_, engine)] = pod_specs(documents((DEPLOY / "examples" / "vllm-pod.yaml").read_text()))
+    uid = engine["securityContext"]["runAsUser"]
+    more = ["--set", "disk.args={--buffered}", "--set-json", "disk.bytes=7000000000"]
+    spec = daemonset(render(tool, *DISK, "--set", f"disk.uid={uid}", *more))
+    spec = spec["spec"]["template"]["spec"]
+    named = {container["name"]: container for container in containers(spec)}
+    disk, prepare = named["disk"], named["prepare-disk"]
+    assert disk["securityContext"]["runAsUser"] == uid, "the uid decides whose blocks it serves"
+    assert disk["securityContext"]["runAsGroup"] == named["broker"]["securityContext"]["runAsGroup"]
+    assert disk["command"] == ["swiftcache", "donate"]
+    path = "/var/lib/swiftcache-disk"
+    assert disk["args"] == ["--device=DISK-0", f"--path={path}", "--bytes=7000000000", "--memory=1GiB", "--buffered"]
+    [volume] = [volume for volume in spec["volumes"] if volume["name"] == "disk"]
+    assert volume["hostPath"] == {"path": path, "type": "DirectoryOrCreate"}
+    assert {"name": "disk", "mountPath": path} in disk["volumeMounts"]
+    assert f"--owner={uid}" in prepare["command"] and path in prepare["command"]
+    # The twin: without it there is nothing of it.
+    spec = daemonset(render(tool))["spec"]["template"]["spec"]
+    assert not any("disk" in part["name"] for part in containers(spec) + spec["volumes"])
+
+
+@pytest.mark.tool("helm")
+def test_host_memory_is_lent_by_numa_node_and_fits_its_limit(tool):
+    spec = daemonset(render(tool, "--set", "hostMemory.nodes={0,1}"))["spec"]["template"]["spec"]
+    lending = [container for container in spec["containers"] if container["name"].startswith("host-memory-")]
+    assert [container["args"][0] for container in lending] == ["--device=HOST-0", "--device=HOST-1"]
+    for container in lending:
+        [lent] = [flag for flag in container["args"] if flag.startswith("--bytes=")]
+        limit = container["resources"]["limits"]["memory"]
+        assert int(re.fullmatch(r"--bytes=(\d+)GiB", lent)[1]) < int(re.fullmatch(r"(\d+)Gi", limit)[1])
+
+
+DISK = ["--set", "disk.enabled=true"]
 CHOICES = {
     "defaults": [],
     "no network policy": ["--set", "networkPolicy.enabled=false"],
@@ -192,6 +227,9 @@ CHOICES = {
     "gpus by mounts": ["--set", "gpu.exposure=mounts"],
     "prepared hosts": ["--set", "paths.prepare=false"],
     "prepared, engines donate": ["--set", "paths.prepare=false", "--set", "donor.enabled=false"],
+    "host memory": ["--set", "hostMemory.nodes={0,1}"],
+    "a disk": [*DISK, "--set", "disk.uid=20001"],
+    "no donor but a disk": [*DISK, "--set", "disk.uid=20001", "--set", "donor.enabled=false", "--set", "paths.prepare=false"],
     "no metrics": ["--set", "metrics.enabled=false", "--set", "networkPolicy.metricsFrom=null"],
     "monitoring": MONITORING,
 }
@@ -230,6 +268,12 @@ def test_every_choice_renders_soundly(tool, choice):
     (["--set", "broker.config.tenant_weights=1000"], "tenant_weights"),
     (["--set", "broker.config.listen_tcp=0.0.0.0:9478"], "tls.secretName"),
     (["--set", "broker.tls.secretName=certificates"], "listen_tcp"),
+    (["--set", "disk.enabled=true"], "disk.uid: set it to the user that the engines run as"),
+    (["--set", "disk.enabled=true", "--set", "disk.uid=0"], "/disk/uid"),
+    (["--set", "disk.bytes=much"], "/disk/bytes"),
+    (["--set", "disk.path=here"], "/disk/path"),
+    (["--set", "hostMemory.bytes=0"], "/hostMemory/bytes"),
+    (["--set", "hostMemory.nodes={-1}"], "/hostMemory/nodes"),
     (["--set", "seLinuxOptions.typ=spc_t"], "typ"),
     (["--kube-version", "1.30.0"], "kubeVersion"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")

@@ -7,7 +7,9 @@ import pytest
 from tools import ROOT
 
 UNITS = ROOT / "deploy" / "systemd"
-SERVICES = ["swiftcache-broker.service", "swiftcache-donor.service", "swiftcache-host-donor@.service"]
+SERVICES = [
+    "swiftcache-broker.service", "swiftcache-donor.service", "swiftcache-host-donor@.service", "swiftcache-disk@.service",
+]
 # The limit of systemd's exposure level, times ten. systemd calls a level below 20 "OK".
 EXPOSURE = 20
 
@@ -132,3 +134,12 @@ def test_the_donor_stops_first_and_outlives_the_broker(name):
 def test_the_donor_of_host_memory_lends_its_own_numa_node():
     [command] = [value for key, value in settings(SERVICES[2]) if key == "ExecStart"]
     assert "--device=HOST-%i" in command and "--bytes=${SWIFTCACHE_HOST_BYTES}" in command
+
+
+def test_a_disk_keeps_its_file_where_it_may_write_and_nobody_else_reads():
+    disk = settings(SERVICES[3])
+    [command] = [value for key, value in disk if key == "ExecStart"]
+    assert "--device=DISK-%i" in command and "--path=%S/swiftcache-disk-%i " in command
+    assert "--bytes=${SWIFTCACHE_DISK_BYTES}" in command
+    assert {("StateDirectory", "swiftcache-disk-%i"), ("StateDirectoryMode", "0700")} <= set(disk)
+    assert ("ProtectSystem", "strict") in disk, "it may write there only"

@@ -75,12 +75,104 @@ tls_client_ca = "/etc/swiftcache-tls/ca.crt"
 {{- end }}
 {{- end }}
 
+{{/* Not empty: some container of the pod lends, and must end before the broker does. */}}
+{{- define "swiftcache.lends" -}}
+{{- if or .Values.donor.enabled .Values.hostMemory.nodes .Values.disk.enabled }}yes{{ end }}
+{{- end }}
+
+{{/* A size as a flag takes it. Helm gives numbers as floats. */}}
+{{- define "swiftcache.size" -}}
+{{ kindIs "float64" . | ternary (int64 . | toString) (toString .) }}
+{{- end }}
+
+{{/* What the containers have in common that lend no GPU's memory: .root is the chart, .own their values. */}}
+{{- define "swiftcache.gpuless" -}}
+env:
+  - name: SWIFTCACHE_SOCKET
+    value: {{ .root.Values.paths.sockets }}/broker.sock
+  - name: NVIDIA_VISIBLE_DEVICES
+    value: void
+  {{- with .own.env }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+resources:
+  {{- toYaml .own.resources | nindent 2 }}
+{{- end }}
+
+{{- define "swiftcache.hostMemory" -}}
+{{- range $node := .Values.hostMemory.nodes }}
+- name: host-memory-{{ $node }}
+  image: {{ include "swiftcache.image" $ }}
+  imagePullPolicy: {{ $.Values.image.pullPolicy }}
+  command: [swiftcache, donate]
+  args:
+    - --device=HOST-{{ $node }}
+    - --bytes={{ include "swiftcache.size" $.Values.hostMemory.bytes }}
+    - --leave-within=60s
+    {{- with $.Values.hostMemory.args }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- include "swiftcache.gpuless" (dict "root" $ "own" $.Values.hostMemory) | nindent 2 }}
+  securityContext:
+    allowPrivilegeEscalation: false
+    readOnlyRootFilesystem: true
+    runAsNonRoot: true
+    runAsUser: {{ $.Values.identity.uid }}
+    runAsGroup: {{ $.Values.identity.gid }}
+    capabilities:
+      drop: [ALL]
+      # With it the runtime's seccomp profile lets mbind through, which puts the memory on its NUMA node.
+      add: [SYS_NICE]
+  volumeMounts:
+    - name: sockets
+      mountPath: {{ $.Values.paths.sockets }}
+      readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "swiftcache.disk" -}}
+- name: disk
+  image: {{ include "swiftcache.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: [swiftcache, donate]
+  args:
+    - --device=DISK-0
+    - --path={{ .Values.disk.path }}
+    - --bytes={{ include "swiftcache.size" .Values.disk.bytes }}
+    - --memory={{ include "swiftcache.size" .Values.disk.memory }}
+    {{- with .Values.disk.args }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- include "swiftcache.gpuless" (dict "root" . "own" .Values.disk) | nindent 2 }}
+  securityContext:
+    allowPrivilegeEscalation: false
+    readOnlyRootFilesystem: true
+    runAsNonRoot: true
+    runAsUser: {{ include "swiftcache.diskUid" . }}
+    runAsGroup: {{ .Values.identity.gid }}
+    capabilities:
+      drop: [ALL]
+  volumeMounts:
+    - name: sockets
+      mountPath: {{ .Values.paths.sockets }}
+      readOnly: true
+    - name: disk
+      mountPath: {{ .Values.disk.path }}
+{{- end }}
+
+{{- define "swiftcache.diskUid" -}}
+{{- if not .Values.disk.uid }}
+{{- fail "disk.uid: set it to the user that the engines run as (runAsUser): a disk serves one tenant's blocks" }}
+{{- end -}}
+{{ int64 .Values.disk.uid }}
+{{- end }}
+
 {{- define "swiftcache.broker" -}}
 - name: broker
   image: {{ include "swiftcache.image" . }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command: [swiftcache-broker, --config, /etc/swiftcache/broker.toml]
-  {{- if .Values.donor.enabled }}
+  {{- if include "swiftcache.lends" . }}
   # A sidecar: it runs before the donor starts, and still runs while the donor gives its regions back.
   restartPolicy: Always
   {{- end }}
