@@ -23,7 +23,7 @@ pub const MAX_TENANT_BYTES: usize = 64;
 pub const MAX_NAMESPACE_BYTES: usize = 256;
 /// Longest name of a disk, bytes.
 pub const MAX_DEVICE_BYTES: usize = 64;
-/// Longest text that a disk's agent says about its troubles, bytes.
+/// Longest text that a disk's agent says about its troubles, or where its file is, bytes.
 pub const MAX_PROBLEM_BYTES: usize = 512;
 /// Layers that a block may have.
 pub const MAX_LAYERS: usize = 4_096;

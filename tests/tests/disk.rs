@@ -170,9 +170,11 @@ fn what_has_left_memory_comes_back_from_disk_byte_for_byte_to_its_own_model_and_
         ensure!(other.fetch(&conversation)?.found == 0);
     }
     let shown = node.status(&[])?;
-    ensure!(shown.contains("DISK-0"), "{shown}");
+    let path = fs::canonicalize(dir.path())?.display().to_string();
+    ensure!(shown.contains("DISK-0") && shown.contains(&path), "{shown}");
     let told = status(&operator)?.context("a disk")?;
     let state = told.state.context("its state")?;
+    ensure!(state.path == path, "{state:?}");
     ensure!(
         told.asked_blocks == 20 && state.read_blocks == 20,
         "{state:?}"
@@ -342,43 +344,165 @@ fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
     // Bounded by itself; and by the system, which ends a process that does not catch the signal.
     let bounded = tempfile::tempdir()?;
     let limited = tempfile::tempdir()?;
-    for (dir, limit, bytes) in [(&bounded, None, 600_000), (&limited, Some("1000"), AMPLE)] {
+    for (dir, limit, bytes) in [(&bounded, None, 600_000), (&limited, Some(512_000), AMPLE)] {
         let command = disk_command(&node, dir.path(), bytes)?;
         let command = match limit {
             None => command,
-            Some(blocks) => {
-                let mut shell = Command::new("sh");
-                shell
-                    .args(["-c", &format!("ulimit -f {blocks}; exec \"$@\""), "sh"])
-                    .arg(command.get_program())
-                    .args(command.get_args());
-                shell
-            }
+            Some(most) => with_small_files(&command, most),
         };
         let mut agent = ready(&node, command)?;
-        let first = if limit.is_some() { 100 } else { 1 };
-        for conversation in first..first + 12 {
-            let conversation = sequence(conversation, 12);
-            store(&writer, &conversation)?;
-            ensure!(writer.fetch(&conversation)?.served == 12);
-        }
         let full = |state: &v1::DiskState| match limit {
             None => state.evicted_blocks > 0,
             Some(_) => state.failed_blocks > 0 || state.evicted_blocks > 0,
         };
+        let mut newest = if limit.is_some() { 1_000 } else { 1 };
         eventually("the disk to be full", || {
+            newest += 1;
+            store(&writer, &sequence(newest, 12))?;
+            ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
             let state = status(&operator)?.and_then(|disk| disk.state);
             Ok(state.is_some_and(|state| full(&state)))
         })?;
         ensure!(!agent.has_ended()?);
         let file = fs::metadata(dir.path().join(FILE))?;
         ensure!(file.len() <= 600_000, "{} bytes", file.len());
-        ensure!(writer.fetch(&sequence(first + 11, 12))?.served == 12);
+        ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
         agent.kill()?;
         eventually("the broker to hear of it", || {
             Ok(status(&operator)?.is_none())
         })?;
     }
+    Ok(())
+}
+
+/// A command whose files lie on a small file system of its own in `dir`, where the system lets somebody mount one.
+fn on_a_small_disk(command: &Command, dir: &Path, bytes: u64) -> Result<Option<Command>> {
+    let root = &["--mount"][..];
+    let user = &["--mount", "--user", "--map-current-user", "--keep-caps"];
+    for how in [root, user] {
+        let mount = format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\"");
+        let inside = |script: &str| {
+            let mut inside = Command::new("unshare");
+            inside.args(how).args(["sh", "-c", script]).arg(dir);
+            inside
+        };
+        if inside(&mount).arg("true").output()?.status.success() {
+            let mut found = inside(&mount);
+            found.arg(command.get_program()).args(command.get_args());
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// A command whose files may not grow beyond `bytes`.
+fn with_small_files(command: &Command, bytes: u64) -> Command {
+    let mut shell = Command::new("sh");
+    shell
+        .args([
+            "-c",
+            &format!("ulimit -f {}; exec \"$@\"", bytes / 512),
+            "sh",
+        ])
+        .arg(command.get_program())
+        .args(command.get_args());
+    shell
+}
+
+#[test]
+fn a_disk_without_space_left_keeps_what_fits_and_says_so() -> Result<()> {
+    // Two extents of 512 KiB fit, of the eight that it may have.
+    const MAY: u64 = 4 << 20;
+    const FITS: u64 = 1_200 << 10;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 16)?;
+    let (small, limited) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let mut ways = Vec::new();
+    match on_a_small_disk(&disk_command(&node, small.path(), MAY)?, small.path(), FITS)? {
+        Some(command) => ways.push((command, "No space left on device")),
+        None => {
+            eprintln!("nobody may mount here: a limit of the process stands in for a full disk")
+        }
+    }
+    let command = disk_command(&node, limited.path(), MAY)?;
+    ways.push((with_small_files(&command, FITS), "File too large"));
+    for (round, (command, why)) in ways.into_iter().enumerate() {
+        let mut agent = ready(&node, command)?;
+        let writer = borrower(&node, "writer", 4)?;
+        let state = || -> Result<v1::DiskState> {
+            let state = status(&operator)?.and_then(|disk| disk.state);
+            state.context("the disk's state")
+        };
+        let first = 1_000 * round as u32 + 1;
+        let mut newest = first;
+        eventually("the disk to be full", || {
+            store(&writer, &sequence(newest, 12))?;
+            ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
+            newest += 1;
+            Ok(state()?.evicted_blocks > 0)
+        })?;
+        let told = state()?;
+        ensure!(
+            told.problem.contains("cannot grow beyond") && told.problem.contains(why),
+            "{told:?}"
+        );
+        ensure!(told.used_bytes < FITS && told.bytes > FITS, "{told:?}");
+        // What is on it is served.
+        eventually("all to be written or left alone", || {
+            Ok(status(&operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
+        })?;
+        drop(writer);
+        eventually("memory without a block", || {
+            Ok(operator.node()?.indexed_blocks == 0)
+        })?;
+        let reader = borrower(&node, "reader", 0)?;
+        let mut served = 0;
+        eventually("something to come back", || {
+            for conversation in (first..newest).rev() {
+                served += reader.fetch(&sequence(conversation, 12))?.served;
+            }
+            Ok(served > 0)
+        })?;
+        ensure!(state()?.corrupt_blocks == 0 && !agent.has_ended()?);
+        agent.kill()?;
+        eventually("the broker to hear of it", || {
+            Ok(status(&operator)?.is_none())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 12)?;
+    let agent = disk(&node, dir.path(), AMPLE)?;
+    let (on_disk_only, in_memory) = (sequence(1, 20), sequence(2, 12));
+    spill(&node, &on_disk_only)?;
+    let writer = borrower(&node, "writer", 2)?;
+    store(&writer, &in_memory)?;
+    on_disk(&operator, 32)?;
+    agent.signal(Signal::STOP)?;
+    let reader = borrower(&node, "reader", 0)?;
+    // It is told that they are coming, and is not made to wait for them.
+    let hit = reader.lookup(&on_disk_only);
+    ensure!((hit.blocks(), hit.coming().blocks) == (0, 20), "{hit:?}");
+    drop(hit);
+    comes_back(&reader, &in_memory)?;
+    let meanwhile = sequence(3, 12);
+    store(&writer, &meanwhile)?;
+    ensure!(writer.fetch(&meanwhile)?.served == 12);
+    comes_back(&reader, &meanwhile)?;
+    ensure!(reader.fetch(&on_disk_only)?.found == 0);
+    let told = status(&operator)?.context("a disk")?;
+    ensure!(told.wanted_blocks == 20, "{told:?}");
+    // The twin: with a disk that answers, they come.
+    agent.signal(Signal::CONT)?;
+    comes_back(&reader, &on_disk_only)?;
+    on_disk(&operator, 44)?;
     Ok(())
 }
 

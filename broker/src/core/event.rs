@@ -358,6 +358,7 @@ pub struct DiskState {
     pub corrupt_blocks: u64,
     pub failed_blocks: u64,
     pub evicted_blocks: u64,
+    pub path: String,
 }
 
 /// What an operator drains.

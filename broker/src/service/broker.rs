@@ -575,6 +575,7 @@ fn disk_state(state: v1::DiskState) -> Result<DiskState, InvalidField> {
         corrupt_blocks: state.corrupt_blocks,
         failed_blocks: state.failed_blocks,
         evicted_blocks: state.evicted_blocks,
+        path: convert::optional_text("state.path", &state.path, MAX_PROBLEM_BYTES)?,
     })
 }
 

@@ -104,6 +104,7 @@ fn disk(view: DiskView) -> v1::DiskStatus {
             corrupt_blocks: state.corrupt_blocks,
             failed_blocks: state.failed_blocks,
             evicted_blocks: state.evicted_blocks,
+            path: state.path,
         }),
         blocks: view.blocks,
         to_store_blocks: view.to_store,

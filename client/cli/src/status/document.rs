@@ -29,9 +29,9 @@ pub(super) struct Status {
     pub(super) left_out: Vec<LeftOutRow>,
     pub(super) donors: Vec<DonorRow>,
     pub(super) leases: Vec<LeaseRow>,
-    /// Engines with a stitched pool.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) disks: Vec<DiskRow>,
+    /// Engines with a stitched pool.
     pub(super) pools: Vec<PoolRow>,
     pub(super) namespaces: Vec<NamespaceRow>,
 }
@@ -182,6 +182,8 @@ pub(super) struct DiskRow {
     pub(super) disk: String,
     pub(super) tenant: String,
     pub(super) session: String,
+    /// The directory of its file.
+    pub(super) path: String,
     /// The most that its file takes.
     pub(super) bytes: u64,
     pub(super) used: u64,
@@ -207,6 +209,7 @@ fn disk(status: &v1::DiskStatus) -> DiskRow {
         disk: status.device_uuid.clone(),
         tenant: status.tenant.clone(),
         session: status.session.clone(),
+        path: state.path,
         bytes: state.bytes,
         used: state.used_bytes,
         blocks: status.blocks,

@@ -186,6 +186,7 @@ impl Status {
         let disks = self.disks.iter().map(|disk| {
             [
                 format!("{} [{}]", disk.disk, disk.session),
+                disk.path.clone(),
                 disk.tenant.clone(),
                 format!("{} of {}", bytes(disk.used), bytes(disk.bytes)),
                 disk.blocks.to_string(),
@@ -196,6 +197,7 @@ impl Status {
         });
         let header = [
             &disk_heading,
+            "in",
             "tenant",
             "used",
             "blocks",
@@ -508,6 +510,49 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_disk_is_shown_with_its_place_its_figures_and_what_is_wrong() {
+        assert!(!Status::new(snapshot()).text().contains("DISK"));
+        let mut snapshot = snapshot();
+        snapshot.node.disks = vec![v1::DiskStatus {
+            device_uuid: "DISK-0".to_owned(),
+            tenant: "1000".to_owned(),
+            session: "ef56".to_owned(),
+            state: Some(v1::DiskState {
+                bytes: 5_000_000,
+                used_bytes: 2_000_000,
+                written_blocks: 41,
+                read_blocks: 17,
+                corrupt_blocks: 1,
+                failed_blocks: 3,
+                problem: "cannot write to it: it is full".to_owned(),
+                path: "/var/lib/swiftcache".to_owned(),
+                ..v1::DiskState::default()
+            }),
+            blocks: 36,
+            to_store_blocks: 5,
+            ..v1::DiskStatus::default()
+        }];
+        let status = Status::new(snapshot);
+        let text = status.text();
+        for part in [
+            "disk (SIMULATED)",
+            "DISK-0 [ef56]",
+            "/var/lib/swiftcache",
+            "2.0 MB of 5.0 MB",
+            "41 (5 waiting)",
+            "17 (0 waiting)",
+            "1, 3",
+            "DISK-0: cannot write to it: it is full",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        let json = serde_json::to_value(&status).unwrap();
+        let disk = &json["disks"][0];
+        assert_eq!(disk["path"], "/var/lib/swiftcache");
+        assert_eq!(disk["problem"], "cannot write to it: it is full");
     }
 
     /// The broker answers only what engines do not find themselves: 0 of 8 there is no sign of trouble, and is not shown as

@@ -21,6 +21,8 @@ use swiftcache_replay::report::bytes;
 
 /// The lines for leases and events, with their titles, that remain for any number of devices.
 const LEAST_BELOW: u16 = 10;
+/// The lines for disks.
+const MOST_DISKS: usize = 3;
 /// The columns for a device's number and UUID.
 const NAME_WIDTH: usize = 18;
 /// The columns for a device's figures.
@@ -56,16 +58,19 @@ impl Screen {
         let links = self.links();
         let devices = u16::try_from(snapshot.node.devices.len()).unwrap_or(u16::MAX);
         let room = area.height.saturating_sub(2 + LEAST_BELOW).max(2);
+        let disks = disks_of(&snapshot.node);
         let heights = [
             Constraint::Length(1),
             Constraint::Length(devices.saturating_add(1).min(room)),
+            Constraint::Length(disks.len() as u16),
             Constraint::Length(1 + u16::from(links.is_some())),
             Constraint::Fill(3),
             Constraint::Fill(2),
         ];
-        let [top, devices, traffic, leases, events] = Layout::vertical(heights).areas(area);
+        let [top, devices, below, traffic, leases, events] = Layout::vertical(heights).areas(area);
         frame.render_widget(self.headline(&snapshot.node), top);
         frame.render_widget(devices_of(&snapshot.node, devices), devices);
+        frame.render_widget(Paragraph::new(disks), below);
         let lines: Vec<_> = std::iter::once(self.lookups(&snapshot.node))
             .chain(links)
             .collect();
@@ -178,6 +183,41 @@ fn devices_of(node: &v1::GetNodeResponse, area: Rect) -> Paragraph<'static> {
         lines.push(Line::raw(format!("and {} more devices", all - shown)));
     }
     Paragraph::new(lines)
+}
+
+/// A line for each disk. When they are too many, the last line says how many are missing.
+fn disks_of(node: &v1::GetNodeResponse) -> Vec<Line<'static>> {
+    let all = &node.disks;
+    let shown = if all.len() > MOST_DISKS {
+        MOST_DISKS - 1
+    } else {
+        all.len()
+    };
+    let mut lines: Vec<_> = all.iter().take(shown).map(disk).collect();
+    if shown < all.len() {
+        lines.push(Line::raw(format!("and {} more disks", all.len() - shown)));
+    }
+    lines
+}
+
+fn disk(status: &v1::DiskStatus) -> Line<'static> {
+    let state = status.state.clone().unwrap_or_default();
+    // What is wrong matters more than where the file is. A narrow terminal cuts off the end of the line.
+    let (last, style) = match state.problem.as_str() {
+        "" => (state.path, Style::new()),
+        problem => (problem.to_owned(), Style::new().fg(Color::Red)),
+    };
+    let text = format!(
+        "{} {} of {}  {} blocks, {} written {} read {} lost  {last}",
+        status.device_uuid,
+        bytes(state.used_bytes),
+        bytes(state.bytes),
+        status.blocks,
+        state.written_blocks,
+        state.read_blocks,
+        state.corrupt_blocks + state.failed_blocks,
+    );
+    Line::styled(text, style)
 }
 
 /// Takes out what would turn the text around it or command the terminal. A cell may hold such a character beside the one

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use swiftcache_proto::domain::{Hold, LinkKind, Medium, PinId};
 
 use super::{blocks::BlockId, core::Core};
-use crate::transfer::AreaId;
+use crate::{session::Coming, transfer::AreaId};
 
 /// Consecutive blocks of a [`Hit`] that lie in one kind of memory behind one link, and whose hold is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,7 @@ pub(super) struct HitBlocks {
     pub(super) blocks: Vec<HitBlock>,
     pub(super) runs: Vec<HitRun>,
     pub(super) pins: Vec<Pin>,
+    pub(super) coming: Coming,
 }
 
 impl Hit {
@@ -65,6 +66,11 @@ impl Hit {
     pub fn own_blocks(&self) -> u32 {
         let own = self.0.runs.iter().take_while(|run| run.hold == Hold::Own);
         own.map(|run| run.blocks).sum()
+    }
+
+    /// Blocks right behind that are on their way from a disk: a lookup that is asked again soon finds them.
+    pub fn coming(&self) -> Coming {
+        self.0.coming
     }
 
     /// Where they lay at the time of the lookup, in prefix order.

@@ -10,7 +10,7 @@ use super::{
     core::Core,
     hit::{HitBlock, HitBlocks, Pin},
 };
-use crate::session::{Asker, Session};
+use crate::session::{Asker, Coming, Session};
 
 /// How often one lookup asks the broker: a prefix that alternates between own and replicas' blocks more often than
 /// that is not worth the round trips.
@@ -30,6 +30,7 @@ impl Core {
             blocks: Vec::with_capacity(hashes.len()),
             runs: Vec::new(),
             pins: Vec::new(),
+            coming: Coming::default(),
         };
         if !self.origin.is_here() {
             return Hit(Arc::new(hit));
@@ -41,6 +42,7 @@ impl Core {
         {
             for _ in 0..MAX_ROUNDS {
                 let whole = hit.blocks.len() == hashes.len();
+                hit.coming = Coming::default();
                 if whole || !self.ask(session, hashes, deadline, &mut hit) {
                     break;
                 }
@@ -91,6 +93,7 @@ impl Core {
             }
         };
         if found.runs.is_empty() {
+            hit.coming = found.coming;
             return false;
         }
         let pin = hit.pins.len() as u32;
@@ -98,7 +101,7 @@ impl Core {
             id: found.pin,
             until: found.pinned_until,
         });
-        found.runs.iter().all(|run| match run {
+        let all = found.runs.iter().all(|run| match run {
             FoundRun::Leased { extent, .. } => {
                 let lease = extent.lease;
                 let known = self.state.lock().shelves.of_lease(lease).is_some();
@@ -107,7 +110,11 @@ impl Core {
                     && self.add_extent(extent, pin, hashes, hit)
             }
             FoundRun::Kept { count } => self.add_known(*count, hashes, hit),
-        })
+        });
+        if all {
+            hit.coming = found.coming;
+        }
+        all
     }
 
     /// Adds one extent, as far as it can be read.

@@ -17,7 +17,7 @@ use std::{
 
 use parking_lot::Mutex;
 use swiftcache_proto::{
-    convert::MAX_PROBLEM_BYTES,
+    convert::{MAX_PROBLEM_BYTES, reorders},
     domain::{BlockHash, DeviceUuid},
     v1,
 };
@@ -40,6 +40,8 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// How long a wanted block waits for host memory to be leased, once for each batch.
 const ROOM: Duration = Duration::from_millis(500);
 const NAP: Duration = Duration::from_millis(5);
+/// How often a block that is to be written is looked for.
+const TRIES: u32 = 4;
 /// Bytes that are moved at a time, at least one block.
 const BATCH_BYTES: u64 = 32 << 20;
 /// Blocks that are moved at a time at most.
@@ -76,6 +78,8 @@ struct Shared {
     layer: Arc<dyn DeviceLayer>,
     config: DiskConfig,
     store: DiskStore,
+    /// The whole name of the file's directory, for people.
+    path: String,
     /// One call with news at a time, so that they arrive in order.
     told: Mutex<Told>,
     bytes_per_second: AtomicU64,
@@ -126,12 +130,15 @@ impl DiskAgent {
     ) -> Result<Self> {
         crate::check::check_device(&*layer, &config.device)?;
         let store = DiskStore::open(&config.store)?;
+        let path = &config.store.path;
+        let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
         let streams = [layer.stream(&config.device)?, layer.stream(&config.device)?];
         let shared = Arc::new(Shared {
             session,
             layer,
             config,
             store,
+            path: shown(&path.to_string_lossy()),
             told: Mutex::default(),
             bytes_per_second: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -151,7 +158,7 @@ impl DiskAgent {
         self.shared.store.stats()
     }
 
-    /// Why it takes or gives no blocks now, for people.
+    /// Why it takes or gives no blocks now, or keeps fewer than it may, for people.
     pub fn problem(&self) -> Option<String> {
         self.shared.problem()
     }
@@ -163,6 +170,19 @@ impl Drop for DiskAgent {
         self.threads.join();
         self.shared.store.sync();
     }
+}
+
+/// Text as the broker takes it: a path may hold any character, and be longer.
+fn shown(text: &str) -> String {
+    let plain = text.chars().map(
+        |character| match character.is_control() || reorders(character) {
+            true => char::REPLACEMENT_CHARACTER,
+            false => character,
+        },
+    );
+    let mut plain: String = plain.collect();
+    plain.truncate(plain.floor_char_boundary(MAX_PROBLEM_BYTES));
+    plain
 }
 
 impl Shared {
@@ -178,21 +198,18 @@ impl Shared {
 
     fn state(&self) -> v1::DiskState {
         let stats = self.store.stats();
-        let mut problem = self.problem().unwrap_or_default();
-        while problem.len() > MAX_PROBLEM_BYTES {
-            problem.pop();
-        }
         v1::DiskState {
             bytes: stats.bytes,
             used_bytes: stats.used_bytes,
             memory_bytes: self.config.memory_bytes,
             bytes_per_second: self.bytes_per_second.load(Ordering::Relaxed),
-            problem,
+            problem: shown(&self.problem().unwrap_or_default()),
             written_blocks: stats.written_blocks,
             read_blocks: stats.read_blocks,
             corrupt_blocks: stats.corrupt_blocks,
             failed_blocks: stats.failed_blocks,
             evicted_blocks: stats.evicted_blocks,
+            path: self.path.clone(),
         }
     }
 
@@ -446,35 +463,18 @@ impl<'a> Hands<'a> {
                 return;
             }
         };
-        let block_bytes = hand.block_bytes();
-        let mut bytes = vec![0; block_bytes as usize];
-        let mut left = &blocks.hashes[..];
-        while let (Some(first), false) = (left.first(), shared.is_closing()) {
-            let hit = hand.borrower.lookup_within(left, WAIT);
-            let count = hit.blocks().min(hand.kv.blocks);
-            if count == 0 {
-                // It has left host memory meanwhile.
-                debug!(namespace, hash = ?first, "gone before it was written");
-                left = &left[1..];
-                continue;
+        let mut left = blocks.hashes.clone();
+        for _ in 0..TRIES {
+            if left.is_empty() || shared.is_closing() {
+                return;
             }
-            let places: Vec<u32> = (0..count).collect();
-            let loaded = hand.borrower.load(&hit, &places, &hand.kv).finish();
-            drop(hit);
-            for place in 0..count {
-                let hash = left[place as usize];
-                let at = u64::from(place) * block_bytes;
-                let memory = &hand.kv.layers[0].memory;
-                let read =
-                    !loaded.failed.contains(&place) && stream.read(memory, at, &mut bytes).is_ok();
-                // In which order they were published says nothing of which follows which: lookups do.
-                if read {
-                    let put = shared.store.put(namespace, &layers, hash, None, &bytes);
-                    debug!(namespace, ?hash, ?put, "from host memory");
-                }
-            }
-            left = &left[count as usize..];
+            left = write_once(hand, &stream, shared, namespace, &layers, &left);
         }
+        debug!(
+            namespace,
+            blocks = left.len(),
+            "gone before they were written"
+        );
     }
 
     /// Brings wanted blocks to host memory, in their order. A block that is wrong on the disk is not there, and so nothing behind it
@@ -496,17 +496,22 @@ impl<'a> Hands<'a> {
         let block_bytes = hand.block_bytes();
         for batch in blocks.hashes.chunks(hand.kv.blocks as usize) {
             let began = Instant::now();
-            let mut stored: Vec<(BlockHash, u32)> = Vec::new();
-            for (hash, place) in batch.iter().zip(0..) {
-                let Some(bytes) = shared.store.get(namespace, hash) else {
-                    continue;
-                };
-                let at = u64::from(place) * block_bytes;
-                let memory = &hand.kv.layers[0].memory;
-                if stream.write(memory, at, &bytes).is_ok() {
-                    stored.push((*hash, place));
+            let memory = &hand.kv.layers[0].memory;
+            let came: Mutex<Vec<usize>> = Mutex::default();
+            shared.store.get_all(namespace, batch, &|index, bytes| {
+                if stream
+                    .write(memory, index as u64 * block_bytes, bytes)
+                    .is_ok()
+                {
+                    came.lock().push(index);
                 }
-            }
+            });
+            let mut came = came.into_inner();
+            came.sort_unstable();
+            let stored: Vec<(BlockHash, u32)> = came
+                .into_iter()
+                .map(|index| (batch[index], index as u32))
+                .collect();
             if store_all(hand, &stored, shared) {
                 *shared.problem.lock() = None;
                 shared.came_back(stored.len() as u64 * block_bytes, began.elapsed());
@@ -516,6 +521,50 @@ impl<'a> Hands<'a> {
             }
         }
     }
+}
+
+/// Writes those of the blocks that are found and read in time. Gives the others: they have left host memory meanwhile, or this
+/// process or the broker was too slow.
+fn write_once(
+    hand: &Hand,
+    stream: &Arc<dyn CopyStream>,
+    shared: &Shared,
+    namespace: &str,
+    layers: &[u64],
+    hashes: &[BlockHash],
+) -> Vec<BlockHash> {
+    let block_bytes = hand.block_bytes();
+    let memory = &hand.kv.layers[0].memory;
+    let mut bytes = vec![0; block_bytes as usize];
+    let mut others = Vec::new();
+    let mut left = hashes;
+    while let (Some(first), false) = (left.first(), shared.is_closing()) {
+        let hit = hand.borrower.lookup_within(left, WAIT);
+        let count = hit.blocks().min(hand.kv.blocks);
+        if count == 0 {
+            others.push(*first);
+            left = &left[1..];
+            continue;
+        }
+        let places: Vec<u32> = (0..count).collect();
+        let loaded = hand.borrower.load(&hit, &places, &hand.kv).finish();
+        drop(hit);
+        for place in 0..count {
+            let hash = left[place as usize];
+            let at = u64::from(place) * block_bytes;
+            let read =
+                !loaded.failed.contains(&place) && stream.read(memory, at, &mut bytes).is_ok();
+            if !read {
+                others.push(hash);
+                continue;
+            }
+            // In which order they were published says nothing of which follows which: lookups do.
+            let put = shared.store.put(namespace, layers, hash, None, &bytes);
+            debug!(namespace, ?hash, ?put, "from host memory");
+        }
+        left = &left[count as usize..];
+    }
+    others
 }
 
 /// Stores blocks in leased host memory, and waits a moment for some to be leased. True when all of them are there.

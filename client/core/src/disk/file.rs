@@ -20,6 +20,7 @@ use crate::{Error, Result};
 pub(super) const FILE: &str = "swiftcache-kv.disk";
 
 /// Bytes at an address that direct I/O takes.
+#[derive(Default)]
 pub(super) struct Aligned {
     bytes: Vec<u8>,
     start: usize,
@@ -27,15 +28,15 @@ pub(super) struct Aligned {
 }
 
 impl Aligned {
-    pub(super) fn new(len: usize) -> Self {
-        let bytes = vec![0; len + PAGE as usize];
-        let start = bytes.as_ptr().align_offset(PAGE as usize);
-        Self {
+    /// Makes it so long. What was in it stays there, or is lost.
+    pub(super) fn fit(&mut self, len: usize) {
+        if self.bytes.len() < len + PAGE as usize {
+            self.bytes = vec![0; len + PAGE as usize];
+            let start = self.bytes.as_ptr().align_offset(PAGE as usize);
             // An address that cannot be aligned is used as it is: then direct I/O fails, and is not used any more.
-            start: if start < PAGE as usize { start } else { 0 },
-            bytes,
-            len,
+            self.start = if start < PAGE as usize { start } else { 0 };
         }
+        self.len = len;
     }
 
     pub(super) fn get(&self) -> &[u8] {
@@ -44,6 +45,12 @@ impl Aligned {
 
     pub(super) fn get_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+impl std::fmt::Debug for Aligned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Aligned({})", self.len)
     }
 }
 

@@ -4,6 +4,7 @@ mod agent;
 mod file;
 mod format;
 mod room;
+mod runs;
 mod store;
 #[cfg(test)]
 mod store_tests;

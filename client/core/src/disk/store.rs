@@ -6,7 +6,11 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -18,12 +22,15 @@ use super::{
     file::{Aligned, BlockFile},
     format::{self, Entry, ExtentHeader, FirstPage, Geometry, PAGE, Superblock},
     room::{Gone, Room, Spot},
+    runs::{Wanted, runs},
 };
 use crate::{Error, Result};
 
 /// How long nothing is written after the disk has refused: twice as long each time.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MOST: Duration = Duration::from_secs(60);
+/// How many pieces are read at a time: a disk that is asked for one after the other rests in between.
+const READERS: usize = 4;
 
 /// Where a store keeps its blocks, and for whom.
 #[derive(Clone, Debug)]
@@ -80,6 +87,8 @@ pub struct DiskStore {
     file: BlockFile,
     extent_bytes: u64,
     state: Mutex<State>,
+    /// What blocks are written from: fresh memory for each costs as much as the write on a fast disk.
+    pages: Mutex<Aligned>,
 }
 
 /// Whose an extent is.
@@ -99,6 +108,8 @@ struct State {
     news: Vec<(Arc<str>, BlockHash)>,
     counts: StoreStats,
     trouble: Option<Trouble>,
+    /// Why the file is smaller than it may be.
+    bounded: Option<String>,
     unsynced: bool,
 }
 
@@ -152,6 +163,7 @@ impl DiskStore {
                 extents: vec![None; count as usize],
                 ..State::default()
             }),
+            pages: Mutex::default(),
         };
         store.scan();
         let mut state = store.state.lock();
@@ -301,8 +313,11 @@ impl DiskStore {
         let at = self.extent_at(taken.spot.extent);
         let entry_at = at + Geometry::entry_at(taken.spot.slot);
         let written = (self.file.write_small(entry_at, &[0; format::ENTRY])).and_then(|()| {
-            let mut pages = Aligned::new(taken.geometry.slot_bytes as usize);
-            pages.get_mut()[..bytes.len()].copy_from_slice(bytes);
+            let mut pages = self.pages.lock();
+            pages.fit(taken.geometry.slot_bytes as usize);
+            let (block, rest) = pages.get_mut().split_at_mut(bytes.len());
+            block.copy_from_slice(bytes);
+            rest.fill(0);
             let slot_at = at + taken.geometry.slot_at(taken.spot.slot);
             self.file.write_large(slot_at, pages.get())?;
             let entry = entry.write(taken.generation, taken.spot.slot);
@@ -406,42 +421,142 @@ impl DiskStore {
 
     /// Reads a block. `None` when it is not there, or not right any more: then it is forgotten.
     pub fn get(&self, namespace: &str, hash: &BlockHash) -> Option<Vec<u8>> {
-        let (id, spot, sum, generation, geometry, bytes) = {
-            let mut state = self.state.lock();
-            let room = state.rooms.get_mut(namespace)?;
-            let id = room.find(hash)?;
-            let (spot, sum) = room.begin_reading(id)?;
-            let (geometry, bytes) = (*room.geometry(), room.block_bytes());
-            let extent = state.extents[spot.extent as usize].as_ref()?;
-            (id, spot, sum, extent.generation, geometry, bytes)
+        let read = Mutex::new(None);
+        self.get_all(namespace, &[*hash], &|_, bytes| {
+            *read.lock() = Some(bytes.to_vec());
+        });
+        read.into_inner()
+    }
+
+    /// Reads blocks, several at a time, and gives each that is right to `take`, with its index in `hashes`, in any order and on any
+    /// thread. Those that are not there are left out, and those that are not right any more are forgotten.
+    pub fn get_all(
+        &self,
+        namespace: &str,
+        hashes: &[BlockHash],
+        take: &(dyn Fn(usize, &[u8]) + Sync),
+    ) {
+        let Some((geometry, block_bytes, wanted)) = self.begin_reading(namespace, hashes) else {
+            return;
         };
-        let mut pages = Aligned::new(geometry.slot_bytes as usize);
-        let at = self.extent_at(spot.extent);
-        let read = self
-            .file
-            .read_large(at + geometry.slot_at(spot.slot), pages.get_mut());
-        let block = &pages.get()[..bytes as usize];
-        let right = read.is_ok() && format::checksum(block, generation) == sum;
+        let runs = runs(wanted, geometry.slot_bytes);
+        let next = AtomicUsize::new(0);
+        let read = || {
+            let mut pages = Aligned::default();
+            while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.read_run(
+                    namespace,
+                    &geometry,
+                    block_bytes as usize,
+                    run,
+                    &mut pages,
+                    take,
+                );
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..READERS.min(runs.len()) {
+                // Where the system gives no thread, this one reads all.
+                let _ = thread::Builder::new().spawn_scoped(scope, read);
+            }
+            read();
+        });
+    }
+
+    /// Finds blocks, and keeps them in place until they are read.
+    fn begin_reading(
+        &self,
+        namespace: &str,
+        hashes: &[BlockHash],
+    ) -> Option<(Geometry, u64, Vec<Wanted>)> {
+        let mut state = self.state.lock();
+        let State { extents, rooms, .. } = &mut *state;
+        let room = rooms.get_mut(namespace)?;
+        let mut wanted = Vec::with_capacity(hashes.len());
+        for (index, hash) in hashes.iter().enumerate() {
+            let Some(id) = room.find(hash) else { continue };
+            let Some((spot, checksum)) = room.begin_reading(id) else {
+                continue;
+            };
+            match &extents[spot.extent as usize] {
+                Some(extent) => wanted.push(Wanted {
+                    index,
+                    id,
+                    spot,
+                    checksum,
+                    generation: extent.generation,
+                }),
+                None => room.end_reading(id),
+            }
+        }
+        Some((*room.geometry(), room.block_bytes(), wanted))
+    }
+
+    /// Reads blocks that lie side by side.
+    fn read_run(
+        &self,
+        namespace: &str,
+        geometry: &Geometry,
+        block_bytes: usize,
+        run: &[Wanted],
+        pages: &mut Aligned,
+        take: &(dyn Fn(usize, &[u8]) + Sync),
+    ) {
+        let slot_bytes = geometry.slot_bytes as usize;
+        let Some(first) = run.first() else { return };
+        pages.fit(run.len() * slot_bytes);
+        let extent_at = self.extent_at(first.spot.extent);
+        let at = extent_at + geometry.slot_at(first.spot.slot);
+        let read = self.file.read_large(at, pages.get_mut());
+        for (block, slot) in run.iter().zip(pages.get_mut().chunks_exact_mut(slot_bytes)) {
+            if read.is_err() && run.len() > 1 {
+                // Only one of them may be broken.
+                let at = extent_at + geometry.slot_at(block.spot.slot);
+                let again = self.file.read_large(at, slot);
+                self.end_reading(namespace, block, &slot[..block_bytes], &again, take);
+            } else {
+                self.end_reading(namespace, block, &slot[..block_bytes], &read, take);
+            }
+        }
+    }
+
+    /// Gives out a block that is right, and forgets one that is not.
+    fn end_reading(
+        &self,
+        namespace: &str,
+        block: &Wanted,
+        bytes: &[u8],
+        read: &io::Result<()>,
+        take: &(dyn Fn(usize, &[u8]) + Sync),
+    ) {
+        let Wanted {
+            id,
+            spot,
+            generation,
+            ..
+        } = *block;
+        let right = read.is_ok() && format::checksum(bytes, generation) == block.checksum;
+        let entry_at = self.extent_at(spot.extent) + Geometry::entry_at(spot.slot);
         let mut state = self.state.lock();
         let clock = state.clock + 1;
-        let room = state.rooms.get_mut(namespace)?;
+        let Some(room) = state.rooms.get_mut(namespace) else {
+            return;
+        };
         room.end_reading(id);
         if right {
             let entry = room.found(id, clock);
             state.clock = clock;
             state.counts.read_blocks += 1;
-            state.counts.read_bytes += bytes;
+            state.counts.read_bytes += bytes.len() as u64;
             drop(state);
             // Only for its order after a restart.
-            let entry = entry.write(generation, spot.slot);
-            let _ = self
-                .file
-                .write_small(at + Geometry::entry_at(spot.slot), &entry);
-            return Some(block.to_vec());
+            let _ = (self.file).write_small(entry_at, &entry.write(generation, spot.slot));
+            take(block.index, bytes);
+            return;
         }
         if room.is_idle(id) {
-            room.lose(id);
-            state.news.push((namespace.into(), *hash));
+            let hash = room.lose(id);
+            state.news.push((namespace.into(), hash));
         }
         let path = self.file.path().display();
         match read {
@@ -455,10 +570,7 @@ impl DiskStore {
             }
         }
         drop(state);
-        let _ = self
-            .file
-            .write_small(at + Geometry::entry_at(spot.slot), &[0; format::ENTRY]);
-        None
+        let _ = self.file.write_small(entry_at, &[0; format::ENTRY]);
     }
 
     /// Says that these blocks follow one another.
@@ -516,13 +628,12 @@ impl DiskStore {
         }
     }
 
-    /// Why nothing is written now, for people.
+    /// Why nothing is written now, or less is kept than may be, for people.
     pub fn problem(&self) -> Option<String> {
         let state = self.state.lock();
-        state
-            .trouble
-            .as_ref()
-            .map(|trouble| trouble.problem.clone())
+        let trouble = state.trouble.as_ref();
+        let problem = trouble.map(|trouble| trouble.problem.clone());
+        problem.or_else(|| state.bounded.clone())
     }
 
     /// Waits until what was written has reached the disk.
@@ -664,6 +775,11 @@ impl State {
     /// The file cannot become larger. What there is of it is used on.
     fn in_trouble_growing(&mut self, file: &BlockFile, error: &io::Error) {
         let extents = self.extents.iter().flatten().count();
+        let problem = format!(
+            "{} cannot grow beyond {} bytes, which are used on: {error}",
+            file.path().display(),
+            file.bytes().unwrap_or(0)
+        );
         // It is not tried again before the next start: somebody else has the space.
         let most = self
             .extents
@@ -671,9 +787,7 @@ impl State {
             .rposition(Option::is_some)
             .map_or(0, |last| last + 1);
         self.extents.truncate(most);
-        warn!(
-            path = %file.path().display(), %error, extents,
-            "the file cannot become as large as it may: it stays as it is"
-        );
+        warn!(problem, extents, "the disk takes fewer blocks than it may");
+        self.bounded = Some(problem);
     }
 }

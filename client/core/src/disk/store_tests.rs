@@ -5,6 +5,7 @@ use std::{
     path::Path,
 };
 
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use swiftcache_proto::domain::BlockHash;
 
@@ -157,6 +158,50 @@ fn a_wrong_byte_on_the_disk_is_a_miss_and_is_counted() {
     assert!(has(&store, "a", 1));
 }
 
+/// Which of the blocks come when all are asked for at once. Their bytes must be right.
+fn read_at_once(store: &DiskStore, namespace: &str, numbers: &[u32]) -> Vec<u32> {
+    let hashes: Vec<BlockHash> = numbers.iter().map(|n| hash(*n)).collect();
+    let came = Mutex::new(Vec::new());
+    store.get_all(namespace, &hashes, &|index, read| {
+        let n = numbers[index];
+        assert!(
+            *read == bytes(namespace, n),
+            "wrong bytes of {namespace} {n}"
+        );
+        came.lock().push(n);
+    });
+    let mut came = came.into_inner();
+    came.sort_unstable();
+    came
+}
+
+#[test]
+fn of_blocks_that_are_read_at_once_only_what_is_wrong_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE);
+    let store = DiskStore::open(&config(dir.path(), SMALL)).unwrap();
+    for n in 0..10 {
+        put(&store, "a", n);
+    }
+    let asked: Vec<u32> = (0..13).collect();
+    assert_eq!(read_at_once(&store, "a", &asked), &asked[..10]);
+    let twice = [3, 2, 2, 9, 0];
+    assert_eq!(read_at_once(&store, "a", &twice), [0, 2, 2, 3, 9]);
+    let whole = fs::read(&path).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let at = find(&whole, &bytes("a", 4));
+    file.write_all_at(&[whole[at] ^ 1], at as u64).unwrap();
+    // What lies behind cannot be read.
+    file.set_len(find(&whole, &bytes("a", 8)) as u64).unwrap();
+    assert_eq!(read_at_once(&store, "a", &asked), [0, 1, 2, 3, 5, 6, 7]);
+    let stats = store.stats();
+    assert_eq!((stats.corrupt_blocks, stats.failed_blocks), (1, 2));
+    assert_eq!(stats.blocks, 7);
+    let mut dropped = store.news().remove("a").unwrap().dropped;
+    dropped.sort_unstable();
+    assert_eq!(dropped, [hash(4), hash(8), hash(9)]);
+}
+
 #[test]
 fn a_file_of_another_kind_tenant_or_version_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
@@ -210,7 +255,14 @@ proptest! {
             let open = store.as_ref().unwrap();
             match step {
                 0..=4 => { put(open, namespace, n); }
-                5..=6 => { has(open, namespace, n); }
+                5 => { has(open, namespace, n); }
+                6 => {
+                    let asked: Vec<u32> = (n..n + at % 40).collect();
+                    let came = read_at_once(open, namespace, &asked);
+                    // Each that is there, once: also those that are told of.
+                    let there: Vec<u32> = asked.into_iter().filter(|n| has(open, namespace, *n)).collect();
+                    prop_assert_eq!(came, there);
+                }
                 7 => {
                     // What is told adds up to what is there.
                     for (namespace, news) in open.news() {

@@ -214,9 +214,58 @@ fn a_broker_that_went_away_is_said_over_what_was_known() {
     assert!(text.starts_with("asking the broker"), "{text}");
 }
 
+fn disk(number: u32, problem: &str) -> v1::DiskStatus {
+    v1::DiskStatus {
+        device_uuid: format!("DISK-{number}"),
+        state: Some(v1::DiskState {
+            bytes: 500 * GB,
+            used_bytes: 120 * GB,
+            written_blocks: 60_000,
+            read_blocks: 7_000,
+            corrupt_blocks: 2,
+            failed_blocks: 3,
+            problem: problem.to_owned(),
+            path: "/var/lib/swiftcache".to_owned(),
+            ..v1::DiskState::default()
+        }),
+        blocks: 57_000,
+        ..v1::DiskStatus::default()
+    }
+}
+
+#[test]
+fn disks_have_a_line_each_and_say_what_is_wrong_with_them() {
+    let shown = |disks: Vec<v1::DiskStatus>| {
+        let mut screen = Screen::default();
+        let mut seen = snapshot(3_600_000);
+        seen.node.disks = disks;
+        screen.update(seen, Vec::new());
+        drawn(&screen, 120, 40)
+    };
+    assert!(!shown(Vec::new()).contains("DISK"));
+    let text = shown(vec![
+        disk(0, ""),
+        disk(1, "cannot write to /mnt/x: it is read-only"),
+    ]);
+    for line in [
+        "DISK-0 120 GB of 500 GB  57000 blocks, 60000 written 7000 read 5 lost  /var/lib/swiftcache\n",
+        "DISK-1 120 GB of 500 GB  57000 blocks, 60000 written 7000 read 5 lost  cannot write to /mnt/x: it is read-only\n",
+    ] {
+        assert!(text.contains(line), "{line:?} is not in\n{text}");
+    }
+    let many = shown((0..5).map(|number| disk(number, "")).collect());
+    assert!(
+        many.contains("DISK-1") && !many.contains("DISK-2") && many.contains("and 3 more disks"),
+        "{many}"
+    );
+}
+
 #[test]
 fn no_size_breaks_it() {
-    let screen = screen();
+    let mut screen = screen();
+    if let Some(snapshot) = &mut screen.snapshot {
+        snapshot.node.disks = vec![disk(0, ""); 9];
+    }
     for (width, height) in [(1, 1), (10, 3), (20, 5), (44, 12), (300, 2), (40, 100)] {
         drawn(&screen, width, height);
     }
