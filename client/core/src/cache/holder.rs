@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use foldhash::fast::RandomState;
+use hashbrown::HashSet;
 use parking_lot::Mutex;
 use swiftcache_proto::domain::Medium;
 
@@ -126,19 +128,20 @@ impl Holder for CacheHolder {
         self.evacuation.lock().advance(&self.core)
     }
 
-    fn forget(&self, slab: AreaId) {
-        self.evacuation.lock().forget(slab);
+    fn forget(&self, slabs: &[AreaId]) {
+        self.evacuation.lock().forget(slabs);
         let mut state = self.core.state.lock();
-        let occupants = state.shelves.get(slab).map(|shelf| shelf.occupants.clone());
-        for id in occupants.unwrap_or_default().into_iter().flatten() {
+        let shelves: Vec<_> = (slabs.iter())
+            .filter_map(|slab| state.shelves.remove(*slab))
+            .collect();
+        for id in shelves.iter().flat_map(|shelf| shelf.blocks()) {
             if state.lose(id).is_some() {
                 state.counts.dropped_blocks += 1;
             }
         }
-        let shelf = state.shelves.remove(slab);
         drop(state);
         // The last to hold a mapping ends it, which takes its time.
-        drop(shelf);
+        drop(shelves);
     }
 }
 
@@ -147,10 +150,12 @@ impl Evacuation {
         self.writing.iter().any(|writing| writing.slab == slab) || self.rescue.has(slab)
     }
 
-    /// Moves no more blocks of a slab. Those on their way arrive or not.
-    fn forget(&mut self, slab: AreaId) {
-        self.writing.retain(|writing| writing.slab != slab);
-        self.rescue.forget(slab);
+    /// Moves no more blocks of these slabs. Those on their way arrive or not.
+    fn forget(&mut self, slabs: &[AreaId]) {
+        let slabs: HashSet<AreaId, RandomState> = slabs.iter().copied().collect();
+        self.writing
+            .retain(|writing| !slabs.contains(&writing.slab));
+        self.rescue.forget(|slab| slabs.contains(&slab));
     }
 
     fn advance(&mut self, core: &Core) -> Progress {
@@ -158,20 +163,25 @@ impl Evacuation {
         self.publishing
             .retain_mut(|publishing| !core.is_published(publishing));
         let mut changed = self.publishing.len() < before;
-        for writing in std::mem::take(&mut self.writing) {
+        let writing = std::mem::take(&mut self.writing);
+        let mut written = Vec::new();
+        for (writing, writes) in core.with_writes(writing) {
             let mut all_there = true;
-            for write in core.writes_to(writing.slab) {
+            for write in writes {
                 match write.flight.transfer.outcome() {
                     Some(outcome) => self.publishing.push(core.begin_settling(&write, &outcome)),
                     None => all_there = false,
                 }
             }
             if all_there || Instant::now() >= writing.until {
-                self.rescue.add(core, writing.slab);
-                changed = true;
+                written.push(writing.slab);
             } else {
                 self.writing.push(writing);
             }
+        }
+        if !written.is_empty() {
+            self.rescue.add(core, &written);
+            changed = true;
         }
         changed |= self.rescue.advance(core);
         match changed {
@@ -189,10 +199,18 @@ impl Evacuation {
 }
 
 impl Core {
-    /// What is being written to a slab.
-    fn writes_to(&self, slab: AreaId) -> Vec<Arc<Write>> {
+    /// What is being written to each slab.
+    fn with_writes(&self, slabs: Vec<Writing>) -> Vec<(Writing, Vec<Arc<Write>>)> {
+        if slabs.is_empty() {
+            return Vec::new();
+        }
         let state = self.state.lock();
-        let shelf = state.shelves.get(slab);
-        shelf.map_or_else(Vec::new, |shelf| shelf.writes.clone())
+        let writes = |slab| {
+            let shelf = state.shelves.get(slab);
+            shelf.map_or_else(Vec::new, |shelf| shelf.writes.clone())
+        };
+        (slabs.into_iter())
+            .map(|writing| (writing, writes(writing.slab)))
+            .collect()
     }
 }

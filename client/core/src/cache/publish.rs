@@ -304,7 +304,7 @@ impl State {
         let mut own = Vec::new();
         for shelf in self.shelves.iter() {
             if shelf.is_open() && shelf.own_lease().is_some() {
-                own.extend(shelf.occupants.iter().flatten().copied());
+                own.extend(shelf.blocks());
             }
         }
         own.retain(|id| {

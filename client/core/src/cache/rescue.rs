@@ -59,15 +59,16 @@ impl Rescue {
             || self.publishing.iter().any(|(index, _)| *index == slab)
     }
 
-    /// Has the blocks of a slab moved.
-    pub(super) fn add(&mut self, core: &Core, slab: AreaId) {
+    /// Has the blocks of these slabs moved.
+    pub(super) fn add(&mut self, core: &Core, slabs: &[AreaId]) {
         let state = core.state.lock();
         let routes = state.routes_up();
-        // What cannot be copied is not tried.
-        let reached = (state.shelves.get(slab)).filter(|shelf| shelf.is_behind(routes));
-        let occupants = reached.map(|shelf| shelf.occupants.as_slice());
-        let occupants = occupants.unwrap_or_default().iter().flatten();
-        self.waiting.extend(occupants.map(|id| (slab, *id)));
+        for slab in slabs {
+            // What cannot be copied is not tried.
+            let reached = (state.shelves.get(*slab)).filter(|shelf| shelf.is_behind(routes));
+            let blocks = reached.into_iter().flat_map(Shelf::blocks);
+            self.waiting.extend(blocks.map(|id| (*slab, id)));
+        }
         // A block is worth no less than those that follow it, so a prefix goes before what needs it.
         self.waiting.sort_by_key(|(_, id)| {
             let worth = state.blocks.worth(*id);
@@ -75,9 +76,9 @@ impl Rescue {
         });
     }
 
-    /// Moves no more blocks of a slab. Those on their way arrive or not.
-    pub(super) fn forget(&mut self, slab: AreaId) {
-        self.waiting.retain(|(index, _)| *index != slab);
+    /// Moves no more blocks of slabs that are `gone`. Those on their way arrive or not.
+    pub(super) fn forget(&mut self, gone: impl Fn(AreaId) -> bool) {
+        self.waiting.retain(|(slab, _)| !gone(*slab));
     }
 
     /// Takes in what has arrived, and puts more on its way: the hottest blocks of slabs with none on their way, so that
@@ -94,16 +95,18 @@ impl Rescue {
             };
             changed = true;
             if outcome.is_err() || moving.flight.transfer.is_poisoned() {
-                self.forget(moving.from);
+                self.forget(|slab| slab == moving.from);
             }
             let ready = core.rescued(&moving.flight, moving.blocks, &outcome);
             let publishing = core.begin_publishing(ready);
             self.publishing.push((moving.from, publishing));
         }
         let hottest = self.take_hottest();
-        changed |= !hottest.is_empty();
-        if !self.begin_moving(core, &hottest) {
-            self.waiting.clear();
+        if !hottest.is_empty() {
+            changed = true;
+            if !self.begin_moving(core, &hottest) {
+                self.waiting.clear();
+            }
         }
         changed
     }

@@ -66,6 +66,13 @@ impl Shelf {
         self.key.filter(|_| self.hold == Hold::Own)
     }
 
+    /// The blocks that lie in it.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = BlockId> {
+        // A slab of 1 GiB may have 65,536 slots. Most hold blocks from the first one on, and who asks for a slab back waits.
+        let occupants = self.occupants.iter().flatten().copied();
+        occupants.take(self.occupied as usize)
+    }
+
     /// Whether it is the borrower's own host tier, of which only this borrower knows what lies where.
     pub(super) fn is_host_tier(&self) -> bool {
         self.key.is_none()

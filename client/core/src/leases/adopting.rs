@@ -107,7 +107,7 @@ impl Leases {
                 // Unmaps before anyone is told.
                 let error = match outcome {
                     Ok(area) => {
-                        holder.forget(area.id);
+                        holder.forget(&[area.id]);
                         None
                     }
                     Err(error) => Some(error),

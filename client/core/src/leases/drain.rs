@@ -2,15 +2,20 @@
 //! known to be over, it is unmapped and acknowledged. The thread looks at all of them in turn and waits for none, so that a slow
 //! copy holds up the slabs that it touches and no others.
 
-use std::{sync::mpsc, time::Instant};
+use std::{
+    sync::{Arc, mpsc},
+    time::Instant,
+};
 
+use foldhash::fast::RandomState;
+use hashbrown::HashSet;
 use swiftcache_proto::domain::{Hold, LeaseId};
 use tracing::debug;
 
 use super::{
     core::{Leases, RecallTask},
     holder::{Holder, Progress},
-    slabs::{Draining, LeaseKey, Slab},
+    slabs::{Draining, Flight},
     state::micros_since,
 };
 use crate::{
@@ -19,7 +24,7 @@ use crate::{
 };
 
 /// A slab on its way out.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Leaving {
     slab: AreaId,
     stage: Stage,
@@ -38,7 +43,6 @@ enum Stage {
 /// What is known of a slab that is let go of.
 #[derive(Clone, Copy, Debug)]
 struct Facts {
-    key: Option<LeaseKey>,
     hold: Hold,
     draining: Draining,
 }
@@ -78,12 +82,22 @@ impl Leases {
             };
             // Slabs that are revoked together are drained together: what little room there is elsewhere goes to the
             // hottest blocks of them all.
+            let (mut asked_back, mut given_up, mut close) = (Vec::new(), Vec::new(), false);
             for task in first.into_iter().chain(inbox.try_iter()) {
                 match task {
-                    RecallTask::LetGo { slab, revoked } => drains.begin(slab, revoked),
-                    RecallTask::Close => drains.close(),
+                    RecallTask::LetGo {
+                        slab,
+                        revoked: true,
+                    } => asked_back.push(slab),
+                    RecallTask::LetGo { slab, .. } => given_up.push(slab),
+                    RecallTask::Close => close = true,
                 }
                 pace.go_on();
+            }
+            drains.begin(&asked_back, true);
+            drains.begin(&given_up, false);
+            if close {
+                drains.close();
             }
             if drains.advance() {
                 pace.go_on();
@@ -94,34 +108,52 @@ impl Leases {
         }
     }
 
-    fn facts(&self, slab: AreaId) -> Option<Facts> {
+    /// What is known of each of these slabs that is there and being let go of.
+    fn facts(&self, slabs: impl Iterator<Item = AreaId>) -> Vec<Option<Facts>> {
         let state = self.state.lock();
-        let slab = state.slabs.get(slab)?;
-        Some(Facts {
-            key: slab.key,
-            hold: slab.hold,
-            draining: slab.draining?,
-        })
+        let facts = |slab| {
+            let slab = state.slabs.get(slab)?;
+            Some(Facts {
+                hold: slab.hold,
+                draining: slab.draining?,
+            })
+        };
+        slabs.map(facts).collect()
     }
 
-    /// Whether it is known that no transfer touches the slab. None can begin: the slab is closed.
-    fn is_untouched(&self, slab: AreaId) -> bool {
-        let flights = {
+    /// Those of these slabs of which it is known that no transfer touches them. None can begin: the slabs are closed.
+    fn untouched(&self, slabs: &[AreaId]) -> Vec<AreaId> {
+        if slabs.is_empty() {
+            return Vec::new();
+        }
+        let flights: Vec<Vec<Arc<Flight>>> = {
             let state = self.state.lock();
-            let slab = state.slabs.get(slab);
-            slab.map_or_else(Vec::new, |slab| slab.flights.clone())
+            let flights = |slab| {
+                let slab = state.slabs.get(slab);
+                slab.map_or_else(Vec::new, |slab| slab.flights.clone())
+            };
+            slabs.iter().map(|slab| flights(*slab)).collect()
         };
         // Asked outside the lock: a stream that lets go of memories may unmap.
-        let over: Vec<_> = flights
-            .iter()
-            .filter(|flight| flight.transfer.is_over())
-            .collect();
-        if let Some(slab) = self.state.lock().slabs.get_mut(slab) {
-            for flight in &over {
-                slab.end(flight);
+        let mut untouched = Vec::new();
+        let mut over = Vec::new();
+        for (slab, flights) in slabs.iter().zip(flights) {
+            let (ended, going): (Vec<_>, Vec<_>) =
+                (flights.into_iter()).partition(|flight| flight.transfer.is_over());
+            if going.is_empty() {
+                untouched.push(*slab);
+            }
+            over.extend(ended.into_iter().map(|flight| (*slab, flight)));
+        }
+        if !over.is_empty() {
+            let mut state = self.state.lock();
+            for (slab, flight) in &over {
+                if let Some(slab) = state.slabs.get_mut(*slab) {
+                    slab.end(flight);
+                }
             }
         }
-        over.len() == flights.len()
+        untouched
     }
 
     /// Host memory that transfers may still touch.
@@ -145,34 +177,44 @@ impl Drains<'_> {
     /// Whether everything is let go of: no transfer is in flight, no lease mapped, and the broker knows.
     fn is_over(&self) -> bool {
         let hosts = self.leases.busy_host_slabs();
-        let untouched = hosts.into_iter().all(|host| self.leases.is_untouched(host));
+        let untouched = self.leases.untouched(&hosts).len() == hosts.len();
         let told = self.released.is_empty() && self.telling.is_empty();
         untouched && told && self.leaving.is_empty() && self.moving == Progress::Idle
     }
 
-    /// Begins to let go of a slab.
-    fn begin(&mut self, slab: AreaId, revoked: bool) {
-        let Some(facts) = self.leases.facts(slab) else {
+    /// Begins to let go of slabs.
+    fn begin(&mut self, slabs: &[AreaId], revoked: bool) {
+        if slabs.is_empty() {
             return;
-        };
-        let worth_it = revoked && facts.hold == Hold::Own && !facts.draining.refused;
-        let until = match worth_it && !self.closing {
-            true => self.holder.evacuate(slab, facts.draining.window),
-            false => None,
-        };
-        let mut leaving = Leaving {
-            slab,
-            stage: Stage::Ending,
-            revoked,
-        };
-        match until {
-            Some(until) => {
-                leaving.stage = Stage::Moving { until };
-                self.moving = Progress::Changed;
-            }
-            None => self.end(&mut leaving),
         }
-        self.leaving.push(leaving);
+        let facts = self.leases.facts(slabs.iter().copied());
+        let mut ending = Vec::new();
+        for (slab, facts) in slabs.iter().zip(facts) {
+            let Some(facts) = facts else {
+                continue;
+            };
+            let worth_it = revoked && facts.hold == Hold::Own && !facts.draining.refused;
+            let until = match worth_it && !self.closing {
+                true => self.holder.evacuate(*slab, facts.draining.window),
+                false => None,
+            };
+            let stage = match until {
+                Some(until) => {
+                    self.moving = Progress::Changed;
+                    Stage::Moving { until }
+                }
+                None => {
+                    ending.push(*slab);
+                    Stage::Ending
+                }
+            };
+            self.leaving.push(Leaving {
+                slab: *slab,
+                stage,
+                revoked,
+            });
+        }
+        self.forget(&ending);
     }
 
     /// Begins to let go of everything, as it is.
@@ -180,10 +222,11 @@ impl Drains<'_> {
         if std::mem::replace(&mut self.closing, true) {
             return;
         }
-        for mut leaving in std::mem::take(&mut self.leaving) {
-            self.end(&mut leaving);
-            self.leaving.push(leaving);
+        for leaving in &mut self.leaving {
+            leaving.stage = Stage::Ending;
         }
+        let ending: Vec<AreaId> = self.leaving.iter().map(|leaving| leaving.slab).collect();
+        self.forget(&ending);
         let more: Vec<AreaId> = {
             let mut state = self.leases.state.lock();
             let leased = state.slabs.iter().filter(|slab| slab.key.is_some());
@@ -192,28 +235,23 @@ impl Drains<'_> {
                 .filter(|slab| state.slabs.close(*slab, Draining::now()))
                 .collect()
         };
-        for slab in more {
-            self.begin(slab, false);
-        }
+        self.begin(&more, false);
     }
 
-    /// Nothing in the slab is worth waiting for any more.
-    fn end(&self, leaving: &mut Leaving) {
-        leaving.stage = Stage::Ending;
-        self.holder.forget(leaving.slab);
+    /// Nothing in these slabs is worth waiting for any more.
+    fn forget(&self, slabs: &[AreaId]) {
+        if !slabs.is_empty() {
+            self.holder.forget(slabs);
+        }
     }
 
     /// Brings everything as far as it gets without waiting. True when something changed.
     fn advance(&mut self) -> bool {
         self.moving = self.holder.advance();
         let mut changed = self.moving == Progress::Changed;
-        for mut leaving in std::mem::take(&mut self.leaving) {
-            let before = leaving.stage;
-            let gone = self.advance_slab(&mut leaving);
-            changed |= gone || leaving.stage != before;
-            if !gone {
-                self.leaving.push(leaving);
-            }
+        if !self.leaving.is_empty() {
+            changed |= self.end_moved();
+            changed |= self.let_go();
         }
         changed | self.tell_released()
     }
@@ -242,63 +280,96 @@ impl Drains<'_> {
         told
     }
 
-    /// Brings one slab as far as it gets. True when it is gone.
-    fn advance_slab(&mut self, leaving: &mut Leaving) -> bool {
-        let slab = leaving.slab;
-        let Some(facts) = self.leases.facts(slab) else {
-            return true;
-        };
-        if facts.draining.refused && leaving.stage != Stage::Ending {
-            self.end(leaving);
+    /// Ends the stay of slabs out of which nothing is moved any more, or in vain. True when there were any.
+    fn end_moved(&mut self) -> bool {
+        let facts = self
+            .leases
+            .facts(self.leaving.iter().map(|leaving| leaving.slab));
+        let now = Instant::now();
+        let mut ending = Vec::new();
+        let mut took = Vec::new();
+        for (leaving, facts) in self.leaving.iter_mut().zip(facts) {
+            let (Some(facts), Stage::Moving { until }) = (facts, leaving.stage) else {
+                continue;
+            };
+            let refused = facts.draining.refused;
+            if refused || !self.holder.is_moving(leaving.slab) || now >= until {
+                leaving.stage = Stage::Ending;
+                ending.push(leaving.slab);
+                if !refused {
+                    took.push(micros_since(facts.draining.since));
+                }
+            }
         }
-        if let Stage::Moving { until } = leaving.stage
-            && (!self.holder.is_moving(slab) || Instant::now() >= until)
-        {
-            let took = micros_since(facts.draining.since);
+        if !took.is_empty() {
             let mut state = self.leases.state.lock();
-            state.counts.drain.saturating_record(took);
-            drop(state);
-            self.end(leaving);
+            took.into_iter()
+                .for_each(|took| state.counts.drain.saturating_record(took));
         }
-        leaving.stage == Stage::Ending && self.let_go(leaving)
+        self.forget(&ending);
+        !ending.is_empty()
     }
 
-    /// Lets go of a slab with nothing in it, if no transfer touches it any more and it is known where its blocks went.
-    fn let_go(&mut self, leaving: &Leaving) -> bool {
-        let slab = leaving.slab;
-        if self.holder.is_moving(slab) || !self.leases.is_untouched(slab) {
-            return false;
+    /// Lets go of slabs with nothing in them that no transfer touches any more, if it is known where their blocks went. True when
+    /// there were any.
+    fn let_go(&mut self) -> bool {
+        let ended = self.leaving.iter().filter(|leaving| {
+            leaving.stage == Stage::Ending && !self.holder.is_moving(leaving.slab)
+        });
+        let ended: Vec<AreaId> = ended.map(|leaving| leaving.slab).collect();
+        let untouched = self.leases.untouched(&ended);
+        self.forget(&untouched);
+        let untouched: HashSet<AreaId, RandomState> = untouched.into_iter().collect();
+        let before = self.leaving.len();
+        let mut gone: Vec<Leaving> = Vec::new();
+        {
+            let state = self.leases.state.lock();
+            self.leaving.retain(|leaving| {
+                let slab = state.slabs.get(leaving.slab);
+                if slab.is_none_or(|slab| slab.key.is_none() || slab.draining.is_none()) {
+                    return false;
+                }
+                if !untouched.contains(&leaving.slab) {
+                    return true;
+                }
+                gone.push(*leaving);
+                false
+            });
         }
-        let Some(Facts {
-            key,
-            hold,
-            draining,
-        }) = self.leases.facts(slab)
-        else {
-            return true;
-        };
-        let Some(key) = key else { return true };
-        self.holder.forget(slab);
-        let gone: Option<Box<Slab>> = self.leases.state.lock().slabs.remove(slab);
+        let took: Vec<u64> = (gone.into_iter())
+            .filter_map(|leaving| self.unmap(leaving))
+            .collect();
+        if !took.is_empty() {
+            let mut state = self.leases.state.lock();
+            for took in took {
+                state.counts.acknowledge.saturating_record(took);
+            }
+        }
+        self.leaving.len() < before
+    }
+
+    /// Unmaps a slab, and tells the broker. Says how long it took to acknowledge that, if it did, microseconds.
+    fn unmap(&mut self, leaving: Leaving) -> Option<u64> {
+        // Until then it is held, as who resumes the session tells the broker.
+        let slab = self.leases.state.lock().slabs.remove(leaving.slab)?;
+        let (key, draining, hold) = (slab.key?, slab.draining?, slab.hold);
         // Unmaps before anyone is told.
-        drop(gone);
+        drop(slab);
         if !leaving.revoked {
             if hold == Hold::Own {
                 self.released.push(key.lease);
             }
-            return true;
+            return None;
         }
         // Nobody waits for the acknowledgement of a lease that was refused.
-        if !draining.refused {
-            let took = micros_since(draining.since);
-            let mut state = self.leases.state.lock();
-            state.counts.acknowledge.saturating_record(took);
-            drop(state);
-            if let Some(session) = &self.leases.session {
-                session.acknowledge(key.lease, key.generation);
-            }
-            debug!(lease = %key.lease, took_us = took, "lease acknowledged");
+        if draining.refused {
+            return None;
         }
-        true
+        if let Some(session) = &self.leases.session {
+            session.acknowledge(key.lease, key.generation);
+        }
+        let took = micros_since(draining.since);
+        debug!(lease = %key.lease, took_us = took, "lease acknowledged");
+        Some(took)
     }
 }

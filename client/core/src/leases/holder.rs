@@ -73,6 +73,7 @@ pub(crate) trait Holder: Send + Sync {
     /// Takes what is moved out one step further.
     fn advance(&self) -> Progress;
 
-    /// Nothing in the slab is worth anything any more. It keeps nothing of the slab, and begins nothing with it.
-    fn forget(&self, slab: AreaId);
+    /// Nothing in these slabs is worth anything any more. It keeps nothing of them, and begins nothing with them. All at once: a
+    /// holder's lock is one that an engine takes all the time.
+    fn forget(&self, slabs: &[AreaId]);
 }

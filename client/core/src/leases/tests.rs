@@ -77,7 +77,7 @@ impl Holder for Notebook {
         }
     }
 
-    fn forget(&self, _: AreaId) {
+    fn forget(&self, _: &[AreaId]) {
         let mut told = self.told.lock();
         if told.last() != Some(&Told::Forget) {
             told.push(Told::Forget);

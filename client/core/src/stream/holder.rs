@@ -112,22 +112,26 @@ impl Holder for StreamHolder {
         Progress::Idle
     }
 
-    /// With a unit in it this means that the broker does not know the lease any more.
-    fn forget(&self, slab: AreaId) {
+    /// With a unit in one this means that the broker does not know its lease any more.
+    fn forget(&self, slabs: &[AreaId]) {
         let core = &self.0;
         let mut state = core.state.lock();
-        state.homes.asked_back(slab_id(slab), 0);
+        for slab in slabs {
+            state.homes.asked_back(slab_id(*slab), 0);
+        }
         let gone = state.take_vacated();
-        state.unused.retain(|unused| *unused != slab);
-        if let Some(unit) = state.homes.occupant(slab_id(slab)) {
-            // Its bytes may be another's by now: they are copied nowhere. One on its way has left, or arrives and leaves.
-            let _ = state.homes.set_live(unit, false);
-            let why = format!(
-                "the broker does not know the lease of a slab that unit {} is in; its bytes may be another's. Was the \
-                 broker's ledger lost?",
-                unit.0
-            );
-            core.lose(&mut state, why);
+        state.unused.retain(|unused| !slabs.contains(unused));
+        for slab in slabs {
+            if let Some(unit) = state.homes.occupant(slab_id(*slab)) {
+                // Its bytes may be another's by now: they are copied nowhere. One on its way has left, or arrives and leaves.
+                let _ = state.homes.set_live(unit, false);
+                let why = format!(
+                    "the broker does not know the lease of a slab that unit {} is in; its bytes may be another's. Was the \
+                     broker's ledger lost?",
+                    unit.0
+                );
+                core.lose(&mut state, why);
+            }
         }
         core.note(&state);
         drop(state);

@@ -47,11 +47,14 @@ struct Flags {
     /// Measure only what lookups take while others flood the broker.
     #[arg(long, conflicts_with = "write")]
     floods: bool,
+    /// Measure only what donors' demands take.
+    #[arg(long, conflicts_with_all = ["write", "floods"])]
+    demands: bool,
     /// Measure only blocks to and from a disk, in this directory of it.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["write", "floods"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["write", "floods", "demands"])]
     disk: Option<PathBuf>,
     /// Measure only restarts, and lookups through the tiers.
-    #[arg(long, conflicts_with_all = ["write", "floods", "disk"])]
+    #[arg(long, conflicts_with_all = ["write", "floods", "demands", "disk"])]
     tiers: bool,
     /// Flood the broker at `--socket` until killed. The bench starts processes that do.
     #[arg(long, hide = true, requires = "socket")]
@@ -93,6 +96,9 @@ fn run(flags: &Flags) -> Result<String> {
     }
     if flags.tiers {
         return Ok(text(flags, &tiers::run(flags.rounds.min(20))?));
+    }
+    if flags.demands {
+        return Ok(text(flags, &ownership::run(flags.rounds.min(200))?));
     }
     if flags.floods {
         return Ok(text(flags, &flooded(flags.rounds, &runtime)?));
