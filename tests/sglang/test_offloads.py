@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 from fakes import Noted, Store
@@ -66,6 +67,17 @@ def test_a_page_is_held_until_it_has_been_read(stage) -> None:
     assert stage.offloads.done == 0
     store.read = True
     assert stage.results(2) == [True, True]
+
+
+def test_a_store_that_is_over_is_let_go_of_though_no_other_comes(stage) -> None:
+    """Others find its pages from then on."""
+    held = weakref.ref(stage.stores.setdefault("last", Store()))
+    stage.offloads.add(job("last"))
+    assert stage.results(1) == [True]
+    # The twin: somebody holds it.
+    assert held() is not None
+    stage.stores.clear()
+    eventually("it to be let go of", lambda: held() is None)
 
 
 def test_no_more_pages_are_locked_than_may_be() -> None:

@@ -87,28 +87,34 @@ class Offloads:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            try:
-                jobs = [self._jobs.get(timeout=TICK_SECONDS)]
-            except queue.Empty:
-                self._quiet.attempt("the counters could not be read", self._tick)
-                continue
-            while jobs[-1] is not None:
-                try:
-                    jobs.append(self._jobs.get_nowait())
-                except queue.Empty:
-                    break
-            stores = [(job, self._begin(job)) for job in jobs if job is not None]
-            for job, store in stores:
-                placed = store is not None and self._quiet.attempt("a store did not end", _placed, store) is True
-                with self._lock:
-                    self._pages -= job.pages
-                self._results.append(placed)
-                self._jobs.task_done()
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """One batch of jobs; False after the last. What it holds goes when it returns: others find the pages of a store
+        once nobody holds it, and the next job may be long in coming."""
+        try:
+            jobs = [self._jobs.get(timeout=TICK_SECONDS)]
+        except queue.Empty:
             self._quiet.attempt("the counters could not be read", self._tick)
-            if jobs[-1] is None:
-                self._jobs.task_done()
-                return
+            return True
+        while jobs[-1] is not None:
+            try:
+                jobs.append(self._jobs.get_nowait())
+            except queue.Empty:
+                break
+        stores = [(job, self._begin(job)) for job in jobs if job is not None]
+        for job, store in stores:
+            placed = store is not None and self._quiet.attempt("a store did not end", _placed, store) is True
+            with self._lock:
+                self._pages -= job.pages
+            self._results.append(placed)
+            self._jobs.task_done()
+        self._quiet.attempt("the counters could not be read", self._tick)
+        if jobs[-1] is None:
+            self._jobs.task_done()
+            return False
+        return True
 
     def _begin(self, job: Job) -> Store | None:
         if job.mark is None:
