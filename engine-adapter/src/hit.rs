@@ -41,6 +41,13 @@ impl Hit {
         self.found.as_ref().map_or(0, cache::Hit::own_blocks)
     }
 
+    /// Blocks right behind that come from a disk, and within how many milliseconds.
+    #[getter]
+    fn coming(&self) -> (u32, u64) {
+        let coming = (self.found.as_ref()).map_or_else(Default::default, cache::Hit::coming);
+        (coming.blocks, coming.within.as_millis() as u64)
+    }
+
     #[pyo3(signature = (blocks, after = None))]
     fn load(
         &self,

@@ -48,8 +48,8 @@ class Load:
 
 
 class Hit:
-    def __init__(self, blocks: int, own: int | None = None) -> None:
-        self.blocks, self.own_blocks = blocks, blocks if own is None else own
+    def __init__(self, blocks: int, own: int | None = None, coming: tuple[int, int] = (0, 0)) -> None:
+        self.blocks, self.own_blocks, self.coming = blocks, blocks if own is None else own, coming
 
     def __len__(self) -> int:
         return self.blocks
@@ -63,6 +63,8 @@ class Cache:
         self.asked: list[bool] = []
         self.takes: Any = lambda: None
         """Called by each lookup that asks."""
+        self.coming = (0, 0)
+        """What a lookup says of a disk."""
 
     def lookup(self, hashes: bytes, *, ask: bool = True) -> Hit:
         self.asked.append(ask)
@@ -70,7 +72,7 @@ class Cache:
             self.takes()
         keys = [hashes[at : at + KEY] for at in range(0, len(hashes), KEY)]
         found = next((at for at, key in enumerate(keys) if key not in self.known), len(keys))
-        return Hit(found)
+        return Hit(found, coming=self.coming)
 
 
 class Store:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sglang
 from sglang.srt.arg_groups import model_override_base
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -47,6 +48,10 @@ CALLERS = {
     # Events are the tree's alone: a linker could add to them if this asked it.
     "KV events": UnifiedRadixCache.take_events,
     "a flush": Scheduler.flush_cache,
+    # Requests that wait for a disk are matched before their turn, as SGLang does, and left out of a batch.
+    "how a batch is formed": Scheduler._get_new_batch_prefill_raw,
+    "how a prefix is matched": Req.init_next_round_input,
+    "matched before its turn": Scheduler._prefetch_kvcache,
     "the batch that is waited for": TpModelWorker.set_hicache_consumer,
     # Who waits for a layer, and what a page is.
     "the counter of a pool": KVCache.register_layer_transfer_counter,

@@ -298,6 +298,11 @@ class Hit:
         """How many of the first blocks are this cache's own. A load of these, once started with nothing `missing`, fails only if
         a copy does."""
 
+    @property
+    def coming(self) -> tuple[int, int]:
+        """Blocks right behind those found that are on their way from a disk into host memory: a lookup that is asked again soon
+        finds them. And how long that may take, milliseconds, 0 when nobody knows."""
+
     def load(self, blocks: Sequence[int], after: Mark | None = None) -> Load:
         """Queues the copies of its first blocks into the pool, layer by layer, and returns at once.
 

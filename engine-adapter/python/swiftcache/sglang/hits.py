@@ -68,6 +68,16 @@ class Hits:
             return held.hit
         return self._find(keys)
 
+    def coming(self, request: str) -> tuple[int, int]:
+        """Pages behind what the last lookup of the request found that are on their way from a disk, and within how many
+        milliseconds."""
+        held = self._held.get(request)
+        return held.hit.coming if held is not None else (0, 0)
+
+    def drop(self, request: str) -> None:
+        """The next lookup of the request is asked anew."""
+        self._held.pop(request, None)
+
     def let_go(self) -> None:
         """Lets go of what has been kept for long enough."""
         now = self._clock()

@@ -24,13 +24,14 @@ from swiftcache.engine.keys import Keys
 from swiftcache.engine.opener import CacheOpener
 from swiftcache.engine.quiet import Quiet, logger
 from swiftcache.engine.settings import Settings
-from swiftcache.sglang import safety, weights
+from swiftcache.sglang import safety, waits, weights
 from swiftcache.sglang.facts import facts, groups, ranks_here
 from swiftcache.sglang.gate import LayerGate
 from swiftcache.sglang.hits import Hits
 from swiftcache.sglang.layout import gates, layout_of
 from swiftcache.sglang.metrics import Shown
 from swiftcache.sglang.offloads import Job, Offloads
+from swiftcache.sglang.waits import DiskWaits
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import PoolTransfer
@@ -90,6 +91,10 @@ class SwiftCacheLinker(UnifiedCacheLinker):
         labels = {"model_name": str(server_args.served_model_name), "tp_rank": str(ranks.tp)}
         self._shown = Shown(labels, enabled=params.enable_metrics)
         self._hits = Hits(self._cache, self._keys, self._quiet, patience=settings.lookup_ms / 1e3)
+        self.waits: DiskWaits | None = None
+        """Requests that wait for a disk."""
+        if settings.disk_ms and settings.share:
+            self.waits = self._waits_for_disk(settings.disk_ms)
         self.layer_done_counter = LayerGate(gates(layout), self._computing, self._quiet)
         # For copies of indices: the engine's own streams may be busy for long.
         self._aside = torch.cuda.Stream(device) if self._cuda else None
@@ -145,12 +150,31 @@ class SwiftCacheLinker(UnifiedCacheLinker):
         return load, safe and not self._waits and self.layer_done_counter.proven
 
     def _all_ranks(self, good: bool) -> bool:
+        return self._reduced([int(good)], dist.ReduceOp.MIN) == [1]
+
+    def _reduced(self, numbers: list[int], by: Any) -> list[int]:
         if not self._groups:
-            return good
-        verdict = torch.tensor([int(good)], dtype=torch.int)
+            return numbers
+        reduced = torch.tensor(numbers, dtype=torch.int)
         for group in self._groups:
-            dist.all_reduce(verdict, op=dist.ReduceOp.MIN, group=group)
-        return bool(verdict.item())
+            dist.all_reduce(reduced, op=by, group=group)
+        return reduced.tolist()
+
+    def _waits_for_disk(self, disk_ms: int) -> DiskWaits | None:
+        if not waits.serve(SwiftCacheLinker):
+            logger.warning(
+                "SwiftCache: this SGLang forms its batches in another way: no request waits for pages on a disk"
+            )
+            return None
+        return DiskWaits(
+            self._hits.coming,
+            disk_ms=disk_ms,
+            together=lambda numbers: self._reduced(numbers, dist.ReduceOp.MAX),
+        )
+
+    def ask_anew(self, rid: str) -> None:
+        """The next lookup of a request is not answered by what was found a moment ago."""
+        self._hits.drop(rid)
 
     def start_layer_wise_loading(self) -> int:
         if not self._queued:
