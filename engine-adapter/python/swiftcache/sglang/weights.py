@@ -2,7 +2,7 @@
 
 SGLang has its caches flushed after an update, unless it is asked not to. Then it serves old KV on new weights, as was
 asked for; what must not happen is that other engines, which still have the old weights, are given KV of the new ones.
-No hook of a linker says that weights have changed, so this is the one place where SGLang's own code is wrapped.
+No hook of a linker says that weights have changed, so SGLang's own code is wrapped here, as it is in `waits` only.
 """
 
 from __future__ import annotations
