@@ -122,11 +122,13 @@ def test_what_dies_with_its_donor_is_known(engine, node, donors) -> None:
 
 def test_what_a_broker_does_not_know_any_more_is_known(engine, node) -> None:
     """It is told again what there is. Until then nothing is found there by others, and a router knows that."""
-    before = pause(engine, node)
+    pause(engine, node)
+    before = names(node)
     node.kill_broker()
     node.start_broker(estate_ttl_ms=3_600_000)
     eventually("the engine to be back", lambda: engine.ask("leased"))
-    eventually("the blocks to be back", lambda: index(node) >= before)
+    # The kind of memory may have changed: blocks go back to HBM whenever donors have room, also in a pause.
+    eventually("the blocks to be back", lambda: names(node) >= before)
     assert pause(engine, node)
 
 
