@@ -35,8 +35,9 @@ package: setup
 	deploy/release/package.sh $(BUILT) target/packages
 
 ## Every check and every test.
+# All targets at once, so that nothing is compiled twice: the tests turn on features of what programs share with them.
 test: setup check
-	$(CARGO) build --workspace --bins --locked
+	$(CARGO) build --workspace --all-targets --locked
 	$(CARGO) test --workspace --locked
 	$(MAKE) test-python
 	$(MAKE) test-vllm
@@ -53,8 +54,8 @@ quick: setup
 ## The fault suites for as long as SOAK_SECONDS says, each, by the seed of SWIFTCACHE_FAULT_SEED.
 SOAK_SECONDS ?= 300
 soak:
-	$(CARGO) build --workspace --bins --locked
-	SWIFTCACHE_FAULT_SECONDS=$(SOAK_SECONDS) $(CARGO) test -p swiftcache-tests --locked --no-fail-fast \
+	$(CARGO) build --workspace --all-targets --locked
+	SWIFTCACHE_FAULT_SECONDS=$(SOAK_SECONDS) $(CARGO) test --workspace --locked --no-fail-fast \
 		--test kill --test many --test garbage --test revoke_load --test fake_broker --test exhaustion \
 		--test unknown_outcomes --test lender --test tenants
 	PROPTEST_CASES=4096 $(CARGO) test -p swiftcache-broker --locked --lib core::

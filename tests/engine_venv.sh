@@ -18,7 +18,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
 fi
 for program in swiftcache-broker swiftcache; do
     if [ ! -x "target/debug/$program" ]; then
-        "${CARGO:-cargo}" build --workspace --bins --locked
+        "${CARGO:-cargo}" build --workspace --all-targets --locked
     fi
 done
 env -u CONDA_PREFIX VIRTUAL_ENV="$venv" "$venv/bin/maturin" develop --quiet --skip-install --locked \

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 venv=$(engine-adapter/tests/venv.sh)
 for program in swiftcache-broker swiftcache; do
     if [ ! -x "target/debug/$program" ]; then
-        "${CARGO:-cargo}" build --workspace --bins --locked
+        "${CARGO:-cargo}" build --workspace --all-targets --locked
     fi
 done
 env -u CONDA_PREFIX VIRTUAL_ENV="$venv" "$venv/bin/maturin" develop --quiet --locked --manifest-path engine-adapter/Cargo.toml

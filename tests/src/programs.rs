@@ -24,7 +24,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
         }
     }
     bail!(
-        "{name} is not built beside {}: run `make test`, or `cargo build --workspace --bins` first",
+        "{name} is not built beside {}: run `make test`, or `cargo build --workspace --all-targets` first",
         test.display()
     )
 }

@@ -5,6 +5,7 @@ the same tokens as with vLLM's own caching, whatever happens to loads. Tests run
 from __future__ import annotations
 
 import lab as of
+import models
 import pytest
 from donors import corrupt
 from neighbours import Tenant, donate
@@ -90,6 +91,51 @@ def test_a_pool_that_is_too_small_for_states(lab, broker) -> None:
     engine.ask("halve", on=False)
     engine.ask("repeat", on=True)
     assert others() > len(want) * 3 // 4, "with the first block's bytes in all that are loaded"
+    engine.ask("stop")
+    donor.kill()
+    donor.wait()
+
+
+GUESSES = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    "eagle": {"method": "eagle", "num_speculative_tokens": 2},
+}
+
+
+def speculating(engine) -> dict[str, dict]:
+    """Prompts that repeat themselves, so that there is something to guess, of several windows."""
+    prompts = {
+        f"guess-{number}": of.tokens(f"guess-{number}", 24) * 7 + of.tokens(f"guess-end-{number}", 3 + number)
+        for number in range(3)
+    }
+    return engine.generate(prompts, 40) | engine.generate(of.shared_prefix(), of.ANSWER)
+
+
+@pytest.mark.parametrize("name, how", [("gemma3", "ngram"), ("gptoss", "eagle")])
+def test_guesses(lab, broker, name, how) -> None:
+    """Tokens that are guessed and taken back leave nothing wrong in what is kept of any group."""
+    guess = GUESSES[how] | ({"model": str(models.make("eagle", of.HOME / "models"))} if how == "eagle" else {})
+    options = {"speculative_config": guess, "max_model_len": 1024}
+    donor = donate(broker, slabs=32)
+    want = lab.want("b", speculating, model=name, **options)
+    engine = lab.engine("b")
+    of.connect(engine, broker, model=name, **options)
+    of.matching(want, lambda: speculating(engine))
+
+    def warm() -> dict[str, dict]:
+        engine.ask("overwrite")
+        return speculating(engine)
+
+    results = of.matching(want, warm)
+    assert of.cached(results) >= len(want) * 200 // of.BLOCK // 2 * of.BLOCK
+    engine.ask("halve", on=True)
+    of.matching(want, warm)
+    assert engine.ask("held")["workers"][0]["spoiled"] > 0
+    assert nothing_held(engine)
+    # The twin: the first block's bytes in all that are loaded.
+    engine.ask("halve", on=False)
+    engine.ask("repeat", on=True)
+    assert of.said(warm()) != want
     engine.ask("stop")
     donor.kill()
     donor.wait()

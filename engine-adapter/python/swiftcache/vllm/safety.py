@@ -161,12 +161,15 @@ def check_several(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> 
                 f"SwiftCache serves state in --mamba-cache-mode align, not {spec.mamba_cache_mode}: in other modes "
                 "vLLM does not say which block has the state at the end of a prefix"
             )
+        if getattr(config, "speculative_config", None) is not None:
+            raise ValueError(
+                "SwiftCache does not serve speculative decoding where a layer keeps state (Mamba, GDN): drop "
+                "--speculative-config"
+            )
     odd = {type(spec) for group in kv.prefix_cacheable_groups for spec in iter_layer_specs(group.kv_cache_spec)}
     if odd := odd.difference((FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)):
         names = ", ".join(sorted(kind.__name__ for kind in odd))
         raise ValueError(f"SwiftCache does not serve {names} where {model}")
-    if getattr(config, "speculative_config", None) is not None or any(g.is_eagle_group for g in kv.kv_cache_groups):
-        raise ValueError(f"SwiftCache does not serve speculative decoding where {model}. {helps}")
     if settings.stream_bytes:
         raise ValueError(f"SwiftCache does not serve the setting stream_bytes where {model}: drop it. {helps}")
     if settings.load == "sync":
