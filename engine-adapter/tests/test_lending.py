@@ -1,10 +1,16 @@
 """An engine lends parts of its pool while it does not use them, and gets them back after borrowers have let go."""
 
 import ctypes
-from collections.abc import Callable
+import pathlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
-from engine import LAYERS, Engine
+from engine import LAYERS, SLAB_BYTES, Engine
 from node import Node, eventually
 from swiftcache import Cache, Connection
 
@@ -116,3 +122,49 @@ def test_no_byte_is_lent_twice(lender: Engine) -> None:
     lender.cache.take_back([1])
     eventually("the loan", lambda: lender.cache.returned_loans() == [1])
     lender.cache.lend(1, [(address, size)])
+
+
+@contextmanager
+def doomed(node: Node) -> Iterator[subprocess.Popen[str]]:
+    """A lending engine that has just begun to take up its pool."""
+    program = pathlib.Path(__file__).with_name("doomed.py")
+    command = [sys.executable, str(program), node.socket]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as one:
+        try:
+            assert one.stdin is not None and one.stdout is not None
+            assert one.stdout.readline() == "ready\n"
+            one.stdin.write("go\n")
+            one.stdin.flush()
+            yield one
+        finally:
+            one.kill()
+
+
+def test_an_engine_killed_at_any_moment_from_taking_up_its_pool_on_leaves_nothing(
+    node: Node, engine: Callable[..., Engine]
+) -> None:
+    node.start_donor("SIM-2", 4, SLAB_BYTES)
+    survivor = engine(slabs=1, device="SIM-0")
+    assert survivor.store([1, 2, 3])["stored"] == 3
+
+    def left() -> tuple[int, int, int, int]:
+        status = node.status()
+        total = status["total"]
+        return status["sessions"], total["offered"], total["leased"], total["zombie"]
+
+    alone = left()
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    began = time.monotonic()
+    with doomed(node) as one:
+        assert one.stdout is not None and one.stdout.readline() == "all done once\n"
+        life = time.monotonic() - began
+        assert left()[0] > alone[0], "the broker knows it while it lives"
+    for _ in range(20):
+        with doomed(node) as one:
+            # The moment decides nothing about what must hold.
+            time.sleep(moments.uniform(0, life))
+            one.kill()
+        eventually("everything of the dead engine to be gone", lambda: left() == alone)
+        assert survivor.fetch([1, 2, 3]) == []
