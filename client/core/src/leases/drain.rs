@@ -336,40 +336,39 @@ impl Drains<'_> {
                 false
             });
         }
-        let took: Vec<u64> = (gone.into_iter())
-            .filter_map(|leaving| self.unmap(leaving))
-            .collect();
-        if !took.is_empty() {
-            let mut state = self.leases.state.lock();
-            for took in took {
-                state.counts.acknowledge.saturating_record(took);
-            }
+        for leaving in gone {
+            self.unmap(leaving);
         }
         self.leaving.len() < before
     }
 
-    /// Unmaps a slab, and tells the broker. Says how long it took to acknowledge that, if it did, microseconds.
-    fn unmap(&mut self, leaving: Leaving) -> Option<u64> {
+    /// Unmaps a slab, and tells the broker.
+    fn unmap(&mut self, leaving: Leaving) {
         // Until then it is held, as who resumes the session tells the broker.
-        let slab = self.leases.state.lock().slabs.remove(leaving.slab)?;
-        let (key, draining, hold) = (slab.key?, slab.draining?, slab.hold);
+        let Some(slab) = self.leases.state.lock().slabs.remove(leaving.slab) else {
+            return;
+        };
+        let (Some(key), Some(draining), hold) = (slab.key, slab.draining, slab.hold) else {
+            return;
+        };
         // Unmaps before anyone is told.
         drop(slab);
         if !leaving.revoked {
             if hold == Hold::Own {
                 self.released.push(key.lease);
             }
-            return None;
+            return;
         }
         // Nobody waits for the acknowledgement of a lease that was refused.
         if draining.refused {
-            return None;
+            return;
         }
+        let took = micros_since(draining.since);
+        // Before the donor can have its memory: who has it back finds this counted.
+        (self.leases.state.lock().counts.acknowledge).saturating_record(took);
         if let Some(session) = &self.leases.session {
             session.acknowledge(key.lease, key.generation);
         }
-        let took = micros_since(draining.since);
         debug!(lease = %key.lease, took_us = took, "lease acknowledged");
-        Some(took)
     }
 }
