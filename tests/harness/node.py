@@ -125,6 +125,11 @@ class Node:
                 blocks = blocks - its if change["removed"] else blocks | its
         return blocks
 
+    def forget(self, namespace: str) -> None:
+        """Drops what engines that are gone have left in this namespace."""
+        command = [self.programs / "swiftcache", "forget", "--yes", "--socket", self.socket, "--namespace", namespace]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=120)
+
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:
         """Makes a donor ask for all of its memory back. The donor exits when it has it."""
         os.kill(donor.pid, signal.SIGTERM)

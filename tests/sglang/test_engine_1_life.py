@@ -303,3 +303,38 @@ def test_an_engine_that_is_killed_gives_back_what_it_had(engine, node, want) -> 
     of.connect(engine, node, **LIFE)
     again(engine, want)
     everything_is_found(engine, want)
+
+
+KEPT = 3_600_000
+"""An estate's time, milliseconds: longer than any test."""
+
+
+@pytest.mark.parametrize("survives", [True, False], ids=["kept", "twin-with-the-broker"])
+def test_an_engine_that_is_killed_while_it_stores_comes_back_warm(engine, node, donors, want, survives) -> None:
+    """What it had published waits for it, unless the broker dies with it: then nobody can say what is in the slabs."""
+    node.kill_broker()
+    node.start_broker(estate_ttl_ms=KEPT)
+    eventually("the engine to be back", lambda: engine.native("connected"))
+    eventually("a lease", engine.leased)
+    again(engine, want)
+    everything_is_found(engine, want)
+    fresh = {f"{survives}-{number}": of.tokens(f"{survives}-{number}", 450) for number in range(30)}
+    with pytest.raises(EngineError), of.Meanwhile(lambda: engine.generate(fresh, of.ANSWER, at_once=False)):
+        stored = engine.native("stored_blocks")
+        eventually("stores under way", lambda: engine.native("stored_blocks") > stored)
+        if not survives:
+            node.kill_broker()
+        engine.kill()
+    if survives:
+        eventually("an estate", lambda: node.status()["total"]["estate"])
+    else:
+        node.start_broker(estate_ttl_ms=KEPT)
+        eventually("the donor to be back", lambda: node.status()["total"]["offered"])
+        eventually("all to be free", lambda: not node.status()["leases"])
+    of.connect(engine, node, **LIFE)
+    results = engine.generate(of.evicting(), of.ANSWER, at_once=False)
+    of.right(results, want)
+    assert of.cached(results) == (sum(map(pages, of.evicting().values())) if survives else 0)
+    if survives:
+        eventually("it to inherit", lambda: node.status()["counters"]["inherited_leases"])
+    everything_is_found(engine, want)

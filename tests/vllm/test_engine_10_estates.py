@@ -4,11 +4,18 @@ SwiftCache.
 
 from __future__ import annotations
 
+import os
+import signal
+
 import lab as of
 import pytest
 from neighbours import SLAB, Tenant, donate
 from node import Node, eventually
 from test_engine_3_lending import nudge
+
+KEPT = 3_600_000
+"""An estate's time, milliseconds: longer than any test."""
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def whole_blocks() -> int:
     return sum((len(prompt) - 1) // of.BLOCK for prompt in prompts().values())
 
 
-@pytest.mark.parametrize("ttl_ms", [3_600_000, 0], ids=["kept", "not-kept"])
+@pytest.mark.parametrize("ttl_ms", [KEPT, 0], ids=["kept", "not-kept"])
 def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_ms) -> None:
     want = lab.want("killed")
     bare_node.start_broker(estate_ttl_ms=ttl_ms)
@@ -72,4 +79,51 @@ def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_
     else:
         # The twin: only what the four have in common, and find in vLLM's own cache.
         assert of.cached(results) <= 4 * 200
+    second.ask("stop")
+
+
+def test_two_ranks_come_back_warm_where_each_has_an_heir(lab, bare_node) -> None:
+    """They are killed, both at once, and started again; then stopped, and started again without what one has left."""
+    want = lab.want("b", **RANKS)
+    bare_node.start_broker(estate_ttl_ms=KEPT)
+    donate(bare_node)
+
+    def namespaces(borrower: str) -> set[str]:
+        return {row["namespace"] for row in bare_node.status()["leases"] if row["borrower"].startswith(borrower)}
+
+    def answers(engine) -> int:
+        """Checks its tokens. Returns how many blocks of all prompts were found."""
+        results = engine.generate(prompts(), of.ANSWER)
+        assert of.said(results).items() <= want.items()
+        return of.cached(results) // of.BLOCK
+
+    first = lab.engine("killed")
+    of.connect(first, bare_node, connector={"load": "sync"}, **RANKS)
+    cold = answers(first)
+    assert cold < whole_blocks()
+    first.ask("settle")
+    ranks = {worker["namespace"] for worker in first.ask("held")["workers"]}
+    first.ask("add", name="last", tokens=of.tokens("last", 400), max_tokens=of.ANSWER)
+    first.ask("step", count=2)
+    pids = {row["pid"] for row in bare_node.status()["leases"]}
+    assert len(pids) == len(ranks) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    lab.kill("killed")
+    eventually("an estate of each", lambda: namespaces("(gone)") == ranks)
+
+    second = lab.engine("b")
+    of.connect(second, bare_node, connector={"load": "sync"}, **RANKS)
+    assert answers(second) == whole_blocks()
+    eventually("both to inherit", lambda: not namespaces("(gone)") and namespaces("") == ranks)
+
+    second.ask("stop")
+    eventually("an estate of each, again", lambda: namespaces("(gone)") == ranks)
+    bare_node.forget(max(ranks))
+    assert namespaces("(gone)") == {min(ranks)}
+    of.connect(second, bare_node, connector={"load": "sync"}, **RANKS)
+    assert answers(second) == cold, "what one rank has is no block"
+    second.ask("settle")
+    assert second.ask("reset")
+    assert answers(second) == whole_blocks(), "beside what is inherited, the other rank has stored its own"
     second.ask("stop")
