@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use swiftcache_proto::domain::{
-    AllocationId, Handle, LeaseClass, LeaseId, RegionId, RevokeReason, SessionId,
+    AllocationId, DeviceUuid, Handle, LeaseClass, LeaseId, RegionId, RevokeReason, SessionId,
 };
 
 use super::{
@@ -137,6 +137,24 @@ impl Books {
         let label = id.label();
         if self.sessions.labelled(&label).next().is_none() {
             self.regions.drain_donor(&label, false);
+        }
+    }
+
+    /// The number of a device that can lend memory. A disk is refused as one that lends none.
+    pub(super) fn lends(&self, uuid: &DeviceUuid) -> Result<usize, Refusal> {
+        let is_disk = |uuid: &DeviceUuid| {
+            let mut disks = self.disks.iter();
+            disks.any(|(_, disk)| disk.name() == uuid.as_str())
+        };
+        match self.devices.number(uuid) {
+            Err(_) if is_disk(uuid) => Err(Refusal::Invalid {
+                field: "device_uuid",
+                problem: format!(
+                    "is {uuid}, a disk, and no memory of a disk is lent: end its `swiftcache donate` to take it out of use; what is in \
+                     its file comes back with the next one"
+                ),
+            }),
+            number => number,
         }
     }
 

@@ -85,8 +85,8 @@ pub use recorded::Recorded;
 pub use restore::LedgerError;
 pub use state::State;
 pub use views::{
-    DeviceView, DiskView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView, SessionView,
-    WithdrawPreview,
+    BlocksGone, DeviceView, DiskView, HoldView, LeasePhase, LeaseView, NamespaceView, RegionView,
+    SessionView, WithdrawPreview,
 };
 pub use watching::{Sight, Watched, Watcher};
 pub use withdrawal::Need;

@@ -67,7 +67,7 @@ fn targeted(books: &Books, target: &DrainTarget) -> Result<Vec<RegionKey>, Refus
     };
     match target {
         DrainTarget::Device(uuid) => {
-            let device = books.devices.number(uuid)?;
+            let device = books.lends(uuid)?;
             let regions = books.regions.iter();
             let here = regions.filter(|(_, region)| region.device() == device);
             Ok(here.map(|(key, _)| key).collect())

@@ -1,5 +1,7 @@
 //! The broker's state machine, and the one way to change it.
 
+use std::collections::BTreeSet;
+
 use swiftcache_proto::domain::{LeaseId, Link, RegionId, SessionId};
 
 use super::{
@@ -27,11 +29,11 @@ use super::{
     scrubs::scrubbed,
     sharing::{Giving, release, share},
     views::{
-        self, DeviceView, DiskView, LeaseView, NamespaceView, RegionView, SessionView,
+        self, BlocksGone, DeviceView, DiskView, LeaseView, NamespaceView, RegionView, SessionView,
         WithdrawPreview,
     },
     watching::{self, Watched, Watcher},
-    withdrawal::{Need, preview, withdraw},
+    withdrawal::{Need, blocks_gone, host_left, preview, withdraw},
 };
 
 /// The most things a debug build checks after every event; larger states would make every event cost as much as the
@@ -272,6 +274,10 @@ impl State {
     pub fn preview_withdraw(&self, need: &Need) -> Result<WithdrawPreview, Refusal> {
         let books = &self.books;
         let (regions, leases) = preview(books, need)?;
+        let of_disks = leases.iter().map(|key| books.leases.get(*key).terms());
+        let of_disks = of_disks.filter(|terms| books.disks.get(terms.lessee).is_some());
+        let disk_bytes = of_disks.map(|terms| terms.bytes).sum();
+        let host_left_bytes = host_left(books, &regions);
         let leases = leases.into_iter().map(|key| (key, books.leases.get(key)));
         let regions = regions.into_iter().map(|key| (key, books.regions.get(key)));
         Ok(WithdrawPreview {
@@ -281,7 +287,15 @@ impl State {
             leases: leases
                 .map(|(key, lease)| views::lease(books, key, lease))
                 .collect(),
+            disk_bytes,
+            host_left_bytes,
         })
+    }
+
+    /// What of a lease's blocks nobody would find in memory without the leases of `going`, of which it is one. A block that lies in
+    /// several of them counts in the first of them.
+    pub fn blocks_gone(&self, lease: LeaseId, going: &BTreeSet<LeaseId>) -> BlocksGone {
+        blocks_gone(&self.books, lease, going)
     }
 
     /// Whether the caller speaks for its session.

@@ -234,6 +234,19 @@ pub struct WithdrawPreview {
     pub regions: Vec<RegionView>,
     /// The leases that are not being revoked yet.
     pub leases: Vec<LeaseView>,
+    /// Of the leases' bytes: those of disks' agents.
+    pub disk_bytes: u64,
+    /// Host memory that would stay on offer, of all NUMA nodes, without what is drained, bytes.
+    pub host_left_bytes: u64,
+}
+
+/// Blocks that nobody would find in memory without some leases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlocksGone {
+    /// Those that would be found nowhere.
+    pub lost: u64,
+    /// Those that would be found on a disk of their tenant only.
+    pub on_disk: u64,
 }
 
 /// The devices that matter to people: host memory is one once some of it is on offer.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use swiftcache_proto::domain::{DeviceUuid, RegionId, RevokeReason, SessionId};
+use swiftcache_proto::domain::{DeviceUuid, LeaseId, Medium, RegionId, RevokeReason, SessionId};
 
 use super::{
     arena::{LeaseKey, RegionKey},
@@ -12,6 +12,7 @@ use super::{
     record::Record,
     returning::return_region,
     revocation::revoke,
+    views::BlocksGone,
 };
 
 /// Memory that a device needs back.
@@ -132,7 +133,7 @@ pub(super) fn preview(
     books: &Books,
     need: &Need,
 ) -> Result<(Vec<RegionKey>, Vec<LeaseKey>), Refusal> {
-    let device = books.devices.number(&need.device)?;
+    let device = books.lends(&need.device)?;
     let bytes = need_of(need.bytes)?;
     let candidates = match &need.donor {
         None => books.regions.iter().map(|(key, _)| key).collect(),
@@ -152,6 +153,45 @@ pub(super) fn preview(
     let active = leased.filter(|key| books.leases.get(*key).is_active());
     let leases = active.collect();
     Ok((chosen, leases))
+}
+
+/// What of a lease's blocks nobody finds in memory without the leases of `going`, of which it is one. A block that lies in several of
+/// them counts in the first of them.
+pub(super) fn blocks_gone(books: &Books, id: LeaseId, going: &BTreeSet<LeaseId>) -> BlocksGone {
+    let mut gone = BlocksGone::default();
+    let Some((key, lease)) = books.leases.find(id) else {
+        return gone;
+    };
+    let terms = lease.terms();
+    let namespace = books.index.namespace(terms.namespace);
+    let disks = || books.disks.of(namespace.tenant());
+    for (_, hash) in books.index.blocks_in(key) {
+        let copies = books.index.find(terms.namespace, hash);
+        let mut copies = copies.map(|at| books.leases.get(at.lease).terms().id);
+        if copies.any(|copy| copy < id || !going.contains(&copy)) {
+            continue;
+        }
+        let kept = disks().any(|(_, disk)| {
+            disk.has(namespace.name(), hash)
+                && disk.block_bytes(namespace.name()) == Some(terms.block_bytes)
+        });
+        match kept {
+            true => gone.on_disk += 1,
+            false => gone.lost += 1,
+        }
+    }
+    gone
+}
+
+/// Bytes of host memory on offer that a borrower could be lent if these regions were gone.
+pub(super) fn host_left(books: &Books, going: &[RegionKey]) -> u64 {
+    let left = books.regions.iter().filter(|(key, region)| {
+        books.devices.medium(region.device()) == Medium::Host
+            && !region.is_withdrawing()
+            && !books.regions.is_drained(*key)
+            && !going.contains(key)
+    });
+    left.map(|(_, region)| region.bytes()).sum()
 }
 
 /// Sends a region on its way back: revokes its leases, and returns it once nobody holds a slab of it.

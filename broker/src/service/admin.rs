@@ -21,8 +21,8 @@ use super::{
 use crate::{
     authority::Operators,
     core::{
-        DrainTarget, Event, EvictTarget, Forget, HoldDemand, HoldId, LeaseView, NamespaceView,
-        Need, QuotaTarget, RegionView, Reply, SessionView, SetQuota, State,
+        BlocksGone, DrainTarget, Event, EvictTarget, Forget, HoldDemand, HoldId, LeaseView,
+        NamespaceView, Need, QuotaTarget, RegionView, Reply, SessionView, SetQuota, State,
     },
     error::Refused,
     events::Wanted,
@@ -171,7 +171,7 @@ impl AdminService {
         }
     }
 
-    fn do_preview_withdraw(
+    async fn do_preview_withdraw(
         &self,
         request: &v1::PreviewWithdrawRequest,
     ) -> Result<v1::PreviewWithdrawResponse, Refused> {
@@ -185,7 +185,16 @@ impl AdminService {
         };
         let started = self.owner.started_unix_ms();
         let preview = self.owner.read(|state| state.preview_withdraw(&need))?;
-        Ok(view::preview(preview, started))
+        let going = preview.leases.iter().map(|lease| lease.id).collect();
+        let mut gone = BlocksGone::default();
+        // One lease at a time: others have their turn in between.
+        for lease in &preview.leases {
+            let its = self.owner.read(|state| state.blocks_gone(lease.id, &going));
+            gone.lost += its.lost;
+            gone.on_disk += its.on_disk;
+            tokio::task::yield_now().await;
+        }
+        Ok(view::preview(preview, gone, started))
     }
 
     async fn do_set_quota(
@@ -569,7 +578,7 @@ impl Admin for AdminService {
         let _turn = self.turn(&request).await;
         let _timer = self.owner.metrics().time("PreviewWithdraw");
         let request = request.into_inner();
-        Ok(Response::new(self.do_preview_withdraw(&request)?))
+        Ok(Response::new(self.do_preview_withdraw(&request).await?))
     }
 
     async fn set_quota(

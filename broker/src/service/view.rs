@@ -8,8 +8,8 @@ use swiftcache_proto::{
 
 use crate::{
     core::{
-        Account, Counters, DeviceView, DiskView, LeasePhase, LeaseView, NamespaceView, QuotaTarget,
-        RegionView, SessionView, State, WithdrawPreview,
+        Account, BlocksGone, Counters, DeviceView, DiskView, LeasePhase, LeaseView, NamespaceView,
+        QuotaTarget, RegionView, SessionView, State, WithdrawPreview,
     },
     owner::Reports,
     probe::LeftOut,
@@ -240,7 +240,11 @@ pub(super) fn quota((target, bytes): (QuotaTarget, u64)) -> v1::QuotaStatus {
 }
 
 /// `started` as for [`session`].
-pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWithdrawResponse {
+pub(super) fn preview(
+    preview: WithdrawPreview,
+    gone: BlocksGone,
+    started: u64,
+) -> v1::PreviewWithdrawResponse {
     let bytes = |of: &dyn Fn(&RegionView) -> bool| {
         let regions = preview.regions.iter().filter(|region| of(region));
         regions.map(|region| region.bytes).sum()
@@ -249,12 +253,14 @@ pub(super) fn preview(preview: WithdrawPreview, started: u64) -> v1::PreviewWith
         let held = region.account;
         held.leased + held.working_set + held.estate + held.draining + held.zombie == 0
     };
-    let blocks = |lease: &LeaseView| u64::from(lease.published_blocks);
     v1::PreviewWithdrawResponse {
         bytes: bytes(&|_| true),
         idle_bytes: bytes(&idle),
         revoked_bytes: preview.leases.iter().map(|lease| lease.bytes).sum(),
-        lost_blocks: preview.leases.iter().map(blocks).sum(),
+        lost_blocks: gone.lost,
+        on_disk_blocks: gone.on_disk,
+        disk_bytes: preview.disk_bytes,
+        host_left_bytes: preview.host_left_bytes,
         working_set_bytes: (preview.leases.iter())
             .filter(|lease| !lease.class.is_cache())
             .map(|lease| lease.bytes)

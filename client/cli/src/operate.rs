@@ -1,6 +1,7 @@
 //! What operators do to a node: `drain`, `undrain`, `evict`, `forget`, `quota`, `preview`, `events`.
 
 use std::{
+    fmt::Write as _,
     io::{BufRead, IsTerminal, Write as _},
     path::PathBuf,
     time::Duration,
@@ -380,7 +381,7 @@ pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
             bytes: args.bytes,
             donor_label: args.donor.clone(),
         })?;
-    let text = format!(
+    let mut text = format!(
         "{}: {} would come back from {} regions, {} of it at once; {} leases with {} would be revoked, and {} blocks no longer found \
          unless they are moved",
         args.device,
@@ -391,6 +392,23 @@ pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
         bytes(done.revoked_bytes),
         done.lost_blocks
     );
+    if done.on_disk_blocks > 0 {
+        let _ = write!(
+            text,
+            "; {} more blocks would be found on a disk only",
+            done.on_disk_blocks
+        );
+    }
+    if done.disk_bytes > 0 {
+        let _ = write!(
+            text,
+            "; {} of the leases bring blocks back from a disk, where these stay",
+            bytes(done.disk_bytes)
+        );
+    }
+    if done.on_disk_blocks + done.disk_bytes > 0 && done.host_left_bytes == 0 {
+        text += "; nothing would come back from a disk until host memory is lent again";
+    }
     let document = json!({
         "device": args.device,
         "bytes": done.bytes,
@@ -399,6 +417,9 @@ pub(super) fn preview(args: &PreviewArgs) -> Result<(), CliError> {
         "revoked_leases": done.leases.len(),
         "revoked_bytes": done.revoked_bytes,
         "lost_blocks": done.lost_blocks,
+        "on_disk_blocks": done.on_disk_blocks,
+        "disk_bytes": done.disk_bytes,
+        "host_left_bytes": done.host_left_bytes,
     });
     answer(args.json, &text, &document)
 }
