@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rand::Rng;
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
+use serde_json::Value;
 use swiftcache_client::{
     cache::{BorrowerConfig, Hold, Medium},
     session::{Session, SessionConfig},
@@ -377,17 +378,28 @@ fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
 
 /// A command whose files lie on a small file system of its own in `dir`, where the system lets somebody mount one.
 fn on_a_small_disk(command: &Command, dir: &Path, bytes: u64) -> Result<Option<Command>> {
+    let mount = format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\"");
+    mounted(command, dir, &mount)
+}
+
+/// A command for which `dir` cannot be written, where the system lets somebody mount.
+fn on_a_read_only_disk(command: &Command, dir: &Path) -> Result<Option<Command>> {
+    let mount = "mount --bind \"$0\" \"$0\" && mount -o remount,bind,ro \"$0\" && exec \"$@\"";
+    mounted(command, dir, mount)
+}
+
+/// A command that a shell script starts (`exec "$@"`) which may mount at `dir` (`$0`), seen by nobody else.
+fn mounted(command: &Command, dir: &Path, mount: &str) -> Result<Option<Command>> {
     let root = &["--mount"][..];
     let user = &["--mount", "--user", "--map-current-user", "--keep-caps"];
     for how in [root, user] {
-        let mount = format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\"");
-        let inside = |script: &str| {
+        let inside = || {
             let mut inside = Command::new("unshare");
-            inside.args(how).args(["sh", "-c", script]).arg(dir);
+            inside.args(how).args(["sh", "-c", mount]).arg(dir);
             inside
         };
-        if inside(&mount).arg("true").output()?.status.success() {
-            let mut found = inside(&mount);
+        if inside().arg("true").output()?.status.success() {
+            let mut found = inside();
             found.arg(command.get_program()).args(command.get_args());
             return Ok(Some(found));
         }
@@ -503,6 +515,280 @@ fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     agent.signal(Signal::CONT)?;
     comes_back(&reader, &on_disk_only)?;
     on_disk(&operator, 44)?;
+    Ok(())
+}
+
+/// What is wrong with the disk, as its agent tells.
+fn problem(operator: &Operator) -> Result<String> {
+    let state = status(operator)?.and_then(|disk| disk.state);
+    Ok(state.context("the disk's state")?.problem)
+}
+
+/// Stores new conversations until `done`, each of which is found whatever becomes of the disk.
+fn store_until(
+    writer: &Engine,
+    newest: &mut u32,
+    what: &str,
+    done: impl Fn() -> Result<bool>,
+) -> Result<()> {
+    eventually(what, || {
+        *newest += 1;
+        store(writer, &sequence(*newest, 12))?;
+        ensure!(writer.fetch(&sequence(*newest, 12))?.served == 12);
+        done()
+    })
+}
+
+#[test]
+fn a_disk_that_takes_no_writes_any_more_is_read_and_takes_them_again_when_it_can() -> Result<()> {
+    // Two extents of 512 KiB, which are full: what is new would have to go where something is.
+    let dir = tempfile::tempdir()?;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 16)?;
+    let mut agent = disk(&node, dir.path(), 1_200 << 10)?;
+    let writer = borrower(&node, "writer", 4)?;
+    let mut newest = 1;
+    let evicted = || -> Result<bool> {
+        let state = status(&operator)?.and_then(|disk| disk.state);
+        Ok(state.is_some_and(|state| state.evicted_blocks > 0))
+    };
+    store_until(&writer, &mut newest, "the disk to be full", evicted)?;
+    let quiet = || {
+        eventually("nothing to be written", || {
+            Ok(status(&operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
+        })
+    };
+    quiet()?;
+    ensure!(problem(&operator)?.is_empty());
+    // The kernel refuses every write of the agent from here on. The agent holds the file open, so no mount can be made read-only.
+    let its = Pid::from_raw(i32::try_from(agent.pid())?);
+    let before = getrlimit(Resource::Fsize);
+    let none = Rlimit {
+        current: Some(0),
+        maximum: before.maximum,
+    };
+    prlimit(its, Resource::Fsize, none)?;
+    let refused = || Ok(problem(&operator)?.contains("cannot write to"));
+    store_until(&writer, &mut newest, "the disk to say so", refused)?;
+    quiet()?;
+    let failed = || -> Result<u64> {
+        let state = status(&operator)?.and_then(|disk| disk.state);
+        Ok(state.context("the disk's state")?.failed_blocks)
+    };
+    let mut again = |what: &str| -> Result<u64> {
+        let until = failed()? + 1;
+        store_until(&writer, &mut newest, what, || Ok(failed()? >= until))?;
+        quiet()?;
+        Ok(status(&operator)?.context("a disk")?.blocks)
+    };
+    // It is tried again now and then, and no block makes room for what is not written.
+    let kept = again("a second try")?;
+    ensure!(again("a third try")? == kept);
+    drop(writer);
+    eventually("memory without a block", || {
+        Ok(operator.node()?.indexed_blocks == 0)
+    })?;
+    // What lies on it comes back, every byte right.
+    let reader = borrower(&node, "reader", 0)?;
+    let mut served = 0;
+    eventually("something to come back", || {
+        for conversation in 2..newest {
+            served += reader.fetch(&sequence(conversation, 12))?.served;
+        }
+        Ok(served > 0)
+    })?;
+    ensure!(!agent.has_ended()? && !problem(&operator)?.is_empty());
+    // The twin: when the kernel lets it, it writes again.
+    prlimit(its, Resource::Fsize, before)?;
+    let writer = borrower(&node, "writer", 4)?;
+    let well = || Ok(problem(&operator)?.is_empty());
+    store_until(&writer, &mut newest, "the disk to write again", well)?;
+    let state = status(&operator)?.and_then(|disk| disk.state);
+    ensure!(state.is_some_and(|state| state.corrupt_blocks == 0));
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Result<()> {
+    // Eight extents of 512 KiB.
+    const MAY: u64 = 4 << 20;
+    let dir = tempfile::tempdir()?;
+    let node = node()?;
+    let operator = Operator::of(&node)?;
+    let _donor = donate(&node, 16)?;
+    let conversation = sequence(1, 20);
+    let mut first = disk(&node, dir.path(), MAY)?;
+    spill(&node, &conversation)?;
+    first.signal(Signal::TERM)?;
+    first.finish()?;
+    eventually("the broker to hear of it", || {
+        Ok(status(&operator)?.is_none())
+    })?;
+    // An empty directory is of no use to anybody while nothing can be written there.
+    let empty = tempfile::tempdir()?;
+    let command = disk_command(&node, empty.path(), AMPLE)?;
+    let Some(mut command) = on_a_read_only_disk(&command, empty.path())? else {
+        eprintln!("nobody may mount here: a read-only disk cannot be had");
+        return Ok(());
+    };
+    let refused = command.output()?;
+    let said = String::from_utf8(refused.stderr)?;
+    ensure!(
+        !refused.status.success() && said.contains("Read-only file system"),
+        "{said}"
+    );
+    let command = disk_command(&node, dir.path(), MAY)?;
+    let command = on_a_read_only_disk(&command, dir.path())?.context("a mount")?;
+    let mut agent = ready(&node, command)?;
+    on_disk(&operator, 20)?;
+    let said = problem(&operator)?;
+    ensure!(
+        said.contains("cannot write to") && said.contains("Read-only file system"),
+        "{said}"
+    );
+    ensure!(node.status(&[])?.contains("Read-only file system"));
+    let reader = borrower(&node, "reader", 0)?;
+    comes_back(&reader, &conversation)?;
+    // What is new is not kept, and that is all.
+    let writer = borrower(&node, "writer", 4)?;
+    let mut newest = 1;
+    let failed = || -> Result<bool> {
+        let state = status(&operator)?.and_then(|disk| disk.state);
+        Ok(state.is_some_and(|state| state.failed_blocks > 0))
+    };
+    store_until(&writer, &mut newest, "a write to be tried", failed)?;
+    ensure!(status(&operator)?.context("a disk")?.blocks == 20);
+    ensure!(!agent.has_ended()?);
+    // The twin: the same disk can be written again, and the agent notices, also where the file has to grow.
+    let remount = |how: &[&str]| {
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--target", &agent.pid().to_string(), "--mount"])
+            .args(how)
+            .args(["mount", "-o", "remount,bind,rw"])
+            .arg(dir.path());
+        command.output()
+    };
+    // As the mount was made: by root, or by a user in a namespace of its own.
+    let mut remounted = remount(&[])?;
+    if !remounted.status.success() {
+        remounted = remount(&["--user", "--preserve-credentials"])?;
+    }
+    ensure!(remounted.status.success(), "{remounted:?}");
+    let grown = || Ok(status(&operator)?.is_some_and(|disk| disk.blocks > 60));
+    store_until(&writer, &mut newest, "the file to grow", grown)?;
+    ensure!(problem(&operator)?.is_empty());
+    comes_back(&reader, &conversation)
+}
+
+/// Runs `swiftcache`.
+fn command(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(program("swiftcache")?);
+    command.arg(arguments[0]).arg("--socket").arg(node.socket());
+    Ok(command.args(&arguments[1..]).output()?)
+}
+
+/// What `swiftcache preview` says of all host memory, in words and as JSON.
+fn preview(node: &Node) -> Result<(String, Value)> {
+    let ask = ["preview", "--device=HOST-0", "--bytes=1TiB"];
+    let shown = command(node, &ask)?;
+    let document = command(node, &[&ask[..], &["--json"]].concat())?;
+    ensure!(
+        shown.status.success() && document.status.success(),
+        "{shown:?}"
+    );
+    Ok((
+        String::from_utf8(shown.stdout)?,
+        serde_json::from_slice(&document.stdout)?,
+    ))
+}
+
+/// Blocks are found on a disk, and nothing comes back from there while all host memory is drained. The twin: without a disk the
+/// preview says that they are lost, and they are.
+#[test]
+fn a_preview_of_host_memory_says_what_stays_on_the_disk_and_it_does() -> Result<()> {
+    for with_disk in [true, false] {
+        let dir = tempfile::tempdir()?;
+        let node = node()?;
+        let operator = Operator::of(&node)?;
+        let _donor = donate(&node, 8)?;
+        let agent = match with_disk {
+            true => Some(disk(&node, dir.path(), AMPLE)?),
+            false => None,
+        };
+        let conversation = sequence(1, 20);
+        let writer = borrower(&node, "writer", 2)?;
+        store(&writer, &conversation)?;
+        if with_disk {
+            on_disk(&operator, 20)?;
+        }
+        let (shown, told) = preview(&node)?;
+        let (lost, on_disk_only) = if with_disk { (0, 20) } else { (20, 0) };
+        ensure!(
+            told["lost_blocks"] == lost && told["on_disk_blocks"] == on_disk_only,
+            "{told}"
+        );
+        ensure!(
+            told["disk_bytes"] == 0 && told["host_left_bytes"] == 0,
+            "{told}"
+        );
+        for words in [
+            "20 more blocks would be found on a disk only",
+            "nothing would come back from a disk until host memory is lent again",
+        ] {
+            ensure!(shown.contains(words) == with_disk, "{shown}");
+        }
+        let drained = command(&node, &["drain", "--device=HOST-0", "--yes"])?;
+        ensure!(drained.status.success(), "{drained:?}");
+        eventually("memory without a block", || {
+            Ok(operator.node()?.indexed_blocks == 0)
+        })?;
+        let reader = borrower(&node, "reader", 0)?;
+        let hit = reader.lookup(&conversation);
+        ensure!(
+            (hit.blocks(), hit.coming().blocks) == (0, on_disk_only),
+            "{hit:?}"
+        );
+        drop(hit);
+        if agent.is_some() {
+            eventually("the disk to say that it has no memory", || {
+                reader.fetch(&conversation)?;
+                let state = status(&operator)?.and_then(|disk| disk.state);
+                Ok(state.is_some_and(|state| state.problem.contains("no host memory")))
+            })?;
+        }
+        let undrained = command(&node, &["undrain", "--device=HOST-0"])?;
+        ensure!(undrained.status.success(), "{undrained:?}");
+        if agent.is_none() {
+            ensure!(reader.fetch(&conversation)?.found == 0);
+            continue;
+        }
+        comes_back(&reader, &conversation)?;
+        // What the agent holds is on the disk as well. It lets go of it when nobody wants it for a while.
+        eventually("the agent's leases in a preview", || {
+            comes_back(&reader, &conversation)?;
+            let (shown, told) = preview(&node)?;
+            ensure!(
+                told["lost_blocks"] == 0 && told["on_disk_blocks"] == 20,
+                "{told}"
+            );
+            let held = told["disk_bytes"].as_u64() >= Some(SLAB_BYTES);
+            Ok(held && shown.contains("of the leases bring blocks back"))
+        })?;
+        // Of the disk itself nothing is lent.
+        for act in [
+            &["preview", "--device=DISK-0", "--bytes=1"][..],
+            &["drain", "--device=DISK-0", "--yes"],
+        ] {
+            let refused = command(&node, act)?;
+            let said = String::from_utf8(refused.stderr)?;
+            ensure!(
+                refused.status.code() == Some(1) && said.contains("DISK-0, a disk"),
+                "{said}"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -3,9 +3,12 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, ErrorKind},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use rustix::{
@@ -58,11 +61,35 @@ impl std::fmt::Debug for Aligned {
 #[derive(Debug)]
 pub(super) struct BlockFile {
     path: PathBuf,
+    /// With the lock.
+    opened: Handles,
+    /// Why these only read.
+    read_only: Option<io::Error>,
+    /// For writing, once the disk lets somebody write again.
+    writes: OnceLock<Handles>,
+    direct: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Handles {
     /// Headers and entries, through the kernel's cache.
     small: File,
     /// Blocks, past it where the file system lets them.
     large: Option<File>,
-    direct: AtomicBool,
+}
+
+impl Handles {
+    fn open(path: &Path, direct: bool, options: &OpenOptions) -> io::Result<Self> {
+        let open = |flags: OFlags| {
+            let mut options = options.clone();
+            let flags = OFlags::NOFOLLOW | flags;
+            options.custom_flags(flags.bits() as i32).open(path)
+        };
+        Ok(Self {
+            small: open(OFlags::empty())?,
+            large: direct.then(|| open(OFlags::DIRECT).ok()).flatten(),
+        })
+    }
 }
 
 fn problem(what: &str, path: &Path, error: &io::Error) -> Error {
@@ -74,15 +101,22 @@ impl BlockFile {
     pub(super) fn open(dir: &Path, direct: bool) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|error| problem("make the directory", dir, &error))?;
         let path = dir.join(FILE);
-        let options = |flags: OFlags| {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false);
-            // What is in it is what prompts said.
-            options.mode(0o600).custom_flags(flags.bits() as i32);
-            options
+        let mut writing = OpenOptions::new();
+        writing.read(true).write(true).create(true).truncate(false);
+        // What is in it is what prompts said.
+        writing.mode(0o600);
+        let mut read_only = None;
+        let opened = match Handles::open(&path, direct, &writing) {
+            Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {
+                // What lies there already can be read.
+                let reading = Handles::open(&path, direct, OpenOptions::new().read(true));
+                let refused = reading.map_err(|_| problem("write to", &path, &error));
+                read_only = Some(error);
+                refused?
+            }
+            opened => opened.map_err(|error| problem("write to", &path, &error))?,
         };
-        let small = (options(OFlags::NOFOLLOW).open(&path))
-            .map_err(|error| problem("write to", &path, &error))?;
+        let small = &opened.small;
         let kind = small
             .metadata()
             .map_err(|error| problem("read", &path, &error))?;
@@ -100,15 +134,39 @@ impl BlockFile {
             ),
             TryLockError::Error(error) => problem("lock", &path, &error),
         })?;
-        let large = direct
-            .then(|| options(OFlags::NOFOLLOW | OFlags::DIRECT).open(&path).ok())
-            .flatten();
         Ok(Self {
             path,
-            small,
-            direct: AtomicBool::new(large.is_some()),
-            large,
+            direct: AtomicBool::new(opened.large.is_some()),
+            opened,
+            read_only,
+            writes: OnceLock::new(),
         })
+    }
+
+    /// Why nothing could be written when it was opened.
+    pub(super) fn read_only(&self) -> Option<&io::Error> {
+        self.read_only.as_ref()
+    }
+
+    /// What to write with. The lock stays with what was opened first.
+    fn writing(&self) -> io::Result<&Handles> {
+        if self.read_only.is_none() {
+            return Ok(&self.opened);
+        }
+        if let Some(writes) = self.writes.get() {
+            return Ok(writes);
+        }
+        let direct = self.opened.large.is_some();
+        let writes = Handles::open(
+            &self.path,
+            direct,
+            OpenOptions::new().read(true).write(true),
+        )?;
+        let (locked, now) = (self.opened.small.metadata()?, writes.small.metadata()?);
+        if (locked.dev(), locked.ino()) != (now.dev(), now.ino()) {
+            return Err(io::Error::other("another file has taken its place"));
+        }
+        Ok(self.writes.get_or_init(|| writes))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -121,18 +179,19 @@ impl BlockFile {
     }
 
     pub(super) fn bytes(&self) -> io::Result<u64> {
-        Ok(self.small.metadata()?.len())
+        Ok(self.opened.small.metadata()?.len())
     }
 
     /// Has the file system set bytes aside, so that what is written there later finds room.
     pub(super) fn provide(&self, at: u64, bytes: u64) -> io::Result<()> {
-        match fallocate(&self.small, FallocateFlags::empty(), at, bytes) {
+        let file = &self.writing()?.small;
+        match fallocate(file, FallocateFlags::empty(), at, bytes) {
             Ok(()) => Ok(()),
             // A file system that cannot: writing finds out.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                 let end = at + bytes;
                 match self.bytes()? < end {
-                    true => self.small.set_len(end),
+                    true => file.set_len(end),
                     false => Ok(()),
                 }
             }
@@ -143,38 +202,50 @@ impl BlockFile {
     /// Forgets what lies behind.
     pub(super) fn truncate(&self, bytes: u64) -> io::Result<()> {
         match self.bytes()? > bytes {
-            true => self.small.set_len(bytes),
+            true => self.writing()?.small.set_len(bytes),
             false => Ok(()),
         }
     }
 
     /// Reads headers or entries.
     pub(super) fn read_small(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.small.read_exact_at(bytes, at)
+        self.opened.small.read_exact_at(bytes, at)
     }
 
     pub(super) fn write_small(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        self.small.write_all_at(bytes, at)
+        self.writing()?.small.write_all_at(bytes, at)
+    }
+
+    /// Whether something can be written now: what is at the beginning is written once more.
+    pub(super) fn try_writing(&self) -> io::Result<()> {
+        let mut page = vec![0; PAGE as usize];
+        self.read_small(0, &mut page)?;
+        self.write_small(0, &page)
     }
 
     /// Reads whole pages of blocks.
     pub(super) fn read_large(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
-        match self.past_cache(|file| file.read_exact_at(bytes, at)) {
+        match self.past_cache(&self.opened, |file| file.read_exact_at(bytes, at)) {
             Some(done) => done,
-            None => self.small.read_exact_at(bytes, at),
+            None => self.opened.small.read_exact_at(bytes, at),
         }
     }
 
     pub(super) fn write_large(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        match self.past_cache(|file| file.write_all_at(bytes, at)) {
+        let writing = self.writing()?;
+        match self.past_cache(writing, |file| file.write_all_at(bytes, at)) {
             Some(done) => done,
-            None => self.small.write_all_at(bytes, at),
+            None => writing.small.write_all_at(bytes, at),
         }
     }
 
     /// `None` where it is to go through the cache.
-    fn past_cache(&self, work: impl FnOnce(&File) -> io::Result<()>) -> Option<io::Result<()>> {
-        let large = self.large.as_ref().filter(|_| self.is_direct())?;
+    fn past_cache(
+        &self,
+        handles: &Handles,
+        work: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Option<io::Result<()>> {
+        let large = handles.large.as_ref().filter(|_| self.is_direct())?;
         match work(large) {
             // The file system wants another alignment.
             Err(error) if error.kind() == ErrorKind::InvalidInput => {
@@ -187,6 +258,6 @@ impl BlockFile {
 
     /// Waits until what was written has reached the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.small.sync_data()
+        self.writing()?.small.sync_data()
     }
 }

@@ -154,8 +154,11 @@ impl DiskStore {
             return Err(Error::config("bytes", problem));
         }
         let bound = PAGE + count * extent_bytes;
-        file.truncate(bound)
-            .map_err(|error| unusable(&file, &error))?;
+        // One that cannot be written stays as long as it is until a start that can cut it off.
+        if file.read_only().is_none() {
+            file.truncate(bound)
+                .map_err(|error| unusable(&file, &error))?;
+        }
         let store = Self {
             file,
             extent_bytes,
@@ -168,6 +171,9 @@ impl DiskStore {
         store.scan();
         let mut state = store.state.lock();
         state.counts.bytes = bound;
+        if let Some(error) = store.file.read_only() {
+            state.in_trouble(&store.file, error);
+        }
         let (blocks, models) = (state.blocks(), state.rooms.len());
         drop(state);
         info!(
@@ -261,7 +267,12 @@ impl DiskStore {
             {
                 return Put::Known;
             }
-            match self.take(&mut state, namespace, layer_bytes, hash) {
+            // Blocks that can be read do not make room for what a disk refuses.
+            let taken = match state.trouble {
+                Some(_) => self.file.try_writing(),
+                None => Ok(()),
+            };
+            match taken.and_then(|()| self.take(&mut state, namespace, layer_bytes, hash)) {
                 Ok(Some(taken)) => taken,
                 Ok(None) => return Put::Refused,
                 Err(error) => {
@@ -349,9 +360,13 @@ impl DiskStore {
             match fresh {
                 Ok(_) => {}
                 // What there is can still be written over.
-                Err(error) if has_victims => state.in_trouble_growing(&self.file, &error),
+                Err(error) if has_victims && is_full(&error) => {
+                    state.in_trouble_growing(&self.file, &error);
+                }
                 Err(error) => {
-                    state.rooms.remove(namespace);
+                    if !has_victims {
+                        state.rooms.remove(namespace);
+                    }
                     return Err(error);
                 }
             }
@@ -704,6 +719,12 @@ fn first_page(file: &BlockFile, config: &StoreConfig) -> Result<u64> {
         .and_then(|()| file.sync())
         .map_err(|error| unusable(file, &error))?;
     Ok(first.extent_bytes)
+}
+
+/// Whether there is no more room, which is no trouble of the disk.
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), FileTooLarge | QuotaExceeded | StorageFull)
 }
 
 fn unusable(file: &BlockFile, error: &io::Error) -> Error {
