@@ -1,11 +1,14 @@
 //! Disks: what they are told to write and to bring back, and who hears of what is on them.
 
-use swiftcache_proto::domain::DeviceUuid;
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use swiftcache_proto::domain::{DeviceUuid, LeaseId};
 
 use super::fixture::{BLOCK, Bench, SLAB, hash, hashes, node_with_host_memory};
 use crate::core::{
-    Caller, CoreConfig, DiskBlocks, DiskSays, DiskState, DiskTakes, Event, Keep, LeaseDemand,
-    Lookup, Offer, Refusal, Reply,
+    BlocksGone, Caller, CoreConfig, DiskBlocks, DiskSays, DiskState, DiskTakes, DrainTarget, Event,
+    Keep, LeaseDemand, Lookup, Need, Offer, Refusal, Reply, WithdrawPreview,
 };
 
 fn bench() -> Bench {
@@ -197,4 +200,157 @@ fn nobody_else_hears_of_what_is_on_a_disk() {
     let taken = bench.refused(Event::DiskSays(says(second)));
     assert!(matches!(taken, Refusal::DiskTaken { .. }), "{taken:?}");
     assert_eq!(bench.state.disks().len(), 1);
+}
+
+/// What asking back so many slabs of host memory would do.
+fn preview(bench: &Bench, slabs: u64) -> (WithdrawPreview, BlocksGone) {
+    let need = Need {
+        device: DeviceUuid::of_host(0),
+        bytes: slabs * SLAB,
+        donor: None,
+    };
+    let preview = bench.state.preview_withdraw(&need).unwrap();
+    let going: BTreeSet<LeaseId> = preview.leases.iter().map(|lease| lease.id).collect();
+    let mut gone = BlocksGone::default();
+    for lease in &going {
+        let its = bench.state.blocks_gone(*lease, &going);
+        gone.lost += its.lost;
+        gone.on_disk += its.on_disk;
+    }
+    (preview, gone)
+}
+
+fn drain_host_memory(bench: &mut Bench) {
+    let drained = bench.apply(Event::Drain {
+        target: DrainTarget::Device(DeviceUuid::of_host(0)),
+        drain_ms: 1_000,
+    });
+    assert!(matches!(drained, Some(Reply::Drained { .. })));
+}
+
+/// Leases host memory for a borrower of the model.
+fn lease_host(bench: &mut Bench, caller: Caller) -> crate::core::Grant {
+    let (mut grants, _) = bench.demanded(LeaseDemand {
+        host_bytes: SLAB,
+        ..Bench::demand(caller, 0)
+    });
+    grants.remove(0)
+}
+
+#[test]
+fn a_preview_counts_what_disks_agents_hold_and_what_is_left_for_them() {
+    let mut bench = bench();
+    let (donor, disk) = (bench.join("donor", ""), bench.join("disk", ""));
+    for number in [1, 2, 3] {
+        bench.done(Event::Offer(Offer {
+            device: DeviceUuid::of_host(0),
+            ..Bench::offer_event(donor, number, 0, 1)
+        }));
+    }
+    let writer = bench.join("writer", "");
+    lease_host(&mut bench, writer);
+    lease_host(&mut bench, disk);
+    // The twin: until it says that it has a disk, it is a borrower like any other.
+    assert_eq!(preview(&bench, 3).0.disk_bytes, 0);
+    stores(&mut bench, disk, [1]);
+    let all = preview(&bench, 3).0;
+    assert_eq!((all.disk_bytes, all.host_left_bytes), (SLAB, 0));
+    let idle = preview(&bench, 1).0;
+    assert!(idle.leases.is_empty());
+    assert_eq!((idle.disk_bytes, idle.host_left_bytes), (0, 2 * SLAB));
+    drain_host_memory(&mut bench);
+    assert_eq!(preview(&bench, 1).0.host_left_bytes, 0, "it is drained");
+}
+
+#[test]
+fn a_disk_is_named_as_what_lends_no_memory() {
+    let mut bench = bench();
+    let name = || -> DeviceUuid { "DISK-0".parse().unwrap() };
+    let drain = || Event::Drain {
+        target: DrainTarget::Device(name()),
+        drain_ms: 1_000,
+    };
+    let need = || Need {
+        device: name(),
+        bytes: 1,
+        donor: None,
+    };
+    // The twin: without a disk of this name nobody knows it.
+    let unknown = |refusal| matches!(refusal, Refusal::Unknown { what: "device", .. });
+    assert!(unknown(bench.refused(drain())));
+    assert!(unknown(bench.state.preview_withdraw(&need()).unwrap_err()));
+    let disk = bench.join("disk", "");
+    stores(&mut bench, disk, [1]);
+    for refusal in [
+        bench.refused(drain()),
+        bench.refused(Event::Undrain(DrainTarget::Device(name()))),
+        bench.state.preview_withdraw(&need()).unwrap_err(),
+    ] {
+        let Refusal::Invalid { field, problem } = refusal else {
+            panic!("{refusal:?}");
+        };
+        assert_eq!(field, "device_uuid");
+        assert!(problem.contains("DISK-0, a disk"), "{problem}");
+    }
+    bench.done(Event::Leave(disk));
+    assert!(unknown(bench.refused(drain())));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What a preview says of blocks is what lookups say when the memory is gone: of host memory, with copies in it and in HBM,
+    /// with the tenant's disk, and another tenant's.
+    #[test]
+    fn blocks_that_a_preview_calls_lost_are_those_that_no_lookup_finds_any_more(
+        published in prop::collection::vec((0_usize..4, 0_u64..8), 0..24),
+        on_disk in prop::collection::btree_set(0_u64..8, 0..8),
+        on_others in prop::collection::btree_set(0_u64..8, 0..8),
+    ) {
+        let mut bench = bench();
+        let donor = bench.join("donor", "");
+        for number in [1, 2, 3] {
+            bench.done(Event::Offer(Offer {
+                device: DeviceUuid::of_host(0),
+                ..Bench::offer_event(donor, number, 0, 1)
+            }));
+        }
+        bench.offer(donor, 4, 1, 1);
+        // Two that share, and one that keeps copies of its own.
+        let writers = [0, 1, 2].map(|_| bench.join("writer", ""));
+        bench.done(Event::Keep(Keep { shares: false, ..Bench::keep_of(writers[2], 9) }));
+        let mut leases: Vec<_> = writers
+            .iter()
+            .map(|writer| (*writer, lease_host(&mut bench, *writer)))
+            .collect();
+        leases.push((writers[0], bench.lease(writers[0], 1).remove(0)));
+        let mut slots = [0..4, 0..4, 0..4, 0..4];
+        for (lease, number) in published {
+            let (writer, grant) = &leases[lease];
+            if let Some(slot) = slots[lease].next() {
+                bench.publish(*writer, grant, &[(number, slot)]);
+            }
+        }
+        let (disk, strange) = (bench.join("disk", ""), bench.join("strange", "other"));
+        stores(&mut bench, disk, on_disk);
+        stores(&mut bench, strange, on_others);
+        let reader = bench.join("reader", "");
+        let mut known = Vec::new();
+        for number in 0..8 {
+            if looks(&mut bench, reader, [number])[0] == 1 {
+                known.push(number);
+            }
+        }
+        let (_, gone) = preview(&bench, 3);
+        drain_host_memory(&mut bench);
+        let mut naive = BlocksGone::default();
+        for number in known {
+            match looks(&mut bench, reader, [number])[..2] {
+                [0, 0] => naive.lost += 1,
+                [0, 1] => naive.on_disk += 1,
+                _ => {}
+            }
+        }
+        prop_assert_eq!(gone, naive);
+    }
 }

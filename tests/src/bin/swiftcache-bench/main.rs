@@ -12,6 +12,7 @@ mod ownership;
 mod pipeline;
 mod report;
 mod slowdown;
+mod tiers;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
@@ -52,6 +53,9 @@ struct Flags {
     /// Measure only blocks to and from a disk, in this directory of it.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["write", "floods", "demands"])]
     disk: Option<PathBuf>,
+    /// Measure only restarts, and copies that replicas keep.
+    #[arg(long, conflicts_with_all = ["write", "floods", "demands", "disk"])]
+    tiers: bool,
     /// Flood the broker at `--socket` until killed. The bench starts processes that do.
     #[arg(long, hide = true, requires = "socket")]
     flood: Option<floods::Flood>,
@@ -90,6 +94,9 @@ fn run(flags: &Flags) -> Result<String> {
     if let Some(dir) = &flags.disk {
         return Ok(text(flags, &disk::run(dir, flags.rounds.min(256))?));
     }
+    if flags.tiers {
+        return Ok(text(flags, &tiers::run(flags.rounds.min(20))?));
+    }
     if flags.demands {
         return Ok(text(flags, &ownership::run(flags.rounds.min(200))?));
     }
@@ -105,6 +112,7 @@ fn run(flags: &Flags) -> Result<String> {
     lines.extend(pipeline::run(9)?);
     lines.extend(ownership::run(flags.rounds.min(20))?);
     lines.extend(slowdown::run(flags.rounds.min(15))?);
+    lines.extend(tiers::run(flags.rounds.min(20))?);
     if let Some(path) = &flags.write {
         let text = format!("{}\n\n{}", machine::describe(), report::markdown(&lines));
         report::write_between_markers(path, &text)?;

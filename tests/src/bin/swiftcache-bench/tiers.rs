@@ -1,0 +1,177 @@
+//! What outlives its engine, and what replicas share: an engine's restart to its first hit, and copies in host memory. Simulated
+//! devices: bytes move in shared memory.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use swiftcache_client::cache::BorrowerConfig;
+use swiftcache_tests::{
+    crew::{BorrowerProcess, Job, donor},
+    engine::{self, Engine, SLAB_BYTES, eventually},
+    node::Node,
+    operator::Operator,
+    programs::{Program, program},
+};
+
+use crate::report::{Latencies, Line, time};
+
+/// Blocks of a prefix: four slabs of it.
+const BLOCKS: u32 = 64;
+/// Conversations of an engine before a restart, and blocks of each, as `swiftcache-test-borrower` has them.
+const CONVERSATIONS: u32 = 3;
+const CONVERSATION: u32 = 20;
+/// What engines of this process are called.
+const ENGINE: &str = "engine";
+/// What engines lease of each kind of memory at most, slabs.
+const SLABS: u64 = 16;
+/// DESIGN section 9: warm within a second of being ready.
+const WARM: Duration = Duration::from_secs(1);
+const REPLICAS: u64 = 4;
+
+/// All of it.
+pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
+    Ok(vec![restart(rounds)?, replicas()?])
+}
+
+/// The first blocks of a conversation.
+fn prefix(number: u32, blocks: u32) -> Vec<u32> {
+    (0..blocks).map(|n| number * 1000 + n).collect()
+}
+
+fn settings(node: &Node, slabs: u64, host_slabs: u64) -> BorrowerConfig {
+    let mut config = engine::config(node.device(0), slabs);
+    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
+    config
+}
+
+fn start(node: &Node, slabs: u64, host_slabs: u64) -> Result<Engine> {
+    let config = settings(node, slabs, host_slabs);
+    Engine::new(Some(node.session(ENGINE)?), node.layer()?, config)
+}
+
+fn store(engine: &Engine, blocks: &[u32]) -> Result<()> {
+    eventually("room for a prefix", || {
+        Ok(engine.store(blocks)?.unplaced == 0)
+    })
+}
+
+/// Starts `swiftcache donate` with these arguments, and waits until it lends what it has.
+fn donate(node: &Node, arguments: &[&str]) -> Result<Program> {
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(["donate", "--socket"])
+        .arg(node.socket())
+        .args(arguments);
+    Ok(Program::start_ready(&mut command)?.0)
+}
+
+fn host_memory(node: &Node, slabs: u64) -> Result<Program> {
+    let (bytes, slab) = ((slabs * SLAB_BYTES).to_string(), SLAB_BYTES.to_string());
+    let arguments = ["--device", "HOST-0", "--bytes", &bytes, "--slab", &slab];
+    let donor = donate(node, &arguments)?;
+    Operator::of(node)?.eventually("host memory on offer", |account| {
+        account.offered_bytes >= slabs * SLAB_BYTES
+    })?;
+    Ok(donor)
+}
+
+/// Waits until no engine of this process holds anything.
+fn engines_gone(operator: &Operator) -> Result<()> {
+    eventually("the engines' leases to be over", || {
+        let leases = operator.leases()?;
+        Ok(leases.iter().all(|lease| lease.borrower_name != ENGINE))
+    })
+}
+
+/// From connecting to a lookup that finds all that an engine before has left, beside the first lookup of an engine that finds nothing.
+/// The engine before is a process that is killed.
+fn restart(rounds: u32) -> Result<Line> {
+    // A test's node keeps nothing for heirs unless it is told to.
+    let node = Node::start(&["--estate-ttl-ms", "600000"])?;
+    let operator = Operator::of(&node)?;
+    let _donor = donor(&node, 1, SLABS)?;
+    let job = Job {
+        slabs: SLABS,
+        host_blocks: 0,
+        conversations: CONVERSATIONS,
+        ..Job::new("before", 1)
+    };
+    let left: Vec<u32> = (0..CONVERSATIONS)
+        .flat_map(|number| prefix(number, CONVERSATION))
+        .collect();
+    let (mut warm, mut cold) = (Latencies::new()?, Latencies::new()?);
+    for _ in 0..rounds {
+        for (found, latencies) in [(0, &mut cold), (left.len() as u32, &mut warm)] {
+            if found > 0 {
+                let mut before = BorrowerProcess::start(&node, 0, &job)?;
+                before.run(&format!("reserve {SLABS}"))?;
+                before.run("sweep-store")?;
+                before.kill()?;
+                operator.eventually("an estate", |account| account.estate_bytes > 0)?;
+            }
+            let began = Instant::now();
+            let engine = start(&node, SLABS, 0)?;
+            eventually("the first answer", || {
+                Ok(engine.lookup(&left).blocks() >= found)
+            })?;
+            latencies.add(began.elapsed());
+            drop(engine);
+            engines_gone(&operator)?;
+            let mut forget = Command::new(program("swiftcache")?);
+            forget
+                .args(["forget", "--yes", "--socket"])
+                .arg(node.socket());
+            ensure!(forget.output()?.status.success(), "nothing was forgotten");
+            operator.eventually("memory without a block", |account| {
+                account.leased_bytes + account.estate_bytes == 0
+            })?;
+        }
+    }
+    let (warm, cold) = (warm.at(0.5), cold.at(0.5));
+    Ok(Line {
+        what: format!(
+            "restart to first hit: connecting until {} blocks of the engine before are found, median (host backend)",
+            left.len()
+        ),
+        measured: time(warm),
+        baseline: format!("until it is known that nothing is there: {}", time(cold)),
+        ratio: Some(warm.as_secs_f64() / cold.as_secs_f64()),
+        budget: format!("< {}", time(WARM)),
+        kept: Some(warm < WARM),
+    })
+}
+
+/// Copies of one prefix in host memory, which replicas of a model compute and store one after the other.
+fn replicas() -> Result<Line> {
+    let node = Node::start(&[])?;
+    let operator = Operator::of(&node)?;
+    let _host = host_memory(&node, SLABS)?;
+    let blocks = prefix(1, BLOCKS);
+    let mut engines = Vec::new();
+    let mut kept = Vec::new();
+    for _ in 0..REPLICAS {
+        let engine = start(&node, 0, SLABS)?;
+        // As an engine does: what it finds it does not store.
+        let found = engine.lookup(&blocks).blocks() as usize;
+        store(&engine, &blocks[found..])?;
+        eventually("the prefix to be published", || {
+            Ok(operator.node()?.indexed_blocks >= u64::from(BLOCKS))
+        })?;
+        engines.push(engine);
+        kept.push(operator.node()?.indexed_blocks);
+    }
+    let (one, all) = (kept[0], kept[kept.len() - 1]);
+    Ok(Line {
+        what: format!(
+            "blocks of a prefix that {REPLICAS} replicas keep in host memory (host backend)"
+        ),
+        measured: all.to_string(),
+        baseline: format!("one engine alone: {one}"),
+        ratio: Some(all as f64 / one as f64),
+        budget: "1.00".to_owned(),
+        kept: Some(all == one),
+    })
+}
