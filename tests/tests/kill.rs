@@ -53,6 +53,10 @@ fn parties_are_killed_and_stopped_at_random_and_no_byte_is_wrong() -> Result<()>
         } else {
             crew.signal(party, Signal::CONT)?;
         }
+        // Now and then, because the next kill would hide who has not come back.
+        if course.rng.random_bool(0.1) {
+            crew.all_attached()?;
+        }
     }
     crew.finish()
 }

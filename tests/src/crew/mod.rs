@@ -161,6 +161,20 @@ impl Crew {
         Ok(())
     }
 
+    /// Waits until the broker has the four sessions of the donors and borrowers, and each has its stream. No party may be stopped.
+    ///
+    /// # Errors
+    /// When it has not, with those that it has.
+    pub fn all_attached(&mut self) -> Result<()> {
+        let mut sessions = Vec::new();
+        let attached = eventually("everyone to be attached", || {
+            sessions = self.operator.sessions()?;
+            Ok(sessions.len() == 4 && sessions.iter().all(|session| session.attached))
+        });
+        let ended = (self.donors.iter_mut().map(Program::has_ended)).collect::<Result<Vec<_>>>()?;
+        attached.with_context(|| format!("sessions: {sessions:?}; donors that ended: {ended:?}"))
+    }
+
     /// Checks that everything works as it did at the start, that donors get everything back in the end, and that
     /// nothing is left behind.
     ///
@@ -170,11 +184,8 @@ impl Crew {
         for borrower in &mut self.borrowers {
             borrower.run("pause")?;
         }
+        self.all_attached()?;
         let operator = self.operator.clone();
-        eventually("everyone to be attached", || {
-            let sessions = operator.sessions()?;
-            Ok(sessions.len() == 4 && sessions.iter().all(|session| session.attached))
-        })?;
         operator.eventually("both donors' bytes", |account| {
             account.offered_bytes == 2 * SLABS * SLAB_BYTES
                 && account.zombie_bytes + account.draining_bytes == 0
