@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import lab as of
 import pytest
+import torch
 from neighbours import donate
 from node import eventually
 
@@ -60,6 +61,10 @@ def work(engine) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_tokens(lab, node, donor, name) -> None:
+    # As vLLM finds out. On other CPUs it refuses to start.
+    computes_fp8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    if "fp8" in name and not computes_fp8:
+        pytest.skip("vLLM keeps fp8 KV on CPUs with AVX-512 or AMX only")
     configuration = dict(CONFIGURATIONS[name])
     connector = configuration.pop("connector")
     tiny = "tiny" in name
