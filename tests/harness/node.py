@@ -14,6 +14,9 @@ PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target" / "debug"
 
 TOPOLOGY = pathlib.Path(__file__).with_name("topology.toml")
 
+KEPT = 3_600_000
+"""An estate's time, milliseconds: longer than any test."""
+
 
 def eventually(what: str, holds: Callable[[], Any], seconds: float = 120) -> Any:
     """Calls `holds` until its result is true, and returns the result. The time limit is only for a hang."""
@@ -125,9 +128,9 @@ class Node:
                 blocks = blocks - its if change["removed"] else blocks | its
         return blocks
 
-    def forget(self, namespace: str) -> None:
-        """Drops what engines that are gone have left in this namespace."""
-        command = [self.programs / "swiftcache", "forget", "--yes", "--socket", self.socket, "--namespace", namespace]
+    def drop(self, what: str, namespace: str) -> None:
+        """As an operator does: `evict` a namespace's blocks, or `forget` what engines that are gone have left there."""
+        command = [self.programs / "swiftcache", what, "--yes", "--socket", self.socket, "--namespace", namespace]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=120)
 
     def withdraw(self, donor: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,7 @@ import lab as of
 import pytest
 from donors import corrupt
 from engine import EngineError
-from node import eventually
+from node import KEPT, eventually
 
 LIFE = {"schedule_policy": "lpm", "chunked_prefill_size": 256, "enable_metrics": True}
 
@@ -303,10 +303,6 @@ def test_an_engine_that_is_killed_gives_back_what_it_had(engine, node, want) -> 
     of.connect(engine, node, **LIFE)
     again(engine, want)
     everything_is_found(engine, want)
-
-
-KEPT = 3_600_000
-"""An estate's time, milliseconds: longer than any test."""
 
 
 @pytest.mark.parametrize("survives", [True, False], ids=["kept", "twin-with-the-broker"])

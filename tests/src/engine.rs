@@ -76,6 +76,13 @@ pub fn config(device: DeviceUuid, slabs: u64) -> BorrowerConfig {
     config
 }
 
+/// As [`config`], with up to `host_slabs` slabs of donors' host memory besides.
+pub fn config_with_host(device: DeviceUuid, slabs: u64, host_slabs: u64) -> BorrowerConfig {
+    let mut config = config(device, slabs);
+    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
+    config
+}
+
 impl Engine {
     /// An engine with a pool on the borrower's device. On CUDA the pool is in HBM, otherwise in host memory.
     ///

@@ -18,6 +18,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::v1;
 use swiftcache_tests::{
+    crew::host_donor,
     engine::{self, Engine, SLAB_BYTES, eventually, pattern},
     node::Node,
     operator::Operator,
@@ -36,18 +37,7 @@ fn node() -> Result<Node> {
 }
 
 fn donate(node: &Node, slabs: u64) -> Result<Program> {
-    let mut command = Command::new(program("swiftcache")?);
-    command
-        .args(["donate", "--device", "HOST-0", "--socket"])
-        .arg(node.socket())
-        .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
-        .args(["--slab", &SLAB_BYTES.to_string()]);
-    let donor = Program::start(&mut command)?;
-    let operator = Operator::of(node)?;
-    operator.eventually("host memory on offer", |account| {
-        account.offered_bytes >= slabs * SLAB_BYTES
-    })?;
-    Ok(donor)
+    host_donor(node, slabs, &[])
 }
 
 fn disk_command(node: &Node, dir: &Path, bytes: u64) -> Result<Command> {
@@ -82,6 +72,31 @@ fn status(operator: &Operator) -> Result<Option<v1::DiskStatus>> {
     Ok(operator.node()?.disks.into_iter().next())
 }
 
+/// What the disk's agent tells of it.
+fn state(operator: &Operator) -> Result<v1::DiskState> {
+    let state = status(operator)?.and_then(|disk| disk.state);
+    state.context("the disk's state")
+}
+
+/// What is wrong with the disk, as its agent tells.
+fn problem(operator: &Operator) -> Result<String> {
+    Ok(state(operator)?.problem)
+}
+
+/// Waits until nobody finds a block in memory.
+fn memory_is_empty(operator: &Operator) -> Result<()> {
+    eventually("memory without a block", || {
+        Ok(operator.node()?.indexed_blocks == 0)
+    })
+}
+
+/// Waits until the disk has written what it was to write, or has left it alone.
+fn nothing_to_write(operator: &Operator) -> Result<()> {
+    eventually("nothing to be written", || {
+        Ok(status(operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
+    })
+}
+
 /// Waits until so many blocks lie on the disk.
 fn on_disk(operator: &Operator, blocks: u64) -> Result<()> {
     eventually("blocks on the disk", || {
@@ -90,10 +105,7 @@ fn on_disk(operator: &Operator, blocks: u64) -> Result<()> {
 }
 
 fn settings(node: &Node, host_slabs: u64) -> BorrowerConfig {
-    let mut config = engine::config(node.device(0), 0);
-    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
-    config.lease_step_bytes = SLAB_BYTES;
-    config
+    engine::config_with_host(node.device(0), 0, host_slabs)
 }
 
 fn borrower(node: &Node, name: &str, host_slabs: u64) -> Result<Engine> {
@@ -123,8 +135,35 @@ fn spill(node: &Node, sequence: &[u32]) -> Result<()> {
     store(&writer, sequence)?;
     on_disk(&operator, before + sequence.len() as u64)?;
     drop(writer);
-    eventually("memory without a block", || {
-        Ok(operator.node()?.indexed_blocks == 0)
+    memory_is_empty(&operator)
+}
+
+/// Stores new conversations until `done`, each of which is found whatever becomes of the disk.
+fn store_until(
+    writer: &Engine,
+    newest: &mut u32,
+    what: &str,
+    done: impl Fn() -> Result<bool>,
+) -> Result<()> {
+    eventually(what, || {
+        *newest += 1;
+        store(writer, &sequence(*newest, 12))?;
+        ensure!(writer.fetch(&sequence(*newest, 12))?.served == 12);
+        done()
+    })
+}
+
+/// Asks for conversations until something of them is there. Every byte is checked.
+fn something_comes_back(
+    engine: &Engine,
+    conversations: impl Iterator<Item = u32> + Clone,
+) -> Result<()> {
+    let mut served = 0;
+    eventually("something to come back", || {
+        for conversation in conversations.clone() {
+            served += engine.fetch(&sequence(conversation, 12))?.served;
+        }
+        Ok(served > 0)
     })
 }
 
@@ -272,9 +311,7 @@ fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Resul
         })?;
     }
     let _disk = disk(&node, dir.path(), 2 << 20)?;
-    eventually("memory without a block", || {
-        Ok(operator.node()?.indexed_blocks == 0)
-    })?;
+    memory_is_empty(&operator)?;
     // `fetch` checks every byte. What there is comes back within a few questions.
     let reader = borrower(&node, "reader", 0)?;
     let newest = conversations.last().context("a conversation")?;
@@ -286,8 +323,7 @@ fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Resul
         Ok(served > 0)
     })?;
     ensure!(!newest.is_empty());
-    let state = status(&operator)?.and_then(|disk| disk.state);
-    let state = state.context("the disk's state")?;
+    let state = state(&operator)?;
     ensure!(state.used_bytes <= 2 << 20, "{state:?}");
     Ok(())
 }
@@ -352,18 +388,12 @@ fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
             Some(most) => with_small_files(&command, most),
         };
         let mut agent = ready(&node, command)?;
-        let full = |state: &v1::DiskState| match limit {
-            None => state.evicted_blocks > 0,
-            Some(_) => state.failed_blocks > 0 || state.evicted_blocks > 0,
+        let full = || {
+            let state = state(&operator)?;
+            Ok(state.evicted_blocks > 0 || limit.is_some() && state.failed_blocks > 0)
         };
         let mut newest = if limit.is_some() { 1_000 } else { 1 };
-        eventually("the disk to be full", || {
-            newest += 1;
-            store(&writer, &sequence(newest, 12))?;
-            ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
-            let state = status(&operator)?.and_then(|disk| disk.state);
-            Ok(state.is_some_and(|state| full(&state)))
-        })?;
+        store_until(&writer, &mut newest, "the disk to be full", full)?;
         ensure!(!agent.has_ended()?);
         let file = fs::metadata(dir.path().join(FILE))?;
         ensure!(file.len() <= 600_000, "{} bytes", file.len());
@@ -442,41 +472,23 @@ fn a_disk_without_space_left_keeps_what_fits_and_says_so() -> Result<()> {
     for (round, (command, why)) in ways.into_iter().enumerate() {
         let mut agent = ready(&node, command)?;
         let writer = borrower(&node, "writer", 4)?;
-        let state = || -> Result<v1::DiskState> {
-            let state = status(&operator)?.and_then(|disk| disk.state);
-            state.context("the disk's state")
-        };
-        let first = 1_000 * round as u32 + 1;
-        let mut newest = first;
-        eventually("the disk to be full", || {
-            store(&writer, &sequence(newest, 12))?;
-            ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
-            newest += 1;
-            Ok(state()?.evicted_blocks > 0)
-        })?;
-        let told = state()?;
+        let before = 1_000 * round as u32;
+        let mut newest = before;
+        let full = || Ok(state(&operator)?.evicted_blocks > 0);
+        store_until(&writer, &mut newest, "the disk to be full", full)?;
+        let told = state(&operator)?;
         ensure!(
             told.problem.contains("cannot grow beyond") && told.problem.contains(why),
             "{told:?}"
         );
         ensure!(told.used_bytes < FITS && told.bytes > FITS, "{told:?}");
         // What is on it is served.
-        eventually("all to be written or left alone", || {
-            Ok(status(&operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
-        })?;
+        nothing_to_write(&operator)?;
         drop(writer);
-        eventually("memory without a block", || {
-            Ok(operator.node()?.indexed_blocks == 0)
-        })?;
+        memory_is_empty(&operator)?;
         let reader = borrower(&node, "reader", 0)?;
-        let mut served = 0;
-        eventually("something to come back", || {
-            for conversation in (first..newest).rev() {
-                served += reader.fetch(&sequence(conversation, 12))?.served;
-            }
-            Ok(served > 0)
-        })?;
-        ensure!(state()?.corrupt_blocks == 0 && !agent.has_ended()?);
+        something_comes_back(&reader, (before + 1..=newest).rev())?;
+        ensure!(state(&operator)?.corrupt_blocks == 0 && !agent.has_ended()?);
         agent.kill()?;
         eventually("the broker to hear of it", || {
             Ok(status(&operator)?.is_none())
@@ -518,27 +530,6 @@ fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     Ok(())
 }
 
-/// What is wrong with the disk, as its agent tells.
-fn problem(operator: &Operator) -> Result<String> {
-    let state = status(operator)?.and_then(|disk| disk.state);
-    Ok(state.context("the disk's state")?.problem)
-}
-
-/// Stores new conversations until `done`, each of which is found whatever becomes of the disk.
-fn store_until(
-    writer: &Engine,
-    newest: &mut u32,
-    what: &str,
-    done: impl Fn() -> Result<bool>,
-) -> Result<()> {
-    eventually(what, || {
-        *newest += 1;
-        store(writer, &sequence(*newest, 12))?;
-        ensure!(writer.fetch(&sequence(*newest, 12))?.served == 12);
-        done()
-    })
-}
-
 #[test]
 fn a_disk_that_takes_no_writes_any_more_is_read_and_takes_them_again_when_it_can() -> Result<()> {
     // Two extents of 512 KiB, which are full: what is new would have to go where something is.
@@ -549,17 +540,9 @@ fn a_disk_that_takes_no_writes_any_more_is_read_and_takes_them_again_when_it_can
     let mut agent = disk(&node, dir.path(), 1_200 << 10)?;
     let writer = borrower(&node, "writer", 4)?;
     let mut newest = 1;
-    let evicted = || -> Result<bool> {
-        let state = status(&operator)?.and_then(|disk| disk.state);
-        Ok(state.is_some_and(|state| state.evicted_blocks > 0))
-    };
+    let evicted = || Ok(state(&operator)?.evicted_blocks > 0);
     store_until(&writer, &mut newest, "the disk to be full", evicted)?;
-    let quiet = || {
-        eventually("nothing to be written", || {
-            Ok(status(&operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
-        })
-    };
-    quiet()?;
+    nothing_to_write(&operator)?;
     ensure!(problem(&operator)?.is_empty());
     // The kernel refuses every write of the agent from here on. The agent holds the file open, so no mount can be made read-only.
     let its = Pid::from_raw(i32::try_from(agent.pid())?);
@@ -571,41 +554,29 @@ fn a_disk_that_takes_no_writes_any_more_is_read_and_takes_them_again_when_it_can
     prlimit(its, Resource::Fsize, none)?;
     let refused = || Ok(problem(&operator)?.contains("cannot write to"));
     store_until(&writer, &mut newest, "the disk to say so", refused)?;
-    quiet()?;
-    let failed = || -> Result<u64> {
-        let state = status(&operator)?.and_then(|disk| disk.state);
-        Ok(state.context("the disk's state")?.failed_blocks)
-    };
+    nothing_to_write(&operator)?;
+    let failed = || Ok::<_, anyhow::Error>(state(&operator)?.failed_blocks);
     let mut again = |what: &str| -> Result<u64> {
         let until = failed()? + 1;
         store_until(&writer, &mut newest, what, || Ok(failed()? >= until))?;
-        quiet()?;
+        nothing_to_write(&operator)?;
         Ok(status(&operator)?.context("a disk")?.blocks)
     };
     // It is tried again now and then, and no block makes room for what is not written.
     let kept = again("a second try")?;
     ensure!(again("a third try")? == kept);
     drop(writer);
-    eventually("memory without a block", || {
-        Ok(operator.node()?.indexed_blocks == 0)
-    })?;
+    memory_is_empty(&operator)?;
     // What lies on it comes back, every byte right.
     let reader = borrower(&node, "reader", 0)?;
-    let mut served = 0;
-    eventually("something to come back", || {
-        for conversation in 2..newest {
-            served += reader.fetch(&sequence(conversation, 12))?.served;
-        }
-        Ok(served > 0)
-    })?;
+    something_comes_back(&reader, 2..newest)?;
     ensure!(!agent.has_ended()? && !problem(&operator)?.is_empty());
     // The twin: when the kernel lets it, it writes again.
     prlimit(its, Resource::Fsize, before)?;
     let writer = borrower(&node, "writer", 4)?;
     let well = || Ok(problem(&operator)?.is_empty());
     store_until(&writer, &mut newest, "the disk to write again", well)?;
-    let state = status(&operator)?.and_then(|disk| disk.state);
-    ensure!(state.is_some_and(|state| state.corrupt_blocks == 0));
+    ensure!(state(&operator)?.corrupt_blocks == 0);
     Ok(())
 }
 
@@ -653,10 +624,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
     // What is new is not kept, and that is all.
     let writer = borrower(&node, "writer", 4)?;
     let mut newest = 1;
-    let failed = || -> Result<bool> {
-        let state = status(&operator)?.and_then(|disk| disk.state);
-        Ok(state.is_some_and(|state| state.failed_blocks > 0))
-    };
+    let failed = || Ok(state(&operator)?.failed_blocks > 0);
     store_until(&writer, &mut newest, "a write to be tried", failed)?;
     ensure!(status(&operator)?.context("a disk")?.blocks == 20);
     ensure!(!agent.has_ended()?);
@@ -741,9 +709,7 @@ fn a_preview_of_host_memory_says_what_stays_on_the_disk_and_it_does() -> Result<
         }
         let drained = command(&node, &["drain", "--device=HOST-0", "--yes"])?;
         ensure!(drained.status.success(), "{drained:?}");
-        eventually("memory without a block", || {
-            Ok(operator.node()?.indexed_blocks == 0)
-        })?;
+        memory_is_empty(&operator)?;
         let reader = borrower(&node, "reader", 0)?;
         let hit = reader.lookup(&conversation);
         ensure!(
@@ -754,8 +720,7 @@ fn a_preview_of_host_memory_says_what_stays_on_the_disk_and_it_does() -> Result<
         if agent.is_some() {
             eventually("the disk to say that it has no memory", || {
                 reader.fetch(&conversation)?;
-                let state = status(&operator)?.and_then(|disk| disk.state);
-                Ok(state.is_some_and(|state| state.problem.contains("no host memory")))
+                Ok(problem(&operator)?.contains("no host memory"))
             })?;
         }
         let undrained = command(&node, &["undrain", "--device=HOST-0"])?;

@@ -4,11 +4,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use swiftcache_client::cache::{BorrowerConfig, Hold, Medium};
+use swiftcache_client::cache::{Hold, Medium};
 use swiftcache_proto::domain::{DeviceUuid, LinkKind};
 use swiftcache_tests::{
     PATIENCE,
-    crew::donor,
+    crew::{donor, host_donor},
     engine::{self, BLOCK_BYTES, Engine, Fetched, SLAB_BYTES, eventually},
     node::Node,
     operator::Operator,
@@ -37,32 +37,12 @@ fn all(blocks: u32) -> Fetched {
 
 /// `swiftcache donate` with host memory.
 fn donate(node: &Node, slabs: u64) -> Result<Program> {
-    let offered = || Ok::<_, anyhow::Error>(Operator::of(node)?.account()?.offered_bytes);
-    let before = offered()?;
-    let mut command = Command::new(program("swiftcache")?);
-    command
-        .args(["donate", "--device", host().as_str()])
-        .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
-        .args(["--slab", &SLAB_BYTES.to_string()])
-        .args(["--drain", &format!("{}s", PATIENCE.as_secs()), "--socket"])
-        .arg(node.socket());
-    let mut donor = Program::start(&mut command)?;
-    eventually("host memory on offer", || {
-        ensure!(!donor.has_ended()?, "swiftcache donate ended early");
-        Ok(offered()? == before + slabs * SLAB_BYTES)
-    })?;
-    Ok(donor)
-}
-
-/// Leases up to so many slabs of each kind of memory.
-fn settings(node: &Node, slabs: u64, host_slabs: u64) -> BorrowerConfig {
-    let mut config = engine::config(node.device(0), slabs);
-    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
-    config
+    let drain = format!("{}s", PATIENCE.as_secs());
+    host_donor(node, slabs, &["--drain", &drain])
 }
 
 fn borrower(node: &Node, name: &str, slabs: u64, host_slabs: u64) -> Result<Engine> {
-    let config = settings(node, slabs, host_slabs);
+    let config = engine::config_with_host(node.device(0), slabs, host_slabs);
     Engine::new(Some(node.session(name)?), node.layer()?, config)
 }
 
@@ -217,7 +197,7 @@ fn two_engines_of_one_model_use_one_copy() -> Result<()> {
     ensure!(reader.borrower.stats().host_blocks == 0);
     ensure!(operator.node()?.indexed_blocks == 12);
     // The twin: another model's blocks are its own.
-    let mut config = settings(&node, 2, 2);
+    let mut config = engine::config_with_host(node.device(0), 2, 2);
     config.layout.namespace = "another model".to_owned();
     let other = Engine::new(Some(node.session("other")?), node.layer()?, config)?;
     leased_in_host(&other, 1)?;
@@ -257,7 +237,7 @@ fn a_numa_node_that_is_not_there_is_refused_by_the_names_of_those_that_are() -> 
 
 /// An engine on the stub driver that has leased host memory only.
 fn on_cuda(scene: &Scene<'_>) -> Result<Engine> {
-    let config = settings(&scene.node, 0, 2);
+    let config = engine::config_with_host(scene.node.device(0), 0, 2);
     let engine = Engine::new(
         Some(scene.session("engine")?),
         std::sync::Arc::clone(&scene.layer),

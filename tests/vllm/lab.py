@@ -23,6 +23,12 @@ ANSWER = 16
 """Tokens of each answer."""
 POOL = 256
 """Blocks of an engine's own pool: 8,192 tokens."""
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+GUESSES = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    "eagle": {"method": "eagle", "num_speculative_tokens": 2},
+}
 
 
 ENVIRONMENT = {
@@ -53,6 +59,12 @@ def options(model: str = "llama", seed: int = 0, **more: Any) -> dict[str, Any]:
         "disable_log_stats": True,
     }
     return base | more
+
+
+def guessing(how: str) -> dict[str, Any]:
+    """An engine's option to guess tokens."""
+    draft = {"model": str(models.make("eagle", HOME / "models"))} if how == "eagle" else {}
+    return {"speculative_config": GUESSES[how] | draft}
 
 
 def tokens(seed: object, count: int) -> list[int]:

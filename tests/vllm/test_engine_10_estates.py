@@ -10,12 +10,8 @@ import signal
 import lab as of
 import pytest
 from neighbours import SLAB, Tenant, donate
-from node import Node, eventually
+from node import KEPT, Node, eventually
 from test_engine_3_lending import nudge
-
-KEPT = 3_600_000
-"""An estate's time, milliseconds: longer than any test."""
-RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.fixture
@@ -84,7 +80,7 @@ def test_an_engine_killed_and_started_again_comes_back_warm(lab, bare_node, ttl_
 
 def test_two_ranks_come_back_warm_where_each_has_an_heir(lab, bare_node) -> None:
     """They are killed, both at once, and started again; then stopped, and started again without what one has left."""
-    want = lab.want("b", **RANKS)
+    want = lab.want("b", **of.RANKS)
     bare_node.start_broker(estate_ttl_ms=KEPT)
     donate(bare_node)
 
@@ -98,7 +94,7 @@ def test_two_ranks_come_back_warm_where_each_has_an_heir(lab, bare_node) -> None
         return of.cached(results) // of.BLOCK
 
     first = lab.engine("killed")
-    of.connect(first, bare_node, connector={"load": "sync"}, **RANKS)
+    of.connect(first, bare_node, connector={"load": "sync"}, **of.RANKS)
     cold = answers(first)
     assert cold < whole_blocks()
     first.ask("settle")
@@ -113,15 +109,15 @@ def test_two_ranks_come_back_warm_where_each_has_an_heir(lab, bare_node) -> None
     eventually("an estate of each", lambda: namespaces("(gone)") == ranks)
 
     second = lab.engine("b")
-    of.connect(second, bare_node, connector={"load": "sync"}, **RANKS)
+    of.connect(second, bare_node, connector={"load": "sync"}, **of.RANKS)
     assert answers(second) == whole_blocks()
     eventually("both to inherit", lambda: not namespaces("(gone)") and namespaces("") == ranks)
 
     second.ask("stop")
     eventually("an estate of each, again", lambda: namespaces("(gone)") == ranks)
-    bare_node.forget(max(ranks))
+    bare_node.drop("forget", max(ranks))
     assert namespaces("(gone)") == {min(ranks)}
-    of.connect(second, bare_node, connector={"load": "sync"}, **RANKS)
+    of.connect(second, bare_node, connector={"load": "sync"}, **of.RANKS)
     assert answers(second) == cold, "what one rank has is no block"
     second.ask("settle")
     assert second.ask("reset")

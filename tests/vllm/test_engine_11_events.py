@@ -11,7 +11,7 @@ import subprocess
 import lab as of
 import pytest
 from neighbours import SLAB, donate
-from node import eventually
+from node import KEPT, eventually
 
 MEDIA = {"hbm": "SWIFTCACHE_HBM", "host": "SWIFTCACHE_HOST"}
 SETTINGS = {"load": "sync", "max_leased_bytes": 3 * SLAB, "max_host_leased_bytes": 2 * SLAB}
@@ -19,7 +19,7 @@ SETTINGS = {"load": "sync", "max_leased_bytes": 3 * SLAB, "max_host_leased_bytes
 
 @pytest.fixture(scope="module")
 def donors(node) -> list[subprocess.Popen[bytes]]:
-    node.start_broker(estate_ttl_ms=3_600_000)
+    node.start_broker(estate_ttl_ms=KEPT)
     return [donate(node, slabs=2), donate(node, slabs=2, device="HOST-0")]
 
 
@@ -102,8 +102,7 @@ def test_what_an_operator_drops_is_known(engine, node) -> None:
     """The engine's own part in it is none: it would find the blocks still."""
     before = pause(engine, node)
     [name] = {worker["namespace"] for worker in engine.ask("held")["workers"]}
-    command = [node.programs / "swiftcache", "evict", "--socket", node.socket, "--namespace", name, "--yes"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    node.drop("evict", name)
     assert before - pause(engine, node)
     talk(engine, "after-the-operator")
     assert pause(engine, node)
@@ -125,7 +124,7 @@ def test_what_a_broker_does_not_know_any_more_is_known(engine, node) -> None:
     pause(engine, node)
     before = names(node)
     node.kill_broker()
-    node.start_broker(estate_ttl_ms=3_600_000)
+    node.start_broker(estate_ttl_ms=KEPT)
     eventually("the engine to be back", lambda: engine.ask("leased"))
     # The kind of memory may have changed: blocks go back to HBM whenever donors have room, also in a pause.
     eventually("the blocks to be back", lambda: names(node) >= before)

@@ -292,31 +292,16 @@ OTHERS = {
         by_priority,
         {"scheduling_policy": "priority", "num_gpu_blocks_override": 36, "max_model_len": 512},
     ),
-    "ngram": (
-        speculating,
-        {
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 3,
-                "prompt_lookup_max": 3,
-                "prompt_lookup_min": 1,
-            },
-            **SHORT,
-        },
-    ),
-    "eagle": (
-        speculating,
-        {"speculative_config": {"method": "eagle", "num_speculative_tokens": 2, "model": "eagle"}, **SHORT},
-    ),
+    "ngram": (speculating, SHORT),
+    "eagle": (speculating, SHORT),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ways_to_schedule_and_decode(lab, node, donors, name) -> None:
     work, options = OTHERS[name]
-    if name == "eagle":
-        draft = str(models.make("eagle", of.HOME / "models"))
-        options = options | {"speculative_config": options["speculative_config"] | {"model": draft}}
+    if name in of.GUESSES:
+        options = options | of.guessing(name)
     want = lab.want("b", work, **options)
     engine = lab.engine("b")
     of.connect(engine, node, connector=ASYNC, **options)

@@ -22,11 +22,7 @@ CONFIGURATIONS = {
     "llama-tiny-pool-sync": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": SYNC},
     "llama-tiny-pool-async": {"num_gpu_blocks_override": 48, "max_model_len": 1024, "connector": ASYNC},
     "llama-compiled-sync": {"enforce_eager": False, "connector": SYNC},
-    "llama-two-ranks-sync": {
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "connector": SYNC,
-    },
+    "llama-two-ranks-sync": {**of.RANKS, "connector": SYNC},
 }
 
 

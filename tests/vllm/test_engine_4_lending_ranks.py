@@ -7,7 +7,7 @@ from neighbours import Tenant
 from node import eventually
 from test_engine_3_lending import LENDING, LONGEST, busy_until_whole, lend, quiet_then_busy
 
-RANKS = {"max_model_len": LONGEST, "seed": 1, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+RANKS = of.RANKS | {"max_model_len": LONGEST, "seed": 1}
 
 
 def test_two_ranks_lend_and_take_back(lab, node) -> None:

@@ -84,11 +84,10 @@ def test_when_donors_come_it_is_stored_again_and_found_there(lab, node, engine, 
 
 
 def test_a_block_counts_when_every_rank_has_it(lab, node) -> None:
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    want = lab.want("b", **ranks)
+    want = lab.want("b", **of.RANKS)
     engine = lab.engine("b")
     # Leasing nothing: what it keeps is in host memory, for each rank its own.
-    start(engine, node, TIER | {"max_leased_bytes": 0, "share": False}, workers=2, **ranks)
+    start(engine, node, TIER | {"max_leased_bytes": 0, "share": False}, workers=2, **of.RANKS)
     assert of.cached(again(engine, want)) == 0
     eventually("a hit", lambda: found(engine, want))
     assert engine.ask("stats")["hit_host_blocks"] >= 2 * BLOCKS

@@ -5,14 +5,12 @@ the same tokens as with vLLM's own caching, whatever happens to loads. Tests run
 from __future__ import annotations
 
 import lab as of
-import models
 import pytest
 from donors import corrupt
 from neighbours import Tenant, donate
 from node import eventually
 
 TINY = {"num_gpu_blocks_override": 80, "max_model_len": 1024}
-RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 STEPS = 300
 """Many times what three requests take."""
 
@@ -96,12 +94,6 @@ def test_a_pool_that_is_too_small_for_states(lab, broker) -> None:
     donor.wait()
 
 
-GUESSES = {
-    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
-    "eagle": {"method": "eagle", "num_speculative_tokens": 2},
-}
-
-
 def speculating(engine) -> dict[str, dict]:
     """Prompts that repeat themselves, so that there is something to guess, of several windows."""
     prompts = {
@@ -114,8 +106,7 @@ def speculating(engine) -> dict[str, dict]:
 @pytest.mark.parametrize("name, how", [("gemma3", "ngram"), ("gptoss", "eagle")])
 def test_guesses(lab, broker, name, how) -> None:
     """Tokens that are guessed and taken back leave nothing wrong in what is kept of any group."""
-    guess = GUESSES[how] | ({"model": str(models.make("eagle", of.HOME / "models"))} if how == "eagle" else {})
-    options = {"speculative_config": guess, "max_model_len": 1024}
+    options = of.guessing(how) | {"max_model_len": 1024}
     donor = donate(broker, slabs=32)
     want = lab.want("b", speculating, model=name, **options)
     engine = lab.engine("b")
@@ -167,9 +158,9 @@ def nobody_holds_what_another_needs(engine) -> None:
 @pytest.mark.parametrize("name", ["gemma3", "qwen3next-pair"])
 def test_one_of_two_ranks_fails(lab, broker, name) -> None:
     donor = donate(broker, slabs=32)
-    want = lab.want("b", model=name, **RANKS)
+    want = lab.want("b", model=name, **of.RANKS)
     engine = lab.engine("b")
-    of.connect(engine, broker, model=name, **RANKS)
+    of.connect(engine, broker, model=name, **of.RANKS)
     matches(name, engine, want)
     engine.ask("halve", on=True, rank=1)
     matches(name, engine, want)
@@ -184,14 +175,20 @@ def test_one_of_two_ranks_fails(lab, broker, name) -> None:
 
 
 def matches(name: str, engine, want) -> dict[str, dict]:
-    """Everything comes from the store and says what it should. In bf16, where vLLM computes GDN, a token follows now
-    and then when a request is computed in other parts, on some CPUs always."""
+    """Everything comes from the store and says what it should."""
     if not name.startswith("qwen3next"):
         return of.matching(want, lambda: from_the_store(engine))
     results = from_the_store(engine)
-    said = of.said(results)
-    assert sum(said[one] != want[one] for one in want) <= len(want) // 4
+    nearly_right(name, results, want)
     return results
+
+
+def nearly_right(name: str, results, want) -> None:
+    """In bf16, where vLLM computes GDN, a token follows now and then when a request is computed in other parts or
+    company, on some CPUs always."""
+    said = of.said(results)
+    may_differ = len(want) // 4 if name.startswith("qwen3next") else 0
+    assert sum(said[one] != want[one] for one in want) <= may_differ
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3next"])
@@ -218,9 +215,7 @@ def test_an_idle_engine_lends_and_takes_everything_back(lab, broker, name) -> No
         assert tenant.leased > 0
         results = talk_then_burst(engine)
         assert engine.ask("stats")["give_back_count"] > 0
-        said = of.said(results)
-        # In bf16 a token follows now and then when requests share other steps.
-        assert sum(said[one] != want[one] for one in want) <= (len(want) // 4 if name == "qwen3next" else 0)
+        nearly_right(name, results, want)
         tenant.kill()
     assert nothing_held(engine)
     engine.ask("stop")

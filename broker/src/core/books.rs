@@ -142,20 +142,19 @@ impl Books {
 
     /// The number of a device that can lend memory. A disk is refused as one that lends none.
     pub(super) fn lends(&self, uuid: &DeviceUuid) -> Result<usize, Refusal> {
-        let is_disk = |uuid: &DeviceUuid| {
+        self.devices.number(uuid).map_err(|unknown| {
             let mut disks = self.disks.iter();
-            disks.any(|(_, disk)| disk.name() == uuid.as_str())
-        };
-        match self.devices.number(uuid) {
-            Err(_) if is_disk(uuid) => Err(Refusal::Invalid {
-                field: "device_uuid",
-                problem: format!(
-                    "is {uuid}, a disk, and no memory of a disk is lent: end its `swiftcache donate` to take it out of use; what is in \
-                     its file comes back with the next one"
-                ),
-            }),
-            number => number,
-        }
+            match disks.any(|(_, disk)| disk.name() == uuid.as_str()) {
+                true => Refusal::Invalid {
+                    field: "device_uuid",
+                    problem: format!(
+                        "is {uuid}, a disk, and no memory of a disk is lent: end its `swiftcache donate` to take it out of use; what is in \
+                         its file comes back with the next one"
+                    ),
+                },
+                false => unknown,
+            }
+        })
     }
 
     /// Bytes of one block of a tenant's namespace in each layer, as one of its borrowers said.

@@ -5,11 +5,13 @@ use std::{fs, io::BufRead, path::PathBuf, process::Command, sync::Arc, thread, t
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use swiftcache_client::donor::{Donor, DonorConfig};
+use swiftcache_proto::domain::DeviceUuid;
 
 use crate::{
     PATIENCE,
-    engine::{self, SLAB_BYTES},
+    engine::{self, SLAB_BYTES, eventually},
     node::{Node, Sight},
+    operator::Operator,
     programs::{Program, program},
 };
 
@@ -45,6 +47,28 @@ pub fn donor_process(node: &Node, device: usize, slabs: u64) -> Result<Program> 
         .args(["--slab-bytes", &SLAB_BYTES.to_string()])
         .args(["--slabs", &slabs.to_string()]);
     Ok(Program::start_ready(&mut command)?.0)
+}
+
+/// Starts `swiftcache donate` with `slabs` slabs of host memory and these arguments, and waits until they are on offer beside what is.
+///
+/// # Errors
+/// When it cannot be started, or ends.
+pub fn host_donor(node: &Node, slabs: u64, more: &[&str]) -> Result<Program> {
+    let offered = || Ok::<_, anyhow::Error>(Operator::of(node)?.account()?.offered_bytes);
+    let before = offered()?;
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(["donate", "--device", DeviceUuid::of_host(0).as_str()])
+        .args(["--bytes", &(slabs * SLAB_BYTES).to_string()])
+        .args(["--slab", &SLAB_BYTES.to_string(), "--socket"])
+        .arg(node.socket())
+        .args(more);
+    let mut donor = Program::start(&mut command)?;
+    eventually("host memory on offer", || {
+        ensure!(!donor.has_ended()?, "swiftcache donate ended early");
+        Ok(offered()? == before + slabs * SLAB_BYTES)
+    })?;
+    Ok(donor)
 }
 
 /// The task of a borrower process.

@@ -8,7 +8,7 @@ use swiftcache_proto::domain::{DeviceUuid, LeaseId};
 use super::fixture::{BLOCK, Bench, SLAB, hash, hashes, node_with_host_memory};
 use crate::core::{
     BlocksGone, Caller, CoreConfig, DiskBlocks, DiskSays, DiskState, DiskTakes, DrainTarget, Event,
-    Keep, LeaseDemand, Lookup, Need, Offer, Refusal, Reply, WithdrawPreview,
+    Grant, Keep, LeaseDemand, Lookup, Need, Refusal, Reply, WithdrawPreview,
 };
 
 fn bench() -> Bench {
@@ -77,15 +77,9 @@ fn looks(bench: &mut Bench, caller: Caller, blocks: impl IntoIterator<Item = u64
 /// Publishes blocks in host memory.
 fn in_host_memory(bench: &mut Bench, blocks: &[(u64, u32)]) -> Caller {
     let (donor, writer) = (bench.join("donor", ""), bench.join("writer", ""));
-    bench.done(Event::Offer(Offer {
-        device: DeviceUuid::of_host(0),
-        ..Bench::offer_event(donor, 9, 0, 1)
-    }));
-    let (grants, _) = bench.demanded(LeaseDemand {
-        host_bytes: SLAB,
-        ..Bench::demand(writer, 0)
-    });
-    bench.publish(writer, &grants[0], blocks);
+    bench.offer_host(donor, 9, 1);
+    let grant = lease_host(bench, writer);
+    bench.publish(writer, &grant, blocks);
     writer
 }
 
@@ -229,7 +223,7 @@ fn drain_host_memory(bench: &mut Bench) {
 }
 
 /// Leases host memory for a borrower of the model.
-fn lease_host(bench: &mut Bench, caller: Caller) -> crate::core::Grant {
+fn lease_host(bench: &mut Bench, caller: Caller) -> Grant {
     let (mut grants, _) = bench.demanded(LeaseDemand {
         host_bytes: SLAB,
         ..Bench::demand(caller, 0)
@@ -242,10 +236,7 @@ fn a_preview_counts_what_disks_agents_hold_and_what_is_left_for_them() {
     let mut bench = bench();
     let (donor, disk) = (bench.join("donor", ""), bench.join("disk", ""));
     for number in [1, 2, 3] {
-        bench.done(Event::Offer(Offer {
-            device: DeviceUuid::of_host(0),
-            ..Bench::offer_event(donor, number, 0, 1)
-        }));
+        bench.offer_host(donor, number, 1);
     }
     let writer = bench.join("writer", "");
     lease_host(&mut bench, writer);
@@ -310,10 +301,7 @@ proptest! {
         let mut bench = bench();
         let donor = bench.join("donor", "");
         for number in [1, 2, 3] {
-            bench.done(Event::Offer(Offer {
-                device: DeviceUuid::of_host(0),
-                ..Bench::offer_event(donor, number, 0, 1)
-            }));
+            bench.offer_host(donor, number, 1);
         }
         bench.offer(donor, 4, 1, 1);
         // Two that share, and one that keeps copies of its own.

@@ -255,6 +255,19 @@ impl Bench {
         self.done(Event::Offer(Self::offer_event(donor, number, on, slabs)));
     }
 
+    /// An offer of host memory, as [`offer_event`](Self::offer_event).
+    pub(super) fn host_offer(donor: Caller, number: u64, slabs: u64) -> Offer {
+        Offer {
+            device: DeviceUuid::of_host(0),
+            ..Self::offer_event(donor, number, 0, slabs)
+        }
+    }
+
+    /// Offers host memory.
+    pub(super) fn offer_host(&mut self, donor: Caller, number: u64, slabs: u64) {
+        self.done(Event::Offer(Self::host_offer(donor, number, slabs)));
+    }
+
     pub(super) fn demand(caller: Caller, slabs: u64) -> LeaseDemand {
         LeaseDemand {
             caller,

@@ -1,6 +1,6 @@
 //! Host memory of donors: granted where HBM falls short, shared out apart from it, and found by those who can map it.
 
-use swiftcache_proto::domain::{DeviceUuid, FoundRun, Hold, LinkKind, Medium, Shortfall};
+use swiftcache_proto::domain::{FoundRun, Hold, LinkKind, Medium, Shortfall};
 
 use super::fixture::{Bench, SLAB, device, node_with_host_memory};
 use crate::core::{
@@ -9,18 +9,6 @@ use crate::core::{
 
 fn bench() -> Bench {
     Bench::on(node_with_host_memory(), CoreConfig::default())
-}
-
-/// Offers host memory.
-fn offer_host(bench: &mut Bench, donor: Caller, number: u64, slabs: u64) {
-    bench.done(Event::Offer(host_offer(donor, number, slabs)));
-}
-
-fn host_offer(donor: Caller, number: u64, slabs: u64) -> Offer {
-    Offer {
-        device: DeviceUuid::of_host(0),
-        ..Bench::offer_event(donor, number, 0, slabs)
-    }
 }
 
 fn demand(caller: Caller, slabs: u64, host_slabs: u64) -> LeaseDemand {
@@ -64,7 +52,7 @@ fn host_memory_is_granted_only_where_hbm_falls_short() {
         bench.join("two", ""),
     );
     bench.offer(donor, 1, 1, 2);
-    offer_host(&mut bench, donor, 2, 4);
+    bench.offer_host(donor, 2, 4);
     let (grants, shortfall) = bench.demanded(demand(one, 1, 3));
     assert_eq!((granted(&grants), shortfall), ((1, 0), Shortfall::None));
     let (grants, shortfall) = bench.demanded(demand(one, 2, 1));
@@ -91,7 +79,7 @@ fn hbm_that_is_being_zeroed_is_worth_waiting_for() {
     let donor = bench.join("donor", "");
     let (first, second) = (bench.join("first", "a"), bench.join("second", "b"));
     bench.offer(donor, 1, 1, 1);
-    offer_host(&mut bench, donor, 2, 1);
+    bench.offer_host(donor, 2, 1);
     let (grants, _) = bench.ask(first, 1);
     bench.done(Event::Release {
         caller: first,
@@ -112,7 +100,7 @@ fn who_holds_host_memory_has_no_less_of_a_claim_to_hbm() {
     let donor = bench.join("donor", "");
     let (rich, other) = (bench.join("rich", "a"), bench.join("other", "b"));
     bench.offer(donor, 1, 1, 2);
-    offer_host(&mut bench, donor, 2, 8);
+    bench.offer_host(donor, 2, 8);
     let (grants, _) = bench.demanded(demand(rich, 0, 8));
     assert_eq!(granted(&grants), (0, 8));
     let (grants, _) = bench.demanded(demand(rich, 1, 0));
@@ -135,7 +123,7 @@ fn blocks_in_host_memory_are_found_by_those_who_can_map_it() {
     let mut bench = bench();
     let donor = bench.join("donor", "");
     let (writer, reader) = (bench.join("writer", ""), bench.join("reader", ""));
-    offer_host(&mut bench, donor, 1, 1);
+    bench.offer_host(donor, 1, 1);
     let (grants, _) = bench.demanded(demand(writer, 0, 1));
     assert_eq!(publish(&mut bench, writer, &grants[0], &[1, 2, 3]), 0);
     let found = |bench: &mut Bench, host_memory| {
@@ -181,7 +169,7 @@ fn a_block_in_hbm_is_published_beside_a_copy_in_host_memory_and_not_the_other_wa
     let donor = bench.join("donor", "");
     let (one, two) = (bench.join("one", ""), bench.join("two", ""));
     bench.offer(donor, 1, 1, 1);
-    offer_host(&mut bench, donor, 2, 2);
+    bench.offer_host(donor, 2, 2);
     let (in_host, _) = bench.demanded(demand(one, 0, 1));
     assert_eq!(publish(&mut bench, one, &in_host[0], &[1]), 0);
     let (in_hbm, _) = bench.demanded(demand(two, 1, 0));
@@ -210,13 +198,13 @@ fn host_memory_is_neither_a_working_set_nor_a_gpus() {
     );
     let elastic = Offer {
         elastic: true,
-        ..host_offer(donor, 1, 1)
+        ..Bench::host_offer(donor, 1, 1)
     };
     assert_eq!(refused(&mut bench, Event::Offer(elastic)), "elastic");
     let opaque = swiftcache_proto::domain::OpaqueHandle([1; 64]);
     let legacy = Offer {
         handle: swiftcache_proto::domain::Handle::CudaIpc(opaque),
-        ..host_offer(donor, 1, 1)
+        ..Bench::host_offer(donor, 1, 1)
     };
     assert_eq!(refused(&mut bench, Event::Offer(legacy)), "handle");
 }
@@ -226,7 +214,7 @@ fn host_memory_is_shown_once_some_is_on_offer() {
     let mut bench = bench();
     assert_eq!(bench.state.devices().len(), 4);
     let donor = bench.join("donor", "");
-    offer_host(&mut bench, donor, 1, 3);
+    bench.offer_host(donor, 1, 3);
     let devices = bench.state.devices();
     assert_eq!(devices.len(), 5);
     assert_eq!(devices[4].account.offered, 3 * SLAB);

@@ -7,13 +7,12 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use swiftcache_client::cache::BorrowerConfig;
 use swiftcache_tests::{
-    crew::{BorrowerProcess, Job, donor},
-    engine::{self, Engine, SLAB_BYTES, eventually},
+    crew::{BorrowerProcess, Job, donor, host_donor},
+    engine::{self, Engine, eventually},
     node::Node,
     operator::Operator,
-    programs::{Program, program},
+    programs::program,
 };
 
 use crate::report::{Latencies, Line, time};
@@ -41,14 +40,8 @@ fn prefix(number: u32, blocks: u32) -> Vec<u32> {
     (0..blocks).map(|n| number * 1000 + n).collect()
 }
 
-fn settings(node: &Node, slabs: u64, host_slabs: u64) -> BorrowerConfig {
-    let mut config = engine::config(node.device(0), slabs);
-    config.max_host_leased_bytes = host_slabs * SLAB_BYTES;
-    config
-}
-
 fn start(node: &Node, slabs: u64, host_slabs: u64) -> Result<Engine> {
-    let config = settings(node, slabs, host_slabs);
+    let config = engine::config_with_host(node.device(0), slabs, host_slabs);
     Engine::new(Some(node.session(ENGINE)?), node.layer()?, config)
 }
 
@@ -56,26 +49,6 @@ fn store(engine: &Engine, blocks: &[u32]) -> Result<()> {
     eventually("room for a prefix", || {
         Ok(engine.store(blocks)?.unplaced == 0)
     })
-}
-
-/// Starts `swiftcache donate` with these arguments, and waits until it lends what it has.
-fn donate(node: &Node, arguments: &[&str]) -> Result<Program> {
-    let mut command = Command::new(program("swiftcache")?);
-    command
-        .args(["donate", "--socket"])
-        .arg(node.socket())
-        .args(arguments);
-    Ok(Program::start_ready(&mut command)?.0)
-}
-
-fn host_memory(node: &Node, slabs: u64) -> Result<Program> {
-    let (bytes, slab) = ((slabs * SLAB_BYTES).to_string(), SLAB_BYTES.to_string());
-    let arguments = ["--device", "HOST-0", "--bytes", &bytes, "--slab", &slab];
-    let donor = donate(node, &arguments)?;
-    Operator::of(node)?.eventually("host memory on offer", |account| {
-        account.offered_bytes >= slabs * SLAB_BYTES
-    })?;
-    Ok(donor)
 }
 
 /// Waits until no engine of this process holds anything.
@@ -148,7 +121,7 @@ fn restart(rounds: u32) -> Result<Line> {
 fn replicas() -> Result<Line> {
     let node = Node::start(&[])?;
     let operator = Operator::of(&node)?;
-    let _host = host_memory(&node, SLABS)?;
+    let _host = host_donor(&node, SLABS, &[])?;
     let blocks = prefix(1, BLOCKS);
     let mut engines = Vec::new();
     let mut kept = Vec::new();
