@@ -6,7 +6,8 @@ and the lengths of prefixes must be equal. The model needs weights of its own: w
 whatever the KV cache holds. `tests/sglang` has the control: a donor that is overwritten changes tokens.
 
 Next turn: time to the first token by where the prefix comes from: computed again, HiCache (pinned host memory),
-SwiftCache from a donor's HBM, resident. All arms hold the same conversations, those of tests/gpu/vllm/bench.py.
+SwiftCache from host memory or from a donor's HBM, resident. All arms hold the same conversations, those of
+tests/gpu/vllm/bench.py.
 
     next_turn.py PROGRAMS REPORT [identity|bench] [--only ARM] [--attention triton] [--clients 1 4]
 
@@ -20,6 +21,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,14 @@ GiB = 1 << 30
 LOCAL = "from its own pool"
 SAID = ("tokens", "logprobs", "cached", "finish")
 """What must be equal."""
-ARMS = ("HiCache", "SwiftCache", "resident", "computed again", "SwiftCache, load: wait")
+ARMS: dict[str, dict[str, Any]] = {
+    "HiCache": {"hicache": True},
+    "SwiftCache, host memory": {"settings": {}, "lent_by": "HOST-0"},
+    "SwiftCache": {"settings": {}},
+    "resident": {"resident": True},
+    "computed again": {},
+    "SwiftCache, load: wait": {"settings": {"load": "wait"}},
+}
 """What is compared first comes first: an engine takes more than a minute to start."""
 
 
@@ -153,11 +162,11 @@ class Place:
             },
         }
 
-    def run(self, name: str, task: dict[str, Any], lent: bool) -> dict[str, Any]:
-        """An engine's life, with a donor if memory is lent to it."""
+    def run(self, name: str, task: dict[str, Any], lent_by: str | None) -> dict[str, Any]:
+        """An engine's life, with a donor of that device's memory if there is one."""
         log, result = log_file(self.args.report, name), self.directory / "result.json"
         result.unlink(missing_ok=True)
-        donor = self.ground.lend(self.size.lent, self.size.slab) if lent else None
+        donor = self.ground.lend(self.size.lent, self.size.slab, lent_by) if lent_by else None
         try:
             with log.open("ab") as into:
                 run_whole(
@@ -189,7 +198,7 @@ class Place:
         found = {}
         for name, more in {LOCAL: own, "SwiftCache": self.linker(), "load: wait": self.linker(load="wait")}.items():
             changed = {**task, "options": task["options"] | more}
-            found[name] = self.run(f"identity {name}", changed, name != LOCAL)
+            found[name] = self.run(f"identity {name}", changed, None if name == LOCAL else self.ground.donor_device)
         if any("error" in of for of in found.values()):
             return {"passed": False, "error": next(of["error"] for of in found.values() if "error" in of)}
         told = {name: [[one[what] for what in SAID] for one in of["passes"][1]] for name, of in found.items()}
@@ -202,14 +211,16 @@ class Place:
         passed = set(equal.values()) == {len(size.prompts)} and various == len(size.prompts) and cached[LOCAL] > 0
         return {"equal": equal, "cached": cached, "answers": various, "prompts": len(size.prompts), "passed": passed}
 
-    def arm(self, name: str) -> dict[str, Any]:
+    def arm(self, name: str, arm: dict[str, Any]) -> dict[str, Any]:
         size = self.size
-        own = size.resident if name == "resident" else size.local
+        own = size.resident if arm.get("resident") else size.local
         more: dict[str, Any] = {}
-        if name == "HiCache":
+        lent_by = None
+        if arm.get("hicache"):
             more = {"enable_hierarchical_cache": True, "hicache_size": size.lent // 10**9, "hicache_ratio": 0}
-        if name.startswith("SwiftCache"):
-            more = self.linker(**({"load": "wait"} if name.endswith("wait") else {}))
+        if "settings" in arm:
+            more = self.linker(**arm["settings"])
+            lent_by = arm.get("lent_by", self.ground.donor_device)
         task = {
             "what": "bench",
             "seed": "bench",
@@ -224,7 +235,7 @@ class Place:
             "clients": self.args.clients,
             "rates": self.args.rates,
         }
-        return self.run(f"bench {name}", task, name.startswith("SwiftCache"))
+        return self.run(f"bench {name}", task, lent_by)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -259,7 +270,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="try the script: SGLang's CPU engine, simulated devices")
     parser.add_argument("--model", help="for identity: a model with weights of its own")
     parser.add_argument("--attention", help="SGLang's --attention-backend")
-    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns a second that arrive in any case")
     parser.add_argument("--arm-limit", type=float, default=300, help="the longest that an engine may live, seconds")
@@ -276,10 +287,10 @@ def main() -> None:
             if args.what != "bench":
                 results["identity"] = place.identity()
                 print(json.dumps(results["identity"]), flush=True)
-            for name in ARMS if args.what != "identity" else ():
-                if args.only in name:
-                    results["arms"][name] = place.arm(name)
-                    print(table({"arms": {name: results["arms"][name]}}), flush=True)
+            wanted = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
+            for name, arm in wanted.items() if args.what != "identity" else ():
+                results["arms"][name] = place.arm(name, arm)
+                print(table({"arms": {name: results["arms"][name]}}), flush=True)
                 (args.report / "sglang.json").write_text(json.dumps(results))
         finally:
             place.ground.close()

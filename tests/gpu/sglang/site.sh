@@ -4,7 +4,7 @@
 #
 #     tests/gpu/sglang/site.sh OUT [WHEEL]   needs uv, zstd, OpenSSL's headers and 8 GB of disk; makes OUT (2.9 GB) and OUT.tzst (1 GB)
 #
-# There: zstd -dc OUT.tzst | tar xf - -C SITE, and tests/gpu/sglang/run.sh SITE PROGRAMS REPORT
+# There, with zstd, which such a machine may lack: zstd -dc OUT.tzst | tar xf - -C SITE, and tests/gpu/sglang/run.sh SITE PROGRAMS REPORT
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
@@ -32,7 +32,7 @@ cp -rL /usr/include/x86_64-linux-gnu/openssl/. "$out/openssl/include/openssl/"
 cp -L /usr/lib/x86_64-linux-gnu/libcrypto.so* "$out/openssl/lib/"
 cd "$out"
 # Headers of tests, static libraries and kernels for other hardware: half of the bytes.
-rm -rf torch/test torch/lib/*.a triton/backends/nvidia/lib/cupti triton/backends/nvidia/bin/nvdisasm \
+rm -rf torch/test torch/lib/*.a triton/backends/nvidia/lib/cupti* triton/backends/nvidia/bin/{nvdisasm,ptxas-blackwell} \
     sgl_kernel/sm100 sgl_kernel/{flash_ops,infllm_ops,flashmla_ops}*.so
 # Only Blackwell runs this kernel, and its import needs CUTLASS's Python.
 cat >sglang/srt/layers/dual_gemm.py <<'END'

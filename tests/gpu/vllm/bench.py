@@ -1,7 +1,8 @@
 """Time to the first token of a conversation's next turn, on real vLLM, by where the prefix comes from.
 
 Arms: computed again; vLLM's OffloadingConnector and LMCache (pinned host memory); SwiftCache from a neighbour's HBM,
-from its host tier, and while the donor takes everything back every few seconds; resident in the engine's own pool.
+from its host tier, from host memory that is lent to all engines, and while the donor takes everything back every few
+seconds; resident in the engine's own pool.
 They run as `vllm serve` does by itself, but for two that run as `load: sync` needs it. All see the same conversations:
 clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. The result is a
 table, bench.json, and bench.svg where matplotlib is there.
@@ -37,6 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "LMCache": {"environment": V2, "lmcache": True},
     "SwiftCache, withdrawn every 5 s": {"environment": V2, "settings": {}, "withdraw": 5.0},
     "SwiftCache, host tier": {"environment": V2, "settings": {}, "host": True},
+    "SwiftCache, host memory": {"environment": V2, "settings": {}, "lent_by": "HOST-0"},
     "SwiftCache sync, V1": {
         "environment": V1,
         "options": {"async_scheduling": False},
@@ -84,6 +86,8 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any]
     if "settings" not in arm:
         return None
     settings = {"socket": ground.socket, "max_leased_bytes": size.lent, "lease_step_bytes": size.lent}
+    if arm.get("lent_by"):
+        settings |= {"max_host_leased_bytes": size.lent}
     if arm.get("host"):
         settings |= {"max_leased_bytes": 0, "host_tier_bytes": size.lent}
         del settings["lease_step_bytes"]
@@ -175,7 +179,8 @@ def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], args: An
         "result": str(directory / "result.json"),
     }
     log = log_file(args.report, f"bench {name}")
-    donor = None if "settings" not in arm or arm.get("host") else ground.lend(size.lent, size.slab)
+    lends = "settings" in arm and not arm.get("host")
+    donor = ground.lend(size.lent, size.slab, arm.get("lent_by")) if lends else None
     back = Withdrawals(ground, donor, arm["withdraw"], size) if donor is not None and "withdraw" in arm else None
     try:
         with lmcache(arm, size, log) as ready, log.open("ab") as into:

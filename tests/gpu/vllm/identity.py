@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import random
+import re
 import sys
 import tempfile
 import traceback
@@ -85,6 +86,13 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
         },
         "Qwen3-Next, V1, eager": {"shape": "qwen3-next", "options": gdn | alone, "settings": {}, "environment": V1},
         "Granite 4, V2, eager": {"shape": "granite4", "options": eager, "settings": {}, "environment": V2},
+        # Its kernels have pages of 64 tokens.
+        "DeepSeek V3.2, V2, eager": {
+            "shape": "deepseek-v3.2",
+            "options": eager | {"block_size": 64},
+            "settings": {},
+            "environment": V2,
+        },
         FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 
@@ -275,7 +283,7 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for identity.json and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--only", default="", help="configurations whose names this regular expression finds")
     parser.add_argument("--at-once", type=int, default=3, help="engines that run at a time")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
@@ -284,7 +292,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Place(Path(directory), args.programs, args.report, cpu=args.cpu)
         try:
-            wanted = {name: of for name, of in configurations(args.cpu).items() if args.only in name}
+            wanted = {name: of for name, of in configurations(args.cpu).items() if re.search(args.only, name)}
+            for name, of in list(wanted.items()):
+                ranks = of["options"].get("tensor_parallel_size", 1)
+                if ranks > len(place.ground.devices):
+                    del wanted[name]
+                    print(f"{name}: not run, it needs {ranks} GPUs", flush=True)
             # What kills the broker and the donor runs alone, at the end.
             last = {name: wanted.pop(name) for name in [FAULTS] if name in wanted}
 

@@ -140,6 +140,35 @@ GRANITE4 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 100352,
 }
+DEEPSEEK_V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_layer_freq": 1,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
 TINY = {
     "head_dim": 32,
     "hidden_size": 128,
@@ -176,6 +205,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-next": QWEN3_NEXT | {"num_hidden_layers": 8, "layer_types": QWEN3_NEXT_LAYERS[:8], "num_experts": 64},
     # Granite 4.0 H Tiny with 12 of 40 layers: Mamba 2, which vLLM's CPU build does not compute.
     "granite4": GRANITE4 | {"num_hidden_layers": 12, "layer_types": GRANITE4_LAYERS},
+    # DeepSeek V3.2 with 6 of 61 layers, in bf16, narrower, and with a sixteenth of its experts and an eighth of its heads.
+    "deepseek-v3.2": DEEPSEEK_V32
+    | {
+        "first_k_dense_replace": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "n_group": 4,
+        "n_routed_experts": 16,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 16,
+        "topk_group": 2,
+    },
     # For a try on a machine without a GPU.
     "tiny": QWEN3 | TINY | {"num_hidden_layers": 4, "tie_word_embeddings": True},
     "tiny-gemma3": GEMMA3
