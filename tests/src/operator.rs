@@ -38,6 +38,14 @@ impl Operator {
         self.ask(async |mut admin| admin.get_node(v1::GetNodeRequest {}).await)
     }
 
+    /// The disk, where there is one.
+    ///
+    /// # Errors
+    /// When the broker does not answer.
+    pub fn disk(&self) -> Result<Option<v1::DiskStatus>> {
+        Ok(self.node()?.disks.into_iter().next())
+    }
+
     /// Every session.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use swiftcache_client::{
 };
 use swiftcache_proto::v1;
 use swiftcache_tests::{
-    crew::host_donor,
+    crew::{disk_agent, disk_command, host_donor},
     engine::{self, Engine, SLAB_BYTES, eventually, pattern},
     node::Node,
     operator::Operator,
@@ -40,41 +40,14 @@ fn donate(node: &Node, slabs: u64) -> Result<Program> {
     host_donor(node, slabs, &[])
 }
 
-fn disk_command(node: &Node, dir: &Path, bytes: u64) -> Result<Command> {
-    let mut command = Command::new(program("swiftcache")?);
-    command
-        .args(["donate", "--device", "DISK-0", "--path"])
-        .arg(dir)
-        .arg("--socket")
-        .arg(node.socket())
-        .args(["--bytes", &bytes.to_string()])
-        .args(["--memory", &(4 * SLAB_BYTES).to_string()]);
-    Ok(command)
-}
-
 /// `swiftcache donate` with a disk that the broker knows.
 fn disk(node: &Node, dir: &Path, bytes: u64) -> Result<Program> {
-    ready(node, disk_command(node, dir, bytes)?)
-}
-
-fn ready(node: &Node, mut command: Command) -> Result<Program> {
-    let mut agent = Program::start_ready(&mut command)?.0;
-    let operator = Operator::of(node)?;
-    eventually("the broker to know the disk", || {
-        ensure!(!agent.has_ended()?, "the disk's agent ended");
-        let state = status(&operator)?.and_then(|disk| disk.state);
-        Ok(state.is_some_and(|state| state.bytes > 0))
-    })?;
-    Ok(agent)
-}
-
-fn status(operator: &Operator) -> Result<Option<v1::DiskStatus>> {
-    Ok(operator.node()?.disks.into_iter().next())
+    disk_agent(node, disk_command(node, dir, bytes)?)
 }
 
 /// What the disk's agent tells of it.
 fn state(operator: &Operator) -> Result<v1::DiskState> {
-    let state = status(operator)?.and_then(|disk| disk.state);
+    let state = operator.disk()?.and_then(|disk| disk.state);
     state.context("the disk's state")
 }
 
@@ -93,14 +66,16 @@ fn memory_is_empty(operator: &Operator) -> Result<()> {
 /// Waits until the disk has written what it was to write, or has left it alone.
 fn nothing_to_write(operator: &Operator) -> Result<()> {
     eventually("nothing to be written", || {
-        Ok(status(operator)?.is_some_and(|disk| disk.to_store_blocks == 0))
+        Ok(operator
+            .disk()?
+            .is_some_and(|disk| disk.to_store_blocks == 0))
     })
 }
 
 /// Waits until so many blocks lie on the disk.
 fn on_disk(operator: &Operator, blocks: u64) -> Result<()> {
     eventually("blocks on the disk", || {
-        Ok(status(operator)?.is_some_and(|disk| disk.blocks >= blocks))
+        Ok(operator.disk()?.is_some_and(|disk| disk.blocks >= blocks))
     })
 }
 
@@ -130,7 +105,7 @@ fn store(engine: &Engine, sequence: &[u32]) -> Result<()> {
 /// Stores a sequence, waits until it is on the disk, and has it leave memory.
 fn spill(node: &Node, sequence: &[u32]) -> Result<()> {
     let operator = Operator::of(node)?;
-    let before = status(&operator)?.map_or(0, |disk| disk.blocks);
+    let before = operator.disk()?.map_or(0, |disk| disk.blocks);
     let writer = borrower(node, "writer", 2)?;
     store(&writer, sequence)?;
     on_disk(&operator, before + sequence.len() as u64)?;
@@ -198,7 +173,7 @@ fn what_has_left_memory_comes_back_from_disk_byte_for_byte_to_its_own_model_and_
     for other in [&other_model, &other_tenant] {
         ensure!(other.fetch(&conversation)?.found == 0);
     }
-    ensure!(status(&operator)?.is_some_and(|disk| disk.asked_blocks == 0));
+    ensure!(operator.disk()?.is_some_and(|disk| disk.asked_blocks == 0));
     let reader = borrower(&node, "reader", 0)?;
     // It is in no memory: what is found has come from the disk.
     ensure!(reader.fetch(&conversation)?.found == 0);
@@ -212,7 +187,7 @@ fn what_has_left_memory_comes_back_from_disk_byte_for_byte_to_its_own_model_and_
     let shown = node.status(&[])?;
     let path = fs::canonicalize(dir.path())?.display().to_string();
     ensure!(shown.contains("DISK-0") && shown.contains(&path), "{shown}");
-    let told = status(&operator)?.context("a disk")?;
+    let told = operator.disk()?.context("a disk")?;
     let state = told.state.context("its state")?;
     ensure!(state.path == path, "{state:?}");
     ensure!(
@@ -241,7 +216,7 @@ fn without_a_disk_nothing_comes_back() -> Result<()> {
     operator.eventually("all to be free", |account| account.leased_bytes == 0)?;
     let reader = borrower(&node, "reader", 0)?;
     ensure!(reader.fetch(&conversation)?.found == 0);
-    ensure!(status(&operator)?.is_none());
+    ensure!(operator.disk()?.is_none());
     Ok(())
 }
 
@@ -292,7 +267,7 @@ fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Resul
     let _donor = donate(&node, 12)?;
     let mut conversations = Vec::new();
     let written = || -> Result<u64> {
-        let state = status(&operator)?.and_then(|disk| disk.state);
+        let state = operator.disk()?.and_then(|disk| disk.state);
         Ok(state.map_or(0, |state| state.written_blocks))
     };
     while course.goes_on() {
@@ -307,7 +282,7 @@ fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Resul
         }
         agent.kill()?;
         eventually("the broker to hear of it", || {
-            Ok(status(&operator)?.is_none())
+            Ok(operator.disk()?.is_none())
         })?;
     }
     let _disk = disk(&node, dir.path(), 2 << 20)?;
@@ -360,7 +335,7 @@ fn a_wrong_byte_on_the_disk_is_a_miss_and_is_counted() -> Result<()> {
         Ok(reader.fetch(&conversation)?.served == 5)
     })?;
     eventually("the wrong block to be counted", || {
-        let told = status(&operator)?;
+        let told = operator.disk()?;
         let corrupt = told.as_ref().and_then(|disk| disk.state.as_ref());
         Ok(corrupt.is_some_and(|state| state.corrupt_blocks == 1)
             && told.is_some_and(|disk| disk.blocks == 11))
@@ -387,7 +362,7 @@ fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
             None => command,
             Some(most) => with_small_files(&command, most),
         };
-        let mut agent = ready(&node, command)?;
+        let mut agent = disk_agent(&node, command)?;
         let full = || {
             let state = state(&operator)?;
             Ok(state.evicted_blocks > 0 || limit.is_some() && state.failed_blocks > 0)
@@ -400,7 +375,7 @@ fn a_disk_that_is_full_costs_hits_only() -> Result<()> {
         ensure!(writer.fetch(&sequence(newest, 12))?.served == 12);
         agent.kill()?;
         eventually("the broker to hear of it", || {
-            Ok(status(&operator)?.is_none())
+            Ok(operator.disk()?.is_none())
         })?;
     }
     Ok(())
@@ -470,7 +445,7 @@ fn a_disk_without_space_left_keeps_what_fits_and_says_so() -> Result<()> {
     let command = disk_command(&node, limited.path(), MAY)?;
     ways.push((with_small_files(&command, FITS), "File too large"));
     for (round, (command, why)) in ways.into_iter().enumerate() {
-        let mut agent = ready(&node, command)?;
+        let mut agent = disk_agent(&node, command)?;
         let writer = borrower(&node, "writer", 4)?;
         let before = 1_000 * round as u32;
         let mut newest = before;
@@ -491,7 +466,7 @@ fn a_disk_without_space_left_keeps_what_fits_and_says_so() -> Result<()> {
         ensure!(state(&operator)?.corrupt_blocks == 0 && !agent.has_ended()?);
         agent.kill()?;
         eventually("the broker to hear of it", || {
-            Ok(status(&operator)?.is_none())
+            Ok(operator.disk()?.is_none())
         })?;
     }
     Ok(())
@@ -521,7 +496,7 @@ fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     ensure!(writer.fetch(&meanwhile)?.served == 12);
     comes_back(&reader, &meanwhile)?;
     ensure!(reader.fetch(&on_disk_only)?.found == 0);
-    let told = status(&operator)?.context("a disk")?;
+    let told = operator.disk()?.context("a disk")?;
     ensure!(told.wanted_blocks == 20, "{told:?}");
     // The twin: with a disk that answers, they come.
     agent.signal(Signal::CONT)?;
@@ -560,7 +535,7 @@ fn a_disk_that_takes_no_writes_any_more_is_read_and_takes_them_again_when_it_can
         let until = failed()? + 1;
         store_until(&writer, &mut newest, what, || Ok(failed()? >= until))?;
         nothing_to_write(&operator)?;
-        Ok(status(&operator)?.context("a disk")?.blocks)
+        Ok(operator.disk()?.context("a disk")?.blocks)
     };
     // It is tried again now and then, and no block makes room for what is not written.
     let kept = again("a second try")?;
@@ -594,7 +569,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
     first.signal(Signal::TERM)?;
     first.finish()?;
     eventually("the broker to hear of it", || {
-        Ok(status(&operator)?.is_none())
+        Ok(operator.disk()?.is_none())
     })?;
     // An empty directory is of no use to anybody while nothing can be written there.
     let empty = tempfile::tempdir()?;
@@ -611,7 +586,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
     );
     let command = disk_command(&node, dir.path(), MAY)?;
     let command = on_a_read_only_disk(&command, dir.path())?.context("a mount")?;
-    let mut agent = ready(&node, command)?;
+    let mut agent = disk_agent(&node, command)?;
     on_disk(&operator, 20)?;
     let said = problem(&operator)?;
     ensure!(
@@ -626,7 +601,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
     let mut newest = 1;
     let failed = || Ok(state(&operator)?.failed_blocks > 0);
     store_until(&writer, &mut newest, "a write to be tried", failed)?;
-    ensure!(status(&operator)?.context("a disk")?.blocks == 20);
+    ensure!(operator.disk()?.context("a disk")?.blocks == 20);
     ensure!(!agent.has_ended()?);
     // The twin: the same disk can be written again, and the agent notices, also where the file has to grow.
     let remount = |how: &[&str]| {
@@ -644,7 +619,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
         remounted = remount(&["--user", "--preserve-credentials"])?;
     }
     ensure!(remounted.status.success(), "{remounted:?}");
-    let grown = || Ok(status(&operator)?.is_some_and(|disk| disk.blocks > 60));
+    let grown = || Ok(operator.disk()?.is_some_and(|disk| disk.blocks > 60));
     store_until(&writer, &mut newest, "the file to grow", grown)?;
     ensure!(problem(&operator)?.is_empty());
     comes_back(&reader, &conversation)

@@ -205,7 +205,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-next": QWEN3_NEXT | {"num_hidden_layers": 8, "layer_types": QWEN3_NEXT_LAYERS[:8], "num_experts": 64},
     # Granite 4.0 H Tiny with 12 of 40 layers: Mamba 2, which vLLM's CPU build does not compute.
     "granite4": GRANITE4 | {"num_hidden_layers": 12, "layer_types": GRANITE4_LAYERS},
-    # DeepSeek V3.2 with 6 of 61 layers, in bf16, narrower, and with a sixteenth of its experts and an eighth of its heads.
+    # DeepSeek V3.2 with 6 of 61 layers, in bf16: narrower, with a sixteenth of its experts and an eighth of its heads.
     "deepseek-v3.2": DEEPSEEK_V32
     | {
         "first_k_dense_replace": 1,

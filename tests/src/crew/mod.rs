@@ -7,7 +7,9 @@ use std::{collections::BTreeSet, fs};
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
-pub use processes::{BorrowerProcess, Job, Report, donor, donor_process, host_donor};
+pub use processes::{
+    BorrowerProcess, Job, Report, disk_agent, disk_command, donor, donor_process, host_donor,
+};
 
 use crate::{
     census::Census,

@@ -1,6 +1,14 @@
 //! Borrower and donor processes that a test drives and can kill.
 
-use std::{fs, io::BufRead, path::PathBuf, process::Command, sync::Arc, thread, time::Instant};
+use std::{
+    fs,
+    io::BufRead,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
@@ -69,6 +77,37 @@ pub fn host_donor(node: &Node, slabs: u64, more: &[&str]) -> Result<Program> {
         Ok(offered()? == before + slabs * SLAB_BYTES)
     })?;
     Ok(donor)
+}
+
+/// `swiftcache donate` with up to `bytes` bytes of a disk, in `dir`, and four slabs of memory for what comes back.
+///
+/// # Errors
+/// When the program is not there.
+pub fn disk_command(node: &Node, dir: &Path, bytes: u64) -> Result<Command> {
+    let mut command = Command::new(program("swiftcache")?);
+    command
+        .args(["donate", "--device", "DISK-0", "--path"])
+        .arg(dir)
+        .arg("--socket")
+        .arg(node.socket())
+        .args(["--bytes", &bytes.to_string()])
+        .args(["--memory", &(4 * SLAB_BYTES).to_string()]);
+    Ok(command)
+}
+
+/// Starts a disk's agent, and waits until the broker knows the disk.
+///
+/// # Errors
+/// When it cannot be started, or ends.
+pub fn disk_agent(node: &Node, mut command: Command) -> Result<Program> {
+    let mut agent = Program::start_ready(&mut command)?.0;
+    let operator = Operator::of(node)?;
+    eventually("the broker to know the disk", || {
+        ensure!(!agent.has_ended()?, "the disk's agent ended");
+        let state = operator.disk()?.and_then(|disk| disk.state);
+        Ok(state.is_some_and(|state| state.bytes > 0))
+    })?;
+    Ok(agent)
 }
 
 /// The task of a borrower process.

@@ -1,5 +1,5 @@
-//! What outlives its engine, and what replicas share: an engine's restart to its first hit, and copies in host memory. Simulated
-//! devices: bytes move in shared memory.
+//! What lies below HBM, and what outlives its engine: a lookup through three tiers, an engine's restart to its first hit, and copies that
+//! replicas keep. Simulated devices: bytes move in shared memory.
 
 use std::{
     process::Command,
@@ -7,8 +7,9 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use swiftcache_client::cache::Medium;
 use swiftcache_tests::{
-    crew::{BorrowerProcess, Job, donor, host_donor},
+    crew::{BorrowerProcess, Job, disk_agent, disk_command, donor, host_donor},
     engine::{self, Engine, eventually},
     node::Node,
     operator::Operator,
@@ -29,10 +30,16 @@ const SLABS: u64 = 16;
 /// DESIGN section 9: warm within a second of being ready.
 const WARM: Duration = Duration::from_secs(1);
 const REPLICAS: u64 = 4;
+/// Blocks in each of three tiers: a slab of it.
+const THIRD: u32 = 16;
+/// Room on the disk for all rounds, bytes.
+const DISK: u64 = 64 << 20;
 
 /// All of it.
 pub(crate) fn run(rounds: u32) -> Result<Vec<Line>> {
-    Ok(vec![restart(rounds)?, replicas()?])
+    let mut lines = lookup(rounds)?;
+    lines.extend([restart(rounds)?, replicas()?]);
+    Ok(lines)
 }
 
 /// The first blocks of a conversation.
@@ -57,6 +64,77 @@ fn engines_gone(operator: &Operator) -> Result<()> {
         let leases = operator.leases()?;
         Ok(leases.iter().all(|lease| lease.borrower_name != ENGINE))
     })
+}
+
+/// A lookup of blocks of which a third each lies in HBM, in host memory and on a disk, and how long the disk's take to come back.
+fn lookup(rounds: u32) -> Result<Vec<Line>> {
+    let dir = tempfile::tempdir()?;
+    // What engines leave goes at once.
+    let node = Node::start(&["--estate-ttl-ms", "0", "--pin-ms", "100"])?;
+    let operator = Operator::of(&node)?;
+    let _host = host_donor(&node, SLABS, &[])?;
+    let _disk = disk_agent(&node, disk_command(&node, dir.path(), DISK)?)?;
+    let (mut own, mut tiers, mut back) = (Latencies::new()?, Latencies::new()?, Latencies::new()?);
+    for round in 0..rounds {
+        let blocks = prefix(1 + round, 3 * THIRD);
+        let [in_hbm, in_host] = [1, 2].map(|n| n * THIRD as usize);
+        let before = operator.disk()?.map_or(0, |disk| disk.blocks);
+        let writer = start(&node, 0, SLABS)?;
+        store(&writer, &blocks)?;
+        eventually("all of it on the disk", || {
+            let now = operator.disk()?.map_or(0, |disk| disk.blocks);
+            Ok(now >= before + blocks.len() as u64)
+        })?;
+        drop(writer);
+        // What came back from the disk stays in its agent's memory.
+        engines_gone(&operator)?;
+        let donor = donor(&node, 1, SLABS)?;
+        let lower = start(&node, 0, SLABS)?;
+        store(&lower, &blocks[in_hbm..in_host])?;
+        let upper = start(&node, SLABS, 0)?;
+        // Room for all: what finds none would have others' blocks go.
+        upper.reserve(4)?;
+        store(&upper, &blocks[..in_hbm])?;
+        let others = prefix(500 + round, 3 * THIRD);
+        store(&upper, &others)?;
+        eventually("the host memory's third to be published", || {
+            Ok(upper.lookup(&blocks[..in_host]).blocks() as usize == in_host)
+        })?;
+        let began = Instant::now();
+        ensure!(upper.lookup(&others).blocks() == 3 * THIRD);
+        own.add(began.elapsed());
+        let began = Instant::now();
+        let hit = upper.lookup(&blocks);
+        tiers.add(began.elapsed());
+        let found = hit.runs().iter().map(|run| (run.medium, run.blocks));
+        ensure!(
+            found.eq([(Medium::Hbm, THIRD), (Medium::Host, THIRD)]),
+            "{hit:?}"
+        );
+        drop(hit);
+        eventually("all of it to come back", || {
+            Ok(upper.lookup(&blocks).blocks() == 3 * THIRD)
+        })?;
+        back.add(began.elapsed());
+        drop((upper, lower, donor));
+        engines_gone(&operator)?;
+    }
+    let (own, tiers, back) = (own.at(0.5), tiers.at(0.5), back.at(0.5));
+    let line = |what: &str, took: Duration| Line {
+        what: format!(
+            "lookup of {} blocks, a third each in HBM, host memory and on a disk{what}, median (host backend)",
+            3 * THIRD
+        ),
+        measured: time(took),
+        baseline: format!("all of them own, in HBM: {}", time(own)),
+        ratio: Some(took.as_secs_f64() / own.as_secs_f64()),
+        budget: String::new(),
+        kept: None,
+    };
+    Ok(vec![
+        line("", tiers),
+        line(", until all of them can be loaded", back),
+    ])
 }
 
 /// From connecting to a lookup that finds all that an engine before has left, beside the first lookup of an engine that finds nothing.
