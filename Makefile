@@ -36,7 +36,10 @@ package: setup
 
 ## Every check and every test.
 # All targets at once, so that nothing is compiled twice: the tests turn on features of what programs share with them.
-test: setup check
+# Downloads go on meanwhile.
+test: setup
+	@mkdir -p target && tests/fetch.sh >target/fetch.log 2>&1 &
+	$(MAKE) check
 	$(CARGO) build --workspace --all-targets --locked
 	$(CARGO) test --workspace --locked
 	$(MAKE) test-python
