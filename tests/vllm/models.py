@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 512
 SCALE = 4.0
@@ -74,6 +76,9 @@ HYBRID = {
 }
 """Models of several KV cache groups."""
 
+PICTURE, PICTURE_TOKENS = 56, 8
+"""The side of an image in pixels, and the tokens that it is in a prompt."""
+
 SIZES = {
     "wide": WIDE,
     # For two ranks: each has a head of every kind.
@@ -99,6 +104,8 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     if kind == "eagle":
         return _head(target, done)
+    if kind == "blip2":
+        return _sees(target, done)
     config_class, model_class = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -108,14 +115,66 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
         "qwen3next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
     }[kind]
     shape = SHAPE | HYBRID.get(kind, {}) | SIZES.get(size, {})
-    model = model_class(config_class(**shape)).to(torch.float32)
+    _save(model_class(config_class(**shape)), target)
+    done.write_text(json.dumps({"kind": kind, "seed": seed}))
+    return target
+
+
+def _save(model: Any, target: Path) -> None:
+    import torch
+
+    model = model.to(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(SCALE)
     model.save_pretrained(target)
-    done.write_text(json.dumps({"kind": kind, "seed": seed}))
+
+
+def _sees(target: Path, done: Path) -> Path:
+    """A model that sees images: BLIP-2, one of the few whose code in vLLM does without torchvision. An image is the
+    first tokens of its prompt."""
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    image = VOCABULARY - 1
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=SHAPE["hidden_size"],
+        word_embed_proj_dim=SHAPE["hidden_size"],
+        ffn_dim=SHAPE["intermediate_size"],
+        num_hidden_layers=SHAPE["num_hidden_layers"],
+        num_attention_heads=SHAPE["num_attention_heads"],
+        max_position_embeddings=SHAPE["max_position_embeddings"],
+        pad_token_id=0,
+    )
+    config = transformers.Blip2Config(
+        vision_config=small | {"image_size": PICTURE, "patch_size": PICTURE // 4},
+        qformer_config=small | {"encoder_hidden_size": 64, "vocab_size": VOCABULARY},
+        text_config=text.to_dict(),
+        num_query_tokens=PICTURE_TOKENS,
+        image_token_index=image,
+    )
+    _save(transformers.Blip2ForConditionalGeneration(config), target)
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(image)} | {"<image>": image}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=["<image>"])
+    images = BlipImageProcessorPil(size={"height": PICTURE, "width": PICTURE})
+    transformers.Blip2Processor(images, tokenizer, num_query_tokens=PICTURE_TOKENS).save_pretrained(target)
+    done.write_text(json.dumps({"kind": "blip2"}))
     return target
+
+
+def picture(seed: int) -> Any:
+    """An image of noise."""
+    from PIL import Image
+
+    side = (PICTURE, PICTURE)
+    return Image.frombytes("RGB", side, random.Random(seed).randbytes(3 * PICTURE * PICTURE))
 
 
 def _head(target: Path, done: Path) -> Path:

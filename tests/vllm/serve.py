@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import models
 import rig
 from meter import Meter
 from replay import Replay
@@ -392,8 +393,9 @@ class Engine:
         prompt_logprobs: bool = False,
         priority: int = 0,
         adapter: dict[str, Any] | None = None,
+        picture: int | None = None,
     ) -> None:
-        """`n`: so many answers. `adapter`: fields of a LoRARequest."""
+        """`n`: so many answers. `adapter`: fields of a LoRARequest. `picture`: the seed of an image."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
@@ -401,6 +403,8 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if salt:
             prompt["cache_salt"] = salt
+        if picture is not None:
+            prompt["multi_modal_data"] = {"image": models.picture(picture)}
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
