@@ -330,6 +330,7 @@ impl Policy {
             slab_bytes: slab,
             reserve_bytes,
             least_headroom_bytes,
+            hysteresis_bytes,
             ..
         } = *config;
         let needed = observation
@@ -342,12 +343,12 @@ impl Policy {
         if self.growing || observation.held.is_some() {
             return needed;
         }
-        let level = self.level.unwrap_or(u64::MAX);
+        let usual = reserve_bytes.saturating_add(least_headroom_bytes);
+        // Growth within the noise sets no level: then it is what a rise leaves free.
+        let level = (self.level).unwrap_or(usual.saturating_add(hysteresis_bytes));
         // As free as before the growth is not less free than before. What neighbours took only now may be free again at
         // the next look.
-        let usual = reserve_bytes
-            .saturating_add(least_headroom_bytes)
-            .min(level.saturating_sub(1).saturating_sub(fallen));
+        let usual = usual.min(level.saturating_sub(1).saturating_sub(fallen));
         needed.max(usual.saturating_sub(left) / slab * slab)
     }
 

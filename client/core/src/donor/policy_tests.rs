@@ -482,6 +482,18 @@ fn a_short_use_within_the_noise_does_not_break_a_start() {
     assert_eq!(broken, None);
 }
 
+/// Nor does an engine that takes no more than noise at all, and then a little more for a moment.
+#[test]
+fn a_short_use_after_a_use_within_the_noise_does_not_break_a_start() {
+    let start = Start {
+        weights: vec![9],
+        pause: 7,
+        peaks: vec![20],
+    };
+    let broken = broken_start(30, &start, Device::new(config()), step);
+    assert_eq!(broken, None);
+}
+
 proptest! {
     #[test]
     fn free_hbm_never_rises_above_its_level_before_an_engine_began(
