@@ -46,6 +46,16 @@ impl Operator {
         Ok(self.node()?.disks.into_iter().next())
     }
 
+    /// Waits until so many blocks lie on the disk.
+    ///
+    /// # Errors
+    /// When they do not come, or the broker does not answer.
+    pub fn on_disk(&self, blocks: u64) -> Result<()> {
+        eventually("blocks on the disk", || {
+            Ok(self.disk()?.is_some_and(|disk| disk.blocks >= blocks))
+        })
+    }
+
     /// Every session.
     ///
     /// # Errors

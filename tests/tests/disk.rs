@@ -72,13 +72,6 @@ fn nothing_to_write(operator: &Operator) -> Result<()> {
     })
 }
 
-/// Waits until so many blocks lie on the disk.
-fn on_disk(operator: &Operator, blocks: u64) -> Result<()> {
-    eventually("blocks on the disk", || {
-        Ok(operator.disk()?.is_some_and(|disk| disk.blocks >= blocks))
-    })
-}
-
 fn settings(node: &Node, host_slabs: u64) -> BorrowerConfig {
     engine::config_with_host(node.device(0), 0, host_slabs)
 }
@@ -108,7 +101,7 @@ fn spill(node: &Node, sequence: &[u32]) -> Result<()> {
     let before = operator.disk()?.map_or(0, |disk| disk.blocks);
     let writer = borrower(node, "writer", 2)?;
     store(&writer, sequence)?;
-    on_disk(&operator, before + sequence.len() as u64)?;
+    operator.on_disk(before + sequence.len() as u64)?;
     drop(writer);
     memory_is_empty(&operator)
 }
@@ -239,7 +232,7 @@ fn everything_is_killed_and_started_again_and_the_blocks_are_found() -> Result<(
     // The twin: before the disk is there again, nothing is.
     ensure!(reader.fetch(&conversation)?.found == 0);
     let _disk = disk(&node, dir.path(), AMPLE)?;
-    on_disk(&Operator::of(&node)?, 20)?;
+    Operator::of(&node)?.on_disk(20)?;
     comes_back(&reader, &conversation)
 }
 
@@ -253,7 +246,7 @@ fn the_broker_restarts_and_is_told_anew_what_is_on_the_disk() -> Result<()> {
     spill(&node, &conversation)?;
     node.kill_broker()?;
     node.start_broker()?;
-    on_disk(&Operator::of(&node)?, 12)?;
+    Operator::of(&node)?.on_disk(12)?;
     let reader = borrower(&node, "reader", 0)?;
     comes_back(&reader, &conversation)
 }
@@ -290,13 +283,7 @@ fn the_agent_is_killed_in_mid_write_and_no_wrong_byte_ever_comes_back() -> Resul
     // `fetch` checks every byte. What there is comes back within a few questions.
     let reader = borrower(&node, "reader", 0)?;
     let newest = conversations.last().context("a conversation")?;
-    let mut served = 0;
-    eventually("something to come back", || {
-        for conversation in conversations.iter().rev() {
-            served += reader.fetch(conversation)?.served;
-        }
-        Ok(served > 0)
-    })?;
+    something_comes_back(&reader, (1..=conversations.len() as u32).rev())?;
     ensure!(!newest.is_empty());
     let state = state(&operator)?;
     ensure!(state.used_bytes <= 2 << 20, "{state:?}");
@@ -329,7 +316,7 @@ fn a_wrong_byte_on_the_disk_is_a_miss_and_is_counted() -> Result<()> {
     let operator = Operator::of(&node)?;
     let _donor = donate(&node, 8)?;
     let _disk = disk(&node, dir.path(), AMPLE)?;
-    on_disk(&operator, 12)?;
+    operator.on_disk(12)?;
     let reader = borrower(&node, "reader", 0)?;
     eventually("what is right to come back", || {
         Ok(reader.fetch(&conversation)?.served == 5)
@@ -343,7 +330,7 @@ fn a_wrong_byte_on_the_disk_is_a_miss_and_is_counted() -> Result<()> {
     // It can be computed and kept anew.
     let writer = borrower(&node, "writer", 2)?;
     store(&writer, &conversation)?;
-    on_disk(&operator, 12)?;
+    operator.on_disk(12)?;
     comes_back(&writer, &conversation)
 }
 
@@ -483,7 +470,7 @@ fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     spill(&node, &on_disk_only)?;
     let writer = borrower(&node, "writer", 2)?;
     store(&writer, &in_memory)?;
-    on_disk(&operator, 32)?;
+    operator.on_disk(32)?;
     agent.signal(Signal::STOP)?;
     let reader = borrower(&node, "reader", 0)?;
     // It is told that they are coming, and is not made to wait for them.
@@ -501,7 +488,7 @@ fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     // The twin: with a disk that answers, they come.
     agent.signal(Signal::CONT)?;
     comes_back(&reader, &on_disk_only)?;
-    on_disk(&operator, 44)?;
+    operator.on_disk(44)?;
     Ok(())
 }
 
@@ -587,7 +574,7 @@ fn a_disk_that_is_read_only_at_start_is_read_and_written_when_it_can_be() -> Res
     let command = disk_command(&node, dir.path(), MAY)?;
     let command = on_a_read_only_disk(&command, dir.path())?.context("a mount")?;
     let mut agent = disk_agent(&node, command)?;
-    on_disk(&operator, 20)?;
+    operator.on_disk(20)?;
     let said = problem(&operator)?;
     ensure!(
         said.contains("cannot write to") && said.contains("Read-only file system"),
@@ -664,7 +651,7 @@ fn a_preview_of_host_memory_says_what_stays_on_the_disk_and_it_does() -> Result<
         let writer = borrower(&node, "writer", 2)?;
         store(&writer, &conversation)?;
         if with_disk {
-            on_disk(&operator, 20)?;
+            operator.on_disk(20)?;
         }
         let (shown, told) = preview(&node)?;
         let (lost, on_disk_only) = if with_disk { (0, 20) } else { (20, 0) };

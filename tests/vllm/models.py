@@ -99,13 +99,21 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
     if done.exists():
         return target
     import torch
-    import transformers
 
     torch.manual_seed(seed)
     if kind == "eagle":
-        return _head(target, done)
-    if kind == "blip2":
-        return _sees(target, done)
+        _head(target)
+    elif kind == "blip2":
+        _sees(target)
+    else:
+        _says(target, kind, size)
+    done.write_text(json.dumps({"kind": kind, "seed": seed}))
+    return target
+
+
+def _says(target: Path, kind: str, size: str) -> None:
+    import transformers
+
     config_class, model_class = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -116,8 +124,6 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
     }[kind]
     shape = SHAPE | HYBRID.get(kind, {}) | SIZES.get(size, {})
     _save(model_class(config_class(**shape)), target)
-    done.write_text(json.dumps({"kind": kind, "seed": seed}))
-    return target
 
 
 def _save(model: Any, target: Path) -> None:
@@ -131,7 +137,7 @@ def _save(model: Any, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def _sees(target: Path, done: Path) -> Path:
+def _sees(target: Path) -> None:
     """A model that sees images: BLIP-2, one of the few whose code in vLLM does without torchvision. An image is the
     first tokens of its prompt."""
     import transformers
@@ -165,8 +171,6 @@ def _sees(target: Path, done: Path) -> Path:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=["<image>"])
     images = BlipImageProcessorPil(size={"height": PICTURE, "width": PICTURE})
     transformers.Blip2Processor(images, tokenizer, num_query_tokens=PICTURE_TOKENS).save_pretrained(target)
-    done.write_text(json.dumps({"kind": "blip2"}))
-    return target
 
 
 def picture(seed: int) -> Any:
@@ -177,7 +181,7 @@ def picture(seed: int) -> Any:
     return Image.frombytes("RGB", side, random.Random(seed).randbytes(3 * PICTURE * PICTURE))
 
 
-def _head(target: Path, done: Path) -> Path:
+def _head(target: Path) -> None:
     """A draft model for the tiny Llama: an EAGLE head, which guesses badly."""
     import torch
     from safetensors.torch import save_file
@@ -200,8 +204,6 @@ def _head(target: Path, done: Path) -> Path:
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     config = SHAPE | {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    done.write_text(json.dumps({"kind": "eagle"}))
-    return target
 
 
 if __name__ == "__main__":

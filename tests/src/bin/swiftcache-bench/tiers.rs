@@ -81,10 +81,7 @@ fn lookup(rounds: u32) -> Result<Vec<Line>> {
         let before = operator.disk()?.map_or(0, |disk| disk.blocks);
         let writer = start(&node, 0, SLABS)?;
         store(&writer, &blocks)?;
-        eventually("all of it on the disk", || {
-            let now = operator.disk()?.map_or(0, |disk| disk.blocks);
-            Ok(now >= before + blocks.len() as u64)
-        })?;
+        operator.on_disk(before + blocks.len() as u64)?;
         drop(writer);
         // What came back from the disk stays in its agent's memory.
         engines_gone(&operator)?;
