@@ -176,7 +176,8 @@ def _side(_: Any) -> Any:
 
 def install(worker: Any) -> None:
     side = _side(worker)
-    side._cache = Spy(side._cache)
+    if side._cache is not None and not isinstance(side._cache, Spy):
+        side._cache = Spy(side._cache)
 
 
 def leased(worker: Any) -> bool:
@@ -506,6 +507,8 @@ class Engine:
 
     def wake(self) -> None:
         self.llm.wake_up()
+        # Workers whose pool was away have another cache.
+        self.llm.collective_rpc(install)
 
     def keep_stores(self, on: bool) -> None:
         """Whether stores are kept until `settle`, so that what they have stored can be found by others then."""

@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE.parent / "vllm")]
 
 import shapes  # noqa: E402
 from bench import quantile  # noqa: E402
-from ground import Ground, log_file, run_whole  # noqa: E402
+from ground import Ground, Program, log_file  # noqa: E402
 from talk import converse, in_turn  # noqa: E402
 
 GiB = 1 << 30
@@ -168,14 +168,9 @@ class Place:
         result.unlink(missing_ok=True)
         donor = self.ground.lend(self.size.lent, self.size.slab, lent_by) if lent_by else None
         try:
-            with log.open("ab") as into:
-                run_whole(
-                    [sys.executable, str(Path(__file__).resolve()), "--child", str(result)],
-                    task,
-                    into,
-                    os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-                    self.args.arm_limit,
-                )
+            environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", str(result)]
+            Program(command, log, environment).run(task, self.args.arm_limit)
             return json.loads(result.read_text())
         except (subprocess.SubprocessError, OSError) as reason:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])

@@ -7,6 +7,9 @@ Then the donor takes everything back while a token follows another, and the answ
 
 speed: how many tokens fit, what computing a long prompt takes beside an all-local engine, what a token costs by the
 bytes it reads from the neighbour, and the longest pause while the donor takes everything back in mid-decode.
+
+longest: contexts of many times the local pool, in pools of two sizes: are the tokens those of an all-local engine of
+the same context, and what does computing it, and a token, take in both?
 """
 
 from __future__ import annotations
@@ -54,16 +57,16 @@ class Size:
         self.contexts = [400, 1600] if cpu else args.contexts
         self.longest = 2000 if cpu else args.longest
         self.tokens = 16 if cpu else 64
+        # Longest: bytes of local KV cache, and of all of it, windows left out.
+        self.long = "tiny" if cpu else "qwen3-7b-mha"
+        self.long_window = self.window if cpu else 256 << 20
+        self.owns = [self.own, self.own + (1 << 20)] if cpu else [12 * GiB, 6 * GiB]
+        self.whole = 3 * self.own if cpu else 118 * GiB
 
 
 class Place:
     def __init__(self, directory: Path, programs: Path, report: Path, size: Size) -> None:
-        self.ground, self.size, self.report, self.directory = (
-            Ground(directory, programs, cpu=size.cpu),
-            size,
-            report,
-            directory,
-        )
+        self.ground, self.size, self.report = Ground(directory, programs, cpu=size.cpu), size, report
         self.ground.start_broker()
 
     def prompt(self, name: str, count: int) -> list[int]:
@@ -71,7 +74,7 @@ class Place:
         return [source.randrange(500) for _ in range(count)]
 
     def options(self, shape: str, longest: int, **more: Any) -> dict[str, Any]:
-        model = shapes.make(shape, self.directory, max_position_embeddings=longest + 4096)
+        model = shapes.make(shape, self.report / "models", max_position_embeddings=longest + 4096)
         options = {
             "model": str(model),
             "load_format": "dummy",
@@ -274,10 +277,7 @@ def speed(place: Place) -> dict[str, Any]:
     result: dict[str, Any] = {}
     print("all local", flush=True)
     options = place.options(size.large, max(size.contexts) + 256)
-    layers = shapes.SHAPES[size.large]["num_hidden_layers"]
-    config = shapes.SHAPES[size.large]
-    token = 2 * layers * config["num_key_value_heads"] * config["head_dim"] * (4 if size.cpu else 2)
-    room = (max(size.contexts) + 1024) * token
+    room = (max(size.contexts) + 1024) * shapes.token_bytes(size.large, 4 if size.cpu else 2)
     own = place.engine("speed, all local", environment, options | {"kv_cache_memory_bytes": room})
     try:
         result["all local"] = costs(own, place, size.contexts)
@@ -332,6 +332,63 @@ def speed(place: Place) -> dict[str, Any]:
         donor.wait()
     result["passed"] = result["withdrawn"]["equal"] and result["withdrawn"]["moved_units"] > 0
     return result
+
+
+def longest(place: Place) -> dict[str, Any]:
+    size, ground = place.size, place.ground
+    environment = {} if size.cpu else V2
+    token = shapes.token_bytes(size.long, 4 if size.cpu else 2)
+    # Some tokens less than there is room for: each layer ends within a slab, and vLLM keeps a block.
+    context = size.whole // token * 95 // 100 - size.answer - 64
+    # Eager: a step at such a context takes far longer than starting its kernels.
+    options = place.options(size.long, context + size.answer + 64) | {"enforce_eager": True}
+    prompt = place.prompt("longest", context)
+
+    def answered(engine: Engine, name: str) -> dict[str, Any]:
+        # Kernels compile.
+        asked(engine, {"first": prompt[-context // 16 :]}, size.answer)
+        engine.ask("add", name=name, tokens=prompt, max_tokens=size.answer, logprobs=True)
+        done = engine.ask("step", count=0)
+        first = len(done["seconds"]) - size.answer + 1
+        one = {"prefill": sum(done["seconds"][:first]), "token": statistics.median(done["seconds"][first:])}
+        print(f"  {name}, {context:,} tokens: {json.dumps(one)}", flush=True)
+        return done["finished"][name] | one
+
+    engine = place.engine(
+        "longest, all local",
+        environment,
+        options | {"kv_cache_memory_bytes": (context + 1024) * token, "connector": place.settings()},
+    )
+    try:
+        truth = answered(engine, "all local")
+    finally:
+        engine.close()
+    pools: dict[str, Any] = {}
+    for own in size.owns:
+        name = f"{own / GiB:g} GiB"
+        lent = -(-(size.whole - own + 2 * size.long_window) // size.large_slab) * size.large_slab
+        donor = ground.lend(lent, size.large_slab)
+        stitched = {"kv_cache_memory_bytes": own, "connector": place.stitched(size.long_window, lent)}
+        stitched |= {"worker_cls": "swiftcache.vllm.StreamWorker"}
+        engine = place.engine(f"longest, {name}", environment, options | stitched)
+        try:
+            one = answered(engine, name)
+            pools[name] = {figure: one[figure] for figure in ("prefill", "token")}
+            pools[name] |= {"apart": apart(truth, one), "said": said(log_file(place.report, f"longest, {name}"))}
+            print(f"  {json.dumps(pools[name])}", flush=True)
+            engine.ask("rig", stale=True)
+            control = asked(engine, {"control": prompt}, size.answer)["control"]
+            pools[name] |= {"control_equal": same(one, control)}
+        finally:
+            engine.close()
+            donor.kill()
+            donor.wait()
+    return {
+        "context": context,
+        "all local": {figure: truth[figure] for figure in ("prefill", "token")},
+        "pools": pools,
+        "passed": all(of["apart"]["first_equal"] == size.answer and not of["control_equal"] for of in pools.values()),
+    }
 
 
 def said(log: Path) -> dict[str, float]:
@@ -411,6 +468,24 @@ def table(results: dict[str, Any]) -> str:
             f"{'EQUAL' if of['control_equal'] else 'different'} | {yes(of['withdrawn_equal'])} | "
             f"{yes(of['on_floor_equal'])} | {'passed' if of['passed'] else 'FAILED'} |"
         )
+    if (of := results.get("longest")) and "error" in of:
+        rows.append(f"\nlongest: FAILED {of['error'][:200]}")
+    elif of:
+        rows += [
+            "",
+            f"| {of['context']:,} tokens | local tokens | times | computed | a token | said at start | tokens equal "
+            "| control |",
+            "|---|---:|---:|---:|---:|---:|---|---|",
+            f"| all local | | | {of['all local']['prefill']:.1f} s | {1e3 * of['all local']['token']:.1f} ms | | | |",
+        ]
+        for name, one in of["pools"].items():
+            local, near = one["said"]["local"], one["apart"]
+            rows.append(
+                f"| {name} local | {local:,.0f} | {of['context'] / local:.1f} | {one['prefill']:.1f} s | "
+                f"{1e3 * one['token']:.1f} ms | {one['said']['ms']:.1f} ms | {near['first_equal']} of {near['of']}, "
+                f"logprobs at most {near['logprobs_apart']:.4f} apart | "
+                f"{'EQUAL' if one['control_equal'] else 'different'} |"
+            )
     if (of := results.get("speed")) and "error" in of:
         rows.append(f"\nspeed: FAILED {of['error'][:200]}")
     elif of:
@@ -435,7 +510,7 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for context.json and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
-    parser.add_argument("--part", choices=("identity", "speed"), help="only this")
+    parser.add_argument("--part", choices=("identity", "speed", "longest"), help="only this")
     parser.add_argument("--only", default="", help="configurations of identity whose name contains this")
     parser.add_argument("--at-once", type=int, default=3, help="configurations of identity that run at a time")
     speed_of = parser.add_argument_group("speed")
@@ -459,7 +534,7 @@ def main() -> None:
 
         try:
             results["on"] = f"{place.ground.hardware}; the lent memory is on {place.ground.way}"
-            if args.part != "speed":
+            if args.part in (None, "identity"):
 
                 def one(name: str, how: tuple[dict[str, str], dict[str, Any]]) -> None:
                     results["identity"][name] = guarded(identity, name, *how)
@@ -468,8 +543,10 @@ def main() -> None:
                 wanted = {name: how for name, how in configurations(args.cpu).items() if args.only in name}
                 with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
                     list(pool.map(lambda item: one(*item), wanted.items()))
-            if args.part != "identity":
+            if args.part in (None, "speed"):
                 results["speed"] = guarded(speed)
+            if args.part in (None, "longest"):
+                results["longest"] = guarded(longest)
         finally:
             place.ground.close()
     (args.report / "context.json").write_text(json.dumps(results, indent=1))
@@ -479,7 +556,7 @@ def main() -> None:
         )
     print(f"{results['on']}\n{table(results)}")
     passed = [of["passed"] for of in results["identity"].values()]
-    passed += [results["speed"]["passed"]] if "speed" in results else []
+    passed += [results[part]["passed"] for part in ("speed", "longest") if part in results]
     sys.exit(not all(passed))
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1] / "vllm")]
@@ -24,10 +24,10 @@ __all__ = [
     "V2",
     "Engine",
     "Ground",
+    "Program",
     "eventually",
     "hbm_used",
     "log_file",
-    "run_whole",
 ]
 
 ENGINE_ENVIRONMENT = {
@@ -51,26 +51,34 @@ def log_file(report: Path, name: str) -> Path:
     return report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
 
 
-def run_whole(
-    command: list[str], task: dict[str, Any], log: IO[bytes], environment: dict[str, str], seconds: float
-) -> None:
-    """Runs a program that reads a task as JSON, and that may have children of its own, which end with it in any case:
-    an engine's would keep their HBM.
+class Program:
+    """A program that reads a task as JSON, and that may have children of its own, which end with it in any case: an
+    engine's would keep their HBM. It may be started before there is a task, so that what it does first is done."""
 
-    Raises:
-        subprocess.SubprocessError: it has failed, or was not over after so many seconds.
-    """
-    program = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-    )
-    try:
-        program.communicate(json.dumps(task).encode(), timeout=seconds)
-    finally:
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._command = command
+        with log.open("ab") as into:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=into, stderr=into, env=environment, start_new_session=True
+            )
+
+    def run(self, task: dict[str, Any], seconds: float) -> None:
+        """Gives it its task, and waits for its end.
+
+        Raises:
+            subprocess.SubprocessError: it has failed, or was not over after so many seconds.
+        """
+        try:
+            self._process.communicate(json.dumps(task).encode(), timeout=seconds)
+        finally:
+            self.close()
+        if self._process.returncode:
+            raise subprocess.CalledProcessError(self._process.returncode, self._command)
+
+    def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-        program.wait()
-    if program.returncode:
-        raise subprocess.CalledProcessError(program.returncode, command)
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def _smi(field: str) -> list[str]:

@@ -3,7 +3,8 @@
 For each configuration: prompts are computed; answered again from the engine's own prefix cache, which is the truth;
 and again after the engine has forgotten its own prefixes, from donors' HBM. One at a time they must be equal, and so
 must equal batches where loads are synchronous. The control loads the first block's bytes into all blocks, and must
-differ. In the configuration `faults` the broker and donors are killed and withdrawn between prompts as well.
+differ. In the configuration `faults` the broker and donors are killed and withdrawn between prompts as well. In `sleep`
+the engine's pool is taken away and comes back in between; in `priority` requests push each other out while they load.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, eventu
 
 ANSWER = 24
 """Tokens of each answer."""
-FAULTS = "faults"
+LONG_ANSWER = 96
+"""Tokens of an answer during which others come."""
+FAULTS, SLEEP, PRIORITY = "faults", "sleep", "priority"
 
 Result = dict[str, dict[str, Any]]
 
@@ -39,6 +42,10 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
             "sync": {"options": plain | {"async_scheduling": False}, "settings": {"load": "sync"}},
             "async": {"options": plain, "settings": {"load": "async"}},
             "Gemma 3": {"shape": "tiny-gemma3", "options": plain | {"async_scheduling": False}, "settings": {}},
+            PRIORITY: {
+                "options": plain | {"scheduling_policy": "priority", "num_gpu_blocks_override": 28},
+                "settings": {"load": "async"},
+            },
             FAULTS: {"options": plain, "settings": {"load": "async"}},
         }
     eager = {"enforce_eager": True, "block_size": 16}
@@ -93,6 +100,12 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
             "settings": {},
             "environment": V2,
         },
+        SLEEP: {"options": eager | {"enable_sleep_mode": True}, "settings": {}, "environment": V2},
+        PRIORITY: {
+            "options": eager | {"scheduling_policy": "priority", "num_gpu_blocks_override": 400},
+            "settings": {},
+            "environment": V2 | INVARIANT,
+        },
         FAULTS: {"options": eager, "settings": {}, "environment": V2},
     }
 
@@ -104,7 +117,7 @@ class Place:
         self.ground = Ground(directory, programs, cpu=cpu)
         self.shape = "tiny" if cpu else "qwen3-0.6b"
         """The plain model's."""
-        self.directory, self.report = directory, report
+        self.report = report
         self.shortest, self.longest, self.count = (100, 300, 3) if cpu else (800, 3000, 8)
         self._lent = (256 << 20, 8 << 20) if cpu else (24 << 30, 64 << 20)
         self.ground.start_broker()
@@ -132,13 +145,13 @@ class Trial:
         self.place, self.name = place, name
         self.shape = of.get("shape", place.shape)
         options = {
-            "model": str(shapes.make(self.shape, place.directory)),
+            "model": str(shapes.make(self.shape, place.report / "models")),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
-            "max_model_len": place.longest + ANSWER + 64,
+            "max_model_len": place.longest + LONG_ANSWER + 64,
             "max_num_batched_tokens": 2048,
             # Without this, vLLM measures the GPU's free memory, which other engines change meanwhile.
-            "kv_cache_memory_bytes": 8 << 30,
+            "kv_cache_memory_bytes": 4 << 30,
             "gpu_memory_utilization": 0.2,
             "disable_log_stats": True,
         } | of["options"]
@@ -155,6 +168,7 @@ class Trial:
         if ground.cpu:
             del options["kv_cache_memory_bytes"]
             settings |= {"max_leased_bytes": "64MiB", "lease_step_bytes": "8MiB"}
+        self.options = options
         self.batches = settings.get("load") == "sync" or INVARIANT.items() <= of.get("environment", {}).items()
         """Whether the answers of a batch can be compared, too."""
         self.engine = Engine(log_file(place.report, name), ENGINE_ENVIRONMENT | of.get("environment", {}))
@@ -166,16 +180,26 @@ class Trial:
             self.engine.close()
             raise
 
-    def answer(self, batch: dict[str, list[int]]) -> Result:
+    def answer(self, batch: dict[str, list[int]], count: int = ANSWER) -> Result:
         for name, tokens in batch.items():
-            self.engine.ask("add", name=name, tokens=tokens, max_tokens=ANSWER, logprobs=True)
+            self.engine.ask("add", name=name, tokens=tokens, max_tokens=count, logprobs=True)
         return self.engine.finish()
 
-    def one_by_one(self, batch: dict[str, list[int]]) -> Result:
+    def one_by_one(self, batch: dict[str, list[int]], count: int = ANSWER) -> Result:
         found: Result = {}
         for name, tokens in batch.items():
-            found |= self.answer({name: tokens})
+            found |= self.answer({name: tokens}, count)
         return found
+
+    def by_priority(self, batch: dict[str, list[int]], count: int) -> Result:
+        """The later ones come while earlier ones are answered, and go first."""
+        found: Result = {}
+        for number, (name, tokens) in enumerate(batch.items()):
+            self.engine.ask(
+                "add", name=name, tokens=tokens, max_tokens=count, logprobs=True, priority=len(batch) - number
+            )
+            found |= self.engine.ask("step", count=3)["finished"]
+        return found | self.engine.finish()
 
     def prompts(self, name: str, count: int) -> dict[str, list[int]]:
         return self.place.prompts(name, count, self.shape)
@@ -198,6 +222,7 @@ def compare(trial: Trial) -> dict[str, Any]:
     batch = trial.prompts(f"{trial.name}, batch", 4)
     trial.one_by_one(work)
     truth = trial.one_by_one(work)
+    again = trial.one_by_one(work)
     trial.answer(batch)
     together = trial.answer(batch)
     trial.forget()
@@ -211,13 +236,17 @@ def compare(trial: Trial) -> dict[str, Any]:
     found = {
         "prompts": len(work),
         "equal": equal(truth, loaded),
+        "local_hits_equal": equal(truth, again),
         "cached_tokens": sum(of["cached"] for of in loaded.values()),
         "cached_tokens_locally": sum(of["cached"] for of in truth.values()),
         "batch": len(batch),
         "batch_equal": equal(together, at_once),
         "control_equal": equal(truth, control),
     }
-    right = found["equal"] == len(work) and 0 < found["cached_tokens"] == found["cached_tokens_locally"]
+    # As often as an answer is its own again: DeepSeek V3.2's is not always.
+    right = (
+        found["equal"] >= found["local_hits_equal"] > 0 and 0 < found["cached_tokens"] == found["cached_tokens_locally"]
+    )
     if trial.batches:
         right = right and found["batch_equal"] == len(batch)
     found["passed"] = right and found["control_equal"] < len(work)
@@ -265,11 +294,58 @@ def survive(trial: Trial) -> dict[str, Any]:
     return {"prompts": len(work), "steps": steps, "passed": passed}
 
 
+def doze(trial: Trial) -> dict[str, Any]:
+    """vLLM takes the pool away and brings it back: what was stored before is forgotten, since weights may have changed,
+    and what is stored afterwards is found."""
+    work = trial.prompts(trial.name, trial.place.count)
+    computed = trial.one_by_one(work)
+    truth = trial.one_by_one(work)
+    trial.forget()
+    steps: list[dict[str, Any]] = []
+
+    def check(what: str, want: Result) -> None:
+        now = trial.one_by_one(work)
+        cached = sum(of["cached"] for of in now.values())
+        steps.append({"after": what, "equal": equal(want, now), "cached_tokens": cached})
+        trial.forget()
+
+    check("nothing", truth)
+    for nap in ("a nap", "another nap"):
+        trial.engine.ask("sleep", level=1)
+        trial.engine.ask("wake")
+        eventually("a lease", lambda: trial.engine.ask("leased"))
+        check(nap, computed)
+        check(f"{nap} and a turn", truth)
+    passed = all(step["equal"] == len(work) for step in steps)
+    passed = passed and [step["cached_tokens"] > 0 for step in steps] == [True, False, True, False, True]
+    return {"prompts": len(work), "steps": steps, "passed": passed}
+
+
+def jostle(trial: Trial) -> dict[str, Any]:
+    """Requests of a priority each. Four have room at a time, and answers for fewer: one of them has to go."""
+    length = (trial.options["num_gpu_blocks_override"] // 4 - 1) * trial.options["block_size"]
+    work = {name: (tokens * length)[:length] for name, tokens in trial.prompts(trial.name, 8).items()}
+    trial.one_by_one(work, LONG_ANSWER)
+    truth = trial.one_by_one(work, LONG_ANSWER)
+    steps: list[dict[str, Any]] = []
+    for turn in ("a turn", "another turn"):
+        trial.forget()
+        now = trial.by_priority(work, LONG_ANSWER)
+        cached = sum(of["cached"] for of in now.values())
+        steps.append({"after": turn, "equal": equal(truth, now), "cached_tokens": cached})
+    preempted = trial.engine.ask("held")["preemptions"]
+    passed = preempted > 0 and all(step["equal"] == len(work) and step["cached_tokens"] for step in steps)
+    return {"prompts": len(work), "steps": steps, "preempted": preempted, "passed": passed}
+
+
+TRIALS = {FAULTS: survive, SLEEP: doze, PRIORITY: jostle}
+
+
 def run(place: Place, name: str, of: dict[str, Any]) -> dict[str, Any]:
     trial: Trial | None = None
     try:
         trial = Trial(place, name, of)
-        return survive(trial) if name == FAULTS else compare(trial)
+        return TRIALS.get(name, compare)(trial)
     except Exception as reason:
         traceback.print_exc()
         return {"passed": False, "error": str(reason)[-2000:]}
@@ -321,21 +397,22 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = ["| configuration | equal to a local hit | tokens from donors | equal in batches | control equal | |"]
-    rows.append("|---|---:|---:|---:|---:|---|")
+    rows = ["| configuration | equal to a local hit | two local hits | tokens from donors | in batches | control | |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---|")
     for name, of in results.items():
         said = "passed" if of["passed"] else f"FAILED {of.get('error', '')[:80]}"
         if "steps" in of:
             worst = min(step["equal"] for step in of["steps"])
             cached = "; ".join(f"{step['after']}: {step['cached_tokens']}" for step in of["steps"])
-            rows.append(f"| {name} | {worst} of {of['prompts']} at least | {cached} | | | {said} |")
+            rows.append(f"| {name} | {worst} of {of['prompts']} at least | | {cached} | | | {said} |")
         elif "equal" in of:
             rows.append(
-                f"| {name} | {of['equal']} of {of['prompts']} | {of['cached_tokens']} | {of['batch_equal']} of "
-                f"{of['batch']} | {of['control_equal']} of {of['prompts']} | {said} |"
+                f"| {name} | {of['equal']} of {of['prompts']} | {of['local_hits_equal']} of {of['prompts']} | "
+                f"{of['cached_tokens']} | {of['batch_equal']} of {of['batch']} | {of['control_equal']} of "
+                f"{of['prompts']} | {said} |"
             )
         else:
-            rows.append(f"| {name} | | | | | {said} |")
+            rows.append(f"| {name} | | | | | | {said} |")
     return "\n".join(rows)
 
 

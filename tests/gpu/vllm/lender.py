@@ -151,7 +151,7 @@ class Trial:
         self.size, self.args = Size(args.cpu), args
         self.ground = Ground(directory, args.programs, cpu=args.cpu)
         self.ground.start_broker()
-        self._model = shapes.make(self.size.shape, directory)
+        self._model = shapes.make(self.size.shape, args.report / "models")
 
     def _engine(self, name: str, own: int, pool: int, talks: tuple[int, int, int], settings: dict[str, Any]) -> Speaker:
         """`own`: which of the devices is the engine's. It sees all."""
@@ -161,7 +161,7 @@ class Trial:
             "model": str(self._model),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
-            "max_model_len": max(talks[2], size.burst[1]) + 2 * (size.new + size.answer),
+            "max_model_len": 1024 if size.cpu else shapes.LIMIT,
             "max_num_batched_tokens": 8192,
             "kv_cache_memory_bytes": pool,
             "gpu_memory_utilization": 0.9 if len(devices) > 1 else 0.45,

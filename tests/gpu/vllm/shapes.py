@@ -197,6 +197,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    # As large as LWM-7B, in which every head has keys of its own: 512 KiB of KV a token. Its queries and keys are
+    # normalized, without which made-up weights would make of every rounding another answer.
+    "qwen3-7b-mha": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
     # gpt-oss-20b with half of its layers and a quarter of its experts, in bf16.
     "gpt-oss": GPT_OSS | {"num_hidden_layers": 12, "layer_types": GPT_OSS_LAYERS[:12], "num_local_experts": 8},
     # Gemma 3 1B. Its logits are not its embeddings: with made-up weights it would say its last token for ever.
@@ -226,10 +237,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+LIMIT = 32_768
+"""The longest context, tokens, where none has to be longer. vLLM compiles a model anew for another one, and for another
+directory of the model."""
+
+
+def token_bytes(name: str, element_bytes: int) -> int:
+    """KV of a token in a shape of one group, whose elements have so many bytes."""
+    of = SHAPES[name]
+    return 2 * of["num_hidden_layers"] * of["num_key_value_heads"] * of["head_dim"] * element_bytes
+
+
 def make(name: str, directory: Path, **changed: Any) -> Path:
     """Writes the configuration of a shape, with fields `changed`. Returns its directory, which is the model's name for
     vLLM."""
     target = directory / "-".join([name, *(str(value) for value in changed.values())])
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(SHAPES[name] | changed))
-    return target
+    return target.resolve()

@@ -2,13 +2,13 @@
 # Builds a folder of Python packages that runs vLLM on a GPU machine that has PyTorch's CUDA libraries and Python 3.12, but no
 # package registry. Where there is one, `pip install vllm==0.32.0` and SwiftCache's wheel do the same.
 #
-#     tests/gpu/vllm/site.sh OUT [WHEEL]     needs uv, zstd and 8 GB of disk; makes OUT (2.9 GB) and OUT.tzst (1 GB)
+#     tests/gpu/vllm/site.sh OUT [WHEEL [VERSION]]   needs uv, zstd and 8 GB of disk; makes OUT (2.9 GB) and OUT.tzst (1 GB)
 #
 # There, with zstd, which such a machine may lack: zstd -dc OUT.tzst | tar xf - -C SITE, and tests/gpu/vllm/run.sh SITE PROGRAMS REPORT
 set -euo pipefail
 out=$1
 wheel=${2:-}
-version=0.32.0
+version=${3:-0.32.0}
 target=(--python-version 3.12 --python-platform x86_64-manylinux_2_35)
 # The machine's own PyTorch environment has these, or only other models and kernels use them.
 present='nvidia-|cuda-|numpy|networkx|sympy|setuptools|pillow|numba|llvmlite|grpcio|nvtx|nccl'
@@ -19,9 +19,8 @@ trap 'rm -rf "$work"' EXIT
 cat >"$work/overrides" <<END
 torchaudio ; sys_platform == 'never'
 torchcodec ; sys_platform == 'never'
-torchvision==0.28.0
 END
-printf '%s\n' "vllm==$version" torchvision==0.28.0 >"$work/wanted"
+printf '%s\n' "vllm==$version" >"$work/wanted"
 uv pip compile "$work/wanted" --override "$work/overrides" "${target[@]}" --quiet --output-file "$work/all"
 # CUTLASS's Python is NVIDIA's too, but not there: DeepSeek V3.2 is written in it.
 {
@@ -30,7 +29,7 @@ uv pip compile "$work/wanted" --override "$work/overrides" "${target[@]}" --quie
 } >"$work/needed"
 uv pip install --target "$out" "${target[@]}" --no-deps --quiet --requirement "$work/needed"
 # This PyTorch needs symbols of its own NCCL even on one GPU.
-uv pip install --target "$work/nccl" "${target[@]}" --no-deps --quiet nvidia-nccl-cu13==2.29.7
+uv pip install --target "$work/nccl" "${target[@]}" --no-deps --quiet "$(grep -oE '^nvidia-nccl-cu13==[^ ]+' "$work/all")"
 mkdir -p "$out/nvidia/nccl/lib"
 cp "$work"/nccl/nvidia/nccl/lib/libnccl.so.2 "$out/nvidia/nccl/lib/"
 cd "$out"

@@ -144,6 +144,9 @@ async def run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # It takes as long as starting an engine may. The task may come later.
+    import vllm.v1.engine.async_llm  # noqa: F401
+
     task = json.load(sys.stdin)
     Path(task["result"]).write_text(json.dumps(asyncio.run(run(task))))
 

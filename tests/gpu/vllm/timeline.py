@@ -1,7 +1,8 @@
 """Where the time to the first token goes, on real vLLM: what the engine does for one request, in milliseconds.
 
 The engine runs in this process, one request at a time, and its parts are timed. Arms: the prefix is resident in the
-engine's own pool; or it is loaded from a donor. The median request of each arm is printed, step after step.
+engine's own pool; or it is loaded from a donor. The median request of each arm is printed, step after step. After
+that several requests decode at once: what of a step is spent in SwiftCache's hooks?
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 import os
 import random
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, eventually, log_file, run_whole
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, log_file
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
@@ -61,6 +64,21 @@ class Line:
         setattr(owner, method, timed)
 
 
+class Copies:
+    """Around a worker's cache: notes how long queueing the copies of a load takes, of which Python's part is the rest
+    of the hook."""
+
+    def __init__(self, cache: Any, line: Line) -> None:
+        self._cache = cache
+        line.around(self, "load", "    of which queueing its copies")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load(self, *arguments: Any) -> Any:
+        return self._cache.load(*arguments)
+
+
 class Arm:
     def __init__(self, task: dict[str, Any]) -> None:
         from vllm import LLM
@@ -90,6 +108,7 @@ class Arm:
 
             worker, side = get_kv_transfer_group().worker, core.scheduler.connector.scheduler
             self._worker = worker
+            worker._cache = Copies(worker._cache, line)
             line.around(side, "matched_tokens", "  lookup")
             line.around(side, "metadata", "  metadata of the step")
             line.around(worker, "start_loads", "  start of loads")
@@ -112,6 +131,34 @@ class Arm:
             time.sleep(PAUSE)
             found.append(self._ask(f"turn {number}", prompt + self._new(f"turn {number}"), 8))
         return found
+
+    def decode(self) -> dict[str, float] | None:
+        """Medians of steps in which several requests get a token each, milliseconds: a step, and its part in hooks."""
+        if not self.loads:
+            return None
+        from meter import Meter
+        from vllm import SamplingParams
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        meter, engine, count = Meter(), self.llm.llm_engine, 64
+        meter.around(self._scheduler.connector)
+        meter.around(get_kv_transfer_group())
+        parameters = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        for number in range(8):
+            engine.add_request(f"decode {number}", {"prompt_token_ids": self._new(f"decode {number}")}, parameters)
+        steps, hooks = [], []
+        while engine.has_unfinished_requests():
+            began, before = time.perf_counter(), meter.seconds
+            engine.step()
+            steps.append(1e3 * (time.perf_counter() - began))
+            hooks.append(1e3 * (meter.seconds - before))
+        # Without the first ones, which compute prompts, and the last ones, which end requests.
+        steps, hooks = steps[count // 4 : -count // 4], hooks[count // 4 : -count // 4]
+        return {
+            "step": statistics.median(steps),
+            "hooks": statistics.median(hooks),
+            "hooks_mean": statistics.mean(hooks),
+        }
 
     def _prompt(self, number: int) -> list[int]:
         source = random.Random(number)
@@ -154,13 +201,13 @@ class Arm:
 
 
 def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
-    model = shapes.make("tiny" if args.cpu else "qwen3-8b", ground.directory)
+    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report / "models")
     tokens = 400 if args.cpu else args.tokens
     options = {
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": tokens + 1024,
+        "max_model_len": tokens + 1024 if args.cpu else max(shapes.LIMIT, tokens + 1024),
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": 256 << 20 if args.cpu else 48 << 30,
         "gpu_memory_utilization": 0.5,
@@ -180,16 +227,10 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     donor = ground.lend(lent, slab) if connector is not None else None
     log = log_file(args.report, f"timeline {name}")
     try:
-        with log.open("ab") as into:
-            own = {} if args.cpu else arm["environment"]
-            run_whole(
-                [sys.executable, str(HERE / "timeline.py"), "--arm"],
-                task,
-                into,
-                os.environ | ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | own,
-                600,
-            )
-        return {"requests": json.loads(file.read_text())}
+        environment = os.environ | ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment |= {} if args.cpu else arm["environment"]
+        Program([sys.executable, str(HERE / "timeline.py"), "--arm"], log, environment).run(task, 600)
+        return json.loads(file.read_text())
     except (subprocess.SubprocessError, OSError) as reason:
         return {"error": f"{reason}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])}
     finally:
@@ -208,20 +249,27 @@ def shown(name: str, of: dict[str, Any]) -> str:
         f"{requests[-1]['first_ms']:.1f}), {median['cached']:,} of {median['prompt']:,} tokens found"
     ]
     rows += [f"  {start:8.2f} + {took:7.2f}  {what}" for what, start, took in median["entries"] if took >= 0.02]
+    if decode := of["decode"]:
+        share = 100 * decode["hooks"] / decode["step"]
+        rows.append(
+            f"  a decode step of 8 requests: {decode['step']:.2f} ms, {decode['hooks']:.3f} of it in hooks "
+            f"({share:.1f} %; mean {decode['hooks_mean']:.3f})"
+        )
     return "\n".join(rows)
 
 
 def main() -> None:
     if sys.argv[1:] == ["--arm"]:
         task = json.load(sys.stdin)
-        Path(task["result"]).write_text(json.dumps(Arm(task).run()))
+        arm = Arm(task)
+        Path(task["result"]).write_text(json.dumps({"requests": arm.run(), "decode": arm.decode()}))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for timeline.json and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--tokens", type=int, default=20_000, help="of a prefix")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
@@ -232,7 +280,7 @@ def main() -> None:
             ground.start_broker()
             print(f"{ground.hardware}; the lent memory is on {ground.way}", flush=True)
             for name, arm in ARMS.items():
-                if args.only in name:
+                if re.search(args.only, name):
                     results[name] = measure(ground, name, arm, args)
                     print(shown(name, results[name]), flush=True)
         finally:
