@@ -260,10 +260,11 @@ class SchedulerSide:
         tracked.loading = not self._sync
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
         self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter))
-        for group in self._groups.full:
-            # Whoever stored them: this engine can load them.
-            start, last = group.last(first), group.last(end)
-            self._tell(request, group, start, self._finder.keys(request, group, start, last))
+        if self._events.enabled:
+            for group in self._groups.full:
+                # Whoever stored them: this engine can load them.
+                start, last = group.last(first), group.last(end)
+                self._tell(request, group, start, self._finder.keys(request, group, start, last))
 
     def request_finished(self, request: Request, tables: Tables) -> bool:
         """Whether vLLM must keep the blocks until the workers say that they are through."""
