@@ -164,9 +164,9 @@ class Lab:
         self._engines: dict[str, Engine] = {}
         self._wanted: dict[str, dict[str, Any]] = {}
 
-    def engine(self, name: str) -> Engine:
+    def engine(self, name: str, environment: dict[str, str] | None = None) -> Engine:
         if name not in self._engines:
-            self._engines[name] = Engine(self._logs / f"{name}.log", ENVIRONMENT)
+            self._engines[name] = Engine(self._logs / f"{name}.log", ENVIRONMENT | (environment or {}))
         return self._engines[name]
 
     def want(self, name: str, work: Callable[[Engine], dict[str, Any]] = play, **more: Any) -> dict[str, list[int]]:

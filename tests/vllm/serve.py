@@ -342,9 +342,10 @@ class Engine:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
         if "kv_cache_memory_bytes" in options:
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]
-        self.llm = LLM(**options)
-        # Once in a process is enough. vLLM 0.32 fails the second time if numba has come meanwhile, as with speculation.
+        # Once in a process is enough, and before numba comes, as it does with speculation or LMCache: then vLLM 0.32 fails.
+        current_platform.register_triton_kernel_overrides()
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda _: None)
+        self.llm = LLM(**options)
         self.preemptions = 0
         preempt = self._scheduler._preempt_request
 
