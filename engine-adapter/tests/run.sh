@@ -10,5 +10,6 @@ for program in swiftcache-broker swiftcache; do
     fi
 done
 env -u CONDA_PREFIX VIRTUAL_ENV="$venv" "$venv/bin/maturin" develop --quiet --locked --manifest-path engine-adapter/Cargo.toml
-PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" -m pytest -c engine-adapter/tests/pytest.ini \
+. tests/bytecode.sh
+exec "$venv/bin/python" -m pytest -c engine-adapter/tests/pytest.ini \
     --rootdir engine-adapter/tests engine-adapter/tests "$@"

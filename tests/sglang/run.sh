@@ -14,7 +14,8 @@ tests/system.sh g++ python3-dev libssl-dev
 tests/engine_venv.sh sglang
 # Its ninja, for what SGLang compiles.
 export PATH=$venv/bin:$PATH TORCH_EXTENSIONS_DIR=$home/cache
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+. tests/bytecode.sh
 export PYTHONPATH=$PWD/tests/sglang/stubs:$PWD/tests/sglang:$PWD/engine-adapter/python
 ruff check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/sglang tests/sglang
 ruff format --check --quiet --config tests/vllm/ruff.toml engine-adapter/python/swiftcache/sglang tests/sglang

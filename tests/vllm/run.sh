@@ -8,7 +8,8 @@ venv=target/vllm/venv
 # vLLM's library needs the first, the configuration that it compiles the others.
 tests/system.sh libnuma1 g++ python3-dev
 tests/engine_venv.sh vllm
-export PYTHONPATH=$PWD/engine-adapter/python PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD/engine-adapter/python
+. tests/bytecode.sh
 checked=(engine-adapter/python/swiftcache/{engine,vllm} tests/{vllm,gpu,harness})
 "$venv/bin/ruff" check --quiet --config tests/vllm/ruff.toml "${checked[@]}"
 "$venv/bin/ruff" format --check --quiet --config tests/vllm/ruff.toml "${checked[@]}"

@@ -342,7 +342,7 @@ class Engine:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
         if "kv_cache_memory_bytes" in options:
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]
-        # Once in a process is enough, and before numba comes, as it does with speculation or LMCache: then vLLM 0.32 fails.
+        # Once in a process is enough, and before numba comes, as with speculation or LMCache: vLLM 0.32 fails then.
         current_platform.register_triton_kernel_overrides()
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda _: None)
         self.llm = LLM(**options)

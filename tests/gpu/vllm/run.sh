@@ -15,7 +15,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 site=$1 programs=$2 report=$3
 what=${4:-all}
 shift $(($# < 4 ? $# : 4))
-export PYTHONDONTWRITEBYTECODE=1
+# As in tests/bytecode.sh.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/swiftcache-pycache
 if [ -n "$site" ]; then
     export PYTHONPATH=$site
     libraries=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia
