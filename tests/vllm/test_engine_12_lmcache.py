@@ -30,13 +30,13 @@ HERE = {
 """What LMCache and engines with it need."""
 
 
-def ask_once(engine) -> dict[str, dict]:
+def above_lmcache(engine) -> dict[str, dict]:
     return engine.generate(PROMPT, of.ANSWER)
 
 
 @pytest.fixture(scope="module")
 def want(lab):
-    return lab.want("a", ask_once)
+    return lab.want("a", above_lmcache)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def turn(engine, want) -> Turn:
     """The prompt once more, with vLLM's own cache forgotten."""
     eventually("the engine to forget its prefixes", lambda: engine.ask("reset"))
     before = engine.ask("stats")
-    result = ask_once(engine)["shared"]
+    result = above_lmcache(engine)["shared"]
     engine.ask("settle")
     after = engine.ask("stats")
     assert result["tokens"] == want["shared"] and after["failed_blocks"] == before["failed_blocks"]
