@@ -53,7 +53,7 @@ impl Scale {
     };
     /// Small sizes, to test that the benchmarks run.
     pub const SMALL: Self = Self {
-        memory: 64 << 20,
+        memory: 16 << 20,
         bytes: 4 << 20,
         time: Duration::ZERO,
         layers: 3,
