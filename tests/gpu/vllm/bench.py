@@ -156,6 +156,7 @@ class Withdrawals:
 
 
 def begin(name: str, arm: dict[str, Any], args: Any) -> Program:
+    """The process of an arm, which imports vLLM until it is told what to do."""
     environment = os.environ | ENGINE_ENVIRONMENT | arm["environment"]
     return Program([sys.executable, str(HERE / "talk.py")], log_file(args.report, f"bench {name}"), environment)
 
