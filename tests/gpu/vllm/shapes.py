@@ -198,7 +198,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     # As large as LWM-7B, in which every head has keys of its own: 512 KiB of KV a token. Its queries and keys are
-    # normalized, without which made-up weights would make of every rounding another answer.
+    # normalized: without, attention with made-up weights is so sharp that a rounding may choose another key.
     "qwen3-7b-mha": QWEN3
     | {
         "hidden_size": 4096,
