@@ -171,7 +171,7 @@ class Lab:
 
     def want(self, name: str, work: Callable[[Engine], dict[str, Any]] = play, **more: Any) -> dict[str, list[int]]:
         """What the configuration says without the connector; run in the idle engine `name`."""
-        key = json.dumps([work.__name__, more], sort_keys=True)
+        key = json.dumps([work.__module__, work.__qualname__, more], sort_keys=True)
         if key not in self._wanted:
             engine = self.engine(name)
             engine.start(**options(**more))

@@ -9,13 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from node import Node
+from node import Node, eventually
 
 SLAB = 8 << 20
 
 
 def donate(node: Node, slabs: int = 16, device: str = "SIM-1"):
     return node.start_donor(device, slabs, SLAB)
+
+
+def withdrawn(node: Node) -> None:
+    """Has the node's only donor take everything back, and waits until it has."""
+    [donor] = node.status()["donors"]
+    os.kill(donor["pid"], signal.SIGTERM)
+    eventually("the donor to have everything back", lambda: not node.status()["donors"])
 
 
 class Memory:

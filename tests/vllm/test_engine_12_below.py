@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lab as of
 import pytest
-from neighbours import donate
+from neighbours import donate, withdrawn
 from node import Node, eventually
 
 PROMPT = {"shared": of.tokens("shared", 420)}
@@ -95,9 +95,7 @@ def test_swiftcache_is_first_and_spares_the_store_below(engine, want) -> None:
 
 
 def test_what_the_node_has_lost_comes_from_below_and_stays_on_the_node(engine, node, want) -> None:
-    [donor] = node.status()["donors"]
-    os.kill(donor["pid"], signal.SIGTERM)
-    eventually("the donor to have everything back", lambda: not node.status()["donors"])
+    withdrawn(node)
     turn = Turn(engine, want)
     assert (turn.cached, turn.hits, turn.read) == (BLOCKS, 0, BLOCKS)
     donate(node)

@@ -5,16 +5,14 @@ on the CPU here. Tokens are those of an engine without either. Tests run in the 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import lab as of
 import pytest
-from neighbours import donate
+from lmcache_server import serving
+from neighbours import donate, withdrawn
 from node import eventually
 
 CHUNK = 256
@@ -41,26 +39,9 @@ def want(lab):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[subprocess.Popen, int]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--port", str(port), "--l1-size-gb", "0.25"]
-    command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
     log = tmp_path_factory.mktemp("lmcache") / "server.log"
-    with log.open("wb") as into:
-        server = subprocess.Popen(command, stdout=into, stderr=into, env=os.environ | HERE)
-
-    def listens() -> bool:
-        assert server.poll() is None, log.read_text(errors="replace")[-3000:]
-        with socket.socket() as probe:
-            return probe.connect_ex(("localhost", port)) == 0
-
-    try:
-        eventually("LMCache's server to listen", listens)
-        yield server, port
-    finally:
-        server.kill()
-        server.wait()
+    with serving(log, 0.25, "--supported-transfer-mode", "engine_driven", environment=HERE) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +78,6 @@ def turn(engine, want) -> Turn:
 
 
 BELOW = Turn(CHUNKS * CHUNK // of.BLOCK, 0)
-
-
-def withdrawn(node) -> None:
-    for donor in node.status()["donors"]:
-        os.kill(donor["pid"], signal.SIGTERM)
-    eventually("the donor to have everything back", lambda: not node.status()["donors"])
 
 
 def test_swiftcache_is_first(engine, want) -> None:

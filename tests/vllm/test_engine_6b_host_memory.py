@@ -4,12 +4,9 @@ engines of one model. Tests run in the order of this file.
 
 from __future__ import annotations
 
-import os
-import signal
-
 import lab as of
 import pytest
-from neighbours import donate
+from neighbours import donate, withdrawn
 from node import eventually
 
 SETTINGS = {"load": "sync", "max_host_leased_bytes": 128 << 20}
@@ -84,8 +81,6 @@ def test_without_leave_to_lease_it_nothing_is_stored(lab, engine, node) -> None:
 
 
 def test_a_donor_that_leaves_costs_hits_only(engine, node, want) -> None:
-    [donor] = node.status()["donors"]
-    os.kill(donor["pid"], signal.SIGTERM)
-    eventually("the donor to have everything back", lambda: not node.status()["donors"])
+    withdrawn(node)
     assert of.cached(again(engine, want)) == 0
     assert engine.ask("stats")["host_leased_bytes"] == 0

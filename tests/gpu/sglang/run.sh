@@ -9,9 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 site=$1 programs=$2 report=$3
 shift 3
-# As in tests/bytecode.sh.
-unset PYTHONDONTWRITEBYTECODE
-export PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/swiftcache-pycache
+. "$here/../../bytecode.sh"
 if [ -n "$site" ]; then
     export PYTHONPATH=$site TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions}
     export PATH=$site/bin:$PATH CPATH=$site/openssl/include LIBRARY_PATH=$site/openssl/lib

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, log_file
+from lmcache_server import serving
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
@@ -110,26 +110,8 @@ def lmcache(arm: dict[str, Any], size: Size, log: Path) -> Iterator[dict[str, An
     if not arm.get("lmcache"):
         yield arm
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--port", str(port)]
-    command += ["--l1-size-gb", str(size.lent / (1 << 30)), "--eviction-policy", "LRU"]
-    with log.open("ab") as into:
-        server = subprocess.Popen(command, stdout=into, stderr=into, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"})
-    try:
-
-        def listens() -> bool:
-            if server.poll() is not None:
-                raise OSError(f"LMCache's server ended with {server.returncode}")
-            with socket.socket() as probe:
-                return probe.connect_ex(("localhost", port)) == 0
-
-        eventually("LMCache's server to listen", listens)
+    with serving(log, size.lent / (1 << 30)) as (_, port):
         yield arm | {"port": port}
-    finally:
-        server.kill()
-        server.wait()
 
 
 class Withdrawals:
@@ -162,7 +144,7 @@ def begin(name: str, arm: dict[str, Any], args: Any) -> Program:
 
 
 def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], program: Program, args: Any) -> dict[str, Any]:
-    model = shapes.make(size.shape, args.report / "models")
+    model = shapes.make(size.shape, args.report)
     options = {
         "model": str(model),
         "load_format": "dummy",

@@ -74,7 +74,7 @@ class Place:
         return [source.randrange(500) for _ in range(count)]
 
     def options(self, shape: str, longest: int, **more: Any) -> dict[str, Any]:
-        model = shapes.make(shape, self.report / "models", max_position_embeddings=longest + 4096)
+        model = shapes.make(shape, self.report, max_position_embeddings=longest + 4096)
         options = {
             "model": str(model),
             "load_format": "dummy",
@@ -344,15 +344,16 @@ def longest(place: Place) -> dict[str, Any]:
     options = place.options(size.long, context + size.answer + 64) | {"enforce_eager": True}
     prompt = place.prompt("longest", context)
 
-    def answered(engine: Engine, name: str) -> dict[str, Any]:
+    def answered(engine: Engine, name: str) -> tuple[dict[str, Any], dict[str, float]]:
+        """The answer, and the seconds that it took."""
         # Kernels compile.
         asked(engine, {"first": prompt[-context // 16 :]}, size.answer)
         engine.ask("add", name=name, tokens=prompt, max_tokens=size.answer, logprobs=True)
         done = engine.ask("step", count=0)
         first = len(done["seconds"]) - size.answer + 1
-        one = {"prefill": sum(done["seconds"][:first]), "token": statistics.median(done["seconds"][first:])}
-        print(f"  {name}, {context:,} tokens: {json.dumps(one)}", flush=True)
-        return done["finished"][name] | one
+        seconds = {"prefill": sum(done["seconds"][:first]), "token": statistics.median(done["seconds"][first:])}
+        print(f"  {name}, {context:,} tokens: {json.dumps(seconds)}", flush=True)
+        return done["finished"][name], seconds
 
     engine = place.engine(
         "longest, all local",
@@ -360,7 +361,7 @@ def longest(place: Place) -> dict[str, Any]:
         options | {"kv_cache_memory_bytes": (context + 1024) * token, "connector": place.settings()},
     )
     try:
-        truth = answered(engine, "all local")
+        truth, all_local = answered(engine, "all local")
     finally:
         engine.close()
     pools: dict[str, Any] = {}
@@ -372,9 +373,11 @@ def longest(place: Place) -> dict[str, Any]:
         stitched |= {"worker_cls": "swiftcache.vllm.StreamWorker"}
         engine = place.engine(f"longest, {name}", environment, options | stitched)
         try:
-            one = answered(engine, name)
-            pools[name] = {figure: one[figure] for figure in ("prefill", "token")}
-            pools[name] |= {"apart": apart(truth, one), "said": said(log_file(place.report, f"longest, {name}"))}
+            one, seconds = answered(engine, name)
+            pools[name] = seconds | {
+                "apart": apart(truth, one),
+                "said": said(log_file(place.report, f"longest, {name}")),
+            }
             print(f"  {json.dumps(pools[name])}", flush=True)
             engine.ask("rig", stale=True)
             control = asked(engine, {"control": prompt}, size.answer)["control"]
@@ -385,7 +388,7 @@ def longest(place: Place) -> dict[str, Any]:
             donor.wait()
     return {
         "context": context,
-        "all local": {figure: truth[figure] for figure in ("prefill", "token")},
+        "all local": all_local,
         "pools": pools,
         "passed": all(of["apart"]["first_equal"] == size.answer and not of["control_equal"] for of in pools.values()),
     }

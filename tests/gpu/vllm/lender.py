@@ -151,7 +151,7 @@ class Trial:
         self.size, self.args = Size(args.cpu), args
         self.ground = Ground(directory, args.programs, cpu=args.cpu)
         self.ground.start_broker()
-        self._model = shapes.make(self.size.shape, args.report / "models")
+        self._model = shapes.make(self.size.shape, args.report)
 
     def _engine(self, name: str, own: int, pool: int, talks: tuple[int, int, int], settings: dict[str, Any]) -> Speaker:
         """`own`: which of the devices is the engine's. It sees all."""

@@ -15,9 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 site=$1 programs=$2 report=$3
 what=${4:-all}
 shift $(($# < 4 ? $# : 4))
-# As in tests/bytecode.sh.
-unset PYTHONDONTWRITEBYTECODE
-export PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/swiftcache-pycache
+. "$here/../../bytecode.sh"
 if [ -n "$site" ]; then
     export PYTHONPATH=$site
     libraries=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia

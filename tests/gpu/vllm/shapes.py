@@ -249,9 +249,9 @@ def token_bytes(name: str, element_bytes: int) -> int:
 
 
 def make(name: str, directory: Path, **changed: Any) -> Path:
-    """Writes the configuration of a shape, with fields `changed`. Returns its directory, which is the model's name for
-    vLLM."""
-    target = directory / "-".join([name, *(str(value) for value in changed.values())])
+    """Writes the configuration of a shape, with fields `changed`, below a directory: the report's where scripts
+    are to share it. Returns its own one, which is the model's name for vLLM."""
+    target = directory / "models" / "-".join([name, *(str(value) for value in changed.values())])
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(SHAPES[name] | changed))
     return target.resolve()

@@ -201,7 +201,7 @@ class Arm:
 
 
 def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
-    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report / "models")
+    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report)
     tokens = 400 if args.cpu else args.tokens
     options = {
         "model": str(model),
