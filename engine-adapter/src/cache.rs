@@ -12,6 +12,7 @@ use swiftcache_proto::domain::{BorrowerId, DeviceUuid};
 
 use crate::{
     arguments::{self, named},
+    claim::Claim,
     connection::Connection,
     failure::{Failure, Result},
     hit::Hit,
@@ -198,6 +199,20 @@ impl Cache {
                 })
             });
             Ok(Hit::new(&self.0, found))
+        })
+    }
+
+    fn claim(
+        &self,
+        py: Python<'_>,
+        hashes: &[u8],
+        most_bytes: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Claim>> {
+        let hashes = arguments::hashes(hashes)?;
+        let most_bytes = arguments::number("most_bytes", most_bytes)?;
+        unlocked(py, || {
+            let claimed = (self.0).with_open(|open| open.borrower.claim(&hashes, most_bytes));
+            Ok(claimed.map(|claimed| Claim::new(&self.0, claimed)))
         })
     }
 

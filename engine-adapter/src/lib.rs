@@ -6,6 +6,7 @@
 
 mod arguments;
 mod cache;
+mod claim;
 mod connection;
 mod failure;
 mod hit;
@@ -31,8 +32,8 @@ mod _native {
 
     #[pymodule_export]
     use crate::{
-        cache::Cache, connection::Connection, hit::Hit, index::IndexWatch, load::Load,
-        loans::Loans, mark::Mark, store::Store, stream::StreamPool,
+        cache::Cache, claim::Claim, connection::Connection, hit::Hit, index::IndexWatch,
+        load::Load, loans::Loans, mark::Mark, store::Store, stream::StreamPool,
     };
 
     #[pymodule_init]

@@ -52,13 +52,34 @@ impl Load {
             Point::Over => open.borrower.load(hit, blocks, &kv),
             Point::At(ticket) => open.borrower.load_after(hit, blocks, &kv, ticket),
         };
-        Some(Self {
+        Some(Self::running(open, load, blocks.len(), asked))
+    }
+
+    /// Starts to load the first blocks of a claim. As [`start`](Self::start).
+    pub(crate) fn start_claimed(
+        open: &Opened,
+        claim: cache::Claim,
+        blocks: &[u32],
+        after: &Point,
+    ) -> Option<Self> {
+        let kv = open.kv()?;
+        let after = match after {
+            Point::Unknown => return None,
+            Point::Over => None,
+            Point::At(ticket) => Some(ticket),
+        };
+        let load = claim.load(blocks, &kv, after);
+        Some(Self::running(open, load, blocks.len(), blocks.len()))
+    }
+
+    fn running(open: &Opened, load: cache::Load, found: usize, asked: usize) -> Self {
+        Self {
             state: RwLock::new(State::Running(load, Arc::clone(&open.place))),
-            found: blocks.len() as u32,
+            found: found as u32,
             asked: asked as u32,
             layers: open.borrower.config().layout.layer_bytes.len(),
             origin: Origin::here(),
-        })
+        }
     }
 
     pub(crate) fn miss(asked: usize, layers: usize) -> Self {

@@ -1,12 +1,13 @@
 //! A copy that is slow holds up what it touches, and nothing else: other slabs are given back, other copies are settled, and
 //! a borrower that closes does not wait for ever. Each test shows too that the copy really was held.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
+use swiftcache_client::cache::Claim;
 use swiftcache_tests::{
-    engine::{Engine, SLAB_BYTES, eventually},
+    engine::{BLOCK_BYTES, Engine, SLAB_BYTES, eventually, hash},
     scene::{Scene, begin_load, begin_store, compute, holds, scattered},
     stub::{Held, Stub, alone},
 };
@@ -139,6 +140,122 @@ fn what_was_promised_is_there_whatever_becomes_of_the_lease() -> Result<()> {
                 }
                 rival.finish()?;
             }
+            Ok(())
+        },
+    )
+}
+
+/// What becomes of what an engine has found, while its donor wants the slab back.
+#[derive(Clone, Copy, PartialEq)]
+enum Found {
+    /// Claimed, and loaded then.
+    Loaded,
+    /// Claimed, and not needed after all.
+    Dropped,
+    /// Only found: the twin.
+    NotClaimed,
+}
+
+/// Pool blocks with other bytes in them, for a sequence to be loaded to.
+fn spoiled(engine: &Engine, blocks: &[u32]) -> Result<Vec<u32>> {
+    let places: Vec<u32> = blocks.iter().map(|n| scattered(*n)).collect();
+    for place in &places {
+        engine.compute(u32::MAX, *place)?;
+    }
+    Ok(places)
+}
+
+#[test]
+fn a_slab_with_a_claim_is_given_back_when_the_claim_is_loaded_or_dropped() -> Result<()> {
+    alone(
+        "a_slab_with_a_claim_is_given_back_when_the_claim_is_loaded_or_dropped",
+        |stub| {
+            for (found, host_blocks) in [
+                (Found::Loaded, 0),
+                // The blocks are moved out of the slab meanwhile, and read where they were.
+                (Found::Loaded, 2 * SLOTS),
+                (Found::Dropped, 0),
+                (Found::NotClaimed, 0),
+            ] {
+                let mut two = Two::new(stub, host_blocks)?;
+                let (first, other) = (two.first, two.other);
+                let blocks: Vec<u32> = FIRST.collect();
+                let keys: Vec<_> = blocks.iter().map(|n| hash(*n)).collect();
+                let borrower = Arc::clone(&two.engine.borrower);
+                ensure!(borrower.claim(&keys, SLOTS * BLOCK_BYTES - 1).is_none());
+                ensure!(borrower.claim(&[hash(u32::MAX)], u64::MAX).is_none());
+                let hit = two.engine.lookup(&blocks);
+                let claim = match found {
+                    Found::NotClaimed => None,
+                    _ => borrower.claim(&keys, SLOTS * BLOCK_BYTES),
+                };
+                let claimed = claim.as_ref().map_or(0, Claim::blocks);
+                ensure!(
+                    claimed
+                        == if found == Found::NotClaimed {
+                            0
+                        } else {
+                            SLOTS as u32
+                        }
+                );
+                // The draining thread looks at the first one before it gives the other one back.
+                two.revoke(first)?;
+                two.revoke(other)?;
+                two.is_back(other)?;
+                let places = spoiled(&two.engine, &blocks)?;
+                if let Some(claim) = claim {
+                    ensure!(acknowledged(&two.engine) == 1 && !two.scene.donor(first).has_ended()?);
+                    let moved = borrower.stats().moved_to_host;
+                    ensure!(moved == host_blocks, "{moved} blocks were moved");
+                    if found == Found::Loaded {
+                        let load = claim.load(&places, two.engine.kv(), None);
+                        ensure!(load.promise(0) && load.finish().failed.is_empty());
+                        for n in FIRST {
+                            ensure!(holds(&two.engine, n, scattered(n))?);
+                        }
+                    }
+                } else {
+                    two.is_back(first)?;
+                    let load = borrower.load(&hit, &places, two.engine.kv());
+                    ensure!(!load.promise(u64::MAX) && load.finish().failed.len() == blocks.len());
+                    continue;
+                }
+                two.is_back(first)?;
+            }
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn what_is_claimed_is_there_whatever_becomes_of_the_lease() -> Result<()> {
+    alone(
+        "what_is_claimed_is_there_whatever_becomes_of_the_lease",
+        |stub| {
+            let mut scene = Scene::new(stub, 1)?;
+            let engine = scene.engine(1, 0)?;
+            let blocks: Vec<u32> = FIRST.collect();
+            compute(&engine, &blocks)?;
+            ensure!(begin_store(&engine, &blocks).finish().stored as usize == blocks.len());
+            let keys: Vec<_> = blocks.iter().map(|n| hash(*n)).collect();
+            let claim = engine.borrower.claim(&keys, u64::MAX);
+            let claim = claim.context("nothing could be claimed")?;
+            scene.forget_everything()?;
+            eventually("the lease to be refused", || {
+                Ok(engine.borrower.stats().refused_leases == 1)
+            })?;
+            // The twin: what is not claimed yet is lost.
+            ensure!(engine.borrower.claim(&keys, u64::MAX).is_none());
+            // Another tenant fills the slab that the donor offers in place of this one.
+            let mut rival = scene.rival()?;
+            ensure!(rival.run("sweep-store")?.stored > 0);
+            let places = spoiled(&engine, &blocks)?;
+            let load = claim.load(&places, engine.kv(), None);
+            ensure!(load.promise(0) && load.finish().failed.is_empty());
+            for n in FIRST {
+                ensure!(holds(&engine, n, scattered(n))?);
+            }
+            rival.finish()?;
             Ok(())
         },
     )

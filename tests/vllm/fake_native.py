@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
+from typing import ClassVar
 
 from swiftcache._native import DEFAULT_LOOKUP_MS, Loans  # noqa: F401  (they touch nothing: the real ones)
 
@@ -131,6 +133,22 @@ class Store:
         return {"stored": self.blocks, "known": 0, "unplaced": 0, "lost": 0}
 
 
+class Claim:
+    there: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+    """Those that nobody has let go of."""
+
+    def __init__(self, cache: Cache, keys: bytes) -> None:
+        self.cache, self.keys = cache, keys
+        self.there.add(self)
+
+    def __len__(self) -> int:
+        return len(self.keys) // KEY
+
+    def load(self, blocks: Sequence[int], after: Mark | None = None) -> Load:
+        assert 0 < len(blocks) <= len(self)
+        return self.cache.load(self.keys[: len(blocks) * KEY], blocks, after)
+
+
 class Cache:
     def __init__(self, connection: Connection, *, namespace: str, layer_bytes: Sequence[int], **more: object) -> None:
         assert 1 <= len(namespace.encode()) <= 256
@@ -169,6 +187,14 @@ class Cache:
                 else:
                     ctypes.memmove(place, self.blocks[key][number], self.layer_bytes[number])
         return Load(failed)
+
+    def claim(self, hashes: bytes, most_bytes: int) -> Claim | None:
+        calls.append(("claim", len(hashes) // KEY))
+        keys = split(hashes)
+        there = next((at for at, key in enumerate(keys) if key not in self.blocks), len(keys))
+        if not there or not promises or there * sum(self.layer_bytes) > most_bytes:
+            return None
+        return Claim(self, hashes[: there * KEY])
 
     def mark(self, stream: int) -> Mark:
         return Mark(stream)

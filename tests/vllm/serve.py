@@ -58,6 +58,8 @@ class Spy:
         """Loads begin when somebody waits for them."""
         self.victim = 0
         """A process that is killed before the next load begins."""
+        self.claims = True
+        """Whether anything can be claimed."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -70,10 +72,14 @@ class Spy:
             self._stores.append(store)
         return store
 
-    def load(self, keys: bytes, blocks: list[int], after: Any = None) -> Any:
+    def strike(self) -> None:
+        """A load begins."""
         if self.victim:
             os.kill(self.victim, signal.SIGKILL)
             self.victim = 0
+
+    def load(self, keys: bytes, blocks: list[int], after: Any = None) -> Any:
+        self.strike()
         changed = bytearray(keys)
         for position in self.lose:
             if position < len(blocks):
@@ -92,11 +98,21 @@ class Spy:
             load = Liar(load)
         if self.slow:
             load = Slow(load, self.slow + 3 * self.loads % 7)
+        self.repeated(load, keys, blocks)
+        return load
+
+    def repeated(self, load: Any, keys: bytes, blocks: list[int]) -> None:
+        """A load has begun, which may be the control's."""
         if self.repeat:
             load.finish()
             for block in blocks[1:]:
                 self._cache.load(keys[:16], [block]).finish()
-        return load
+
+    def claim(self, keys: bytes, most_bytes: int) -> Any:
+        # What is claimed cannot be made to fail.
+        fails = self.half or self.slow or self.lose or self.liar
+        claim = self._cache.claim(keys, most_bytes) if self.claims and not fails else None
+        return Claimed(self, keys, claim) if claim is not None else None
 
     def flush(self) -> dict[str, int]:
         outcome: dict[str, int] = {}
@@ -105,6 +121,24 @@ class Spy:
                 outcome[name] = outcome.get(name, 0) + count
         self._stores = []
         return outcome
+
+
+class Claimed:
+    """What was claimed through a spy."""
+
+    def __init__(self, spy: Spy, keys: bytes, claim: Any) -> None:
+        self._spy, self._keys, self._claim = spy, keys, claim
+
+    def __len__(self) -> int:
+        return len(self._claim)
+
+    def load(self, blocks: list[int], after: Any = None) -> Any:
+        self._spy.strike()
+        if self._spy.late:
+            return Late(lambda: self._claim.load(blocks, after))
+        load = self._claim.load(blocks, after)
+        self._spy.repeated(load, self._keys, blocks)
+        return load
 
 
 class Liar:
@@ -209,6 +243,10 @@ def linger(worker: Any, on: bool, careless: bool) -> None:
     vars(side).pop("_wait_for_load", None)
     if careless:
         side._wait_for_load = lambda name, load: None
+
+
+def claims(worker: Any, on: bool) -> None:
+    _side(worker)._cache.claims = on
 
 
 def lie(worker: Any, on: bool) -> None:
@@ -486,6 +524,11 @@ class Engine:
     def linger(self, on: bool, careless: bool = False) -> None:
         """Whether loads begin when somebody waits for them. `careless`: forwards do not."""
         self.llm.collective_rpc(linger, args=(on, careless))
+
+    def claims(self, on: bool) -> None:
+        """Whether prefixes may be claimed. Else loads are asynchronous, as where scheduler and worker are two
+        processes."""
+        self.llm.collective_rpc(claims, args=(on,))
 
     def lie(self, on: bool) -> None:
         """Whether loads that fail say so."""

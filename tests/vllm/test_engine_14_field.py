@@ -16,6 +16,7 @@ import lab as of
 import models
 import pytest
 from neighbours import donate
+from node import eventually
 
 ASYNC = {"load": "async"}
 REQUESTS = int(os.environ.get("SWIFTCACHE_FIELD_REQUESTS", "80"))
@@ -122,19 +123,29 @@ def test_the_twin_a_failed_load_that_is_believed_shows(engine, want) -> None:
     assert wrong["alone"] != want["alone"]
 
 
-def layer_wise_ends(engine) -> float:
-    return engine.ask("counted")["vllm:swiftcache_layer_wise_ends"]
+def layer_wise_ends(engine) -> tuple[float, float]:
+    """All of them, and those that were claimed."""
+    counted = engine.ask("counted")
+    return counted["vllm:swiftcache_layer_wise_ends"], counted["vllm:swiftcache_claimed_loads"]
 
 
-def test_a_forward_waits_for_each_layer_of_a_load_that_counts_as_over(engine, want) -> None:
+@pytest.fixture(params=[True, False], ids=["claimed", "asynchronous"])
+def claims(engine, request) -> bool:
+    """Whether loads are part of the step that finds them."""
+    engine.ask("claims", on=request.param)
+    yield request.param
+    engine.ask("claims", on=True)
+
+
+def test_a_forward_waits_for_each_layer_of_a_load_that_counts_as_over(engine, want, claims) -> None:
     engine.ask("overwrite")
     engine.ask("linger", on=True)
-    before = layer_wise_ends(engine)
+    ends, claimed = layer_wise_ends(engine)
     result = engine.generate(alone(), of.ANSWER)["alone"]
     engine.ask("settle")
     assert result["tokens"] == want["alone"] and result["cached"] == 6 * of.BLOCK
-    assert layer_wise_ends(engine) == before + 1
-    # Aborted before it is scheduled: others compute in its blocks at once.
+    assert layer_wise_ends(engine) == (ends + 1, claimed + claims)
+    # Aborted, where it is not claimed before it is scheduled: others compute in its blocks at once.
     engine.ask("overwrite")
     engine.ask("add", name="gone", tokens=next(iter(alone().values())), max_tokens=1)
     engine.ask("step", count=1)
@@ -146,7 +157,7 @@ def test_a_forward_waits_for_each_layer_of_a_load_that_counts_as_over(engine, wa
     assert of.said(results).items() <= want.items()
 
 
-def test_the_twin_a_forward_that_does_not_wait_shows(engine, want) -> None:
+def test_the_twin_a_forward_that_does_not_wait_shows(engine, want, claims) -> None:
     engine.ask("overwrite")
     engine.ask("linger", on=True, careless=True)
     wrong = of.said(engine.generate(alone(), of.ANSWER))
@@ -204,12 +215,21 @@ def test_a_nap_between_two_turns(engine, want, level, cached) -> None:
         fresh(engine)
 
 
-def test_a_donor_killed_between_lookup_and_load(engine, node, donors, want) -> None:
-    fresh(engine)
+def test_a_donor_killed_between_lookup_and_load(engine, node, donors, want, claims) -> None:
+    def kept() -> bool:
+        engine.generate(alone(), of.ANSWER)
+        engine.ask("settle")
+        fresh(engine)
+        return engine.ask("stats")["donor_blocks"] >= 6
+
+    eventually("the prefix to be on the donor", kept)
     engine.ask("ambush", victim=donors[0].pid)
     result = engine.generate(alone(), of.ANSWER)["alone"]
-    donors.pop().wait()
+    donors.pop().wait(timeout=60)
     assert result["tokens"] == want["alone"]
+    # What is claimed lasts as long as it is mapped here.
+    assert not claims or result["cached"] == 6 * of.BLOCK
+    eventually("the donor's blocks to be gone", lambda: not engine.ask("stats")["donor_blocks"])
     donors.append(donate(node, slabs=32))
 
 

@@ -195,6 +195,18 @@ class Cache:
                 waited for.
         """
 
+    def claim(self, hashes: bytes, most_bytes: int) -> Claim | None:
+        """Finds the first blocks that lie in this cache's own leases of HBM, and keeps their memory from being given back until they
+        are loaded: for an engine whose scheduler and worker are one process, and whose forward is to rely on the load before it
+        begins. Asks nobody and waits for nothing. None if there are none, if they have more than `most_bytes`, and while the
+        cache is not open. Blocks in memory that goes with its donor (legacy handles), in host memory and behind PCIe are not
+        claimed, nor are those behind them.
+
+        Args:
+            hashes: 16 bytes for each block, in prefix order.
+            most_bytes: more than this is not claimed.
+        """
+
     def mark(self, stream: int) -> Mark:
         """Marks the present end of an engine's stream. While the stream is captured into a CUDA graph its work does not
         run, so there is nothing to mark: nothing is stored from such a mark. The capture goes on.
@@ -312,6 +324,15 @@ class Hit:
             blocks: where each goes: block numbers of the pool, at most `len` of the hit.
             after: copies start after this point of the engine's stream; None: at once.
         """
+
+@final
+class Claim:
+    """Blocks whose memory is not given back before they are loaded: `len` says how many. Donors wait for it, so drop it as soon as
+    it is not needed."""
+
+    def __len__(self) -> int: ...
+    def load(self, blocks: Sequence[int], after: Mark | None = None) -> Load:
+        """As `Hit.load`, once: a second load has nothing. The load is promised (`Load.promise`), unless the device fails."""
 
 @final
 class Load:

@@ -27,6 +27,7 @@ from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
     "SwiftCache": {"environment": V2, "options": {}, "settings": {}},
+    "asynchronous": {"environment": V2, "options": {}, "settings": {}, "claims": False},
     "wait": {"environment": V2, "options": {}, "settings": {"load": "wait"}},
     "resident, V1": {"environment": V1, "options": {"async_scheduling": False}},
     "sync, V1": {"environment": V1, "options": {"async_scheduling": False}, "settings": {"load": "sync"}},
@@ -69,7 +70,7 @@ class Copies:
     of the hook."""
 
     def __init__(self, cache: Any, line: Line) -> None:
-        self._cache = cache
+        self._cache, self._line = cache, line
         line.around(self, "load", "    of which queueing its copies")
 
     def __getattr__(self, name: str) -> Any:
@@ -77,6 +78,24 @@ class Copies:
 
     def load(self, *arguments: Any) -> Any:
         return self._cache.load(*arguments)
+
+    def claim(self, *arguments: Any) -> Any:
+        claim = self._cache.claim(*arguments)
+        return Claimed(claim, self._line) if claim is not None else None
+
+
+class Claimed:
+    """Around what a scheduler has claimed: notes the same of its load."""
+
+    def __init__(self, claim: Any, line: Line) -> None:
+        self._claim = claim
+        line.around(self, "load", "    of which queueing its copies")
+
+    def __len__(self) -> int:
+        return len(self._claim)
+
+    def load(self, *arguments: Any) -> Any:
+        return self._claim.load(*arguments)
 
 
 class Arm:

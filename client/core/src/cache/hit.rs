@@ -80,6 +80,17 @@ impl Hit {
 }
 
 impl HitBlocks {
+    /// Nothing yet, with room for so many blocks.
+    pub(super) fn new(core: &Arc<Core>, blocks: usize) -> Self {
+        Self {
+            core: Arc::clone(core),
+            blocks: Vec::with_capacity(blocks),
+            runs: Vec::new(),
+            pins: Vec::new(),
+            coming: Coming::default(),
+        }
+    }
+
     pub(super) fn push(&mut self, block: HitBlock, medium: Medium, link: LinkKind) {
         let hold = match block {
             HitBlock::Own(_) => Hold::Own,

@@ -51,9 +51,9 @@ pub struct Load {
 
 /// What is known to have failed.
 #[derive(Debug, Default)]
-struct Verdict {
+pub(super) struct Verdict {
     /// Indexes into the load's blocks, ascending.
-    failed: Vec<u32>,
+    pub(super) failed: Vec<u32>,
     late: u64,
 }
 
@@ -74,27 +74,45 @@ pub struct Loaded {
     pub bytes: BytesByLink,
 }
 
+/// What is to be loaded, and where to.
+pub(super) struct Wanted<'a> {
+    pub(super) layers: Range<usize>,
+    /// Blocks of the engine's pool: where the first blocks of a hit go.
+    pub(super) blocks: &'a [u32],
+    pub(super) kv: &'a PagedKv,
+    /// No copy starts before.
+    pub(super) after: Option<&'a Ticket>,
+}
+
 impl Core {
     /// Plans a load, registers it with every slab it reads, and queues its copies.
-    pub(super) fn load(
-        self: &Arc<Self>,
-        hit: &Hit,
-        layers: Range<usize>,
-        blocks: &[u32],
-        kv: &PagedKv,
-        after: Option<&Ticket>,
-    ) -> Load {
+    pub(super) fn load(self: &Arc<Self>, hit: &Hit, wanted: &Wanted<'_>) -> Load {
         let hit = Arc::clone(&hit.0);
+        let found = Arc::clone(&hit);
+        self.begin_load(hit, wanted, |blocks, plan, verdict| {
+            self.plan_load(&found, blocks, wanted.kv, plan, verdict)
+        })
+    }
+
+    /// Queues the copies of a hit's first blocks that `plan` plans, each for a block of the engine's pool, and registers with every
+    /// slab they read.
+    pub(super) fn begin_load(
+        self: &Arc<Self>,
+        hit: Arc<HitBlocks>,
+        wanted: &Wanted<'_>,
+        plan_load: impl FnOnce(&[u32], &mut Plan, &mut Verdict) -> Arc<Flight>,
+    ) -> Load {
+        let Wanted { kv, after, .. } = *wanted;
         let layout = &self.config.layout;
-        let blocks = &blocks[..blocks.len().min(hit.blocks.len())];
-        let layers = layers.start..layers.end.min(layout.layer_bytes.len());
+        let blocks = &wanted.blocks[..wanted.blocks.len().min(hit.blocks.len())];
+        let layers = wanted.layers.start..wanted.layers.end.min(layout.layer_bytes.len());
         let mut verdict = Verdict::default();
         let mut plan = self.plans.take();
         let own = |block: &HitBlock| matches!(block, HitBlock::Own(_));
         let mut lasting = hit.blocks[..blocks.len()].iter().all(own);
         let (flight, touching) = match self.touch(kv) {
             Ok(touching) => {
-                let flight = self.plan_load(&hit, blocks, kv, &mut plan, &mut verdict);
+                let flight = plan_load(blocks, &mut plan, &mut verdict);
                 lasting &= plan.lasts();
                 (flight, touching)
             }
@@ -198,7 +216,10 @@ impl Load {
     /// no mapping of it. False where that does not hold: of others' blocks, of blocks that are missing, of memory that goes
     /// with its donor (legacy handles), over PCIe, which is slower than what waits, and while more bytes are on their way.
     pub fn promise(&self, most_bytes: u64) -> bool {
-        if !self.lasting || self.missing > 0 || self.flight.transfer.is_poisoned() {
+        if self.promised.load(Ordering::Relaxed) {
+            return true;
+        }
+        if self.flight.transfer.is_poisoned() || !self.cannot_fail() {
             return false;
         }
         let (layers, total) = (self.tickets.layers(), self.bytes.total());
@@ -215,6 +236,17 @@ impl Load {
             self.promised.store(true, Ordering::Relaxed);
         }
         promised
+    }
+
+    /// Whether nothing but the device can fail it, as long as its leases are not refused.
+    fn cannot_fail(&self) -> bool {
+        self.lasting && self.missing == 0
+    }
+
+    /// Others relied on it before it began: see [`Claim`](super::Claim).
+    pub(super) fn promised_before(self) -> Self {
+        (self.promised).store(self.cannot_fail(), Ordering::Relaxed);
+        self
     }
 
     /// Blocks until layer `layer` is in the engine's pool. When copies have failed, blocks until none of this load is in

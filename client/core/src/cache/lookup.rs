@@ -25,13 +25,7 @@ impl Core {
         deadline: Option<Instant>,
         promised: bool,
     ) -> Hit {
-        let mut hit = HitBlocks {
-            core: Arc::clone(self),
-            blocks: Vec::with_capacity(hashes.len()),
-            runs: Vec::new(),
-            pins: Vec::new(),
-            coming: Coming::default(),
-        };
+        let mut hit = HitBlocks::new(self, hashes.len());
         if !self.origin.is_here() {
             return Hit(Arc::new(hit));
         }
@@ -158,7 +152,7 @@ impl Core {
 
     /// Counts a lookup, and makes its blocks the most recently used, the first one last: a block goes before those
     /// it follows.
-    fn count(&self, asked: usize, hit: &HitBlocks, promised: bool) {
+    pub(super) fn count(&self, asked: usize, hit: &HitBlocks, promised: bool) {
         let mut state = self.state.lock();
         for block in hit.blocks.iter().rev() {
             if let HitBlock::Own(id) = block {

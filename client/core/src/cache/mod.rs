@@ -4,7 +4,8 @@
 //! * [`Borrower::store`] finds slots (`store`, `slots`, `evict`), copies layer by layer (`transfer`), and
 //!   publishes when every byte is there (`settle`, `publish`);
 //! * [`Borrower::lookup`] finds own blocks in the local mirror and replicas' through the broker (`lookup`);
-//! * [`Borrower::load`] copies them back, layer by layer (`load`, `transfer`);
+//! * [`Borrower::load`] copies them back, layer by layer (`load`, `transfer`); [`Borrower::claim`] finds and holds at once what an
+//!   engine is to rely on before the copies begin (`claim`);
 //! * when a lease is asked back, hot blocks are moved out while there is time (`holder`, `rescue`), and the rest is forgotten.
 //!
 //! `blocks` says where each block lies, `shelf` who lies in each slot of a slab, and `value` what each block is worth. `model` is the
@@ -14,6 +15,7 @@
 //! (`leases`), and a slot is written only when nobody can read it any more. The cache's lock (`state`) is taken before the leases'.
 
 mod blocks;
+mod claim;
 mod config;
 mod core;
 mod evict;
@@ -51,6 +53,7 @@ use std::{
 use swiftcache_proto::domain::{BlockHash, BorrowerId, LeaseClass, LinkKind};
 use tracing::warn;
 
+pub use claim::Claim;
 pub use config::{BorrowerConfig, DrainPolicy};
 pub use hit::{Hit, HitRun};
 pub use layout::Layout;
@@ -66,6 +69,7 @@ pub use crate::transfer::{PagedKv, PagedLayer, PoolSpan};
 use self::{
     core::{Core, Inboxes, KeeperTask},
     holder::CacheHolder,
+    load::Wanted,
     shelf::Shelf,
 };
 use crate::{
@@ -198,6 +202,13 @@ impl Borrower {
         self.core.lookup(hashes, None, false)
     }
 
+    /// Claims the longest prefix run of `hashes` in own leases of HBM, of which no slab is given back before it is loaded; asks nobody
+    /// and waits for nothing. It ends before memory that goes with its donor (legacy handles), host memory, and memory behind PCIe.
+    /// `None` if nothing is left, or more than `most_bytes` are. It is counted as a lookup when it is loaded.
+    pub fn claim(&self, hashes: &[BlockHash], most_bytes: u64) -> Option<Claim> {
+        self.core.claim(hashes, most_bytes)
+    }
+
     /// Queues the copies of the first `blocks.len()` blocks of `hit` into the engine's `blocks`, layer by layer,
     /// and returns at once. May be called any number of times for one hit.
     pub fn load(&self, hit: &Hit, blocks: &[u32], kv: &PagedKv) -> Load {
@@ -214,14 +225,26 @@ impl Borrower {
         blocks: &[u32],
         kv: &PagedKv,
     ) -> Load {
-        self.core.load(hit, layers, blocks, kv, None)
+        let wanted = Wanted {
+            layers,
+            blocks,
+            kv,
+            after: None,
+        };
+        self.core.load(hit, &wanted)
     }
 
     /// Like [`load`](Self::load), but no copy starts before `after`: for blocks that kernels queued earlier on the
     /// engine's stream may still touch.
     pub fn load_after(&self, hit: &Hit, blocks: &[u32], kv: &PagedKv, after: &Ticket) -> Load {
         let layers = 0..self.core.config.layout.layer_bytes.len();
-        self.core.load(hit, layers, blocks, kv, Some(after))
+        let wanted = Wanted {
+            layers,
+            blocks,
+            kv,
+            after: Some(after),
+        };
+        self.core.load(hit, &wanted)
     }
 
     /// Queues write-back of a sequence's consecutive blocks, layer by layer: layer `l` after the ticket that

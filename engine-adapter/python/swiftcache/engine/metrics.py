@@ -13,6 +13,7 @@ COUNTERS = {
     "lookup_tokens": "Tokens of the blocks that were looked up.",
     "promised_tokens": "Tokens that were to be loaded instead of computed.",
     "layer_wise_ends": "Asynchronous loads whose last layers came while the forward that needed them ran.",
+    "claimed_loads": "Those of them that could not fail from the lookup on, and were part of the step that found them.",
     "failed_loads": "Loads of which a block was gone or lost; it was computed.",
     "hit_donor_blocks": "Blocks loaded that this engine wrote to a donor, over all workers.",
     "hit_shared_blocks": "Blocks loaded that another engine wrote, over all workers.",

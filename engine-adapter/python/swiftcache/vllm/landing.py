@@ -1,5 +1,5 @@
-"""Loads that vLLM is told are over while their last bytes are still on their way, so that the copy and the forward run
-side by side in an engine whose loads are asynchronous.
+"""Loads that vLLM is told are over while their last bytes are still on their way, or before they begin (`claims`), so
+that the copy and the forward run side by side.
 
 Such a load has no way to fail but the device's own (`Load.promise`), because vLLM could not take the news: it has
 scheduled on top of it. From the promise on the blocks may be used. So:
@@ -43,15 +43,42 @@ class Landing:
         self._behind: list[Load] = []
         """Those that the engine's stream waits for."""
         self.count = 0
+        self.claimed = 0
+        """Those of them that were promised before they began."""
+
+    def room(self) -> int:
+        """Bytes that a load may have to go when it is promised; 0: nothing can be promised now."""
+        ahead = [*self._promised.values(), *self._read, *self._behind]
+        return MOST_BYTES if self._proven and all(other.is_done() for other in ahead) else 0
 
     def promise(self, request: str, load: Load) -> bool:
         """Whether vLLM may be told that this load is over. Those that were queued before it are over or promised."""
-        ahead = [*self._promised.values(), *self._read, *self._behind]
-        if not self._proven or not all(other.is_done() for other in ahead) or not load.promise(MOST_BYTES):
+        room = self.room()
+        if not room or not load.promise(room):
             return False
         self._promised[request] = load
         self.count += 1
         return True
+
+    def begin(self, load: Load, computes: bool) -> None:
+        """A load of a claim has begun, in the step that computes on it. `computes`: several tokens of the request."""
+        if self._waited:
+            raise BrokenPromise("SwiftCache: vLLM had a load begin behind the forward that needs it. The engine ends")
+        if not load.promise(0):
+            raise BrokenPromise(
+                "SwiftCache: a load could not begin that vLLM was told cannot fail. The engine ends, since it would compute "
+                "on KV that is not there. The client's log says what the device reported"
+            )
+        self.count += 1
+        self.claimed += 1
+        if computes:
+            self._read.append(load)
+        else:
+            self._end(load)
+
+    def step(self) -> None:
+        """A step begins. Whatever hooks were called outside of steps waited for nothing."""
+        self._waited.clear()
 
     def arrived(self, requests: dict[str, bool]) -> None:
         """The scheduler has taken note of these, and may give their blocks away. True: a forward is about to compute

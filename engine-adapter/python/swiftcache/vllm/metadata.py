@@ -31,8 +31,12 @@ class LoadJob:
     keys: bytes
     blocks: list[int]
     sync: bool
-    """Whether this step's forward needs it."""
+    """Whether this step's forward needs it, and hears how it ended."""
     adapter: Adapter | None = None
+    claimed: bool = False
+    """Its blocks are claimed (`claims`): this step's forward needs it, and it cannot fail."""
+    computes: bool = False
+    """Of a claimed one: whether this step computes several tokens of the request."""
 
 
 @dataclass(slots=True)

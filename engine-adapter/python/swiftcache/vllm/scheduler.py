@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from swiftcache.engine.events import Events
 from swiftcache.engine.quiet import Quiet
-from swiftcache.vllm import events, junction
+from swiftcache.vllm import claims, events, junction
+from swiftcache.vllm.claims import Claims
 from swiftcache.vllm.doubt import Doubt
 from swiftcache.vllm.finder import Finder, Tables
 from swiftcache.vllm.groups import ONE, Group, Groups
@@ -60,6 +61,9 @@ DISK_ASK_SECONDS = 0.002
 """How often a request that waits for blocks from a disk asks whether they are there."""
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
+UNASKED_TOKENS = 256
+"""Where the engine's own worker has all of a prompt but so much, nobody is asked who has more: it is most often what the
+user has just said, and computing it takes hardly longer than the question."""
 
 
 class SchedulerSide:
@@ -186,7 +190,7 @@ class SchedulerSide:
         scheduled. None: it is to ask again in the next step."""
         tracked = self._track(request)
         now = self._clock()
-        hit = tracked.hit
+        hit, tracked.claimed = tracked.hit, False
         if tracked.disk_since is not None and now - tracked.disk_asked < DISK_ASK_SECONDS:
             return None, False
         if hit is None or hit.computed != computed or now - hit.at > ANSWER_SECONDS:
@@ -199,7 +203,23 @@ class SchedulerSide:
             junction.keep_state_at(request, hit.junction * self._block_tokens)
         if self._room is not None and not self._has_room(self._room, tracked, hit):
             return None, False
-        return tokens, tokens > 0 and not self._sync
+        if tokens and (here := self._claims(tracked)) is not None:
+            if here.blocks(request.request_id) != hit.blocks:
+                self._claim(here, tracked, computed // self._block_tokens, hit.blocks)
+            tracked.claimed = here.blocks(request.request_id) == hit.blocks
+        return tokens, tokens > 0 and not self._sync and not tracked.claimed
+
+    def _claims(self, tracked: Tracked) -> Claims | None:
+        """Where what this request loads may be claimed, if it may."""
+        # Of an adapter the worker knows only later whether it is the one that the blocks are of.
+        if not self._promises or len(self._ranks) != 1 or tracked.adapter is not None:
+            return None
+        return claims.of(self._ranks[0].borrower_id)
+
+    def _claim(self, here: Claims, tracked: Tracked, first: int, blocks: int) -> int:
+        """Claims what the worker has of so many blocks."""
+        keys = self._finder.keys(tracked.request, self._groups.full[0], first, first + blocks)
+        return here.claim(tracked.request.request_id, keys, self._weights)
 
     def _waits_for_disk(self, tracked: Tracked, now: float) -> bool:
         """Whether blocks come from a disk sooner than a request may wait for them. The engine goes on meanwhile."""
@@ -227,10 +247,15 @@ class SchedulerSide:
         self._finder.coming = 0
         if last <= first or tracked.failed or not self._ranks or request.skip_reading_prefix_cache:
             return 0, 0
-        found = self._finder.find(self._ranks, request, first, last)
         self.stats.add("lookups", 1)
         self.stats.add("lookup_tokens", (last - first) * self._block_tokens)
-        return found
+        here = self._claims(tracked)
+        own = self._claim(here, tracked, first, last - first) if here is not None else 0
+        if own and (last - first - own) * self._block_tokens <= UNASKED_TOKENS:
+            return own, first + own
+        found, junction = self._finder.find(self._ranks, request, first, last)
+        # Who does not answer has no more.
+        return (found, junction) if found > own else (own, first + own)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         tracked = self._track(request)
@@ -257,9 +282,10 @@ class SchedulerSide:
         if self._groups.tails:
             self._finder.has_tail(request, end)
         tracked.promised = end if self._groups.several else 0
-        tracked.loading = not self._sync
+        tracked.loading = not self._sync and not tracked.claimed
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
-        self._loads.append(LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter))
+        job = LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter, tracked.claimed)
+        self._loads.append(job)
         if self._events.enabled:
             for group in self._groups.full:
                 # Whoever stored them: this engine can load them.
@@ -296,6 +322,8 @@ class SchedulerSide:
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
         step = StepMetadata(self._loads, self._late, [], self._retained, weights=dict(self._weights))
         self._loads, self._late, self._retained = [], [], []
+        if self._promises:
+            self._keep_claims(step.loads, output)
         step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
         self._arrived.clear()
         for request_id in output.preempted_req_ids or ():
@@ -307,7 +335,8 @@ class SchedulerSide:
         self._stepped = True
         if self._idle():
             step.idle, self._counted = True, True
-        step.doubt = self._doubt.begin(output.has_sync_kv_loads)
+        # What is claimed cannot fail.
+        step.doubt = self._doubt.begin(output.has_sync_kv_loads and not self._promises)
         self._doubt.contain(self._tracked.values())
         blocks_of = output.kv_connector_block_state
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -333,6 +362,15 @@ class SchedulerSide:
             orders = self._loans.step(lambda: self._wanted(output), bool(output.preempted_req_ids), self.stats)
             step.lend, step.take_back = orders.lend, orders.take_back
         return step
+
+    def _keep_claims(self, loads: list[LoadJob], output: SchedulerOutput) -> None:
+        """Lets go of what was claimed for requests that are not scheduled after all."""
+        claimed = [job for job in loads if job.claimed]
+        for job in claimed:
+            job.computes = output.num_scheduled_tokens.get(job.request, 0) > 1
+        here = claims.of(self._ranks[0].borrower_id) if len(self._ranks) == 1 else None
+        if here is not None:
+            here.keep({job.request for job in claimed})
 
     def _staged(self, output: SchedulerOutput, placement: Placement) -> int:
         """Blocks of all contexts of a step if any is leased, else 0."""

@@ -58,6 +58,8 @@ class Tracked:
     """Leading blocks of which it is known whether they are leased."""
     leased: bool = False
     """A block of it is in leased slabs."""
+    claimed: bool = False
+    """vLLM was told that what was found last cannot fail to load."""
     closed: bool = False
     """Nothing more of it is stored: its KV is older than a reset, or nobody knows what its adapter is."""
     adapter: Adapter | None = None

@@ -21,8 +21,9 @@ from swiftcache.engine.loans import WorkerLoans
 from swiftcache.engine.metrics import Meter
 from swiftcache.engine.opener import CacheOpener
 from swiftcache.engine.quiet import Quiet, logger
+from swiftcache.vllm.claims import Claims
 from swiftcache.vllm.facts import backends, facts, group_facts, ranks_here
-from swiftcache.vllm.landing import Landing
+from swiftcache.vllm.landing import BrokenPromise, Landing
 from swiftcache.vllm.layout import layout_of
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from swiftcache._native import Cache, Load, Mark, Store
+    from swiftcache._native import Cache, Claim, Load, Mark, Store
     from swiftcache.engine.settings import Settings
     from swiftcache.vllm.stream.staging import Staging
 
@@ -84,6 +85,7 @@ class WorkerSide:
         self._loading: list[tuple[LoadJob, Load]] = []
         self._receiving: dict[str, tuple[LoadJob, Load | None]] = {}
         self._landing: Landing | None = None
+        self._claims: Claims | None = None
         self._several = len(kv.kv_cache_groups) > 1
         self._lost: set[str] = set()
         """With several groups: requests with a failed load."""
@@ -145,7 +147,15 @@ class WorkerSide:
         self._cache = self._opener.open(
             self.namespace, layout, owner=caches, gpu=gpu, block_tokens=self._block_tokens, stitched=native
         )
-        self._landing = Landing(layout.by_layer) if self._promises else None
+        if self._promises:
+            self._landing = Landing(layout.by_layer)
+            self._claims = Claims(
+                self._opener.borrower_id,
+                self._landing,
+                block_bytes=sum(entry.page for entry in layout.entries),
+                claim=self._claim,
+                may_begin=self._may_begin,
+            )
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
         mode = "layer by layer" if self._sync else "asynchronous"
@@ -186,6 +196,7 @@ class WorkerSide:
     def unregister(self) -> None:
         """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
         self._wait_all()
+        self._claims = None
         if self._cache is not None:
             self._cache.close()
             # What others still have when closing gives up waiting is never said to be back.
@@ -230,6 +241,15 @@ class WorkerSide:
     def wakes(self) -> None:
         self.restore()
 
+    def _claim(self, keys: bytes, most_bytes: int) -> Claim | None:
+        if self._cache is None:
+            return None
+        return self._attempt("blocks could not be claimed", self._cache.claim, keys, most_bytes)
+
+    def _may_begin(self, weights: Mapping[tuple[int, int], int]) -> bool:
+        """Whether a load that begins in the next step is not behind others, and of the weights that the scheduler knows."""
+        return not self._receiving and weights.get((self._ranks.pp, self._ranks.tp), 0) == self._updates
+
     def _may_load(self, job: LoadJob) -> bool:
         """An adapter may be loaded after the blocks of its requests."""
         return not self._outdated and (
@@ -257,6 +277,8 @@ class WorkerSide:
     def bind(self, step: StepMetadata | None) -> None:
         self._step = step
         self._marks.clear()
+        if self._landing is not None and step is not None:
+            self._landing.step()
         if self._staging is not None:
             ahead = step is not None and not any(job.sync for job in step.loads)
             self._staging.begin(step.staged if step is not None else 0, ahead)
@@ -285,6 +307,12 @@ class WorkerSide:
             return
         after = self._attempt("the engine's stream could not be marked", self._mark) if self._cuda else None
         for job in step.loads:
+            if job.claimed:
+                # The forward waits for it, so it goes first.
+                self._load_claimed(job, after)
+        for job in step.loads:
+            if job.claimed:
+                continue
             load = None
             if self._cache is not None and (after is not None or not self._cuda) and self._may_load(job):
                 load = self._attempt("a load could not start", self._cache.load, job.keys, job.blocks, after)
@@ -294,6 +322,15 @@ class WorkerSide:
                 self._failed(job, range(len(job.blocks)))
             else:
                 self._loading.append((job, load))
+
+    def _load_claimed(self, job: LoadJob, after: Mark | None) -> None:
+        claim = self._claims.take(job.request) if self._claims is not None else None
+        if claim is None or self._landing is None or (after is None and self._cuda):
+            raise BrokenPromise(
+                "SwiftCache: a load cannot begin that vLLM was told cannot fail. The engine ends, since it would compute on "
+                "KV that is not there"
+            )
+        self._landing.begin(claim.load(job.blocks, after), job.computes)
 
     def wait_for_layer(self, name: str) -> None:
         """The layer has written its new KV and is about to read."""
@@ -420,7 +457,7 @@ class WorkerSide:
         if self._stitched is not None:
             totals |= self._attempt("the stitched pool's counters could not be read", self._stitched.totals) or {}
         if self._landing is not None:
-            totals |= {"layer_wise_ends": self._landing.count}
+            totals |= {"layer_wise_ends": self._landing.count, "claimed_loads": self._landing.claimed}
         stats = SwiftCacheStats()
         self._meter.read(totals, stats)
         return stats

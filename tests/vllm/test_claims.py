@@ -1,0 +1,196 @@
+"""Loads that cannot fail from the lookup on: the scheduler's half and the worker's in one process."""
+
+from __future__ import annotations
+
+import pytest
+import stage
+import torch
+from test_scheduler import Stand
+from test_worker import LAYERS, made, run
+
+from swiftcache.vllm import landing, scheduler
+from swiftcache.vllm.landing import BrokenPromise
+from swiftcache.vllm.metadata import Adapter, Handshake, StepMetadata, StoreJob
+
+TABLE = [4, 5, 6, 7, 0]
+"""Where a request's blocks are when they are loaded: elsewhere than when they were stored."""
+STORED = [1, 2, 3]
+
+
+class Engine(Stand):
+    """Its worker keeps the first three blocks of a prompt of 17 tokens, and has seen a forward wait for every layer."""
+
+    def __init__(self, native) -> None:
+        super().__init__(native, sync=False, recovers=False, promises=True)
+        self.caches = stage.caches()
+        self.worker = made(self.caches, sync=False, promises=True)
+        self.side.meet([self.worker.handshake()])
+        request = stage.request("before", 17)
+        keys = self.side._finder.keys(request, self.side._groups.full[0], 0, 3)
+        run(self.worker, StepMetadata(stores=[StoreJob(0, "before", keys, STORED)]))
+        self.stored = {name: cache[STORED].clone() for name, cache in self.caches.items()}
+        native.calls.clear()
+
+    def ask(self, name: str = "a"):
+        """A request of the same prompt, and what vLLM hears of it."""
+        request = stage.request(name, 17)
+        return request, self.side.matched_tokens(request, 0)
+
+    def begin(self, name: str = "a", tokens: int = 5):
+        """The step that a request is admitted in, after its lookup."""
+        request, answer = self.ask(name)
+        self.admit(request, answer[0], TABLE)
+        request.num_computed_tokens = answer[0]
+        return self.step(request, tokens, TABLE, loads=not answer[1])
+
+
+@pytest.fixture
+def engine(native) -> Engine:
+    return Engine(native)
+
+
+def test_what_the_worker_has_is_loaded_in_the_step_that_finds_it(engine, native) -> None:
+    request, answer = engine.ask()
+    assert answer == (12, False) and engine.lookups() == 0
+    engine.admit(request, 12, TABLE)
+    request.num_computed_tokens = 12
+    step = engine.step(request, 5, TABLE, loads=True)
+    (job,) = step.loads
+    assert (job.blocks, job.sync, job.claimed, job.computes) == (TABLE[:3], False, True, True)
+    assert step.doubt == 0, "it cannot fail, so what is computed on it is right"
+    assert [store.blocks for store in step.stores] == [[7]]
+    native.hold_loads = True
+    done = run(engine.worker, step)
+    (load,) = engine.worker._landing._behind
+    assert load.waited == [0, 1] and not load.is_done()
+    assert (done.received, done.failed, done.invalid) == (set(), set(), set())
+    for name, cache in engine.caches.items():
+        assert torch.equal(cache[TABLE[:3]], engine.stored[name])
+    assert len(native.Claim.there) == 0
+    assert engine.worker._landing.claimed == 1
+
+
+def test_the_forward_waits_for_all_of_it_where_it_may_call_no_hooks(engine, native) -> None:
+    step = engine.begin(tokens=1)
+    assert not step.loads[0].computes
+    native.hold_loads = True
+    engine.worker.before_overwriting(step)
+    engine.worker.bind(step)
+    engine.worker.start_loads()
+    assert engine.worker._landing._read == [], "it is over"
+
+
+def test_a_claim_ends_with_the_step_and_is_made_anew(engine, native) -> None:
+    """vLLM has no room for the request, or no tokens left in this step."""
+    request, answer = engine.ask()
+    assert answer == (12, False) and len(native.Claim.there) == 1
+    other = stage.request("other", 5)
+    engine.side.matched_tokens(other, 0)
+    engine.admit(other, 0, [1, 2])
+    engine.step(other, 5, [1, 2])
+    assert len(native.Claim.there) == 0
+    assert engine.side.matched_tokens(request, 0) == (12, False)
+    assert len(native.Claim.there) == 1
+    assert engine.begin("a").loads[0].claimed
+
+
+def test_what_was_claimed_may_be_gone_when_it_is_asked_for_again(engine) -> None:
+    request, answer = engine.ask()
+    assert answer == (12, False)
+    engine.side.metadata(stage.output({}, {}))
+    engine.worker._cache.blocks.clear()
+    assert engine.side.matched_tokens(request, 0) == (12, True), "it is loaded as what may fail"
+
+
+def test_others_are_asked_where_much_is_missing(engine, native, monkeypatch) -> None:
+    monkeypatch.setattr(scheduler, "UNASKED_TOKENS", stage.BLOCK - 1)
+    assert engine.ask()[1] == (12, False) and engine.lookups() == 1
+    # Somebody else has more: it is loaded from there, as what may fail.
+    longer = stage.request("b", 17)
+    native.hosts[engine.worker.handshake().borrower_id] = {key[:16] for key in longer.block_hashes}
+    assert engine.side.matched_tokens(longer, 0) == (16, True)
+    assert engine.begin("c").loads[0].claimed is False
+    assert len(native.Claim.there) == 0
+
+
+def test_what_the_worker_has_is_found_without_a_broker(engine, native, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(scheduler, "UNASKED_TOKENS", 0)
+    monkeypatch.setattr(native.Connection, "count_hits", fail)
+    assert engine.ask()[1] == (12, False)
+
+
+def test_nothing_is_claimed_before_a_forward_has_waited_for_every_layer(native) -> None:
+    engine = Engine(native)
+    engine.worker.unregister()
+    engine.worker.restore()
+    assert engine.ask()[1] == (12, True)
+    # The next forward shows it.
+    run(engine.worker, StepMetadata())
+    assert engine.ask("b")[1] == (12, False)
+
+
+@pytest.mark.parametrize(
+    "why", ["more than a forward may wait for", "what may fail", "other weights", "an adapter", "asleep", "two workers"]
+)
+def test_what_cannot_be_claimed_is_loaded_beside_the_forward(engine, native, monkeypatch, why) -> None:
+    if why == "more than a forward may wait for":
+        monkeypatch.setattr(landing, "MOST_BYTES", 1)
+    if why == "what may fail":
+        monkeypatch.setattr(native, "promises", False)
+    if why == "other weights":
+        engine.worker.weights_changed()
+    if why == "an adapter":
+        engine.side._track(stage.request("a", 17)).adapter = Adapter(1, b"files")
+    if why == "asleep":
+        engine.worker.unregister()
+    if why == "two workers":
+        me = engine.worker.handshake()
+        engine.side.meet([me, Handshake(me.namespace, bytes(16))])
+    assert engine.ask()[1] == (12, True)
+
+
+def test_a_load_that_would_be_behind_another_is_not_claimed(engine, native) -> None:
+    native.hold_loads = True
+    run(engine.worker, engine.begin("a"))
+    (first,) = engine.worker._landing._behind
+    step = engine.begin("b")
+    assert not step.loads[0].claimed
+    first.held = False
+    # The other one's copies are queued by now, and vLLM has not heard that they are over.
+    engine.worker.bind(step)
+    engine.worker.start_loads()
+    assert engine.ask("c")[1] == (16, True)
+    engine.worker.finished()
+    assert engine.ask("d")[1] == (16, True)
+    engine.worker._landing._promised["b"].held = False
+    assert engine.ask("e")[1] == (16, False)
+
+
+def test_several_are_claimed_in_a_step_as_far_as_a_forward_may_wait(engine, monkeypatch) -> None:
+    block = sum(entry.page for entry in engine.worker._layout.entries)
+    monkeypatch.setattr(landing, "MOST_BYTES", 7 * block)
+    assert [engine.ask(name)[1] for name in "abc"] == [(12, False), (12, False), (12, True)]
+
+
+def test_the_engine_ends_where_it_would_compute_on_kv_that_is_not_there(engine, native, monkeypatch) -> None:
+    step = engine.begin("a")
+    engine.worker._claims.keep(())
+    with pytest.raises(BrokenPromise, match="cannot begin"):
+        run(engine.worker, step)
+    step = engine.begin("b")
+    with pytest.raises(BrokenPromise, match="behind the forward"):
+        run(engine.worker, step, before=False)
+    step = engine.begin("c")
+    monkeypatch.setattr(native, "hold_loads", True)
+    with pytest.raises(BrokenPromise, match="without waiting for every layer"):
+        run(engine.worker, step, layers=LAYERS[:1])
+
+
+def test_the_engine_ends_where_the_device_fails(engine, native, monkeypatch) -> None:
+    step = engine.begin("a")
+    monkeypatch.setattr(native, "promises", False)
+    with pytest.raises(BrokenPromise, match="could not begin"):
+        run(engine.worker, step)
