@@ -56,6 +56,9 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     );
     ensure!(after.contains("0.40 GiB could be on offer"), "{after}");
     drop(donor);
+    let operator = Operator::of(&node)?;
+    let forgotten = || Ok(operator.sessions()?.is_empty());
+    eventually("the donor to be forgotten", forgotten)?;
     // For programs, the same figures.
     let slab = format!("--slab={SLAB_BYTES}");
     let flags = [
@@ -94,10 +97,7 @@ fn what_is_lent_already_is_not_taken_for_a_neighbours() -> Result<()> {
     // It explains every device of the node, and makes no session or offer for that.
     let all = explained(&node, "all")?;
     ensure!(all.lines().count() == 3, "{all}");
-    let operator = Operator::of(&node)?;
-    eventually("the donor to be forgotten", || {
-        Ok(operator.sessions()?.is_empty())
-    })
+    eventually("no session to be left", forgotten)
 }
 
 /// The devices are GPUs, which only CUDA could open, on a machine that may have none. A program that opens devices

@@ -23,6 +23,7 @@ def native(monkeypatch: pytest.MonkeyPatch):
     fake_native.calls.clear()
     fake_native.coming.clear()
     fake_native.lose.clear()
+    fake_native.Claim.there.clear()
     fake_native.hold_stores = fake_native.hold_loads = False
     monkeypatch.setattr(swiftcache, "_native", fake_native, raising=False)
     monkeypatch.setitem(sys.modules, "swiftcache._native", fake_native)

@@ -314,6 +314,7 @@ def held(worker: Any) -> dict[str, Any]:
         "receiving": len(side._receiving),
         "namespace": side.namespace,
         "spoiled": side._cache.spoiled,
+        "claimed": side._landing.claimed if side._landing is not None else 0,
     }
 
 

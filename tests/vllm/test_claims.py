@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import stage
 import torch
@@ -50,6 +52,7 @@ def engine(native) -> Engine:
 
 
 def test_what_the_worker_has_is_loaded_in_the_step_that_finds_it(engine, native) -> None:
+    native.hold_loads = True
     request, answer = engine.ask()
     assert answer == (12, False) and engine.lookups() == 0
     engine.admit(request, 12, TABLE)
@@ -59,7 +62,6 @@ def test_what_the_worker_has_is_loaded_in_the_step_that_finds_it(engine, native)
     assert (job.blocks, job.sync, job.claimed, job.computes) == (TABLE[:3], False, True, True)
     assert step.doubt == 0, "it cannot fail, so what is computed on it is right"
     assert [store.blocks for store in step.stores] == [[7]]
-    native.hold_loads = True
     done = run(engine.worker, step)
     (load,) = engine.worker._landing._behind
     assert load.waited == [0, 1] and not load.is_done()
@@ -78,6 +80,54 @@ def test_the_forward_waits_for_all_of_it_where_it_may_call_no_hooks(engine, nati
     engine.worker.bind(step)
     engine.worker.start_loads()
     assert engine.worker._landing._read == [], "it is over"
+
+
+def loads(native) -> list[tuple]:
+    return [call for call in native.calls if call[0] == "load"]
+
+
+def test_copies_begin_as_soon_as_the_request_has_its_blocks(engine, native, monkeypatch) -> None:
+    """vLLM takes a while from there to the forward."""
+    monkeypatch.setattr(engine.worker, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    for name, step_before in (("a", False), ("b", True)):
+        native.calls.clear()
+        if step_before:
+            run(engine.worker, StepMetadata())
+        request, answer = engine.ask(name)
+        engine.admit(request, answer[0], TABLE)
+        # Behind what the engine has queued on its stream, which is known from its last step.
+        assert [call[2].stream for call in loads(native)] == ([77] if step_before else [])
+        request.num_computed_tokens = answer[0]
+        run(engine.worker, engine.step(request, 5, TABLE, loads=True))
+        assert [call[2].stream for call in loads(native)] == [77]
+
+
+def test_copies_begin_with_the_step_where_a_store_is_not_over(engine, native) -> None:
+    """The step may give away the blocks that it reads, and waits for it first."""
+    native.hold_stores = True
+    other = stage.request("other", 5, start=100)
+    engine.side.matched_tokens(other, 0)
+    engine.admit(other, 0, [1, 2])
+    run(engine.worker, engine.step(other, 5, [1, 2]))
+    (store,) = engine.worker._storing["other"].values()
+    step = engine.begin()
+    assert loads(native) == []
+    engine.worker.bind(step)
+    engine.worker.start_loads()
+    assert len(loads(native)) == 1 and not store[1].is_done()
+
+
+def test_what_has_begun_is_over_before_its_blocks_are_anybody_elses(engine, native) -> None:
+    """vLLM does not give up a request after it has got its blocks. If it does after all:"""
+    request, answer = engine.ask()
+    native.hold_loads = True
+    engine.admit(request, answer[0], TABLE)
+    ((load, _),) = engine.worker._claims._begun.values()
+    engine.side._loads.clear()
+    assert not load.finished
+    engine.side.metadata(stage.output({}, {}))
+    assert load.finished
 
 
 def test_a_claim_ends_with_the_step_and_is_made_anew(engine, native) -> None:
@@ -130,6 +180,15 @@ def test_nothing_is_claimed_before_a_forward_has_waited_for_every_layer(native) 
     # The next forward shows it.
     run(engine.worker, StepMetadata())
     assert engine.ask("b")[1] == (12, False)
+
+
+def test_loads_of_other_connectors_are_in_doubt_all_the_same(engine) -> None:
+    """Where there are others, workers claim nothing."""
+    engine.worker._claims = None
+    request = stage.request("x", 17, start=100)
+    assert engine.side.matched_tokens(request, 0) == (0, False)
+    engine.admit(request, 0, TABLE)
+    assert engine.step(request, 17, TABLE, loads=True).doubt > 0
 
 
 @pytest.mark.parametrize(

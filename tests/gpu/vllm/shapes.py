@@ -189,6 +189,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
+    # The same without normalized queries and keys.
+    "llama-0.6b": QWEN3
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
     "qwen3-8b": QWEN3
     | {
         "hidden_size": 4096,

@@ -1,8 +1,9 @@
 """Where the time to the first token goes, on real vLLM: what the engine does for one request, in milliseconds.
 
 The engine runs in this process, one request at a time, and its parts are timed. Arms: the prefix is resident in the
-engine's own pool; or it is loaded from a donor. The median request of each arm is printed, step after step. After
-that several requests decode at once: what of a step is spent in SwiftCache's hooks?
+engine's own pool; or it is loaded from a donor, `asynchronous` as where scheduler and worker are two processes. The
+median request of each arm is printed, step after step. After that several requests decode at once: what of a step is
+spent in SwiftCache's hooks?
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class Copies:
     """Around a worker's cache: notes how long queueing the copies of a load takes, of which Python's part is the rest
     of the hook."""
 
-    def __init__(self, cache: Any, line: Line) -> None:
-        self._cache, self._line = cache, line
+    def __init__(self, cache: Any, line: Line, *, claims: bool) -> None:
+        self._cache, self._line, self._claims = cache, line, claims
         line.around(self, "load", "    of which queueing its copies")
 
     def __getattr__(self, name: str) -> Any:
@@ -80,7 +81,7 @@ class Copies:
         return self._cache.load(*arguments)
 
     def claim(self, *arguments: Any) -> Any:
-        claim = self._cache.claim(*arguments)
+        claim = self._cache.claim(*arguments) if self._claims else None
         return Claimed(claim, self._line) if claim is not None else None
 
 
@@ -127,7 +128,7 @@ class Arm:
 
             worker, side = get_kv_transfer_group().worker, core.scheduler.connector.scheduler
             self._worker = worker
-            worker._cache = Copies(worker._cache, line)
+            worker._cache = Copies(worker._cache, line, claims=task["claims"])
             line.around(side, "matched_tokens", "  lookup")
             line.around(side, "metadata", "  metadata of the step")
             line.around(worker, "start_loads", "  start of loads")
@@ -242,7 +243,7 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
         connector = {"socket": ground.socket, "max_leased_bytes": lent, "lease_step_bytes": lent} | arm["settings"]
     file = ground.directory / "timeline.json"
     task = {"options": options, "connector": connector, "tokens": tokens, "new": 64 if args.cpu else 256}
-    task |= {"count": 6 if args.cpu else 12, "result": str(file)}
+    task |= {"count": 6 if args.cpu else 12, "result": str(file), "claims": arm.get("claims", True)}
     donor = ground.lend(lent, slab) if connector is not None else None
     log = log_file(args.report, f"timeline {name}")
     try:

@@ -66,8 +66,8 @@ class Landing:
             raise BrokenPromise("SwiftCache: vLLM had a load begin behind the forward that needs it. The engine ends")
         if not load.promise(0):
             raise BrokenPromise(
-                "SwiftCache: a load could not begin that vLLM was told cannot fail. The engine ends, since it would compute "
-                "on KV that is not there. The client's log says what the device reported"
+                "SwiftCache: a load could not begin that vLLM was told cannot fail. The engine ends, since it would "
+                "compute on KV that is not there. The client's log says what the device reported"
             )
         self.count += 1
         self.claimed += 1

@@ -62,8 +62,8 @@ DISK_ASK_SECONDS = 0.002
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
 UNASKED_TOKENS = 256
-"""Where the engine's own worker has all of a prompt but so much, nobody is asked who has more: it is most often what the
-user has just said, and computing it takes hardly longer than the question."""
+"""Where the engine's own worker has all of a prompt but so much, nobody is asked who has more: it is most often what
+the user has just said, and computing it takes hardly longer than the question."""
 
 
 class SchedulerSide:
@@ -255,7 +255,7 @@ class SchedulerSide:
             return own, first + own
         found, junction = self._finder.find(self._ranks, request, first, last)
         # Who does not answer has no more.
-        return (found, junction) if found > own else (own, first + own)
+        return (found, junction) if found >= own else (own, first + own)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         tracked = self._track(request)
@@ -286,6 +286,8 @@ class SchedulerSide:
         keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
         job = LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter, tracked.claimed)
         self._loads.append(job)
+        if job.claimed and (here := self._claims(tracked)) is not None:
+            here.begin(request.request_id, places)
         if self._events.enabled:
             for group in self._groups.full:
                 # Whoever stored them: this engine can load them.
@@ -335,8 +337,9 @@ class SchedulerSide:
         self._stepped = True
         if self._idle():
             step.idle, self._counted = True, True
-        # What is claimed cannot fail.
-        step.doubt = self._doubt.begin(output.has_sync_kv_loads and not self._promises)
+        # What is claimed cannot fail, and nobody else loads where anything is claimed.
+        claimed = any(job.claimed for job in step.loads)
+        step.doubt = self._doubt.begin(output.has_sync_kv_loads and not claimed)
         self._doubt.contain(self._tracked.values())
         blocks_of = output.kv_connector_block_state
         for request_id, scheduled in output.num_scheduled_tokens.items():

@@ -80,6 +80,8 @@ class WorkerSide:
         self._ends: dict[str, list[int]] = {}
         """Of each layer, the entries of the layout that no later layer has."""
         self._cuda = False
+        self._stream: int | None = None
+        """The engine's, of the last step."""
         self.namespace = ""
         self._step: StepMetadata | None = None
         self._loading: list[tuple[LoadJob, Load]] = []
@@ -153,8 +155,9 @@ class WorkerSide:
                 self._opener.borrower_id,
                 self._landing,
                 block_bytes=sum(entry.page for entry in layout.entries),
+                may_claim=self._may_claim,
                 claim=self._claim,
-                may_begin=self._may_begin,
+                begin=self._begin_early,
             )
         if self._reports_itself:
             self._report.met[self._ranks.pp, self._ranks.tp] = self._introduction()
@@ -196,7 +199,9 @@ class WorkerSide:
     def unregister(self) -> None:
         """Lets go of the pool, when every copy is over: before vLLM frees or moves it."""
         self._wait_all()
-        self._claims = None
+        if self._claims is not None:
+            self._claims.keep(())
+            self._claims = None
         if self._cache is not None:
             self._cache.close()
             # What others still have when closing gives up waiting is never said to be back.
@@ -241,14 +246,28 @@ class WorkerSide:
     def wakes(self) -> None:
         self.restore()
 
+    # What the scheduler does with the worker of its own process (`claims`).
+
+    def _may_claim(self, weights: Mapping[tuple[int, int], int]) -> bool:
+        """Whether a load of the next step is not behind others, and of weights that the scheduler knows."""
+        return not self._receiving and weights.get((self._ranks.pp, self._ranks.tp), 0) == self._updates
+
     def _claim(self, keys: bytes, most_bytes: int) -> Claim | None:
         if self._cache is None:
             return None
         return self._attempt("blocks could not be claimed", self._cache.claim, keys, most_bytes)
 
-    def _may_begin(self, weights: Mapping[tuple[int, int], int]) -> bool:
-        """Whether a load that begins in the next step is not behind others, and of the weights that the scheduler knows."""
-        return not self._receiving and weights.get((self._ranks.pp, self._ranks.tp), 0) == self._updates
+    def _begin_early(self, claim: Claim, blocks: list[int]) -> Load | None:
+        """Begins behind all that the engine has queued, if the step has nothing to wait for before anything is written
+        (`before_overwriting`): stores of blocks that it gives away. Loads into them are over, or nothing is claimed."""
+        if not all(store.is_done() for jobs in self._storing.values() for _, store in jobs.values()):
+            return None
+        if not self._cuda:
+            return claim.load(blocks)
+        if self._stream is None or self._cache is None:
+            return None
+        after = self._attempt("the engine's stream could not be marked", self._cache.mark, self._stream)
+        return claim.load(blocks, after) if after is not None else None
 
     def _may_load(self, job: LoadJob) -> bool:
         """An adapter may be loaded after the blocks of its requests."""
@@ -279,6 +298,7 @@ class WorkerSide:
         self._marks.clear()
         if self._landing is not None and step is not None:
             self._landing.step()
+            self._stream = torch.cuda.current_stream().cuda_stream if self._cuda else None
         if self._staging is not None:
             ahead = step is not None and not any(job.sync for job in step.loads)
             self._staging.begin(step.staged if step is not None else 0, ahead)
@@ -324,13 +344,15 @@ class WorkerSide:
                 self._loading.append((job, load))
 
     def _load_claimed(self, job: LoadJob, after: Mark | None) -> None:
-        claim = self._claims.take(job.request) if self._claims is not None else None
-        if claim is None or self._landing is None or (after is None and self._cuda):
+        load = None
+        if self._claims is not None and (after is not None or not self._cuda):
+            load = self._claims.load(job.request, job.blocks, after)
+        if load is None or self._landing is None:
             raise BrokenPromise(
-                "SwiftCache: a load cannot begin that vLLM was told cannot fail. The engine ends, since it would compute on "
-                "KV that is not there"
+                "SwiftCache: a load cannot begin that vLLM was told cannot fail. The engine ends, since it would "
+                "compute on KV that is not there"
             )
-        self._landing.begin(claim.load(job.blocks, after), job.computes)
+        self._landing.begin(load, job.computes)
 
     def wait_for_layer(self, name: str) -> None:
         """The layer has written its new KV and is about to read."""
