@@ -64,6 +64,8 @@ class Size:
         self.long_window = self.window if cpu else 256 << 20
         self.owns = [self.own, self.own + (1 << 20)] if cpu else args.pools
         self.whole = 3 * self.own if cpu else 118 * GiB
+        # More tokens than are local.
+        self.control = 2000 if cpu else 40_000
 
 
 class Place:
@@ -407,9 +409,15 @@ def longest(place: Place) -> dict[str, Any]:
                 "said": said(log_file(place.report, f"longest, {name}")),
             }
             print(f"  {json.dumps(pools[name])}", flush=True)
+            # Of a shorter prompt, computed twice: one that is cached is read in place, and no window is used.
+            control = {"control": prompt[: size.control]}
+            forget(engine)
+            right = asked(engine, control, size.answer)["control"]
+            forget(engine)
+            before = look(engine)["staged"]
             engine.ask("rig", stale=True)
-            control = asked(engine, {"control": prompt}, size.answer)["control"]
-            pools[name] |= {"control_equal": same(one, control)}
+            wrong = asked(engine, control, size.answer)["control"]
+            pools[name] |= {"control_equal": same(right, wrong), "control_staged": look(engine)["staged"] - before}
         finally:
             engine.close()
             donor.kill()
@@ -418,7 +426,10 @@ def longest(place: Place) -> dict[str, Any]:
         "context": context,
         "all local": all_local,
         "pools": pools,
-        "passed": all(of["apart"]["first_equal"] == size.answer and not of["control_equal"] for of in pools.values()),
+        "passed": all(
+            of["apart"]["first_equal"] == size.answer and of["control_staged"] and not of["control_equal"]
+            for of in pools.values()
+        ),
     }
 
 
