@@ -267,21 +267,27 @@ def soak_30(engine) -> dict[str, dict]:
     return soak(engine, 30)
 
 
+@pytest.mark.parametrize("fails", [True, False], ids=["failing", "claimed"])
 @pytest.mark.parametrize(("pool", "work"), [(12, soak_12), (30, soak_30)])
-def test_random_requests_with_failing_loads_in_tiny_pools(lab, node, donors, pool, work) -> None:
+def test_random_requests_in_tiny_pools(lab, node, donors, pool, work, fails) -> None:
+    """Half of the loads fail and all take long, or they are part of the steps that find them, and come layer by
+    layer."""
     print(f"SWIFTCACHE_FAULT_SEED={SEED}")
     tiny = {"num_gpu_blocks_override": pool, "max_model_len": (pool - 1) * of.BLOCK}
     want = lab.want("b", work, **tiny)
     engine = lab.engine("b")
     of.connect(engine, node, connector=ASYNC, **tiny)
     engine.ask("keep_stores", on=False)
-    engine.ask("halve", on=True, slow=1)
+    if fails:
+        engine.ask("halve", on=True, slow=1)
+    else:
+        engine.ask("linger", on=True)
     results = of.matching(want, lambda: work(engine))
     assert results.keys() == want.keys()
     engine.ask("settle")
     held = engine.ask("held")
     assert (held["tracked"], held["jobs"]) == (0, 0)
-    assert held["workers"][0]["spoiled"] > 0 and engine.ask("stats")["hit_donor_blocks"] > 0
+    assert held["workers"][0]["spoiled" if fails else "claimed"] > 0 and engine.ask("stats")["hit_donor_blocks"] > 0
     assert engine.ask("reset"), "every block is free"
     engine.ask("stop")
 
