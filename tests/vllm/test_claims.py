@@ -103,19 +103,20 @@ def test_copies_begin_as_soon_as_the_request_has_its_blocks(engine, native, monk
         assert [call[2].stream for call in loads(native)] == [77]
 
 
-def test_copies_begin_with_the_step_where_a_store_is_not_over(engine, native) -> None:
-    """The step may give away the blocks that it reads, and waits for it first."""
+@pytest.mark.parametrize("stored", [TABLE[1], 1], ids=["its-own", "another"])
+def test_copies_begin_with_the_step_where_a_store_reads_one_of_its_blocks(engine, native, stored) -> None:
+    """The step has given the block away, and waits for the store first."""
     native.hold_stores = True
     other = stage.request("other", 5, start=100)
     engine.side.matched_tokens(other, 0)
-    engine.admit(other, 0, [1, 2])
-    run(engine.worker, engine.step(other, 5, [1, 2]))
-    (store,) = engine.worker._storing["other"].values()
+    engine.admit(other, 0, [stored, 2])
+    run(engine.worker, engine.step(other, 5, [stored, 2]))
+    ((_, store),) = engine.worker._storing["other"].values()
     step = engine.begin()
-    assert loads(native) == []
+    assert len(loads(native)) == (0 if stored in TABLE else 1)
     engine.worker.bind(step)
     engine.worker.start_loads()
-    assert len(loads(native)) == 1 and not store[1].is_done()
+    assert len(loads(native)) == 1 and not store.is_done()
 
 
 def test_what_has_begun_is_over_before_its_blocks_are_anybody_elses(engine, native) -> None:

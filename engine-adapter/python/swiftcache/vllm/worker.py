@@ -258,10 +258,13 @@ class WorkerSide:
         return self._attempt("blocks could not be claimed", self._cache.claim, keys, most_bytes)
 
     def _begin_early(self, claim: Claim, blocks: list[int]) -> Load | None:
-        """Begins behind all that the engine has queued, if the step has nothing to wait for before anything is written
-        (`before_overwriting`): stores of blocks that it gives away. Loads into them are over, or nothing is claimed."""
-        if not all(store.is_done() for jobs in self._storing.values() for _, store in jobs.values()):
-            return None
+        """Begins behind all that the engine has queued, unless a store still reads these blocks: the step has given
+        them away, and waits for it first (`before_overwriting`). Loads into them are over, or nothing is claimed."""
+        written = set(blocks)
+        for jobs in self._storing.values():
+            for job, store in jobs.values():
+                if not written.isdisjoint(job.blocks) and not store.is_done():
+                    return None
         if not self._cuda:
             return claim.load(blocks)
         if self._stream is None or self._cache is None:
