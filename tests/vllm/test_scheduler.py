@@ -13,7 +13,7 @@ from swiftcache.engine.events import Events
 from swiftcache.engine.loans import Orders
 from swiftcache.engine.settings import Settings
 from swiftcache.vllm.metadata import Handshake, WorkerReport
-from swiftcache.vllm.scheduler import ANSWER_SECONDS, SchedulerSide
+from swiftcache.vllm.scheduler import ANSWER_SECONDS, SETTLING_SECONDS, SchedulerSide
 
 NAMESPACES = ["m/tp0of2", "m/tp1of2"]
 WORKERS = [Handshake(name, bytes([rank]) * 16) for rank, name in enumerate(NAMESPACES)]
@@ -678,3 +678,10 @@ def test_what_the_last_requests_did_is_counted_in_a_step_of_its_own(stand) -> No
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=report, finished_sending={"a"}))
     assert stand.idle_step().idle
     assert stand.idle_step() is None, "once"
+    # Not all of it was counted: once more, but not for ever.
+    unsettled = stage.answer(kv_connector_worker_meta=WorkerReport(unsettled=True))
+    stand.side.worker_output(unsettled)
+    assert stand.idle_step().idle and stand.idle_step() is None
+    stand.now += SETTLING_SECONDS
+    stand.side.worker_output(unsettled)
+    assert stand.idle_step() is None

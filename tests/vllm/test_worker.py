@@ -288,7 +288,23 @@ def test_counters_of_the_last_step_are_read_at_once(native, caches) -> None:
     assert worker.stats() is None, "within the second"
     worker.bind(StepMetadata(idle=True))
     assert worker.stats().data["counters"] == {"stored_blocks": 1}
+    assert worker.report() is None
     worker.bind(None)
+
+
+def test_an_engine_is_not_held_up_until_its_last_stores_are_counted(native, caches, monkeypatch) -> None:
+    worker = made(caches)
+    counted = {"stored_blocks": 1.0, "unsettled_slabs": 1.0}
+    monkeypatch.setattr(native.Cache, "stats", lambda _: counted)
+    worker.bind(StepMetadata(idle=True))
+    assert worker.stats() is not None and worker.report().unsettled
+    counted["unsettled_slabs"] = 0.0
+    assert worker.stats() is not None and worker.report() is None
+    worker.bind(None)
+    # While there are requests, nobody waits.
+    counted["unsettled_slabs"] = 1.0
+    worker._next_stats = 0.0
+    assert worker.stats() is not None and worker.report() is None
 
 
 def test_counters_are_read_at_most_once_a_second(native, caches) -> None:

@@ -92,12 +92,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """The step's `doubt`: blocks that its loads lost are in the same output of vLLM's workers."""
     weights: dict[tuple[int, int], int] = field(default_factory=dict)
     """How many updates of its weights each worker has had, of those that had one since their last report."""
+    unsettled: bool = False
+    """Every request is over, and some stores are not counted yet."""
 
     def is_empty(self) -> bool:
         happened = (
             self.done or self.failed or self.back or self.lend_refused or self.met or self.settled or self.weights
         )
-        return not happened
+        return not (happened or self.unsettled)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, WorkerReport)
@@ -112,6 +114,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         self.met |= other.met
         self.weights |= other.weights
         self.settled = max(self.settled, other.settled)
+        self.unsettled = self.unsettled or other.unsettled
         return self
 
 

@@ -61,6 +61,9 @@ DISK_ASK_SECONDS = 0.002
 """How often a request that waits for blocks from a disk asks whether they are there."""
 ANSWER_SECONDS = 1.0
 """A request that waits for room asks anew after this long: what was found may have gone."""
+SETTLING_SECONDS = 0.02
+"""As long an engine without requests goes on stepping until its stores are counted: they are over, and it takes a
+millisecond, mostly. A request that comes meanwhile waits for a step without tokens at most."""
 UNASKED_TOKENS = 256
 """Where the engine's own worker has all of a prompt but so much, nobody is asked who has more: it is most often what
 the user has just said, and computing it takes hardly longer than the question."""
@@ -101,6 +104,8 @@ class SchedulerSide:
         self._met: dict[tuple[int, int], Handshake] = {}
         self._stepped = False
         self._counted = True
+        self._counted_by = 0.0
+        """When an engine without requests gives up waiting for its stores to be counted."""
         self._tracked: dict[str, Tracked] = {}
         self._jobs: dict[int, tuple[str, int]] = {}
         self._next_job = 0
@@ -166,7 +171,7 @@ class SchedulerSide:
     # Per request.
 
     def on_new_request(self, request: Request) -> None:
-        self._counted = False
+        self._counted, self._counted_by = False, 0.0
         self._start(request)
 
     def _start(self, request: Request) -> Tracked:
@@ -337,6 +342,7 @@ class SchedulerSide:
         self._stepped = True
         if self._idle():
             step.idle, self._counted = True, True
+            self._counted_by = self._counted_by or self._clock() + SETTLING_SECONDS
         # What is claimed cannot fail, and nobody else loads where anything is claimed.
         claimed = any(job.claimed for job in step.loads)
         step.doubt = self._doubt.begin(output.has_sync_kv_loads and not claimed)
@@ -513,6 +519,8 @@ class SchedulerSide:
                 self._load_failed(request_id, block)
             if self._loans is not None:
                 self._loans.heard(report.back, report.lend_refused, self.stats)
+            if report.unsettled and self._clock() < self._counted_by:
+                self._counted = False
         settled = report.settled if isinstance(report, WorkerReport) else 0
         self._doubt.settle(settled, output.invalid_block_ids, self._tracked.values())
         for request_id in output.finished_recving or ():

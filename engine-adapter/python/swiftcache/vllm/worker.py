@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 STATS_SECONDS = 1.0
 """Reading the client's counters each step would cost more than a step's hooks do."""
-SETTLING_MS = 20
-"""As long an engine without requests waits for stores to be counted: they are over, and it takes one, mostly."""
 
 
 class WorkerSide:
@@ -471,14 +469,10 @@ class WorkerSide:
             return None
         self._next_stats = now + STATS_SECONDS
         totals = self._attempt("the client's counters could not be read", self._cache.stats)
-        for _ in range(SETTLING_MS if last else 0):
-            # The last stores are over, and the client's own thread may be about to count them.
-            if totals is None or not totals.get("unsettled_slabs"):
-                break
-            time.sleep(1e-3)
-            totals = self._attempt("the client's counters could not be read", self._cache.stats)
         if totals is None:
             return None
+        # The last stores are over, and the client's own thread may be about to count them.
+        self._report.unsettled = last and bool(totals.get("unsettled_slabs"))
         if self._stitched is not None:
             totals |= self._attempt("the stitched pool's counters could not be read", self._stitched.totals) or {}
         if self._landing is not None:
