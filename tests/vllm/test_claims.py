@@ -10,7 +10,7 @@ import torch
 from test_scheduler import Stand
 from test_worker import LAYERS, made, run
 
-from swiftcache.vllm import landing, scheduler
+from swiftcache.vllm import landing, others
 from swiftcache.vllm.landing import BrokenPromise
 from swiftcache.vllm.metadata import Adapter, Handshake, StepMetadata, StoreJob
 
@@ -54,7 +54,7 @@ def engine(native) -> Engine:
 def test_what_the_worker_has_is_loaded_in_the_step_that_finds_it(engine, native) -> None:
     native.hold_loads = True
     request, answer = engine.ask()
-    assert answer == (12, False) and engine.lookups() == 0
+    assert answer == (12, False)
     engine.admit(request, 12, TABLE)
     request.num_computed_tokens = 12
     step = engine.step(request, 5, TABLE, loads=True)
@@ -153,22 +153,38 @@ def test_what_was_claimed_may_be_gone_when_it_is_asked_for_again(engine) -> None
     assert engine.side.matched_tokens(request, 0) == (12, True), "it is loaded as what may fail"
 
 
-def test_others_are_asked_where_much_is_missing(engine, native, monkeypatch) -> None:
-    monkeypatch.setattr(scheduler, "UNASKED_TOKENS", stage.BLOCK - 1)
-    assert engine.ask()[1] == (12, False) and engine.lookups() == 1
-    # Somebody else has more: it is loaded from there, as what may fail.
-    longer = stage.request("b", 17)
-    native.hosts[engine.worker.handshake().borrower_id] = {key[:16] for key in longer.block_hashes}
-    assert engine.side.matched_tokens(longer, 0) == (16, True)
-    assert engine.begin("c").loads[0].claimed is False
-    assert len(native.Claim.there) == 0
+def test_others_are_asked_as_long_as_they_have_more_now_and_then(engine, native, monkeypatch) -> None:
+    asked = []
+    for number in range(others.IN_VAIN + 2 * others.EVERY):
+        before = engine.lookups()
+        assert engine.ask(f"r{number}")[1] == (12, False)
+        asked.append(engine.lookups() > before)
+        engine.side.metadata(stage.output({}, {}))
+    quiet = [False] * (others.EVERY - 1) + [True]
+    assert asked == [True] * others.IN_VAIN + quiet + quiet
+    # Somebody else has more: it is loaded from there, as what may fail, and the question is worth something again.
+    mine = engine.worker.handshake().borrower_id
+    native.hosts[mine] = {key[:16] for key in stage.request("b", 17).block_hashes}
+    answers = [engine.ask(f"s{number}")[1] for number in range(others.EVERY + 1)]
+    assert answers == [(12, False)] * (others.EVERY - 1) + [(16, True)] * 2
+    # Where much is missing, nobody counts.
+    native.hosts.clear()
+    monkeypatch.setattr(others, "FEW_TOKENS", stage.BLOCK - 1)
+    for number in range(2 * others.IN_VAIN):
+        before = engine.lookups()
+        assert engine.ask(f"t{number}")[1] == (12, False) and engine.lookups() == before + 1
+
+
+def test_nobody_is_asked_for_what_is_there(native) -> None:
+    engine = Engine(native)
+    request = stage.request("a", 15)
+    assert engine.side.matched_tokens(request, 0) == (12, False) and engine.lookups() == 0
 
 
 def test_what_the_worker_has_is_found_without_a_broker(engine, native, monkeypatch) -> None:
     def fail(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(scheduler, "UNASKED_TOKENS", 0)
     monkeypatch.setattr(native.Connection, "count_hits", fail)
     assert engine.ask()[1] == (12, False)
 

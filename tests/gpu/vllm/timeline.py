@@ -35,6 +35,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+WARM = 10
+"""Requests that are not measured, before the others."""
 PAUSE = 0.2
 """Seconds between an answer and the next request, in all arms: processors that have rested are slower."""
 
@@ -141,9 +143,10 @@ class Arm:
         for number, prompt in enumerate(prompts):
             self._ask(f"history {number}", prompt, 1)
         self._settle()
-        for number, prompt in enumerate(prompts[:2]):
+        # So many that the broker is not asked any more, which has nothing else in any case.
+        for number in range(WARM):
             self._forget()
-            self._ask(f"warm {number}", prompt + self._new(f"warm {number}"), 8)
+            self._ask(f"warm {number}", prompts[number % 2] + self._new(f"warm {number}"), 8)
         found = []
         for number, prompt in enumerate(prompts[2:]):
             self._settle()

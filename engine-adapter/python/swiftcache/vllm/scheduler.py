@@ -37,6 +37,7 @@ from swiftcache.vllm.finder import Finder, Tables
 from swiftcache.vllm.groups import ONE, Group, Groups
 from swiftcache.vllm.metadata import Handshake, LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.metrics import SwiftCacheStats
+from swiftcache.vllm.others import Others
 from swiftcache.vllm.pins import Pins
 from swiftcache.vllm.room import Room
 from swiftcache.vllm.tracked import Hit, Tracked
@@ -64,9 +65,6 @@ ANSWER_SECONDS = 1.0
 SETTLING_SECONDS = 0.02
 """As long an engine without requests goes on stepping until its stores are counted: they are over, and it takes a
 millisecond, mostly. A request that comes meanwhile waits for a step without tokens at most."""
-UNASKED_TOKENS = 256
-"""Where the engine's own worker has all of a prompt but so much, nobody is asked who has more: it is most often what
-the user has just said, and computing it takes hardly longer than the question."""
 
 
 class SchedulerSide:
@@ -132,6 +130,7 @@ class SchedulerSide:
             lookup_ms=settings.lookup_ms,
             quiet=self._quiet,
         )
+        self._others = Others()
         self._doubt = Doubt(recovers=recovers, block_tokens=block_tokens, quiet=self._quiet)
         self._room = Room(groups, block_tokens) if groups.several else None
         self._pins = Pins(workers)
@@ -256,9 +255,12 @@ class SchedulerSide:
         self.stats.add("lookup_tokens", (last - first) * self._block_tokens)
         here = self._claims(tracked)
         own = self._claim(here, tracked, first, last - first) if here is not None else 0
-        if own and (last - first - own) * self._block_tokens <= UNASKED_TOKENS:
+        missing = (last - first - own) * self._block_tokens
+        if own and not self._others.worth_asking(missing):
             return own, first + own
         found, junction = self._finder.find(self._ranks, request, first, last)
+        if own:
+            self._others.answered(missing, found > own)
         # Who does not answer has no more.
         return (found, junction) if found >= own else (own, first + own)
 
