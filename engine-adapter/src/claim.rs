@@ -8,7 +8,6 @@ use swiftcache_client::cache;
 
 use crate::{
     arguments,
-    failure::Failure,
     load::Load,
     mark::{Mark, Point},
     unlocked::{drop_unlocked, unlocked},
@@ -51,15 +50,10 @@ impl Claim {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
         unlocked(py, || {
-            let (asked, claimed) = (blocks.len(), self.blocks);
-            if asked > claimed {
-                let problem = format!("has {asked} entries for {claimed} blocks that are claimed");
-                return Err(Failure::argument("blocks", problem));
-            }
-            let load = self.claimed.lock().take().and_then(|claim| {
-                (self.worker).with_open(|open| Load::start_claimed(open, claim, &blocks, &after))
-            });
-            Ok(load.unwrap_or_else(|| Load::miss(asked, self.worker.layers())))
+            Load::of_first(&self.worker, &blocks, self.blocks, |open| {
+                let claim = self.claimed.lock().take()?;
+                Load::start_claimed(open, claim, &blocks, &after)
+            })
         })
     }
 }

@@ -7,7 +7,6 @@ use swiftcache_client::cache;
 
 use crate::{
     arguments,
-    failure::Failure,
     load::Load,
     mark::{Mark, Point},
     unlocked::{drop_unlocked, unlocked},
@@ -58,15 +57,9 @@ impl Hit {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
         unlocked(py, || {
-            let (asked, found) = (blocks.len(), self.__len__());
-            if asked > found {
-                let problem = format!("has {asked} entries for {found} blocks that were found");
-                return Err(Failure::argument("blocks", problem));
-            }
-            let load = self.found.as_ref().and_then(|hit| {
-                (self.worker).with_open(|open| Load::start(open, hit, &blocks, &after, asked))
-            });
-            Ok(load.unwrap_or_else(|| Load::miss(asked, self.worker.layers())))
+            Load::of_first(&self.worker, &blocks, self.__len__(), |open| {
+                Load::start(open, self.found.as_ref()?, &blocks, &after, blocks.len())
+            })
         })
     }
 }

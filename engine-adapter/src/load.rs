@@ -13,7 +13,7 @@ use crate::{
     place::Place,
     promised::EngineStream,
     unlocked::{drop_unlocked, unlocked},
-    worker::Opened,
+    worker::{Opened, Worker},
 };
 
 /// Blocks on their way into the pool.
@@ -70,6 +70,22 @@ impl Load {
         };
         let load = claim.load(blocks, &kv, after);
         Some(Self::running(open, load, blocks.len(), blocks.len()))
+    }
+
+    /// Starts to load the first of the blocks that are `there`, as `start` does it; if it does not, all of them are missing.
+    pub(crate) fn of_first(
+        worker: &Worker,
+        blocks: &[u32],
+        there: usize,
+        start: impl FnOnce(&Opened) -> Option<Self>,
+    ) -> Result<Self> {
+        let asked = blocks.len();
+        if asked > there {
+            let problem = format!("has {asked} entries for {there} blocks that were found");
+            return Err(Failure::argument("blocks", problem));
+        }
+        let load = worker.with_open(start);
+        Ok(load.unwrap_or_else(|| Self::miss(asked, worker.layers())))
     }
 
     fn running(open: &Opened, load: cache::Load, found: usize, asked: usize) -> Self {

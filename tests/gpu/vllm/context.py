@@ -499,8 +499,8 @@ def table(results: dict[str, Any]) -> str:
             if parts
             else ""
         )
-        if by_itself := (of["apart_in_shorter_steps"] or {}).get("longer than a window"):
-            longer += f"; all local in shorter steps: {by_itself['first_equal']} of {by_itself['of']}"
+        if shorter := (of["apart_in_shorter_steps"] or {}).get("longer than a window"):
+            longer += f"; all local in shorter steps: {shorter['first_equal']} of {shorter['of']}"
 
         def yes(equal: bool) -> str:
             return "equal" if equal else "DIFFERENT"

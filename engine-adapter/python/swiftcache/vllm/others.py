@@ -24,11 +24,12 @@ class Others:
 
     def worth_asking(self, missing: int) -> bool:
         """Whether to ask for so many tokens."""
-        if missing > FEW_TOKENS or (missing and self._in_vain < IN_VAIN):
+        if not missing:
+            return False
+        if missing > FEW_TOKENS or self._in_vain < IN_VAIN:
             return True
-        if missing:
-            self._unasked = (self._unasked + 1) % EVERY
-        return missing > 0 and self._unasked == 0
+        self._unasked = (self._unasked + 1) % EVERY
+        return self._unasked == 0
 
     def answered(self, missing: int, more: bool) -> None:
         """Whether others had more, of so many tokens."""

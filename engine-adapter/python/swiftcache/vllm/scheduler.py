@@ -216,7 +216,11 @@ class SchedulerSide:
     def _claims(self, tracked: Tracked) -> Claims | None:
         """Where what this request loads may be claimed, if it may."""
         # Of an adapter the worker knows only later whether it is the one that the blocks are of.
-        if not self._promises or len(self._ranks) != 1 or tracked.adapter is not None:
+        return self._here() if tracked.adapter is None else None
+
+    def _here(self) -> Claims | None:
+        """The claims of the one worker, if it is in this process."""
+        if not self._promises or len(self._ranks) != 1:
             return None
         return claims.of(self._ranks[0].borrower_id)
 
@@ -331,8 +335,7 @@ class SchedulerSide:
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
         step = StepMetadata(self._loads, self._late, [], self._retained, weights=dict(self._weights))
         self._loads, self._late, self._retained = [], [], []
-        if self._promises:
-            self._keep_claims(step.loads, output)
+        claimed = self._keep_claims(step.loads, output)
         step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
         self._arrived.clear()
         for request_id in output.preempted_req_ids or ():
@@ -346,7 +349,6 @@ class SchedulerSide:
             step.idle, self._counted = True, True
             self._counted_by = self._counted_by or self._clock() + SETTLING_SECONDS
         # What is claimed cannot fail, and nobody else loads where anything is claimed.
-        claimed = any(job.claimed for job in step.loads)
         step.doubt = self._doubt.begin(output.has_sync_kv_loads and not claimed)
         self._doubt.contain(self._tracked.values())
         blocks_of = output.kv_connector_block_state
@@ -374,14 +376,14 @@ class SchedulerSide:
             step.lend, step.take_back = orders.lend, orders.take_back
         return step
 
-    def _keep_claims(self, loads: list[LoadJob], output: SchedulerOutput) -> None:
-        """Lets go of what was claimed for requests that are not scheduled after all."""
+    def _keep_claims(self, loads: list[LoadJob], output: SchedulerOutput) -> bool:
+        """Lets go of what was claimed for requests that are not scheduled after all. Returns whether others are."""
         claimed = [job for job in loads if job.claimed]
         for job in claimed:
             job.computes = output.num_scheduled_tokens.get(job.request, 0) > 1
-        here = claims.of(self._ranks[0].borrower_id) if len(self._ranks) == 1 else None
-        if here is not None:
+        if (here := self._here()) is not None:
             here.keep({job.request for job in claimed})
+        return bool(claimed)
 
     def _staged(self, output: SchedulerOutput, placement: Placement) -> int:
         """Blocks of all contexts of a step if any is leased, else 0."""

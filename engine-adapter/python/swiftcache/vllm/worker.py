@@ -327,12 +327,10 @@ class WorkerSide:
         if step is None or not step.loads:
             return
         after = self._attempt("the engine's stream could not be marked", self._mark) if self._cuda else None
-        for job in step.loads:
+        # The forward waits for what is claimed, so that goes first.
+        for job in sorted(step.loads, key=lambda job: not job.claimed):
             if job.claimed:
-                # The forward waits for it, so it goes first.
                 self._load_claimed(job, after)
-        for job in step.loads:
-            if job.claimed:
                 continue
             load = None
             if self._cache is not None and (after is not None or not self._cuda) and self._may_load(job):
