@@ -176,7 +176,7 @@ class WorkerLoans:
 
     def __init__(self, quiet: Quiet) -> None:
         self._quiet = quiet
-        self._lends = False
+        self.lends = False
         """Most engines never do, and need not ask each step."""
 
     def lend(
@@ -184,7 +184,7 @@ class WorkerLoans:
     ) -> tuple[list[int], str]:
         """Returns the loans that are back already, since they cannot be lent, and why if it is for good."""
         back, refused = [], ""
-        self._lends = True
+        self.lends = True
         for job in jobs:
             try:
                 assert cache is not None and layout is not None, "the pool is not registered"
@@ -203,7 +203,7 @@ class WorkerLoans:
 
     def returned(self, cache: Cache | None) -> list[int]:
         """Loans that are back since this was last asked."""
-        if not self._lends or cache is None:
+        if not self.lends or cache is None:
             return []
         returned = cache.returned_loans()
         if returned and (problem := cache.lend_problem()):

@@ -48,9 +48,8 @@ class Doubt:
         self._spoiled.pop(tracked.request.request_id, None)
 
     def scheduled(self, tracked: Tracked) -> None:
-        """It is in this step. vLLM has seen how any asynchronous load of it ended."""
-        if tracked.waiting:
-            tracked.waiting, tracked.doubt = False, self._last
+        """It waited, and is in this step. vLLM has seen how any asynchronous load of it ended."""
+        tracked.waiting, tracked.doubt = False, self._last
 
     def computed(self, tracked: Tracked, scheduled: int) -> int:
         """Tokens of a request of this step whose KV is known to be right when the step is over."""

@@ -356,14 +356,18 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
-            self._doubt.scheduled(tracked)
+            if tracked.waiting:
+                self._doubt.scheduled(tracked)
             tracked.promised = 0
-            full = self._doubt.computed(tracked, scheduled) // self._block_tokens
             if blocks_of is None:
                 continue
-            states: States = {}
-            if self._groups.states:
-                states = self._offered_states(tracked, full, blocks_of.boundary_state_offloads.get(request_id, ()))
+            offers = blocks_of.boundary_state_offloads.get(request_id, ()) if self._groups.states else ()
+            most = (tracked.request.num_computed_tokens + scheduled) // self._block_tokens
+            if most <= tracked.kept and not offers and not tracked.ends:
+                # So it is in most steps of a request that decodes.
+                continue
+            full = self._doubt.computed(tracked, scheduled) // self._block_tokens
+            states = self._offered_states(tracked, full, offers)
             if not states and not self._has_more(tracked, full):
                 continue
             if (tables := blocks_of.get_block_ids(request_id)) is None:
@@ -604,11 +608,13 @@ class SchedulerSide:
         return True
 
     def take_stats(self) -> SwiftCacheStats | None:
+        if self.stats.is_empty():
+            return None
         stats, self.stats = self.stats, SwiftCacheStats()
-        return None if stats.is_empty() else stats
+        return stats
 
     def take_events(self) -> Iterable[Any]:
-        return events.of(self._events.take())
+        return events.of(self._events.take()) if self._events.enabled else ()
 
     def _track(self, request: Request) -> Tracked:
         tracked = self._tracked.get(request.request_id)

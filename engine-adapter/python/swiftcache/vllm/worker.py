@@ -416,7 +416,8 @@ class WorkerSide:
         of which vLLM is to compute everything again."""
         if self._storing:
             self._poll_stores()
-        self._back(self._attempt("lent blocks did not answer", self._loans.returned, self._cache) or [])
+        if self._loans.lends:
+            self._back(self._attempt("lent blocks did not answer", self._loans.returned, self._cache) or [])
         sent = {request for request in self._retained if request not in self._storing}
         self._retained -= sent
         received = set()
