@@ -4,8 +4,9 @@ Arms: computed again; vLLM's OffloadingConnector and LMCache (pinned host memory
 from its host tier, from host memory that is lent to all engines, and while the donor takes everything back every few
 seconds; resident in the engine's own pool.
 They run as `vllm serve` does by itself, but for two that run as `load: sync` needs it. All see the same conversations:
-clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. The result is a
-table, bench.json, and bench.svg where matplotlib is there.
+clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. Engines start
+together, as many as fit; then one after the other is talked to while the others rest. The result is a table,
+bench.json, and bench.svg where matplotlib is there.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, hbm, log_file
 from lmcache_server import serving
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -79,14 +79,38 @@ class Size:
         self.resident = 64 << 20 if cpu else 56 << 30
         self.lent = 256 << 20 if cpu else 72 << 30
         self.slab = 8 << 20 if cpu else 256 << 20
+        self.beside = 64 << 20 if cpu else 20 << 30
+        """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
+
+    def pool(self, arm: dict[str, Any]) -> int:
+        return self.resident if arm.get("resident") else self.local
+
+    def pinned(self, arm: dict[str, Any]) -> int:
+        """Host memory of an arm, bytes."""
+        return self.lent if {"offload", "lmcache", "host", "lent_by"} & arm.keys() else 0
 
 
-def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any] | None:
+def together(found: dict[str, dict[str, Any]], size: Size, most_hbm: int, most_host: int) -> list[list[str]]:
+    """The arms whose engines start at the same time: so many, in order, as fit into HBM and host memory."""
+    batches: list[list[str]] = []
+    hbm_left = host_left = 0
+    for name, arm in found.items():
+        needs, pinned = size.pool(arm) + size.beside, size.pinned(arm)
+        if not batches or needs > hbm_left or pinned > host_left:
+            batches.append([])
+            hbm_left, host_left = most_hbm, most_host
+        batches[-1].append(name)
+        hbm_left, host_left = hbm_left - needs, host_left - pinned
+    return batches
+
+
+def connector(arm: dict[str, Any], ground: Ground, size: Size, port: int) -> dict[str, Any] | None:
+    """`port`: LMCache's server's."""
     if arm.get("offload"):
         extra = {"cpu_bytes_to_use": size.lent}
         return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if arm.get("lmcache"):
-        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": arm["port"]}
+        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if "settings" not in arm:
         return None
@@ -102,16 +126,6 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size) -> dict[str, Any]
         "kv_role": "kv_both",
         "kv_connector_extra_config": settings | arm["settings"],
     }
-
-
-@contextlib.contextmanager
-def lmcache(arm: dict[str, Any], size: Size, log: Path) -> Iterator[dict[str, Any]]:
-    """LMCache's server beside the engine, where the arm needs one. Yields the arm with the server's port."""
-    if not arm.get("lmcache"):
-        yield arm
-        return
-    with serving(log, size.lent / (1 << 30)) as (_, port):
-        yield arm | {"port": port}
 
 
 class Withdrawals:
@@ -137,60 +151,88 @@ class Withdrawals:
         self._thread.join()
 
 
-def begin(name: str, arm: dict[str, Any], args: Any) -> Program:
-    """The process of an arm, which imports vLLM until it is told what to do."""
-    environment = os.environ | ENGINE_ENVIRONMENT | arm["environment"]
-    return Program([sys.executable, str(HERE / "talk.py")], log_file(args.report, f"bench {name}"), environment)
+class Trial:
+    """One arm: an engine on a node of its own, and LMCache's server where the arm needs one. They start at once."""
 
+    def __init__(self, name: str, arm: dict[str, Any], size: Size, args: Any) -> None:
+        self._arm, self._size = arm, size
+        self._log = log_file(args.report, f"bench {name}")
+        self._limit = args.arm_limit
+        with contextlib.ExitStack() as stack:
+            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self.ground = Ground(self.directory, args.programs, cpu=args.cpu)
+            stack.callback(self.ground.close)
+            self.ground.start_broker()
+            port = 0
+            if arm.get("lmcache"):
+                _, port = stack.enter_context(serving(self._log, size.lent / (1 << 30)))
+            environment = os.environ | ENGINE_ENVIRONMENT | arm["environment"]
+            self._program = Program([sys.executable, str(HERE / "talk.py")], self._log, environment)
+            stack.callback(self._program.close)
+            self._started = self.directory / "started"
+            options = self._options(args)
+            connected = connector(arm, self.ground, size, port)
+            self._program.tell({"options": options, "connector": connected, "started": str(self._started)})
+            self._stack = stack.pop_all()
 
-def measure(ground: Ground, size: Size, name: str, arm: dict[str, Any], program: Program, args: Any) -> dict[str, Any]:
-    model = shapes.make(size.shape, args.report)
-    options = {
-        "model": str(model),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "max_model_len": size.limit,
-        "max_num_batched_tokens": 8192,
-        "kv_cache_memory_bytes": size.resident if arm.get("resident") else size.local,
-        "gpu_memory_utilization": 0.9,
-    } | arm.get("options", {})
-    if args.cpu:
-        options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024}
-    task = {
-        "options": options,
-        "seed": "bench",
-        "conversations": size.conversations,
-        "shortest": size.shortest,
-        "longest": size.longest,
-        "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
-        "new": size.new,
-        "answer": size.answer,
-        "rounds": size.rounds,
-        "clients": args.clients,
-        "rates": args.rates,
-        "result": str(ground.directory / "result.json"),
-    }
-    log = log_file(args.report, f"bench {name}")
-    lends = "settings" in arm and not arm.get("host")
-    donor = ground.lend(size.lent, size.slab, arm.get("lent_by")) if lends else None
-    back = Withdrawals(ground, donor, arm["withdraw"], size) if donor is not None and "withdraw" in arm else None
-    try:
-        with lmcache(arm, size, log) as ready:
-            program.run(task | {"connector": connector(ready, ground, size)}, args.arm_limit)
-        result = json.loads(Path(task["result"]).read_text())
-        if back is not None:
-            result["withdrawals"] = back.count
-        return result
-    except (subprocess.SubprocessError, OSError) as reason:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        return {"error": f"{reason}\n{tail}"}
-    finally:
-        if back is not None:
-            back.end()
-            donor = back.donor
-        if donor is not None:
-            donor.kill()
-            donor.wait()
+    def _options(self, args: Any) -> dict[str, Any]:
+        size, pool, whole = self._size, self._size.pool(self._arm), hbm()
+        options = {
+            "model": str(shapes.make(size.shape, args.report)),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": size.limit,
+            "max_num_batched_tokens": 8192,
+            "kv_cache_memory_bytes": pool,
+            # Others start at the same time: so much has to be free.
+            "gpu_memory_utilization": (pool + size.beside) / whole if whole else 0.9,
+        } | self._arm.get("options", {})
+        if args.cpu:
+            options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024}
+        return options
+
+    def wait(self) -> None:
+        """Until the engine has started, or has failed to."""
+        eventually("an engine", lambda: self._started.exists() or self._program.ended(), self._limit)
+
+    def measure(self, args: Any) -> dict[str, Any]:
+        arm, size = self._arm, self._size
+        task = {
+            "seed": "bench",
+            "conversations": size.conversations,
+            "shortest": size.shortest,
+            "longest": size.longest,
+            "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
+            "new": size.new,
+            "answer": size.answer,
+            "rounds": size.rounds,
+            "clients": args.clients,
+            "rates": args.rates,
+            "result": str(self.directory / "result.json"),
+        }
+        back: Withdrawals | None = None
+        try:
+            if self._program.ended():
+                raise ChildProcessError("its engine has not started")
+            if "settings" in arm and not arm.get("host"):
+                donor = self.ground.lend(size.lent, size.slab, arm.get("lent_by"))
+                eventually("all of it to be leased", lambda: self.ground.leased() >= size.lent)
+                if "withdraw" in arm:
+                    back = Withdrawals(self.ground, donor, arm["withdraw"], size)
+            self._program.run(task, self._limit)
+            found: dict[str, Any] = {"rounds": json.loads(Path(task["result"]).read_text())}
+            if back is not None:
+                found["withdrawals"] = back.count
+            return found
+        except (subprocess.SubprocessError, OSError, AssertionError) as reason:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
+            return {"error": f"{reason}\n{tail}"}
+        finally:
+            if back is not None:
+                back.end()
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -278,31 +320,31 @@ def main() -> None:
     args.report.mkdir(parents=True, exist_ok=True)
     size, began = Size(args.cpu), time.monotonic()
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        ground = Ground(Path(directory), args.programs, cpu=args.cpu)
-        try:
-            ground.start_broker()
-            waiting = list(arms(args).items())
-            ready = begin(*waiting[0], args)
-            while waiting:
-                (name, arm), program = waiting.pop(0), ready
-                if waiting:
-                    # Its imports take as long as the rest of an engine's start.
-                    ready = begin(*waiting[0], args)
-                if time.monotonic() - began > args.within:
-                    program.close()
-                    results[name] = {"error": "the time was over before it began"}
-                    continue
-                results[name] = measure(ground, size, name, arm, program, args)
+    chosen = arms(args)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hardware = ""
+    for batch in together(chosen, size, hbm() or 2 * (size.resident + size.beside), memory * 6 // 10):
+        if time.monotonic() - began > args.within:
+            results |= {name: {"error": "the time was over before it began"} for name in batch}
+            continue
+        with contextlib.ExitStack() as stack:
+            trials = {name: Trial(name, chosen[name], size, args) for name in batch}
+            for trial in trials.values():
+                stack.callback(trial.close)
+            for trial in trials.values():
+                trial.wait()
+            print(f"{time.monotonic() - began:.0f} s: started: {', '.join(batch)}", flush=True)
+            for name, trial in trials.items():
+                results[name] = trial.measure(args)
+                hardware = trial.ground.hardware
                 print(f"{time.monotonic() - began:.0f} s\n{table({name: results[name]})}", flush=True)
-                said = {"on": ground.hardware, "shape": size.shape, "arms": results}
+                said = {"on": hardware, "shape": size.shape, "arms": results}
                 (args.report / "bench.json").write_text(json.dumps(said))
-        finally:
-            ground.close()
+                trial.close()
     title = (
         f"Next turn of {size.conversations} conversations of {size.shortest:,}-{size.longest:,} tokens, {size.shape}"
     )
-    plot(results, args.report / "bench.svg", f"{title}\n{ground.hardware}")
+    plot(results, args.report / "bench.svg", f"{title}\n{hardware}")
     print(table(results))
     sys.exit(any("error" in of for of in results.values()))
 

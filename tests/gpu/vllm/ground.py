@@ -26,6 +26,7 @@ __all__ = [
     "Ground",
     "Program",
     "eventually",
+    "hbm",
     "hbm_used",
     "log_file",
 ]
@@ -52,8 +53,9 @@ def log_file(report: Path, name: str) -> Path:
 
 
 class Program:
-    """A program that reads a task as JSON, and that may have children of its own, which end with it in any case: an
-    engine's would keep their HBM. It may be started before there is a task, so that what it does first is done."""
+    """A program that reads tasks as JSON, a line each, and that may have children of its own, which end with it in any
+    case: an engine's would keep their HBM. It may be started before there is a task, so that what it does first is
+    done."""
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self._command = command
@@ -62,8 +64,17 @@ class Program:
                 command, stdin=subprocess.PIPE, stdout=into, stderr=into, env=environment, start_new_session=True
             )
 
+    def tell(self, task: dict[str, Any]) -> None:
+        """Gives it a task that is not its last one."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(task).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def run(self, task: dict[str, Any], seconds: float) -> None:
-        """Gives it its task, and waits for its end.
+        """Gives it its last task, and waits for its end.
 
         Raises:
             subprocess.SubprocessError: it has failed, or was not over after so many seconds.
@@ -95,6 +106,11 @@ def hbm_used() -> list[int]:
     return [int(used) for used in _smi("memory.used")]
 
 
+def hbm() -> int:
+    """HBM of the first GPU, bytes; 0 where there is none."""
+    return next((int(total) << 20 for total in _smi("memory.total")), 0)
+
+
 class Ground(Node):
     """Engines compute on the first device. Memory of the last one is lent."""
 
@@ -109,6 +125,10 @@ class Ground(Node):
     @property
     def donor_device(self) -> str:
         return self.devices[-1]
+
+    def leased(self) -> int:
+        """Bytes of donors that engines have leased."""
+        return self.status()["total"]["leased"]
 
     @property
     def way(self) -> str:

@@ -180,10 +180,6 @@ class Trial:
         task["vocabulary"] = shapes.SHAPES[size.shape]["vocab_size"]
         return Speaker(log_file(self.args.report, f"lender {name}"), environment, task)
 
-    def _lent(self) -> int:
-        """Bytes that the borrower has leased."""
-        return self.ground.status()["total"]["leased"]
-
     def run(self) -> dict[str, Any]:
         size = self.size
         lender = self._engine("lender", 1, size.pool, size.lender_talks, {"lend": 0.5, "max_leased_bytes": 0})
@@ -198,14 +194,14 @@ class Trial:
             for one in (lender, borrower):
                 one.answer()
             lender.ask("learn")
-            eventually("the lender to lend", lambda: self._lent() > 0)
+            eventually("the lender to lend", lambda: self.ground.leased() > 0)
             borrower.ask("learn")
             phases: dict[str, Any] = {"alone": [], "read from": []}
             read: Turns = []
             # For nobody's measurement.
             lender.ask("talk", rounds=1, clients=4)
             borrower.ask("talk", rounds=1, clients=4)
-            lent = self._lent()
+            lent = self.ground.leased()
             for _ in range(size.times):
                 phases["alone"] += lender.ask("talk", rounds=size.rounds, clients=4)
                 borrower.ask("begin", clients=4)
@@ -213,10 +209,10 @@ class Trial:
                 read += borrower.ask("end")
                 print(f"lent {lent / GiB:.2f} GiB; turns of both: {len(phases['read from'])}, {len(read)}", flush=True)
             count, length = size.burst
-            before = self._lent()
+            before = self.ground.leased()
             borrower.ask("begin", clients=4)
             phases["burst, taking back"] = lender.ask("burst", count=count, length=length, clients=count)
-            between = self._lent()
+            between = self.ground.leased()
             meanwhile = borrower.ask("end")
             phases["burst, all its own"] = lender.ask("burst", count=count, length=length, clients=count)
             return {

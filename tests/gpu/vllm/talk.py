@@ -1,10 +1,10 @@
 """One arm of the bench: an engine as `vllm serve` runs it, and clients that hold long conversations with it.
 
-Reads a JSON object from standard input, prints one to the file that it names. Each conversation's history is computed
-first. Then every client takes the next conversation in turn, asks a question on top of its history, and notes when the
-first and the last token come. After that, questions arrive at a fixed rate on average, whether or not earlier ones are
-answered. Questions and answers that become history are made from the seed, so that every arm sees
-the same prompts.
+Reads two lines of JSON from standard input: the engine's options, and the file that says that it has started; then what
+is to be said, and the file for the result. Each conversation's history is computed first. Then every client takes the
+next conversation in turn, asks a question on top of its history, and notes when the first and the last token come.
+After that, questions arrive at a fixed rate on average, whether or not earlier ones are answered. Questions and answers
+that become history are made from the seed, so that every arm sees the same prompts.
 """
 
 from __future__ import annotations
@@ -133,22 +133,22 @@ class Arm:
         }
 
 
-async def run(task: dict[str, Any]) -> dict[str, Any]:
-    began = time.monotonic()
-    arm = Arm(task["options"], task["connector"])
-    started = time.monotonic() - began
+async def run() -> None:
+    begin = json.loads(sys.stdin.readline())
+    arm = Arm(begin["options"], begin["connector"])
     try:
-        return {"started": started, "rounds": await converse(arm.ask, task)}
+        Path(begin["started"]).touch()
+        task = json.loads(sys.stdin.readline())
+        Path(task["result"]).write_text(json.dumps(await converse(arm.ask, task)))
     finally:
         arm.close()
 
 
 def main() -> None:
-    # It takes as long as starting an engine may. The task may come later.
+    # It takes as long as starting an engine may. What is to be started may come later.
     import vllm.v1.engine.async_llm  # noqa: F401
 
-    task = json.load(sys.stdin)
-    Path(task["result"]).write_text(json.dumps(asyncio.run(run(task))))
+    asyncio.run(run())
 
 
 if __name__ == "__main__":
