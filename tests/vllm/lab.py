@@ -28,6 +28,7 @@ RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 GUESSES = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
     "eagle": {"method": "eagle", "num_speculative_tokens": 2},
+    "mtp": {"method": "mtp", "num_speculative_tokens": 2},
 }
 
 

@@ -81,6 +81,7 @@ PICTURE, PICTURE_TOKENS = 56, 8
 
 SIZES = {
     "wide": WIDE,
+    "mtp": {"num_nextn_predict_layers": 1},
     # For two ranks: each has a head of every kind.
     "pair": {
         "num_attention_heads": 8,
@@ -107,6 +108,8 @@ def make(kind: str, directory: Path, seed: int = 0) -> Path:
         _sees(target)
     else:
         _says(target, kind, size)
+        if size == "mtp":
+            _foretells(target)
     done.write_text(json.dumps({"kind": kind, "seed": seed}))
     return target
 
@@ -179,6 +182,22 @@ def picture(seed: int) -> Any:
 
     side = (PICTURE, PICTURE)
     return Image.frombytes("RGB", side, random.Random(seed).randbytes(3 * PICTURE * PICTURE))
+
+
+def _foretells(target: Path) -> None:
+    """Adds a layer that guesses the token after the next to a model: a copy of its last one, as far as vLLM has it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, hidden = load_file(target / "model.safetensors"), SHAPE["hidden_size"]
+    last = f"model.layers.{SHAPE['num_hidden_layers'] - 1}."
+    tensors |= {
+        name.replace(last, "mtp.layers.0."): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)
+    }
+    tensors["mtp.fc.weight"] = torch.randn(hidden, 2 * hidden) * 0.02 * SCALE
+    for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        tensors[f"mtp.{name}.weight"] = torch.zeros(hidden)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
 
 def _head(target: Path) -> None:

@@ -24,6 +24,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import models
 import rig
+import states_on_cpu
 from meter import Meter
 from replay import Replay
 
@@ -303,6 +304,21 @@ def enliven(worker: Any) -> None:
             parameter.data.fill_(DECAYS.get(name.rpartition(".")[2], 1.0))
 
 
+def foresee(worker: Any, texts: list[list[int]]) -> None:
+    def propose(count: int, sampled: list[list[int]], lengths: Any, tokens: Any, **_: Any) -> list[list[int]]:
+        guesses = []
+        for row, new in enumerate(sampled):
+            had = tokens[row, : lengths[row]].tolist() if new else []
+            text = next((text for text in texts if text[: len(had)] == had), [])
+            guess = [*text[len(had) :], *[0] * count][:count] if new else []
+            if (wrong := len(had) % 5) < len(guess):
+                guess[wrong] ^= 1
+            guesses.append(guess)
+        return guesses
+
+    worker.model_runner.drafter.propose = propose
+
+
 def repeat(worker: Any, on: bool) -> None:
     _side(worker)._cache.repeat = on
 
@@ -383,6 +399,8 @@ class Engine:
             del os.environ["VLLM_CPU_KVCACHE_SPACE"]
         # Once in a process is enough, and before numba comes, as with speculation or LMCache: vLLM 0.32 fails then.
         current_platform.register_triton_kernel_overrides()
+        if current_platform.is_cpu():
+            states_on_cpu.register()
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda _: None)
         self.llm = LLM(**options)
         self.preemptions = 0
@@ -485,6 +503,7 @@ class Engine:
                         "tokens": list(output.outputs[0].token_ids),
                         "cached": output.num_cached_tokens,
                         "reason": output.outputs[0].finish_reason,
+                        "steps": taken,
                         "others": [list(other.token_ids) for other in output.outputs[1:]],
                     }
                     if (of := output.outputs[0].logprobs) is not None:
@@ -558,6 +577,14 @@ class Engine:
     def keep_stores(self, on: bool) -> None:
         """Whether stores are kept until `settle`, so that what they have stored can be found by others then."""
         self.llm.collective_rpc(keep, args=(on,))
+
+    def foresee(self, texts: list[list[int]]) -> None:
+        """Where n-grams are guessed: has the guesses come from these texts, prompts and answers, some of them wrong."""
+        self.llm.collective_rpc(foresee, args=(texts,))
+
+    def at_once(self, on: bool) -> None:
+        """Whether stores end before the engine goes on."""
+        self.llm.collective_rpc(at_once, args=(on,))
 
     def counted(self) -> dict[str, float]:
         """What the engine's /metrics say of SwiftCache."""

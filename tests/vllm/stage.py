@@ -161,6 +161,7 @@ def config(**fields: Any) -> SimpleNamespace:
             pipeline_parallel_size=1,
             enable_expert_parallel=False,
         ),
+        speculative_config=None,
         model_config=SimpleNamespace(
             dtype=torch.float32,
             quantization=None,

@@ -171,6 +171,8 @@ def test_of_several_groups_as_much_is_never_lent_as_the_longest_request_has_of_a
     groups = Groups.of(kv, config, stage.BLOCK)
     window, state = groups.windows[0].most, groups.states[0].most
     assert 0 < window < 10 and 0 < state < 10
+    guessing = Groups.of(stage.hybrid(stage.state(num_speculative_blocks=3)), config, stage.BLOCK)
+    assert guessing.states[0].most == state + 3
     assert safety.never_lent(config, kv, groups, stage.BLOCK) == (100 + window + state) + 20 + 3 * 3 + 1
     one = stage.kv_config(blocks=200)
     assert safety.never_lent(config, one, Groups.of(one, config, stage.BLOCK), stage.BLOCK) == 100 + 20 + 4
@@ -183,8 +185,7 @@ def test_what_nobody_has_shown_to_be_right_with_several_groups_is_refused_by_nam
     with pytest.raises(ValueError, match="mamba-cache-mode align, not all"):
         check_several(stage.hybrid(stage.state(mamba_cache_mode="all")))
     check_several(speculative_config=SimpleNamespace(method="eagle"))
-    with pytest.raises(ValueError, match="speculative decoding where a layer keeps state"):
-        check_several(stage.hybrid(stage.state()), speculative_config=SimpleNamespace(method="mtp"))
+    check_several(stage.hybrid(stage.state()), speculative_config=SimpleNamespace(method="mtp"))
     with pytest.raises(ValueError, match="the setting stream_bytes "):
         check_several(settings=Settings(stream_bytes=1 << 30))
     with pytest.raises(ValueError, match="load 'sync' is refused"):

@@ -28,13 +28,15 @@ ANSWER = 24
 LONG_ANSWER = 96
 """Tokens of an answer during which others come."""
 FAULTS, SLEEP, PRIORITY = "faults", "sleep", "priority"
+FEW_TOKENS = {"vocab_size": 32, "num_nextn_predict_layers": 1}
+"""What is changed of a shape whose tokens are guessed: of so few a guess is right now and then."""
 
 Result = dict[str, dict[str, Any]]
 
 
 def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
     """By name: options of vLLM, SwiftCache's settings, the environment, and the model's shape unless it is the plain
-    one: models of several KV cache groups."""
+    one: models of several KV cache groups; and what is changed of the shape."""
     if cpu:
         # Not gpt-oss: vLLM's CPU build packs its weights when it loads them, and made-up ones cannot be given it later.
         plain = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 256}
@@ -52,6 +54,8 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
     alone = {"async_scheduling": False}
     # By itself vLLM takes FlashInfer's kernel on these GPUs, which is not everywhere.
     gdn = eager | {"gdn_prefill_backend": "triton"}
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    guessed = {"shape": "qwen3-next", "changed": FEW_TOKENS, "settings": {}, "environment": V2}
     return {
         "V2 async, eager": {"options": eager, "settings": {}, "environment": V2},
         "V2 async, CUDA graphs": {"options": eager | {"enforce_eager": False}, "settings": {}, "environment": V2},
@@ -92,6 +96,14 @@ def configurations(cpu: bool) -> dict[str, dict[str, Any]]:
             "environment": V2,
         },
         "Qwen3-Next, V1, eager": {"shape": "qwen3-next", "options": gdn | alone, "settings": {}, "environment": V1},
+        "Qwen3-Next, V2, eager, n-grams": guessed | {"options": gdn | {"speculative_config": ngram}},
+        "Qwen3-Next, V2, CUDA graphs, MTP": guessed
+        | {
+            "options": gdn
+            | {"enforce_eager": False, "speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+        },
+        "Qwen3-Next, V1, eager, n-grams": guessed
+        | {"options": gdn | alone | {"speculative_config": ngram}, "environment": V1},
         "Granite 4, V2, eager": {"shape": "granite4", "options": eager, "settings": {}, "environment": V2},
         # Its kernels have pages of 64 tokens, and do not always give the same answer twice.
         "DeepSeek V3.2, V2, eager": {
@@ -128,8 +140,8 @@ class Place:
         self.donor = self.ground.lend(*self._lent)
         return self.donor
 
-    def prompts(self, name: str, count: int, shape: str) -> dict[str, list[int]]:
-        source, vocabulary = random.Random(name), shapes.SHAPES[shape]["vocab_size"]
+    def prompts(self, name: str, count: int, vocabulary: int) -> dict[str, list[int]]:
+        source = random.Random(name)
         return {
             f"{name}-{number}": [
                 source.randrange(vocabulary) for _ in range(source.randint(self.shortest, self.longest))
@@ -144,9 +156,10 @@ class Trial:
     def __init__(self, place: Place, name: str, of: dict[str, Any]) -> None:
         ground = self.ground = place.ground
         self.place, self.name = place, name
-        self.shape = of.get("shape", place.shape)
+        shape, changed = of.get("shape", place.shape), of.get("changed", {})
+        self._vocabulary = (shapes.SHAPES[shape] | changed)["vocab_size"]
         options = {
-            "model": str(shapes.make(self.shape, place.report)),
+            "model": str(shapes.make(shape, place.report, **changed)),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "max_model_len": place.longest + LONG_ANSWER + 64,
@@ -178,6 +191,10 @@ class Trial:
         """Whether loads are part of the step that finds them, though they are not `sync`."""
         self.batches = settings.get("load") == "sync" or INVARIANT.items() <= of.get("environment", {}).items()
         """Whether the answers of a batch can be compared, too."""
+        self.guesses = "speculative_config" in options
+        """Whether tokens are guessed: several may come in a step."""
+        self.steps = 0
+        """Those that the engine has taken to answer."""
         self.engine = Engine(log_file(place.report, name), ENGINE_ENVIRONMENT | of.get("environment", {}))
         try:
             self.engine.start(**options, connector=settings)
@@ -190,7 +207,9 @@ class Trial:
     def answer(self, batch: dict[str, list[int]], count: int = ANSWER) -> Result:
         for name, tokens in batch.items():
             self.engine.ask("add", name=name, tokens=tokens, max_tokens=count, logprobs=True)
-        return self.engine.finish()
+        done = self.engine.ask("step", count=0)
+        self.steps += len(done["seconds"])
+        return done["finished"]
 
     def one_by_one(self, batch: dict[str, list[int]], count: int = ANSWER) -> Result:
         found: Result = {}
@@ -213,7 +232,7 @@ class Trial:
         return found | self.engine.finish()
 
     def prompts(self, name: str, count: int) -> dict[str, list[int]]:
-        return self.place.prompts(name, count, self.shape)
+        return self.place.prompts(name, count, self._vocabulary)
 
     def forget(self) -> None:
         eventually("the engine to forget its prefixes", lambda: self.engine.ask("reset"))
@@ -238,7 +257,9 @@ def compare(trial: Trial) -> dict[str, Any]:
     work = trial.prompts(trial.name, trial.place.count)
     batch = trial.prompts(f"{trial.name}, batch", 4)
     trial.one_by_one(work)
+    steps = trial.steps
     truth = trial.one_by_one(work)
+    steps = trial.steps - steps
     again = trial.one_by_one(work)
     trial.answer(batch)
     together = trial.answer(batch)
@@ -260,6 +281,7 @@ def compare(trial: Trial) -> dict[str, Any]:
         "prompts": len(work),
         "equal": equal(truth, loaded),
         "claimed": claimed,
+        "steps_of_a_token": steps / (len(work) * ANSWER),
         "asynchronous_equal": equal(truth, beside),
         "local_hits_equal": equal(truth, again),
         "cached_tokens": sum(of["cached"] for of in loaded.values()),
@@ -272,6 +294,9 @@ def compare(trial: Trial) -> dict[str, Any]:
     right = found["equal"] >= wanted and found["asynchronous_equal"] >= wanted
     right = right and claimed == (len(work) if trial.claims else 0)
     right = right and 0 < found["cached_tokens"] == found["cached_tokens_locally"]
+    if trial.guesses:
+        # Fewer than one for each token there are only if guesses were right.
+        right = right and found["steps_of_a_token"] < 1
     if trial.batches:
         right = right and found["batch_equal"] == len(batch)
     found["passed"] = right and found["control_equal"] < len(work)

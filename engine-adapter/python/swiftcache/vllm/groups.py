@@ -108,8 +108,9 @@ class Groups:
 
 
 STATES_OF_A_REQUEST = 4
-"""Blocks with states that a request has at most, beside those that a kernel fills in the middle of a step: the one that
-it goes on from, the one before it while a step is under way, the next one, and a copy of one that it shares."""
+"""Blocks with states that a request has at most, beside those that a kernel fills in the middle of a step and one for
+each token that is guessed: the one that it goes on from, the one before it while a step is under way, the next one, and
+a copy of one that it shares."""
 
 
 def _group(number: int, spec: KVCacheSpec, config: VllmConfig, unit_tokens: int) -> Group:
@@ -117,7 +118,7 @@ def _group(number: int, spec: KVCacheSpec, config: VllmConfig, unit_tokens: int)
     kind, per_unit = get_kv_cache_spec_kind(spec).value, max(1, unit_tokens // spec.block_size)
     layer = next(iter(iter_layer_specs(spec)))
     if isinstance(layer, MambaSpec):
-        most = STATES_OF_A_REQUEST + layer.num_prefill_checkpoint_blocks
+        most = STATES_OF_A_REQUEST + layer.num_prefill_checkpoint_blocks + layer.num_speculative_blocks
         return Group(number, kind, most=most, state=True, per_unit=per_unit)
     if isinstance(layer, (SlidingWindowSpec, ChunkedLocalAttentionSpec)):
         most = layer.max_admission_blocks_per_request(config.max_in_flight_tokens, config.model_config.max_model_len)

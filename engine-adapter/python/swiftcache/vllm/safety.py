@@ -161,11 +161,6 @@ def check_several(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> 
                 f"SwiftCache serves state in --mamba-cache-mode align, not {spec.mamba_cache_mode}: in other modes "
                 "vLLM does not say which block has the state at the end of a prefix"
             )
-        if getattr(config, "speculative_config", None) is not None:
-            raise ValueError(
-                "SwiftCache does not serve speculative decoding where a layer keeps state (Mamba, GDN): drop "
-                "--speculative-config"
-            )
     odd = {type(spec) for group in kv.prefix_cacheable_groups for spec in iter_layer_specs(group.kv_cache_spec)}
     if odd := odd.difference((FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)):
         names = ", ".join(sorted(kind.__name__ for kind in odd))
@@ -274,6 +269,6 @@ def may_promise(config: VllmConfig, kv: KVCacheConfig, settings: Settings) -> bo
     several tokens of a request calls the hooks of all layers, and nothing but these layers reads the pool."""
     if settings.load == "wait" or settings.stream_bytes or len(kv.kv_cache_groups) > 1:
         return False
-    if getattr(config, "speculative_config", None) is not None or surrounding(config) is not None:
+    if config.speculative_config is not None or surrounding(config) is not None:
         return False
     return config.compilation_config.cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
