@@ -30,9 +30,12 @@ pub(super) struct TraceArgs {
     /// Only the first N rows
     #[arg(long, value_name = "N")]
     requests: Option<usize>,
-    /// Bytes of text in a token, where the trace has the texts: no tokenizer is used [default: 4]
+    /// Bytes of text in a token, where the trace has the texts and no tokenizer is given [default: 4]
     #[arg(long, value_name = "BYTES", value_parser = bytes_per_token)]
     bytes_per_token: Option<f64>,
+    /// The model's tokenizer.json, where the trace has the texts: counts their tokens
+    #[arg(long, value_name = "FILE", conflicts_with = "bytes_per_token")]
+    tokenizer: Option<PathBuf>,
 }
 
 fn rate(text: &str) -> Result<f64, String> {
@@ -56,6 +59,7 @@ impl TraceArgs {
             rate: self.rate,
             first: self.requests,
             bytes_per_token: self.bytes_per_token,
+            tokenizer: self.tokenizer.clone(),
         };
         let trace = trace::load(&self.trace, &options);
         Ok(trace.map_err(ReplayError::from)?)

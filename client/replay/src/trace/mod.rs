@@ -12,11 +12,17 @@ mod conversations;
 mod hashed;
 mod ids;
 mod input;
+mod measure;
 mod row;
 mod table;
 mod texts;
 
-use std::{collections::HashSet, io::BufRead, path::Path, str::FromStr};
+use std::{
+    collections::HashSet,
+    io::BufRead,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use swiftcache_proto::{convert::MAX_BLOCKS, domain::BlockHash};
 
@@ -128,7 +134,7 @@ impl FromStr for Format {
 }
 
 /// How to read a trace.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     /// Its format. `None`: found from its first row.
     pub format: Option<Format>,
@@ -140,6 +146,9 @@ pub struct Options {
     pub first: Option<usize>,
     /// Bytes of text in a token, for traces that have the texts. `None`: four.
     pub bytes_per_token: Option<f64>,
+    /// The model's `tokenizer.json`, for traces that have the texts. Then their tokens are counted, and
+    /// `bytes_per_token` counts for nothing.
+    pub tokenizer: Option<PathBuf>,
 }
 
 impl Options {

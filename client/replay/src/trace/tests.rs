@@ -276,6 +276,55 @@ fn messages_share_what_they_begin_with_and_say_that_tokens_are_guessed() {
     assert!(refused(&mixed).contains("line 3: timestamp: some rows have one"));
 }
 
+/// Knows five words; every other one is one token, too.
+const TOKENIZER: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+    "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+    "model": {"type": "WordLevel", "unk_token": "?",
+              "vocab": {"?": 0, "user": 1, "one": 2, "two": 3, "three": 4, "four": 5}}}"#;
+
+/// Two prompts of the same words at first, with other spaces between them.
+const WORDS: &str = r#"{"timestamp": 1, "prompt": "user one two three", "max_tokens": 7}
+{"timestamp": 2, "prompt": "user one    two three four one", "completion": "two two"}
+"#;
+
+fn tokenized(tokenizer: &str) -> Result<Trace, TraceError> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(tokenizer.as_bytes()).unwrap();
+    let options = Options {
+        tokenizer: Some(file.path().to_owned()),
+        block_tokens: Some(2),
+        ..Options::default()
+    };
+    with(WORDS, options)
+}
+
+#[test]
+fn with_a_tokenizer_its_tokens_count_and_their_blocks_are_shared() {
+    let trace = tokenized(TOKENIZER).unwrap();
+    assert_eq!(shape(&trace), [(1.0, 4, 7), (2.0, 6, 2)]);
+    assert_eq!(shared(&trace, 0, 1), 2, "the same four tokens");
+    assert!(
+        trace.notes[0].contains("tokens are those of"),
+        "{:?}",
+        trace.notes
+    );
+    // The twin: their bytes part after the first words.
+    let bytes = Options {
+        block_tokens: Some(2),
+        ..Options::default()
+    };
+    assert_eq!(shared(&with(WORDS, bytes).unwrap(), 0, 1), 1);
+    let nothing = tokenized("{}").unwrap_err().to_string();
+    assert!(nothing.contains("is no tokenizer"), "{nothing}");
+    // It has no token for what it does not know.
+    let strict = TOKENIZER.replace(r#""?": 0, "#, "").replace("four", "five");
+    let refused = tokenized(&strict).unwrap_err().to_string();
+    assert!(
+        refused.contains("line 2: the tokenizer refuses"),
+        "{refused}"
+    );
+}
+
 #[test]
 fn agents_texts_are_sorted_by_time_and_grow() {
     let trace = sniffed(AGENT_TEXTS);

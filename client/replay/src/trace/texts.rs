@@ -1,34 +1,15 @@
-//! Traces that have the texts themselves: message logs and prompts. A token is taken for so many bytes, since no tokenizer
-//! is used (docs/decisions/0032-plans.md).
+//! Traces that have the texts themselves: message logs and prompts.
 
 use std::io::BufRead;
 
 use serde_json::Value;
-use swiftcache_proto::domain::BlockHash;
 
 use super::{
-    Format, Gathered, Options, Request, Stamps, TraceError, ids,
+    Format, Gathered, Options, Request, Stamps, TraceError,
     input::Lines,
+    measure::Measure,
     row::{Row, parse, short},
 };
-
-/// Bytes of text in a token, unless somebody knows better: about what English takes in common vocabularies.
-const TOKEN_BYTES: f64 = 4.0;
-
-/// Bytes of text in a token.
-#[derive(Clone, Copy)]
-struct Measure(f64);
-
-impl Measure {
-    fn tokens(self, text: &str) -> u64 {
-        (text.len() as f64 / self.0).ceil() as u64
-    }
-
-    /// Bytes of so many tokens.
-    fn bytes(self, tokens: u64) -> usize {
-        (tokens as f64 * self.0).round().max(1.0) as usize
-    }
-}
 
 /// One row's texts.
 struct Texts {
@@ -47,7 +28,7 @@ pub(super) fn read(
         Format::AgentTexts => Stamps::Microseconds,
         _ => Stamps::Seconds,
     };
-    let measure = Measure(options.bytes_per_token.unwrap_or(TOKEN_BYTES));
+    let measure = Measure::of(options)?;
     let mut gathered = Gathered::new(format, stamps, options);
     let mut lines = Lines::new(input, origin);
     let mut stamped: Option<bool> = None;
@@ -58,8 +39,8 @@ pub(super) fn read(
         }
         let refuse = |problem: String| TraceError::new(origin, Some(number), problem);
         let texts = parse(line).and_then(|value| match format {
-            Format::AgentTexts => agent_texts(&value, measure),
-            _ => messages(&value, measure),
+            Format::AgentTexts => agent_texts(&value, &measure),
+            _ => messages(&value, &measure),
         });
         let texts = texts.map_err(refuse)?;
         let here = texts.stamp_s.is_some();
@@ -71,18 +52,14 @@ pub(super) fn read(
             empty += 1;
             continue;
         }
-        let block_bytes = measure.bytes(gathered.block_tokens);
-        let mut before = BlockHash([0x77; 16]);
-        let chunks = texts.prompt.as_bytes().chunks(block_bytes);
-        let blocks = chunks.map(|chunk| {
-            before = ids::chain(before, chunk);
-            before
-        });
+        let (tokens, blocks) = measure
+            .blocks(&texts.prompt, gathered.block_tokens)
+            .map_err(refuse)?;
         let request = Request {
             arrival_s: texts.stamp_s.unwrap_or(0.0),
-            input_tokens: measure.tokens(&texts.prompt).max(1),
+            input_tokens: tokens.max(1),
             output_tokens: texts.output_tokens,
-            blocks: blocks.collect(),
+            blocks,
         };
         gathered.add(request).map_err(refuse)?;
     }
@@ -93,28 +70,24 @@ pub(super) fn read(
         let note = format!("{empty} rows without a prompt are left out");
         gathered.notes.push(note);
     }
-    let note = format!(
-        "no tokenizer was used: {} bytes of text are taken for a token",
-        measure.0
-    );
-    gathered.notes.push(note);
+    gathered.notes.push(measure.said());
     Ok(gathered)
 }
 
 /// A row of `timestamp`, `input` and `output`.
-fn agent_texts(value: &Value, measure: Measure) -> Result<Texts, String> {
+fn agent_texts(value: &Value, measure: &Measure) -> Result<Texts, String> {
     let row = Row::of(value, "")?;
     row.text("session_id")?;
     let stamp = row.number("timestamp", Stamps::Microseconds.takes())?;
     Ok(Texts {
         stamp_s: Some(Stamps::Microseconds.seconds(stamp)),
         prompt: row.text("input")?.to_owned(),
-        output_tokens: measure.tokens(row.text("output")?),
+        output_tokens: measure.tokens(row.text("output")?)?,
     })
 }
 
 /// A row of `messages`, of a batch's `body`, of ShareGPT's `conversations`, or of a `prompt`.
-fn messages(value: &Value, measure: Measure) -> Result<Texts, String> {
+fn messages(value: &Value, measure: &Measure) -> Result<Texts, String> {
     let outer = Row::of(value, "")?;
     let (row, at) = match outer.maybe("body") {
         Some(body) => (Row::of(body, "body.")?, "body."),
@@ -150,19 +123,18 @@ fn messages(value: &Value, measure: Measure) -> Result<Texts, String> {
             .ok_or_else(|| format!("{at}prompt: is {}; takes a text", short(prompt)))?;
         (prompt.to_owned(), None)
     };
-    let said_tokens = answer.as_deref().map(|answer| measure.tokens(answer));
     Ok(Texts {
         stamp_s,
         prompt,
-        output_tokens: match said_tokens {
-            Some(count) => count,
+        output_tokens: match answer {
+            Some(answer) => measure.tokens(&answer)?,
             None => asked_tokens(row, measure)?,
         },
     })
 }
 
 /// How long the answer is, where it is not there itself.
-fn asked_tokens(row: Row<'_>, measure: Measure) -> Result<u64, String> {
+fn asked_tokens(row: Row<'_>, measure: &Measure) -> Result<u64, String> {
     for name in [
         "output_tokens",
         "output_length",
@@ -174,7 +146,7 @@ fn asked_tokens(row: Row<'_>, measure: Measure) -> Result<u64, String> {
         }
     }
     match row.maybe("completion").and_then(Value::as_str) {
-        Some(text) => Ok(measure.tokens(text)),
+        Some(text) => measure.tokens(text),
         None => Ok(0),
     }
 }
