@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import lab as of
 import pytest
-from engine import EngineError
 from neighbours import donate
 from node import eventually
 
@@ -19,9 +18,8 @@ WAYS = {
     "scheduling-sync": {"async_scheduling": False, "connector": {"load": "sync"}},
     "scheduling-async": {"async_scheduling": True, "connector": {"load": "async"}},
 }
-LOST = ("some-lost", "lost-under-what-is-computed")
 ABORTED = "aborted-while-loading"
-FAILURES = (*LOST, ABORTED)
+FAILURES = ("some-lost", "lost-under-what-is-computed", ABORTED)
 
 
 def prompts() -> dict[str, list[int]]:
@@ -120,7 +118,7 @@ def test_what_others_failed_to_load_is_not_kept(engine, reader, want, failure) -
     assert found_later(reader, name)["cached"] == BLOCKS * of.BLOCK
 
 
-@pytest.mark.parametrize("failure", LOST)
+@pytest.mark.parametrize("failure", FAILURES)
 def test_believing_others_would_serve_wrong_tokens(engine, reader, want, failure) -> None:
     """The twin."""
     name = f"{failure}-True"
@@ -143,10 +141,3 @@ def test_what_others_have_loaded_is_kept(engine, reader, want) -> None:
     for one in (engine, reader):
         later = found_later(one, "held")
         assert later["tokens"] == want["held"] and later["cached"] == BLOCKS * of.BLOCK
-
-
-def test_believing_an_aborted_load_would_end_the_engine(engine, want) -> None:
-    """The last twin: SwiftCache would have blocks kept for stores that are kept for the load already."""
-    engine.ask("believe", believes=True)
-    with pytest.raises(EngineError, match=r"req_id in self\.requests"):
-        suffer(engine, ABORTED, f"{ABORTED}-True", want)

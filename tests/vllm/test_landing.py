@@ -26,7 +26,7 @@ def start(worker, *requests: str):
     worker.bind(StepMetadata(loads=jobs))
     worker.start_loads()
     loads = {request: of for request, (_, of) in worker._receiving.items()}
-    _, received, _ = worker.finished()
+    received, _ = worker.finished()
     worker.bind(None)
     return loads, received
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_promised_is_waited_for(worker, native, monkeypatch, why)
     worker.start_loads()
     if why == "other weights":
         worker.weights_changed()
-    assert worker.finished()[1] == set()
+    assert worker.finished()[0] == set()
 
 
 def test_the_engine_ends_where_kv_may_have_been_read_that_was_not_there(worker) -> None:

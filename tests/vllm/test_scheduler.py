@@ -44,6 +44,13 @@ class Stand:
             clock=lambda: self.now,
         )
         self.side.meet(WORKERS)
+        self.pinned: list[int] = []
+        pool = SimpleNamespace(
+            blocks=range(100),
+            touch=self.pinned.extend,
+            free_blocks=lambda blocks: [self.pinned.remove(block) for block in blocks],
+        )
+        self.side._pins.bind(SimpleNamespace(block_pool=pool))
 
     def idle_step(self):
         """A step that no request needs, if the scheduler wants one."""
@@ -263,22 +270,41 @@ def test_a_failed_load_is_not_tried_again_and_its_blocks_are_stored_anew(native)
     assert [job.blocks for job in stand.step(request, 13, [1, 2, 3, 4, 5]).stores] == [[2, 3, 4]]
 
 
-def test_a_finished_request_keeps_its_blocks_until_every_worker_is_through(native) -> None:
+def test_of_a_finished_request_what_is_being_stored_stays_until_every_worker_is_through(native) -> None:
     stand = Stand(native, workers=2)
-    request = stage.request("a", 8)
+    request = stage.request("a", 9)
+    stand.publish(request, 1)
     stand.side.matched_tokens(request, 0)
-    stand.admit(request, 0, [1, 2])
-    (job,) = stand.step(request, 8, [1, 2]).stores
-    request.num_computed_tokens = 8
-    assert stand.side.request_finished(request, ([1, 2],))
-    assert stand.side.frees_pending()
-    assert stand.side.metadata(stage.output({}, {})).retained == ["a"]
+    stand.admit(request, 4, [1, 2, 3])
+    request.num_computed_tokens = 4
+    (job,) = stand.step(request, 5, [1, 2, 3]).stores
+    request.num_computed_tokens = 9
+    stand.side.request_finished(request, ([1, 2, 3],))
+    assert job.blocks == [2] == stand.pinned, "the others are free"
+    assert stand.side.frees_pending() and stand.idle_step() is not None, "an engine without requests goes on for it"
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
-    stand.side.worker_output(
-        stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1}), finished_sending={"a"})
-    )
-    assert not stand.side.frees_pending()
+    assert stand.pinned == [2]
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
+    assert stand.pinned == [] and not stand.side.frees_pending()
     assert not stand.side._tracked and not stand.side._jobs
+
+
+def test_another_request_of_the_same_name_does_not_let_go_of_the_ones_before(stand) -> None:
+    one, other = stage.request("a", 9), stage.request("a", 9)
+    for request, table in ((one, [1, 2, 3]), (other, [4, 5, 6])):
+        stand.side.on_new_request(request)
+        stand.side.matched_tokens(request, 0)
+        stand.admit(request, 0, table)
+        (job,) = stand.step(request, 9, table).stores
+        request.num_computed_tokens = 9
+        if request is one:
+            stand.side.request_finished(one, (table,))
+            before = job
+    assert stand.pinned == [1, 2]
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
+    assert stand.pinned == [1, 2]
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={before.number: 1})))
+    assert stand.pinned == [] and stand.side._tracked["a"].request is other
 
 
 def test_a_finished_request_with_nothing_to_store_keeps_nothing(stand) -> None:
@@ -288,8 +314,8 @@ def test_a_finished_request_with_nothing_to_store_keeps_nothing(stand) -> None:
     (job,) = stand.step(request, 8, [1, 2]).stores
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
     request.num_computed_tokens = 8
-    assert not stand.side.request_finished(request, ([1, 2],))
-    assert not stand.side._tracked
+    stand.side.request_finished(request, ([1, 2],))
+    assert not stand.side._tracked and not stand.pinned
 
 
 def test_what_a_last_step_filled_is_stored_after_the_request(stand) -> None:
@@ -301,10 +327,9 @@ def test_what_a_last_step_filled_is_stored_after_the_request(stand) -> None:
     request.num_computed_tokens = 4
     assert stand.step(request, 13, [1, 2, 3, 4, 5], loads=True).stores == []
     request.num_computed_tokens = 17
-    assert stand.side.request_finished(request, ([1, 2, 3, 4, 5],))
+    stand.side.request_finished(request, ([1, 2, 3, 4, 5],))
     step = stand.side.metadata(stage.output({}, {}))
-    assert [job.blocks for job in step.stores] == [[2, 3, 4]]
-    assert step.retained == ["a"]
+    assert [job.blocks for job in step.stores] == [[2, 3, 4]] == [stand.pinned]
 
 
 def test_steps_in_flight_are_not_counted_when_a_request_is_aborted(stand) -> None:
@@ -312,7 +337,8 @@ def test_steps_in_flight_are_not_counted_when_a_request_is_aborted(stand) -> Non
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 0, [1, 2])
     request.num_computed_tokens = request.num_in_flight_tokens = 8
-    assert not stand.side.request_finished(request, ([1, 2],))
+    stand.side.request_finished(request, ([1, 2],))
+    assert not stand.pinned and not stand.side._tracked
 
 
 def test_an_abort_while_loading_leaves_the_blocks_to_the_load(native) -> None:
@@ -321,7 +347,7 @@ def test_an_abort_while_loading_leaves_the_blocks_to_the_load(native) -> None:
     stand.publish(request, 2)
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 8, [1, 2])
-    assert not stand.side.request_finished(request, ([1, 2],))
+    stand.side.request_finished(request, ([1, 2],))
     assert not stand.side.frees_pending()
     stand.side.worker_output(stage.answer(finished_recving={"a"}))
     assert not stand.side._tracked
@@ -451,7 +477,7 @@ def test_where_vllm_does_not_recover_a_request_with_lost_blocks_is_stored_no_mor
     assert stand.step(request, 13, TABLE).stores == []
     assert manager.take_evicted() == {3, 4, 5, 6}
     request.num_computed_tokens = 21
-    assert not stand.side.request_finished(request, (TABLE[:5],))
+    stand.side.request_finished(request, (TABLE[:5],))
     assert manager.take_evicted() == {3, 4, 5}
     stand.side.metadata(stage.output({}, {}))
     assert manager.take_evicted() == set() and not stand.side._doubt._spoiled
@@ -476,7 +502,7 @@ def test_a_request_admitted_on_spoiled_blocks_is_spoiled_too(native) -> None:
     step = stand.side.metadata(stage.output({"a": 13, "l": 5}, {"a": TABLE, "l": late_table}))
     assert step.stores == [] and manager.take_evicted() == {3, 4, 5, 6, 15, 16}
     late.num_computed_tokens = 21
-    assert not stand.side.request_finished(late, (late_table[:5],))
+    stand.side.request_finished(late, (late_table[:5],))
 
 
 def test_a_request_that_shares_lost_blocks_relies_on_another_and_is_stored_no_more(stand) -> None:
@@ -514,7 +540,7 @@ def test_a_request_that_starts_anew_is_stored_again(native) -> None:
 def test_an_abort_while_another_connector_loads_stores_nothing_of_it(stand) -> None:
     request = beside(stand)
     stand.side.metadata(stage.output({}, {}))
-    assert not stand.side.request_finished(request, (TABLE[:3],))
+    stand.side.request_finished(request, (TABLE[:3],))
     assert stand.side.metadata(stage.output({}, {})).stores == []
 
 
@@ -529,9 +555,9 @@ def test_an_abort_while_another_connector_loads_lets_the_load_decide_when_blocks
     stand.side.matched_tokens(request, 0)
     stand.admit(request, 0, TABLE)
     request.num_computed_tokens = 12
-    assert not stand.side.request_finished(request, (TABLE[:3],))
-    step = stand.side.metadata(stage.output({}, {}))
-    assert step.retained == [] and not stand.side.frees_pending() and not stand.side._jobs
+    stand.side.request_finished(request, (TABLE[:3],))
+    stand.side.metadata(stage.output({}, {}))
+    assert not stand.side.frees_pending() and not stand.side._jobs
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
 
 
@@ -550,7 +576,7 @@ def test_an_abort_in_a_step_in_doubt_leaves_nothing_of_it_behind(native) -> None
     step = stand.step(request, 9, TABLE, loads=True)
     request.num_computed_tokens = request.num_in_flight_tokens = 9
     request.num_computed_tokens = 21
-    assert not stand.side.request_finished(request, (TABLE[:5],))
+    stand.side.request_finished(request, (TABLE[:5],))
     assert manager.take_evicted() == {2, 3, 4, 5}
     del manager.tables["a"]
     stand.settle(step, lost={3})
@@ -672,10 +698,9 @@ def test_what_the_last_requests_did_is_counted_in_a_step_of_its_own(stand) -> No
     stand.admit(request, 0, [1, 2, 3])
     step = stand.step(request, 9, [1, 2, 3])
     assert not step.idle and len(step.stores) == 1
-    assert stand.side.request_finished(request, ([1, 2, 3],))
-    assert not stand.side.wants_steps() and stand.side.frees_pending(), "its blocks are still being stored"
-    report = WorkerReport(done={step.stores[0].number: 1})
-    stand.side.worker_output(stage.answer(kv_connector_worker_meta=report, finished_sending={"a"}))
+    stand.side.request_finished(request, ([1, 2, 3],))
+    assert not stand.idle_step().idle, "its blocks are still being stored"
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={step.stores[0].number: 1})))
     assert stand.idle_step().idle
     assert stand.idle_step() is None, "once"
     # Not all of it was counted: once more, but not for ever.

@@ -112,7 +112,7 @@ def test_what_a_request_leaves_to_store_when_it_ends_is_not_stored_by_its_old_na
     stand.admit(request, 0, [1, 2, 3, 4, 5])
     stand.step(request, 4, [1, 2, 3, 4, 5])
     request.num_computed_tokens = 17
-    assert stand.side.request_finished(request, ([1, 2, 3, 4, 5],))
+    stand.side.request_finished(request, ([1, 2, 3, 4, 5],))
     updated(stand, 1)
     assert stand.side.metadata(stage.output({}, {})).stores == []
     # The twin.

@@ -62,11 +62,11 @@ def run(worker, step: StepMetadata, *, before: bool = True, layers: Sequence[str
     if not before:
         worker.start_loads()
     worker.start_stores()
-    sent, received, failed = worker.finished()
+    received, failed = worker.finished()
     invalid = worker.invalid_blocks()
     report = worker.report()
     worker.bind(None)
-    return SimpleNamespace(sent=sent, received=received, failed=failed, invalid=invalid, report=report)
+    return SimpleNamespace(received=received, failed=failed, invalid=invalid, report=report)
 
 
 def test_bytes_come_back_into_other_blocks(worker, caches) -> None:
@@ -134,19 +134,14 @@ def test_a_load_that_cannot_start_is_over_at_once(native, caches, monkeypatch) -
     assert done.received == {"a"} and done.invalid == {4, 5}
 
 
-def test_finished_requests_are_let_go_when_their_stores_are_over(worker, native) -> None:
+def test_stores_are_reported_when_they_are_over(worker, native) -> None:
     native.hold_stores = True
     run(worker, StepMetadata(stores=[store(0, [1]), store(1, [2])]))
-    assert run(worker, StepMetadata(retained=["a"])).sent == set()
+    assert run(worker, StepMetadata()).report is None
     for _, held in worker._storing["a"].values():
         held.held = False
-    done = run(worker, StepMetadata())
-    assert done.sent == {"a"} and done.report.done == {0: 1, 1: 1}
-    assert run(worker, StepMetadata()).sent == set()
-
-
-def test_requests_that_were_not_retained_are_never_reported(worker) -> None:
-    assert run(worker, StepMetadata(stores=[store(0, [1])])).sent == set()
+    assert run(worker, StepMetadata()).report.done == {0: 1, 1: 1}
+    assert run(worker, StepMetadata()).report is None
 
 
 def test_a_fence_waits_for_the_stores_it_names(worker, native) -> None:
@@ -159,8 +154,7 @@ def test_a_fence_waits_for_the_stores_it_names(worker, native) -> None:
 
 def test_a_store_that_cannot_start_lets_go_at_once(worker, native, monkeypatch) -> None:
     monkeypatch.setattr(native.Cache, "store", lambda *_, **__: 1 / 0)
-    done = run(worker, StepMetadata(stores=[store(0, [1])], retained=["a"]))
-    assert done.sent == {"a"}
+    done = run(worker, StepMetadata(stores=[store(0, [1])]))
     assert done.report.done == {0: 1} and done.report.lost == {0}
 
 

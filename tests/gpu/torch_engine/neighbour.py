@@ -55,7 +55,8 @@ class CopyLoad:
 
     def _work(self) -> None:
         blocks = self.engine.blocks(PREFIX, PREFIX)
-        while not self._over.is_set():
+        # One at least: where others keep the processors busy, a round may be over before this thread begins.
+        while not self.loaded or not self._over.is_set():
             if self.engine.load(1, blocks).finish():
                 raise RuntimeError("blocks failed to load")
             self.loaded += PREFIX * sum(self.engine.model.layer_bytes())

@@ -198,8 +198,8 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.reset_capture()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        sent, received, failed = self.worker.finished()
-        return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+        received, failed = self.worker.finished()
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.invalid_blocks()
@@ -258,12 +258,13 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.worker_output(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request, (block_ids,)), None
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request, block_ids), None
+        self.scheduler.request_finished(request, block_ids)
+        return False, None
 
     def has_pending_block_frees(self) -> bool:
         return self.scheduler.frees_pending()

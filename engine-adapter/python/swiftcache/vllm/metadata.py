@@ -54,8 +54,6 @@ class StepMetadata(KVConnectorMetadata):
     stores: list[StoreJob] = field(default_factory=list)
     fence: list[int] = field(default_factory=list)
     """Stores whose blocks were given away: they must be over before anything writes to the pool."""
-    retained: list[str] = field(default_factory=list)
-    """Finished requests whose blocks the scheduler keeps until their stores are over."""
     lend: list[LendJob] = field(default_factory=list)
     take_back: list[int] = field(default_factory=list)
     """Loans."""

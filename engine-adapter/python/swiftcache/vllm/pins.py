@@ -1,6 +1,7 @@
 """Blocks of vLLM's pool that a store reads and that nobody else is to overwrite meanwhile, whatever their request does.
 
-A request gives up a block with a state as soon as it has the next one, often in the step after the one that made it.
+A request gives up a block with a state as soon as it has the next one, often in the step after the one that made it,
+and all of its blocks when it is finished.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
 Which blocks may be stored. A block is offered once it is full, its tokens are known (vLLM has hashed them) and it is
 computed after this step at the latest, on KV that is known to be right (`doubt`).
 
-Who may overwrite a block that is still being stored. Finished requests keep their blocks until every worker is
-through (`request_finished`). Preempted ones have lost theirs already, to this very step: the workers wait for the
-stores first (`fence`). Blocks of a full-attention group are given away in no other way. Those of a sliding-window
-group are also given away when the window has moved on: for those the workers wait, too. A block with a state is given
-away a step later: it is pinned until its store is over.
+Who may overwrite a block that is still being stored. Of a finished request such blocks are pinned until every worker is
+through, and the others are free at once (`pins`). Preempted ones have lost theirs already, to this very step: the
+workers wait for the stores first (`fence`). Blocks of a full-attention group are given away in no other way. Those of a
+sliding-window group are also given away when the window has moved on: for those the workers wait, too. A block with a
+state is given away a step later: it is pinned from the beginning.
 
 With several groups (`groups`) a prefix is found as long as full attention has all of it, and the other groups have its
 tail. Tails are kept where somebody is likely to go on: at a prompt's end, at the end of what a request has computed,
@@ -109,9 +109,9 @@ class SchedulerSide:
         self._next_job = 0
         self._loads: list[LoadJob] = []
         self._late: list[StoreJob] = []
-        self._retained: list[str] = []
+        self._moved: list[int] = []
+        """Stores of blocks that a window had left when its request was finished."""
         self._arrived: set[str] = set()
-        self._kept_back: set[str] = set()
         self._loans: Loans | None = None
         self._free: FreeBlocks | None = None
         self._placement: Placement | None = None
@@ -305,36 +305,39 @@ class SchedulerSide:
                 start, last = group.last(first), group.last(end)
                 self._tell(request, group, start, self._finder.keys(request, group, start, last))
 
-    def request_finished(self, request: Request, tables: Tables) -> bool:
-        """Whether vLLM must keep the blocks until the workers say that they are through."""
+    def request_finished(self, request: Request, tables: Tables) -> None:
+        """vLLM frees its blocks after this."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            return False
+            return
         if tracked.loading:
             # Aborted while loading: vLLM keeps the blocks until the load is over, and frees them then.
             tracked.finished = True
-            return False
+            return
         if tracked.waiting:
             # Aborted while another connector loads: nothing of it is known to be there, and vLLM keeps the blocks until
             # that load is over. Stores from before a preemption were waited for.
             self._drop(request.request_id)
-            return False
+            return
         if tables:
             done = self._doubt.finished(tracked, tables[self._table_of])
             self._late += self._stores(tracked, done // self._block_tokens, tables, finished=True)
         if not tracked.stores:
             self._drop(request.request_id)
-            return False
+            return
         tracked.finished = True
-        self._retained.append(request.request_id)
-        self._kept_back.add(request.request_id)
-        return True
+        # What its window has left may be another's already.
+        moved = _left(tracked, tables)
+        self._moved += moved
+        for number, blocks in tracked.stores.items():
+            if number not in self._pins and number not in moved:
+                self._pins.hold(number, blocks)
 
     # Per step.
 
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
-        step = StepMetadata(self._loads, self._late, [], self._retained, weights=dict(self._weights))
-        self._loads, self._late, self._retained = [], [], []
+        step = StepMetadata(self._loads, self._late, weights=dict(self._weights))
+        self._loads, self._late = [], []
         claimed = self._keep_claims(step.loads, output)
         step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
         self._arrived.clear()
@@ -487,13 +490,13 @@ class SchedulerSide:
         """Of a group, the request's blocks from `first` on, a number of the group's own blocks."""
         request, last = tracked.request, first + len(blocks)
         number, self._next_job = self._next_job, self._next_job + 1
-        tracked.stores.add(number)
+        tracked.stores[number] = list(blocks)
         self._jobs[number] = (request.request_id, 0)
         if self._placement is not None:
             self._offered[number] = self._placement.holding(blocks)
         keys = self._finder.keys(request, group, first, last)
         self._tell(request, group, first, keys)
-        return StoreJob(number, request.request_id, keys, list(blocks), tracked.adapter)
+        return StoreJob(number, request.request_id, keys, tracked.stores[number], tracked.adapter)
 
     def _tell(self, request: Request, group: Group, first: int, keys: bytes) -> None:
         """Has what becomes of a request's blocks from `first` on reported."""
@@ -503,15 +506,10 @@ class SchedulerSide:
 
     def _moved_on(self) -> list[int]:
         """Stores of blocks that vLLM has given up since, because the window has moved on."""
-        moved = []
+        moved, self._moved = self._moved, []
         for request_id, tracked in self._tracked.items():
-            if not tracked.sliding:
-                continue
-            tables = self._manager.get_block_ids(request_id) if self._manager is not None else ()
-            for number, (group, first, blocks) in list(tracked.sliding.items()):
-                if not tables or tables[group][first : first + len(blocks)] != blocks:
-                    moved.append(number)
-                    del tracked.sliding[number]
+            if tracked.sliding:
+                moved += _left(tracked, self._manager.get_block_ids(request_id) if self._manager is not None else ())
         return moved
 
     def worker_output(self, output: KVConnectorOutput) -> None:
@@ -538,9 +536,6 @@ class SchedulerSide:
                 tracked.loading = False
                 if tracked.finished:
                     self._drop(request_id)
-        for request_id in output.finished_sending or ():
-            self._kept_back.discard(request_id)
-            self._drop(request_id)
 
     def _updated(self, weights: Mapping[tuple[int, int], int]) -> None:
         """Workers have other weights. They have done nothing since that was ordered by old names."""
@@ -565,8 +560,10 @@ class SchedulerSide:
         if self._placement is not None and (offered := self._offered.pop(number, None)):
             self._placement.kept_elsewhere(offered)
         if tracked := self._tracked.get(request_id):
-            tracked.stores.discard(number)
+            tracked.stores.pop(number, None)
             tracked.sliding.pop(number, None)
+            if tracked.finished and not tracked.stores and not tracked.loading:
+                self._drop(request_id)
 
     def _load_failed(self, request_id: str, block: int) -> None:
         self.stats.add("failed_loads", 1)
@@ -586,17 +583,18 @@ class SchedulerSide:
                 self._offered.pop(number, None)
 
     def frees_pending(self) -> bool:
-        return bool(self._kept_back) or bool(self._pins) or (self._loans is not None and self._loans.frees_pending())
+        return bool(self._pins) or (self._loans is not None and self._loans.frees_pending())
 
     def wants_steps(self) -> bool:
-        """Whether vLLM should take a step though no request needs one: for loans, for the workers' first report, or for
-        what they have counted since their last one."""
+        """Whether vLLM should take a step though no request needs one: for stores that are not known to be over, for
+        loans, for the workers' first report, or for what they have counted since their last one."""
         introductions = not self._ranks and not self._stepped
-        return introductions or self._idle() or (self._loans is not None and self._loans.wants_steps())
+        lends = self._loans is not None and self._loans.wants_steps()
+        return introductions or bool(self._pins) or self._idle() or lends
 
     def _idle(self) -> bool:
         """Whether all requests are over, and what the workers did for them is not counted yet."""
-        return not self._counted and not self._tracked and not self._kept_back
+        return not self._counted and not self._tracked
 
     def reset(self) -> bool:
         """Forgets everything: what this engine stored until now, it finds no more. Others' engines do."""
@@ -625,3 +623,16 @@ class SchedulerSide:
     def close(self) -> None:
         self._events.close()
         self._connection.close()
+
+
+def _left(tracked: Tracked, tables: Tables) -> list[int]:
+    """A request's stores of blocks that are not in its tables any more. They are forgotten, and so are all others of
+    windows when it is finished."""
+    left = []
+    for number, (group, first, blocks) in list(tracked.sliding.items()):
+        if not tables or tables[group][first : first + len(blocks)] != blocks:
+            left.append(number)
+            del tracked.sliding[number]
+    if tracked.finished:
+        tracked.sliding.clear()
+    return left

@@ -37,8 +37,8 @@ class Tracked:
     """Where the tails of other groups are still to be kept: after so many units, ascending."""
     tail: int = 0
     """The last such end where they are kept or on their way, or were loaded; 0: none."""
-    stores: set[int] = field(default_factory=set)
-    """Store jobs that are not known to be over."""
+    stores: dict[int, list[int]] = field(default_factory=dict)
+    """Store jobs that are not known to be over, and the blocks of the pool that each reads."""
     sliding: dict[int, tuple[int, int, list[int]]] = field(default_factory=dict)
     """Those of them of sliding-window groups: the group, the first block, and where they are in the pool."""
     loading: bool = False

@@ -90,7 +90,6 @@ class WorkerSide:
         self._lost: set[str] = set()
         """With several groups: requests with a failed load."""
         self._storing: dict[str, dict[int, tuple[StoreJob, Store]]] = {}
-        self._retained: set[str] = set()
         self._marks: dict[int, Mark] = {}
         self._invalid: set[int] = set()
         self._tainted: set[str] = set()
@@ -305,7 +304,6 @@ class WorkerSide:
             self._staging.begin(step.staged if step is not None else 0, ahead)
         if step is not None:
             self._outdated = step.weights.get((self._ranks.pp, self._ranks.tp), 0) != self._updates
-            self._retained.update(step.retained)
             self._report.settled = step.doubt
             self._lend(step)
 
@@ -411,15 +409,12 @@ class WorkerSide:
             else:
                 self._storing.setdefault(job.request, {})[job.number] = (job, store)
 
-    def finished(self) -> tuple[set[str], set[str], set[str]]:
-        """Requests whose stores are over, of those that vLLM keeps for them; those whose load is; and those of these
-        of which vLLM is to compute everything again."""
+    def finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose load is over, and those of these of which vLLM is to compute everything again."""
         if self._storing:
             self._poll_stores()
         if self._loans.lends:
             self._back(self._attempt("lent blocks did not answer", self._loans.returned, self._cache) or [])
-        sent = {request for request in self._retained if request not in self._storing}
-        self._retained -= sent
         received = set()
         if self._landing is not None:
             self._landing.forward_over()
@@ -438,7 +433,7 @@ class WorkerSide:
             self._tainted.discard(request)
             received.add(request)
         failed, self._lost = self._lost, set()
-        return sent, received, failed
+        return received, failed
 
     def invalid_blocks(self) -> set[int]:
         """Blocks that this step's forward must not have relied on. Ends the loads it waited for."""
