@@ -694,7 +694,7 @@ class Engine:
         """Whether SwiftCache takes every load of other connectors for good from now on. What it stores then it stores
         before the engine computes it again."""
         side = self._side
-        self.llm.collective_rpc(at_once, args=(believes,))
+        self.at_once(believes)
         if not believes:
             del side.metadata, side.allocated
             return

@@ -167,7 +167,7 @@ fn turns_s(
     // The host's work for the others goes on beside loads.
     let others_s = HOST_S * (together.min(clients) - 1) as f64;
     let mut at_s = engine.request_s + before_s.max(others_s);
-    if longest && together > 1 && clients > 1 {
+    if longest && together > 1 {
         at_s += contexts[1..].iter().map(compute_s).sum::<f64>();
     }
     let mut loaded_s = at_s;

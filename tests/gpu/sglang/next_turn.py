@@ -36,7 +36,7 @@ sys.path[:0] = [str(HERE.parent / "vllm")]
 import shapes  # noqa: E402
 from bench import quantile  # noqa: E402
 from ground import Ground, Program, log_file  # noqa: E402
-from talk import converse, in_turn  # noqa: E402
+from talk import converse, in_turn, to_say  # noqa: E402
 
 GiB = 1 << 30
 LOCAL = "from its own pool"
@@ -218,18 +218,9 @@ class Place:
             lent_by = arm.get("lent_by", self.ground.donor_device)
         task = {
             "what": "bench",
-            "seed": "bench",
             "options": self.options(size.shape, own // size.token // size.page * size.page) | more,
-            "conversations": size.conversations,
-            "shortest": size.shortest,
-            "longest": size.longest,
-            "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
-            "new": size.new,
-            "answer": size.answer,
-            "rounds": size.rounds,
-            "clients": self.args.clients,
-            "rates": self.args.rates,
         }
+        task |= to_say(size, self.args.clients, self.args.rates)
         return self.run(f"bench {name}", task, lent_by)
 
 

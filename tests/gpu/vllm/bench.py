@@ -29,6 +29,7 @@ from typing import Any
 import shapes
 from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, hbm, log_file
 from lmcache_server import serving
+from talk import to_say
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
@@ -81,6 +82,7 @@ class Size:
         self.slab = 8 << 20 if cpu else 256 << 20
         self.beside = 64 << 20 if cpu else 20 << 30
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
+        self.hbm = 2 * (self.resident + self.beside) if cpu else hbm()
 
     def pool(self, arm: dict[str, Any]) -> int:
         return self.resident if arm.get("resident") else self.local
@@ -90,7 +92,7 @@ class Size:
         return self.lent if {"offload", "lmcache", "host", "lent_by"} & arm.keys() else 0
 
 
-def together(found: dict[str, dict[str, Any]], size: Size, most_hbm: int, most_host: int) -> list[list[str]]:
+def together(found: dict[str, dict[str, Any]], size: Size, most_host: int) -> list[list[str]]:
     """The arms whose engines start at the same time: so many, in order, as fit into HBM and host memory."""
     batches: list[list[str]] = []
     hbm_left = host_left = 0
@@ -98,7 +100,7 @@ def together(found: dict[str, dict[str, Any]], size: Size, most_hbm: int, most_h
         needs, pinned = size.pool(arm) + size.beside, size.pinned(arm)
         if not batches or needs > hbm_left or pinned > host_left:
             batches.append([])
-            hbm_left, host_left = most_hbm, most_host
+            hbm_left, host_left = size.hbm, most_host
         batches[-1].append(name)
         hbm_left, host_left = hbm_left - needs, host_left - pinned
     return batches
@@ -176,7 +178,7 @@ class Trial:
             self._stack = stack.pop_all()
 
     def _options(self, args: Any) -> dict[str, Any]:
-        size, pool, whole = self._size, self._size.pool(self._arm), hbm()
+        size, pool = self._size, self._size.pool(self._arm)
         options = {
             "model": str(shapes.make(size.shape, args.report)),
             "load_format": "dummy",
@@ -185,10 +187,11 @@ class Trial:
             "max_num_batched_tokens": 8192,
             "kv_cache_memory_bytes": pool,
             # Others start at the same time: so much has to be free.
-            "gpu_memory_utilization": (pool + size.beside) / whole if whole else 0.9,
+            "gpu_memory_utilization": (pool + size.beside) / size.hbm,
         } | self._arm.get("options", {})
         if args.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024}
+            options |= {"gpu_memory_utilization": 0.9}
         return options
 
     def wait(self) -> None:
@@ -197,19 +200,7 @@ class Trial:
 
     def measure(self, args: Any) -> dict[str, Any]:
         arm, size = self._arm, self._size
-        task = {
-            "seed": "bench",
-            "conversations": size.conversations,
-            "shortest": size.shortest,
-            "longest": size.longest,
-            "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
-            "new": size.new,
-            "answer": size.answer,
-            "rounds": size.rounds,
-            "clients": args.clients,
-            "rates": args.rates,
-            "result": str(self.directory / "result.json"),
-        }
+        task = to_say(size, args.clients, args.rates) | {"result": str(self.directory / "result.json")}
         back: Withdrawals | None = None
         try:
             if self._program.ended():
@@ -323,7 +314,7 @@ def main() -> None:
     chosen = arms(args)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hardware = ""
-    for batch in together(chosen, size, hbm() or 2 * (size.resident + size.beside), memory * 6 // 10):
+    for batch in together(chosen, size, memory * 6 // 10):
         if time.monotonic() - began > args.within:
             results |= {name: {"error": "the time was over before it began"} for name in batch}
             continue

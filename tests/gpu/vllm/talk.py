@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import shapes
+
 Ask = Callable[[list[int], int], Awaitable[dict[str, Any]]]
 """Has an engine answer a prompt with so many tokens, and says how that went."""
 
@@ -67,6 +69,22 @@ async def arriving(
 def note(what: str) -> None:
     """Progress, for the log."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def to_say(size: Any, clients: list[int], rates: list[float]) -> dict[str, Any]:
+    """What `converse` reads: how much, as a script's `size` has it, and under which loads."""
+    return {
+        "seed": "bench",
+        "conversations": size.conversations,
+        "shortest": size.shortest,
+        "longest": size.longest,
+        "vocabulary": shapes.SHAPES[size.shape]["vocab_size"],
+        "new": size.new,
+        "answer": size.answer,
+        "rounds": size.rounds,
+        "clients": clients,
+        "rates": rates,
+    }
 
 
 async def converse(ask: Ask, task: dict[str, Any]) -> dict[str, dict[str, Any]]:

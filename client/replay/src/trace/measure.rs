@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use swiftcache_proto::domain::BlockHash;
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use super::{Options, TraceError, ids};
 
@@ -70,6 +70,7 @@ impl Measure {
             Self::Tokenizer(tokenizer, _) => {
                 let tokens = split(tokenizer, text)?;
                 let bytes: Vec<u8> = tokens
+                    .get_ids()
                     .iter()
                     .flat_map(|token| token.to_le_bytes())
                     .collect();
@@ -92,11 +93,9 @@ impl Measure {
     }
 }
 
-fn split(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, String> {
-    match tokenizer.encode_fast(text, false) {
-        Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-        Err(problem) => Err(format!("the tokenizer refuses its text: {problem}")),
-    }
+fn split(tokenizer: &Tokenizer, text: &str) -> Result<Encoding, String> {
+    let tokens = tokenizer.encode_fast(text, false);
+    tokens.map_err(|problem| format!("the tokenizer refuses its text: {problem}"))
 }
 
 /// A name for each piece of so many bytes, which says all before it, too.

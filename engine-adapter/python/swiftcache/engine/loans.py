@@ -203,7 +203,7 @@ class WorkerLoans:
 
     def returned(self, cache: Cache | None) -> list[int]:
         """Loans that are back since this was last asked."""
-        if not self.lends or cache is None:
+        if cache is None:
             return []
         returned = cache.returned_loans()
         if returned and (problem := cache.lend_problem()):

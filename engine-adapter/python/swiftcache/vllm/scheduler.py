@@ -327,8 +327,9 @@ class SchedulerSide:
             return
         tracked.finished = True
         # What its window has left may be another's already.
-        moved = _left(tracked, tables)
+        moved = tracked.left_by_windows(tables)
         self._moved += moved
+        tracked.sliding.clear()
         for number, blocks in tracked.stores.items():
             if number not in self._pins and number not in moved:
                 self._pins.hold(number, blocks)
@@ -366,7 +367,7 @@ class SchedulerSide:
                 continue
             offers = blocks_of.boundary_state_offloads.get(request_id, ()) if self._groups.states else ()
             most = (tracked.request.num_computed_tokens + scheduled) // self._block_tokens
-            if most <= tracked.kept and not offers and not tracked.ends:
+            if not offers and not self._has_more(tracked, most):
                 # So it is in most steps of a request that decodes.
                 continue
             full = self._doubt.computed(tracked, scheduled) // self._block_tokens
@@ -509,7 +510,8 @@ class SchedulerSide:
         moved, self._moved = self._moved, []
         for request_id, tracked in self._tracked.items():
             if tracked.sliding:
-                moved += _left(tracked, self._manager.get_block_ids(request_id) if self._manager is not None else ())
+                tables = self._manager.get_block_ids(request_id) if self._manager is not None else ()
+                moved += tracked.left_by_windows(tables)
         return moved
 
     def worker_output(self, output: KVConnectorOutput) -> None:
@@ -623,16 +625,3 @@ class SchedulerSide:
     def close(self) -> None:
         self._events.close()
         self._connection.close()
-
-
-def _left(tracked: Tracked, tables: Tables) -> list[int]:
-    """A request's stores of blocks that are not in its tables any more. They are forgotten, and so are all others of
-    windows when it is finished."""
-    left = []
-    for number, (group, first, blocks) in list(tracked.sliding.items()):
-        if not tables or tables[group][first : first + len(blocks)] != blocks:
-            left.append(number)
-            del tracked.sliding[number]
-    if tracked.finished:
-        tracked.sliding.clear()
-    return left

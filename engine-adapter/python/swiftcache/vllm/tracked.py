@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from swiftcache.vllm.finder import Tables
     from swiftcache.vllm.metadata import Adapter
 
 
@@ -68,3 +69,13 @@ class Tracked:
     def reaches_end(self, full: int) -> bool:
         """Whether tails are to be kept at an end within the first `full` units."""
         return bool(self.ends) and self.ends[0] <= full
+
+    def left_by_windows(self, tables: Tables) -> list[int]:
+        """Stores of blocks that are not in its tables any more. They are named once."""
+        left = []
+        for number, (group, first, blocks) in self.sliding.items():
+            if not tables or tables[group][first : first + len(blocks)] != blocks:
+                left.append(number)
+        for number in left:
+            del self.sliding[number]
+        return left
