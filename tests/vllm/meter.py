@@ -14,15 +14,19 @@ from typing import Any
 class Meter:
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.by_hook: dict[str, float] = {}
+        """The same, of each hook."""
         self._inside = False
 
     def around(self, connector: Any) -> None:
         """Counts every hook of this connector from now on."""
         for name in dir(type(connector)):
             if not name.startswith("_") and inspect.isfunction(_defined(connector, name)):
-                setattr(connector, name, self._counted(getattr(connector, name)))
+                setattr(connector, name, self._counted(name, getattr(connector, name)))
 
-    def _counted(self, hook: Any) -> Any:
+    def _counted(self, name: str, hook: Any) -> Any:
+        self.by_hook.setdefault(name, 0.0)
+
         def counted(*arguments: Any, **named: Any) -> Any:
             # A hook that calls another one is counted once.
             if self._inside:
@@ -32,7 +36,9 @@ class Meter:
             try:
                 return hook(*arguments, **named)
             finally:
-                self.seconds += time.perf_counter() - began
+                took = time.perf_counter() - began
+                self.seconds += took
+                self.by_hook[name] += took
                 self._inside = False
 
         return counted

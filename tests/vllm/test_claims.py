@@ -145,6 +145,27 @@ def test_a_claim_ends_with_the_step_and_is_made_anew(engine, native) -> None:
     assert engine.begin("a").loads[0].claimed
 
 
+@pytest.mark.parametrize("free", [3, 4, 5, 6])
+def test_nothing_is_claimed_again_while_the_pool_has_no_room_for_the_request(engine, native, free) -> None:
+    """It has 17 tokens, which is 5 blocks, and vLLM keeps one free for those that run."""
+    pool = SimpleNamespace(get_num_free_blocks=lambda: free, blocks=range(100))
+    request, answer = engine.ask()
+    assert answer == (12, False)
+    engine.side._manager = SimpleNamespace(block_pool=pool, watermark_blocks=1, get_block_ids=lambda _: ([],))
+    engine.side.metadata(stage.output({}, {}))
+    native.calls.clear()
+    answers = []
+    for _ in range(3):
+        answers.append(engine.side.matched_tokens(request, 0))
+        engine.side.metadata(stage.output({}, {}))
+    claims = [call for call in native.calls if call[0] == "claim"]
+    fits = free >= 6
+    assert answers == 3 * [(12, not fits)] and len(claims) == (3 if fits else 0)
+    assert len(native.Claim.there) == 0
+    # What vLLM has computed itself needs no room.
+    assert engine.side._fits(request, 4) == (free >= 5)
+
+
 def test_what_was_claimed_may_be_gone_when_it_is_asked_for_again(engine) -> None:
     request, answer = engine.ask()
     assert answer == (12, False)

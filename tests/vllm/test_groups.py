@@ -745,6 +745,7 @@ def test_a_page_that_layers_share_is_marked_by_the_last_one(worker, monkeypatch)
     """Layers with a state do not say when they are computed."""
     monkeypatch.setattr(worker, "_cuda", True)
     monkeypatch.setattr(worker, "_mark", object)
+    monkeypatch.setattr("swiftcache.vllm.worker.MARKED_BYTES", 0)
     names = [name for layer in range(4) for name in worker._layout.by_layer if f".{layer}." in name]
     worker.bind(StepMetadata(stores=[StoreJob(0, "w", bytes(16), [1])]))
     for name in names[:2]:

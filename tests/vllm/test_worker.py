@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pytest
 import stage
 import torch
 
+import swiftcache.vllm.worker
 from swiftcache.engine.fingerprint import Ranks
+from swiftcache.engine.loans import LendJob
 from swiftcache.engine.settings import Settings
 from swiftcache.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
 from swiftcache.vllm.worker import WorkerSide
@@ -158,13 +161,23 @@ def test_a_store_that_cannot_start_lets_go_at_once(worker, native, monkeypatch) 
     assert done.report.done == {0: 1} and done.report.lost == {0}
 
 
-def test_on_cuda_stores_follow_each_layers_mark_and_loads_the_stream(cuda, native) -> None:
+def test_on_cuda_stores_follow_each_layers_mark_and_loads_the_stream(cuda, native, monkeypatch) -> None:
+    monkeypatch.setattr(swiftcache.vllm.worker, "MARKED_BYTES", 0)
     run(cuda, StepMetadata(stores=[store(0, [1])]))
     (_, _, marks) = native.calls[-1]
     assert [mark.stream for mark in marks] == [77, 77] and marks[0] is not marks[1]
     run(cuda, StepMetadata(loads=[load([4])]))
     (_, _, after) = next(call for call in native.calls if call[0] == "load")
     assert after.stream == 77
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "more"])
+def test_on_cuda_few_bytes_of_a_step_are_stored_behind_its_end(cuda, native, monkeypatch, few) -> None:
+    """All layers have one mark then, and the client queues them together."""
+    monkeypatch.setattr(swiftcache.vllm.worker, "MARKED_BYTES", 3 * cuda._layout.block_bytes - (0 if few else 1))
+    run(cuda, StepMetadata(stores=[store(0, [1, 2]), store(1, [3], "b")]))
+    for _, _, marks in native.calls[-2:]:
+        assert (marks[0] is marks[1]) == few
 
 
 def test_on_cuda_a_graph_that_skips_hooks_still_stores_after_the_forward(cuda, native) -> None:
@@ -309,3 +322,79 @@ def test_counters_are_read_at_most_once_a_second(native, caches) -> None:
     assert worker.stats() is None
     now[0] = 2.0
     assert worker.stats().data["counters"] == {}
+
+
+STEPS = {
+    "loads": StepMetadata(loads=[load([4])]),
+    "stores": StepMetadata(stores=[store(0, [1])]),
+    "lend": StepMetadata(lend=[LendJob(1, 8, 9)]),
+    "take_back": StepMetadata(take_back=[1]),
+    "staged": StepMetadata(staged=1),
+    "idle": StepMetadata(idle=True),
+    "doubt": StepMetadata(doubt=1),
+}
+"""Of everything that a step can order of a worker once it has begun, one."""
+
+
+def test_every_order_of_a_step_is_among_those_that_are_tried() -> None:
+    others = {"fence", "arrived", "weights"}
+    assert STEPS.keys() | others == {field.name for field in dataclasses.fields(StepMetadata)}
+
+
+@pytest.fixture
+def quiet(worker) -> WorkerSide:
+    """A worker that has counted, and has nothing to say."""
+    run(worker, StepMetadata())
+    worker.stats()
+    worker.bind(StepMetadata())
+    assert worker.is_quiet()
+    worker.bind(None)
+    return worker
+
+
+@pytest.mark.parametrize("order", STEPS)
+def test_a_step_that_orders_something_is_not_quiet(quiet, order) -> None:
+    quiet.bind(STEPS[order])
+    assert not quiet.is_quiet()
+
+
+def test_outside_of_a_step_nothing_is_quiet(quiet) -> None:
+    assert not quiet.is_quiet()
+
+
+@pytest.mark.parametrize("what", ["store", "load", "report", "counters", "weights"])
+def test_what_is_under_way_or_to_be_said_keeps_steps_from_being_quiet(quiet, native, monkeypatch, what) -> None:
+    if what == "store":
+        native.hold_stores = True
+        run(quiet, StepMetadata(stores=[store(0, [1])]))
+    elif what == "load":
+        native.hold_loads = True
+        run(quiet, StepMetadata(loads=[load([4], sync=False)]))
+    elif what == "report":
+        quiet._report.done[3] = 1
+    elif what == "counters":
+        monkeypatch.setattr(quiet, "_clock", lambda: 1.0)
+    else:
+        quiet.weights_changed()
+    for _ in range(2):
+        quiet.bind(StepMetadata())
+        assert not quiet.is_quiet()
+        quiet.bind(None)
+
+
+def test_a_worker_that_makes_promises_is_quiet_once_it_has_seen_a_forward_wait(native, caches) -> None:
+    worker = made(caches, sync=False, promises=True)
+    worker.stats()
+
+    def is_quiet() -> bool:
+        worker.bind(StepMetadata())
+        return worker.is_quiet()
+
+    assert not is_quiet(), "it has not seen a forward wait for every layer"
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    run(worker, StepMetadata())
+    worker.stats()
+    assert is_quiet()
+    native.hold_loads = True
+    run(worker, StepMetadata(loads=[load([4, 5], sync=False)]))
+    assert worker._landing._promised and not is_quiet()

@@ -118,6 +118,11 @@ impl Ticket {
         self.0.outcome()
     }
 
+    /// Whether both are clones of one: they end at the same moment.
+    pub fn is_same(&self, other: &Self) -> bool {
+        std::sync::Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Whether it is over, well or not. See [`outcome`](Self::outcome).
     pub fn is_over(&self) -> bool {
         self.outcome().is_some()

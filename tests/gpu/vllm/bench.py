@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, hbm, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, hbm, hbm_used, log_file
 from lmcache_server import serving
 from talk import to_say
 
@@ -83,9 +83,16 @@ class Size:
         self.beside = 64 << 20 if cpu else 20 << 30
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
         self.hbm = 2 * (self.resident + self.beside) if cpu else hbm()
+        self.lent_here = 0 if cpu or len(hbm_used()) > 1 else self.lent
+        """HBM of the engines' own GPU that a donor lends, where there is no other one."""
 
     def pool(self, arm: dict[str, Any]) -> int:
         return self.resident if arm.get("resident") else self.local
+
+    def needs(self, arm: dict[str, Any]) -> int:
+        """HBM of the engines' GPU, bytes."""
+        borrows = "settings" in arm and not {"host", "lent_by"} & arm.keys()
+        return self.pool(arm) + self.beside + (self.lent_here if borrows else 0)
 
     def pinned(self, arm: dict[str, Any]) -> int:
         """Host memory of an arm, bytes."""
@@ -97,7 +104,7 @@ def together(found: dict[str, dict[str, Any]], size: Size, most_host: int) -> li
     batches: list[list[str]] = []
     hbm_left = host_left = 0
     for name, arm in found.items():
-        needs, pinned = size.pool(arm) + size.beside, size.pinned(arm)
+        needs, pinned = size.needs(arm), size.pinned(arm)
         if not batches or needs > hbm_left or pinned > host_left:
             batches.append([])
             hbm_left, host_left = size.hbm, most_host
@@ -327,7 +334,7 @@ def main() -> None:
             print(f"{time.monotonic() - began:.0f} s: started: {', '.join(batch)}", flush=True)
             for name, trial in trials.items():
                 results[name] = trial.measure(args)
-                hardware = trial.ground.hardware
+                hardware = f"{trial.ground.hardware}; the lent memory is on {trial.ground.way}"
                 print(f"{time.monotonic() - began:.0f} s\n{table({name: results[name]})}", flush=True)
                 said = {"on": hardware, "shape": size.shape, "arms": results}
                 (args.report / "bench.json").write_text(json.dumps(said))

@@ -2,8 +2,10 @@
 
 The engine runs in this process, one request at a time, and its parts are timed. Arms: the prefix is resident in the
 engine's own pool; or it is loaded from a donor, `asynchronous` as where scheduler and worker are two processes. The
-median request of each arm is printed, step after step. After that several requests decode at once: what of a step is
-spent in SwiftCache's hooks?
+median request of each arm is printed, step after step. In the arms `full pool` the engine has not forgotten its
+prefixes, but its pool is smaller than all of them, so that each one is evicted before it is asked for again, as in the
+bench. After that several requests decode at once: how long is a step, and what of it is spent in the connector's hooks?
+One arm has a connector that does nothing: so much of it is vLLM's calls, and their being timed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
     "SwiftCache": {"environment": V2, "options": {}, "settings": {}},
+    "SwiftCache, full pool": {"environment": V2, "options": {}, "settings": {}, "full": True},
+    "hooks that do nothing": {"environment": V2, "options": {}, "nothing": True},
     "asynchronous": {"environment": V2, "options": {}, "settings": {}, "claims": False},
     "wait": {"environment": V2, "options": {}, "settings": {"load": "wait"}},
     "resident, V1": {"environment": V1, "options": {"async_scheduling": False}},
@@ -114,6 +118,10 @@ class Arm:
                 kv_role="kv_both",
                 kv_connector_extra_config=task["connector"],
             )
+        elif task["nothing"]:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="NothingConnector", kv_connector_module_path="nothing", kv_role="kv_both"
+            )
         self.llm = LLM(**options)
         self.loads = task["connector"] is not None
         self.task, self.line = task, Line()
@@ -146,7 +154,8 @@ class Arm:
         # So many that the broker is not asked any more, which has nothing else in any case.
         for number in range(WARM):
             self._forget()
-            self._ask(f"warm {number}", prompts[number % 2] + self._new(f"warm {number}"), 8)
+            of = prompts[number % len(prompts) if self.task["full"] else number % 2]
+            self._ask(f"warm {number}", of + self._new(f"warm {number}"), 8)
         found = []
         for number, prompt in enumerate(prompts[2:]):
             self._settle()
@@ -155,17 +164,16 @@ class Arm:
             found.append(self._ask(f"turn {number}", prompt + self._new(f"turn {number}"), 8))
         return found
 
-    def decode(self) -> dict[str, float] | None:
+    def decode(self) -> dict[str, Any]:
         """Medians of steps in which several requests get a token each, milliseconds: a step, and its part in hooks."""
-        if not self.loads:
-            return None
         from meter import Meter
         from vllm import SamplingParams
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        meter, engine, count = Meter(), self.llm.llm_engine, 64
-        meter.around(self._scheduler.connector)
-        meter.around(get_kv_transfer_group())
+        meter, engine, count = Meter(), self.llm.llm_engine, 256
+        if has_kv_transfer_group():
+            meter.around(self._scheduler.connector)
+            meter.around(get_kv_transfer_group())
         parameters = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
         for number in range(8):
             engine.add_request(f"decode {number}", {"prompt_token_ids": self._new(f"decode {number}")}, parameters)
@@ -181,6 +189,8 @@ class Arm:
             "step": statistics.median(steps),
             "hooks": statistics.median(hooks),
             "hooks_mean": statistics.mean(hooks),
+            "step_mean": statistics.mean(steps),
+            "by_hook": {name: 1e3 * seconds / count for name, seconds in meter.by_hook.items()},
         }
 
     def _prompt(self, number: int) -> list[int]:
@@ -199,8 +209,8 @@ class Arm:
             self.llm.llm_engine.step()
 
     def _forget(self) -> None:
-        """Only where prefixes are to come from donors."""
-        if self.loads:
+        """Only where prefixes are to come from donors, and are not evicted."""
+        if self.loads and not self.task["full"]:
 
             def forgotten() -> bool:
                 self._settle()
@@ -247,6 +257,10 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     file = ground.directory / "timeline.json"
     task = {"options": options, "connector": connector, "tokens": tokens, "new": 64 if args.cpu else 256}
     task |= {"count": 6 if args.cpu else 12, "result": str(file), "claims": arm.get("claims", True)}
+    task |= {"full": arm.get("full", False), "nothing": arm.get("nothing", False)}
+    if task["full"]:
+        # Of the prompts it holds two or three of six, or four of twelve.
+        options["kv_cache_memory_bytes"] = 4 << 20 if args.cpu else 12 << 30
     donor = ground.lend(lent, slab) if connector is not None else None
     log = log_file(args.report, f"timeline {name}")
     try:
@@ -272,11 +286,14 @@ def shown(name: str, of: dict[str, Any]) -> str:
         f"{requests[-1]['first_ms']:.1f}), {median['cached']:,} of {median['prompt']:,} tokens found"
     ]
     rows += [f"  {start:8.2f} + {took:7.2f}  {what}" for what, start, took in median["entries"] if took >= 0.02]
-    if decode := of["decode"]:
+    decode = of["decode"]
+    rows.append(f"  a decode step of 8 requests: {decode['step']:.2f} ms (mean {decode['step_mean']:.2f})")
+    if decode["by_hook"]:
         share = 100 * decode["hooks"] / decode["step"]
+        slowest = sorted(decode["by_hook"].items(), key=lambda one: -one[1])[:8]
         rows.append(
-            f"  a decode step of 8 requests: {decode['step']:.2f} ms, {decode['hooks']:.3f} of it in hooks "
-            f"({share:.1f} %; mean {decode['hooks_mean']:.3f})"
+            f"  {1e3 * decode['hooks']:.0f} us of it in hooks ({share:.1f} %; mean {1e3 * decode['hooks_mean']:.0f}). "
+            "On average: " + ", ".join(f"{name} {1e3 * took:.1f}" for name, took in slowest)
         )
     return "\n".join(rows)
 

@@ -1,7 +1,7 @@
 //! Transfers: bytes on their way between an engine's paged pool and areas of blocks in other memory, layer by layer.
 //!
 //! * A [`BlockArea`] is a piece of memory with slots for blocks. The way to it is a [`Route`]: one pair of streams for each device.
-//! * A [`Plan`] says which blocks go between which slots and which blocks of the engine's pool. `pipeline::issue_layer` is the one
+//! * A [`Plan`] says which blocks go between which slots and which blocks of the engine's pool. `pipeline::issue_layers` is the one
 //!   place where a layer's bytes are put on their way.
 //! * A [`Transfer`] is what was queued together. It tells when it is known to be over, and whether its bytes are worth anything.
 //! * [`Routes`] remember which routes fail repeatedly (`breaker`).

@@ -1,6 +1,6 @@
 //! The layer pipeline: issues each layer's copies, in layer order, and marks where each layer ends.
 //!
-//! [`issue_layer`] is the one place where a layer's bytes are put on their way between an area and the engine.
+//! [`issue_layers`] is the one place where layers' bytes are put on their way between an area and the engine.
 
 use std::{ops::Range, sync::Arc};
 
@@ -58,24 +58,36 @@ impl Refused {
     }
 }
 
-/// Queues the copies of one layer of a planned transfer: one batch for each stream, runs of blocks coalesced.
-fn issue_layer(
+/// Pieces up to which layers that may start together are one batch: so many travel in a launch's own parameters.
+const MOST_PIECES: u64 = 1024;
+
+/// Queues the copies of some layers of a planned transfer: one batch for each stream, runs of blocks coalesced.
+fn issue_layers(
     plan: &mut Plan,
     queueing: &Queueing<'_>,
-    layer: usize,
-    layer_bytes: u64,
+    layers: Range<usize>,
+    layer_bytes: &[u64],
     kv: &PagedKv,
     bytes: &mut BytesByLink,
 ) -> Result<(), Refused> {
     let direction = queueing.direction();
-    let engine = &kv.layers[layer];
     for route in queueing.routes() {
         plan.clear_parts();
         for group in 0..plan.groups.len() {
             let area = &plan.groups[group].area;
-            if Arc::ptr_eq(&area.route, route) {
-                bytes[area.link] += plan.groups[group].blocks * layer_bytes;
-                plan.add_part(group, layer, layer_bytes, engine, direction);
+            if !Arc::ptr_eq(&area.route, route) {
+                continue;
+            }
+            let link = area.link;
+            for layer in layers.clone() {
+                bytes[link] += plan.groups[group].blocks * layer_bytes[layer];
+                plan.add_part(
+                    group,
+                    layer,
+                    layer_bytes[layer],
+                    &kv.layers[layer],
+                    direction,
+                );
             }
         }
         let stream = route.stream(direction);
@@ -111,7 +123,7 @@ pub(crate) fn issue_load(
         wait_for(after, queueing)?;
     }
     for layer in layers {
-        issue_layer(plan, queueing, layer, layer_bytes[layer], kv, bytes)?;
+        issue_layers(plan, queueing, layer..layer + 1, layer_bytes, kv, bytes)?;
         for route in queueing.routes() {
             let mark = route.stream(queueing.direction()).record();
             let mark = mark.map_err(|error| Refused::on(route, error))?;
@@ -122,7 +134,9 @@ pub(crate) fn issue_load(
     Ok(tickets)
 }
 
-/// Queues write-back of every layer, each after the ticket that says its bytes are computed.
+/// Queues write-back of every layer, each after the ticket that says its bytes are computed. Layers that follow one another and
+/// wait for the same ticket are queued together, as far as that is one launch: a block that was filled while decoding costs one in
+/// all, where a call for each layer would cost the engine's step more than its hooks do otherwise.
 pub(crate) fn issue_store(
     plan: &mut Plan,
     layer_bytes: &[u64],
@@ -132,13 +146,31 @@ pub(crate) fn issue_store(
     bytes: &mut BytesByLink,
 ) -> Result<(), Refused> {
     use_routes(plan, queueing);
-    for (layer, block_bytes) in layer_bytes.iter().enumerate() {
-        if let Some(ready) = layer_ready(layer) {
-            wait_for(&ready, queueing)?;
+    let together = (MOST_PIECES / plan.blocks().max(1)).max(1) as usize;
+    let mut rest = 0..layer_bytes.len();
+    while let Some(first) = rest.next() {
+        let ready = layer_ready(first);
+        while rest.start < first + together
+            && rest.start < rest.end
+            && same(ready.as_ref(), layer_ready(rest.start).as_ref())
+        {
+            rest.start += 1;
         }
-        issue_layer(plan, queueing, layer, *block_bytes, kv, bytes)?;
+        if let Some(ready) = &ready {
+            wait_for(ready, queueing)?;
+        }
+        issue_layers(plan, queueing, first..rest.start, layer_bytes, kv, bytes)?;
     }
     Ok(())
+}
+
+/// Whether two marks are one, or none.
+fn same(one: Option<&Ticket>, other: Option<&Ticket>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one.is_same(other),
+        (None, None) => true,
+        _ => false,
+    }
 }
 
 fn use_routes(plan: &Plan, queueing: &mut Queueing<'_>) {
@@ -296,4 +328,199 @@ pub(crate) fn issue_probe(
         queued.map_err(|error| Refused::on(&area.route, error))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::Mutex;
+    use proptest::prelude::*;
+    use swiftcache_device::{host::HostLayer, testing::Gate};
+    use swiftcache_proto::{domain::LinkKind, topology::Topology};
+
+    use super::*;
+    use crate::{
+        device::{CopyStream, DeviceLayer, Part, Result},
+        transfer::{Routes, pool::PagedLayer, queueing::Transfer, route::Direction},
+    };
+
+    const LAYERS: [u64; 6] = [64, 16, 128, 32, 32, 8];
+    const SLOTS: u32 = 600;
+
+    /// A stream that notes what is asked of it.
+    #[derive(Debug)]
+    struct Noting {
+        stream: Arc<dyn CopyStream>,
+        /// Parts of each batch; None: a ticket that later ones wait for.
+        calls: Mutex<Vec<Option<usize>>>,
+    }
+
+    impl CopyStream for Noting {
+        fn device(&self) -> &swiftcache_proto::domain::DeviceUuid {
+            self.stream.device()
+        }
+
+        fn copy(&self, from: &Memory, to: &Memory, pieces: &[Piece]) -> Result<()> {
+            self.stream.copy(from, to, pieces)
+        }
+
+        fn copy_parts(&self, parts: &[Part], pieces: &[Piece]) -> Result<()> {
+            self.calls.lock().push(Some(parts.len()));
+            self.stream.copy_parts(parts, pieces)
+        }
+
+        fn zero(&self, memory: &Memory, offset: u64, bytes: u64) -> Result<()> {
+            self.stream.zero(memory, offset, bytes)
+        }
+
+        fn record(&self) -> Result<Ticket> {
+            self.stream.record()
+        }
+
+        fn end(&self) -> Ticket {
+            self.stream.end()
+        }
+
+        fn wait_for(&self, ticket: &Ticket) -> Result<()> {
+            self.calls.lock().push(None);
+            self.stream.wait_for(ticket)
+        }
+
+        fn write(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<()> {
+            self.stream.write(memory, offset, bytes)
+        }
+
+        fn read(&self, memory: &Memory, offset: u64, bytes: &mut [u8]) -> Result<()> {
+            self.stream.read(memory, offset, bytes)
+        }
+    }
+
+    /// A pool and an area of as many blocks, and the stream that stores are queued on.
+    struct Stand {
+        stream: Arc<Noting>,
+        area: Arc<BlockArea>,
+        kv: PagedKv,
+    }
+
+    impl Stand {
+        fn new() -> Self {
+            let topology = Topology::load("hgx-8").unwrap();
+            let device = topology.devices[0].uuid.clone();
+            let layer: Arc<dyn DeviceLayer> =
+                Arc::new(HostLayer::from_topology(&topology, false).unwrap());
+            let bytes = u64::from(SLOTS) * LAYERS.iter().sum::<u64>();
+            let memory = || layer.allocate_host(&device, bytes).unwrap();
+            let (slab, pool) = (memory(), memory());
+            let routes = Routes::new(Arc::clone(&layer), device.clone());
+            let route = routes.to(Medium::Host, &device).unwrap();
+            let stream = Arc::new(Noting {
+                stream: Arc::clone(&route.store),
+                calls: Mutex::default(),
+            });
+            let route = Arc::new(Route {
+                medium: route.medium,
+                device: route.device.clone(),
+                index: route.index,
+                load: Arc::clone(&route.load),
+                store: Arc::clone(&stream) as _,
+            });
+            let mut offset = 0;
+            let layers = LAYERS.map(|bytes| {
+                let layer = PagedLayer {
+                    memory: pool.clone(),
+                    offset,
+                    block_stride: bytes,
+                };
+                offset += bytes * u64::from(SLOTS);
+                layer
+            });
+            let content: Vec<u8> = (0..bytes).map(|at| (at / 8 % 251) as u8).collect();
+            stream.write(&pool, 0, &content).unwrap();
+            let area = BlockArea::new(slab, 0, SLOTS, &LAYERS, LinkKind::Host, route);
+            Self {
+                stream,
+                area: Arc::new(area),
+                kv: PagedKv {
+                    layers: layers.to_vec(),
+                    blocks: SLOTS,
+                },
+            }
+        }
+
+        /// The first blocks to the slots that are as far from the last one.
+        fn store(&self, blocks: u32, ready: &dyn Fn(usize) -> Option<Ticket>) -> Transfer {
+            let mut plan = Plan::default();
+            for block in 0..blocks {
+                plan.add(&self.area, SLOTS - 1 - block, block);
+            }
+            let transfer = Transfer::default();
+            let mut queueing = Queueing::new(&transfer, Direction::Store);
+            let mut bytes = BytesByLink::default();
+            issue_store(
+                &mut plan,
+                &LAYERS,
+                &self.kv,
+                ready,
+                &mut queueing,
+                &mut bytes,
+            )
+            .unwrap();
+            drop(queueing);
+            assert_eq!(
+                bytes[LinkKind::Host],
+                u64::from(blocks) * LAYERS.iter().sum::<u64>()
+            );
+            transfer
+        }
+
+        /// Whether so many blocks have arrived.
+        fn has(&self, blocks: u32) -> bool {
+            let read = |memory, at, bytes: u64| {
+                let mut content = vec![0; bytes as usize];
+                self.stream.read(memory, at, &mut content).unwrap();
+                content
+            };
+            (0..blocks).all(|block| {
+                LAYERS.iter().enumerate().all(|(layer, bytes)| {
+                    let from = self.kv.layers[layer].offset + u64::from(block) * bytes;
+                    let slot = u64::from(SLOTS - 1 - block) * bytes;
+                    let to = self.area.layer_offsets[layer] + slot;
+                    read(&self.kv.layers[layer].memory, from, *bytes)
+                        == read(&self.area.memory, to, *bytes)
+                })
+            })
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// Layers in a row that wait for the same ticket are one batch, up to so many pieces, and no other ones are.
+        #[test]
+        fn layers_that_may_start_together_are_stored_together(
+            blocks in prop_oneof![1_u32..4, 100_u32..SLOTS],
+            marks in prop::collection::vec(prop::option::of(0_usize..2), LAYERS.len()),
+        ) {
+            let stand = Stand::new();
+            let gates: [Arc<Gate>; 2] = Default::default();
+            let ready = |layer: usize| marks[layer].map(|gate| gates[gate].ticket());
+            let transfer = stand.store(blocks, &ready);
+            let together = (MOST_PIECES / u64::from(blocks)).max(1) as usize;
+            let mut expected = Vec::new();
+            for run in marks.chunk_by(|one, other| one == other) {
+                for layers in run.chunks(together) {
+                    expected.extend(layers[0].map(|_gate| None));
+                    expected.push(Some(layers.len()));
+                }
+            }
+            prop_assert_eq!(&*stand.stream.calls.lock(), &expected);
+            if marks.iter().any(Option::is_some) {
+                prop_assert!(!transfer.is_over());
+            }
+            for gate in &gates {
+                gate.open();
+            }
+            transfer.wait().unwrap();
+            prop_assert!(stand.has(blocks));
+        }
+    }
 }

@@ -73,6 +73,11 @@ impl Plan {
         self.groups.iter().map(|group| group.area.id)
     }
 
+    /// Blocks, in all areas.
+    pub(super) fn blocks(&self) -> u64 {
+        self.groups.iter().map(|group| group.blocks).sum()
+    }
+
     /// Whether the bytes of all areas outlive those who allocated them.
     pub(crate) fn lasts(&self) -> bool {
         self.groups.iter().all(|group| group.area.lasts)

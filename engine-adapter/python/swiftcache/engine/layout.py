@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,11 @@ class Layout:
     blocks: int
     shape: tuple[str, ...]
     """What must be equal for bytes to mean the same: dtype, shape and strides of a page, entry by entry."""
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Of a block in all layers."""
+        return sum(entry.page for entry in self.entries)
 
 
 def layout_of(

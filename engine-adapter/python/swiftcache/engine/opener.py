@@ -40,7 +40,7 @@ class CacheOpener:
         from swiftcache import _native
 
         settings = self._settings
-        block = sum(entry.page for entry in layout.entries)
+        block = layout.block_bytes
         for name in ("max_leased_bytes", "max_host_leased_bytes", "host_tier_bytes", "lease_step_bytes"):
             if 0 < (getattr(settings, name) or 0) < block:
                 raise ValueError(

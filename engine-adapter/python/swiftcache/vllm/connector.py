@@ -76,6 +76,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         publishes = bool(events and events.enable_kv_cache_events)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._quiet = False
+        """The worker has nothing to do in this step, so its hooks return at once. Most steps decode and are so, and
+        code that has not run for some milliseconds is slow to run through even when it finds nothing to do."""
         self._lending: tuple[Settings, Terms, int] | None = None
         self._streams = False
         self._stitched: StitchedPool | None = None
@@ -172,24 +175,33 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, StepMetadata)
         super().bind_connector_metadata(connector_metadata)
         self.worker.bind(connector_metadata)
+        self._quiet = self.worker.is_quiet()
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
-        self.worker.bind(None)
+        if self._quiet:
+            # A step that orders nothing may stay.
+            self._quiet = False
+        else:
+            self.worker.bind(None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self.worker.start_loads()
+        if not self._quiet:
+            self.worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        self.worker.wait_for_layer(layer_name)
+        if not self._quiet:
+            self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        self.worker.layer_computed(layer_name)
+        if not self._quiet:
+            self.worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        self.worker.start_stores()
+        if not self._quiet:
+            self.worker.start_stores()
 
     def finish_forward(self) -> None:
         """Nothing: a draft model may still write KV. `wait_for_save` comes after it."""
@@ -198,14 +210,16 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.reset_capture()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        if self._quiet:
+            return KVConnectorTransferResults()
         received, failed = self.worker.finished()
         return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self.worker.invalid_blocks()
+        return set() if self._quiet else self.worker.invalid_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self.worker.report()
+        return None if self._quiet else self.worker.report()
 
     # Scheduler.
 
@@ -281,7 +295,9 @@ class SwiftCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Both.
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        return self._scheduler.take_stats() if self._scheduler else self.worker.stats()
+        if self._scheduler is not None:
+            return self._scheduler.take_stats()
+        return None if self._quiet else self.worker.stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

@@ -76,6 +76,11 @@ class Landing:
         else:
             self._end(load)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is on its way, and no forward has to be seen any more."""
+        return self._proven and not (self._promised or self._read or self._behind)
+
     def step(self) -> None:
         """A step begins. Whatever hooks were called outside of steps waited for nothing."""
         self._waited.clear()

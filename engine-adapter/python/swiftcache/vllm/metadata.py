@@ -71,6 +71,11 @@ class StepMetadata(KVConnectorMetadata):
     """Requests whose loads all workers have said are over, told once, and whether this step computes several tokens of
     them (`landing`)."""
 
+    def orders_nothing(self) -> bool:
+        """Whether the workers have nothing to do once it has begun, as in most steps that decode."""
+        orders = self.loads or self.stores or self.lend or self.take_back or self.staged or self.idle or self.doubt
+        return not orders
+
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):

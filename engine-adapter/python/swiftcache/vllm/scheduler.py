@@ -112,6 +112,8 @@ class SchedulerSide:
         self._moved: list[int] = []
         """Stores of blocks that a window had left when its request was finished."""
         self._arrived: set[str] = set()
+        self._claiming = False
+        """Something was claimed for this step."""
         self._loans: Loans | None = None
         self._free: FreeBlocks | None = None
         self._placement: Placement | None = None
@@ -207,11 +209,24 @@ class SchedulerSide:
             junction.keep_state_at(request, hit.junction * self._block_tokens)
         if self._room is not None and not self._has_room(self._room, tracked, hit):
             return None, False
-        if tokens and (here := self._claims(tracked)) is not None:
+        if tokens and (here := self._claims(tracked)) is not None and self._fits(request, computed):
             if here.blocks(request.request_id) != hit.blocks:
                 self._claim(here, tracked, computed // self._block_tokens, hit.blocks)
             tracked.claimed = here.blocks(request.request_id) == hit.blocks
         return tokens, tokens > 0 and not self._sync and not tracked.claimed
+
+    def _fits(self, request: Request, computed: int) -> bool:
+        """Whether the pool has room for all of a request. Else vLLM schedules it later, and asks in every step until
+        then: what it claimed would be given up again as often, which takes longer than a step's other hooks."""
+        if self._manager is None:
+            return True
+        wanted = -(-request.num_tokens // self._block_tokens) - computed // self._block_tokens
+        return wanted <= self._free_blocks(self._manager)
+
+    @staticmethod
+    def _free_blocks(manager: KVCacheManager) -> int:
+        """What waiting requests may take of the pool."""
+        return manager.block_pool.get_num_free_blocks() - getattr(manager, "watermark_blocks", 0)
 
     def _claims(self, tracked: Tracked) -> Claims | None:
         """Where what this request loads may be claimed, if it may."""
@@ -226,6 +241,7 @@ class SchedulerSide:
 
     def _claim(self, here: Claims, tracked: Tracked, first: int, blocks: int) -> int:
         """Claims what the worker has of so many blocks."""
+        self._claiming = True
         keys = self._finder.keys(tracked.request, self._groups.full[0], first, first + blocks)
         return here.claim(tracked.request.request_id, keys, self._weights)
 
@@ -244,8 +260,8 @@ class SchedulerSide:
         if not hit.blocks or self._manager is None:
             room.gone(tracked.request.request_id)
             return True
-        free = self._manager.block_pool.get_num_free_blocks() - getattr(self._manager, "watermark_blocks", 0)
-        return room.allows(tracked, hit.computed // self._block_tokens + hit.blocks, self._tracked.values(), free)
+        end = hit.computed // self._block_tokens + hit.blocks
+        return room.allows(tracked, end, self._tracked.values(), self._free_blocks(self._manager))
 
     def _look_up(self, tracked: Tracked, computed: int) -> tuple[int, int]:
         """See `Finder.find`."""
@@ -339,15 +355,17 @@ class SchedulerSide:
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
         step = StepMetadata(self._loads, self._late, weights=dict(self._weights))
         self._loads, self._late = [], []
-        claimed = self._keep_claims(step.loads, output)
-        step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
-        self._arrived.clear()
+        claimed = self._claiming and self._keep_claims(step.loads, output)
+        if self._arrived:
+            step.arrived = {request: output.num_scheduled_tokens.get(request, 0) > 1 for request in self._arrived}
+            self._arrived.clear()
         for request_id in output.preempted_req_ids or ():
             if tracked := self._tracked.get(request_id):
                 step.fence.extend(sorted(number for number in tracked.stores if number not in self._pins))
         if self._groups.windows:
             step.fence.extend(self._moved_on())
-        step.stores = [job for job in step.stores if job.number in self._jobs]
+        if step.stores:
+            step.stores = [job for job in step.stores if job.number in self._jobs]
         self._stepped = True
         if self._idle():
             step.idle, self._counted = True, True
@@ -355,7 +373,8 @@ class SchedulerSide:
         # What is claimed cannot fail, and nobody else loads where anything is claimed.
         step.doubt = self._doubt.begin(output.has_sync_kv_loads and not claimed)
         self._doubt.contain(self._tracked.values())
-        blocks_of = output.kv_connector_block_state
+        blocks_of, block_tokens = output.kv_connector_block_state, self._block_tokens
+        tails, states = bool(self._groups.tails), bool(self._groups.states)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is None:
@@ -363,20 +382,20 @@ class SchedulerSide:
             if tracked.waiting:
                 self._doubt.scheduled(tracked)
             tracked.promised = 0
-            if blocks_of is None:
-                continue
-            offers = blocks_of.boundary_state_offloads.get(request_id, ()) if self._groups.states else ()
-            most = (tracked.request.num_computed_tokens + scheduled) // self._block_tokens
-            if not offers and not self._has_more(tracked, most):
+            most = (tracked.request.num_computed_tokens + scheduled) // block_tokens
+            if blocks_of is None or (most <= tracked.kept and not tails):
                 # So it is in most steps of a request that decodes.
                 continue
-            full = self._doubt.computed(tracked, scheduled) // self._block_tokens
-            states = self._offered_states(tracked, full, offers)
-            if not states and not self._has_more(tracked, full):
+            offers = blocks_of.boundary_state_offloads.get(request_id, ()) if states else ()
+            if not offers and not self._has_more(tracked, most):
+                continue
+            full = self._doubt.computed(tracked, scheduled) // block_tokens
+            offered = self._offered_states(tracked, full, offers)
+            if not offered and not self._has_more(tracked, full):
                 continue
             if (tables := blocks_of.get_block_ids(request_id)) is None:
                 continue
-            step.stores += self._stores(tracked, full, tables, states)
+            step.stores += self._stores(tracked, full, tables, offered)
         if self._placement is not None:
             step.staged = self._staged(output, self._placement)
         if self._loans is not None:
@@ -386,6 +405,7 @@ class SchedulerSide:
 
     def _keep_claims(self, loads: list[LoadJob], output: SchedulerOutput) -> bool:
         """Lets go of what was claimed for requests that are not scheduled after all. Returns whether others are."""
+        self._claiming = False
         claimed = [job for job in loads if job.claimed]
         for job in claimed:
             job.computes = output.num_scheduled_tokens.get(job.request, 0) > 1
@@ -516,6 +536,9 @@ class SchedulerSide:
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         report = output.kv_connector_worker_meta
+        if report is None and not output.invalid_block_ids and not output.finished_recving:
+            # So it is in most steps.
+            return
         if isinstance(report, WorkerReport):
             if report.met:
                 self._introduced(report.met)
