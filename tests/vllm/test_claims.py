@@ -89,18 +89,18 @@ def loads(native) -> list[tuple]:
 def test_copies_begin_as_soon_as_the_request_has_its_blocks(engine, native, monkeypatch) -> None:
     """vLLM takes a while from there to the forward."""
     monkeypatch.setattr(engine.worker, "_cuda", True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    for name, step_before in (("a", False), ("b", True)):
+    streams = iter([77, 77, 78, 78])
+    for name, early in (("a", False), ("b", True), ("c", True), ("d", False)):
         native.calls.clear()
-        if step_before:
-            run(engine.worker, StepMetadata())
+        stream = next(streams)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: SimpleNamespace(cuda_stream=stream))
         request, answer = engine.ask(name)
         engine.admit(request, answer[0], TABLE)
-        # Behind what the engine has queued on its stream, which is known from its last step.
-        assert [call[2].stream for call in loads(native)] == ([77] if step_before else [])
+        # Behind what the engine has queued on its stream, which is known from earlier steps if they had only one.
+        assert [call[2].stream for call in loads(native)] == ([77] if early else [])
         request.num_computed_tokens = answer[0]
         run(engine.worker, engine.step(request, 5, TABLE, loads=True))
-        assert [call[2].stream for call in loads(native)] == [77]
+        assert [call[2].stream for call in loads(native)] == [77 if early else stream]
 
 
 @pytest.mark.parametrize("stored", [TABLE[1], 1], ids=["its-own", "another"])

@@ -81,8 +81,9 @@ class WorkerSide:
         self._ends: dict[str, list[int]] = {}
         """Of each layer, the entries of the layout that no later layer has."""
         self._cuda = False
-        self._stream: int | None = None
-        """The engine's, of the last step."""
+        self._streams: set[int] = set()
+        """The engine's, of the steps that loaded or stored something: one. Asking in every step would take longer than
+        all else that a step without orders does."""
         self._by_layer = False
         """Whether this step's stores start layer by layer."""
         self.namespace = ""
@@ -269,9 +270,10 @@ class WorkerSide:
                     return None
         if not self._cuda:
             return claim.load(blocks)
-        if self._stream is None or self._cache is None:
+        if len(self._streams) != 1 or self._cache is None:
             return None
-        after = self._attempt("the engine's stream could not be marked", self._cache.mark, self._stream)
+        (stream,) = self._streams
+        after = self._attempt("the engine's stream could not be marked", self._cache.mark, stream)
         return claim.load(blocks, after) if after is not None else None
 
     def _may_load(self, job: LoadJob) -> bool:
@@ -303,7 +305,6 @@ class WorkerSide:
         self._marks.clear()
         if self._landing is not None and step is not None:
             self._landing.step()
-            self._stream = torch.cuda.current_stream().cuda_stream if self._cuda else None
         if self._staging is not None:
             ahead = step is not None and not any(job.sync for job in step.loads)
             self._staging.begin(step.staged if step is not None else 0, ahead)
@@ -561,7 +562,9 @@ class WorkerSide:
 
     def _mark(self) -> Mark:
         assert self._cache is not None
-        return self._cache.mark(torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        self._streams.add(stream)
+        return self._cache.mark(stream)
 
 
 def _done(call: Callable[..., Any], *arguments: Any) -> bool:
