@@ -50,10 +50,9 @@ impl Claim {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
         unlocked(py, || {
-            Load::of_first(&self.worker, &blocks, self.blocks, |open| {
-                let claim = self.claimed.lock().take()?;
-                Load::start_claimed(open, claim, &blocks, &after)
-            })
+            Load::check_first(&blocks, self.blocks)?;
+            let claimed = self.claimed.lock().take();
+            Ok(Load::start_claimed(&self.worker, claimed, blocks, after))
         })
     }
 }

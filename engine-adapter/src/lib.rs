@@ -17,6 +17,7 @@ mod mark;
 mod place;
 mod pool;
 mod promised;
+mod starter;
 mod stats;
 mod store;
 mod stream;

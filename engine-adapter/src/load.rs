@@ -1,8 +1,13 @@
 //! `Load`: blocks on their way into the pool.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    mpsc::{Receiver, TryRecvError},
+};
 
-use parking_lot::RwLock;
+use parking_lot::{
+    MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 use pyo3::prelude::*;
 use swiftcache_client::{cache, device::Origin};
 
@@ -31,9 +36,32 @@ pub(crate) struct Load {
 
 #[derive(Debug)]
 enum State {
+    /// Another thread queues its copies.
+    Starting(Mutex<Receiver<Option<Begun>>>),
+    Begun(Begun),
+}
+
+#[derive(Debug)]
+enum Begun {
     Running(cache::Load, Arc<Place>),
     /// The failed positions.
     Over(Vec<u32>),
+}
+
+impl State {
+    fn begun(&self) -> Option<&Begun> {
+        match self {
+            Self::Starting(_) => None,
+            Self::Begun(begun) => Some(begun),
+        }
+    }
+
+    fn begun_mut(&mut self) -> Option<&mut Begun> {
+        match self {
+            Self::Starting(_) => None,
+            Self::Begun(begun) => Some(begun),
+        }
+    }
 }
 
 impl Load {
@@ -55,21 +83,34 @@ impl Load {
         Some(Self::running(open, load, blocks.len(), asked))
     }
 
-    /// Starts to load the first blocks of a claim. As [`start`](Self::start).
+    /// Has the first blocks of a claim loaded, by another thread: whoever needs to know of a copy waits until all of them
+    /// are queued. As [`start`](Self::start).
     pub(crate) fn start_claimed(
-        open: &Opened,
-        claim: cache::Claim,
-        blocks: &[u32],
-        after: &Point,
-    ) -> Option<Self> {
-        let kv = open.kv()?;
-        let after = match after {
-            Point::Unknown => return None,
-            Point::Over => None,
-            Point::At(ticket) => Some(ticket),
+        worker: &Arc<Worker>,
+        claim: Option<cache::Claim>,
+        blocks: Vec<u32>,
+        after: Point,
+    ) -> Self {
+        let mut load = Self::miss(blocks.len(), worker.layers());
+        let Some(claim) = claim.filter(|_| worker.is_here()) else {
+            return load;
         };
-        let load = claim.load(blocks, &kv, after);
-        Some(Self::running(open, load, blocks.len(), blocks.len()))
+        load.found = load.asked;
+        let its = Arc::clone(worker);
+        let started = worker.starter.run(move || {
+            its.with_open(|open| {
+                let kv = open.kv()?;
+                let after = match &after {
+                    Point::Unknown => return None,
+                    Point::Over => None,
+                    Point::At(ticket) => Some(ticket),
+                };
+                let load = claim.load(&blocks, &kv, after);
+                Some(Begun::Running(load, Arc::clone(&open.place)))
+            })
+        });
+        load.state = RwLock::new(State::Starting(Mutex::new(started)));
+        load
     }
 
     /// Starts to load the first of the blocks that are `there`, as `start` does it; if it does not, all of them are missing.
@@ -79,18 +120,24 @@ impl Load {
         there: usize,
         start: impl FnOnce(&Opened) -> Option<Self>,
     ) -> Result<Self> {
+        Self::check_first(blocks, there)?;
+        let load = worker.with_open(start);
+        Ok(load.unwrap_or_else(|| Self::miss(blocks.len(), worker.layers())))
+    }
+
+    /// Whether they are the first ones of the blocks that are `there`.
+    pub(crate) fn check_first(blocks: &[u32], there: usize) -> Result<()> {
         let asked = blocks.len();
         if asked > there {
             let problem = format!("has {asked} entries for {there} blocks that were found");
             return Err(Failure::argument("blocks", problem));
         }
-        let load = worker.with_open(start);
-        Ok(load.unwrap_or_else(|| Self::miss(asked, worker.layers())))
+        Ok(())
     }
 
     fn running(open: &Opened, load: cache::Load, found: usize, asked: usize) -> Self {
         Self {
-            state: RwLock::new(State::Running(load, Arc::clone(&open.place))),
+            state: RwLock::new(State::Begun(Begun::Running(load, Arc::clone(&open.place)))),
             found: found as u32,
             asked: asked as u32,
             layers: open.borrower.config().layout.layer_bytes.len(),
@@ -101,7 +148,7 @@ impl Load {
     pub(crate) fn miss(asked: usize, layers: usize) -> Self {
         let asked = asked as u32;
         Self {
-            state: RwLock::new(State::Over((0..asked).collect())),
+            state: RwLock::new(State::Begun(Begun::Over((0..asked).collect()))),
             found: 0,
             asked,
             layers,
@@ -117,6 +164,56 @@ impl Load {
         Err(Failure::argument("layer", problem))
     }
 
+    /// Its state, once all copies are queued.
+    fn begun(&self) -> MappedRwLockReadGuard<'_, Begun> {
+        loop {
+            match RwLockReadGuard::try_map(self.state.read(), State::begun) {
+                Ok(begun) => return begun,
+                Err(starting) => drop(starting),
+            }
+            drop(self.begun_mut());
+        }
+    }
+
+    /// As [`begun`](Self::begun).
+    fn begun_mut(&self) -> MappedRwLockWriteGuard<'_, Begun> {
+        loop {
+            let mut state = self.state.write();
+            if let State::Starting(started) = &*state {
+                let started = started.lock().recv();
+                *state = self.after_start(started.ok().flatten());
+            }
+            if let Ok(begun) = RwLockWriteGuard::try_map(state, State::begun_mut) {
+                return begun;
+            }
+        }
+    }
+
+    /// Whether all copies are queued. Waits for nothing.
+    fn has_begun(&self) -> bool {
+        if (self.state.try_read()).is_some_and(|state| state.begun().is_some()) {
+            return true;
+        }
+        // Somebody who waits for its start or its end holds the lock.
+        let Some(mut state) = self.state.try_write() else {
+            return false;
+        };
+        if let State::Starting(started) = &*state {
+            let started = match started.lock().try_recv() {
+                Ok(started) => started,
+                Err(TryRecvError::Empty) => return false,
+                Err(TryRecvError::Disconnected) => None,
+            };
+            *state = self.after_start(started);
+        }
+        true
+    }
+
+    /// What has become of its start: nothing, where the cache was closed or the other thread is gone.
+    fn after_start(&self, started: Option<Begun>) -> State {
+        State::Begun(started.unwrap_or_else(|| Begun::Over((0..self.asked).collect())))
+    }
+
     /// Positions, from those the client says failed.
     fn with_missing(&self, mut failed: Vec<u32>) -> Vec<u32> {
         failed.extend(self.found..self.asked);
@@ -128,9 +225,12 @@ impl Load {
 impl Load {
     fn missing(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
         unlocked(py, || {
-            Ok(match &*self.state.read() {
-                State::Running(load, _) => self.with_missing(load.missing()),
-                State::Over(failed) => failed.clone(),
+            if !self.origin.is_here() {
+                return Ok((0..self.asked).collect());
+            }
+            Ok(match &*self.begun() {
+                Begun::Running(load, _) => self.with_missing(load.missing()),
+                Begun::Over(failed) => failed.clone(),
             })
         })
     }
@@ -141,9 +241,9 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok(false);
             }
-            Ok(match &*self.state.read() {
-                State::Running(load, _) => self.found == self.asked && load.promise(most_bytes),
-                State::Over(failed) => failed.is_empty(),
+            Ok(match &*self.begun() {
+                Begun::Running(load, _) => self.found == self.asked && load.promise(most_bytes),
+                Begun::Over(failed) => failed.is_empty(),
             })
         })
     }
@@ -155,12 +255,12 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok((0..self.asked).collect());
             }
-            Ok(match &*self.state.read() {
-                State::Running(load, _) => {
+            Ok(match &*self.begun() {
+                Begun::Running(load, _) => {
                     let failed = load.wait_layer(layer).err();
                     self.with_missing(failed.map(|error| error.failed).unwrap_or_default())
                 }
-                State::Over(failed) => failed.clone(),
+                Begun::Over(failed) => failed.clone(),
             })
         })
     }
@@ -178,7 +278,7 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok(());
             }
-            if let State::Running(load, place) = &*self.state.read() {
+            if let Begun::Running(load, place) = &*self.begun() {
                 stream.gate(place, load.layer_tickets(layer));
             }
             Ok(())
@@ -190,11 +290,17 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok(true);
             }
+            if !self.has_begun() {
+                return Ok(false);
+            }
             // Somebody who waits for its end holds the lock.
-            Ok(self.state.try_read().is_some_and(|state| match &*state {
-                State::Running(load, _) => load.is_done(),
-                State::Over(_) => true,
-            }))
+            Ok(
+                (self.state.try_read()).is_some_and(|state| match state.begun() {
+                    Some(Begun::Running(load, _)) => load.is_done(),
+                    Some(Begun::Over(_)) => true,
+                    None => false,
+                }),
+            )
         })
     }
 
@@ -203,14 +309,14 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok((0..self.asked).collect());
             }
-            let mut state = self.state.write();
+            let mut begun = self.begun_mut();
             // Should finishing panic, every position has failed.
-            let all = State::Over((0..self.asked).collect());
-            let failed = match std::mem::replace(&mut *state, all) {
-                State::Running(load, _) => self.with_missing(load.finish().failed),
-                State::Over(failed) => failed,
+            let all = Begun::Over((0..self.asked).collect());
+            let failed = match std::mem::replace(&mut *begun, all) {
+                Begun::Running(load, _) => self.with_missing(load.finish().failed),
+                Begun::Over(failed) => failed,
             };
-            *state = State::Over(failed.clone());
+            *begun = Begun::Over(failed.clone());
             Ok(failed)
         })
     }
@@ -218,11 +324,13 @@ impl Load {
 
 impl Drop for Load {
     fn drop(&mut self) {
-        let state = std::mem::replace(self.state.get_mut(), State::Over(Vec::new()));
+        let over = State::Begun(Begun::Over(Vec::new()));
+        let state = std::mem::replace(self.state.get_mut(), over);
         if !self.origin.is_here() {
             return std::mem::forget(state);
         }
-        if let State::Running(..) = state {
+        // What another thread starts it lets go of itself.
+        if let State::Begun(Begun::Running(..)) = state {
             drop_unlocked(state);
         }
     }

@@ -23,6 +23,7 @@ use crate::{
     place::Place,
     pool::Pool,
     promised::{Lendable, UnusedRange},
+    starter::Starter,
 };
 
 /// The shortest and the longest pause before opening is tried again.
@@ -55,6 +56,7 @@ pub(crate) struct Worker {
     adopting: Mutex<()>,
     pub(crate) lending: Arc<PoolLender<Lendable>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    pub(crate) starter: Starter,
 }
 
 #[derive(Debug)]
@@ -104,6 +106,7 @@ impl Worker {
             adopting: Mutex::new(()),
             lending: Arc::default(),
             thread: Mutex::new(None),
+            starter: Starter::start()?,
         });
         let observer: Arc<dyn Observer> = Arc::clone(&worker) as _;
         session.observe(&observer);

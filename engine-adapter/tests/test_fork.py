@@ -69,11 +69,15 @@ def test_a_forked_childs_calls_are_misses_at_once(node: Node, connection: Connec
     one.store(range(4))
     under_way = one.cache.load(hashes(range(4)), [20, 21, 22, 23])
     kept = one.cache.store(hashes([60]), [24])
+    claims = [one.cache.claim(hashes(range(4)), 1 << 30) for _ in range(2)]
+    claimed = claims[0].load([26, 27, 28, 29])
 
     def work() -> dict[str, object]:
         said = answers(one, connection)
         # What began in the parent ends there.
         said["inherited"] = [under_way.is_done(), under_way.finish(), kept.is_done(), kept.finish()["stored"]]
+        begun = claims[1].load([30, 31])
+        said["claimed"] = [claimed.is_done(), claimed.missing(), claimed.finish(), begun.promise(0), begun.finish()]
         one.cache.take_back([1])
         one.cache.close()
         connection.close()
@@ -87,11 +91,13 @@ def test_a_forked_childs_calls_are_misses_at_once(node: Node, connection: Connec
     assert child["open"] == [False] * 4 and child["stats"] == [0, 0]
     assert "of which this one is a fork" in child["problem"]
     assert child["inherited"] == [True, everything, True, 0]
+    assert child["claimed"] == [True, everything, everything, False, [0, 1]]
     # The twin: the parent's own calls find everything, also after its child has closed what it inherited.
     parent = answers(one, connection)
     assert parent["load"] == [[], []] and parent["hits"] == 4
     assert parent["store"] == 1 and parent["open"] == [True] * 4 and parent["stats"] == [1, 1]
     assert parent["problem"] == ""
+    assert claims[1].load([30, 31]).finish() == [] and claimed.finish() == []
     assert under_way.finish() == [] and kept.finish()["stored"] == 1
 
 

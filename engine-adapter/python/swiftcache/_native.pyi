@@ -332,7 +332,8 @@ class Claim:
 
     def __len__(self) -> int: ...
     def load(self, blocks: Sequence[int], after: Mark | None = None) -> Load:
-        """As `Hit.load`, once: a second load has nothing. The load is promised (`Load.promise`), unless the device fails."""
+        """As `Hit.load`, once: a second load has nothing. The load is promised (`Load.promise`), unless the device fails.
+        Another thread queues its copies: whoever asks the load for more than `is_done` waits until that has happened."""
 
 @final
 class Load:
