@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, INVARIANT, RANKS_ON_CPU, V1, V2, Donors, Engine, Ground, eventually, log_file
 
 GiB = 1 << 30
 Result = dict[str, dict[str, Any]]
@@ -69,9 +69,20 @@ class Size:
 
 
 class Place:
-    def __init__(self, directory: Path, programs: Path, report: Path, size: Size) -> None:
-        self.ground, self.size, self.report = Ground(directory, programs, cpu=size.cpu), size, report
+    def __init__(self, directory: Path, args: argparse.Namespace, size: Size) -> None:
+        self.size, self.report = size, args.report
+        self.ranks, self._donors = args.ranks, args.donors
+        simulated = max(2, args.ranks + args.donors)
+        self.ground = Ground(directory, args.programs, cpu=size.cpu, simulated=simulated)
         self.ground.start_broker()
+
+    def lend(self, stream: int, slab: int, ranks: int) -> Donors:
+        """So much for each of so many ranks."""
+        return Donors(self.ground, stream * ranks, slab, self._donors)
+
+    def token_bytes(self, shape: str) -> int:
+        """KV of a token in each rank."""
+        return shapes.token_bytes(shape, 4 if self.size.cpu else 2) // self.ranks
 
     def prompt(self, name: str, count: int) -> list[int]:
         source = random.Random(name)
@@ -89,6 +100,8 @@ class Place:
             "disable_log_stats": True,
             "distributed_executor_backend": "uni",
         }
+        if self.ranks > 1:
+            options |= {"distributed_executor_backend": "mp", "tensor_parallel_size": self.ranks}
         if self.size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "enforce_eager": True}
         return options | more
@@ -102,6 +115,8 @@ class Place:
 
     def engine(self, name: str, environment: dict[str, str], options: dict[str, Any]) -> Engine:
         said = {"VLLM_LOGGING_LEVEL": "INFO"}
+        if self.size.cpu and self.ranks > 1:
+            said |= RANKS_ON_CPU
         engine = Engine(log_file(self.report, name), ENGINE_ENVIRONMENT | environment | said)
         try:
             engine.start(**options)
@@ -169,7 +184,7 @@ def by_itself(
 
 
 def identity(place: Place, name: str, environment: dict[str, str], more: dict[str, Any]) -> dict[str, Any]:
-    size, ground = place.size, place.ground
+    size = place.size
     longest = max(size.prompts.values()) + size.answer + 64
     prompts = {called: place.prompt(called, count) for called, count in size.prompts.items()}
     crowd = {f"crowd {number}": place.prompt(f"crowd {number}", count) for number, count in enumerate(size.crowd)}
@@ -187,8 +202,7 @@ def identity(place: Place, name: str, environment: dict[str, str], more: dict[st
         others, _, _ = by_itself(place, called, environment, options | all_local | steps, (prompts, {}))
         in_steps = {called: apart(truth[called], others[called]) for called in prompts}
     # Each rank has its own stitched pool.
-    lent = size.stream * 3 // 2 * more.get("tensor_parallel_size", 1)
-    donor = ground.lend(lent, size.slab)
+    donors = place.lend(size.stream * 3 // 2, size.slab, options.get("tensor_parallel_size", 1))
     engine = place.engine(
         name,
         environment,
@@ -218,16 +232,15 @@ def identity(place: Place, name: str, environment: dict[str, str], more: dict[st
         engine.ask("add", name="long", tokens=prompts["long"], max_tokens=size.answer, logprobs=True)
         steps = -(-len(prompts["long"]) // options["max_num_batched_tokens"]) + 4
         engine.ask("step", count=steps)
-        ground.withdraw(donor)
+        donors.withdraw()
         withdrawn = engine.finish()
-        while donor.poll() is None:
+        while not donors.over():
             withdrawn_again = asked(engine, {"long": prompts["long"]}, size.answer)
         withdrawn_again = asked(engine, {"long": prompts["long"]}, size.answer)
         after = look(engine)
     finally:
         engine.close()
-        donor.kill()
-        donor.wait()
+        donors.close()
     result = {
         "blocks": before["blocks"],
         "local_blocks": before["local_blocks"],
@@ -302,19 +315,19 @@ def costs(engine: Engine, place: Place, contexts: list[int]) -> dict[int, dict[s
 
 
 def speed(place: Place) -> dict[str, Any]:
-    size, ground = place.size, place.ground
+    size = place.size
     environment = {} if size.cpu else V2
     result: dict[str, Any] = {}
     print("all local", flush=True)
     options = place.options(size.large, max(size.contexts) + 256)
-    room = (max(size.contexts) + 1024) * shapes.token_bytes(size.large, 4 if size.cpu else 2)
+    room = (max(size.contexts) + 1024) * place.token_bytes(size.large)
     own = place.engine("speed, all local", environment, options | {"kv_cache_memory_bytes": room})
     try:
         result["all local"] = costs(own, place, size.contexts)
     finally:
         own.close()
     print("stitched", flush=True)
-    donor = ground.lend(size.large_lent, size.large_slab)
+    donors = place.lend(size.large_lent, size.large_slab, place.ranks)
     options = place.options(size.large, size.longest + 256) | {
         "kv_cache_memory_bytes": size.large_own,
         "worker_cls": "swiftcache.vllm.StreamWorker",
@@ -333,9 +346,9 @@ def speed(place: Place) -> dict[str, Any]:
         engine.ask("add", name="withdrawn", tokens=tokens, max_tokens=size.tokens * 4, logprobs=True)
         quiet = engine.ask("step", count=size.tokens)["seconds"][8:]
         before = look(engine)["moved_units"]
-        ground.withdraw(donor)
+        donors.withdraw()
         rest = engine.ask("step", count=0)
-        while donor.poll() is None:
+        while not donors.over():
             seconds_of(engine, "let go", tokens[: len(tokens) // 4], 8)
         on_floor = seconds_of(engine, "on the floor", tokens, size.tokens)[8:]
         result["withdrawn"] = {
@@ -347,7 +360,7 @@ def speed(place: Place) -> dict[str, Any]:
             "moved_units": look(engine)["moved_units"] - before,
         }
         print(f"  withdrawn: {json.dumps(result['withdrawn'])}", flush=True)
-        donor = ground.lend(size.large_lent, size.large_slab)
+        donors = place.lend(size.large_lent, size.large_slab, place.ranks)
 
         def back() -> bool:
             seconds_of(engine, "steps", tokens[:64], 2)
@@ -358,16 +371,15 @@ def speed(place: Place) -> dict[str, Any]:
         result["longest"] = costs(engine, place, [size.longest])
     finally:
         engine.close()
-        donor.kill()
-        donor.wait()
+        donors.close()
     result["passed"] = result["withdrawn"]["equal"] and result["withdrawn"]["moved_units"] > 0
     return result
 
 
 def longest(place: Place) -> dict[str, Any]:
-    size, ground = place.size, place.ground
+    size = place.size
     environment = {} if size.cpu else V2
-    token = shapes.token_bytes(size.long, 4 if size.cpu else 2)
+    token = place.token_bytes(size.long)
     # Some tokens less than there is room for: each layer ends within a slab, and vLLM keeps a block.
     context = size.whole // token * 95 // 100 - size.answer - 64
     # Eager: a step at such a context takes far longer than starting its kernels.
@@ -398,7 +410,7 @@ def longest(place: Place) -> dict[str, Any]:
     for own in size.owns:
         name = f"{own / GiB:g} GiB"
         lent = -(-(size.whole - own + 2 * size.long_window) // size.large_slab) * size.large_slab
-        donor = ground.lend(lent, size.large_slab)
+        donors = place.lend(lent, size.large_slab, place.ranks)
         stitched = {"kv_cache_memory_bytes": own, "connector": place.stitched(size.long_window, lent)}
         stitched |= {"worker_cls": "swiftcache.vllm.StreamWorker"}
         engine = place.engine(f"longest, {name}", environment, options | stitched)
@@ -410,7 +422,7 @@ def longest(place: Place) -> dict[str, Any]:
             }
             print(f"  {json.dumps(pools[name])}", flush=True)
             # Of a shorter prompt, computed twice: one that is cached is read in place, and no window is used.
-            control = {"control": prompt[: size.control]}
+            control = {"control": prompt[: size.control * place.ranks]}
             forget(engine)
             right = asked(engine, control, size.answer)["control"]
             forget(engine)
@@ -420,8 +432,7 @@ def longest(place: Place) -> dict[str, Any]:
             pools[name] |= {"control_equal": same(right, wrong), "control_staged": look(engine)["staged"] - before}
         finally:
             engine.close()
-            donor.kill()
-            donor.wait()
+            donors.close()
     return {
         "context": context,
         "all local": all_local,
@@ -554,13 +565,15 @@ def main() -> None:
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
     parser.add_argument("report", type=Path, help="the directory for context.json and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
+    parser.add_argument("--ranks", type=int, default=1, help="of each engine, but for those of identity that have two")
+    parser.add_argument("--donors", type=int, default=1, help="on the last devices, which lend alike")
     parser.add_argument("--part", choices=("identity", "speed", "longest"), help="only this")
     parser.add_argument("--only", default="", help="configurations of identity whose name contains this")
     parser.add_argument("--at-once", type=int, default=3, help="configurations of identity that run at a time")
     speed_of = parser.add_argument_group("speed")
     speed_of.add_argument("--shape", default="qwen3-8b", help="of the model")
-    speed_of.add_argument("--own", type=int, default=6 * GiB, help="bytes of local KV cache")
-    speed_of.add_argument("--lent", type=int, default=64 * GiB, help="bytes that the donor lends")
+    speed_of.add_argument("--own", type=int, default=6 * GiB, help="bytes of local KV cache of each rank")
+    speed_of.add_argument("--lent", type=int, default=64 * GiB, help="bytes that donors lend to each rank")
     speed_of.add_argument("--contexts", type=int, nargs="+", default=[32_768, 131_072], help="tokens, beside all local")
     speed_of.add_argument("--longest", type=int, default=400_000, help="tokens of the longest context")
     longest_of = parser.add_argument_group("longest")
@@ -569,7 +582,7 @@ def main() -> None:
     args.report.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"identity": {}}
     with tempfile.TemporaryDirectory() as directory:
-        place = Place(Path(directory), args.programs, args.report, Size(args.cpu, args))
+        place = Place(Path(directory), args, Size(args.cpu, args))
 
         def guarded(work: Any, *arguments: Any) -> dict[str, Any]:
             try:

@@ -20,8 +20,10 @@ from node import Node, eventually  # noqa: E402
 __all__ = [
     "ENGINE_ENVIRONMENT",
     "INVARIANT",
+    "RANKS_ON_CPU",
     "V1",
     "V2",
+    "Donors",
     "Engine",
     "Ground",
     "Program",
@@ -111,24 +113,50 @@ def hbm() -> int:
     return next((int(total) << 20 for total in _smi("memory.total")), 0)
 
 
+SIMULATED = """name = "simulated GPUs on NVLink"
+{devices}
+[all_pairs]
+kind = "nvlink"
+gigabytes_per_second = 380.0
+"""
+"""The topology of as many simulated devices as a script asks for."""
+
+
 class Ground(Node):
     """Engines compute on the first device. Memory of the last one is lent."""
 
-    def __init__(self, directory: Path, programs: Path, *, cpu: bool) -> None:
+    def __init__(
+        self, directory: Path, programs: Path, *, cpu: bool, simulated: int = 2, broker: tuple[str, ...] = ()
+    ) -> None:
+        """`simulated`: how many devices there are where there is no GPU. `broker`: its further options."""
         self.cpu = cpu
-        self.devices = ["SIM-0", "SIM-1"] if cpu else _smi("uuid")
+        self.devices = [f"SIM-{number}" for number in range(simulated)] if cpu else _smi("uuid")
         self.hardware = "simulated devices" if cpu else ", ".join(_smi("name"))
         if not self.devices:
             sys.exit("a GPU is needed, and nvidia-smi names none")
-        super().__init__(directory, programs.resolve(), () if cpu else ("--probe", "nvml"))
+        probe = ("--probe", "nvml")
+        if cpu:
+            device = '[[device]]\nuuid = "{}"\nname = "simulated GPU"\nhbm_bytes = 1073741824\n'
+            topology = directory / "simulated.toml"
+            topology.write_text(SIMULATED.format(devices="".join(map(device.format, self.devices))))
+            probe = ("--probe", "simulated", "--topology", str(topology))
+        super().__init__(directory, programs.resolve(), probe + broker)
 
     @property
     def donor_device(self) -> str:
         return self.devices[-1]
 
-    def leased(self) -> int:
-        """Bytes of donors that engines have leased."""
-        return self.status()["total"]["leased"]
+    def leased(self, device: str | None = None) -> int:
+        """Bytes of donors that engines have leased: of one device, or of all."""
+        return self._account(device)["leased"]
+
+    def offered(self, device: str) -> int:
+        """Bytes that a device's donors offer, leased or not."""
+        return self._account(device)["offered"]
+
+    def _account(self, device: str | None) -> dict[str, int]:
+        status = self.status()
+        return next((one["account"] for one in status["devices"] if one["uuid"] == device), status["total"])
 
     @property
     def way(self) -> str:
@@ -140,3 +168,42 @@ class Ground(Node):
     def lend(self, amount: int, slab: int, device: str | None = None) -> subprocess.Popen[bytes]:
         """Starts a donor of `amount` bytes in slabs of `slab` bytes."""
         return self.start_donor(device or self.donor_device, amount // slab, slab)
+
+    def visible(self, own: list[int]) -> str:
+        """All devices, an engine's own first: what CUDA_VISIBLE_DEVICES says to it."""
+        others = [number for number in range(len(self.devices)) if number not in own]
+        return ",".join(self.devices[number] for number in own + others)
+
+    def lend_idle(self, device: str, most: int, slab: int) -> subprocess.Popen[bytes]:
+        """Starts a donor that follows what is idle of a device, of which it lends so much at most, and waits until it
+        offers something."""
+        amount = ["--elastic", "--most", str(most), "--slab", str(slab)]
+        donor = self._start("swiftcache", "donate", "--socket", self.socket, "--device", device, *amount)
+        eventually("the elastic donor to offer", lambda: self.offered(device) > 0)
+        return donor
+
+
+class Donors:
+    """Donors on the last `count` devices, which lend `amount` bytes together."""
+
+    def __init__(self, ground: Ground, amount: int, slab: int, count: int) -> None:
+        self._ground = ground
+        slabs = -(-amount // (slab * count))
+        self._donors = [ground.lend(slabs * slab, slab, device) for device in ground.devices[-count:]]
+
+    def withdraw(self) -> None:
+        """Has them ask for everything back. They end when they have it."""
+        for donor in self._donors:
+            self._ground.withdraw(donor)
+
+    def over(self) -> bool:
+        return all(donor.poll() is not None for donor in self._donors)
+
+    def close(self) -> None:
+        for donor in self._donors:
+            donor.kill()
+            donor.wait()
+
+
+RANKS_ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Without this, vLLM's CPU build wants a NUMA node for each rank of an engine."""

@@ -1,10 +1,10 @@
 """SIGKILL on real memory, under real vLLM: a borrowing engine, a donor, an engine that lends, the broker.
 
-Two engines answer prompts in batches without a pause, and forget their own prefixes between batches. One borrows from
-a donor and from the other engine, which lends part of its own pool on the other GPU. At random times one of the four
-is killed, and started again. Every answer of both engines is compared with the first one. The engines run
-batch-invariant, so that an answer does not depend on what it shares steps with. At the end, the HBM in use is what it
-was before.
+Two engines answer prompts in batches without a pause, and forget their own prefixes between batches. One, of as many
+ranks as are asked for, borrows from a donor on the last GPU and from the other engine, which lends part of its own pool
+on another GPU. At random times one of the four is killed, and started again. Every answer of both engines is compared
+with the first one. The engines run batch-invariant, so that an answer does not depend on what it shares steps with. At
+the end, the HBM in use is what it was before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, INVARIANT, V2, Engine, Ground, eventually, hbm_used, log_file
+from ground import ENGINE_ENVIRONMENT, INVARIANT, RANKS_ON_CPU, V2, Engine, Ground, eventually, hbm_used, log_file
 
 ANSWER = 16
 Prompts = dict[str, list[int]]
@@ -42,7 +42,7 @@ class Size:
 class Loop:
     """An engine that answers prompts until it is told to stop or killed."""
 
-    def __init__(self, place: Place, name: str, own: int, settings: dict[str, Any]) -> None:
+    def __init__(self, place: Place, name: str, own: list[int], settings: dict[str, Any]) -> None:
         self._place, self.name, self._own, self._settings = place, name, own, settings
         self._source = random.Random(f"{name} {place.args.seed}")
         self._prompts = place.prompts(name)
@@ -99,7 +99,7 @@ class Loop:
 class Place:
     def __init__(self, directory: Path, args: argparse.Namespace) -> None:
         self.size, self.args, self.directory = Size(args.cpu), args, directory
-        self.ground = Ground(directory, args.programs, cpu=args.cpu)
+        self.ground = Ground(directory, args.programs, cpu=args.cpu, simulated=args.ranks + 1)
         self.ground.start_broker()
 
     def prompts(self, name: str) -> Prompts:
@@ -112,9 +112,10 @@ class Place:
     def donor(self) -> Any:
         return self.ground.lend(self.size.donor, self.size.slab)
 
-    def engine(self, name: str, own: int, settings: dict[str, Any]) -> Engine:
+    def engine(self, name: str, own: list[int], settings: dict[str, Any]) -> Engine:
+        """On these devices, one rank on each."""
         size, devices = self.size, self.ground.devices
-        own %= len(devices)
+        own = [number % len(devices) for number in own]
         options: dict[str, Any] = {
             "model": str(shapes.make(size.shape, self.directory)),
             "load_format": "dummy",
@@ -124,16 +125,18 @@ class Place:
             "kv_cache_memory_bytes": size.pool,
             "gpu_memory_utilization": 0.3,
             "disable_log_stats": True,
-            "distributed_executor_backend": "uni",
+            "distributed_executor_backend": "mp" if len(own) > 1 else "uni",
+            "tensor_parallel_size": len(own),
             "enforce_eager": True,
         }
-        environment = V2 | INVARIANT | {"CUDA_VISIBLE_DEVICES": ",".join(devices[own:] + devices[:own])}
+        environment = V2 | INVARIANT | {"CUDA_VISIBLE_DEVICES": self.ground.visible(own)}
         settings = {"socket": self.ground.socket, "lookup_ms": 60_000} | settings
         if size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 512}
             options["num_gpu_blocks_override"] = 128
             del options["kv_cache_memory_bytes"]
-            environment, settings = {}, settings | {"device": devices[own]}
+            environment = RANKS_ON_CPU if len(own) > 1 else {}
+            settings |= {"device": devices[own[0]]}
         engine = Engine(log_file(self.args.report, f"kills {name}"), ENGINE_ENVIRONMENT | environment)
         try:
             engine.start(**options, connector=settings)
@@ -149,8 +152,9 @@ class Trial:
         self.place, self.ground = place, place.ground
         self.donor = place.donor()
         leased = place.size.leased
-        self.lender = Loop(place, "lender", 1, {"lend": 0.5, "lend_after_ms": 0, "max_leased_bytes": 0})
-        self.borrower = Loop(place, "borrower", 0, {"max_leased_bytes": leased, "lease_step_bytes": leased})
+        ranks = list(range(place.args.ranks))
+        self.lender = Loop(place, "lender", [len(ranks)], {"lend": 0.5, "lend_after_ms": 0, "max_leased_bytes": 0})
+        self.borrower = Loop(place, "borrower", ranks, {"max_leased_bytes": leased, "lease_step_bytes": leased})
 
     def loops(self) -> list[Loop]:
         return [self.lender, self.borrower]
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="the directory for kills.json and logs")
     parser.add_argument("--cpu", action="store_true", help="try the script: vLLM's CPU build, simulated devices")
     parser.add_argument("--times", type=int, default=4, help="how often the donor and the broker are killed")
+    parser.add_argument("--ranks", type=int, default=1, help="of the borrowing engine, on the first devices")
     parser.add_argument("--seed", default=str(time.time_ns()), help="of when who is killed")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)

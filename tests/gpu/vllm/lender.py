@@ -45,13 +45,14 @@ class Size:
 
 
 class Speaker:
-    """An engine in a process of its own, which talks as it is told. `ask` waits for the answer."""
+    """A process that does what it is told, line by line: an engine that talks, if it is this script's. `ask` waits for
+    the answer."""
 
-    def __init__(self, log: Path, environment: dict[str, str], task: dict[str, Any]) -> None:
+    def __init__(self, log: Path, environment: dict[str, str], task: dict[str, Any], script: str = "lender.py") -> None:
         self._log = log
         with log.open("ab") as into:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "lender.py"), "--child"],
+                [sys.executable, str(HERE / script), "--child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=into,
@@ -73,8 +74,11 @@ class Speaker:
             raise RuntimeError(f"an engine ended; the end of its log:\n{tail}")
         return json.loads(line)
 
-    def ask(self, do: str, **arguments: Any) -> Any:
+    def say(self, do: str, **arguments: Any) -> None:
         self._say({"do": do, "with": arguments})
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        self.say(do, **arguments)
         return self.answer()
 
     def close(self) -> None:

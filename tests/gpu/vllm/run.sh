@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Real vLLM on GPUs of this machine: tokens of loaded KV against local prefix hits (identity), SIGKILL of everybody under load
 # (kills), contexts larger than local HBM (context), time to the first token by where the prefix comes from (bench), what an
-# engine that lends notices of it (lender), and where the time to the first token goes (timeline).
+# engine that lends notices of it (lender), where the time to the first token goes (timeline), and four GPUs: two ranks that borrow
+# from an engine and a donor, two borrowers and two donors, links side by side (four, which runs by itself where there are four).
 #
 #     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [SCRIPT [ITS ARGUMENTS]]
+#
+# With four GPUs, too: kills --ranks 2, and context --ranks 2 --donors 2 --part speed, and longest.
 #
 # With one GPU, the memory that is lent is on the engine's own: tokens are proven, but no link is measured.
 #
@@ -25,7 +28,9 @@ if [ -n "$site" ]; then
     export LD_LIBRARY_PATH=$site/nvidia/nccl/lib:$LD_LIBRARY_PATH
 fi
 status=0
-for script in identity kills context bench lender timeline; do
+scripts="identity kills context bench lender timeline"
+[ "$what" != four ] && [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -lt 4 ] || scripts="$scripts four"
+for script in $scripts; do
     if [ "$what" = "$script" ] || [ "$what" = all ]; then
         python3 "$here/$script.py" "$programs" "$report" "$@" || status=1
     fi
