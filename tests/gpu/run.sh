@@ -3,19 +3,21 @@
 # `cargo build --release -p swiftcache-gpu-tests` builds elsewhere. If swiftcache-broker, swiftcache and
 # swiftcache-test-borrower are beside it, the full stack runs too.
 #
-#     tests/gpu/run.sh [--only peers] [PROGRAM [DIRECTORY FOR THE REPORT]]
+#     tests/gpu/run.sh [--only peers|pairs] [PROGRAM [DIRECTORY FOR THE REPORT]]
 #
 # If python3 has PyTorch and the wheel of `make wheel`, the Python module is checked and measured under PyTorch. This
 # needs tests/gpu/torch_engine and tests/harness too.
 #
 # --only peers: runs only what needs two GPUs, in about six minutes.
+# --only pairs: the conformance checks of a peer's memory, for each GPU and each other one. Only with more than two GPUs does that
+# show more than the rest.
 # Without a GPU, everything is skipped with a message; with SWIFTCACHE_REQUIRE_GPU=1 this is a failure. If no GPU reaches
 # the memory of another, the peers are skipped; with SWIFTCACHE_REQUIRE_PEERS=1 this is a failure.
 set -u
 only=
 if [ "${1:-}" = --only ]; then
     only=${2:-}
-    [ "$only" = peers ] || { echo "--only takes peers, not \"$only\"" >&2; exit 2; }
+    [ "$only" = peers ] || [ "$only" = pairs ] || { echo "--only takes peers or pairs, not \"$only\"" >&2; exit 2; }
     shift 2
 fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -42,6 +44,23 @@ step() {
     [ $code = 0 ] || status=1
     echo "== took $(($(date +%s) - start)) s"
 }
+
+if [ "$only" = pairs ]; then
+    gpus=$(nvidia-smi -L | wc -l)
+    own=0
+    while [ "$own" -lt "$gpus" ]; do
+        peer=0
+        while [ "$peer" -lt "$gpus" ]; do
+            if [ "$peer" != "$own" ]; then
+                export CUDA_VISIBLE_DEVICES="$own,$peer"
+                step 90 "conformance: GPU $own, and the memory of GPU $peer" conformance --only "peer device"
+            fi
+            peer=$((peer + 1))
+        done
+        own=$((own + 1))
+    done
+    exit $status
+fi
 
 step 30 "links: CUDA's view and NVML's" links
 if [ "$only" = peers ]; then
