@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use swiftcache_client::{
     cache::{Borrower, BorrowerConfig, Hit, Layout, PagedKv, PagedLayer, Stored},
-    device::{CopyStream, DeviceLayer},
+    device::{CopyStream, DeviceLayer, Ticket},
     session::Session,
 };
 use swiftcache_proto::domain::{BlockHash, DeviceUuid, HandleKind};
@@ -167,6 +167,15 @@ impl Engine {
         let at = u64::from(block) * kv.block_stride;
         self.stream.read(&kv.memory, at, &mut bytes)?;
         Ok(bytes == pattern(n, layer))
+    }
+
+    /// A mark for each layer, as of a forward whose layers are computed one after the other.
+    ///
+    /// # Errors
+    /// When the device layer fails.
+    pub fn marks(&self) -> Result<Vec<Ticket>> {
+        let marks = LAYERS.iter().map(|_| Ok(self.stream.record()?));
+        marks.collect()
     }
 
     /// Flips one bit of a pool block.

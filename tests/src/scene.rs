@@ -6,7 +6,7 @@ use std::{fmt, process::Command, sync::Arc};
 use anyhow::{Result, ensure};
 use swiftcache_client::{
     cache::{BorrowerConfig, Load, Store},
-    device::{DeviceLayer, cuda::CudaLayer},
+    device::{DeviceLayer, Ticket, cuda::CudaLayer},
     session::{Session, SessionConfig},
 };
 use swiftcache_proto::domain::DeviceUuid;
@@ -271,12 +271,21 @@ pub fn compute(engine: &Engine, sequence: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Begins to store a sequence that [`compute`] computed.
+/// Begins to store a sequence that [`compute`] computed. Nothing has to be waited for, so all layers are one launch.
 pub fn begin_store(engine: &Engine, sequence: &[u32]) -> Store {
     let blocks: Vec<_> = (sequence.iter())
         .map(|n| (hash(*n), scattered(*n)))
         .collect();
     engine.borrower.store(&blocks, engine.kv(), &|_| None)
+}
+
+/// As [`begin_store`], in a launch for each layer: each waits for a mark of its own.
+pub fn begin_store_by_layer(engine: &Engine, sequence: &[u32], marks: &[Ticket]) -> Store {
+    let blocks: Vec<_> = (sequence.iter())
+        .map(|n| (hash(*n), scattered(*n)))
+        .collect();
+    let ready = |layer: usize| marks.get(layer).cloned();
+    engine.borrower.store(&blocks, engine.kv(), &ready)
 }
 
 /// Begins to load a sequence to the places where it was computed.

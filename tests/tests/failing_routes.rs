@@ -9,7 +9,7 @@ use swiftcache_proto::domain::LinkKind;
 use swiftcache_tests::{
     engine::{Engine, eventually},
     programs::program,
-    scene::{Scene, begin_load, begin_store, compute, holds, scattered},
+    scene::{Scene, begin_load, begin_store, begin_store_by_layer, compute, holds, scattered},
     stub::{Stub, alone},
 };
 
@@ -52,9 +52,15 @@ fn one_failure_costs_one_operation() -> Result<()> {
             for n in 0..8 {
                 ensure!(holds(&engine, n, scattered(n))?, "{fault}");
             }
+            let (at_once, by_layer) = (sequence(8..12), sequence(16..20));
+            compute(&engine, &at_once)?;
+            compute(&engine, &by_layer)?;
+            let marks = engine.marks()?;
             let injected = scene.fault(fault)?;
-            compute(&engine, &sequence(8..12))?;
-            begin_store(&engine, &sequence(8..12)).finish();
+            begin_store(&engine, &at_once).finish();
+            stub.lift(&injected)?;
+            let injected = scene.fault(fault)?;
+            begin_store_by_layer(&engine, &by_layer, &marks).finish();
             stub.lift(&injected)?;
             compute(&engine, &sequence(12..16))?;
             let stored = begin_store(&engine, &sequence(12..16)).finish();
@@ -125,8 +131,10 @@ fn what_a_failed_copy_needed_is_unmapped_when_its_slab_is_acknowledged() -> Resu
         let mut scene = Scene::new(stub, 1)?;
         let engine = scene.engine(1, 0)?;
         compute(&engine, &sequence(0..8))?;
+        let marks = engine.marks()?;
         scene.fault("cuLaunchKernel=701@3")?;
-        ensure!(begin_store(&engine, &sequence(0..8)).finish().lost == 8);
+        let store = begin_store_by_layer(&engine, &sequence(0..8), &marks);
+        ensure!(store.finish().lost == 8);
         // The twin: as long as the lease is held, it is mapped.
         ensure!(mapped(stub)? == (1, 0));
         scene.donor(0).signal(Signal::TERM)?;

@@ -312,7 +312,9 @@ fn copies_that_nobody_waits_for_do_not_wait_for_each_other() -> Result<()> {
                 .map(|n| swiftcache_tests::engine::hash(*n))
                 .zip(0..)
                 .collect();
-            drop(two.engine.borrower.store(&keys, two.engine.kv(), &|_| None));
+            let marks = two.engine.marks()?;
+            let ready = |layer: usize| marks.get(layer).cloned();
+            drop(two.engine.borrower.store(&keys, two.engine.kv(), &ready));
             eventually("the store to be settled", || {
                 Ok(two.engine.lookup(&blocks).blocks() == 4)
             })?;
