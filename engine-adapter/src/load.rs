@@ -189,24 +189,21 @@ impl Load {
         }
     }
 
-    /// Whether all copies are queued. Waits for nothing.
-    fn has_begun(&self) -> bool {
-        if (self.state.try_read()).is_some_and(|state| state.begun().is_some()) {
-            return true;
+    /// Its state if that is known now: all copies are queued, and nobody waits for its start or its end, which holds the lock.
+    fn known(&self) -> Option<MappedRwLockReadGuard<'_, Begun>> {
+        match RwLockReadGuard::try_map(self.state.try_read()?, State::begun) {
+            Ok(begun) => return Some(begun),
+            Err(starting) => drop(starting),
         }
-        // Somebody who waits for its start or its end holds the lock.
-        let Some(mut state) = self.state.try_write() else {
-            return false;
-        };
+        let mut state = self.state.try_write()?;
         if let State::Starting(started) = &*state {
             let started = match started.lock().try_recv() {
-                Ok(started) => started,
-                Err(TryRecvError::Empty) => return false,
-                Err(TryRecvError::Disconnected) => None,
+                Err(TryRecvError::Empty) => return None,
+                started => started.ok().flatten(),
             };
             *state = self.after_start(started);
         }
-        true
+        RwLockReadGuard::try_map(RwLockWriteGuard::downgrade(state), State::begun).ok()
     }
 
     /// What has become of its start: nothing, where the cache was closed or the other thread is gone.
@@ -290,17 +287,10 @@ impl Load {
             if !self.origin.is_here() {
                 return Ok(true);
             }
-            if !self.has_begun() {
-                return Ok(false);
-            }
-            // Somebody who waits for its end holds the lock.
-            Ok(
-                (self.state.try_read()).is_some_and(|state| match state.begun() {
-                    Some(Begun::Running(load, _)) => load.is_done(),
-                    Some(Begun::Over(_)) => true,
-                    None => false,
-                }),
-            )
+            Ok(self.known().is_some_and(|begun| match &*begun {
+                Begun::Running(load, _) => load.is_done(),
+                Begun::Over(_) => true,
+            }))
         })
     }
 

@@ -273,13 +273,10 @@ pub fn compute(engine: &Engine, sequence: &[u32]) -> Result<()> {
 
 /// Begins to store a sequence that [`compute`] computed. Nothing has to be waited for, so all layers are one launch.
 pub fn begin_store(engine: &Engine, sequence: &[u32]) -> Store {
-    let blocks: Vec<_> = (sequence.iter())
-        .map(|n| (hash(*n), scattered(*n)))
-        .collect();
-    engine.borrower.store(&blocks, engine.kv(), &|_| None)
+    begin_store_by_layer(engine, sequence, &[])
 }
 
-/// As [`begin_store`], in a launch for each layer: each waits for a mark of its own.
+/// As [`begin_store`], behind a mark for each layer: then each is a launch of its own.
 pub fn begin_store_by_layer(engine: &Engine, sequence: &[u32], marks: &[Ticket]) -> Store {
     let blocks: Vec<_> = (sequence.iter())
         .map(|n| (hash(*n), scattered(*n)))

@@ -13,10 +13,14 @@ from typing import Any
 
 class Meter:
     def __init__(self) -> None:
-        self.seconds = 0.0
         self.by_hook: dict[str, float] = {}
-        """The same, of each hook."""
+        """Seconds in each hook."""
         self._inside = False
+
+    @property
+    def seconds(self) -> float:
+        """In all of them."""
+        return sum(self.by_hook.values())
 
     def around(self, connector: Any) -> None:
         """Counts every hook of this connector from now on."""
@@ -36,9 +40,7 @@ class Meter:
             try:
                 return hook(*arguments, **named)
             finally:
-                took = time.perf_counter() - began
-                self.seconds += took
-                self.by_hook[name] += took
+                self.by_hook[name] += time.perf_counter() - began
                 self._inside = False
 
         return counted

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, INVARIANT, RANKS_ON_CPU, V1, V2, Donors, Engine, Ground, eventually, log_file
+from ground import INVARIANT, V1, V2, Donors, Engine, Ground, eventually, log_file, ranked, started
 
 GiB = 1 << 30
 Result = dict[str, dict[str, Any]]
@@ -78,7 +78,7 @@ class Place:
 
     def lend(self, stream: int, slab: int, ranks: int) -> Donors:
         """So much for each of so many ranks."""
-        return Donors(self.ground, stream * ranks, slab, self._donors)
+        return Donors(self.ground, stream * ranks, slab, self.ground.devices[-self._donors :])
 
     def token_bytes(self, shape: str) -> int:
         """KV of a token in each rank."""
@@ -98,10 +98,7 @@ class Place:
             "max_num_batched_tokens": 2048,
             "gpu_memory_utilization": 0.2,
             "disable_log_stats": True,
-            "distributed_executor_backend": "uni",
-        }
-        if self.ranks > 1:
-            options |= {"distributed_executor_backend": "mp", "tensor_parallel_size": self.ranks}
+        } | ranked(self.ranks)
         if self.size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "enforce_eager": True}
         return options | more
@@ -115,16 +112,7 @@ class Place:
 
     def engine(self, name: str, environment: dict[str, str], options: dict[str, Any]) -> Engine:
         said = {"VLLM_LOGGING_LEVEL": "INFO"}
-        if self.size.cpu and self.ranks > 1:
-            said |= RANKS_ON_CPU
-        engine = Engine(log_file(self.report, name), ENGINE_ENVIRONMENT | environment | said)
-        try:
-            engine.start(**options)
-            engine.ask("enliven")
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+        return started(log_file(self.report, name), environment | said, **options)
 
 
 def look(engine: Engine) -> dict[str, Any]:
@@ -202,7 +190,7 @@ def identity(place: Place, name: str, environment: dict[str, str], more: dict[st
         others, _, _ = by_itself(place, called, environment, options | all_local | steps, (prompts, {}))
         in_steps = {called: apart(truth[called], others[called]) for called in prompts}
     # Each rank has its own stitched pool.
-    donors = place.lend(size.stream * 3 // 2, size.slab, options.get("tensor_parallel_size", 1))
+    donors = place.lend(size.stream * 3 // 2, size.slab, options["tensor_parallel_size"])
     engine = place.engine(
         name,
         environment,

@@ -17,6 +17,8 @@ The result is a table and four.json. Simulated devices show that it runs; their 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import itertools
 import json
 import os
 import random
@@ -31,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, RANKS_ON_CPU, V2, Engine, Ground, eventually, hbm_used, log_file
+from context import forget, one_by_one, same
+from ground import V2, Donors, Engine, Ground, eventually, hbm_used, log_file, ranked, started
 from lender import Speaker
 from reader import GiB, MiB
 
@@ -80,23 +83,13 @@ class Place:
             "kv_cache_memory_bytes": pool,
             "gpu_memory_utilization": 0.7,
             "disable_log_stats": True,
-            "distributed_executor_backend": "mp" if len(own) > 1 else "uni",
-            "tensor_parallel_size": len(own),
-        }
+        } | ranked(len(own))
         environment = V2 | {"CUDA_VISIBLE_DEVICES": self.ground.visible(own)}
         settings = {"socket": self.ground.socket, "lookup_ms": 60_000} | settings
         if size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "enforce_eager": True}
-            settings |= {"device": self.ground.devices[own[0]]}
-            environment = RANKS_ON_CPU if len(own) > 1 else {}
-        engine = Engine(log_file(self.report, f"four {name}"), ENGINE_ENVIRONMENT | environment)
-        try:
-            engine.start(**options, connector=settings)
-            engine.ask("enliven")
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+            environment, settings = {}, settings | {"device": self.ground.devices[own[0]]}
+        return started(log_file(self.report, f"four {name}"), environment, **options, connector=settings)
 
     def prompts(self, name: str, count: int, lengths: tuple[int, int]) -> dict[str, list[int]]:
         source, vocabulary = random.Random(name), shapes.SHAPES[self.size.shape]["vocab_size"]
@@ -109,21 +102,8 @@ class Place:
         return self.prompts(name, self.size.prompts, (self.size.shortest, self.size.longest))
 
 
-def one_by_one(engine: Engine, prompts: dict[str, list[int]], count: int = ANSWER) -> Result:
-    found: Result = {}
-    for name, tokens in prompts.items():
-        engine.ask("add", name=name, tokens=tokens, max_tokens=count, logprobs=True)
-        found |= engine.finish()
-    return found
-
-
 def equal(one: Result, other: Result) -> int:
-    keys = ("tokens", "logprobs")
-    return sum(all(one[name][key] == other[name][key] for key in keys) for name in one)
-
-
-def forget(engine: Engine) -> None:
-    eventually("the engine to forget its prefixes", lambda: engine.ask("reset"))
+    return sum(same(one[name], other[name]) for name in one)
 
 
 def first_token(engine: Engine, name: str, tokens: list[int]) -> float:
@@ -134,13 +114,13 @@ def first_token(engine: Engine, name: str, tokens: list[int]) -> float:
 
 def compare(engine: Engine, work: dict[str, list[int]]) -> tuple[Result, dict[str, Any]]:
     """What a local prefix hit gives, and how loaded KV compares with that."""
-    one_by_one(engine, work)
-    truth = one_by_one(engine, work)
+    one_by_one(engine, work, ANSWER)
+    truth = one_by_one(engine, work, ANSWER)
     forget(engine)
-    loaded = one_by_one(engine, work)
+    loaded = one_by_one(engine, work, ANSWER)
     forget(engine)
     engine.ask("repeat", on=True)
-    control = one_by_one(engine, work)
+    control = one_by_one(engine, work, ANSWER)
     engine.ask("repeat", on=False)
     forget(engine)
     found = {
@@ -189,8 +169,8 @@ def ranks(place: Place) -> dict[str, Any]:
     size, ground = place.size, place.ground
     lender_device, elastic_device = ground.devices[2:4]
     lends = {"lend": 0.5, "lend_after_ms": 0, "max_leased_bytes": 0}
+    ground.lend_idle(elastic_device, size.elastic, size.slab)
     lender = place.engine("lender", [2], size.lender_pool, lends)
-    elastic = ground.lend_idle(elastic_device, size.elastic, size.slab)
     try:
 
         def lent() -> bool:
@@ -210,8 +190,6 @@ def ranks(place: Place) -> dict[str, Any]:
             borrower.close()
     finally:
         lender.close()
-        elastic.kill()
-        elastic.wait()
 
 
 def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
@@ -244,11 +222,11 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
         return [first_token(lender, f"{phase} {number} {name}", tokens) for number, (name, tokens) in enumerate(of)]
 
     noticed = {"alone": of_the_lender("alone")}
-    source = iter(range(10**9))
+    numbers = itertools.count()
 
     def read() -> None:
         for tokens in work.values():
-            first_token(borrower, f"reading {next(source)}", tokens)
+            first_token(borrower, f"reading {next(numbers)}", tokens)
         forget(borrower)
 
     with Beside(read) as reading:
@@ -257,10 +235,10 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
 
     # In mid-answer, on loaded KV, the lender needs its pool.
     name = max(work, key=lambda one: len(work[one]))
-    long_truth = one_by_one(borrower, {name: work[name]}, LONG_ANSWER)
+    one_by_one(borrower, {name: work[name]}, LONG_ANSWER)
     long_truth = one_by_one(borrower, {name: work[name]}, LONG_ANSWER)
     forget(borrower)
-    lent_before = ground.leased(lender_device)
+    lent_before, taken = ground.leased(lender_device), ground.status()["counters"]["revocations"]
     borrower.ask("add", name=name, tokens=work[name], max_tokens=LONG_ANSWER, logprobs=True)
     borrower.ask("step", count=8)
     burst = place.prompts("burst", size.burst, (size.burst_length, size.burst_length))
@@ -270,9 +248,10 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
     with Beside(lambda: done.update(borrower.ask("step", count=1)["finished"])):
         answered = lender.finish()
         eventually("the answer", lambda: name in done)
-    lent_after = ground.leased(lender_device)
+    # It may have lent the same again by now.
+    lent_after, taken = ground.leased(lender_device), ground.status()["counters"]["revocations"] - taken
     forget(borrower)
-    again = one_by_one(borrower, work)
+    again = one_by_one(borrower, work, ANSWER)
     found |= {
         "held": held,
         "first_token_ms": times,
@@ -281,6 +260,7 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
         "burst": {
             "lent_before": lent_before,
             "lent_after": lent_after,
+            "taken_back": taken,
             "answered": len(answered),
             "equal": equal(long_truth, done),
             # What went with the lender's memory is computed again, in other shapes: only what was found counts.
@@ -291,7 +271,7 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
     }
     found["passed"] = (
         found["passed"]
-        and lent_after < lent_before
+        and taken > 0
         and len(answered) == size.burst
         and found["burst"]["equal"] == 1
         and reading.times > 0
@@ -302,8 +282,8 @@ def _ranks(place: Place, lender: Engine, borrower: Engine) -> dict[str, Any]:
 def pairs(place: Place) -> dict[str, Any]:
     size, ground = place.size, place.ground
     devices = ground.devices[2:4]
-    donors = [ground.lend(size.lent, size.slab, device) for device in devices]
     whole = size.lent * len(devices)
+    Donors(ground, whole, size.slab, devices)
     engines: dict[str, Engine] = {}
     try:
         for number, tenant in enumerate(WEIGHTS):
@@ -322,28 +302,21 @@ def pairs(place: Place) -> dict[str, Any]:
 
         held = eventually("both to hold what their weights say", fair)
         holders = {device: sorted(_holders(ground, device)) for device in devices}
-        compared: dict[str, Any] = {}
 
-        def work(tenant: str) -> None:
+        def work(tenant: str) -> dict[str, Any]:
             # One prompt: what the smaller one holds has to be enough.
             prompt = dict([next(iter(place.work(tenant).items()))])
-            _, compared[tenant] = compare(engines[tenant], prompt)
+            return compare(engines[tenant], prompt)[1]
 
-        threads = [threading.Thread(target=work, args=(tenant,)) for tenant in engines]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compared = dict(zip(engines, pool.map(work, engines), strict=True))
         print(f"pairs: {json.dumps(held)}", flush=True)
-        passed = len(compared) == len(engines) and all(of["passed"] for of in compared.values())
+        passed = all(of["passed"] for of in compared.values())
         both = all(len(of) == len(engines) for of in holders.values())
         return {"held": held, "whole": whole, "holders": holders, "engines": compared, "passed": passed and both}
     finally:
         for engine in engines.values():
             engine.close()
-        for donor in donors:
-            donor.kill()
-            donor.wait()
 
 
 def _holders(ground: Ground, device: str) -> set[str]:
@@ -353,21 +326,19 @@ def _holders(ground: Ground, device: str) -> set[str]:
 
 def links(place: Place) -> dict[str, Any]:
     """Bytes a second of each pair by itself, and of two pairs at the same time."""
-    rows = []
-    for crossed in (False, True):
-        rows += _side_by_side(place, [(0, 3), (1, 2)] if crossed else [(0, 2), (1, 3)])
+    rows = [_side_by_side(place, chosen) for chosen in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])]
     for row in rows:
         print(f"links: {json.dumps(row)}", flush=True)
     return {"pairs": rows, "passed": all(one["wrong"] == 0 for row in rows for one in row["of"])}
 
 
-def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> dict[str, Any]:
     size, ground = place.size, place.ground
     readers: list[Speaker] = []
-    donors = []
+    donors: list[Donors] = []
     try:
         for own, donor in chosen:
-            donors.append(ground.lend(size.lent, size.slab, ground.devices[donor]))
+            donors.append(Donors(ground, size.lent, size.slab, [ground.devices[donor]]))
             task = {
                 "socket": ground.socket,
                 "device": ground.devices[own],
@@ -379,7 +350,7 @@ def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> list[dict[str,
             }
             log = log_file(place.report, f"four reader {own} {donor}")
             environment = {} if size.cpu else {"CUDA_VISIBLE_DEVICES": ground.visible([own])}
-            readers.append(Speaker(log, environment, task, script="reader.py"))
+            readers.append(Speaker(log, environment, task, "reader.py"))
             # It leases all of this donor before the next one comes.
             readers[-1].answer()
         alone = [reader.ask("read", seconds=size.seconds) for reader in readers]
@@ -396,13 +367,12 @@ def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> list[dict[str,
             for (own, donor), one, other in zip(chosen, alone, together, strict=True)
         ]
         share = sum(one["together"] for one in of) / sum(one["alone"] for one in of)
-        return [{"of": of, "together_of_alone": share}]
+        return {"of": of, "together_of_alone": share}
     finally:
         for reader in readers:
             reader.close()
         for donor in donors:
-            donor.kill()
-            donor.wait()
+            donor.close()
 
 
 def table(results: dict[str, Any]) -> str:
@@ -427,9 +397,9 @@ def table_of_ranks(of: dict[str, Any]) -> list[str]:
         f"control {of['control_equal']}; leased {held}",
         *_times("two ranks: prefix", of["first_token_ms"]),
         *_times("lender", of["lender_ms"]),
-        f"burst: lent {burst['lent_before'] / GiB:.2f} -> {burst['lent_after'] / GiB:.2f} GiB in mid-answer, the "
-        f"answer {'is equal' if burst['equal'] else 'DIFFERS'}; afterwards {burst['loaded_again']} of {of['prompts']} "
-        f"are loaded, {burst['equal_again']} of these equal",
+        f"burst: {burst['taken_back']} revocations in mid-answer (lent {burst['lent_before'] / GiB:.2f} -> "
+        f"{burst['lent_after'] / GiB:.2f} GiB), the answer {'is equal' if burst['equal'] else 'DIFFERS'}; afterwards "
+        f"{burst['loaded_again']} of {of['prompts']} are loaded, {burst['equal_again']} of these equal",
     ]
 
 

@@ -20,7 +20,6 @@ from node import Node, eventually  # noqa: E402
 __all__ = [
     "ENGINE_ENVIRONMENT",
     "INVARIANT",
-    "RANKS_ON_CPU",
     "V1",
     "V2",
     "Donors",
@@ -31,6 +30,8 @@ __all__ = [
     "hbm",
     "hbm_used",
     "log_file",
+    "ranked",
+    "started",
 ]
 
 ENGINE_ENVIRONMENT = {
@@ -113,7 +114,31 @@ def hbm() -> int:
     return next((int(total) << 20 for total in _smi("memory.total")), 0)
 
 
+RANKS_ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Without this, vLLM's CPU build wants a NUMA node for each rank of an engine. Other builds do not read it."""
+
+
+def ranked(count: int) -> dict[str, Any]:
+    """The options of an engine with so many ranks."""
+    return {"tensor_parallel_size": count, "distributed_executor_backend": "mp" if count > 1 else "uni"}
+
+
+def started(log: Path, environment: dict[str, str], **options: Any) -> Engine:
+    """An engine whose made-up weights are such that its answers depend on its KV cache."""
+    if options.get("tensor_parallel_size", 1) > 1:
+        environment = environment | RANKS_ON_CPU
+    engine = Engine(log, ENGINE_ENVIRONMENT | environment)
+    try:
+        engine.start(**options)
+        engine.ask("enliven")
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
 SIMULATED = """name = "simulated GPUs on NVLink"
+usage_dir = "{usage}"
 {devices}
 [all_pairs]
 kind = "nvlink"
@@ -138,7 +163,8 @@ class Ground(Node):
         if cpu:
             device = '[[device]]\nuuid = "{}"\nname = "simulated GPU"\nhbm_bytes = 1073741824\n'
             topology = directory / "simulated.toml"
-            topology.write_text(SIMULATED.format(devices="".join(map(device.format, self.devices))))
+            devices = "".join(map(device.format, self.devices))
+            topology.write_text(SIMULATED.format(usage=directory / "usage", devices=devices))
             probe = ("--probe", "simulated", "--topology", str(topology))
         super().__init__(directory, programs.resolve(), probe + broker)
 
@@ -184,12 +210,12 @@ class Ground(Node):
 
 
 class Donors:
-    """Donors on the last `count` devices, which lend `amount` bytes together."""
+    """Donors on some devices, which lend `amount` bytes together, and alike."""
 
-    def __init__(self, ground: Ground, amount: int, slab: int, count: int) -> None:
+    def __init__(self, ground: Ground, amount: int, slab: int, devices: list[str]) -> None:
         self._ground = ground
-        slabs = -(-amount // (slab * count))
-        self._donors = [ground.lend(slabs * slab, slab, device) for device in ground.devices[-count:]]
+        slabs = -(-amount // (slab * len(devices)))
+        self._donors = [ground.lend(slabs * slab, slab, device) for device in devices]
 
     def withdraw(self) -> None:
         """Has them ask for everything back. They end when they have it."""
@@ -203,7 +229,3 @@ class Donors:
         for donor in self._donors:
             donor.kill()
             donor.wait()
-
-
-RANKS_ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Without this, vLLM's CPU build wants a NUMA node for each rank of an engine."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, INVARIANT, RANKS_ON_CPU, V2, Engine, Ground, eventually, hbm_used, log_file
+from ground import INVARIANT, V2, Engine, Ground, eventually, hbm_used, log_file, ranked, started
 
 ANSWER = 16
 Prompts = dict[str, list[int]]
@@ -125,26 +125,16 @@ class Place:
             "kv_cache_memory_bytes": size.pool,
             "gpu_memory_utilization": 0.3,
             "disable_log_stats": True,
-            "distributed_executor_backend": "mp" if len(own) > 1 else "uni",
-            "tensor_parallel_size": len(own),
             "enforce_eager": True,
-        }
+        } | ranked(len(own))
         environment = V2 | INVARIANT | {"CUDA_VISIBLE_DEVICES": self.ground.visible(own)}
         settings = {"socket": self.ground.socket, "lookup_ms": 60_000} | settings
         if size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 512}
             options["num_gpu_blocks_override"] = 128
             del options["kv_cache_memory_bytes"]
-            environment = RANKS_ON_CPU if len(own) > 1 else {}
-            settings |= {"device": devices[own[0]]}
-        engine = Engine(log_file(self.args.report, f"kills {name}"), ENGINE_ENVIRONMENT | environment)
-        try:
-            engine.start(**options, connector=settings)
-            engine.ask("enliven")
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+            environment, settings = {}, settings | {"device": devices[own[0]]}
+        return started(log_file(self.args.report, f"kills {name}"), environment, **options, connector=settings)
 
 
 class Trial:

@@ -45,14 +45,14 @@ class Size:
 
 
 class Speaker:
-    """A process that does what it is told, line by line: an engine that talks, if it is this script's. `ask` waits for
-    the answer."""
+    """A script in a process of its own, which does as it is told: this one's `--child` is an engine that talks. `ask`
+    waits for the answer."""
 
-    def __init__(self, log: Path, environment: dict[str, str], task: dict[str, Any], script: str = "lender.py") -> None:
+    def __init__(self, log: Path, environment: dict[str, str], task: dict[str, Any], *script: str) -> None:
         self._log = log
         with log.open("ab") as into:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / script), "--child"],
+                [sys.executable, str(HERE / script[0]), *script[1:]],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=into,
@@ -170,7 +170,7 @@ class Trial:
             "kv_cache_memory_bytes": pool,
             "gpu_memory_utilization": 0.9 if len(devices) > 1 else 0.45,
         }
-        environment = V2 | {"CUDA_VISIBLE_DEVICES": ",".join(devices[own:] + devices[:own])}
+        environment = V2 | {"CUDA_VISIBLE_DEVICES": self.ground.visible([own])}
         if size.cpu:
             options |= {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 1024, "enforce_eager": True}
             environment, settings = {}, settings | {"device": devices[own]}
@@ -182,7 +182,8 @@ class Trial:
         }
         task = {"options": options, "connector": connector, "talks": talks, "new": size.new, "answer": size.answer}
         task["vocabulary"] = shapes.SHAPES[size.shape]["vocab_size"]
-        return Speaker(log_file(self.args.report, f"lender {name}"), environment, task)
+        log = log_file(self.args.report, f"lender {name}")
+        return Speaker(log, environment, task, "lender.py", "--child")
 
     def run(self) -> dict[str, Any]:
         size = self.size
