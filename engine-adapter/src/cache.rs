@@ -15,6 +15,7 @@ use crate::{
     claim::Claim,
     connection::Connection,
     failure::{Failure, Result},
+    gil::{at_once, drop_unlocked, unlocked},
     hit::Hit,
     load::Load,
     mark::{Mark, Point},
@@ -23,8 +24,7 @@ use crate::{
     stats,
     store::Store,
     stream::StreamPool,
-    unlocked::{drop_unlocked, unlocked},
-    worker::{Settings, Worker},
+    worker::{Opened, Settings, Worker},
 };
 
 /// A worker's cache in leased HBM, and host memory.
@@ -189,36 +189,29 @@ impl Cache {
     #[pyo3(signature = (hashes, *, ask = true))]
     fn lookup(&self, py: Python<'_>, hashes: &[u8], ask: bool) -> PyResult<Hit> {
         let hashes = arguments::hashes(hashes)?;
-        unlocked(py, || {
-            let found = self.0.with_open(|open| {
-                let patience = open.borrower.config().lookup_limit;
-                Some(if ask {
-                    open.borrower.lookup_within(&hashes, patience)
-                } else {
-                    open.borrower.lookup_own(&hashes)
-                })
-            });
-            Ok(Hit::new(&self.0, found))
-        })
+        let own = |open: &Opened| Some(open.borrower.lookup_own(&hashes));
+        let all = |open: &Opened| {
+            let patience = open.borrower.config().lookup_limit;
+            Some(open.borrower.lookup_within(&hashes, patience))
+        };
+        match ask {
+            true => unlocked(py, || Ok(Hit::new(&self.0, self.0.with_open(all)))),
+            false => at_once(|| Ok(Hit::new(&self.0, self.0.with_open(own)))),
+        }
     }
 
-    fn claim(
-        &self,
-        py: Python<'_>,
-        hashes: &[u8],
-        most_bytes: &Bound<'_, PyAny>,
-    ) -> PyResult<Option<Claim>> {
+    fn claim(&self, hashes: &[u8], most_bytes: &Bound<'_, PyAny>) -> PyResult<Option<Claim>> {
         let hashes = arguments::hashes(hashes)?;
         let most_bytes = arguments::number("most_bytes", most_bytes)?;
-        unlocked(py, || {
+        at_once(|| {
             let claimed = (self.0).with_open(|open| open.borrower.claim(&hashes, most_bytes));
             Ok(claimed.map(|claimed| Claim::new(&self.0, claimed)))
         })
     }
 
-    fn mark(&self, py: Python<'_>, stream: &Bound<'_, PyAny>) -> PyResult<Mark> {
+    fn mark(&self, stream: &Bound<'_, PyAny>) -> PyResult<Mark> {
         let stream = EngineStream::read(stream)?;
-        unlocked(py, || {
+        at_once(|| {
             let point = self.0.with_open(|open| Some(Point::on(open, stream)));
             Ok(Mark(point.unwrap_or(Point::Unknown)))
         })
@@ -227,7 +220,6 @@ impl Cache {
     #[pyo3(signature = (hashes, blocks, marks = Vec::new()))]
     fn store(
         &self,
-        py: Python<'_>,
         hashes: &[u8],
         blocks: &Bound<'_, PyAny>,
         marks: Vec<Bound<'_, Mark>>,
@@ -238,7 +230,7 @@ impl Cache {
             return Err(Failure::argument("marks", problem).into());
         }
         let marks: Vec<Point> = marks.iter().map(|mark| mark.get().0.clone()).collect();
-        unlocked(py, || {
+        at_once(|| {
             let blocks: Vec<_> = hashes.into_iter().zip(blocks).collect();
             let unknown = marks.iter().any(|point| matches!(point, Point::Unknown));
             let store = self.0.with_open(|open| {
@@ -257,7 +249,6 @@ impl Cache {
     #[pyo3(signature = (loan, ranges, after = None))]
     fn lend(
         &self,
-        py: Python<'_>,
         loan: &Bound<'_, PyAny>,
         ranges: &Bound<'_, PyAny>,
         after: Option<&Bound<'_, Mark>>,
@@ -265,16 +256,16 @@ impl Cache {
         let loan = arguments::number("loan", loan)?;
         let ranges = UnusedRange::read(ranges)?;
         let after = after.map_or(Point::Over, |mark| mark.get().0.clone());
-        unlocked(py, || match after {
+        at_once(|| match after {
             Point::Over => self.0.lend(loan, ranges, None),
             Point::At(ticket) => self.0.lend(loan, ranges, Some(ticket)),
             Point::Unknown => Err(Failure::argument("after", "nobody can say when it is over")),
         })
     }
 
-    fn take_back(&self, py: Python<'_>, loans: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn take_back(&self, loans: &Bound<'_, PyAny>) -> PyResult<()> {
         let loans: Vec<u64> = arguments::number("loans", loans)?;
-        unlocked(py, || {
+        at_once(|| {
             if self.0.is_here() {
                 self.0.lending.take_back(&loans);
             }
@@ -282,8 +273,8 @@ impl Cache {
         })
     }
 
-    fn returned_loans(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
-        unlocked(py, || {
+    fn returned_loans(&self) -> PyResult<Vec<u64>> {
+        at_once(|| {
             Ok(match self.0.is_here() {
                 true => self.0.lending.take_returned(),
                 false => Vec::new(),
@@ -291,8 +282,8 @@ impl Cache {
         })
     }
 
-    fn lend_problem(&self, py: Python<'_>) -> PyResult<String> {
-        unlocked(py, || {
+    fn lend_problem(&self) -> PyResult<String> {
+        at_once(|| {
             Ok(match self.0.is_here() {
                 true => self.0.lending.problem(),
                 false => self.0.problem(),
@@ -300,8 +291,8 @@ impl Cache {
         })
     }
 
-    fn stats(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, f64>> {
-        unlocked(py, || {
+    fn stats(&self) -> PyResult<HashMap<&'static str, f64>> {
+        at_once(|| {
             let stats = self.0.with_open(|open| Some(open.borrower.stats()));
             let open = stats.is_some();
             let borrowed = stats::flat(&stats.unwrap_or_default());

@@ -8,9 +8,9 @@ use swiftcache_client::cache;
 
 use crate::{
     arguments,
+    gil::{at_once, drop_unlocked},
     load::Load,
     mark::{Mark, Point},
-    unlocked::{drop_unlocked, unlocked},
     worker::Worker,
 };
 
@@ -41,15 +41,10 @@ impl Claim {
     }
 
     #[pyo3(signature = (blocks, after = None))]
-    fn load(
-        &self,
-        py: Python<'_>,
-        blocks: &Bound<'_, PyAny>,
-        after: Option<&Bound<'_, Mark>>,
-    ) -> PyResult<Load> {
+    fn load(&self, blocks: &Bound<'_, PyAny>, after: Option<&Bound<'_, Mark>>) -> PyResult<Load> {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
-        unlocked(py, || {
+        at_once(|| {
             Load::check_first(&blocks, self.blocks)?;
             let claimed = self.claimed.lock().take();
             Ok(Load::start_claimed(&self.worker, claimed, blocks, after))

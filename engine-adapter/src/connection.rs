@@ -12,8 +12,8 @@ use swiftcache_proto::convert::MAX_NAMESPACE_BYTES;
 use crate::{
     arguments,
     failure::{Failure, Result},
+    gil::{drop_unlocked, unlocked},
     index::IndexWatch,
-    unlocked::{drop_unlocked, unlocked},
 };
 
 /// This process's session with the node's broker.

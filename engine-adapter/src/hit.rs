@@ -7,9 +7,9 @@ use swiftcache_client::cache;
 
 use crate::{
     arguments,
+    gil::{at_once, drop_unlocked},
     load::Load,
     mark::{Mark, Point},
-    unlocked::{drop_unlocked, unlocked},
     worker::Worker,
 };
 
@@ -48,15 +48,10 @@ impl Hit {
     }
 
     #[pyo3(signature = (blocks, after = None))]
-    fn load(
-        &self,
-        py: Python<'_>,
-        blocks: &Bound<'_, PyAny>,
-        after: Option<&Bound<'_, Mark>>,
-    ) -> PyResult<Load> {
+    fn load(&self, blocks: &Bound<'_, PyAny>, after: Option<&Bound<'_, Mark>>) -> PyResult<Load> {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
-        unlocked(py, || {
+        at_once(|| {
             Load::of_first(&self.worker, &blocks, self.__len__(), |open| {
                 Load::start(open, self.found.as_ref()?, &blocks, &after, blocks.len())
             })

@@ -10,7 +10,7 @@ use swiftcache_proto::domain::Medium;
 
 use crate::{
     arguments,
-    unlocked::{drop_unlocked, unlocked},
+    gil::{drop_unlocked, unlocked},
 };
 
 /// A block, whether it is in host memory, and whether it can be found there.

@@ -1,6 +1,6 @@
 //! The Python module `swiftcache._native`: the client, for engines.
 //!
-//! Thin on purpose: arguments in, results out (`arguments`, `failure`), the GIL given up meanwhile (`unlocked`), and
+//! Thin on purpose: arguments in, results out (`arguments`, `failure`), the GIL kept or given up meanwhile (`gil`), and
 //! the objects that Python holds. What it knows beyond that is how a cache opens in the background (`worker`), where
 //! an engine's pool is (`pool`), and what of Python's word has to be believed (`promised`, the only `unsafe`). `python/swiftcache/_native.pyi` says what each method promises.
 
@@ -9,6 +9,7 @@ mod cache;
 mod claim;
 mod connection;
 mod failure;
+mod gil;
 mod hit;
 mod index;
 mod load;
@@ -21,7 +22,6 @@ mod starter;
 mod stats;
 mod store;
 mod stream;
-mod unlocked;
 mod worker;
 
 use std::io::IsTerminal;

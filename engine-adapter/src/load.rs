@@ -14,10 +14,10 @@ use swiftcache_client::{cache, device::Origin};
 use crate::{
     arguments,
     failure::{Failure, Result},
+    gil::{at_once, drop_unlocked, unlocked},
     mark::Point,
     place::Place,
     promised::EngineStream,
-    unlocked::{drop_unlocked, unlocked},
     worker::{Opened, Worker},
 };
 
@@ -211,6 +211,33 @@ impl Load {
         State::Begun(started.unwrap_or_else(|| Begun::Over((0..self.asked).collect())))
     }
 
+    /// Whether it is known to be over. False while somebody waits for that, too.
+    fn is_over(&self) -> bool {
+        if !self.origin.is_here() {
+            return true;
+        }
+        self.known().is_some_and(|begun| match &*begun {
+            Begun::Running(load, _) => load.is_done(),
+            Begun::Over(_) => true,
+        })
+    }
+
+    /// Waits until it is over. The failed positions.
+    fn end(&self) -> Vec<u32> {
+        if !self.origin.is_here() {
+            return (0..self.asked).collect();
+        }
+        let mut begun = self.begun_mut();
+        // Should finishing panic, every position has failed.
+        let all = Begun::Over((0..self.asked).collect());
+        let failed = match std::mem::replace(&mut *begun, all) {
+            Begun::Running(load, _) => self.with_missing(load.finish().failed),
+            Begun::Over(failed) => failed,
+        };
+        *begun = Begun::Over(failed.clone());
+        failed
+    }
+
     /// Positions, from those the client says failed.
     fn with_missing(&self, mut failed: Vec<u32>) -> Vec<u32> {
         failed.extend(self.found..self.asked);
@@ -234,15 +261,20 @@ impl Load {
 
     fn promise(&self, py: Python<'_>, most_bytes: &Bound<'_, PyAny>) -> PyResult<bool> {
         let most_bytes = arguments::number("most_bytes", most_bytes)?;
-        unlocked(py, || {
+        let promise = |begun: &Begun| match begun {
+            Begun::Running(load, _) => self.found == self.asked && load.promise(most_bytes),
+            Begun::Over(failed) => failed.is_empty(),
+        };
+        let known = at_once(|| {
             if !self.origin.is_here() {
-                return Ok(false);
+                return Ok(Some(false));
             }
-            Ok(match &*self.begun() {
-                Begun::Running(load, _) => self.found == self.asked && load.promise(most_bytes),
-                Begun::Over(failed) => failed.is_empty(),
-            })
-        })
+            Ok(self.known().map(|begun| promise(&begun)))
+        });
+        match known? {
+            Some(promised) => Ok(promised),
+            None => unlocked(py, || Ok(promise(&self.begun()))),
+        }
     }
 
     fn wait_layer(&self, py: Python<'_>, layer: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
@@ -270,45 +302,39 @@ impl Load {
     ) -> PyResult<()> {
         let layer = arguments::number("layer", layer)?;
         let stream = EngineStream::read(stream)?;
-        unlocked(py, || {
+        let gate = |begun: &Begun| match begun {
+            Begun::Running(load, place) => stream.gate(place, load.layer_tickets(layer)),
+            Begun::Over(_) => Vec::new(),
+        };
+        let gated = at_once(|| {
             self.check(layer)?;
             if !self.origin.is_here() {
-                return Ok(());
+                return Ok(Some(Vec::new()));
             }
-            if let Begun::Running(load, place) = &*self.begun() {
-                stream.gate(place, load.layer_tickets(layer));
+            Ok(self.known().map(|begun| gate(&begun)))
+        });
+        let gated = gated?;
+        if gated.as_ref().is_some_and(Vec::is_empty) {
+            return Ok(());
+        }
+        unlocked(py, || {
+            for ticket in gated.unwrap_or_else(|| gate(&self.begun())) {
+                // Whether the copies failed is known when the load is finished.
+                let _ = ticket.wait();
             }
             Ok(())
         })
     }
 
-    fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
-        unlocked(py, || {
-            if !self.origin.is_here() {
-                return Ok(true);
-            }
-            Ok(self.known().is_some_and(|begun| match &*begun {
-                Begun::Running(load, _) => load.is_done(),
-                Begun::Over(_) => true,
-            }))
-        })
+    fn is_done(&self) -> PyResult<bool> {
+        at_once(|| Ok(self.is_over()))
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
-        unlocked(py, || {
-            if !self.origin.is_here() {
-                return Ok((0..self.asked).collect());
-            }
-            let mut begun = self.begun_mut();
-            // Should finishing panic, every position has failed.
-            let all = Begun::Over((0..self.asked).collect());
-            let failed = match std::mem::replace(&mut *begun, all) {
-                Begun::Running(load, _) => self.with_missing(load.finish().failed),
-                Begun::Over(failed) => failed,
-            };
-            *begun = Begun::Over(failed.clone());
-            Ok(failed)
-        })
+        match self.is_done()? {
+            true => at_once(|| Ok(self.end())),
+            false => unlocked(py, || Ok(self.end())),
+        }
     }
 }
 

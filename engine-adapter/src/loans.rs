@@ -9,7 +9,7 @@ use swiftcache_client::donor::{self, Ended, GIVE_BACK_MARGIN, Moment};
 use crate::{
     arguments,
     failure::{Failure, Result},
-    unlocked::unlocked,
+    gil::at_once,
 };
 
 /// What an engine lends, over all of its workers.
@@ -31,14 +31,10 @@ struct State {
 impl Loans {
     #[new]
     #[pyo3(signature = (*, workers, drain_ms))]
-    fn new(
-        py: Python<'_>,
-        workers: &Bound<'_, PyAny>,
-        drain_ms: &Bound<'_, PyAny>,
-    ) -> PyResult<Self> {
+    fn new(workers: &Bound<'_, PyAny>, drain_ms: &Bound<'_, PyAny>) -> PyResult<Self> {
         let workers: u32 = arguments::number("workers", workers)?;
         let drain = arguments::milliseconds(arguments::number("drain_ms", drain_ms)?);
-        unlocked(py, || {
+        at_once(|| {
             if workers == 0 {
                 return Err(Failure::argument("workers", "takes at least one"));
             }
@@ -55,8 +51,8 @@ impl Loans {
         self.patience.as_secs_f64()
     }
 
-    fn lend(&self, py: Python<'_>) -> PyResult<u64> {
-        unlocked(py, || {
+    fn lend(&self) -> PyResult<u64> {
+        at_once(|| {
             let mut state = self.state.lock();
             let number = state.next;
             state.next += 1;
@@ -65,9 +61,9 @@ impl Loans {
         })
     }
 
-    fn ask_back(&self, py: Python<'_>, loans: &Bound<'_, PyAny>, now: f64) -> PyResult<Vec<u64>> {
+    fn ask_back(&self, loans: &Bound<'_, PyAny>, now: f64) -> PyResult<Vec<u64>> {
         let mut wanted: Vec<u64> = arguments::number("loans", loans)?;
-        unlocked(py, || {
+        at_once(|| {
             let now = moment(now)?;
             let loans = &mut self.state.lock().loans;
             wanted.extend(loans.broken());
@@ -76,13 +72,8 @@ impl Loans {
         })
     }
 
-    fn came_back(
-        &self,
-        py: Python<'_>,
-        parts: BTreeMap<u64, u32>,
-        now: f64,
-    ) -> PyResult<Vec<(u64, Option<f64>)>> {
-        unlocked(py, || {
+    fn came_back(&self, parts: BTreeMap<u64, u32>, now: f64) -> PyResult<Vec<(u64, Option<f64>)>> {
+        at_once(|| {
             let now = moment(now)?;
             let loans = &mut self.state.lock().loans;
             let ended =
@@ -92,16 +83,16 @@ impl Loans {
         })
     }
 
-    fn out(&self, py: Python<'_>) -> PyResult<(Vec<u64>, Vec<u64>)> {
-        unlocked(py, || {
+    fn out(&self) -> PyResult<(Vec<u64>, Vec<u64>)> {
+        at_once(|| {
             let loans = &self.state.lock().loans;
             let numbers = loans.iter().map(|(number, ())| number);
             Ok(numbers.partition(|number| !loans.is_asked_back(*number)))
         })
     }
 
-    fn is_awaited(&self, py: Python<'_>, now: f64) -> PyResult<bool> {
-        unlocked(py, || {
+    fn is_awaited(&self, now: f64) -> PyResult<bool> {
+        at_once(|| {
             let now = moment(now)?;
             Ok(self.state.lock().loans.is_awaited(now, self.patience))
         })

@@ -189,8 +189,8 @@ impl EngineStream {
         unsafe { foreign::mark(&*place.layer, &place.device, self.0) }
     }
 
-    /// Has it wait for tickets; the caller waits where it cannot.
-    pub(crate) fn gate(self, place: &Place, tickets: &[Ticket]) {
+    /// Has it wait for tickets. Returns those that the caller has to wait for.
+    pub(crate) fn gate(self, place: &Place, tickets: &[Ticket]) -> Vec<Ticket> {
         // SAFETY: `Load.gate_layer` promises that the stream is one of this device's, and alive.
         unsafe { foreign::gate(&*place.layer, &place.device, self.0, tickets) }
     }

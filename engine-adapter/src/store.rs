@@ -9,7 +9,7 @@ use swiftcache_client::{
     device::Origin,
 };
 
-use crate::unlocked::{drop_unlocked, unlocked};
+use crate::gil::{at_once, drop_unlocked, unlocked};
 
 /// Blocks on their way out of the pool.
 #[pyclass(frozen, module = "swiftcache")]
@@ -57,17 +57,8 @@ fn none_of(blocks: u32) -> Stored {
 
 #[pymethods]
 impl Store {
-    fn is_done(&self, py: Python<'_>) -> PyResult<bool> {
-        unlocked(py, || {
-            if !self.origin.is_here() {
-                return Ok(true);
-            }
-            // Somebody who waits for its end holds the lock.
-            Ok(self.state.try_read().is_some_and(|state| match &*state {
-                State::Running(store) => store.is_done(),
-                State::Over(_) => true,
-            }))
-        })
+    fn is_done(&self) -> PyResult<bool> {
+        at_once(|| Ok(self.is_over()))
     }
 
     fn unplaced(&self, py: Python<'_>) -> PyResult<u32> {
@@ -83,23 +74,34 @@ impl Store {
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<HashMap<&'static str, u32>> {
-        unlocked(py, || {
-            let stored = match self.origin.is_here() {
-                true => self.end(),
-                false => none_of(self.blocks),
-            };
-            Ok(HashMap::from([
-                ("stored", stored.stored),
-                ("known", stored.known),
-                ("unplaced", stored.unplaced),
-                ("lost", stored.lost),
-            ]))
-        })
+        // Blocks are published when they are stored, and the broker is waited for.
+        let stored = unlocked(py, || Ok(self.end()))?;
+        Ok(HashMap::from([
+            ("stored", stored.stored),
+            ("known", stored.known),
+            ("unplaced", stored.unplaced),
+            ("lost", stored.lost),
+        ]))
     }
 }
 
 impl Store {
+    /// Whether it is known to be over. False while somebody waits for that, too, who holds the lock.
+    fn is_over(&self) -> bool {
+        if !self.origin.is_here() {
+            return true;
+        }
+        self.state.try_read().is_some_and(|state| match &*state {
+            State::Running(store) => store.is_done(),
+            State::Over(_) => true,
+        })
+    }
+
+    /// Waits until it is over.
     fn end(&self) -> Stored {
+        if !self.origin.is_here() {
+            return none_of(self.blocks);
+        }
         let mut state = self.state.write();
         let stored = match std::mem::replace(&mut *state, State::Over(Stored::default())) {
             State::Running(store) => store.finish(),

@@ -14,10 +14,10 @@ use crate::{
     arguments::{self, named},
     connection::Connection,
     failure::{Failure, Result},
+    gil::{drop_unlocked, unlocked},
     place::Place,
     promised::{EngineStream, engine_word},
     stats,
-    unlocked::{drop_unlocked, unlocked},
 };
 
 /// A KV cache of local memory and leased slabs, at addresses that stay.

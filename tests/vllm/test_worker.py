@@ -83,6 +83,7 @@ def test_bytes_come_back_into_other_blocks(worker, caches) -> None:
 
 def test_each_layer_is_awaited_in_its_own_turn(worker, native) -> None:
     run(worker, StepMetadata(stores=[store(0, [1])]))
+    native.hold_loads = True
     worker.bind(StepMetadata(loads=[load([5])]))
     worker.start_loads()
     (_, one), *_ = worker._loading
@@ -92,6 +93,21 @@ def test_each_layer_is_awaited_in_its_own_turn(worker, native) -> None:
     assert one.waited == [0, 1]
     worker.wait_for_layer("model.layers.9.mlp")
     assert one.waited == [0, 1]
+
+
+def test_what_has_arrived_is_not_waited_for(worker, native) -> None:
+    run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    native.hold_loads = True
+    worker.bind(StepMetadata(loads=[load([5], request="a"), load([6], request="b")]))
+    worker.start_loads()
+    (_, one), (_, other) = worker._loading
+    worker.wait_for_layer(LAYERS[0])
+    one.held = False
+    worker.wait_for_layer(LAYERS[1])
+    assert one.waited == [0] and other.waited == [0, 1]
+    # How it ended is known from its end.
+    one.failed = [0]
+    assert worker.invalid_blocks() == {5}
 
 
 def test_blocks_that_failed_are_invalid_in_the_same_step(worker) -> None:
@@ -107,6 +123,7 @@ def test_trouble_anywhere_in_a_load_fails_all_of_it(worker, native, monkeypatch,
         raise RuntimeError("broken")
 
     run(worker, StepMetadata(stores=[store(0, [1, 2])]))
+    native.hold_loads = True
     monkeypatch.setattr(native.Cache if broken == "load" else native.Load, broken, fail)
     assert run(worker, StepMetadata(loads=[load([4, 5])])).invalid == {4, 5}
 

@@ -35,7 +35,7 @@
 //! #![forbid(unsafe_code)]
 //! # use swiftcache_device::{DeviceLayer, Ticket, foreign};
 //! # use swiftcache_proto::domain::DeviceUuid;
-//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) {
+//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) -> Vec<Ticket> {
 //!     foreign::gate(layer, device, 0xdead, tickets) // no stream
 //! }
 //! ```
@@ -59,7 +59,7 @@
 //!     // SAFETY: the default stream is always alive.
 //!     unsafe { foreign::mark(layer, device, 0) }
 //! }
-//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) {
+//! fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, tickets: &[Ticket]) -> Vec<Ticket> {
 //!     // SAFETY: as above.
 //!     unsafe { foreign::gate(layer, device, 0, tickets) }
 //! }
@@ -139,29 +139,33 @@ pub unsafe fn mark(
         .transpose()
 }
 
-/// Makes an engine's stream wait for tickets, on the device. Where that is not possible the caller waits, so that on
-/// return nothing queued later can overtake them. Whether they failed is for whoever owns them to find out.
+/// Makes an engine's stream wait for tickets, on the device, and waits for nothing itself. Returns those for which that is
+/// not possible: the caller [waits](Ticket::wait) for them, so that nothing queued later can overtake them. Whether tickets
+/// failed is for whoever owns them to find out: copies that failed are over, too.
 ///
-/// While the stream is captured into a CUDA graph the caller waits, too, and the capture goes on. That graph's launches
-/// wait for nothing: gate the stream before each.
+/// While the stream is captured into a CUDA graph that is all of them, and the capture goes on. That graph's launches wait
+/// for nothing: gate the stream before each.
 ///
 /// # Safety
 /// As for [`mark`].
-pub unsafe fn gate(layer: &dyn DeviceLayer, device: &DeviceUuid, raw: u64, tickets: &[Ticket]) {
+#[must_use = "what the stream does not wait for the caller has to wait for"]
+pub unsafe fn gate(
+    layer: &dyn DeviceLayer,
+    device: &DeviceUuid,
+    raw: u64,
+    tickets: &[Ticket],
+) -> Vec<Ticket> {
     // SAFETY: the caller promises the same.
     let stream = unsafe { adopt(layer, device, raw) }.unwrap_or_else(|error| {
         tracing::warn!(%error, "waiting for a layer on the engine's own thread");
         None
     });
-    for ticket in tickets {
-        let gated = stream
-            .as_ref()
-            .is_some_and(|stream| stream.wait_for(ticket).is_ok());
-        if !gated {
-            // Copies that failed are over too.
-            let _ = ticket.wait();
-        }
-    }
+    let gated = |ticket: &Ticket| {
+        let stream = stream.as_ref();
+        stream.is_some_and(|stream| stream.wait_for(ticket).is_ok())
+    };
+    let left = tickets.iter().filter(|ticket| !gated(ticket));
+    left.cloned().collect()
 }
 
 /// A wrapper for one use: the stream is the engine's, and may be gone when the call that names it is over.
@@ -329,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gate_without_streams_is_a_wait() {
+    fn without_streams_whoever_gates_is_told_to_wait() {
         let layer = layer();
         let device = layer.devices()[0].uuid.clone();
         // SAFETY: here and below: there are no streams on this backend.
@@ -340,14 +344,19 @@ mod tests {
         stream.zero(&memory, 0, 1 << 16).unwrap();
         let ticket = stream.record().unwrap();
         // SAFETY: as above.
-        unsafe { gate(&layer, &device, 7, std::slice::from_ref(&ticket)) };
-        assert!(ticket.outcome().unwrap().is_ok());
-        // Its twin: a failure does not pass for copies in flight, and does not hang.
+        let left = unsafe { gate(&layer, &device, 7, &[ticket.clone(), ticket]) };
+        assert_eq!(left.len(), 2);
+        for ticket in left {
+            ticket.wait().unwrap();
+        }
+        // Its twin: a failure does not pass for copies in flight.
         layer.lose(&device, "pulled out").unwrap();
         stream.zero(&memory, 0, 1).unwrap();
         let failed = stream.record().unwrap();
         // SAFETY: as above.
-        unsafe { gate(&layer, &device, 7, std::slice::from_ref(&failed)) };
-        assert!(failed.outcome().unwrap().is_err());
+        let left = unsafe { gate(&layer, &device, 7, std::slice::from_ref(&failed)) };
+        assert!(
+            left.iter().all(|ticket| ticket.wait().is_err()) && failed.outcome().unwrap().is_err()
+        );
     }
 }

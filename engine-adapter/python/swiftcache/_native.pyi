@@ -1,4 +1,5 @@
-"""The client of SwiftCache, in Rust. Every method that waits does so without the GIL.
+"""The client of SwiftCache, in Rust. Every method that waits does so without the GIL, and one that waits for nothing keeps
+it: to get it back beside a thread that computes takes up to Python's switch interval.
 
 Wrong arguments raise `ValueError` naming the argument. A bug of this module raises `RuntimeError`. Nothing else
 raises: an absent, dying or restarted broker, a revoked lease and a failed copy are all misses.

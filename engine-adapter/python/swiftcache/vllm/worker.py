@@ -389,7 +389,9 @@ class WorkerSide:
             self._attempt("a layer's leased KV could not be staged", self._staging.enter, name)
 
     def _wait_for_load(self, name: str, load: Load) -> None:
-        if self._layout is None:
+        # A forward of few tokens takes as long as queueing it does, and to have a stream wait for a layer takes 20 to 50 us of
+        # that (docs/benchmarks.md): where everything has arrived, nothing waits.
+        if self._layout is None or load.is_done():
             return
         stream = torch.cuda.current_stream().cuda_stream if self._cuda else 0
         for entry in self._layout.by_layer.get(name, ()):

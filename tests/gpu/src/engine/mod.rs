@@ -309,7 +309,11 @@ impl Engine {
         tickets: &[Ticket],
     ) {
         // SAFETY: the stream is of the first device's primary context, and the engine never destroys it.
-        unsafe { foreign::gate(layer, device, stream.raw(), tickets) }
+        let left = unsafe { foreign::gate(layer, device, stream.raw(), tickets) };
+        for ticket in left {
+            // Whether it failed is for whoever owns it to find out.
+            let _ = ticket.wait();
+        }
     }
 
     /// Gives SwiftCache one of the engine's streams.

@@ -1,4 +1,8 @@
-//! Work without the GIL, and without panics.
+//! Who has the GIL while Rust works; and panics, which become exceptions that engines can catch.
+//!
+//! Whoever gives the GIL up while another Python thread computes gets it back after Python's switch interval, 5 ms by default.
+//! An engine's thread that schedules has such neighbours: vLLM hashes the prompts that come in beside it, for milliseconds each.
+//! So it is given up where something is waited for, and kept where it is not.
 
 use std::{
     any::Any,
@@ -9,14 +13,23 @@ use pyo3::prelude::*;
 
 use crate::failure::{Failure, Result};
 
-/// Does work while other Python threads run. A panic becomes an exception that engines can catch.
+/// Does work that may wait: for a device, the broker or another thread. Other Python threads run meanwhile.
 pub(crate) fn unlocked<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
+    py.detach(|| caught(work))
+}
+
+/// Does work that waits for nothing but locks which nobody holds while waiting, and takes less than a millisecond or two. No
+/// other Python thread runs meanwhile.
+pub(crate) fn at_once<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {
+    caught(work)
+}
+
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {
     // What a panic leaves behind is behind locks that are not poisoned, and each holds one value that is set at once.
-    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
-    match outcome {
+    match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => Ok(result?),
         Err(panic) => Err(Failure::Bug(said(&*panic)).into()),
     }
