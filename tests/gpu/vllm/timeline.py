@@ -157,11 +157,13 @@ class Arm:
             of = prompts[number % len(prompts) if self.task["full"] else number % 2]
             self._ask(f"warm {number}", of + self._new(f"warm {number}"), 8)
         found = []
-        for number, prompt in enumerate(prompts[2:]):
-            self._settle()
-            self._forget()
-            time.sleep(PAUSE)
-            found.append(self._ask(f"turn {number}", prompt + self._new(f"turn {number}"), 8))
+        for turn in range(self.task["rounds"]):
+            for number, prompt in enumerate(prompts[2:]):
+                name = f"turn {turn} {number}"
+                self._settle()
+                self._forget()
+                time.sleep(PAUSE)
+                found.append(self._ask(name, prompt + self._new(name), 8))
         return found
 
     def decode(self) -> dict[str, Any]:
@@ -234,13 +236,15 @@ class Arm:
 
 
 def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
-    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report)
     tokens = 400 if args.cpu else args.tokens
+    longest = tokens + 1024 if args.cpu else max(shapes.LIMIT, tokens + 1024)
+    further = {"max_position_embeddings": longest} if longest > shapes.LIMIT else {}
+    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report, **further)
     options = {
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": tokens + 1024 if args.cpu else max(shapes.LIMIT, tokens + 1024),
+        "max_model_len": longest,
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": 256 << 20 if args.cpu else 48 << 30,
         "gpu_memory_utilization": 0.5,
@@ -256,7 +260,8 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
         connector = {"socket": ground.socket, "max_leased_bytes": lent, "lease_step_bytes": lent} | arm["settings"]
     file = ground.directory / "timeline.json"
     task = {"options": options, "connector": connector, "tokens": tokens, "new": 64 if args.cpu else 256}
-    task |= {"count": 6 if args.cpu else 12, "result": str(file), "claims": arm.get("claims", True)}
+    task |= {"count": 6 if args.cpu else args.prefixes, "rounds": args.rounds}
+    task |= {"result": str(file), "claims": arm.get("claims", True)}
     task |= {"full": arm.get("full", False), "nothing": arm.get("nothing", False)}
     if task["full"]:
         # Of the prompts it holds two or three of six, or four of twelve.
@@ -311,18 +316,22 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--tokens", type=int, default=20_000, help="of a prefix")
+    parser.add_argument("--prefixes", type=int, default=12, help="how many; two of them only warm the engine up")
+    parser.add_argument("--rounds", type=int, default=1, help="how often a turn follows on each of the others")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
+    chosen = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
+    if not chosen:
+        sys.exit(f"no arm to measure is called {args.only}")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         ground = Ground(Path(directory), args.programs, cpu=args.cpu)
         try:
             ground.start_broker()
             print(f"{ground.hardware}; the lent memory is on {ground.way}", flush=True)
-            for name, arm in ARMS.items():
-                if re.search(args.only, name):
-                    results[name] = measure(ground, name, arm, args)
-                    print(shown(name, results[name]), flush=True)
+            for name, arm in chosen.items():
+                results[name] = measure(ground, name, arm, args)
+                print(shown(name, results[name]), flush=True)
         finally:
             ground.close()
     (args.report / "timeline.json").write_text(json.dumps({"on": ground.hardware, "way": ground.way, "arms": results}))
