@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "harness"))
+
+from told import Orders
+
+ORDERS = Orders()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import models
-import rig
-import states_on_cpu
-from meter import Meter
-from replay import Replay
-
-# vLLM writes to standard output, which the answers need.
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
+import models  # noqa: E402
+import rig  # noqa: E402
+import states_on_cpu  # noqa: E402
+from meter import Meter  # noqa: E402
+from replay import Replay  # noqa: E402
 
 
 class Spy:
@@ -729,14 +730,7 @@ class Engine:
 
 def main() -> None:
     engine = Engine()
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = {"ok": getattr(engine, command["do"])(**command.get("with", {}))}
-        except Exception as reason:
-            traceback.print_exc()
-            answer = {"error": f"{type(reason).__name__}: {reason}"}
-        answers.write(json.dumps(answer) + "\n")
+    ORDERS.serve(engine)
     engine.stop()
 
 

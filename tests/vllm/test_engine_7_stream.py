@@ -11,9 +11,9 @@ import signal
 
 import lab as of
 import pytest
-from engine import EngineError
 from neighbours import Memory
 from node import eventually
+from told import ToldError
 
 PAGE = 16 << 10
 UNIT = 256 << 10
@@ -109,7 +109,7 @@ def gone(donor) -> None:
 
 def test_stock_vllm_refuses_such_a_context(lab) -> None:
     own = {**OWN, "num_gpu_blocks_override": None, "kv_cache_memory_bytes": 32 * 4 * PAGE}
-    with pytest.raises(EngineError, match="To serve at least one request"):
+    with pytest.raises(ToldError, match="To serve at least one request"):
         lab.engine("b").start(**of.options(**own, max_model_len=LONGEST))
 
 
@@ -117,7 +117,7 @@ def refused(lab, node, **settings) -> str:
     """Why an engine with these settings does not start."""
     engine = lab.engine("b")
     engine.ask("patience", seconds=1)
-    with pytest.raises(EngineError) as reason:
+    with pytest.raises(ToldError) as reason:
         of.connect(engine, node, wait=False, connector=SETTINGS | settings, **STITCHED)
     return str(reason.value).partition("; the end of its log")[0]
 

@@ -19,11 +19,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,8 +32,8 @@ sys.path[:0] = [str(HERE.parent / "vllm")]
 
 import shapes  # noqa: E402
 from bench import quantile  # noqa: E402
-from ground import Ground, Program, log_file  # noqa: E402
-from talk import converse, in_turn, to_say  # noqa: E402
+from ground import Ground, Orders, Told, ToldError, chosen, log_file  # noqa: E402
+from talk import Talk, add, in_turn, steps, to_say  # noqa: E402
 
 GiB = 1 << 30
 LOCAL = "from its own pool"
@@ -70,15 +67,14 @@ class Size:
         self.prompts, self.pool = ([450] * 5, 2048) if cpu else ([3000] * 8, 12_288)
 
 
-class Talk:
-    """One engine's life: a child of this program runs it."""
+class Child:
+    """The process of an engine."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    async def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        import sglang
+
         self._task = task
         self._more: dict[str, Any] = {}
-
-    async def run(self) -> dict[str, Any]:
-        import sglang
 
         began = time.monotonic()
         self._engine = sglang.Engine(**self._task["options"])
@@ -90,7 +86,12 @@ class Talk:
             self._engine.shutdown()
 
     async def _converse(self) -> dict[str, Any]:
-        return {"rounds": await converse(self._ask, self._task)}
+        task, rounds = self._task, {}
+        talk = Talk(self._ask, task)
+        await talk.begin()
+        for load, do, arguments in steps(task["rounds"], task["clients"], task["rates"]):
+            add(rounds, load, await getattr(talk, do)(**arguments))
+        return {"rounds": rounds}
 
     async def _answer(self) -> dict[str, Any]:
         """Two passes over the prompts."""
@@ -164,17 +165,17 @@ class Place:
 
     def run(self, name: str, task: dict[str, Any], lent_by: str | None) -> dict[str, Any]:
         """An engine's life, with a donor of that device's memory if there is one."""
-        log, result = log_file(self.args.report, name), self.directory / "result.json"
-        result.unlink(missing_ok=True)
         donor = self.ground.lend(self.size.lent, self.size.slab, lent_by) if lent_by else None
         try:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-            command = [sys.executable, str(Path(__file__).resolve()), "--child", str(result)]
-            Program(command, log, environment).run(task, self.args.arm_limit)
-            return json.loads(result.read_text())
-        except (subprocess.SubprocessError, OSError) as reason:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            return {"error": f"{reason}\n{tail}"}
+            environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+            command = [sys.executable, Path(__file__).resolve(), "--child"]
+            engine = Told(command, log_file(self.args.report, name), environment)
+            try:
+                return engine.ask("run", within=self.args.arm_limit, task=task)
+            finally:
+                engine.close()
+        except ToldError as reason:
+            return {"error": str(reason)}
         finally:
             if donor is not None:
                 donor.kill()
@@ -220,7 +221,7 @@ class Place:
             "what": "bench",
             "options": self.options(size.shape, own // size.token // size.page * size.page) | more,
         }
-        task |= to_say(size, self.args.clients, self.args.rates)
+        task |= to_say(size) | {"clients": self.args.clients, "rates": self.args.rates}
         return self.run(f"bench {name}", task, lent_by)
 
 
@@ -246,8 +247,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        Path(sys.argv[2]).write_text(json.dumps(asyncio.run(Talk(json.load(sys.stdin)).run())))
+    if sys.argv[1:] == ["--child"]:
+        asyncio.run(Orders().serve_async(Child()))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
@@ -273,7 +274,7 @@ def main() -> None:
             if args.what != "bench":
                 results["identity"] = place.identity()
                 print(json.dumps(results["identity"]), flush=True)
-            wanted = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
+            wanted = chosen(ARMS, args.only)
             for name, arm in wanted.items() if args.what != "identity" else ():
                 results["arms"][name] = place.arm(name, arm)
                 print(table({"arms": {name: results["arms"][name]}}), flush=True)

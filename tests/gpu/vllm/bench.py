@@ -5,8 +5,9 @@ from its host tier, from host memory that is lent to all engines, and while the 
 seconds; resident in the engine's own pool.
 They run as `vllm serve` does by itself, but for two that run as `load: sync` needs it. All see the same conversations:
 clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. Engines start
-together, as many as fit; then one after the other is talked to while the others rest. The result is a table,
-bench.json, and bench.svg where matplotlib is there.
+together, as many as fit. Then one after the other is talked to for a round while the others rest, and so on: what a
+machine does better or worse for some seconds, all arms have their part of. The result is a table, bench.json, and
+bench.svg where matplotlib is there.
 """
 
 from __future__ import annotations
@@ -16,20 +17,33 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, hbm, hbm_used, log_file
+from ground import (
+    ENGINE_ENVIRONMENT,
+    HERE,
+    V1,
+    V2,
+    Ground,
+    Told,
+    ToldError,
+    chosen,
+    eventually,
+    hbm,
+    hbm_used,
+    log_file,
+)
 from lmcache_server import serving
-from talk import to_say
+from talk import add, steps, to_say
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
@@ -52,11 +66,9 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """As they are chosen."""
-    found = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
+    found = chosen(ARMS, args.only)
     if importlib.util.find_spec("lmcache") is None and found.pop("LMCache", None):
         print("LMCache: not measured, it is not installed", flush=True)
-    if not found:
-        sys.exit(f"no arm to measure is called {args.only}")
     if args.cpu or args.eager:
         found = {
             name: arm | {"options": arm.get("options", {}) | {"enforce_eager": True}} for name, arm in found.items()
@@ -83,33 +95,36 @@ class Size:
         self.beside = 64 << 20 if cpu else 20 << 30
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
         self.hbm = 2 * (self.resident + self.beside) if cpu else hbm()
-        self.lent_here = 0 if cpu or len(hbm_used()) > 1 else self.lent
-        """HBM of the engines' own GPU that a donor lends, where there is no other one."""
+        self.apart = cpu or len(hbm_used()) > 1
+        """Donors lend another GPU's HBM. Where there is one, they lend that of the engines' own."""
 
     def pool(self, arm: dict[str, Any]) -> int:
         return self.resident if arm.get("resident") else self.local
 
-    def needs(self, arm: dict[str, Any]) -> int:
-        """HBM of the engines' GPU, bytes."""
-        borrows = "settings" in arm and not {"host", "lent_by"} & arm.keys()
-        return self.pool(arm) + self.beside + (self.lent_here if borrows else 0)
+    def needs(self, arm: dict[str, Any], host: int) -> list[float]:
+        """Which parts an arm takes of the engines' GPU, of the donors' and of `host` bytes of host memory."""
+        own, lent, pinned = self.pool(arm) + self.beside, 0, 0
+        if {"offload", "lmcache", "host", "lent_by"} & arm.keys():
+            pinned = self.lent
+        elif "settings" in arm and self.apart:
+            lent = self.lent
+        elif "settings" in arm:
+            own += self.lent
+        return [own / self.hbm, lent / self.hbm, pinned / host]
 
-    def pinned(self, arm: dict[str, Any]) -> int:
-        """Host memory of an arm, bytes."""
-        return self.lent if {"offload", "lmcache", "host", "lent_by"} & arm.keys() else 0
 
-
-def together(found: dict[str, dict[str, Any]], size: Size, most_host: int) -> list[list[str]]:
-    """The arms whose engines start at the same time: so many, in order, as fit into HBM and host memory."""
+def together(found: dict[str, dict[str, Any]], size: Size, host: int) -> list[list[str]]:
+    """The arms whose engines run at the same time: so many, in order, as fit into HBM and host memory."""
     batches: list[list[str]] = []
-    hbm_left = host_left = 0
+    taken: list[float] = []
     for name, arm in found.items():
-        needs, pinned = size.needs(arm), size.pinned(arm)
-        if not batches or needs > hbm_left or pinned > host_left:
-            batches.append([])
-            hbm_left, host_left = size.hbm, most_host
-        batches[-1].append(name)
-        hbm_left, host_left = hbm_left - needs, host_left - pinned
+        needs = size.needs(arm, host)
+        if batches and all(one + other <= 1 for one, other in zip(taken, needs, strict=True)):
+            batches[-1].append(name)
+            taken = [one + other for one, other in zip(taken, needs, strict=True)]
+        else:
+            batches.append([name])
+            taken = needs
     return batches
 
 
@@ -138,51 +153,55 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size, port: int) -> dic
 
 
 class Withdrawals:
-    """A donor that takes everything back every few seconds, and offers it again."""
+    """Has a donor take everything back every few seconds, and offer it again."""
 
     def __init__(self, ground: Ground, donor: subprocess.Popen[bytes], every: float, size: Size) -> None:
-        self._ground, self._every, self._size = ground, every, size
-        self.donor = donor
+        self._ground, self._donor, self._every, self._size = ground, donor, every, size
         self.count = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._go)
-        self._thread.start()
 
-    def _go(self) -> None:
-        while not self._over.wait(self._every):
-            self._ground.withdraw(self.donor)
-            self.donor.wait()
-            self.donor = self._ground.lend(self._size.lent, self._size.slab)
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._go, args=(over,))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _go(self, over: threading.Event) -> None:
+        while not over.wait(self._every):
+            self._ground.withdraw(self._donor)
+            self._donor.wait()
+            self._donor = self._ground.lend(self._size.lent, self._size.slab)
             self.count += 1
-
-    def end(self) -> None:
-        self._over.set()
-        self._thread.join()
 
 
 class Trial:
-    """One arm: an engine on a node of its own, and LMCache's server where the arm needs one. They start at once."""
+    """One arm: an engine on a node of its own, and LMCache's server where the arm needs one."""
 
     def __init__(self, name: str, arm: dict[str, Any], size: Size, args: Any) -> None:
-        self._arm, self._size = arm, size
-        self._log = log_file(args.report, f"bench {name}")
-        self._limit = args.arm_limit
+        """They start, and `begin` waits for them."""
+        self._arm, self._size, self._left = arm, size, args.arm_limit
+        self._rounds: dict[str, Any] = {}
+        self._withdrawals: Withdrawals | None = None
+        self.error = ""
+        """Nothing more is to be done of it."""
+        log = log_file(args.report, f"bench {name}")
         with contextlib.ExitStack() as stack:
-            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            self.ground = Ground(self.directory, args.programs, cpu=args.cpu)
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self.ground = Ground(directory, args.programs, cpu=args.cpu)
             stack.callback(self.ground.close)
             self.ground.start_broker()
             port = 0
             if arm.get("lmcache"):
-                _, port = stack.enter_context(serving(self._log, size.lent / (1 << 30)))
-            environment = os.environ | ENGINE_ENVIRONMENT | arm["environment"]
-            self._program = Program([sys.executable, str(HERE / "talk.py")], self._log, environment)
-            stack.callback(self._program.close)
-            self._started = self.directory / "started"
-            options = self._options(args)
-            connected = connector(arm, self.ground, size, port)
-            self._program.tell({"options": options, "connector": connected, "started": str(self._started)})
-            self._stack = stack.pop_all()
+                _, port = stack.enter_context(serving(log, size.lent / (1 << 30)))
+            environment = ENGINE_ENVIRONMENT | arm["environment"]
+            self._engine = Told([sys.executable, HERE / "talk.py"], log, environment)
+            stack.callback(self._engine.close)
+            self._engine.say("start", options=self._options(args), connector=connector(arm, self.ground, size, port))
+            self.close = stack.pop_all().close
 
     def _options(self, args: Any) -> dict[str, Any]:
         size, pool = self._size, self._size.pool(self._arm)
@@ -201,37 +220,46 @@ class Trial:
             options |= {"gpu_memory_utilization": 0.9}
         return options
 
-    def wait(self) -> None:
-        """Until the engine has started, or has failed to, or had the time of an arm for it."""
-        with contextlib.suppress(AssertionError):
-            eventually("an engine", lambda: self._started.exists() or self._program.ended(), self._limit)
+    def started(self) -> None:
+        """Waits until the engine has started."""
+        with self._limited():
+            self._engine.answer(self._left)
 
-    def measure(self, args: Any) -> dict[str, Any]:
+    def begin(self) -> None:
+        """Has it lent what it borrows, and the conversations' histories computed."""
         arm, size = self._arm, self._size
-        task = to_say(size, args.clients, args.rates) | {"result": str(self.directory / "result.json")}
-        back: Withdrawals | None = None
-        try:
-            if self._program.ended() or not self._started.exists():
-                raise ChildProcessError("its engine has not started")
+        with self._limited():
             if "settings" in arm and not arm.get("host"):
                 donor = self.ground.lend(size.lent, size.slab, arm.get("lent_by"))
                 eventually("all of it to be leased", lambda: self.ground.leased() >= size.lent)
                 if "withdraw" in arm:
-                    back = Withdrawals(self.ground, donor, arm["withdraw"], size)
-            self._program.run(task, self._limit)
-            found: dict[str, Any] = {"rounds": json.loads(Path(task["result"]).read_text())}
-            if back is not None:
-                found["withdrawals"] = back.count
-            return found
-        except (subprocess.SubprocessError, OSError, AssertionError) as reason:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
-            return {"error": f"{reason}\n{tail}"}
-        finally:
-            if back is not None:
-                back.end()
+                    self._withdrawals = Withdrawals(self.ground, donor, arm["withdraw"], size)
+            self._engine.ask("begin", within=self._left, task=to_say(size))
 
-    def close(self) -> None:
-        self._stack.close()
+    def measure(self, load: str, do: str, arguments: dict[str, Any]) -> None:
+        """Adds a part of a load."""
+        with self._limited(), self._withdrawals.going_on() if self._withdrawals else contextlib.nullcontext():
+            add(self._rounds, load, self._engine.ask(do, within=self._left, **arguments))
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Takes what an arm may take of time, and notes why it is not measured."""
+        began = time.monotonic()
+        try:
+            yield
+        except (ToldError, OSError, AssertionError) as reason:
+            self.error = str(reason)
+        self._left = max(0.0, self._left - (time.monotonic() - began))
+
+    def result(self) -> dict[str, Any]:
+        if self.error:
+            return {"error": self.error}
+        withdrawn = {"withdrawals": self._withdrawals.count} if self._withdrawals else {}
+        return {"rounds": self._rounds} | withdrawn
+
+
+def going_on(trials: dict[str, Trial]) -> list[Trial]:
+    return [trial for trial in trials.values() if not trial.error]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -256,7 +284,8 @@ def summary(rounds: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], only: str = "") -> str:
+    """`only`: a load."""
     rows = ["| arm | load | first token: p50 | p90 | p99 | time per token | turns a second | tokens a second | found |"]
     rows.append("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, of in results.items():
@@ -264,6 +293,8 @@ def table(results: dict[str, Any]) -> str:
             rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | | |")
             continue
         for load, one in summary(of["rounds"]).items():
+            if only not in ("", load):
+                continue
             rows.append(
                 f"| {name} | {load} | {one['p50']:.0f} ms | {one['p90']:.0f} | {one['p99']:.0f} | "
                 f"{one['per_token']:.1f} ms | {one['turns_per_second']:.1f} | {one['tokens_per_second']:.0f} | "
@@ -319,27 +350,36 @@ def main() -> None:
     args.report.mkdir(parents=True, exist_ok=True)
     size, began = Size(args.cpu), time.monotonic()
     results: dict[str, Any] = {}
-    chosen = arms(args)
+    wanted = arms(args)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hardware = ""
-    for batch in together(chosen, size, memory * 6 // 10):
+
+    def keep(trials: dict[str, Trial]) -> dict[str, Any]:
+        found = {name: trial.result() for name, trial in trials.items()}
+        results.update(found)
+        (args.report / "bench.json").write_text(json.dumps({"on": hardware, "shape": size.shape, "arms": results}))
+        return found
+
+    for batch in together(wanted, size, memory * 6 // 10):
         if time.monotonic() - began > args.within:
             results |= {name: {"error": "the time was over before it began"} for name in batch}
             continue
         with contextlib.ExitStack() as stack:
-            trials = {name: Trial(name, chosen[name], size, args) for name in batch}
+            trials = {name: Trial(name, wanted[name], size, args) for name in batch}
             for trial in trials.values():
                 stack.callback(trial.close)
-            for trial in trials.values():
-                trial.wait()
-            print(f"{time.monotonic() - began:.0f} s: started: {', '.join(batch)}", flush=True)
-            for name, trial in trials.items():
-                results[name] = trial.measure(args)
                 hardware = f"{trial.ground.hardware}; the lent memory is on {trial.ground.way}"
-                print(f"{time.monotonic() - began:.0f} s\n{table({name: results[name]})}", flush=True)
-                said = {"on": hardware, "shape": size.shape, "arms": results}
-                (args.report / "bench.json").write_text(json.dumps(said))
-                trial.close()
+            for part in (Trial.started, Trial.begin):
+                for trial in going_on(trials):
+                    part(trial)
+            print(f"{time.monotonic() - began:.0f} s: ready: {', '.join(batch)}", flush=True)
+            measured = steps(size.rounds, args.clients, args.rates)
+            for number, (load, do, arguments) in enumerate(measured):
+                for trial in going_on(trials):
+                    trial.measure(load, do, arguments)
+                found = keep(trials)
+                if (load, do, arguments) not in measured[number + 1 :]:
+                    print(f"{time.monotonic() - began:.0f} s\n{table(found, load)}", flush=True)
     title = (
         f"Next turn of {size.conversations} conversations of {size.shortest:,}-{size.longest:,} tokens, {size.shape}"
     )

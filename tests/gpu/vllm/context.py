@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import INVARIANT, V1, V2, Donors, Engine, Ground, eventually, log_file, ranked, started
+from ground import INVARIANT, V1, V2, Donors, Engine, Ground, chosen, eventually, log_file, ranked, started
 
 GiB = 1 << 30
 Result = dict[str, dict[str, Any]]
@@ -556,7 +556,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="of each engine, but for those of identity that have two")
     parser.add_argument("--donors", type=int, default=1, help="on the last devices, which lend alike")
     parser.add_argument("--part", choices=("identity", "speed", "longest"), help="only this")
-    parser.add_argument("--only", default="", help="configurations of identity whose name contains this")
+    parser.add_argument("--only", default="", help="configurations of identity that this regular expression finds")
     parser.add_argument("--at-once", type=int, default=3, help="configurations of identity that run at a time")
     speed_of = parser.add_argument_group("speed")
     speed_of.add_argument("--shape", default="qwen3-8b", help="of the model")
@@ -587,7 +587,7 @@ def main() -> None:
                     results["identity"][name] = guarded(identity, name, *how)
                     print(name, json.dumps(results["identity"][name]), flush=True)
 
-                wanted = {name: how for name, how in configurations(args.cpu).items() if args.only in name}
+                wanted = chosen(configurations(args.cpu), args.only)
                 with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
                     list(pool.map(lambda item: one(*item), wanted.items()))
             if args.part in (None, "speed"):

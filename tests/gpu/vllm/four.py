@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -34,8 +33,7 @@ from typing import Any
 
 import shapes
 from context import forget, one_by_one, same
-from ground import V2, Donors, Engine, Ground, eventually, hbm_used, log_file, ranked, started
-from lender import Speaker
+from ground import HERE, V2, Donors, Engine, Ground, Told, chosen, eventually, hbm_used, log_file, ranked, started
 from reader import GiB, MiB
 
 ANSWER = 24
@@ -326,18 +324,18 @@ def _holders(ground: Ground, device: str) -> set[str]:
 
 def links(place: Place) -> dict[str, Any]:
     """Bytes a second of each pair by itself, and of two pairs at the same time."""
-    rows = [_side_by_side(place, chosen) for chosen in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])]
+    rows = [_side_by_side(place, pairs) for pairs in ([(0, 2), (1, 3)], [(0, 3), (1, 2)])]
     for row in rows:
         print(f"links: {json.dumps(row)}", flush=True)
     return {"pairs": rows, "passed": all(one["wrong"] == 0 for row in rows for one in row["of"])}
 
 
-def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> dict[str, Any]:
+def _side_by_side(place: Place, pairs: list[tuple[int, int]]) -> dict[str, Any]:
     size, ground = place.size, place.ground
-    readers: list[Speaker] = []
+    readers: list[Told] = []
     donors: list[Donors] = []
     try:
-        for own, donor in chosen:
+        for own, donor in pairs:
             donors.append(Donors(ground, size.lent, size.slab, [ground.devices[donor]]))
             task = {
                 "socket": ground.socket,
@@ -350,9 +348,9 @@ def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> dict[str, Any]
             }
             log = log_file(place.report, f"four reader {own} {donor}")
             environment = {} if size.cpu else {"CUDA_VISIBLE_DEVICES": ground.visible([own])}
-            readers.append(Speaker(log, environment, task, "reader.py"))
+            readers.append(Told([sys.executable, HERE / "reader.py"], log, environment))
             # It leases all of this donor before the next one comes.
-            readers[-1].answer()
+            readers[-1].ask("begin", task=task)
         alone = [reader.ask("read", seconds=size.seconds) for reader in readers]
         for reader in readers:
             reader.say("read", seconds=size.seconds)
@@ -364,7 +362,7 @@ def _side_by_side(place: Place, chosen: list[tuple[int, int]]) -> dict[str, Any]
                 "together": other["bytes_per_second"],
                 "wrong": one["wrong"] + other["wrong"],
             }
-            for (own, donor), one, other in zip(chosen, alone, together, strict=True)
+            for (own, donor), one, other in zip(pairs, alone, together, strict=True)
         ]
         share = sum(one["together"] for one in of) / sum(one["alone"] for one in of)
         return {"of": of, "together_of_alone": share}
@@ -431,13 +429,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts whose names this regular expression finds")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
-    chosen = {name: part for name, part in PARTS.items() if re.search(args.only, name)}
-    if not chosen:
-        sys.exit(f"no part is called {args.only}: there are {', '.join(PARTS)}")
+    wanted = chosen(PARTS, args.only)
     results: dict[str, Any] = {}
     weights = ",".join(f"{os.getuid()}/{tenant}={weight}" for tenant, weight in WEIGHTS.items())
     before = hbm_used()
-    for name, part in chosen.items():
+    for name, part in wanted.items():
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             options = ("--tenant-weights", weights)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "harness"), str(HERE.parents[1]
 
 from engine import Engine  # noqa: E402
 from node import Node, eventually  # noqa: E402
+from told import Orders, Told, ToldError  # noqa: E402
 
 __all__ = [
     "ENGINE_ENVIRONMENT",
@@ -25,7 +24,10 @@ __all__ = [
     "Donors",
     "Engine",
     "Ground",
-    "Program",
+    "Orders",
+    "Told",
+    "ToldError",
+    "chosen",
     "eventually",
     "hbm",
     "hbm_used",
@@ -50,49 +52,17 @@ INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
 requests that run together can be compared bit by bit, too."""
 
 
+def chosen(of: dict[str, Any], only: str) -> dict[str, Any]:
+    """Those whose names a regular expression finds. To do nothing because of a slip would look as if all had passed."""
+    found = {name: one for name, one in of.items() if re.search(only, name)}
+    if not found:
+        sys.exit(f"nothing is called {only}: there are {', '.join(of)}")
+    return found
+
+
 def log_file(report: Path, name: str) -> Path:
     """Where an engine writes that runs what is called `name`."""
     return report / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
-
-
-class Program:
-    """A program that reads tasks as JSON, a line each, and that may have children of its own, which end with it in any
-    case: an engine's would keep their HBM. It may be started before there is a task, so that what it does first is
-    done."""
-
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        self._command = command
-        with log.open("ab") as into:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=into, stderr=into, env=environment, start_new_session=True
-            )
-
-    def tell(self, task: dict[str, Any]) -> None:
-        """Gives it a task that is not its last one."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(task).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def run(self, task: dict[str, Any], seconds: float) -> None:
-        """Gives it its last task, and waits for its end.
-
-        Raises:
-            subprocess.SubprocessError: it has failed, or was not over after so many seconds.
-        """
-        try:
-            self._process.communicate(json.dumps(task).encode(), timeout=seconds)
-        finally:
-            self.close()
-        if self._process.returncode:
-            raise subprocess.CalledProcessError(self._process.returncode, self._command)
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 def _smi(field: str) -> list[str]:

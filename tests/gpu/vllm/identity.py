@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import json
 import random
-import re
 import sys
 import tempfile
 import traceback
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, eventually, hbm_used, log_file
+from ground import ENGINE_ENVIRONMENT, INVARIANT, V1, V2, Engine, Ground, chosen, eventually, hbm_used, log_file
 
 ANSWER = 24
 """Tokens of each answer."""
@@ -413,7 +412,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Place(Path(directory), args.programs, args.report, cpu=args.cpu)
         try:
-            wanted = {name: of for name, of in configurations(args.cpu).items() if re.search(args.only, name)}
+            wanted = chosen(configurations(args.cpu), args.only)
             for name, of in list(wanted.items()):
                 ranks = of["options"].get("tensor_parallel_size", 1)
                 if ranks > len(place.ground.devices):

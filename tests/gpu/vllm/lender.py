@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 import shapes
 from bench import quantile
-from ground import ENGINE_ENVIRONMENT, HERE, V2, Ground, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V2, Ground, Orders, Told, eventually, log_file
 from talk import Arm, Conversations, in_turn
 
 GiB = 1 << 30
@@ -44,52 +42,10 @@ class Size:
         self.times = 2 if cpu else 3
 
 
-class Speaker:
-    """A script in a process of its own, which does as it is told: this one's `--child` is an engine that talks. `ask`
-    waits for the answer."""
-
-    def __init__(self, log: Path, environment: dict[str, str], task: dict[str, Any], *script: str) -> None:
-        self._log = log
-        with log.open("ab") as into:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / script[0]), *script[1:]],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=into,
-                env=os.environ | ENGINE_ENVIRONMENT | environment,
-                text=True,
-            )
-        self._say(task)
-
-    def _say(self, what: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"an engine ended; the end of its log:\n{tail}")
-        return json.loads(line)
-
-    def say(self, do: str, **arguments: Any) -> None:
-        self._say({"do": do, "with": arguments})
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        self.say(do, **arguments)
-        return self.answer()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
 class Child:
-    """The other end of a `Speaker`."""
+    """An engine that talks."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    async def start(self, task: dict[str, Any]) -> None:
         self._task, self._number = task, 0
         self._arm = Arm(task["options"], task["connector"])
         self._talks = Conversations("lender", *task["talks"], task["vocabulary"])
@@ -135,21 +91,6 @@ class Child:
         return [source.randrange(self._task["vocabulary"]) for _ in range(length)]
 
 
-async def serve() -> None:
-    # vLLM writes to standard output, which the answers need.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    async def heard() -> dict[str, Any] | None:
-        line = await asyncio.to_thread(sys.stdin.readline)
-        return json.loads(line) if line else None
-
-    child = Child(await heard() or {})
-    answers.write("null\n")
-    while (command := await heard()) is not None:
-        answers.write(json.dumps(await getattr(child, command["do"])(**command["with"])) + "\n")
-
-
 class Trial:
     def __init__(self, directory: Path, args: argparse.Namespace) -> None:
         self.size, self.args = Size(args.cpu), args
@@ -157,7 +98,7 @@ class Trial:
         self.ground.start_broker()
         self._model = shapes.make(self.size.shape, args.report)
 
-    def _engine(self, name: str, own: int, pool: int, talks: tuple[int, int, int], settings: dict[str, Any]) -> Speaker:
+    def _engine(self, name: str, own: int, pool: int, talks: tuple[int, int, int], settings: dict[str, Any]) -> Told:
         """`own`: which of the devices is the engine's. It sees all."""
         size, devices = self.size, self.ground.devices
         own %= len(devices)
@@ -183,7 +124,9 @@ class Trial:
         task = {"options": options, "connector": connector, "talks": talks, "new": size.new, "answer": size.answer}
         task["vocabulary"] = shapes.SHAPES[size.shape]["vocab_size"]
         log = log_file(self.args.report, f"lender {name}")
-        return Speaker(log, environment, task, "lender.py", "--child")
+        engine = Told([sys.executable, HERE / "lender.py", "--child"], log, ENGINE_ENVIRONMENT | environment)
+        engine.say("start", task=task)
+        return engine
 
     def run(self) -> dict[str, Any]:
         size = self.size
@@ -267,7 +210,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     if sys.argv[1:] == ["--child"]:
-        asyncio.run(serve())
+        asyncio.run(Orders().serve_async(Child()))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-import sys
 import time
 from typing import Any
 
 import torch
-from ground import eventually
+from ground import Orders, eventually
 
 from swiftcache import Cache, Connection
 
@@ -21,7 +18,7 @@ MiB, GiB = 1 << 20, 1 << 30
 class Reader:
     """Its pool has room for all blocks twice: they are stored from one half and loaded into the other."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def begin(self, task: dict[str, Any]) -> None:
         layers, page, leased = task["layers"], task["page"], task["leased_bytes"]
         self._cuda = task["cuda"]
         # A slab ends with less than a block unused.
@@ -77,15 +74,5 @@ class Reader:
         return {"bytes_per_second": loads * self._count * block / took, "loads": loads, "wrong": wrong}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    reader = Reader(json.loads(sys.stdin.readline()))
-    answers.write("null\n")
-    for line in sys.stdin:
-        command = json.loads(line)
-        answers.write(json.dumps(getattr(reader, command["do"])(**command["with"])) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    Orders().serve(Reader())

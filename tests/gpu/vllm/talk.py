@@ -1,24 +1,22 @@
 """One arm of the bench: an engine as `vllm serve` runs it, and clients that hold long conversations with it.
 
-Reads two lines of JSON from standard input: the engine's options, and the file that says that it has started; then what
-is to be said, and the file for the result. Each conversation's history is computed first. Then every client takes the
-next conversation in turn, asks a question on top of its history, and notes when the first and the last token come.
-After that, questions arrive at a fixed rate on average, whether or not earlier ones are answered. Questions and answers
-that become history are made from the seed, so that every arm sees the same prompts.
+Each conversation's history is computed first. Then every client takes the next conversation in turn, asks a question on
+top of its history, and notes when the first and the last token come. Or questions arrive at a fixed rate on average,
+whether or not earlier ones are answered. Questions and answers that become history are made from the seed, so that
+every arm sees the same prompts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import shapes
+from ground import Orders
 
 Ask = Callable[[list[int], int], Awaitable[dict[str, Any]]]
 """Has an engine answer a prompt with so many tokens, and says how that went."""
@@ -71,8 +69,8 @@ def note(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
-def to_say(size: Any, clients: list[int], rates: list[float]) -> dict[str, Any]:
-    """What `converse` reads: how much, as a script's `size` has it, and under which loads."""
+def to_say(size: Any) -> dict[str, Any]:
+    """What a `Talk` reads: how much, as a script's `size` has it."""
     return {
         "seed": "bench",
         "conversations": size.conversations,
@@ -82,36 +80,64 @@ def to_say(size: Any, clients: list[int], rates: list[float]) -> dict[str, Any]:
         "new": size.new,
         "answer": size.answer,
         "rounds": size.rounds,
-        "clients": clients,
-        "rates": rates,
     }
 
 
-async def converse(ask: Ask, task: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rounds of conversations, by the load: so many clients, or so many turns a second."""
-    talks = Conversations(task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
-    new, answer = task["new"], task["answer"]
-    note("conversations begin")
-    await in_turn(ask, talks.histories, 4, 1)
-    note(f"{len(talks.histories)} histories are computed")
-    # A turn for nobody's measurement: kernels compile, buffers are pinned.
-    await in_turn(ask, talks.turn(new, answer), 1, answer)
-    note("a first turn is over")
-    rounds = {}
-    for clients in task["clients"]:
-        turns: list[dict[str, Any]] = []
+class Talk:
+    """Conversations of clients with an engine. All rounds of all loads go on with the same ones."""
+
+    def __init__(self, ask: Ask, task: dict[str, Any]) -> None:
+        """`task`: what `to_say` gives."""
+        self._ask, self._task = ask, task
+        self._talks = Conversations(
+            task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"]
+        )
+
+    async def begin(self) -> None:
+        answer = self._task["answer"]
+        note("conversations begin")
+        await in_turn(self._ask, self._talks.histories, 4, 1)
+        note(f"{len(self._talks.histories)} histories are computed")
+        # A turn for nobody's measurement: kernels compile, buffers are pinned.
+        await in_turn(self._ask, self._turn(), 1, answer)
+        note("a first turn is over")
+
+    async def turns(self, clients: int) -> dict[str, Any]:
+        """A turn of each conversation."""
         began = time.monotonic()
-        for _ in range(task["rounds"]):
-            turns += await in_turn(ask, talks.turn(new, answer), clients, answer)
-        rounds[f"{clients} client{'s' if clients > 1 else ''}"] = {"seconds": time.monotonic() - began, "turns": turns}
+        turns = await in_turn(self._ask, self._turn(), clients, self._task["answer"])
         note(f"{len(turns)} turns of {clients} clients are over")
-    for rate in task.get("rates", ()):
-        prompts = [prompt for _ in range(task["rounds"]) for prompt in talks.turn(new, answer)]
+        return {"seconds": time.monotonic() - began, "turns": turns}
+
+    async def arrivals(self, rate: float) -> dict[str, Any]:
+        """As many turns of each conversation as there are rounds."""
+        prompts = [prompt for _ in range(self._task["rounds"]) for prompt in self._turn()]
         began = time.monotonic()
-        turns = await arriving(ask, prompts, rate, answer, random.Random(f"{task['seed']} {rate}"))
-        rounds[f"{rate:g} turns a second"] = {"seconds": time.monotonic() - began, "turns": turns}
+        source = random.Random(f"{self._task['seed']} {rate}")
+        turns = await arriving(self._ask, prompts, rate, self._task["answer"], source)
         note(f"{len(turns)} turns at {rate:g} a second are over")
-    return rounds
+        return {"seconds": time.monotonic() - began, "turns": turns}
+
+    def _turn(self) -> list[list[int]]:
+        return self._talks.turn(self._task["new"], self._task["answer"])
+
+
+Step = tuple[str, str, dict[str, Any]]
+"""A load, as tables have it, and the call of a `Talk` that is part of it."""
+
+
+def steps(rounds: int, clients: list[int], rates: list[float]) -> list[Step]:
+    """What is to be measured, in order."""
+    closed = [(f"{count} client{'s' if count > 1 else ''}", "turns", {"clients": count}) for count in clients]
+    arriving = [(f"{rate:g} turns a second", "arrivals", {"rate": rate}) for rate in rates]
+    return [step for step in closed for _ in range(rounds)] + arriving
+
+
+def add(rounds: dict[str, Any], load: str, part: dict[str, Any]) -> None:
+    """Adds what was measured of a load."""
+    before = rounds.setdefault(load, {"seconds": 0.0, "turns": []})
+    before["seconds"] += part["seconds"]
+    before["turns"] += part["turns"]
 
 
 class Arm:
@@ -126,9 +152,6 @@ class Arm:
         if connector:
             options = options | {"kv_transfer_config": KVTransferConfig(**connector)}
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-
-    def close(self) -> None:
-        self._engine.shutdown()
 
     async def ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
         from vllm import SamplingParams
@@ -151,22 +174,29 @@ class Arm:
         }
 
 
-async def run() -> None:
-    begin = json.loads(sys.stdin.readline())
-    arm = Arm(begin["options"], begin["connector"])
-    try:
-        Path(begin["started"]).touch()
-        task = json.loads(sys.stdin.readline())
-        Path(task["result"]).write_text(json.dumps(await converse(arm.ask, task)))
-    finally:
-        arm.close()
+class Child:
+    """The process of an arm."""
+
+    async def start(self, options: dict[str, Any], connector: dict[str, Any] | None) -> None:
+        self._arm = Arm(options, connector)
+
+    async def begin(self, task: dict[str, Any]) -> None:
+        self._talk = Talk(self._arm.ask, task)
+        await self._talk.begin()
+
+    async def turns(self, clients: int) -> dict[str, Any]:
+        return await self._talk.turns(clients)
+
+    async def arrivals(self, rate: float) -> dict[str, Any]:
+        return await self._talk.arrivals(rate)
 
 
 def main() -> None:
+    orders = Orders()
     # It takes as long as starting an engine may. What is to be started may come later.
     import vllm.v1.engine.async_llm  # noqa: F401
 
-    asyncio.run(run())
+    asyncio.run(orders.serve_async(Child()))
 
 
 if __name__ == "__main__":

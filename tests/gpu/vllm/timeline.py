@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Program, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V1, V2, Ground, Orders, Told, ToldError, chosen, eventually, log_file
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "options": {}},
@@ -235,6 +232,14 @@ class Arm:
         return {"first_ms": first, "cached": cached, "prompt": len(prompt), "entries": entries}
 
 
+class Child:
+    """The process of an arm."""
+
+    def measure(self, task: dict[str, Any]) -> dict[str, Any]:
+        arm = Arm(task)
+        return {"requests": arm.run(), "decode": arm.decode()}
+
+
 def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
     tokens = 400 if args.cpu else args.tokens
     longest = tokens + 1024 if args.cpu else max(shapes.LIMIT, tokens + 1024)
@@ -258,10 +263,9 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     connector = None
     if "settings" in arm:
         connector = {"socket": ground.socket, "max_leased_bytes": lent, "lease_step_bytes": lent} | arm["settings"]
-    file = ground.directory / "timeline.json"
     task = {"options": options, "connector": connector, "tokens": tokens, "new": 64 if args.cpu else 256}
     task |= {"count": 6 if args.cpu else args.prefixes, "rounds": args.rounds}
-    task |= {"result": str(file), "claims": arm.get("claims", True)}
+    task |= {"claims": arm.get("claims", True)}
     task |= {"full": arm.get("full", False), "nothing": arm.get("nothing", False)}
     if task["full"]:
         # Of the prompts it holds two or three of six, or four of twelve.
@@ -269,12 +273,15 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     donor = ground.lend(lent, slab) if connector is not None else None
     log = log_file(args.report, f"timeline {name}")
     try:
-        environment = os.environ | ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment |= {} if args.cpu else arm["environment"]
-        Program([sys.executable, str(HERE / "timeline.py"), "--arm"], log, environment).run(task, 600)
-        return json.loads(file.read_text())
-    except (subprocess.SubprocessError, OSError) as reason:
-        return {"error": f"{reason}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])}
+        engine = Told([sys.executable, HERE / "timeline.py", "--arm"], log, environment)
+        try:
+            return engine.ask("measure", within=600, task=task)
+        finally:
+            engine.close()
+    except ToldError as reason:
+        return {"error": str(reason)}
     finally:
         if donor is not None:
             donor.kill()
@@ -305,9 +312,7 @@ def shown(name: str, of: dict[str, Any]) -> str:
 
 def main() -> None:
     if sys.argv[1:] == ["--arm"]:
-        task = json.load(sys.stdin)
-        arm = Arm(task)
-        Path(task["result"]).write_text(json.dumps({"requests": arm.run(), "decode": arm.decode()}))
+        Orders().serve(Child())
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", type=Path, help="the directory of swiftcache-broker and swiftcache")
@@ -320,16 +325,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="how often a turn follows on each of the others")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
-    chosen = {name: arm for name, arm in ARMS.items() if re.search(args.only, name)}
-    if not chosen:
-        sys.exit(f"no arm to measure is called {args.only}")
+    wanted = chosen(ARMS, args.only)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         ground = Ground(Path(directory), args.programs, cpu=args.cpu)
         try:
             ground.start_broker()
             print(f"{ground.hardware}; the lent memory is on {ground.way}", flush=True)
-            for name, arm in chosen.items():
+            for name, arm in wanted.items():
                 results[name] = measure(ground, name, arm, args)
                 print(shown(name, results[name]), flush=True)
         finally:
