@@ -249,6 +249,7 @@ impl Cache {
     #[pyo3(signature = (loan, ranges, after = None))]
     fn lend(
         &self,
+        py: Python<'_>,
         loan: &Bound<'_, PyAny>,
         ranges: &Bound<'_, PyAny>,
         after: Option<&Bound<'_, Mark>>,
@@ -256,16 +257,16 @@ impl Cache {
         let loan = arguments::number("loan", loan)?;
         let ranges = UnusedRange::read(ranges)?;
         let after = after.map_or(Point::Over, |mark| mark.get().0.clone());
-        at_once(|| match after {
+        unlocked(py, || match after {
             Point::Over => self.0.lend(loan, ranges, None),
             Point::At(ticket) => self.0.lend(loan, ranges, Some(ticket)),
             Point::Unknown => Err(Failure::argument("after", "nobody can say when it is over")),
         })
     }
 
-    fn take_back(&self, loans: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn take_back(&self, py: Python<'_>, loans: &Bound<'_, PyAny>) -> PyResult<()> {
         let loans: Vec<u64> = arguments::number("loans", loans)?;
-        at_once(|| {
+        unlocked(py, || {
             if self.0.is_here() {
                 self.0.lending.take_back(&loans);
             }

@@ -80,7 +80,7 @@ def test_an_engine_that_schedules_and_steps_is_not_interrupted(stored: Engine) -
     assert not others_ran([lambda: stores.append(cache.store(keys, blocks, marks))] * TIMES)
     assert not others_ran([store.is_done for store in stores])
     assert not others_ran([cache.stats] * TIMES)
-    assert not others_ran([lambda: cache.take_back([1]), cache.returned_loans] * TIMES)
+    assert not others_ran([cache.returned_loans] * TIMES)
 
 
 def test_others_run_while_somebody_waits(stored: Engine, connection: Connection) -> None:

@@ -32,12 +32,15 @@ class Load:
     def __init__(self, failed: list[int] | None = None, *, breaks: bool = False) -> None:
         self.failed, self.breaks = failed or [], breaks
         self.gated: list[tuple[int, int]] = []
-        self.finished = False
+        self.over = self.finished = False
 
     def gate_layer(self, layer: int, stream: int) -> None:
         if self.breaks:
             raise RuntimeError("a gate that breaks")
         self.gated.append((layer, stream))
+
+    def is_done(self) -> bool:
+        return self.over
 
     def missing(self) -> list[int]:
         return self.failed

@@ -40,6 +40,19 @@ def test_every_load_is_waited_for_once_for_each_layer_and_stream() -> None:
         assert load.gated == [(1, 7), (3, 7), (3, 8), (5, 8)] and load.finished
 
 
+def test_what_has_arrived_is_not_waited_for() -> None:
+    loads, gate = [Load(), Load([1])], Stage().gate
+    number = gate.begin(loads, layer_wise=True)
+    gate.set_consumer(number)
+    gate.wait_until(0)
+    loads[1].over = True
+    for layer in range(1, gate.num_layers):
+        gate.wait_until(layer)
+    assert len(loads[0].gated) == gate.num_layers and len(loads[1].gated) == 1
+    assert not gate.finish(number), "what failed is not there"
+    assert gate.proven, "every layer was asked for"
+
+
 def test_batches_without_loads_wait_for_nothing() -> None:
     stage, load = Stage(), Load()
     index = stage.gate.begin([load], layer_wise=True)

@@ -6,7 +6,8 @@ seconds; resident in the engine's own pool.
 They run as `vllm serve` does by itself, but for two that run as `load: sync` needs it. All see the same conversations:
 clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. Engines start
 together, as many as fit. Then one after the other is talked to for a round while the others rest, and so on: what a
-machine does better or worse for some seconds, all arms have their part of. The result is a table, bench.json, and
+machine does better or worse for some seconds, all arms have their part of. With `--methods` connectors note what their
+engines do for each turn. The result is a table, bench.json, and
 bench.svg where matplotlib is there.
 """
 
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import methods
 import shapes
 from ground import (
     ENGINE_ENVIRONMENT,
@@ -81,16 +83,17 @@ def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 class Size:
     """How much of everything."""
 
-    def __init__(self, cpu: bool) -> None:
+    def __init__(self, cpu: bool, few: bool = False) -> None:
+        """`few`: conversations, so that two engines and a donor fit on one GPU."""
         self.shape = "tiny" if cpu else "qwen3-8b"
-        self.conversations = 4 if cpu else 16
+        self.conversations = 4 if cpu or few else 16
         self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
         self.new, self.answer = (32, 8) if cpu else (256, 32)
-        self.rounds = 1 if cpu else 2
+        self.rounds = 1 if cpu else 5 if few else 2
         self.limit = 1024 if cpu else shapes.LIMIT
-        self.local = 64 << 20 if cpu else 12 << 30
-        self.resident = 64 << 20 if cpu else 56 << 30
-        self.lent = 256 << 20 if cpu else 72 << 30
+        self.local = 64 << 20 if cpu else (5 if few else 12) << 30
+        self.resident = 64 << 20 if cpu else (20 if few else 56) << 30
+        self.lent = 256 << 20 if cpu else (20 if few else 72) << 30
         self.slab = 8 << 20 if cpu else 256 << 20
         self.beside = 64 << 20 if cpu else 20 << 30
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
@@ -128,8 +131,10 @@ def together(found: dict[str, dict[str, Any]], size: Size, host: int) -> list[li
     return batches
 
 
-def connector(arm: dict[str, Any], ground: Ground, size: Size, port: int) -> dict[str, Any] | None:
-    """`port`: LMCache's server's."""
+def connector(
+    arm: dict[str, Any], ground: Ground, size: Size, port: int, watched: bool = False
+) -> dict[str, Any] | None:
+    """`port`: LMCache's server's. `watched`: one that notes what its engine does, if there is one of this kind."""
     if arm.get("offload"):
         extra = {"cpu_bytes_to_use": size.lent}
         return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
@@ -137,7 +142,8 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size, port: int) -> dic
         extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port}
         return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if "settings" not in arm:
-        return None
+        nothing = {"kv_connector": "WatchedNothing", "kv_connector_module_path": "watched", "kv_role": "kv_both"}
+        return nothing if watched else None
     settings = {"socket": ground.socket, "max_leased_bytes": size.lent, "lease_step_bytes": size.lent}
     if arm.get("lent_by"):
         settings |= {"max_host_leased_bytes": size.lent}
@@ -145,8 +151,8 @@ def connector(arm: dict[str, Any], ground: Ground, size: Size, port: int) -> dic
         settings |= {"max_leased_bytes": 0, "host_tier_bytes": size.lent}
         del settings["lease_step_bytes"]
     return {
-        "kv_connector": "SwiftCacheConnector",
-        "kv_connector_module_path": "swiftcache.vllm",
+        "kv_connector": "WatchedSwiftCache" if watched else "SwiftCacheConnector",
+        "kv_connector_module_path": "watched" if watched else "swiftcache.vllm",
         "kv_role": "kv_both",
         "kv_connector_extra_config": settings | arm["settings"],
     }
@@ -186,6 +192,7 @@ class Trial:
         self._arm, self._size, self._left = arm, size, args.arm_limit
         self._rounds: dict[str, Any] = {}
         self._withdrawals: Withdrawals | None = None
+        self._watched = args.methods and not {"offload", "lmcache"} & arm.keys()
         self.error = ""
         """Nothing more is to be done of it."""
         log = log_file(args.report, f"bench {name}")
@@ -197,10 +204,12 @@ class Trial:
             port = 0
             if arm.get("lmcache"):
                 _, port = stack.enter_context(serving(log, size.lent / (1 << 30)))
-            environment = ENGINE_ENVIRONMENT | arm["environment"]
+            self._notes = directory / "notes"
+            environment = ENGINE_ENVIRONMENT | arm["environment"] | {methods.FILE: str(self._notes)}
             self._engine = Told([sys.executable, HERE / "talk.py"], log, environment)
             stack.callback(self._engine.close)
-            self._engine.say("start", options=self._options(args), connector=connector(arm, self.ground, size, port))
+            connected = connector(arm, self.ground, size, port, self._watched)
+            self._engine.say("start", options=self._options(args), connector=connected)
             self.close = stack.pop_all().close
 
     def _options(self, args: Any) -> dict[str, Any]:
@@ -239,7 +248,12 @@ class Trial:
     def measure(self, load: str, do: str, arguments: dict[str, Any]) -> None:
         """Adds a part of a load."""
         with self._limited(), self._withdrawals.going_on() if self._withdrawals else contextlib.nullcontext():
-            add(self._rounds, load, self._engine.ask(do, within=self._left, **arguments))
+            part = self._engine.ask(do, within=self._left, **arguments)
+            if self._watched:
+                # An engine writes its notes when all is answered.
+                asked = {turn["request"] for turn in part["turns"]}
+                eventually("the engine's notes", lambda: asked <= methods.notes(self._notes).keys())
+            add(self._rounds, load, part)
 
     @contextlib.contextmanager
     def _limited(self) -> Iterator[None]:
@@ -254,6 +268,10 @@ class Trial:
     def result(self) -> dict[str, Any]:
         if self.error:
             return {"error": self.error}
+        if self._watched:
+            noted = methods.notes(self._notes)
+            for turn in (turn for of in self._rounds.values() for turn in of["turns"]):
+                turn["methods"] = methods.rows(turn, noted[turn["request"]])
         withdrawn = {"withdrawals": self._withdrawals.count} if self._withdrawals else {}
         return {"rounds": self._rounds} | withdrawn
 
@@ -344,11 +362,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
     parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
+    parser.add_argument("--few", action="store_true", help="conversations: two engines and a donor fit on one GPU")
+    parser.add_argument(
+        "--methods", action="store_true", help="what the engine does for a turn, part by part; timing takes time"
+    )
     parser.add_argument("--within", type=float, default=float("inf"), help="begin no arm after this many seconds")
     parser.add_argument("--arm-limit", type=float, default=600, help="the longest that an arm may take, seconds")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
-    size, began = Size(args.cpu), time.monotonic()
+    size, began = Size(args.cpu, args.few), time.monotonic()
     results: dict[str, Any] = {}
     wanted = arms(args)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -385,6 +407,8 @@ def main() -> None:
     )
     plot(results, args.report / "bench.svg", f"{title}\n{hardware}")
     print(table(results))
+    if args.methods:
+        print(methods.table({name: of["rounds"] for name, of in results.items() if "rounds" in of}))
     sys.exit(any("error" in of for of in results.values()))
 
 

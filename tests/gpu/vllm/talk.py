@@ -156,16 +156,16 @@ class Arm:
     async def ask(self, prompt: list[int], answer: int) -> dict[str, Any]:
         from vllm import SamplingParams
 
-        self._requests += 1
+        request = self._requests = self._requests + 1
         parameters = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
         began, first, tokens, cached = time.perf_counter(), 0.0, 0, 0
-        async for output in self._engine.generate(
-            {"prompt_token_ids": prompt}, parameters, request_id=str(self._requests)
-        ):
+        async for output in self._engine.generate({"prompt_token_ids": prompt}, parameters, request_id=str(request)):
             first = first or time.perf_counter() - began
             tokens, cached = len(output.outputs[0].token_ids), output.num_cached_tokens or 0
         last = time.perf_counter() - began
         return {
+            "request": str(request),
+            "began": began,
             "first_ms": 1e3 * first,
             "per_token_ms": 1e3 * (last - first) / max(1, tokens - 1),
             "prompt": len(prompt),

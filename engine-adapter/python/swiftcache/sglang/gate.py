@@ -103,7 +103,9 @@ class LayerGate:
         batch.gated.add(key)
         try:
             for load in batch.loads:
-                load.gate_layer(self._gates[layer], key[1])
+                # A stream that is made to wait costs the thread that launches the forward 20 to 50 us.
+                if not load.is_done():
+                    load.gate_layer(self._gates[layer], key[1])
         except BaseException:
             batch.tainted = True
             raise
