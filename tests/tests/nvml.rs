@@ -110,6 +110,16 @@ impl Machine {
         self.path().join("log")
     }
 
+    /// Waits until the broker's log has all of this: the broker goes on before it is written.
+    fn says(&self, what: &[&str]) -> Result<()> {
+        let mut log = String::new();
+        let said = eventually("the broker's log to say it", || {
+            log = fs::read_to_string(self.log())?;
+            Ok(what.iter().all(|what| log.contains(what)))
+        });
+        said.with_context(|| format!("{what:?} in {log}"))
+    }
+
     fn node(&self) -> Result<v1::GetNodeResponse> {
         let wire = Wire::new(&self.socket())?;
         let mut admin = wire.admin();
@@ -259,7 +269,6 @@ fn check_start(fault: &str, cost: Cost, well: &v1::GetNodeResponse) -> Result<()
         return Ok(());
     }
     others_are_whole(&node, well)?;
-    let log = fs::read_to_string(machine.log())?;
     let (json, text) = machine.status()?;
     ensure!(!text.contains("SIMULATED"), "{text}");
     match cost {
@@ -274,7 +283,7 @@ fn check_start(fault: &str, cost: Cost, well: &v1::GetNodeResponse) -> Result<()
                 text.contains("GPU 1") && text.contains("is left out"),
                 "{text}"
             );
-            ensure!(log.contains("WARN") && log.contains("GPU 1"), "{log}");
+            machine.says(&["WARN", "GPU 1"])?;
         }
         Cost::Figure => {
             let status = device(&node, 1).context("it is left out")?;
@@ -283,7 +292,7 @@ fn check_start(fault: &str, cost: Cost, well: &v1::GetNodeResponse) -> Result<()
                 "{node:?}"
             );
             ensure!(text.contains(&format!("{}: ", uuid(1))), "{text}");
-            ensure!(log.contains("WARN") && log.contains(&uuid(1)), "{log}");
+            machine.says(&["WARN", &uuid(1)])?;
             if fault.contains("MemoryInfo") {
                 ensure!(json["devices"][1]["hbm"] == Value::Null, "{json}");
                 ensure!(json["devices"][1]["hbm_used"] == Value::Null, "{json}");
@@ -361,8 +370,7 @@ fn only_a_machine_without_gpus_is_simulated_and_says_so_everywhere() -> Result<(
         ensure!(text.contains("device (SIMULATED)"), "{text}");
         let doctor = String::from_utf8(machine.swiftcache(&["doctor"])?.stdout)?;
         ensure!(doctor.contains("SIMULATED"), "{doctor}");
-        let log = fs::read_to_string(machine.log())?;
-        ensure!(log.contains("SIMULATES"), "{log}");
+        machine.says(&["SIMULATES"])?;
     }
     Ok(())
 }
@@ -465,8 +473,7 @@ fn a_ledger_of_other_gpus_is_set_aside() -> Result<()> {
     lend(&machine)?;
     machine.answers("devices=2")?;
     machine.restart()?;
-    let log = fs::read_to_string(machine.log())?;
-    ensure!(log.contains("aside"), "{log}");
+    machine.says(&["aside"])?;
     ensure!(leases_on(&machine, 1)? == 0);
     Ok(())
 }

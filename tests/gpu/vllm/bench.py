@@ -266,14 +266,13 @@ class Trial:
         self._left = max(0.0, self._left - (time.monotonic() - began))
 
     def result(self) -> dict[str, Any]:
-        if self.error:
-            return {"error": self.error}
+        """What is measured so far, and why there is no more of it."""
         if self._watched:
             noted = methods.notes(self._notes)
             for turn in (turn for of in self._rounds.values() for turn in of["turns"]):
                 turn["methods"] = methods.rows(turn, noted[turn["request"]])
         withdrawn = {"withdrawals": self._withdrawals.count} if self._withdrawals else {}
-        return {"rounds": self._rounds} | withdrawn
+        return {"rounds": self._rounds} | withdrawn | ({"error": self.error} if self.error else {})
 
 
 def going_on(trials: dict[str, Trial]) -> list[Trial]:
@@ -307,9 +306,6 @@ def table(results: dict[str, Any], only: str = "") -> str:
     rows = ["| arm | load | first token: p50 | p90 | p99 | time per token | turns a second | tokens a second | found |"]
     rows.append("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, of in results.items():
-        if "error" in of:
-            rows.append(f"| {name} | | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | | |")
-            continue
         for load, one in summary(of["rounds"]).items():
             if only not in ("", load):
                 continue
@@ -318,6 +314,9 @@ def table(results: dict[str, Any], only: str = "") -> str:
                 f"{one['per_token']:.1f} ms | {one['turns_per_second']:.1f} | {one['tokens_per_second']:.0f} | "
                 f"{100 * one['cached']:.0f} % |"
             )
+        if "error" in of:
+            what = "the rest" if of["rounds"] else ""
+            rows.append(f"| {name} | {what} | NOT MEASURED: {of['error'].splitlines()[0][:60]} | | | | | | |")
     return "\n".join(rows)
 
 
@@ -384,7 +383,7 @@ def main() -> None:
 
     for batch in together(wanted, size, memory * 6 // 10):
         if time.monotonic() - began > args.within:
-            results |= {name: {"error": "the time was over before it began"} for name in batch}
+            results |= {name: {"rounds": {}, "error": "the time was over before it began"} for name in batch}
             continue
         with contextlib.ExitStack() as stack:
             trials = {name: Trial(name, wanted[name], size, args) for name in batch}
@@ -408,7 +407,7 @@ def main() -> None:
     plot(results, args.report / "bench.svg", f"{title}\n{hardware}")
     print(table(results))
     if args.methods:
-        print(methods.table({name: of["rounds"] for name, of in results.items() if "rounds" in of}))
+        print(methods.table({name: of["rounds"] for name, of in results.items()}))
     sys.exit(any("error" in of for of in results.values()))
 
 

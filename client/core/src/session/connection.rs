@@ -20,6 +20,10 @@ use super::{Held, SessionConfig};
 
 /// Flow-control windows and frames large enough that a lookup's 128 KiB of hashes never waits for an update.
 const WINDOW_BYTES: u32 = 4 << 20;
+/// The window of the whole connection, bytes. Of small frames that wait to be read h2 takes so many that each of them, counted as
+/// 256 bytes, fits into half of it, and then ends the connection ("too_many_data_frames"). A revocation is such a frame when
+/// the broker has nothing else to say yet, and its queue holds 16,384: they fit.
+const CONNECTION_WINDOW_BYTES: u32 = 2 * 16_384 * 256;
 const FRAME_BYTES: u32 = 1 << 20;
 /// A broker that answers no ping for this long (stopped, say) is as good as gone.
 const PING_EVERY: Duration = Duration::from_secs(5);
@@ -214,7 +218,7 @@ async fn channel(config: &SessionConfig) -> Result<Channel, String> {
     });
     Endpoint::from_static("http://localhost")
         .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_LIMIT)
