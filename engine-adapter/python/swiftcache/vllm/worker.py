@@ -389,7 +389,7 @@ class WorkerSide:
             self._attempt("a layer's leased KV could not be staged", self._staging.enter, name)
 
     def _wait_for_load(self, name: str, load: Load) -> None:
-        # A forward of few tokens takes as long as queueing it does, and to have a stream wait for a layer takes 20 to 50 us of
+        # A forward of few tokens takes as long as queueing it does, and having a stream wait for a layer 20 to 50 us of
         # that (docs/benchmarks.md): where everything has arrived, nothing waits.
         if self._layout is None or load.is_done():
             return
