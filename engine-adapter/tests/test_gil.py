@@ -2,6 +2,7 @@
 and steps do not. A thread that gives the GIL up beside one that computes gets it back after Python's switch interval,
 which is as long as a decode step."""
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -34,6 +35,8 @@ def others_ran(calls: Iterable[Callable[[], object]]) -> bool:
     interval = sys.getswitchinterval()
     # So long that nobody is interrupted: whoever runs goes on until it waits.
     sys.setswitchinterval(600)
+    # What other tests have left may give the GIL up when it is collected.
+    gc.disable()
     try:
         other.start()
         ready.wait()
@@ -42,6 +45,7 @@ def others_ran(calls: Iterable[Callable[[], object]]) -> bool:
             returned.append(call())
         return turns > 0
     finally:
+        gc.enable()
         sys.setswitchinterval(interval)
         other.join()
 
