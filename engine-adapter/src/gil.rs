@@ -13,21 +13,18 @@ use pyo3::prelude::*;
 
 use crate::failure::{Failure, Result};
 
-/// Does work that may wait: for a device, the broker or another thread. Other Python threads run meanwhile.
+/// Does work that may wait: for a device, the broker or another thread. Other Python threads run meanwhile. A panic becomes
+/// an exception, as in [`at_once`].
 pub(crate) fn unlocked<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(|| caught(work))
+    py.detach(|| at_once(work))
 }
 
 /// Does work that waits for nothing but locks which nobody holds while waiting, and takes less than a millisecond or two. No
-/// other Python thread runs meanwhile.
+/// other Python thread runs meanwhile. A panic becomes an exception that engines can catch.
 pub(crate) fn at_once<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {
-    caught(work)
-}
-
-fn caught<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {
     // What a panic leaves behind is behind locks that are not poisoned, and each holds one value that is set at once.
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => Ok(result?),

@@ -29,6 +29,7 @@ class Told:
     def __init__(self, command: Sequence[str | Path], log: Path, environment: dict[str, str] | None = None) -> None:
         """`environment`: beside this process's own."""
         self.log = log
+        self._said = ""
         self._heard = bytearray()
         with log.open("ab") as errors:
             self._process = subprocess.Popen(

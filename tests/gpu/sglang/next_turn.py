@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import statistics
@@ -169,11 +170,8 @@ class Place:
         try:
             environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
             command = [sys.executable, Path(__file__).resolve(), "--child"]
-            engine = Told(command, log_file(self.args.report, name), environment)
-            try:
+            with contextlib.closing(Told(command, log_file(self.args.report, name), environment)) as engine:
                 return engine.ask("run", within=self.args.arm_limit, task=task)
-            finally:
-                engine.close()
         except ToldError as reason:
             return {"error": str(reason)}
         finally:

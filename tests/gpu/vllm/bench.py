@@ -7,8 +7,7 @@ They run as `vllm serve` does by itself, but for two that run as `load: sync` ne
 clients that wait for each answer, and turns that arrive at a fixed rate whatever the engine does. Engines start
 together, as many as fit. Then one after the other is talked to for a round while the others rest, and so on: what a
 machine does better or worse for some seconds, all arms have their part of. With `--methods` connectors note what their
-engines do for each turn. The result is a table, bench.json, and
-bench.svg where matplotlib is there.
+engines do for each turn. The result is a table, bench.json, and bench.svg where matplotlib is there.
 """
 
 from __future__ import annotations
@@ -71,6 +70,8 @@ def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = chosen(ARMS, args.only)
     if importlib.util.find_spec("lmcache") is None and found.pop("LMCache", None):
         print("LMCache: not measured, it is not installed", flush=True)
+    if not found:
+        sys.exit("no other arm was chosen")
     if args.cpu or args.eager:
         found = {
             name: arm | {"options": arm.get("options", {}) | {"enforce_eager": True}} for name, arm in found.items()
@@ -210,7 +211,7 @@ class Trial:
             stack.callback(self._engine.close)
             connected = connector(arm, self.ground, size, port, self._watched)
             self._engine.say("start", options=self._options(args), connector=connected)
-            self.close = stack.pop_all().close
+            self._stack = stack.pop_all()
 
     def _options(self, args: Any) -> dict[str, Any]:
         size, pool = self._size, self._size.pool(self._arm)
@@ -250,10 +251,15 @@ class Trial:
         with self._limited(), self._withdrawals.going_on() if self._withdrawals else contextlib.nullcontext():
             part = self._engine.ask(do, within=self._left, **arguments)
             if self._watched:
-                # An engine writes its notes when all is answered.
-                asked = {turn["request"] for turn in part["turns"]}
-                eventually("the engine's notes", lambda: asked <= methods.notes(self._notes).keys())
+                noted = eventually("the engine's notes", lambda: self._noted(part["turns"]))
+                for turn in part["turns"]:
+                    turn["methods"] = methods.rows(turn, noted[turn["request"]])
             add(self._rounds, load, part)
+
+    def _noted(self, turns: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What was noted, if there is all of these: an engine writes its notes when everything is answered."""
+        noted = methods.notes(self._notes)
+        return noted if all(methods.complete(noted.get(turn["request"], {})) for turn in turns) else {}
 
     @contextlib.contextmanager
     def _limited(self) -> Iterator[None]:
@@ -267,12 +273,11 @@ class Trial:
 
     def result(self) -> dict[str, Any]:
         """What is measured so far, and why there is no more of it."""
-        if self._watched:
-            noted = methods.notes(self._notes)
-            for turn in (turn for of in self._rounds.values() for turn in of["turns"]):
-                turn["methods"] = methods.rows(turn, noted[turn["request"]])
         withdrawn = {"withdrawals": self._withdrawals.count} if self._withdrawals else {}
         return {"rounds": self._rounds} | withdrawn | ({"error": self.error} if self.error else {})
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def going_on(trials: dict[str, Trial]) -> list[Trial]:
@@ -386,8 +391,9 @@ def main() -> None:
             results |= {name: {"rounds": {}, "error": "the time was over before it began"} for name in batch}
             continue
         with contextlib.ExitStack() as stack:
-            trials = {name: Trial(name, wanted[name], size, args) for name in batch}
-            for trial in trials.values():
+            trials: dict[str, Trial] = {}
+            for name in batch:
+                trial = trials[name] = Trial(name, wanted[name], size, args)
                 stack.callback(trial.close)
                 hardware = f"{trial.ground.hardware}; the lent memory is on {trial.ground.way}"
             for part in (Trial.started, Trial.begin):

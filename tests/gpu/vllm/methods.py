@@ -36,10 +36,13 @@ def notes(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rows(turn: dict[str, Any], noted: dict[str, Any]) -> dict[str, float] | None:
-    """A turn's `ROWS`, milliseconds; None where not all of it was noted."""
-    if not {"hashed", "schedule", "forward"} <= noted.keys():
-        return None
+def complete(noted: dict[str, Any]) -> bool:
+    """Whether all that a turn's rows are made of was noted."""
+    return {"hashed", "schedule", "forward"} <= noted.keys()
+
+
+def rows(turn: dict[str, Any], noted: dict[str, Any]) -> dict[str, float]:
+    """A turn's `ROWS`, milliseconds."""
     hashed, schedule, forward = noted["hashed"], noted["schedule"], noted["forward"]
     first = turn["began"] + turn["first_ms"] / 1e3
     seconds = [
@@ -63,7 +66,7 @@ def table(rounds: dict[str, dict[str, Any]]) -> str:
     columns: dict[str, list[dict[str, float]]] = {}
     for arm, loads in rounds.items():
         for load, of in loads.items():
-            known = [turn["methods"] for turn in of["turns"] if turn.get("methods")]
+            known = [turn["methods"] for turn in of["turns"] if "methods" in turn]
             if known:
                 columns[f"{arm}, {load}"] = known
     if not columns:

@@ -11,6 +11,7 @@ One arm has a connector that does nothing: so much of it is vLLM's calls, and th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -275,11 +276,8 @@ def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[s
     try:
         environment = ENGINE_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment |= {} if args.cpu else arm["environment"]
-        engine = Told([sys.executable, HERE / "timeline.py", "--arm"], log, environment)
-        try:
+        with contextlib.closing(Told([sys.executable, HERE / "timeline.py", "--arm"], log, environment)) as engine:
             return engine.ask("measure", within=600, task=task)
-        finally:
-            engine.close()
     except ToldError as reason:
         return {"error": str(reason)}
     finally:

@@ -2,7 +2,8 @@
 schedules, and times its own methods from then on.
 
 A note is a line: what, the request, when it began and how long it took in seconds, of the clock that all processes of a
-machine share, and parts of that by name. Notes are written when the engine has nothing to do.
+machine share, and parts of that by name. Notes are written when the engine has nothing to do. They are made by two
+threads: prompts are hashed beside what is scheduled.
 """
 
 from __future__ import annotations
@@ -54,16 +55,21 @@ def _request(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _noted(what: str, call: Callable[[], Any], requests: Callable[[Any], list[str]]) -> Any:
+def _noted(
+    what: str, call: Callable[[], Any], requests: Callable[[Any], list[str]]
+) -> tuple[Any, list[dict[str, Any]]]:
+    """What the call returns, and what was noted of it."""
     before = {part: METER.by_hook.get(hook, 0.0) for part, hook in PARTS.get(what, {}).items()}
     began = time.perf_counter()
     result = call()
     took = time.perf_counter() - began
     parts = {part: METER.by_hook.get(PARTS[what][part], 0.0) - was for part, was in before.items()}
-    for name in requests(result):
-        note = {"what": what, "request": _request(name), "began": began, "took": took, "parts": parts}
-        _notes.append(note)
-    return result
+    notes = [
+        {"what": what, "request": _request(name), "began": began, "took": took, "parts": parts}
+        for name in requests(result)
+    ]
+    _notes.extend(notes)
+    return result, notes
 
 
 def _new(output: Any) -> list[str]:
@@ -75,10 +81,12 @@ def _write() -> None:
     for note, before, after in _forwards:
         note["gpu"] = before.elapsed_time(after) / 1e3
     _forwards.clear()
-    if _notes:
+    # More may come from the other thread meanwhile.
+    notes = _notes[:]
+    del _notes[: len(notes)]
+    if notes:
         with open(os.environ[FILE], "a") as file:
-            file.writelines(json.dumps(note) + "\n" for note in _notes)
-        _notes.clear()
+            file.writelines(json.dumps(note) + "\n" for note in notes)
 
 
 def _watch() -> None:
@@ -86,10 +94,10 @@ def _watch() -> None:
     step = EngineCoreProc._process_engine_step
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        return _noted("hashed", lambda: hashed(self, request), lambda _: [request.request_id])
+        return _noted("hashed", lambda: hashed(self, request), lambda _: [request.request_id])[0]
 
     def scheduled(self: Any, *arguments: Any, **named: Any) -> Any:
-        return _noted("schedule", lambda: schedule(self, *arguments, **named), _new)
+        return _noted("schedule", lambda: schedule(self, *arguments, **named), _new)[0]
 
     def process_engine_step(self: Any) -> Any:
         result = step(self)
@@ -105,18 +113,25 @@ def _watch() -> None:
         executor.execute_model = _watched_forward(executor.execute_model)
 
 
+def _event() -> torch.cuda.Event | None:
+    """The present end of the engine's stream, where it has one."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def _watched_forward(execute: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, output: Any, *arguments: Any, **named: Any) -> Any:
         new = _new(output)
         if not new:
             return execute(self, output, *arguments, **named)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
-        for event in events[:1]:
-            event.record()
-        result = _noted("forward", lambda: execute(self, output, *arguments, **named), lambda _: new)
-        for event in events[1:]:
-            event.record()
-            _forwards.extend((note, events[0], event) for note in _notes[-len(new) :])
+        before = _event()
+        result, notes = _noted("forward", lambda: execute(self, output, *arguments, **named), lambda _: new)
+        after = _event()
+        if before is not None:
+            _forwards.extend((note, before, after) for note in notes)
         return result
 
     return execute_model
