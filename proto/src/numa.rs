@@ -15,27 +15,35 @@ pub fn devices() -> Vec<Device> {
 }
 
 fn devices_in(nodes: &Path, memory: &Path) -> Vec<Device> {
-    let device = |node: u32, text: &str| Device {
+    let device = |(node, text): (u32, String)| Device {
         uuid: DeviceUuid::of_host(node),
         name: format!("host memory of NUMA node {node}"),
-        hbm_bytes: value(text, "MemTotal").unwrap_or(0),
+        hbm_bytes: value(&text, "MemTotal").unwrap_or(0),
         ordinal: node,
     };
+    described(nodes, memory).into_iter().map(device).collect()
+}
+
+/// What Linux says of the memory of each NUMA node that has any, by number.
+///
+/// Of an only node it is what Linux says of all memory. They should be the same, but a kernel that initializes memory when
+/// it is first used counts it in its node from then on, and in the machine's total from the start.
+fn described(nodes: &Path, memory: &Path) -> Vec<(u32, String)> {
     let entries = fs::read_dir(nodes).into_iter().flatten().flatten();
-    let mut found: Vec<Device> = entries
+    let mut found: Vec<(u32, String)> = entries
         .filter_map(|entry| {
             let name = entry.file_name();
             let node: u32 = name.to_str()?.strip_prefix("node")?.parse().ok()?;
             let text = fs::read_to_string(entry.path().join("meminfo")).ok()?;
-            Some(device(node, &text))
+            Some((node, text))
         })
         // A node of processors or devices only.
-        .filter(|device| device.hbm_bytes > 0)
+        .filter(|(_, text)| value(text, "MemTotal").unwrap_or(0) > 0)
         .collect();
-    found.sort_by_key(|device| device.ordinal);
-    if found.is_empty() {
-        let text = fs::read_to_string(memory).unwrap_or_default();
-        found.push(device(0, &text));
+    found.sort_by_key(|(node, _)| *node);
+    if found.len() < 2 {
+        let only = found.first().map_or(0, |(node, _)| *node);
+        found = vec![(only, fs::read_to_string(memory).unwrap_or_default())];
     }
     found
 }
@@ -50,18 +58,21 @@ pub fn is_described(node: u32) -> bool {
 /// # Errors
 /// When the use cannot be read. The error says why, for people.
 pub fn used_bytes(node: u32) -> Result<u64, String> {
-    let path = Path::new(NODES).join(format!("node{node}/meminfo"));
-    let path = match is_described(node) {
-        true => path,
-        false => MEMORY.into(),
-    };
-    let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    used_in(Path::new(NODES), Path::new(MEMORY), node)
+}
+
+fn used_in(nodes: &Path, memory: &Path, node: u32) -> Result<u64, String> {
+    let all = described(nodes, memory);
+    let (_, text) = all
+        .iter()
+        .find(|(number, _)| *number == node)
+        .ok_or_else(|| format!("NUMA node {node} has no memory"))?;
     let read = |name| {
-        let missing = || format!("{}: it does not say {name}", path.display());
-        value(&text, name).ok_or_else(missing)
+        value(text, name)
+            .ok_or_else(|| format!("the memory of NUMA node {node}: Linux does not say {name}"))
     };
     let caches = ["Active(file)", "Inactive(file)", "SReclaimable"];
-    let caches: u64 = caches.iter().filter_map(|name| value(&text, name)).sum();
+    let caches: u64 = caches.iter().filter_map(|name| value(text, name)).sum();
     let free = read("MemFree")?.saturating_add(caches);
     Ok(read("MemTotal")?.saturating_sub(free))
 }
@@ -78,30 +89,59 @@ fn value(text: &str, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
-    #[test]
-    fn nodes_with_memory_are_devices_and_a_machine_that_names_none_is_one() {
-        let directory =
-            std::env::temp_dir().join(format!("swiftcache-numa-{}", std::process::id()));
-        let (nodes, memory) = (directory.join("node"), directory.join("all"));
-        fs::create_dir_all(&directory).unwrap();
-        fs::write(&memory, "MemTotal:  7 kB\nMemFree:  3 kB\n").unwrap();
-        let only = devices_in(&nodes, &memory);
-        assert_eq!((only.len(), only[0].hbm_bytes), (1, 7 << 10));
-        assert_eq!(only[0].uuid.as_str(), "HOST-0");
-        for (node, total) in [(0, 5), (1, 0), (10, 6)] {
-            let at = nodes.join(format!("node{node}"));
+    /// A machine whose memory is 9 KiB, of which 3 are free, and whose nodes have so many KiB, of which one is free.
+    fn machine(name: &str, nodes: &[(u32, u64)]) -> PathBuf {
+        let root = format!("swiftcache-numa-{name}-{}", std::process::id());
+        let root = std::env::temp_dir().join(root);
+        fs::create_dir_all(root.join("node/power")).unwrap();
+        fs::write(root.join("all"), "MemTotal:  9 kB\nMemFree:  3 kB\n").unwrap();
+        for (node, total) in nodes {
+            let at = root.join(format!("node/node{node}"));
             fs::create_dir_all(&at).unwrap();
-            let text = format!("Node {node} MemTotal:       {total} kB\n");
+            let text = format!("Node {node} MemTotal: {total} kB\nNode {node} MemFree: 1 kB\n");
             fs::write(at.join("meminfo"), text).unwrap();
         }
-        fs::create_dir(nodes.join("power")).unwrap();
-        let found = devices_in(&nodes, &memory);
-        let named: Vec<_> = found.iter().map(|device| device.uuid.as_str()).collect();
-        assert_eq!(named, ["HOST-0", "HOST-10"]);
-        assert_eq!(found[1].hbm_bytes, 6 << 10);
-        fs::remove_dir_all(&directory).unwrap();
+        root
+    }
+
+    /// Of each node: its name, its memory and what of it is in use, KiB.
+    fn seen(root: &Path) -> Vec<(String, u64, u64)> {
+        let (nodes, all) = (root.join("node"), root.join("all"));
+        devices_in(&nodes, &all)
+            .into_iter()
+            .map(|device| {
+                let used = used_in(&nodes, &all, device.ordinal).unwrap();
+                let name = device.uuid.as_str().to_owned();
+                (name, device.hbm_bytes >> 10, used >> 10)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn nodes_with_memory_are_devices() {
+        let root = machine("several", &[(10, 6), (0, 5), (1, 0)]);
+        let found = [("HOST-0".to_owned(), 5, 4), ("HOST-10".to_owned(), 6, 5)];
+        assert_eq!(seen(&root), found);
+        let problem = used_in(&root.join("node"), &root.join("all"), 1).unwrap_err();
+        assert_eq!(problem, "NUMA node 1 has no memory");
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn an_only_node_has_all_memory_whatever_is_counted_in_it_yet() {
+        for (nodes, name) in [
+            (&[][..], "HOST-0"),
+            (&[(0, 5)][..], "HOST-0"),
+            (&[(0, 0), (1, 5)][..], "HOST-1"),
+        ] {
+            let root = machine("only", nodes);
+            assert_eq!(seen(&root), [(name.to_owned(), 9, 6)]);
+            fs::remove_dir_all(&root).unwrap();
+        }
     }
 
     #[test]

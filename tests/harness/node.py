@@ -14,6 +14,8 @@ PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target" / "debug"
 
 TOPOLOGY = pathlib.Path(__file__).with_name("topology.toml")
 
+USAGE = 2
+"""The exit status of a `swiftcache` that refuses what it was asked for."""
 KEPT = 3_600_000
 """An estate's time, milliseconds: longer than any test."""
 
@@ -70,35 +72,39 @@ class Node:
 
     def start_donor(self, device: str, slabs: int, slab_bytes: int) -> subprocess.Popen[bytes]:
         """Starts a donor that lends this much of a device, and waits until the broker knows it."""
-        options = ["--socket", self.socket, "--device", device, "--leave-within", "60s"]
-        amount = ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
-        donor: subprocess.Popen[bytes] | None = None
+        options = ["--device", device, "--leave-within", "60s"]
+        options += ["--bytes", str(slabs * slab_bytes), "--slab", str(slab_bytes)]
 
-        def attached() -> bool:
-            nonlocal donor
-            # A donor exits when the broker does not answer within seconds. On a busy machine this can happen.
-            if donor is None or donor.poll() is not None:
-                donor = self._start("swiftcache", "donate", *options, *amount)
+        def attached(donor: subprocess.Popen[bytes]) -> bool:
             return donor.pid in [known["pid"] for known in self.status()["donors"]]
 
-        eventually("the donor to attach", attached)
-        assert donor is not None
-        return donor
+        return self._donate("the donor to attach", attached, *options)
 
     def start_disk(self, path: pathlib.Path, *, size: str, memory: int) -> subprocess.Popen[bytes]:
         """Starts a disk's agent, and waits until the broker knows it."""
-        options = ["--socket", self.socket, "--device", "DISK-0", "--path", str(path)]
-        agent: subprocess.Popen[bytes] | None = None
+        options = ["--device", "DISK-0", "--path", str(path), "--bytes", size, "--memory", str(memory)]
+        return self._donate(
+            "the disk to be known", lambda _: any(disk["bytes"] for disk in self.status().get("disks", [])), *options
+        )
 
-        def known() -> bool:
-            nonlocal agent
-            if agent is None or agent.poll() is not None:
-                agent = self._start("swiftcache", "donate", *options, "--bytes", size, "--memory", str(memory))
-            return any(disk["bytes"] for disk in self.status().get("disks", []))
+    def _donate(
+        self, what: str, known: Callable[[subprocess.Popen[bytes]], bool], *options: str
+    ) -> subprocess.Popen[bytes]:
+        """Starts `swiftcache donate`, and waits until the broker knows it."""
+        donor: subprocess.Popen[bytes] | None = None
 
-        eventually("the disk to be known", known)
-        assert agent is not None
-        return agent
+        def is_known() -> bool:
+            nonlocal donor
+            # A donor exits when the broker does not answer within seconds. On a busy machine this can happen.
+            if donor is None or donor.poll() is not None:
+                refused = donor is not None and donor.returncode == USAGE
+                assert not refused, f"waited in vain for {what}: it refuses `{' '.join(options)}`, and says why"
+                donor = self._start("swiftcache", "donate", "--socket", self.socket, *options)
+            return known(donor)
+
+        eventually(what, is_known)
+        assert donor is not None
+        return donor
 
     def status(self) -> dict[str, Any]:
         """The node's status from the broker."""

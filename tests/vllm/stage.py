@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.request import RequestStatus
 
 BLOCK = 4
 
@@ -24,6 +25,7 @@ BLOCK = 4
 def request(name: str, tokens: int, *, start: int = 0) -> SimpleNamespace:
     made = SimpleNamespace(
         request_id=name,
+        status=RequestStatus.WAITING,
         all_token_ids=list(range(start, start + tokens)),
         block_hashes=[],
         num_computed_tokens=0,

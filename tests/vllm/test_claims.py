@@ -9,6 +9,7 @@ import stage
 import torch
 from test_scheduler import Stand
 from test_worker import LAYERS, made, run
+from vllm.v1.request import RequestStatus
 
 from swiftcache.vllm import landing, others
 from swiftcache.vllm.landing import BrokenPromise
@@ -234,7 +235,7 @@ def test_loads_of_other_connectors_are_in_doubt_all_the_same(engine) -> None:
 )
 def test_what_cannot_be_claimed_is_loaded_beside_the_forward(engine, native, monkeypatch, why) -> None:
     if why == "more than a forward may wait for":
-        monkeypatch.setattr(landing, "MOST_BYTES", 1)
+        monkeypatch.setattr(landing, "MOST_BYTES_ALONE", 1)
     if why == "what may fail":
         monkeypatch.setattr(native, "promises", False)
     if why == "other weights":
@@ -268,8 +269,27 @@ def test_a_load_that_would_be_behind_another_is_not_claimed(engine, native) -> N
 
 def test_several_are_claimed_in_a_step_as_far_as_a_forward_may_wait(engine, monkeypatch) -> None:
     block = sum(entry.page for entry in engine.worker._layout.entries)
-    monkeypatch.setattr(landing, "MOST_BYTES", 7 * block)
+    monkeypatch.setattr(landing, "MOST_BYTES_ALONE", 7 * block)
     assert [engine.ask(name)[1] for name in "abc"] == [(12, False), (12, False), (12, True)]
+
+
+@pytest.mark.parametrize("other", RequestStatus)
+def test_more_is_claimed_where_no_other_request_runs(engine, native, monkeypatch, other) -> None:
+    """It would wait for all of it."""
+    block = sum(entry.page for entry in engine.worker._layout.entries)
+    monkeypatch.setattr(landing, "MOST_BYTES", 3 * block - 1)
+    running = stage.request("other", 5, start=100)
+    engine.side.matched_tokens(running, 0)
+    running.status = other
+    native.calls.clear()
+    waits = other == RequestStatus.RUNNING
+    assert engine.ask()[1] == (12, waits)
+    claims = [call for call in native.calls if call[0] == "claim"]
+    assert len(claims) == 1, "what is too much is not looked for again"
+    engine.side.metadata(stage.output({}, {}))
+    # It waits for so much in any case.
+    monkeypatch.setattr(landing, "MOST_BYTES", 3 * block)
+    assert engine.ask("b")[1] == (12, False)
 
 
 def test_the_engine_ends_where_it_would_compute_on_kv_that_is_not_there(engine, native, monkeypatch) -> None:

@@ -85,16 +85,17 @@ class Size:
     """How much of everything."""
 
     def __init__(self, cpu: bool, few: bool = False) -> None:
-        """`few`: conversations, so that two engines and a donor fit on one GPU."""
+        """`few`: conversations, so that three engines and a donor fit on one GPU. A pool has room for four turns at a
+        time, and for none of a conversation's tokens until its next turn."""
         self.shape = "tiny" if cpu else "qwen3-8b"
-        self.conversations = 4 if cpu or few else 16
+        self.conversations = 4 if cpu else 7 if few else 16
         self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
         self.new, self.answer = (32, 8) if cpu else (256, 32)
         self.rounds = 1 if cpu else 5 if few else 2
         self.limit = 1024 if cpu else shapes.LIMIT
-        self.local = 64 << 20 if cpu else (5 if few else 12) << 30
-        self.resident = 64 << 20 if cpu else (20 if few else 56) << 30
-        self.lent = 256 << 20 if cpu else (20 if few else 72) << 30
+        self.local = 64 << 20 if cpu else (15 if few else 12) << 30
+        self.resident = 64 << 20 if cpu else (25 if few else 56) << 30
+        self.lent = 256 << 20 if cpu else (25 if few else 72) << 30
         self.slab = 8 << 20 if cpu else 256 << 20
         self.beside = 64 << 20 if cpu else 20 << 30
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
@@ -366,7 +367,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
     parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
-    parser.add_argument("--few", action="store_true", help="conversations: two engines and a donor fit on one GPU")
+    parser.add_argument("--few", action="store_true", help="conversations: three engines and a donor fit on one GPU")
     parser.add_argument(
         "--methods", action="store_true", help="what the engine does for a turn, part by part; timing takes time"
     )

@@ -38,6 +38,8 @@ impl Core {
         if !self.origin.is_here() {
             return None;
         }
+        let most = most_bytes / self.config.layout.block_bytes();
+        let mut too_many = false;
         let mut hit = HitBlocks::new(self, hashes.len());
         let mut areas: Vec<Arc<BlockArea>> = Vec::new();
         let mut places = Vec::with_capacity(hashes.len());
@@ -56,6 +58,10 @@ impl Core {
             if !area.lasts || slow || medium != Medium::Hbm {
                 break;
             }
+            if places.len() as u64 == most {
+                too_many = true;
+                break;
+            }
             // Consecutive blocks mostly lie in the area of the block before.
             let known = areas.iter().rposition(|other| Arc::ptr_eq(other, area));
             let at = known.unwrap_or_else(|| {
@@ -66,8 +72,7 @@ impl Core {
             hit.push(HitBlock::Own(id), medium, area.link);
             state.blocks.pin(id);
         }
-        let bytes = self.config.layout.block_bytes() * places.len() as u64;
-        if places.is_empty() || bytes > most_bytes {
+        if places.is_empty() || too_many {
             // What was found lets go of its blocks under this lock.
             drop((registering, state));
             return None;

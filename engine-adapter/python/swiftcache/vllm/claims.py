@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from swiftcache.engine.keys import KEY_BYTES
+
 if TYPE_CHECKING:
     from swiftcache._native import Claim, Load, Mark
     from swiftcache.vllm.landing import Landing
@@ -43,7 +45,7 @@ class Claims:
         Args:
             may_claim: whether a load may be part of the step that is being scheduled, with the updates of weights that
                 the scheduler knows of.
-            claim: claims the first ones of some blocks, in so many bytes at most.
+            claim: claims the first ones of some blocks, if they have no more than so many bytes.
             begin: has the load of a claim into blocks of the pool begin, if it may before the step does.
         """
         self._landing, self._block_bytes = landing, block_bytes
@@ -53,13 +55,21 @@ class Claims:
         """With how many blocks."""
         _here[borrower_id] = self
 
-    def claim(self, request: str, keys: bytes, weights: Mapping[tuple[int, int], int]) -> int:
+    def claim(
+        self, request: str, keys: bytes, weights: Mapping[tuple[int, int], int], *, alone: bool, found: bool
+    ) -> int:
         """Claims the first ones of these blocks for a request, in place of what it has claimed. Returns how many: 0
-        where the load has to be asynchronous, or nothing is there."""
+        where the load has to be asynchronous, or nothing is there.
+
+        Args:
+            alone: no other request runs.
+            found: a lookup found all of the blocks. Those that are too many are not looked for again.
+        """
         self._claims.pop(request, None)
         claimed = sum(map(len, self._claims.values())) + sum(blocks for _, blocks in self._begun.values())
-        room = self._landing.room() - claimed * self._block_bytes
-        if room <= 0 or not keys or not self._may_claim(weights):
+        room = self._landing.room(alone) - claimed * self._block_bytes
+        least = len(keys) // KEY_BYTES if found else 1
+        if not keys or room < least * self._block_bytes or not self._may_claim(weights):
             return 0
         claim = self._claim(keys, room)
         if claim is None:

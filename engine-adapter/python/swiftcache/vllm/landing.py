@@ -9,7 +9,7 @@ scheduled on top of it. From the promise on the blocks may be used. So:
 * Any other first step after the promise, of a request that was aborted or is not scheduled yet, waits for the whole
   load before anything is written: its blocks may be somebody else's by then.
 * One load is promised at a time, in the order in which they were queued, and only with few bytes to go: other requests
-  of the step wait for it too.
+  of the step wait for it too. Where none of them runs, a claim may be larger.
 * Nothing is promised before a forward has been seen to wait for every layer.
 """
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MOST_BYTES = 4 << 30
 """What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes
 14 to 20 (docs/benchmarks.md)."""
+MOST_BYTES_ALONE = 16 << 30
+"""What may be claimed where no other request runs: 46 ms. Who comes meanwhile waits as long, and so does a donor that asks
+back what is being read. Up to there a load is so short that the steps of an asynchronous one are worth sparing."""
 
 
 class BrokenPromise(RuntimeError):
@@ -46,10 +49,13 @@ class Landing:
         self.claimed = 0
         """Those of them that were promised before they began."""
 
-    def room(self) -> int:
-        """Bytes that a load may have to go when it is promised; 0: nothing can be promised now."""
+    def room(self, alone: bool = False) -> int:
+        """Bytes that a load may have to go when it is promised; 0: nothing can be promised now. `alone`: no request runs
+        that would wait for it."""
         ahead = [*self._promised.values(), *self._read, *self._behind]
-        return MOST_BYTES if self._proven and all(other.is_done() for other in ahead) else 0
+        if not self._proven or not all(other.is_done() for other in ahead):
+            return 0
+        return MOST_BYTES_ALONE if alone else MOST_BYTES
 
     def promise(self, request: str, load: Load) -> bool:
         """Whether vLLM may be told that this load is over. Those that were queued before it are over or promised."""
