@@ -251,6 +251,12 @@ def claims(worker: Any, on: bool) -> None:
     _side(worker)._cache.claims = on
 
 
+def most_beside(worker: Any, amount: int) -> None:
+    from swiftcache.vllm import landing
+
+    landing.MOST_BYTES = amount
+
+
 def lie(worker: Any, on: bool) -> None:
     _side(worker)._cache.liar = on
 
@@ -550,6 +556,10 @@ class Engine:
         """Whether prefixes may be claimed. Else loads are asynchronous, as where scheduler and worker are two
         processes."""
         self.llm.collective_rpc(claims, args=(on,))
+
+    def most_beside(self, amount: int) -> None:
+        """So many bytes of a load may have others wait for them."""
+        self.llm.collective_rpc(most_beside, args=(amount,))
 
     def lie(self, on: bool) -> None:
         """Whether loads that fail say so."""

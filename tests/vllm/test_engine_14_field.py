@@ -157,6 +157,22 @@ def test_a_forward_waits_for_each_layer_of_a_load_that_counts_as_over(engine, wa
     assert of.said(results).items() <= want.items()
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-another"])
+def test_a_load_that_others_would_wait_for_is_claimed_where_none_runs(engine, want, beside) -> None:
+    engine.ask("overwrite")
+    if beside:
+        engine.ask("add", name="other", tokens=of.tokens("other", 40), max_tokens=60)
+        engine.ask("step", count=3)
+    _, claimed = layer_wise_ends(engine)
+    engine.ask("most_beside", amount=1)
+    engine.ask("add", name="alone", tokens=alone()["alone"], max_tokens=of.ANSWER)
+    result = engine.ask("step")["finished"]["alone"]
+    engine.ask("settle")
+    engine.ask("most_beside", amount=4 << 30)
+    assert result["cached"] == 6 * of.BLOCK and (beside or result["tokens"] == want["alone"])
+    assert layer_wise_ends(engine)[1] == claimed + (not beside)
+
+
 def test_the_twin_a_forward_that_does_not_wait_shows(engine, want, claims) -> None:
     engine.ask("overwrite")
     engine.ask("linger", on=True, careless=True)

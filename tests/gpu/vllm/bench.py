@@ -44,7 +44,7 @@ from ground import (
     log_file,
 )
 from lmcache_server import serving
-from talk import add, steps, to_say
+from talk import add, conversations, steps, to_say
 
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {"environment": V2, "resident": True},
@@ -81,27 +81,56 @@ def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+TOKENS = 20_000
+"""Of a conversation's history, on average: from three quarters of that to five."""
+GIB = 1 << 30
+
+
 class Size:
     """How much of everything."""
 
-    def __init__(self, cpu: bool, few: bool = False) -> None:
-        """`few`: conversations, so that three engines and a donor fit on one GPU. A pool has room for four turns at a
-        time, and for none of a conversation's tokens until its next turn."""
+    def __init__(self, args: argparse.Namespace) -> None:
+        cpu, few = args.cpu, args.few
         self.shape = "tiny" if cpu else "qwen3-8b"
-        self.conversations = 4 if cpu else 7 if few else 16
-        self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
+        tokens = 300 if cpu else args.tokens
+        self.shortest, self.longest = 3 * tokens // 4, 5 * tokens // 4
         self.new, self.answer = (32, 8) if cpu else (256, 32)
         self.rounds = 1 if cpu else 5 if few else 2
-        self.limit = 1024 if cpu else shapes.LIMIT
-        self.local = 64 << 20 if cpu else (15 if few else 12) << 30
-        self.resident = 64 << 20 if cpu else (25 if few else 56) << 30
-        self.lent = 256 << 20 if cpu else (25 if few else 72) << 30
+        turns = 1 + self.rounds * (len(args.clients) + len(args.rates))
+        self.grows = turns * (self.new + self.answer)
+        """Tokens that a conversation has more in the end."""
+        self.limit = 1024 if cpu else max(shapes.LIMIT, self.longest + self.grows)
         self.slab = 8 << 20 if cpu else 256 << 20
-        self.beside = 64 << 20 if cpu else 20 << 30
+        self.beside = 64 << 20 if cpu else 20 * GIB
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
+        if cpu:
+            self.conversations, self.local, self.resident, self.lent = 4, 64 << 20, 64 << 20, 256 << 20
+        elif few:
+            self._few(max(args.clients))
+        else:
+            self.conversations = 16
+            self.local, self.resident, self.lent = (pool * args.tokens // TOKENS * GIB for pool in (12, 56, 72))
         self.hbm = 2 * (self.resident + self.beside) if cpu else hbm()
         self.apart = cpu or len(hbm_used()) > 1
         """Donors lend another GPU's HBM. Where there is one, they lend that of the engines' own."""
+
+    def _few(self, clients: int) -> None:
+        """So few conversations that several engines and a donor fit on one GPU. The local pool has room for a turn of
+        each client, and all other conversations fill it before one has its next turn."""
+        self.conversations = clients
+        while True:
+            self.conversations += 1
+            lengths = sorted(len(history) for history in conversations(to_say(self)).histories)
+            turns, all_of_them = (sum(some) + len(some) * self.grows for some in (lengths[-clients:], lengths))
+            # vLLM starts with no pool that is smaller than a context may be long.
+            turns = max(turns, self.limit)
+            if sum(lengths[:-1]) >= turns:
+                break
+        # 2 %: the last blocks and slabs are not full.
+        self.local, self.resident = (
+            -(-tokens * shapes.token_bytes(self.shape, 2) * 102 // 100 // GIB) * GIB for tokens in (turns, all_of_them)
+        )
+        self.lent = self.resident
 
     def pool(self, arm: dict[str, Any]) -> int:
         return self.resident if arm.get("resident") else self.local
@@ -216,8 +245,9 @@ class Trial:
 
     def _options(self, args: Any) -> dict[str, Any]:
         size, pool = self._size, self._size.pool(self._arm)
+        further = {"max_position_embeddings": size.limit} if size.limit > shapes.LIMIT else {}
         options = {
-            "model": str(shapes.make(size.shape, args.report)),
+            "model": str(shapes.make(size.shape, args.report, **further)),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "max_model_len": size.limit,
@@ -367,7 +397,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="arms whose names this regular expression finds")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="that wait for answers")
     parser.add_argument("--rates", type=float, nargs="*", default=[6.0], help="turns a second that arrive in any case")
-    parser.add_argument("--few", action="store_true", help="conversations: three engines and a donor fit on one GPU")
+    parser.add_argument("--few", action="store_true", help="conversations: several engines and a donor fit on one GPU")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a conversation, on average")
     parser.add_argument(
         "--methods", action="store_true", help="what the engine does for a turn, part by part; timing takes time"
     )
@@ -375,7 +406,7 @@ def main() -> None:
     parser.add_argument("--arm-limit", type=float, default=600, help="the longest that an arm may take, seconds")
     args = parser.parse_args()
     args.report.mkdir(parents=True, exist_ok=True)
-    size, began = Size(args.cpu, args.few), time.monotonic()
+    size, began = Size(args), time.monotonic()
     results: dict[str, Any] = {}
     wanted = arms(args)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

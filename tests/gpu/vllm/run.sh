@@ -6,7 +6,7 @@
 #
 #     tests/gpu/vllm/run.sh SITE PROGRAMS REPORT [SCRIPT [ITS ARGUMENTS]]
 #
-# bench --methods says what an engine does for a turn, part by part; with --few three engines and a donor fit on one GPU.
+# bench --methods says what an engine does for a turn, part by part; with --few several engines and a donor fit on one GPU.
 # With four GPUs, too: kills --ranks 2, and context --ranks 2 --donors 2 --part speed, and longest.
 #
 # With one GPU, the memory that is lent is on the engine's own: tokens are proven, but no link is measured.

@@ -83,15 +83,18 @@ def to_say(size: Any) -> dict[str, Any]:
     }
 
 
+def conversations(task: dict[str, Any]) -> Conversations:
+    """Those of a task, which is what `to_say` gives."""
+    return Conversations(task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"])
+
+
 class Talk:
     """Conversations of clients with an engine. All rounds of all loads go on with the same ones."""
 
     def __init__(self, ask: Ask, task: dict[str, Any]) -> None:
         """`task`: what `to_say` gives."""
         self._ask, self._task = ask, task
-        self._talks = Conversations(
-            task["seed"], task["conversations"], task["shortest"], task["longest"], task["vocabulary"]
-        )
+        self._talks = conversations(task)
 
     async def begin(self) -> None:
         answer = self._task["answer"]

@@ -25,8 +25,8 @@ MOST_BYTES = 4 << 30
 """What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes
 14 to 20 (docs/benchmarks.md)."""
 MOST_BYTES_ALONE = 16 << 30
-"""What may be claimed where no other request runs: 46 ms. Who comes meanwhile waits as long, and so does a donor that asks
-back what is being read. Up to there a load is so short that the steps of an asynchronous one are worth sparing."""
+"""What may be claimed where no other request runs: 46 ms. Who comes meanwhile waits as long, and so does a donor that
+asks back what is being read. Up to there the steps that an asynchronous load takes are worth sparing."""
 
 
 class BrokenPromise(RuntimeError):
@@ -50,8 +50,8 @@ class Landing:
         """Those of them that were promised before they began."""
 
     def room(self, alone: bool = False) -> int:
-        """Bytes that a load may have to go when it is promised; 0: nothing can be promised now. `alone`: no request runs
-        that would wait for it."""
+        """Bytes that a load may have to go when it is promised; 0: nothing can be promised now. `alone`: no request
+        runs that would wait for it."""
         ahead = [*self._promised.values(), *self._read, *self._behind]
         if not self._proven or not all(other.is_done() for other in ahead):
             return 0
