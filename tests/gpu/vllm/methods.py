@@ -19,8 +19,11 @@ ROWS = [
     "schedule",
     "  of it the lookup",
     "  of it a load's beginning",
+    "  of it the step's metadata",
     "queueing the forward",
+    "  of it starting loads",
     "  of it having layers wait",
+    "  of it starting stores",
     "from there to the token",
     "the forward, on the GPU",
 ]
@@ -53,8 +56,11 @@ def rows(turn: dict[str, Any], noted: dict[str, Any]) -> dict[str, float]:
         schedule["took"],
         schedule["parts"]["lookup"],
         schedule["parts"]["load begins"],
+        schedule["parts"]["metadata"],
         forward["took"],
+        forward["parts"]["loads start"],
         forward["parts"]["layers wait"],
+        forward["parts"]["stores start"],
         first - forward["began"] - forward["took"],
         forward.get("gpu", 0.0),
     ]

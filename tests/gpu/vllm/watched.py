@@ -28,8 +28,16 @@ from swiftcache.vllm import SwiftCacheConnector
 METER = Meter()
 """Of the hooks of both halves."""
 PARTS = {
-    "schedule": {"lookup": "get_num_new_matched_tokens", "load begins": "update_state_after_alloc"},
-    "forward": {"layers wait": "wait_for_layer_load"},
+    "schedule": {
+        "lookup": "get_num_new_matched_tokens",
+        "load begins": "update_state_after_alloc",
+        "metadata": "build_connector_meta",
+    },
+    "forward": {
+        "loads start": "start_load_kv",
+        "layers wait": "wait_for_layer_load",
+        "stores start": "wait_for_save",
+    },
 }
 """Which hooks are told apart in what they are part of."""
 
