@@ -32,6 +32,12 @@ def eventually(what: str, holds: Callable[[], Any], seconds: float = 120) -> Any
         time.sleep(0.002)
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stops a process, and waits until it has stopped: until then, on a busy machine, its threads go on."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 class Node:
     """The processes of a node. `close` ends them."""
 

@@ -9,7 +9,7 @@ import signal
 import lab as of
 import pytest
 from engine import Engine
-from node import eventually
+from node import eventually, stop
 
 PAGE = 16
 LONG_MS = 60_000
@@ -59,7 +59,7 @@ def test_a_request_waits_for_a_disk_and_others_do_not(lab, node, disk, more) -> 
     want = on_disk_only(lab, node, {"disk": prompt}, **more)
     engine = connected(lab, node, LONG_MS, **more)
     # A disk that does not answer for a while: who wants nothing of it is served, and its pages are stored.
-    disk.send_signal(signal.SIGSTOP)
+    stop(disk)
     stored = engine.native("stored_blocks") + more.get("tp_size", 1) * pages(other)
     with of.Meanwhile(lambda: engine.generate({"disk": prompt, "other": other}, of.ANSWER)) as both:
         try:
@@ -89,7 +89,7 @@ def test_a_disk_that_does_not_answer_holds_nobody_up_for_longer_than_that(lab, n
     prompt = of.tokens("stopped", 450)
     want = on_disk_only(lab, node, {"stopped": prompt})
     engine = connected(lab, node, 50)
-    disk.send_signal(signal.SIGSTOP)
+    stop(disk)
     try:
         results = engine.generate({"stopped": prompt}, of.ANSWER)
     finally:

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 /// The path of a program of this workspace, built in the same profile as the running test.
 ///
@@ -135,13 +135,21 @@ impl Program {
         Ok(())
     }
 
-    /// Sends a signal.
+    /// Sends a signal. When it returns from SIGSTOP, all threads have stopped: until then, on a busy machine, they go on.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        Ok(kill_process(pid.context("no such pid")?, signal)?)
+        let pid = pid.context("no such pid")?;
+        kill_process(pid, signal)?;
+        if signal == Signal::STOP {
+            waitid(
+                WaitId::Pid(pid),
+                WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT,
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -150,5 +158,27 @@ impl Drop for Program {
         if let Err(error) = self.kill() {
             tracing::warn!(%error, "a program was left behind");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_is_stopped_has_stopped() -> Result<()> {
+        let busy = Program::start(Command::new("sh").args(["-c", "while :; do :; done"]))?;
+        for _ in 0..100 {
+            busy.signal(Signal::STOP)?;
+            let stat = fs::read_to_string(format!("/proc/{}/stat", busy.pid()))?;
+            let state = stat.rsplit_once(") ").context("no state")?.1;
+            ensure!(state.starts_with('T'), "{stat}");
+            // It is no different for one that has stopped already.
+            busy.signal(Signal::STOP)?;
+            busy.signal(Signal::CONT)?;
+        }
+        Ok(())
     }
 }

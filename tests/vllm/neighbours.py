@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from node import Node, eventually
+from node import Node, eventually, stop
 
 SLAB = 8 << 20
 
@@ -56,7 +56,7 @@ class Tenant:
 
     def stop(self) -> None:
         """From now on it does nothing, and lets go of nothing."""
-        self._process.send_signal(signal.SIGSTOP)
+        stop(self._process)
 
     def kill(self) -> None:
         self._process.kill()
