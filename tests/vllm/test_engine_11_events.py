@@ -78,11 +78,12 @@ def test_what_is_evicted_or_moved_is_known(engine, node) -> None:
         nonlocal number
         number += 1
         talk(engine, f"crowd-{number}", 2000)
-        return "BlockRemoved" in engine.ask("events")["kinds"]
+        # Before there is a lease of host memory, which is late on a busy machine, evictions come of HBM alone.
+        media = {medium for medium, _ in index(node)}
+        return media == set(MEDIA.values()) and "BlockRemoved" in engine.ask("events")["kinds"]
 
     eventually("an eviction", removed, 600)
     blocks = pause(engine, node)
-    assert {medium for medium, _ in blocks} == set(MEDIA.values()), "both kinds of memory are full"
     # The twin: a router that is told of no removal believes in blocks that are gone.
     assert believed(engine, "deaf") > blocks
 
@@ -122,12 +123,20 @@ def test_what_dies_with_its_donor_is_known(engine, node, donors) -> None:
 def test_what_a_broker_does_not_know_any_more_is_known(engine, node) -> None:
     """It is told again what there is. Until then nothing is found there by others, and a router knows that."""
     pause(engine, node)
+    evicted = engine.ask("stats")["evicted_blocks"]
     before = names(node)
     node.kill_broker()
     node.start_broker(estate_ttl_ms=KEPT)
     eventually("the engine to be back", lambda: engine.ask("leased"))
+
+    def back() -> bool:
+        # Where host memory is full, a sixteenth of it is made free, also in a pause.
+        gone = engine.ask("stats")["evicted_blocks"] - evicted
+        assert gone < len(before) / 8
+        return len(before - names(node)) <= gone
+
     # The kind of memory may have changed: blocks go back to HBM whenever donors have room, also in a pause.
-    eventually("the blocks to be back", lambda: names(node) >= before)
+    eventually("the blocks to be back", back)
     assert pause(engine, node)
 
 
