@@ -1,11 +1,12 @@
 //! The file `trace`: calls of every process, as they end.
 
 use std::{
-    ffi::CStr,
     fs::File,
     io::Write,
     sync::{Mutex, PoisonError},
 };
+
+use rustix::thread::gettid;
 
 use crate::{Code, faults};
 
@@ -38,7 +39,7 @@ pub(crate) fn ended(symbol: &str, code: Code) {
 }
 
 fn write(symbol: &str, result: &str) {
-    let (process, thread, name) = (std::process::id(), thread(), name());
+    let (process, thread, name) = (std::process::id(), gettid().as_raw_pid(), name());
     let line = format!("{symbol} {process} {thread} {result} {name}\n");
     let mut file = FILE.lock().unwrap_or_else(PoisonError::into_inner);
     if file.is_none() {
@@ -51,16 +52,8 @@ fn write(symbol: &str, result: &str) {
     assert!(written, "stub driver: the trace cannot be written");
 }
 
-fn thread() -> libc::pid_t {
-    // SAFETY: asks for a number.
-    unsafe { libc::gettid() }
-}
-
 /// The calling thread's name, as the kernel knows it: 15 bytes of it.
 fn name() -> String {
-    let mut name = [0_u8; 16];
-    // SAFETY: the kernel writes at most 16 bytes, with a NUL at the end.
-    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    let name = CStr::from_bytes_until_nul(&name).map(CStr::to_string_lossy);
-    name.map(|name| name.into_owned()).unwrap_or_default()
+    let name = rustix::thread::name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
