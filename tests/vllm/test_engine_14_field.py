@@ -18,6 +18,8 @@ import pytest
 from neighbours import donate
 from node import eventually
 
+from swiftcache.vllm import landing
+
 ASYNC = {"load": "async"}
 REQUESTS = int(os.environ.get("SWIFTCACHE_FIELD_REQUESTS", "80"))
 SEED = os.environ.get("SWIFTCACHE_FAULT_SEED") or str(random.randrange(1 << 32))
@@ -168,7 +170,7 @@ def test_a_load_that_others_would_wait_for_is_claimed_where_none_runs(engine, wa
     engine.ask("add", name="alone", tokens=alone()["alone"], max_tokens=of.ANSWER)
     result = engine.ask("step")["finished"]["alone"]
     engine.ask("settle")
-    engine.ask("most_beside", amount=4 << 30)
+    engine.ask("most_beside", amount=landing.MOST_BYTES)
     assert result["cached"] == 6 * of.BLOCK and (beside or result["tokens"] == want["alone"])
     assert layer_wise_ends(engine)[1] == claimed + (not beside)
 

@@ -33,10 +33,9 @@ sys.path[:0] = [str(HERE.parent / "vllm")]
 
 import shapes  # noqa: E402
 from bench import quantile  # noqa: E402
-from ground import Ground, Orders, Told, ToldError, chosen, log_file  # noqa: E402
+from ground import GiB, Ground, Orders, Told, ToldError, chosen, log_file  # noqa: E402
 from talk import Talk, add, in_turn, steps, to_say  # noqa: E402
 
-GiB = 1 << 30
 LOCAL = "from its own pool"
 SAID = ("tokens", "logprobs", "cached", "finish")
 """What must be equal."""
@@ -57,7 +56,7 @@ class Size:
     def __init__(self, cpu: bool) -> None:
         self.cpu = cpu
         self.shape = "tiny" if cpu else "qwen3-8b"
-        self.token = 4 * 2 * 2 * 32 * 4 if cpu else 36 * 2 * 8 * 128 * 2
+        self.token = shapes.token_bytes(self.shape, 4 if cpu else 2)
         self.conversations = 4 if cpu else 12
         self.shortest, self.longest = (200, 400) if cpu else (15_000, 25_000)
         self.new, self.answer, self.rounds = (32, 8, 1) if cpu else (256, 32, 2)

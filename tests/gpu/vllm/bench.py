@@ -34,6 +34,7 @@ from ground import (
     HERE,
     V1,
     V2,
+    GiB,
     Ground,
     Told,
     ToldError,
@@ -83,7 +84,6 @@ def arms(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 TOKENS = 20_000
 """Of a conversation's history, on average: from three quarters of that to five."""
-GIB = 1 << 30
 
 
 class Size:
@@ -101,7 +101,7 @@ class Size:
         """Tokens that a conversation has more in the end."""
         self.limit = 1024 if cpu else max(shapes.LIMIT, self.longest + self.grows)
         self.slab = 8 << 20 if cpu else 256 << 20
-        self.beside = 64 << 20 if cpu else 20 * GIB
+        self.beside = 64 << 20 if cpu else 20 * GiB
         """What an engine takes of HBM beside its pool: weights, activations, graphs and CUDA's own."""
         if cpu:
             self.conversations, self.local, self.resident, self.lent = 4, 64 << 20, 64 << 20, 256 << 20
@@ -109,7 +109,7 @@ class Size:
             self._few(max(args.clients))
         else:
             self.conversations = 16
-            self.local, self.resident, self.lent = (pool * args.tokens // TOKENS * GIB for pool in (12, 56, 72))
+            self.local, self.resident, self.lent = (pool * args.tokens // TOKENS * GiB for pool in (12, 56, 72))
         self.hbm = 2 * (self.resident + self.beside) if cpu else hbm()
         self.apart = cpu or len(hbm_used()) > 1
         """Donors lend another GPU's HBM. Where there is one, they lend that of the engines' own."""
@@ -128,7 +128,7 @@ class Size:
                 break
         # 2 %: the last blocks and slabs are not full.
         self.local, self.resident = (
-            -(-tokens * shapes.token_bytes(self.shape, 2) * 102 // 100 // GIB) * GIB for tokens in (turns, all_of_them)
+            -(-tokens * shapes.token_bytes(self.shape, 2) * 102 // 100 // GiB) * GiB for tokens in (turns, all_of_them)
         )
         self.lent = self.resident
 
@@ -234,7 +234,7 @@ class Trial:
             self.ground.start_broker()
             port = 0
             if arm.get("lmcache"):
-                _, port = stack.enter_context(serving(log, size.lent / (1 << 30)))
+                _, port = stack.enter_context(serving(log, size.lent / GiB))
             self._notes = directory / "notes"
             environment = ENGINE_ENVIRONMENT | arm["environment"] | {methods.FILE: str(self._notes)}
             self._engine = Told([sys.executable, HERE / "talk.py"], log, environment)
@@ -245,9 +245,8 @@ class Trial:
 
     def _options(self, args: Any) -> dict[str, Any]:
         size, pool = self._size, self._size.pool(self._arm)
-        further = {"max_position_embeddings": size.limit} if size.limit > shapes.LIMIT else {}
         options = {
-            "model": str(shapes.make(size.shape, args.report, **further)),
+            "model": str(shapes.make(size.shape, args.report, size.limit)),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "max_model_len": size.limit,

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from ground import INVARIANT, V1, V2, Donors, Engine, Ground, chosen, eventually, log_file, ranked, started
+from ground import INVARIANT, V1, V2, Donors, Engine, GiB, Ground, chosen, eventually, log_file, ranked, started
 
-GiB = 1 << 30
 Result = dict[str, dict[str, Any]]
 
 

@@ -33,8 +33,22 @@ from typing import Any
 
 import shapes
 from context import forget, one_by_one, same
-from ground import HERE, V2, Donors, Engine, Ground, Told, chosen, eventually, hbm_used, log_file, ranked, started
-from reader import GiB, MiB
+from ground import (
+    HERE,
+    V2,
+    Donors,
+    Engine,
+    GiB,
+    Ground,
+    MiB,
+    Told,
+    chosen,
+    eventually,
+    hbm_used,
+    log_file,
+    ranked,
+    started,
+)
 
 ANSWER = 24
 LONG_ANSWER = 96

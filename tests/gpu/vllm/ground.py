@@ -23,7 +23,9 @@ __all__ = [
     "V2",
     "Donors",
     "Engine",
+    "GiB",
     "Ground",
+    "MiB",
     "Orders",
     "Told",
     "ToldError",
@@ -35,6 +37,8 @@ __all__ = [
     "ranked",
     "started",
 ]
+
+MiB, GiB = 1 << 20, 1 << 30
 
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -173,10 +177,8 @@ class Ground(Node):
     def lend_idle(self, device: str, most: int, slab: int) -> subprocess.Popen[bytes]:
         """Starts a donor that follows what is idle of a device, of which it lends so much at most, and waits until it
         offers something."""
-        amount = ["--elastic", "--most", str(most), "--slab", str(slab)]
-        donor = self._start("swiftcache", "donate", "--socket", self.socket, "--device", device, *amount)
-        eventually("the elastic donor to offer", lambda: self.offered(device) > 0)
-        return donor
+        options = ["--device", device, "--elastic", "--most", str(most), "--slab", str(slab)]
+        return self._donate("the elastic donor to offer", lambda _: self.offered(device) > 0, *options)
 
 
 class Donors:

@@ -20,10 +20,9 @@ from typing import Any
 
 import shapes
 from bench import quantile
-from ground import ENGINE_ENVIRONMENT, HERE, V2, Ground, Orders, Told, eventually, log_file
+from ground import ENGINE_ENVIRONMENT, HERE, V2, GiB, Ground, Orders, Told, eventually, log_file
 from talk import Arm, Conversations, in_turn
 
-GiB = 1 << 30
 Turns = list[dict[str, Any]]
 
 

@@ -12,8 +12,6 @@ from ground import Orders, eventually
 
 from swiftcache import Cache, Connection
 
-MiB, GiB = 1 << 20, 1 << 30
-
 
 class Reader:
     """Its pool has room for all blocks twice: they are stored from one half and loaded into the other."""

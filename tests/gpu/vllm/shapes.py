@@ -259,9 +259,11 @@ def token_bytes(name: str, element_bytes: int) -> int:
     return 2 * of["num_hidden_layers"] * of["num_key_value_heads"] * of["head_dim"] * element_bytes
 
 
-def make(name: str, directory: Path, **changed: Any) -> Path:
-    """Writes the configuration of a shape, with fields `changed`, below a directory: the report's where scripts
-    are to share it. Returns its own one, which is the model's name for vLLM."""
+def make(name: str, directory: Path, longest: int = LIMIT, **changed: Any) -> Path:
+    """Writes the configuration of a shape, for contexts of `longest` tokens and with fields `changed`, below a folder:
+    the report's where scripts are to share it. Returns its own one, which is the model's name for vLLM."""
+    if longest > LIMIT:
+        changed["max_position_embeddings"] = longest
     target = directory / "models" / "-".join([name, *(str(value) for value in changed.values())])
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(SHAPES[name] | changed))

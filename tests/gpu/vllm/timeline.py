@@ -244,8 +244,7 @@ class Child:
 def measure(ground: Ground, name: str, arm: dict[str, Any], args: Any) -> dict[str, Any]:
     tokens = 400 if args.cpu else args.tokens
     longest = tokens + 1024 if args.cpu else max(shapes.LIMIT, tokens + 1024)
-    further = {"max_position_embeddings": longest} if longest > shapes.LIMIT else {}
-    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report, **further)
+    model = shapes.make("tiny" if args.cpu else "qwen3-8b", args.report, longest)
     options = {
         "model": str(model),
         "load_format": "dummy",

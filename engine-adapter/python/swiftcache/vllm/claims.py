@@ -15,8 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from swiftcache.engine.keys import KEY_BYTES
-
 if TYPE_CHECKING:
     from swiftcache._native import Claim, Load, Mark
     from swiftcache.vllm.landing import Landing
@@ -56,19 +54,18 @@ class Claims:
         _here[borrower_id] = self
 
     def claim(
-        self, request: str, keys: bytes, weights: Mapping[tuple[int, int], int], *, alone: bool, found: bool
+        self, request: str, keys: bytes, weights: Mapping[tuple[int, int], int], *, alone: bool, least: int
     ) -> int:
         """Claims the first ones of these blocks for a request, in place of what it has claimed. Returns how many: 0
         where the load has to be asynchronous, or nothing is there.
 
         Args:
             alone: no other request runs.
-            found: a lookup found all of the blocks. Those that are too many are not looked for again.
+            least: where there is no room for so many, none is looked for.
         """
         self._claims.pop(request, None)
         claimed = sum(map(len, self._claims.values())) + sum(blocks for _, blocks in self._begun.values())
         room = self._landing.room(alone) - claimed * self._block_bytes
-        least = len(keys) // KEY_BYTES if found else 1
         if not keys or room < least * self._block_bytes or not self._may_claim(weights):
             return 0
         claim = self._claim(keys, room)

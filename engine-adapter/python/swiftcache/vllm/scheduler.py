@@ -213,7 +213,7 @@ class SchedulerSide:
             return None, False
         if tokens and (here := self._claims(tracked)) is not None and self._fits(request, computed):
             if here.blocks(request.request_id) != hit.blocks:
-                self._claim(here, tracked, computed // self._block_tokens, hit.blocks, found=True)
+                self._claim(here, tracked, computed // self._block_tokens, hit.blocks, least=hit.blocks)
             tracked.claimed = here.blocks(request.request_id) == hit.blocks
         return tokens, tokens > 0 and not self._sync and not tracked.claimed
 
@@ -241,12 +241,12 @@ class SchedulerSide:
             return None
         return claims.of(self._ranks[0].borrower_id)
 
-    def _claim(self, here: Claims, tracked: Tracked, first: int, blocks: int, *, found: bool) -> int:
-        """Claims what the worker has of so many blocks. `found`: a lookup found them all."""
+    def _claim(self, here: Claims, tracked: Tracked, first: int, blocks: int, *, least: int = 1) -> int:
+        """Claims what the worker has of so many blocks, if there is room for `least` of them."""
         self._claiming = True
         keys = self._finder.keys(tracked.request, self._groups.full[0], first, first + blocks)
         alone = all(of.request.status != RequestStatus.RUNNING for of in self._tracked.values())
-        return here.claim(tracked.request.request_id, keys, self._weights, alone=alone, found=found)
+        return here.claim(tracked.request.request_id, keys, self._weights, alone=alone, least=least)
 
     def _waits_for_disk(self, tracked: Tracked, now: float) -> bool:
         """Whether blocks come from a disk sooner than a request may wait for them. The engine goes on meanwhile."""
@@ -277,7 +277,7 @@ class SchedulerSide:
         self.stats.add("lookups", 1)
         self.stats.add("lookup_tokens", (last - first) * self._block_tokens)
         here = self._claims(tracked)
-        own = self._claim(here, tracked, first, last - first, found=False) if here is not None else 0
+        own = self._claim(here, tracked, first, last - first) if here is not None else 0
         missing = (last - first - own) * self._block_tokens
         if own and not self._others.worth_asking(missing):
             return own, first + own
