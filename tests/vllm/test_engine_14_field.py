@@ -175,6 +175,21 @@ def test_a_load_that_others_would_wait_for_is_claimed_where_none_runs(engine, wa
     assert layer_wise_ends(engine)[1] == claimed + (not beside)
 
 
+def test_turns_that_come_at_once_are_computed_in_one_step(engine, want, claims) -> None:
+    """Beside a request that runs. The twin: loads that are not claimed come a step later."""
+    engine.ask("overwrite")
+    engine.ask("add", name="other", tokens=of.tokens("other", 40), max_tokens=60)
+    engine.ask("step", count=3)
+    for number in range(3):
+        engine.ask("add", name=f"family-{number}", tokens=family(number), max_tokens=1)
+    answers = engine.ask("step")["finished"]
+    assert answers.pop("other")["reason"] == "length"
+    engine.ask("settle")
+    assert {name: answer["tokens"] for name, answer in answers.items()} == {name: want[name][:1] for name in answers}
+    assert set(found(answers).values()) == {190 // of.BLOCK * of.BLOCK} and len(answers) == 3
+    assert all((answer["steps"] == 1) == claims for answer in answers.values())
+
+
 def test_the_twin_a_forward_that_does_not_wait_shows(engine, want, claims) -> None:
     engine.ask("overwrite")
     engine.ask("linger", on=True, careless=True)

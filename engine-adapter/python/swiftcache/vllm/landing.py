@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swiftcache._native import Load
 
-MOST_BYTES = 4 << 30
-"""What may be on its way when a load is promised: 11 ms over the NVLink of an H200, where a forward of 256 tokens takes
-14 to 20 (docs/benchmarks.md)."""
+MOST_BYTES = 8 << 30
+"""What may be on its way when loads are promised that other requests of the step wait for: 23 ms over the NVLink of an
+H200, where the forward of a server's step with new turns takes 26 to 60 (docs/benchmarks.md). It holds three turns of
+16,000 tokens of qwen3-8b that come at once. Turns that do not join one step take another, in which all others wait."""
 MOST_BYTES_ALONE = 16 << 30
 """What may be claimed where no other request runs: 46 ms. Who comes meanwhile waits as long, and so does a donor that
 asks back what is being read. Up to there the steps that an asynchronous load takes are worth sparing."""
