@@ -68,12 +68,16 @@ class Finder:
         files = adapter.files if adapter is not None else b""
         return self._key.of(hashes, files + self._groups.salt(group))
 
-    def present(self, request: Request, first: int, end: int, tables: Tables) -> tuple[bytes, list[int]]:
+    def present(
+        self, request: Request, first: int, end: int, tables: Tables, *, named: bool
+    ) -> tuple[bytes, list[int]]:
         """The blocks of the units from `first` up to `end` that a request has in the pool, of every group: their keys
-        and places."""
+        and places. Of one group, keys are made only where they are to be `named`: it takes a tenth of a millisecond for
+        20,000 tokens, and the first token waits for it."""
         groups = self._groups.all
         if len(groups) == 1:
-            return self.keys(request, groups[0], first, end), list(tables[groups[0].number][first:end])
+            keys = self.keys(request, groups[0], first, end) if named else b""
+            return keys, list(tables[groups[0].number][first:end])
         # vLLM has no block where a window does not reach, and of states the last one only.
         every = (
             (block, group)

@@ -29,6 +29,7 @@ class LoadJob:
     """Which unit of the request is the first (see `groups`). With several groups the blocks of a request fail
     together."""
     keys: bytes
+    """None of a claimed one: the claim knows which blocks it is of."""
     blocks: list[int]
     sync: bool
     """Whether this step's forward needs it, and hears how it ended."""

@@ -313,7 +313,7 @@ class SchedulerSide:
             self._finder.has_tail(request, end)
         tracked.promised = end if self._groups.several else 0
         tracked.loading = not self._sync and not tracked.claimed
-        keys, places = self._finder.present(request, first, end, blocks.get_block_ids())
+        keys, places = self._finder.present(request, first, end, blocks.get_block_ids(), named=not tracked.claimed)
         job = LoadJob(request.request_id, first, keys, places, self._sync, tracked.adapter, tracked.claimed)
         self._loads.append(job)
         if job.claimed and (here := self._claims(tracked)) is not None:

@@ -263,11 +263,10 @@ class WorkerSide:
     def _begin_early(self, claim: Claim, blocks: list[int]) -> Load | None:
         """Begins behind all that the engine has queued, unless a store still reads these blocks: the step has given
         them away, and waits for it first (`before_overwriting`). Loads into them are over, or nothing is claimed."""
-        written = set(blocks)
-        for jobs in self._storing.values():
-            for job, store in jobs.values():
-                if not written.isdisjoint(job.blocks) and not store.is_done():
-                    return None
+        if stores := [store for jobs in self._storing.values() for store in jobs.values()]:
+            written = set(blocks)
+            if any(not written.isdisjoint(job.blocks) and not store.is_done() for job, store in stores):
+                return None
         if not self._cuda:
             return claim.load(blocks)
         if len(self._streams) != 1 or self._cache is None:
