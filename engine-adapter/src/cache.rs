@@ -15,7 +15,7 @@ use crate::{
     claim::Claim,
     connection::Connection,
     failure::{Failure, Result},
-    gil::{at_once, drop_unlocked, unlocked},
+    gil::{at_once, drop_unlocked, unlocked, unlocked_if},
     hit::Hit,
     load::Load,
     mark::{Mark, Point},
@@ -220,6 +220,7 @@ impl Cache {
     #[pyo3(signature = (hashes, blocks, marks = Vec::new()))]
     fn store(
         &self,
+        py: Python<'_>,
         hashes: &[u8],
         blocks: &Bound<'_, PyAny>,
         marks: Vec<Bound<'_, Mark>>,
@@ -230,7 +231,11 @@ impl Cache {
             return Err(Failure::argument("marks", problem).into());
         }
         let marks: Vec<Point> = marks.iter().map(|mark| mark.get().0.clone()).collect();
-        at_once(|| {
+        let may_wait = self.0.with_open(|open| {
+            let (kv, asked) = (open.kv()?, u32::try_from(blocks.len()).unwrap_or(u32::MAX));
+            Some(open.borrower.store_may_wait(asked, &kv))
+        });
+        unlocked_if(py, may_wait.unwrap_or(false), || {
             let blocks: Vec<_> = hashes.into_iter().zip(blocks).collect();
             let unknown = marks.iter().any(|point| matches!(point, Point::Unknown));
             let store = self.0.with_open(|open| {

@@ -22,6 +22,18 @@ pub(crate) fn unlocked<T: Send>(
     py.detach(|| at_once(work))
 }
 
+/// Does work that has to wait only where `may_wait` says so: as [`unlocked`] does, or as [`at_once`].
+pub(crate) fn unlocked_if<T: Send>(
+    py: Python<'_>,
+    may_wait: bool,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    match may_wait {
+        true => unlocked(py, work),
+        false => at_once(work),
+    }
+}
+
 /// Does work that waits for nothing but locks which nobody holds while waiting, and takes less than a millisecond or two. No
 /// other Python thread runs meanwhile. A panic becomes an exception that engines can catch.
 pub(crate) fn at_once<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {

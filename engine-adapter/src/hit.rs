@@ -7,7 +7,7 @@ use swiftcache_client::cache;
 
 use crate::{
     arguments,
-    gil::{at_once, drop_unlocked},
+    gil::{drop_unlocked, unlocked_if},
     load::Load,
     mark::{Mark, Point},
     worker::Worker,
@@ -48,10 +48,16 @@ impl Hit {
     }
 
     #[pyo3(signature = (blocks, after = None))]
-    fn load(&self, blocks: &Bound<'_, PyAny>, after: Option<&Bound<'_, Mark>>) -> PyResult<Load> {
+    fn load(
+        &self,
+        py: Python<'_>,
+        blocks: &Bound<'_, PyAny>,
+        after: Option<&Bound<'_, Mark>>,
+    ) -> PyResult<Load> {
         let blocks: Vec<u32> = arguments::number("blocks", blocks)?;
         let after = Point::of(after);
-        at_once(|| {
+        let may_wait = (self.worker).with_open(|open| Some(open.kv()?.is_stitched()));
+        unlocked_if(py, may_wait.unwrap_or(false), || {
             Load::of_first(&self.worker, &blocks, self.__len__(), |open| {
                 Load::start(open, self.found.as_ref()?, &blocks, &after, blocks.len())
             })

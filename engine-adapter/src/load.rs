@@ -14,7 +14,7 @@ use swiftcache_client::{cache, device::Origin};
 use crate::{
     arguments,
     failure::{Failure, Result},
-    gil::{at_once, drop_unlocked, unlocked},
+    gil::{at_once, drop_unlocked, unlocked, unlocked_if},
     mark::Point,
     place::Place,
     promised::EngineStream,
@@ -331,10 +331,8 @@ impl Load {
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
-        match self.is_done()? {
-            true => at_once(|| Ok(self.end())),
-            false => unlocked(py, || Ok(self.end())),
-        }
+        let over = self.is_done()?;
+        unlocked_if(py, !over, || Ok(self.end()))
     }
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from engine import LAYERS, SLAB_BYTES, Engine, hashes
+from engine import HALF, LAYERS, SLAB_BYTES, Engine, hashes
 from node import Node, eventually
 from swiftcache import Connection
 from test_hit import upper
@@ -97,7 +97,16 @@ def test_others_run_while_somebody_waits(stored: Engine, connection: Connection)
         stores.append(cache.store(hashes([len(stores) + 10]), [0], [cache.mark(0) for _ in LAYERS]))
         stores[-1].finish()
 
+    def store_anew() -> bool:
+        """The broker is to forget other blocks first, once the cache is full of those that it knows."""
+        new = hashes(range(HALF * (len(stores) + 1), HALF * (len(stores) + 2)))
+        marks = [cache.mark(0) for _ in LAYERS]
+        ran = others_ran([lambda: stores.append(cache.store(new, range(HALF), marks))])
+        stores[-1].finish()
+        return ran
+
     eventually("a turn", lambda: others_ran([lambda: connection.count(["model"], keys, deadline_ms=60_000)]))
     eventually("a turn", lambda: others_ran([lambda: cache.lookup(hashes([99]), ask=True)]))
     eventually("a turn", lambda: others_ran([finish]))
+    eventually("a turn", store_anew)
     eventually("a turn", lambda: others_ran([lambda: stored.fetch([1, 2, 3])]))

@@ -38,6 +38,12 @@ struct Room {
 }
 
 impl Core {
+    /// Whether so many slots of HBM are free.
+    pub(super) fn has_free(&self, want: u32) -> bool {
+        let state = self.state.lock();
+        state.free_slots(Medium::Hbm, state.routes_up()) >= want
+    }
+
     /// Tries to have `want` free slots. Blocks the caller for one round trip to the broker when published blocks
     /// must go. The slots are [`awaited`](State::awaited), so that no promotion takes them, until the caller takes `want` off
     /// again.

@@ -247,6 +247,12 @@ impl Borrower {
         self.core.load(hit, &wanted)
     }
 
+    /// Whether [`store`](Self::store) of so many blocks may have to wait: for the broker, which is to forget blocks that make room,
+    /// or for a [stitched pool](PagedKv::is_stitched).
+    pub fn store_may_wait(&self, blocks: u32, kv: &PagedKv) -> bool {
+        kv.is_stitched() || !self.core.has_free(blocks)
+    }
+
     /// Queues write-back of a sequence's consecutive blocks, layer by layer: layer `l` after the ticket that
     /// `layer_ready(l)` gives, which marks its bytes as computed (`None`: they are already).
     ///

@@ -52,6 +52,14 @@ impl PagedKv {
         check_pool(layer_bytes, &spans, self.blocks)
     }
 
+    /// Whether what is mapped in it changes between an engine's steps. Who queues copies with it may have to wait until it does
+    /// not.
+    pub fn is_stitched(&self) -> bool {
+        self.layers
+            .iter()
+            .any(|layer| layer.memory.steps().is_some())
+    }
+
     /// Checks it as [`check`](Self::check) does. Where what is mapped in it changes between an engine's steps, waits until it does not,
     /// and keeps it so: copies are queued under the result, which is told how to know their end.
     ///
