@@ -48,7 +48,8 @@ impl Leases {
                 *seen = Some(seen.map_or(grant.slab_bytes, |seen| seen.min(grant.slab_bytes)));
             }
             let most = self.settings.most(medium);
-            let too_much = own && state.leased_bytes(medium) + grant.slab_bytes > most;
+            let left = most.saturating_sub(state.leased_bytes(medium));
+            let too_much = own && state.is_too_large(medium, grant.slab_bytes, left);
             // A grant of an earlier connection: the broker has been told since that it is not held.
             let stale = session.epoch() != epoch;
             let revoked = state.revoked_early.contains(&grant.lease);

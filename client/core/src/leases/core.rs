@@ -186,7 +186,12 @@ impl Leases {
     pub(super) fn room(&self, state: &State, medium: Medium) -> u64 {
         let left = (self.settings.most(medium)).saturating_sub(state.leased_bytes(medium));
         let next = state.slab_bytes.of(medium).unwrap_or(1);
-        if left >= next { left } else { 0 }
+        let in_vain = state.asked_in_vain.of(medium);
+        if left >= next && left > in_vain {
+            left
+        } else {
+            0
+        }
     }
 
     /// Leases more soon.

@@ -6,7 +6,7 @@ use tracing::debug;
 
 use super::{
     core::{Leases, RecallTask},
-    slabs::Draining,
+    slabs::{ByMedium, Draining},
     state::State,
 };
 use crate::{
@@ -61,6 +61,7 @@ impl Observer for Leases {
             pending.refused |= is_refused(*lease);
         }
         state.grow_after = Instant::now();
+        state.asked_in_vain = ByMedium::default();
         drop(state);
         self.grow_soon();
     }

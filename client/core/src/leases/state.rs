@@ -34,6 +34,9 @@ pub(super) struct State {
     pub(super) opening: HashSet<LeaseId>,
     /// The smallest slab seen of each kind of memory: what a further lease takes at least, bytes.
     pub(super) slab_bytes: ByMedium<Option<u64>>,
+    /// So much more could be leased when a larger slab was granted for it, which had to be turned down. While no
+    /// more is left, nothing is asked for by this connection: a broker without a free slab takes one from others for who asks.
+    pub(super) asked_in_vain: ByMedium<u64>,
     /// The broker had nothing to lend; not to be asked before.
     pub(super) grow_after: Instant,
     /// When it was last asked for host memory, it granted none.
@@ -90,6 +93,7 @@ impl State {
             unreadable: Unreadable::default(),
             opening: HashSet::new(),
             slab_bytes: ByMedium::default(),
+            asked_in_vain: ByMedium::default(),
             grow_after: Instant::now(),
             host_refused: false,
             map_pause: Duration::ZERO,
@@ -105,6 +109,16 @@ impl State {
                 shared: 0,
             },
         }
+    }
+
+    /// Whether a granted slab is more than the `left` bytes that may be leased besides. Then those are not asked for again.
+    pub(super) fn is_too_large(&mut self, medium: Medium, slab_bytes: u64, left: u64) -> bool {
+        let too_large = slab_bytes > left;
+        if too_large {
+            let in_vain = self.asked_in_vain.of_mut(medium);
+            *in_vain = left.max(*in_vain);
+        }
+        too_large
     }
 
     /// Own leases of a kind of memory, revoked ones that are not let go of yet and those about to be mapped included, bytes.

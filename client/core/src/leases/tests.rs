@@ -9,7 +9,7 @@ use swiftcache_proto::{
     topology::Topology,
 };
 
-use super::{slabs::Slab, *};
+use super::{slabs::Slab, state::State, *};
 use crate::{
     device::DeviceLayer,
     session::Revocation,
@@ -105,6 +105,10 @@ fn revocation(lease: u64) -> Revocation {
 
 impl Stand {
     fn new() -> Self {
+        Self::that_may_lease(0)
+    }
+
+    fn that_may_lease(max_bytes: u64) -> Self {
         let topology = Topology::load("hgx-8").unwrap();
         let device = topology.devices[0].uuid.clone();
         let layer: Arc<dyn DeviceLayer> =
@@ -125,7 +129,7 @@ impl Stand {
             namespace: "test".to_owned(),
             device,
             layer_bytes: LAYERS.to_vec(),
-            max_bytes: 0,
+            max_bytes,
             max_host_bytes: 0,
             step_bytes: 0,
             class: LeaseClass::Cache,
@@ -244,5 +248,24 @@ fn what_the_broker_does_not_know_is_not_evacuated_and_what_is_read_from_it_is_wo
     stand.holder.eventually(&[Told::Forget]);
     assert_eq!(stand.leases.counts().refused, 1);
     gate.open();
+    stand.close();
+}
+
+#[test]
+fn what_larger_slabs_were_granted_for_is_not_asked_for_again() {
+    let stand = Stand::that_may_lease(12 * BLOCK);
+    let room = |state: &State| stand.leases.room(state, Medium::Hbm);
+    let mut state = stand.leases.state.lock();
+    *state.slab_bytes.of_mut(Medium::Hbm) = Some(2 * BLOCK);
+    assert_eq!(room(&state), 4 * BLOCK, "eight blocks are leased");
+    // The twin: a slab that fits leaves it as it is.
+    assert!(!state.is_too_large(Medium::Hbm, 4 * BLOCK, 4 * BLOCK));
+    assert_eq!(room(&state), 4 * BLOCK);
+    // There is more than what was asked for in vain.
+    assert!(state.is_too_large(Medium::Hbm, 8 * BLOCK, 3 * BLOCK));
+    assert_eq!(room(&state), 4 * BLOCK);
+    assert!(state.is_too_large(Medium::Hbm, 8 * BLOCK, 4 * BLOCK));
+    assert_eq!(room(&state), 0);
+    drop(state);
     stand.close();
 }
