@@ -154,6 +154,8 @@ def test_nothing_is_claimed_again_while_the_pool_has_no_room_for_the_request(eng
     assert answer == (12, False)
     engine.side._manager = SimpleNamespace(block_pool=pool, watermark_blocks=1, get_block_ids=lambda _: ([],))
     engine.side.metadata(stage.output({}, {}))
+    tracked = engine.side._tracked["a"]
+    tracked.too_few = None
     native.calls.clear()
     answers = []
     for _ in range(3):
@@ -161,10 +163,27 @@ def test_nothing_is_claimed_again_while_the_pool_has_no_room_for_the_request(eng
         engine.side.metadata(stage.output({}, {}))
     claims = [call for call in native.calls if call[0] == "claim"]
     fits = free >= 6
-    assert answers == 3 * [(12, not fits)] and len(claims) == (3 if fits else 0)
+    # vLLM has its reasons where it does not schedule what fits, and they last.
+    assert answers == [(12, not fits), (12, True), (12, True)] and len(claims) == fits
     assert len(native.Claim.there) == 0
-    # What vLLM has computed itself needs no room.
-    assert engine.side._fits(request, 4) == (free >= 5)
+    tracked.too_few = None
+    # What vLLM has computed itself may need no room.
+    assert engine.side._fits(tracked, 4) == (free >= 5)
+
+
+def test_what_vllm_had_no_room_for_is_claimed_again_when_more_is_free(engine, native) -> None:
+    """Blocks of its own cache that no request has count as free until vLLM gives them to the request."""
+    free = 20
+    pool = SimpleNamespace(get_num_free_blocks=lambda: free, blocks=range(100))
+    engine.side._manager = SimpleNamespace(block_pool=pool, watermark_blocks=0, get_block_ids=lambda _: ([],))
+    request, answer = engine.ask()
+    assert answer == (12, False)
+    for free, claimed in ((20, True), (20, False), (19, False), (20, False), (21, True), (21, False)):
+        assert engine.side.matched_tokens(request, 0) == (12, not claimed), free
+        engine.side.metadata(stage.output({}, {}))
+    engine.side.matched_tokens(request, 0)
+    engine.admit(request, 12, TABLE)
+    assert engine.side._tracked["a"].too_few is None
 
 
 def test_what_was_claimed_may_be_gone_when_it_is_asked_for_again(engine) -> None:

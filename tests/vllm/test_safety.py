@@ -49,11 +49,17 @@ def test_full_attention_and_mla_are_served() -> None:
         ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+        ({"parallel_config__distributed_executor_backend": "external_launcher"}, "external_launcher"),
     ],
 )
 def test_what_could_go_wrong_is_refused_by_name(fields, named) -> None:
     with pytest.raises(ValueError, match=named):
-        safety.check(stage.config(**fields), stage.kv_config())
+        safety.check(stage.config(parallel_config__world_size=2, **fields), stage.kv_config())
+
+
+def test_engines_of_one_rank_may_be_launched_by_others() -> None:
+    fields = {"distributed_executor_backend": "external_launcher", "world_size": 1}
+    safety.check(stage.config(**{f"parallel_config__{name}": of for name, of in fields.items()}), stage.kv_config())
 
 
 def test_every_kv_dtype_of_vllm_is_served_or_refused_by_name() -> None:

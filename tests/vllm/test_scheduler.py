@@ -45,12 +45,19 @@ class Stand:
         )
         self.side.meet(WORKERS)
         self.pinned: list[int] = []
+        self.freed: list[int] = []
+        """In the order in which vLLM would give them away."""
         pool = SimpleNamespace(
             blocks=range(100),
             touch=self.pinned.extend,
-            free_blocks=lambda blocks: [self.pinned.remove(block) for block in blocks],
+            free_blocks=self._free,
         )
         self.side._pins.bind(SimpleNamespace(block_pool=pool))
+
+    def _free(self, blocks) -> None:
+        for block in blocks:
+            self.pinned.remove(block)
+            self.freed.append(block)
 
     def idle_step(self):
         """A step that no request needs, if the scheduler wants one."""
@@ -287,6 +294,22 @@ def test_of_a_finished_request_what_is_being_stored_stays_until_every_worker_is_
     stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done={job.number: 1})))
     assert stand.pinned == [] and not stand.side.frees_pending()
     assert not stand.side._tracked and not stand.side._jobs
+
+
+def test_of_a_prefix_that_was_being_stored_the_end_is_given_away_first(stand) -> None:
+    """As vLLM itself does: nothing of a prefix is found without its head."""
+    request, table = stage.request("a", 17), [5, 3, 8, 1, 9]
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, table)
+    done = {}
+    for computed, tokens in ((0, 8), (8, 9)):
+        request.num_computed_tokens = computed
+        done |= {job.number: 1 for job in stand.step(request, tokens, table).stores}
+    request.num_computed_tokens = 17
+    stand.side.request_finished(request, (table,))
+    assert stand.pinned == [5, 3, 8, 1] and len(done) == 2
+    stand.side.worker_output(stage.answer(kv_connector_worker_meta=WorkerReport(done=done)))
+    assert stand.freed == [1, 8, 3, 5]
 
 
 def test_another_request_of_the_same_name_does_not_let_go_of_the_ones_before(stand) -> None:

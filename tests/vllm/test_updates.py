@@ -11,8 +11,11 @@ from test_scheduler import Stand
 from test_worker import load, made, run, store
 
 from swiftcache.engine.fingerprint import Ranks, adapter, namespace
+from swiftcache.engine.quiet import Quiet
 from swiftcache.vllm import updates
+from swiftcache.vllm.doubt import Doubt
 from swiftcache.vllm.metadata import Adapter, StepMetadata, WorkerReport
+from swiftcache.vllm.tracked import Tracked
 
 
 @pytest.fixture
@@ -151,6 +154,45 @@ def test_vllms_own_cache_forgets_what_it_has_and_what_old_requests_add(stand) ->
     assert manager.evicted == [set(range(8))]
     stand.step(request, 4, [1, 2])
     assert manager.evicted[-1] == {1, 2}
+
+
+def test_what_is_forgotten_stays_forgotten(stand) -> None:
+    """A step takes no longer because of it. What a request registers later is forgotten, too."""
+    manager = Manager()
+    stand.side._doubt.bind(manager)
+    table = manager.tables["a"] = [1, 2, 3, 4, 5, 6]
+    request = stage.request("a", 17)
+    stand.side.matched_tokens(request, 0)
+    stand.admit(request, 0, table)
+    stand.step(request, 16, table)
+    request.num_computed_tokens = 16
+    updated(stand, 1)
+    manager.evicted.clear()
+    forgotten = []
+    for _ in range(8):
+        stand.step(request, 1, table)
+        forgotten.append(manager.evicted.pop() if manager.evicted else set())
+        request.num_computed_tokens += 1
+        stage.grow(request, 1)
+    # vLLM registers the fifth block in the fourth of these steps, when its last token is known, or in the fifth. The
+    # sixth block's last token is known in the last step.
+    assert forgotten == [set(table), set(), set(), {5, 6}, {5, 6}, set(), set(), {6}]
+
+
+def test_windows_that_have_moved_on_spoil_nobody(native) -> None:
+    """What they have left is the same placeholder for all requests."""
+    doubt = Doubt(recovers=True, block_tokens=stage.BLOCK, quiet=Quiet(), group=1)
+    tables = {"old": ([0, 0, 5], [1, 2, 3]), "new": ([0, 0, 8], [6, 7, 9]), "under": ([0, 0, 8], [1, 7, 9])}
+    manager = Manager()
+    manager.get_block_ids = tables.__getitem__
+    doubt.bind(manager)
+    old, new, under = (Tracked(stage.request(name, 13)) for name in tables)
+    doubt.distrust([old])
+    for one in (new, under):
+        doubt.admitted(one)
+    doubt.contain([old, new, under], ["old", "new", "under"])
+    assert (old.spoiled, new.spoiled, under.spoiled) == (0, None, 0)
+    assert manager.evicted[-1] == {1, 2, 3, 7, 9}
 
 
 def write(path, weights: str, config: str = "{}") -> None:

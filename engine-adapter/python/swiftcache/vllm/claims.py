@@ -83,12 +83,14 @@ class Claims:
         if load := self._begin(self._claims[request], blocks):
             self._begun[request] = load, len(self._claims.pop(request))
 
-    def keep(self, requests: Collection[str]) -> None:
-        """Lets go of what others have claimed."""
-        for request in [one for one in self._claims if one not in requests]:
+    def keep(self, requests: Collection[str]) -> list[str]:
+        """Lets go of what others have claimed. Returns those that have not got their blocks."""
+        waiting = [one for one in self._claims if one not in requests]
+        for request in waiting:
             del self._claims[request]
         for request in [one for one in self._begun if one not in requests]:
             self._begun.pop(request)[0].finish()
+        return waiting
 
     def load(self, request: str, blocks: list[int], after: Mark | None) -> Load | None:
         """The load of what a request has claimed. No copy starts before `after`, unless it has begun already."""

@@ -16,7 +16,7 @@ in vLLM's prefix cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 from swiftcache.engine.quiet import Quiet
@@ -27,9 +27,15 @@ if TYPE_CHECKING:
 
 
 class Doubt:
-    def __init__(self, *, recovers: bool, block_tokens: int, quiet: Quiet) -> None:
-        """`recovers`: this vLLM computes the right KV after a synchronous load has failed."""
-        self._recovers, self._block_tokens, self._quiet = recovers, block_tokens, quiet
+    def __init__(self, *, recovers: bool, block_tokens: int, quiet: Quiet, group: int = 0) -> None:
+        """
+        Args:
+            recovers: this vLLM computes the right KV after a synchronous load has failed.
+            block_tokens: of a block of the group.
+            group: a group of full attention, whose blocks stand for a request's. Nothing is found without them, and
+                other groups have a placeholder in place of what their windows have left.
+        """
+        self._recovers, self._block_tokens, self._quiet, self._group = recovers, block_tokens, quiet, group
         self._manager: KVCacheManager | None = None
         self._last = 0
         """The last step in doubt."""
@@ -107,14 +113,14 @@ class Doubt:
                 self._mark(tracked, at)
         self._forget(stale)
 
-    def contain(self, requests: Iterable[Tracked]) -> None:
+    def contain(self, requests: Iterable[Tracked], scheduled: Container[str]) -> None:
         """Has vLLM forget what spoiled requests have registered in this step. Requests that were admitted in it, and
-        found it already, are spoiled too."""
+        found it already, are spoiled too. `scheduled`: the requests of the step."""
         if not self._spoiled:
             return
         stale: set[int] = set()
         for tracked in self._spoiled.values():
-            stale.update(self._table(tracked)[tracked.spoiled :])
+            stale.update(self._registered_since(tracked, scheduled))
         for tracked in requests:
             table = self._table(tracked) if tracked.waiting else []
             at = _first(table, stale)
@@ -123,8 +129,21 @@ class Doubt:
                 stale.update(table[at:])
         self._forget(stale)
 
+    def _registered_since(self, tracked: Tracked, scheduled: Container[str]) -> list[int]:
+        """Blocks of a spoiled request that vLLM may have registered since this was asked last. It registers a block
+        once: in the next step of the request in which all of the block's tokens are known, and what is loaded
+        asynchronously when it has come."""
+        request, first = tracked.request, max(tracked.spoiled or 0, tracked.forgotten)
+        if first >= request.num_tokens // self._block_tokens:
+            # So it is in most steps of a request that decodes.
+            return []
+        if request.request_id in scheduled and not tracked.waiting:
+            known = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens)
+            tracked.forgotten = max(first, known // self._block_tokens)
+        return self._table(tracked)[first:]
+
     def _mark(self, tracked: Tracked, at: int) -> None:
-        tracked.spoiled = at
+        tracked.spoiled, tracked.forgotten = at, 0
         self._spoiled[tracked.request.request_id] = tracked
 
     def distrust(self, requests: Iterable[Tracked]) -> None:
@@ -142,7 +161,7 @@ class Doubt:
         if self._manager is None:
             return []
         try:
-            return self._manager.get_block_ids(tracked.request.request_id)[0]
+            return self._manager.get_block_ids(tracked.request.request_id)[self._group]
         except Exception:  # it has none now
             return []
 

@@ -47,4 +47,5 @@ class Pins:
         del self._held[store]
         assert self._manager is not None
         pool = self._manager.block_pool
-        pool.free_blocks([pool.blocks[block] for block in blocks])
+        # vLLM gives away first what is freed first, and of a prefix nothing is found without its head.
+        pool.free_blocks([pool.blocks[block] for block in reversed(blocks)])

@@ -94,6 +94,12 @@ def check(config: VllmConfig, kv: KVCacheConfig) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ValueError(f"SwiftCache does not serve {name} > 1: a block is spread over ranks differently there")
+    if getattr(parallel, "distributed_executor_backend", None) == "external_launcher" and parallel.world_size > 1:
+        raise ValueError(
+            "SwiftCache does not serve the executor external_launcher with tensor or pipeline parallelism: each rank "
+            "schedules by itself there, and all have to schedule alike, but each one's cache finds what it has. Use "
+            "mp or ray"
+        )
     _refuse_hisparse(config, kv)
     kinds = set()
     for group in kv.kv_cache_groups:

@@ -135,7 +135,12 @@ class SchedulerSide:
             quiet=self._quiet,
         )
         self._others = Others()
-        self._doubt = Doubt(recovers=recovers, block_tokens=block_tokens, quiet=self._quiet)
+        self._doubt = Doubt(
+            recovers=recovers,
+            block_tokens=block_tokens // groups.full[0].per_unit,
+            quiet=self._quiet,
+            group=self._table_of,
+        )
         self._room = Room(groups, block_tokens) if groups.several else None
         self._pins = Pins(workers)
         self._manager: KVCacheManager | None = None
@@ -211,19 +216,22 @@ class SchedulerSide:
             junction.keep_state_at(request, hit.junction * self._block_tokens)
         if self._room is not None and not self._has_room(self._room, tracked, hit):
             return None, False
-        if tokens and (here := self._claims(tracked)) is not None and self._fits(request, computed):
+        if tokens and (here := self._claims(tracked)) is not None and self._fits(tracked, computed):
             if here.blocks(request.request_id) != hit.blocks:
                 self._claim(here, tracked, computed // self._block_tokens, hit.blocks, least=hit.blocks)
             tracked.claimed = here.blocks(request.request_id) == hit.blocks
         return tokens, tokens > 0 and not self._sync and not tracked.claimed
 
-    def _fits(self, request: Request, computed: int) -> bool:
-        """Whether the pool has room for all of a request. Else vLLM schedules it later, and asks in every step until
-        then: what it claimed would be given up again as often, which takes longer than a step's other hooks."""
+    def _fits(self, tracked: Tracked, computed: int) -> bool:
+        """Whether the pool may have room for all of a request. Else vLLM schedules it later, and asks in every step
+        until then: what it claimed would be given up again as often, which takes longer than a step's other hooks. What
+        vLLM finds in its own cache takes room, too, unless another request has it. So when vLLM had no room after all,
+        more is to be free."""
         if self._manager is None:
             return True
-        wanted = -(-request.num_tokens // self._block_tokens) - computed // self._block_tokens
-        return wanted <= self._free_blocks(self._manager)
+        wanted = -(-tracked.request.num_tokens // self._block_tokens) - computed // self._block_tokens
+        free = self._free_blocks(self._manager)
+        return wanted <= free and (tracked.too_few is None or free > tracked.too_few)
 
     @staticmethod
     def _free_blocks(manager: KVCacheManager) -> int:
@@ -294,7 +302,7 @@ class SchedulerSide:
             # The second call for an asynchronous load: the blocks are known already.
             return
         self._doubt.admitted(tracked)
-        tracked.looked, tracked.leased, tracked.promised = 0, False, 0
+        tracked.looked, tracked.leased, tracked.promised, tracked.too_few = 0, False, 0, None
         first = hit.computed // self._block_tokens
         count = external // self._block_tokens
         tracked.kept = end = first + count
@@ -375,7 +383,7 @@ class SchedulerSide:
             self._counted_by = self._counted_by or self._clock() + SETTLING_SECONDS
         # What is claimed cannot fail, and nobody else loads where anything is claimed.
         step.doubt = self._doubt.begin(output.has_sync_kv_loads and not claimed)
-        self._doubt.contain(self._tracked.values())
+        self._doubt.contain(self._tracked.values(), output.num_scheduled_tokens)
         blocks_of, block_tokens = output.kv_connector_block_state, self._block_tokens
         tails, states = bool(self._groups.tails), bool(self._groups.states)
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -413,7 +421,9 @@ class SchedulerSide:
         for job in claimed:
             job.computes = output.num_scheduled_tokens.get(job.request, 0) > 1
         if (here := self._here()) is not None:
-            here.keep({job.request for job in claimed})
+            for request in here.keep({job.request for job in claimed}):
+                if self._manager is not None and (tracked := self._tracked.get(request)):
+                    tracked.too_few = self._free_blocks(self._manager)
         return bool(claimed)
 
     def _staged(self, output: SchedulerOutput, placement: Placement) -> int:
@@ -547,7 +557,8 @@ class SchedulerSide:
                 self._introduced(report.met)
             if report.weights:
                 self._updated(report.weights)
-            for number, workers in report.done.items():
+            # The last first: see `Pins.done`.
+            for number, workers in sorted(report.done.items(), reverse=True):
                 self._job_done(number, workers, number in report.lost)
             for request_id, block in report.failed.items():
                 self._load_failed(request_id, block)

@@ -53,6 +53,10 @@ class Tracked:
     it started from are there."""
     spoiled: int | None = None
     """From this block on its KV is wrong, or not known to be right."""
+    forgotten: int = 0
+    """Where it is spoiled: so many first blocks has vLLM forgotten for good."""
+    too_few: int | None = None
+    """vLLM had no room for it in its last step, in which so many blocks were free in the end."""
     failed: bool = False
     """A load failed: whatever is promised, this request does not try again."""
     looked: int = 0
