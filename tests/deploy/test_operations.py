@@ -117,3 +117,10 @@ def test_every_alert_is_explained():
     rules = (ROOT / "deploy" / "prometheus" / "rules.yaml").read_text()
     alerts = set(re.findall(r"- alert: (\w+)", rules))
     assert set(re.findall(r"^\| `(SwiftCache\w+)` \|", DOCUMENT, re.MULTILINE)) == alerts
+
+
+def test_every_kind_of_event_is_named():
+    source = (ROOT / "broker" / "src" / "events.rs").read_text()
+    kinds = re.search(r"^const KINDS: [^=]*= \[(.*?)^\];", source, re.MULTILINE | re.DOTALL)[1]
+    named = re.search(r"its kinds are (.*?)\. ", DOCUMENT, re.DOTALL)[1]
+    assert re.findall(r"`([\w-]+)`", named) == re.findall(r'"([\w-]+)"', kinds)

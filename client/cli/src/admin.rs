@@ -1,9 +1,6 @@
 //! The broker's Admin service, asked from synchronous code.
 
-use std::{
-    error::Error as _,
-    path::{Path, PathBuf},
-};
+use std::{error::Error as _, path::Path};
 
 use swiftcache_proto::{
     domain::{DeviceUuid, Medium},
@@ -15,7 +12,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::CliError;
+use super::{CliError, Naming};
 use swiftcache_client::session::is_lost;
 
 /// The longest an answer may take.
@@ -25,7 +22,23 @@ const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 pub(super) struct Admin {
     runtime: Runtime,
     client: AdminClient<Channel>,
-    socket: PathBuf,
+    place: Place,
+}
+
+/// Where the broker is.
+struct Place {
+    name: String,
+    naming: Naming,
+}
+
+impl Place {
+    fn absent(&self, problem: String) -> CliError {
+        CliError::NoBroker {
+            place: self.name.clone(),
+            problem,
+            naming: self.naming,
+        }
+    }
 }
 
 /// The files of a connection with certificates, PEM.
@@ -75,14 +88,15 @@ pub(super) fn left_out(gpu: &v1::LeftOutDevice) -> String {
 
 impl Admin {
     pub(super) fn connect(socket: &Path) -> Result<Self, CliError> {
-        let absent = |problem: String| CliError::NoBroker {
-            socket: socket.to_owned(),
-            problem,
+        let place = Place {
+            name: socket.display().to_string(),
+            naming: Naming::Socket,
         };
-        let absolute = std::path::absolute(socket).map_err(|error| absent(error.to_string()))?;
+        let absolute =
+            std::path::absolute(socket).map_err(|error| place.absent(error.to_string()))?;
         let endpoint = Endpoint::try_from(format!("unix://{}", absolute.display()))
-            .map_err(|error| absent(error.to_string()))?;
-        Self::open(endpoint, socket)
+            .map_err(|error| place.absent(error.to_string()))?;
+        Self::open(endpoint, place)
     }
 
     /// Connects over TCP, with a certificate that the broker asks for.
@@ -104,14 +118,14 @@ impl Admin {
             .map_err(|error| refuse(&reason(&error)))?
             .tls_config(config)
             .map_err(|error| refuse(&reason(&error)))?;
-        Self::open(endpoint, Path::new(address))
+        let place = Place {
+            name: address.to_owned(),
+            naming: Naming::Address,
+        };
+        Self::open(endpoint, place)
     }
 
-    fn open(endpoint: Endpoint, socket: &Path) -> Result<Self, CliError> {
-        let absent = |problem: String| CliError::NoBroker {
-            socket: socket.to_owned(),
-            problem,
-        };
+    fn open(endpoint: Endpoint, place: Place) -> Result<Self, CliError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -119,22 +133,20 @@ impl Admin {
         let endpoint = endpoint.timeout(LIMIT).connect_timeout(LIMIT);
         let channel = runtime
             .block_on(endpoint.connect())
-            .map_err(|error| absent(reason(&error)))?;
+            .map_err(|error| place.absent(reason(&error)))?;
         Ok(Self {
             runtime,
             // The broker is trusted, and its lists grow with the node: a quarter of a million leases are 30 MB.
             client: AdminClient::new(channel).max_decoding_message_size(usize::MAX),
-            socket: socket.to_owned(),
+            place,
         })
     }
 
     fn refused(&self, status: &Status) -> CliError {
         if is_lost(status) {
             let said = || status.message().to_owned();
-            return CliError::NoBroker {
-                socket: self.socket.clone(),
-                problem: status.source().map_or_else(said, reason),
-            };
+            let problem = status.source().map_or_else(said, reason);
+            return self.place.absent(problem);
         }
         let (code, message) = (status.code(), status.message());
         CliError::Failed(format!("the broker refused: {message} ({code})"))
@@ -207,10 +219,7 @@ impl Admin {
                     return Ok(());
                 }
             }
-            Err(CliError::NoBroker {
-                socket: self.socket.clone(),
-                problem: "it has ended the stream".to_owned(),
-            })
+            Err(self.place.absent("it has ended the stream".to_owned()))
         })
     }
 

@@ -21,9 +21,8 @@ pub(super) fn connect(config: SessionConfig) -> Result<(Session, NodeShape), Cli
     let socket = config.socket.clone();
     let session = Session::connect(config)?;
     session.wait_connected(CONNECT_LIMIT)?;
-    let node = session.node().ok_or_else(|| CliError::NoBroker {
-        socket,
-        problem: "the connection was lost at once".to_owned(),
+    let node = session.node().ok_or_else(|| {
+        CliError::no_broker_at(&socket, "the connection was lost at once".to_owned())
     })?;
     Ok((session, node))
 }

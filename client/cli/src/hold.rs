@@ -65,10 +65,7 @@ pub(super) fn run(args: &HoldArgs) -> Result<(), CliError> {
         return admin.hold(&request(0, 0, 0));
     };
     let hold = rand::random_range(1..=u64::MAX);
-    let (lasting, longest) = (
-        milliseconds(args.lasting)?,
-        milliseconds(args.lasting + args.within)?,
-    );
+    let (lasting, longest) = times(args.lasting, args.within)?;
     let total = device.hbm_bytes;
     if total > 0 && free > total {
         return Err(CliError::Usage(format!(
@@ -104,6 +101,12 @@ pub(super) fn run(args: &HoldArgs) -> Result<(), CliError> {
             Err(error)
         }
     }
+}
+
+/// How long the hold lasts once the room is there, and how long with the wait for it, milliseconds.
+fn times(lasting: Duration, within: Duration) -> Result<(u32, u32), CliError> {
+    let longest = lasting.saturating_add(within);
+    Ok((milliseconds(lasting)?, milliseconds(longest)?))
 }
 
 fn milliseconds(time: Duration) -> Result<u32, CliError> {
@@ -275,5 +278,39 @@ impl Waiting<'_> {
             thread::sleep(NAP);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_of_any_length_is_taken_or_refused() {
+        let read = |text: &str| humantime::parse_duration(text).unwrap();
+        let times = |lasting: &str, within: &str| {
+            times(read(lasting), read(within))
+                .map_err(|error| (error.exit_code(), error.to_string()))
+        };
+        assert_eq!(times("2m", "58m"), Ok((120_000, 3_600_000)));
+        assert_eq!(times("1ms", "0s"), Ok((1, 1)));
+        let longest = "18446744073709551615s";
+        for (lasting, within) in [
+            ("120s", longest),
+            (longest, "60s"),
+            (longest, longest),
+            ("2m", "3480001ms"),
+        ] {
+            let (status, said) = times(lasting, within).unwrap_err();
+            assert_eq!(status, 2, "{lasting} {within}");
+            for part in ["--for and --within", "at most 1h in all"] {
+                assert!(said.contains(part), "{said}");
+            }
+        }
+        let (status, said) = times("0s", "60s").unwrap_err();
+        assert!(
+            status == 2 && said.contains("--for: takes more than 0"),
+            "{said}"
+        );
     }
 }

@@ -27,7 +27,7 @@ mod trace;
 mod watch;
 
 use std::{
-    path::PathBuf,
+    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -78,6 +78,28 @@ enum Command {
 /// The status of a command that a signal ended.
 const INTERRUPTED: u8 = 130;
 
+/// How a user names another broker than the one that does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Naming {
+    /// By `--socket` or its variable.
+    Socket,
+    /// By `--socket`, which has no variable in `replay`.
+    SocketFlag,
+    /// By `--address`.
+    Address,
+}
+
+impl Naming {
+    /// The end of the question whether the broker runs, and what to do.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Socket => "? Use --socket or SWIFTCACHE_SOCKET for another socket",
+            Self::SocketFlag => "? Use --socket for another socket",
+            Self::Address => ", with this listen_tcp? Use --address for another address",
+        }
+    }
+}
+
 /// Why the command exits with a status other than 0.
 #[derive(Debug, thiserror::Error)]
 enum CliError {
@@ -88,14 +110,39 @@ enum CliError {
     #[error("{0}")]
     Usage(String),
     /// Status 3.
-    #[error("no broker at {}: {problem}; is swiftcache-broker running? Use --socket or SWIFTCACHE_SOCKET for another socket", socket.display())]
-    NoBroker { socket: PathBuf, problem: String },
+    #[error("no broker at {place}: {problem}; is swiftcache-broker running{}", naming.advice())]
+    NoBroker {
+        place: String,
+        problem: String,
+        naming: Naming,
+    },
     /// Status 130.
     #[error("interrupted")]
     Interrupted,
 }
 
 impl CliError {
+    /// Nobody answers at a socket that the user named by `--socket` or its variable, as most commands have it.
+    fn no_broker_at(socket: &Path, problem: String) -> Self {
+        Self::NoBroker {
+            place: socket.display().to_string(),
+            problem,
+            naming: Naming::Socket,
+        }
+    }
+
+    /// The same error where another broker is named in this way.
+    fn with_naming(self, naming: Naming) -> Self {
+        match self {
+            Self::NoBroker { place, problem, .. } => Self::NoBroker {
+                place,
+                problem,
+                naming,
+            },
+            other => other,
+        }
+    }
+
     fn exit_code(&self) -> u8 {
         match self {
             Self::Failed(_) => 1,
@@ -123,7 +170,7 @@ impl From<swiftcache_client::Error> for CliError {
     fn from(error: swiftcache_client::Error) -> Self {
         match error {
             swiftcache_client::Error::Disconnected { socket, problem } => {
-                Self::NoBroker { socket, problem }
+                Self::no_broker_at(&socket, problem)
             }
             swiftcache_client::Error::Config { .. } => Self::Usage(error.to_string()),
             _ => Self::Failed(error.to_string()),
@@ -253,6 +300,15 @@ mod tests {
         let absent = CliError::from(ReplayError::Client(absent));
         assert_eq!(absent.exit_code(), 3);
         assert!(absent.to_string().contains("/nowhere"));
+        let variable = "SWIFTCACHE_SOCKET";
+        assert!(absent.to_string().contains(variable), "{absent}");
+        let of_replay = absent.with_naming(Naming::SocketFlag);
+        assert_eq!(of_replay.exit_code(), 3);
+        let said = of_replay.to_string();
+        assert!(
+            said.contains("--socket") && !said.contains(variable),
+            "{said}"
+        );
         let wrong = ReplayError::WrongBytes {
             block: swiftcache_proto::domain::BlockHash([1; 16]),
             layer: 3,

@@ -7,7 +7,11 @@ use std::{
     time::Duration,
 };
 
-use clap::{ArgGroup, Args};
+use clap::{
+    ArgGroup, ArgMatches, Args, Command, FromArgMatches,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
+};
 use serde_json::{Value, json};
 use swiftcache_proto::{size::size, v1};
 
@@ -21,16 +25,21 @@ use swiftcache_replay::report::bytes;
 /// The last moment that can be shown: the end of the year 9999, milliseconds since 1970.
 const LATEST_MS: u64 = 253_402_300_799_000;
 
+/// What ends a donor's drain beside `undrain`: a donor is named by its session's label, and a new process has a new one.
+pub(super) const DRAIN_ENDS_WITH_PROCESS: &str = "the end of its process ends the drain too";
+
 /// Which broker, and as whom.
+#[derive(Clone, Debug)]
+pub(super) struct BrokerArg(BrokerFlags);
+
 #[derive(Args, Clone, Debug)]
-pub(super) struct BrokerArg {
+struct BrokerFlags {
     /// The broker's Unix socket
     #[arg(
         long,
         value_name = "PATH",
         env = "SWIFTCACHE_SOCKET",
-        default_value = "/run/swiftcache/broker.sock",
-        conflicts_with = "address"
+        default_value = "/run/swiftcache/broker.sock"
     )]
     socket: PathBuf,
     /// The broker's TCP address instead, https://HOST:PORT (its listen_tcp), with the certificates below
@@ -49,13 +58,57 @@ pub(super) struct BrokerArg {
 
 impl BrokerArg {
     pub(super) fn connect(&self) -> Result<Admin, CliError> {
-        match (&self.address, &self.tls_ca, &self.tls_cert, &self.tls_key) {
+        let flags = &self.0;
+        match (
+            &flags.address,
+            &flags.tls_ca,
+            &flags.tls_cert,
+            &flags.tls_key,
+        ) {
             (Some(address), Some(ca), Some(cert), Some(key)) => {
                 Admin::connect_tls(address, &Tls { ca, cert, key })
             }
-            _ => Admin::connect(&self.socket),
+            _ => Admin::connect(&flags.socket),
         }
     }
+}
+
+impl Args for BrokerArg {
+    fn augment_args(command: Command) -> Command {
+        BrokerFlags::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        BrokerFlags::augment_args_for_update(command)
+    }
+}
+
+impl FromArgMatches for BrokerArg {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        one_broker(matches)?;
+        BrokerFlags::from_arg_matches(matches).map(Self)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        one_broker(matches)?;
+        self.0.update_from_arg_matches(matches)
+    }
+}
+
+/// Refuses two brokers. `conflicts_with` would refuse `--address` beside a socket from the environment too, and that one gives way.
+fn one_broker(matches: &ArgMatches) -> Result<(), clap::Error> {
+    let given = |flag| matches.value_source(flag) == Some(ValueSource::CommandLine);
+    if !(given("socket") && given("address")) {
+        return Ok(());
+    }
+    let mut error = clap::Error::new(ErrorKind::ArgumentConflict);
+    for (kind, flag) in [
+        (ContextKind::InvalidArg, "--address <URL>"),
+        (ContextKind::PriorArg, "--socket <PATH>"),
+    ] {
+        error.insert(kind, ContextValue::String(flag.to_owned()));
+    }
+    Err(error)
 }
 
 /// Whether to ask, and how to answer.
@@ -105,7 +158,7 @@ fn answer(json: bool, text: &str, document: &Value) -> Result<(), CliError> {
 /// Take back everything that is lent of a device, a donor or a region, and lend nothing more of it
 ///
 /// Borrowers move their hottest blocks elsewhere while the drain window lasts; nothing else is lost but cached blocks. A drain of a
-/// device or a donor lasts until undrain, also over restarts of donors.
+/// device lasts until undrain, also over restarts of its donors; one of a donor ends with that donor's process.
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("target").required(true).args(["device", "donor", "region"]))]
 pub(super) struct DrainArgs {
@@ -125,6 +178,18 @@ pub(super) struct DrainArgs {
     within: Option<Duration>,
     #[command(flatten)]
     manner: Manner,
+}
+
+impl DrainArgs {
+    /// For people: how long the drain lasts.
+    fn until(&self) -> String {
+        const UNDRAIN: &str = "; it lends nothing until `swiftcache undrain`";
+        match (&self.donor, &self.region) {
+            (Some(_), _) => format!("{UNDRAIN}; {DRAIN_ENDS_WITH_PROCESS}"),
+            (_, Some(_)) => String::new(),
+            _ => UNDRAIN.to_owned(),
+        }
+    }
 }
 
 pub(super) fn drain(args: &DrainArgs) -> Result<(), CliError> {
@@ -164,10 +229,7 @@ pub(super) fn drain(args: &DrainArgs) -> Result<(), CliError> {
         target: Some(target),
         drain_ms,
     })?;
-    let until = match args.region {
-        Some(_) => "",
-        None => "; it lends nothing until `swiftcache undrain`",
-    };
+    let until = args.until();
     let text = format!(
         "{name}: {} leases with {} are on their way back{until}",
         done.revoked_leases,
@@ -467,4 +529,38 @@ pub(super) fn events(args: &EventsArgs) -> Result<(), CliError> {
         format!("{at}  {:<11}  {}\n", event.kind, event.text)
     });
     output::print(&lines.collect::<String>()).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Drain {
+        #[command(flatten)]
+        args: DrainArgs,
+    }
+
+    #[test]
+    fn a_drain_says_what_ends_it() {
+        let until = |flag, what| Drain::parse_from(["drain", flag, what]).args.until();
+        let donor = until("--donor", "ab12");
+        for part in ["until `swiftcache undrain`", DRAIN_ENDS_WITH_PROCESS] {
+            assert!(donor.contains(part), "{donor}");
+        }
+        // The twins: a device's drain outlives its donors, and a region is not lent again.
+        let device = until("--device", "SIM-1");
+        assert!(device.ends_with("until `swiftcache undrain`"), "{device}");
+        assert_eq!(until("--region", "00ff"), "");
+        let help = Drain::command().render_long_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for part in [
+            "device lasts until undrain, also over restarts of its donors",
+            "one of a donor ends with that donor's process",
+        ] {
+            assert!(help.contains(part), "{help}");
+        }
+    }
 }

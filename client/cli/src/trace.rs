@@ -41,7 +41,8 @@ pub(super) struct TraceArgs {
 fn rate(text: &str) -> Result<f64, String> {
     let number = text.parse().ok();
     let number = number.filter(|rate: &f64| *rate > 1e-6 && *rate <= 1e6);
-    number.ok_or_else(|| format!("{text:?} is not a rate; takes a number above 0"))
+    number
+        .ok_or_else(|| format!("{text:?} is not a rate; takes more than 0.000001, at most 1000000"))
 }
 
 fn bytes_per_token(text: &str) -> Result<f64, String> {
@@ -63,5 +64,23 @@ impl TraceArgs {
         };
         let trace = trace::load(&self.trace, &options);
         Ok(trace.map_err(ReplayError::from)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_within_the_bounds_that_its_refusal_names() {
+        for (text, number) in [("2e-6", 2e-6), ("1", 1.0), ("1000000", 1e6)] {
+            assert_eq!(rate(text), Ok(number));
+        }
+        for text in ["1e-7", "0.000001", "0", "-1", "1000001", "nan", "fast"] {
+            let said = rate(text).unwrap_err();
+            for part in [text, "more than 0.000001", "at most 1000000"] {
+                assert!(said.contains(part), "{said}");
+            }
+        }
     }
 }

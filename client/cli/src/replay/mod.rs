@@ -9,7 +9,7 @@ use swiftcache_proto::{domain::DeviceUuid, size::size};
 
 pub(super) use self::play::Play;
 use super::{
-    CliError,
+    CliError, Naming,
     args::Donor,
     output,
     progress::Progress,
@@ -136,7 +136,9 @@ pub(super) fn run(args: &ReplayArgs) -> Result<(), CliError> {
     let mut progress = Progress::new(args.report.quiet);
     let report = match &args.socket {
         None => play.on_private_node(&mut progress, &interrupt, &|_| ())?,
-        Some(socket) => play.on_running_node(args, socket, &mut progress, interrupt)?,
+        Some(socket) => play
+            .on_running_node(args, socket, &mut progress, interrupt)
+            .map_err(|error| error.with_naming(Naming::SocketFlag))?,
     };
     drop(progress);
     show(&report, &args.report, file)

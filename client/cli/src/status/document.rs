@@ -144,6 +144,7 @@ pub(super) struct LeftOutRow {
 pub(super) struct DonorRow {
     pub(super) label: String,
     pub(super) name: String,
+    /// Empty when the donor is drained and has nothing on offer.
     pub(super) device: String,
     pub(super) pid: u32,
     pub(super) regions: u32,
@@ -352,7 +353,7 @@ fn link(kind: v1::LinkKind) -> &'static str {
     }
 }
 
-/// A row for each donor and device.
+/// A row for each donor and device. A drained donor that has nothing on offer has a row too: its drain lasts.
 fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<DonorRow> {
     let mut rows: BTreeMap<(&str, &str), DonorRow> = BTreeMap::new();
     for region in regions {
@@ -374,6 +375,19 @@ fn donors(regions: &[v1::RegionStatus], sessions: &[v1::SessionStatus]) -> Vec<D
         row.drained = session.is_some_and(|session| session.drained);
         if region.drained {
             row.drained_regions.push(region.region_id.clone());
+        }
+    }
+    let offers = |label: &str| regions.iter().any(|region| region.donor_label == label);
+    for session in sessions {
+        if session.drained && !offers(&session.label) {
+            let row = DonorRow {
+                label: session.label.clone(),
+                name: session.name.clone(),
+                pid: session.pid,
+                drained: true,
+                ..DonorRow::default()
+            };
+            rows.insert((&session.label, ""), row);
         }
     }
     rows.into_values().collect()

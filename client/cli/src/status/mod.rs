@@ -7,7 +7,9 @@ use std::{fmt::Write as _, time::Duration};
 use clap::Args;
 use document::{Account, DonorRow, LeaseRow, Status, Traffic};
 
-use super::{CliError, admin::Admin, args::SocketArg, output, watch};
+use super::{
+    CliError, admin::Admin, args::SocketArg, operate::DRAIN_ENDS_WITH_PROCESS, output, watch,
+};
 use swiftcache_replay::report::{bytes, table};
 
 /// Show the node: devices, donors, leases, namespaces, counters
@@ -135,7 +137,10 @@ impl Status {
             [
                 format!("{} [{}]", donor.name, donor.label),
                 donor.pid.to_string(),
-                donor.device.clone(),
+                match donor.device.as_str() {
+                    "" => "none".to_owned(),
+                    device => device.to_owned(),
+                },
                 donor.regions.to_string(),
                 bytes(donor.offered),
                 bytes(donor.leased),
@@ -282,7 +287,7 @@ fn unmappable(donor: &DonorRow) -> String {
     )
 }
 
-/// A drain lasts until somebody ends it: nobody should forget it.
+/// A drain lasts until somebody ends it, or the donor's process: nobody should forget it.
 fn drained_of(donor: &DonorRow) -> Vec<String> {
     let DonorRow {
         name,
@@ -294,7 +299,7 @@ fn drained_of(donor: &DonorRow) -> Vec<String> {
     let mut lines = Vec::new();
     if *drained {
         lines.push(format!(
-            "{name} [{label}] is drained: it lends nothing until `swiftcache undrain --donor {label}`"
+            "{name} [{label}] is drained: it lends nothing until `swiftcache undrain --donor {label}`; {DRAIN_ENDS_WITH_PROCESS}"
         ));
     }
     if !drained_regions.is_empty() {
@@ -595,7 +600,8 @@ mod tests {
         let status = Status::new(snapshot);
         let text = status.text();
         for part in [
-            "donor-1 [ab12] is drained: it lends nothing until `swiftcache undrain --donor ab12`",
+            "donor-1 [ab12] is drained: it lends nothing until `swiftcache undrain --donor ab12`; \
+             the end of its process ends the drain too",
             "donor-1 [ab12]: 1 of its regions are drained: they lend nothing until the donor takes them back",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
@@ -605,6 +611,41 @@ mod tests {
         assert_eq!(total, (&1_000_000.into(), &4_000_000.into()));
         assert_eq!(json["donors"][1]["drained_regions"][0], "00ff");
         assert_eq!(json["donors"][0]["drained"], true);
+    }
+
+    /// An elastic donor that is drained gives everything back. The twin: a donor with nothing on offer that nobody drains is
+    /// not shown.
+    #[test]
+    fn a_drained_donor_with_nothing_on_offer_is_shown() {
+        let told = |drained| {
+            let mut snapshot = snapshot();
+            snapshot.sessions.push(v1::SessionStatus {
+                name: "elastic".to_owned(),
+                label: "ef56".to_owned(),
+                pid: 4713,
+                drained,
+                ..v1::SessionStatus::default()
+            });
+            let status = Status::new(snapshot);
+            (status.text(), serde_json::to_value(&status).unwrap())
+        };
+        let drained =
+            "elastic [ef56] is drained: it lends nothing until `swiftcache undrain --donor ef56`";
+        let (text, json) = told(true);
+        assert!(text.contains(drained), "{text}");
+        let row = text.lines().find(|line| line.contains("4713"));
+        assert!(row.is_some_and(|row| row.contains("none")), "{text}");
+        assert_eq!(json["donors"].as_array().unwrap().len(), 3, "{json}");
+        let donor = &json["donors"][2];
+        let shown = (&donor["label"], &donor["pid"], &donor["device"]);
+        assert_eq!(shown, (&"ef56".into(), &4713.into(), &"".into()));
+        assert_eq!(
+            (&donor["drained"], &donor["regions"]),
+            (&true.into(), &0.into())
+        );
+        let (text, json) = told(false);
+        assert!(!text.contains("ef56"), "{text}");
+        assert_eq!(json["donors"].as_array().unwrap().len(), 2, "{json}");
     }
 
     #[test]

@@ -94,8 +94,10 @@ impl PrivateNode {
     /// Starts the broker and waits until it answers. [`start_donors`](Self::start_donors) starts the donors.
     ///
     /// # Errors
-    /// When the topology is too small, the directory cannot be created, or the broker does not become ready.
+    /// When donors are to lend more than a GPU has, the topology is too small, the directory cannot be created, or the broker
+    /// does not become ready.
     pub fn launch(plan: &NodePlan) -> Result<Self, ReplayError> {
+        plan.lending.check(&plan.gpu)?;
         let directory = open_directory(plan.directory.as_deref())?;
         let usage_dir = directory.path().join("usage");
         let topology = shrink(plan, &usage_dir)?;
@@ -466,6 +468,25 @@ mod tests {
             let error = shrink(&plan(donors, "pcie-4"), Path::new("/tmp")).unwrap_err();
             assert!(error.to_string().contains("takes 1 to 3"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_no_gpu_can_lend_is_refused_before_anything_is_started() {
+        let launch = |size| {
+            let lending = Lending::Fixed(size);
+            let plan = NodePlan {
+                lending,
+                ..plan(1, "hgx-8")
+            };
+            PrivateNode::launch(&plan).unwrap_err().to_string()
+        };
+        let error = launch(1_000_000_000_000);
+        for part in ["--donor: ", "1.0 TB", "h100-sxm", "85.9 GB"] {
+            assert!(error.contains(part), "{part:?} is not in {error}");
+        }
+        // The twin: what a GPU has is tried, as far as there is a program.
+        let error = launch(80 << 30);
+        assert!(error.contains("/nowhere/swiftcache"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,9 @@ use std::{fmt, time::Duration};
 
 use swiftcache_client::donor::{Observation, Policy, PolicyConfig};
 
-use crate::{ReplayError, donor_load::TokensInFlight, neighbours::MOST_SHARE, report::bytes};
+use crate::{
+    ReplayError, donor_load::TokensInFlight, neighbours::MOST_SHARE, report::bytes, roofline::Gpu,
+};
 
 /// How often a donor looks at its device, trace seconds: as `swiftcache donate` does.
 const PERIOD_S: f64 = 0.25;
@@ -28,6 +30,24 @@ impl fmt::Display for Lending {
             Self::Elastic => f.write_str("elastic, beside engines with a load of their own"),
             Self::Fixed(size) => write!(f, "{} each all the time", bytes(*size)),
             Self::Idle => f.write_str("GPUs that nobody uses"),
+        }
+    }
+}
+
+impl Lending {
+    /// Refuses to lend more than a GPU has.
+    pub(crate) fn check(self, gpu: &Gpu) -> Result<(), ReplayError> {
+        match self {
+            Self::Fixed(size) if size > gpu.hbm_bytes => Err(ReplayError::Flag {
+                flag: "--donor",
+                problem: format!(
+                    "is {}; a GPU of this node, {}, has {} of HBM, and lends that at most",
+                    bytes(size),
+                    gpu.name,
+                    bytes(gpu.hbm_bytes)
+                ),
+            }),
+            _ => Ok(()),
         }
     }
 }
@@ -89,7 +109,7 @@ impl Lenders {
     fn fixed_slabs(&self) -> usize {
         let bytes = match self.lending {
             Lending::Elastic => 0,
-            Lending::Fixed(bytes) => bytes.min(self.hbm_bytes),
+            Lending::Fixed(bytes) => bytes,
             Lending::Idle => self.hbm_bytes - self.policy().reserve_bytes,
         };
         (bytes / self.slab_bytes) as usize

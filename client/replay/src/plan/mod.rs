@@ -77,7 +77,7 @@ impl Plan<'_> {
     /// Works it out. `progress` is told of each arm before it begins: its number, and how many there are.
     ///
     /// # Errors
-    /// For a model that does not fit, or more donors than the node has.
+    /// For a model that does not fit, more donors than the node has, or donors that lend more than a GPU has.
     pub fn run(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<PlanReport, ReplayError> {
         if self.donors > self.node.others.len() {
             return Err(ReplayError::Flag {
@@ -91,6 +91,7 @@ impl Plan<'_> {
             });
         }
         let gpu = self.node.gpu;
+        self.lenders.lending.check(&gpu)?;
         let mut serving = Serving {
             roofline: Roofline {
                 model: self.model,

@@ -205,3 +205,21 @@ fn more_donors_than_the_node_has_are_refused() {
         "{error}"
     );
 }
+
+#[test]
+fn donors_that_lend_more_than_a_gpu_has_are_refused() {
+    let trace = trace_once();
+    let run = |size| plan(&trace, Lending::Fixed(size), 0).run(&mut |_, _| ());
+    let error = run(1_000_000_000_000).unwrap_err().to_string();
+    for part in ["--donor: ", "1.0 TB", "h100-sxm", "85.9 GB"] {
+        assert!(error.contains(part), "{part:?} is not in {error}");
+    }
+    assert!(run(80 * GIB + 1).is_err());
+    // The twin: all that a GPU has.
+    let report = run(80 * GIB).unwrap();
+    assert!(
+        report.node.lending.contains("85.9 GB"),
+        "{}",
+        report.node.lending
+    );
+}

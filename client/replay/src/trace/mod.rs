@@ -199,7 +199,7 @@ impl Gathered {
             blocks: 0,
             notes: Vec::new(),
             block_tokens: options.block_tokens.unwrap_or(format.block_tokens()),
-            most: options.first.unwrap_or(usize::MAX).max(1),
+            most: options.first.unwrap_or(usize::MAX),
         }
     }
 
@@ -241,6 +241,10 @@ pub fn load(path: &Path, options: &Options) -> Result<Trace, TraceError> {
 pub fn read(mut input: impl BufRead, origin: &str, options: &Options) -> Result<Trace, TraceError> {
     if options.block_tokens == Some(0) {
         let problem = "--block-tokens: is 0; takes 1 token or more";
+        return Err(TraceError::new(origin, None, problem));
+    }
+    if options.first == Some(0) {
+        let problem = "--requests: is 0; takes 1 row or more";
         return Err(TraceError::new(origin, None, problem));
     }
     let first = first_line(&mut input, origin)?;

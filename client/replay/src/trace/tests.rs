@@ -204,6 +204,20 @@ fn blocks_have_any_size_and_the_last_may_be_counted_or_not() {
 }
 
 #[test]
+fn no_rows_are_refused_and_one_is_read() {
+    let first = |rows| {
+        let options = Options {
+            first: Some(rows),
+            ..Options::default()
+        };
+        with(MOONCAKE, options)
+    };
+    let error = first(0).unwrap_err().to_string();
+    assert!(error.contains("--requests: is 0"), "{error}");
+    assert_eq!(first(1).unwrap().requests.len(), 1);
+}
+
+#[test]
 fn a_bailian_chat_shares_what_its_turns_share_and_failed_requests_are_counted() {
     let trace = sniffed(BAILIAN);
     assert_eq!(shape(&trace), [(10.25, 40, 9), (19.5, 70, 12)]);
