@@ -129,8 +129,7 @@ pub fn open(directory: &Path) -> Result<(Ledger, Vec<Record>), BrokerError> {
     };
     let disk = Disk::create(&path, here).map_err(BrokerError::file("write", &path))?;
     let mut ledger = Ledger::new(&path, Box::new(disk));
-    // The rewrite removes a torn last line and an old header, before anything is appended behind them.
-    ledger.rewrite(&records);
+    ledger.begin(&records);
     Ok((ledger, records))
 }
 
@@ -410,6 +409,46 @@ mod tests {
         let (_, records) = open(directory.path()).unwrap();
         assert_eq!(records, [over(1), over(2), over(3)]);
         assert_eq!(asides(directory.path()), 0);
+    }
+
+    /// Nothing may be appended to what the next start does not read.
+    #[test]
+    fn a_ledger_that_cannot_be_begun_is_behind_until_it_is_rewritten() {
+        let other_boot = |text: &str, boot: &str| sealed(&text.replace(boot, "another boot"));
+        let files: [(&str, Vec<Record>); 3] = [
+            ("none", vec![]),
+            ("boot", vec![]),
+            ("torn", vec![over(1), over(2)]),
+        ];
+        for (what, known) in files {
+            let directory = written();
+            let path = directory.path().join("ledger");
+            match what {
+                "none" => fs::remove_file(&path).unwrap(),
+                "boot" => {
+                    let text = fs::read_to_string(&path).unwrap();
+                    fs::write(&path, other_boot(&text, &Header::here().unwrap().boot)).unwrap();
+                }
+                _ => append(directory.path(), "{\"record\":\"session-ov"),
+            }
+            let in_the_way = directory.path().join("ledger.new");
+            fs::create_dir(&in_the_way).unwrap();
+            let (mut ledger, records) = open(directory.path()).unwrap();
+            assert_eq!(records, known, "{what}");
+            assert!(
+                ledger.behind().is_some() && ledger.wants_rewrite(),
+                "{what}"
+            );
+            assert!(!ledger.append(&[over(3)]), "{what}");
+            fs::remove_dir(&in_the_way).unwrap();
+            assert!(
+                ledger.rewrite(&records) && ledger.append(&[over(4)]),
+                "{what}"
+            );
+            let (_, records) = open(directory.path()).unwrap();
+            assert_eq!(records, [&known[..], &[over(4)]].concat(), "{what}");
+            assert_eq!(asides(directory.path()), 0, "{what}");
+        }
     }
 
     #[test]

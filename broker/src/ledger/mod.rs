@@ -119,11 +119,7 @@ impl Ledger {
     /// behind afterwards.
     pub fn rewrite(&mut self, records: &[Record]) -> bool {
         let was_behind = self.behind.is_some();
-        let written = lines(records).and_then(|lines| {
-            self.bytes = self.storage.replace(&lines)?;
-            self.bytes_after_rewrite = self.bytes;
-            Ok(())
-        });
+        let written = self.replace(records);
         // A rewrite that fails leaves the old file complete, so the ledger is behind only if it was before.
         if let (Err(error), false) = (&written, was_behind) {
             tracing::warn!(ledger = %self.path.display(), %error, "the ledger could not be compacted");
@@ -131,6 +127,19 @@ impl Ledger {
             return true;
         }
         self.note(written)
+    }
+
+    /// Writes a ledger that was just opened: its file may be empty, be of an earlier boot or end in a torn line, and what is appended
+    /// to such a file is lost. Returns false if that fails: the ledger is behind until it is [rewritten](Self::rewrite).
+    pub(super) fn begin(&mut self, records: &[Record]) -> bool {
+        let written = self.replace(records);
+        self.note(written)
+    }
+
+    fn replace(&mut self, records: &[Record]) -> io::Result<()> {
+        self.bytes = self.storage.replace(&lines(records)?)?;
+        self.bytes_after_rewrite = self.bytes;
+        Ok(())
     }
 
     fn note(&mut self, written: io::Result<()>) -> bool {
