@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::Config;
+use crate::core::is_uid;
 
 /// The largest weight. With a larger one, the shares of others would be rounded to nothing.
 const MOST: u32 = 1_000;
@@ -23,7 +24,6 @@ impl Config {
     /// When the setting is not a list of tenants and weights. The error names the key.
     pub fn tenant_weights(&self) -> Result<BTreeMap<String, u32>, String> {
         let weights = read("tenant_weights", self.tenant_weights.as_deref())?;
-        let is_uid = |uid: &str| uid.parse::<u32>().is_ok();
         let no_tenant = weights.keys().find(|tenant| match tenant.split_once('/') {
             Some((uid, label)) => !is_uid(uid) || label.is_empty(),
             None => !is_uid(tenant),
@@ -103,7 +103,16 @@ mod tests {
             read_well,
             BTreeMap::from([("1000".to_owned(), 3), ("1000/batch".to_owned(), 2)])
         );
-        for bad in ["alice=2", "1000/=2", "/batch=2", "-1=2", "1000=0"] {
+        for bad in [
+            "alice=2",
+            "1000/=2",
+            "/batch=2",
+            "-1=2",
+            "1000=0",
+            "01000=3",
+            "+1000=3",
+            "01000/batch=3",
+        ] {
             let problem = read(bad).unwrap_err();
             assert!(problem.starts_with("tenant_weights: "), "{problem}");
         }

@@ -27,17 +27,22 @@
 //! nothing, which happens once). So however many borrowers want everything, slabs come to rest, spread as evenly as slabs can
 //! be: five between two borrowers at 3 and 2, whoever came first; eight between weights 3 and 1 at 6 and 2.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use swiftcache_proto::domain::{LeaseClass, LinkKind, Medium, SessionId};
 
 use super::{
     account::Account,
     arena::{LeaseKey, NamespaceKey, RegionKey},
-    books::Books,
+    books::{Books, keys_of},
     claims::Claim,
     holders::{Holder, LEVELS, Path, path, tenant_of},
+    region::Region,
     regions::Shelf,
+    sessions::Session,
     shares::{Level, max_min_level, scaled},
 };
 
@@ -78,15 +83,33 @@ impl Demand {
     /// Whether it could use a slab of a region. An engine that lends part of its pool gains nothing by leasing it, and CUDA
     /// opens a handle in other processes only. What a session cannot map is of no use to it.
     pub(super) fn can_use(&self, books: &Books, region: RegionKey) -> bool {
-        let outline = books.regions.get(region).outline();
-        outline.donor != self.session
-            && outline.slab_bytes >= self.block_bytes
-            && !books.unmappable.contains(self.session, region)
+        books.regions.get(region).slab_bytes() >= self.block_bytes
+            && is_of_use_to(books, self.session, region)
+    }
+
+    /// Whether slabs are on offer within its reach, and it can use none of them.
+    fn is_for_nothing(&self, books: &Books) -> bool {
+        let within = |region: &Region| {
+            books.devices.medium(region.device()) == self.medium
+                && books.devices.path(self.device, region.device()).is_some()
+        };
+        let mut offered = (books.regions.iter())
+            .filter(|(key, region)| books.regions.is_listed(*key) && within(region))
+            .peekable();
+        offered.peek().is_some() && !offered.any(|(key, _)| self.can_use(books, key))
     }
 }
 
-/// Remembers what a demand lacks, for as long as its session may ask again.
+/// Whether a session can use slabs of a region, if its blocks fit.
+fn is_of_use_to(books: &Books, session: SessionId, region: RegionKey) -> bool {
+    books.regions.get(region).donor() != session && !books.unmappable.contains(session, region)
+}
+
+/// Remembers what a demand lacks, for as long as its session may ask again. Nothing is kept for who can use nothing.
 pub(super) fn wait(books: &mut Books, demand: &Demand) {
+    if demand.is_for_nothing(books) {
+        return;
+    }
     let claim = Claim {
         missing: demand.missing,
         device: demand.device,
@@ -114,10 +137,22 @@ fn lendable_bytes(books: &Books, medium: Medium, column: impl Fn(&Account) -> u6
     shelves.map(|(_, shelf)| column(&shelf.lendable())).sum()
 }
 
-/// Free bytes of a kind of memory that a session computing on this device reaches.
-fn free_within_reach(books: &Books, medium: Medium, from: usize) -> u64 {
-    let reached = shelves(books, medium).filter(|(to, _)| books.devices.path(from, *to).is_some());
-    reached.map(|(_, shelf)| shelf.lendable().free).sum()
+/// Free bytes of a kind of memory that a session computing on this device reaches and can use.
+fn free_within_reach(books: &Books, medium: Medium, session: SessionId, from: usize) -> u64 {
+    let reaches = |to| books.devices.path(from, to).is_some();
+    let reached = shelves(books, medium).filter(|(to, _)| reaches(*to));
+    let free: u64 = reached.map(|(_, shelf)| shelf.lendable().free).sum();
+    let own = books.sessions.get(session).map(Session::regions);
+    let of_no_use: BTreeSet<RegionKey> = keys_of(books, own.into_iter().flatten())
+        .into_iter()
+        .chain(books.unmappable.of(session))
+        .filter(|key| books.regions.is_listed(*key))
+        .collect();
+    let lost = of_no_use.into_iter().map(|key| books.regions.get(key));
+    let lost = lost.filter(|region| {
+        books.devices.medium(region.device()) == medium && reaches(region.device())
+    });
+    free.saturating_sub(lost.map(|region| region.account().free).sum())
 }
 
 /// Whether the demand may have a free slab of this region, given who else waits.
@@ -134,6 +169,7 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
     let mut others: BTreeMap<(usize, &Holder), (u64, u64)> = BTreeMap::new();
     for (session, claim) in books.claims.of(demand.medium).waits() {
         let useful = bytes >= claim.block_bytes
+            && is_of_use_to(books, session, region)
             && books.devices.path(claim.device, device).is_some()
             && books.regions.can_open_to(region, tenant_of(&claim.path), 0);
         if session == demand.session || !useful {
@@ -144,7 +180,7 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
             let other = others.entry((level, &claim.path[level]));
             let (slabs, free) = other.or_insert((0, u64::MAX));
             *slabs += missing;
-            let within_reach = free_within_reach(books, demand.medium, claim.device);
+            let within_reach = free_within_reach(books, demand.medium, session, claim.device);
             *free = (*free).min(match *tenant_of(&claim.path) == *demand.tenant {
                 true => within_reach,
                 false => within_reach.saturating_sub(closed),
@@ -155,7 +191,12 @@ pub(super) fn fair(books: &Books, demand: &Demand, region: RegionKey) -> bool {
         let slabs = missing.min(behind);
         if slabs > 0 {
             claimed += slabs * bytes;
-            free = free.min(free_within_reach(books, demand.medium, claim.device));
+            free = free.min(free_within_reach(
+                books,
+                demand.medium,
+                session,
+                claim.device,
+            ));
         }
     }
     // From the namespaces up: what is claimed within the asker's side is its side's too, once it is granted.

@@ -80,6 +80,7 @@ pub use event::{
 };
 pub use journal::{Change, Scope};
 pub use process::Process;
+pub use quotas::is_uid;
 pub use record::Record;
 pub use recorded::Recorded;
 pub use restore::LedgerError;

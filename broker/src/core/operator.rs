@@ -9,7 +9,7 @@ use super::{
     effect::{Note, Refusal, Reply},
     event::{DrainTarget, EvictTarget, QuotaTarget, SetQuota},
     index::Namespace,
-    quotas::{is_of, user_of},
+    quotas::{is_of, is_uid, user_of},
     record::Record,
     revocation::revoke,
 };
@@ -179,7 +179,7 @@ pub(super) fn set_quota(books: &mut Books, set: SetQuota) -> Result<Reply, Refus
 /// a quota that bounds nobody.
 fn known_tenant(books: &Books, tenant: &str) -> Result<(), Refusal> {
     let user = user_of(tenant);
-    if user.parse::<u32>().is_err() {
+    if !is_uid(user) {
         return Err(Refusal::Invalid {
             field: "tenant",
             problem: format!("is {tenant:?}; takes a uid, or a uid, a slash and a label"),

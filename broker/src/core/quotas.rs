@@ -12,6 +12,11 @@ pub(super) fn user_of(tenant: &str) -> &str {
     tenant.split_once('/').map_or(tenant, |(user, _)| user)
 }
 
+/// Whether a text is a uid as tenants are named: `1000`, and not `01000` or `+1000`, which would name nobody.
+pub fn is_uid(text: &str) -> bool {
+    (text.parse::<u32>()).is_ok_and(|uid| uid.to_string() == text)
+}
+
 /// Whether a tenant is another one, or has it as its user.
 pub(super) fn is_of(tenant: &str, other: &str) -> bool {
     tenant == other || user_of(tenant) == other

@@ -38,6 +38,13 @@ impl Unmappable {
         self.by_session.contains(&(session, region))
     }
 
+    /// The regions that the session cannot map.
+    pub(super) fn of(&self, session: SessionId) -> impl Iterator<Item = RegionKey> {
+        let from_it_on = self.by_session.range((session, RegionKey::LEAST)..);
+        let its = from_it_on.take_while(move |(of, _)| *of == session);
+        its.map(|(_, region)| *region)
+    }
+
     /// How many sessions cannot map the region.
     pub(super) fn sessions(&self, region: RegionKey) -> u32 {
         let of = self.by_region.get(&region);

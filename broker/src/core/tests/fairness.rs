@@ -161,6 +161,65 @@ fn slabs_that_the_asker_cannot_use_stay_where_they_are() {
     assert_eq!(bench.heard(early), []);
 }
 
+/// An engine that lends and borrows waits for slabs of others. Its own are not kept for it.
+#[test]
+fn nothing_is_kept_for_who_lends_it() {
+    for elsewhere in [0, 4] {
+        let mut bench = Bench::new();
+        let lender = bench.join("lender", "1001");
+        let other = bench.join("other", "1002");
+        let asker = bench.join("asker", "1000");
+        bench.offer(lender, 1, 1, 16);
+        if elsewhere > 0 {
+            bench.offer(other, 2, 1, elsewhere);
+        }
+        let (granted, shortfall) = bench.ask(lender, 16);
+        assert_eq!(
+            (granted.len() as u64, shortfall),
+            (elsewhere, Shortfall::NoFreeSlab)
+        );
+        bench.lease(asker, 16);
+        if elsewhere > 0 {
+            // The twin: what it can use is kept for it.
+            bench.offer(other, 3, 1, 4);
+            assert_eq!(bench.ask(asker, 4), (Vec::new(), Shortfall::Fairness));
+            assert_eq!(bench.ask(lender, 12).0.len(), 4);
+        }
+    }
+}
+
+/// A session on a GPU that it shares with the donor, say, which cannot map what is lent there.
+#[test]
+fn nothing_is_kept_for_who_cannot_map_it() {
+    for namespace in ["model", "another"] {
+        let mut bench = Bench::new();
+        let donor = bench.join("donor", "1002");
+        let lame = bench.join("lame", "1000");
+        let asker = bench.join("asker", "1000");
+        bench.offer(donor, 1, 1, 16);
+        let demand = || LeaseDemand {
+            namespace: namespace.to_owned(),
+            ..Bench::demand(lame, 16)
+        };
+        let (grants, _) = bench.demanded(demand());
+        assert_eq!(grants.len(), 16);
+        bench.done(Event::Release {
+            caller: lame,
+            leases: grants.iter().map(|grant| grant.lease).collect(),
+            unmappable: true,
+            bequeath: false,
+        });
+        let (none, shortfall) = bench.demanded(demand());
+        assert_eq!((none.len(), shortfall), (0, Shortfall::NoFreeSlab));
+        let (granted, shortfall) = bench.ask(asker, 16);
+        assert_eq!(
+            (granted.len(), shortfall),
+            (16, Shortfall::None),
+            "{namespace}"
+        );
+    }
+}
+
 /// Fairness takes no working set, however little others have. The twin, a cache, gives half of what it has.
 #[test]
 fn a_working_set_is_taken_by_its_donor_and_by_operators_only() {

@@ -213,7 +213,17 @@ fn a_quota_is_set_for_a_user_or_for_a_label_that_has_a_session() {
         let target = QuotaTarget::Tenant(tenant.to_owned());
         Event::SetQuota(SetQuota { target, bytes })
     };
-    for nobody in ["1000/batch", "batch", "", "/", "-1", "1000x"] {
+    for nobody in [
+        "1000/batch",
+        "batch",
+        "",
+        "/",
+        "-1",
+        "1000x",
+        "01000",
+        "+1000",
+        "01000/batch",
+    ] {
         let refused = bench.refused(of(nobody, Some(1)));
         let fits = matches!(
             refused,

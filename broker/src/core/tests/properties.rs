@@ -89,7 +89,8 @@ fn the_world_catches_broken_brokers_from_afar() {
 
 /// Whether the world objects to any of many histories under a broker with this fault.
 fn caught(fault: Fault) -> bool {
-    const HISTORIES: usize = 5_000;
+    // Rare coincidences are behind some of them: which history has one first changes with every rule of the core.
+    const HISTORIES: usize = 50_000;
     let mut runner = TestRunner::deterministic();
     let strategy = steps();
     (0..HISTORIES).any(|_| {
