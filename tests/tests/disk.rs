@@ -459,6 +459,56 @@ fn a_disk_without_space_left_keeps_what_fits_and_says_so() -> Result<()> {
     Ok(())
 }
 
+/// A broker that takes no more blocks of disks keeps those that it took, and the disk works with them. The twin: a broker with room knows
+/// all of them.
+#[test]
+fn a_disk_with_more_blocks_than_the_broker_takes_serves_those_that_it_took() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    {
+        let node = node()?;
+        let _donor = donate(&node, 8)?;
+        let mut agent = disk(&node, dir.path(), AMPLE)?;
+        for conversation in 1..=5 {
+            spill(&node, &sequence(conversation, 12))?;
+        }
+        agent.kill()?;
+    }
+    for (options, known) in [(&["--max-blocks", "40"][..], 40), (&[], 60)] {
+        let full = known < 60;
+        let node = Node::start(&[&["--estate-ttl-ms", "0", "--pin-ms", "100"], options].concat())?;
+        let operator = Operator::of(&node)?;
+        let _donor = donate(&node, 8)?;
+        let mut agent = disk(&node, dir.path(), AMPLE)?;
+        operator.on_disk(known)?;
+        eventually("the disk to say what is wrong, if anything", || {
+            Ok(
+                problem(&operator)?.contains("max_blocks (blocks on disks: the limit is 40)")
+                    == full,
+            )
+        })?;
+        ensure!(node.status(&[])?.contains("raise its max_blocks") == full);
+        // It is told what to write, and the broker of that as much as it takes.
+        let before = state(&operator)?.written_blocks;
+        let writer = borrower(&node, "writer", 2)?;
+        store(&writer, &sequence(if full { 6 } else { 7 }, 12))?;
+        eventually("new blocks to be written", || {
+            Ok(state(&operator)?.written_blocks == before + 12)
+        })?;
+        nothing_to_write(&operator)?;
+        match full {
+            true => ensure!(operator.disk()?.context("a disk")?.blocks == known),
+            false => operator.on_disk(known + 12)?,
+        }
+        ensure!(problem(&operator)?.is_empty() != full);
+        drop(writer);
+        memory_is_empty(&operator)?;
+        let reader = borrower(&node, "reader", 0)?;
+        something_comes_back(&reader, 1..=5)?;
+        agent.kill()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_disk_that_does_not_answer_holds_nobody_up() -> Result<()> {
     let dir = tempfile::tempdir()?;

@@ -21,10 +21,12 @@ use swiftcache_proto::{
     domain::{BlockHash, DeviceUuid},
     v1,
 };
-use tonic::Code;
 use tracing::{debug, warn};
 
-use super::store::{DiskStore, StoreConfig, StoreStats};
+use super::{
+    store::{DiskStore, StoreConfig, StoreStats},
+    telling::{Agent, Telling},
+};
 use crate::{
     Error, Result,
     cache::{Borrower, BorrowerConfig, Layout, PagedKv, PagedLayer},
@@ -35,7 +37,7 @@ use crate::{
 
 /// How long the broker may wait with its answer when there is nothing to do.
 const WAIT: Duration = Duration::from_millis(1_000);
-/// When to try again what the broker did not answer or refused.
+/// How long a thread pauses when the broker could not be told or asked.
 const AGAIN: Duration = Duration::from_millis(100);
 /// How long a wanted block waits for host memory to be leased, once for each batch.
 const ROOM: Duration = Duration::from_millis(500);
@@ -46,8 +48,6 @@ const TRIES: u32 = 4;
 const BATCH_BYTES: u64 = 32 << 20;
 /// Blocks that are moved at a time at most.
 const BATCH: u64 = 64;
-/// Hashes in one message: two lists of them fit.
-const TOLD: usize = 32_768;
 /// A namespace for which there was nothing to do for so long has no borrower any more.
 const IDLE: Duration = Duration::from_secs(60);
 /// How often it is seen to that what was written reaches the disk.
@@ -80,19 +80,11 @@ struct Shared {
     store: DiskStore,
     /// The whole name of the file's directory, for people.
     path: String,
-    /// One call with news at a time, so that they arrive in order.
-    told: Mutex<Told>,
+    telling: Telling,
     bytes_per_second: AtomicU64,
     closing: AtomicBool,
+    /// Why nothing comes back.
     problem: Mutex<Option<String>>,
-}
-
-/// What the broker was told.
-#[derive(Debug, Default)]
-struct Told {
-    /// The connection by which it was told all.
-    epoch: Option<u64>,
-    state: v1::DiskState,
 }
 
 /// The borrowers of one thread.
@@ -136,10 +128,10 @@ impl DiskAgent {
         let shared = Arc::new(Shared {
             session,
             layer,
-            config,
             store,
             path: shown(&path.to_string_lossy()),
-            told: Mutex::default(),
+            telling: Telling::new(config.name.clone()),
+            config,
             bytes_per_second: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             problem: Mutex::new(None),
@@ -189,65 +181,15 @@ impl Shared {
     fn problem(&self) -> Option<String> {
         let own = self.problem.lock().clone();
         let unconnected = || self.session.problem();
-        (self.store.problem()).or(own).or_else(unconnected)
+        let untold = || self.telling.problem();
+        (self.store.problem())
+            .or(own)
+            .or_else(untold)
+            .or_else(unconnected)
     }
 
     fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Relaxed)
-    }
-
-    fn state(&self) -> v1::DiskState {
-        let stats = self.store.stats();
-        v1::DiskState {
-            bytes: stats.bytes,
-            used_bytes: stats.used_bytes,
-            memory_bytes: self.config.memory_bytes,
-            bytes_per_second: self.bytes_per_second.load(Ordering::Relaxed),
-            problem: shown(&self.problem().unwrap_or_default()),
-            written_blocks: stats.written_blocks,
-            read_blocks: stats.read_blocks,
-            corrupt_blocks: stats.corrupt_blocks,
-            failed_blocks: stats.failed_blocks,
-            evicted_blocks: stats.evicted_blocks,
-            path: self.path.clone(),
-        }
-    }
-
-    /// Tells the broker what is new: all of it on a new connection. False when it does not know.
-    fn tell(&self) -> bool {
-        let mut told = self.told.lock();
-        let epoch = self.session.epoch();
-        let said = match told.epoch == Some(epoch) {
-            true => self.tell_news(&mut told),
-            false => self.tell_all(&mut told),
-        };
-        match said {
-            Ok(()) => {
-                told.epoch = Some(epoch);
-                true
-            }
-            Err(error) => {
-                told.epoch = None;
-                if let Error::Refused { status, .. } = &error {
-                    let said = match status.code() {
-                        Code::Unimplemented => {
-                            "the broker is too old to know disks: upgrade it".to_owned()
-                        }
-                        _ => status.message().to_owned(),
-                    };
-                    let mut problem = self.problem.lock();
-                    if problem.as_ref() != Some(&said) {
-                        warn!(
-                            problem = said,
-                            "the broker does not take what is on the disk"
-                        );
-                    }
-                    *problem = Some(said);
-                }
-                debug!(%error, "the broker does not know what is on the disk");
-                false
-            }
-        }
     }
 
     fn call(&self) -> DiskCall {
@@ -257,77 +199,9 @@ impl Shared {
         }
     }
 
-    fn tell_all(&self, told: &mut Told) -> Result<()> {
-        let state = self.state();
-        let first = DiskCall {
-            anew: true,
-            state: Some(state.clone()),
-            ..self.call()
-        };
-        self.session.disk(first).wait()?;
-        told.state = state;
-        for (namespace, hashes) in self.store.all() {
-            self.tell_blocks(&namespace, &hashes, &[])?;
-        }
-        Ok(())
-    }
-
-    fn tell_news(&self, told: &mut Told) -> Result<()> {
-        for (namespace, news) in self.store.news() {
-            self.tell_blocks(&namespace, &news.stored, &news.dropped)?;
-        }
-        let state = self.state();
-        if state != told.state {
-            let call = DiskCall {
-                state: Some(state.clone()),
-                ..self.call()
-            };
-            self.session.disk(call).wait()?;
-            told.state = state;
-        }
-        Ok(())
-    }
-
-    fn tell_blocks(
-        &self,
-        namespace: &str,
-        stored: &[BlockHash],
-        dropped: &[BlockHash],
-    ) -> Result<()> {
-        let Some(layers) = self.store.layers(namespace) else {
-            // All of it is gone. The size of its blocks matters to nobody.
-            return self.tell_part(namespace, 1, &[], dropped);
-        };
-        let block_bytes = layers.iter().sum();
-        for part in dropped.chunks(TOLD) {
-            self.tell_part(namespace, block_bytes, &[], part)?;
-        }
-        for part in stored.chunks(TOLD) {
-            self.tell_part(namespace, block_bytes, part, &[])?;
-        }
-        Ok(())
-    }
-
-    fn tell_part(
-        &self,
-        namespace: &str,
-        block_bytes: u64,
-        stored: &[BlockHash],
-        dropped: &[BlockHash],
-    ) -> Result<()> {
-        let call = DiskCall {
-            namespace: namespace.to_owned(),
-            block_bytes,
-            stored: stored.to_vec(),
-            dropped: dropped.to_vec(),
-            ..self.call()
-        };
-        self.session.disk(call).wait().map(drop)
-    }
-
     /// Waits for something to do. `None` after a pause when the broker cannot be asked.
     fn take(&self, take_to_store: u32, take_wanted: u32) -> Option<DiskWork> {
-        if !self.tell() {
+        if !self.telling.tell(&self.store, self) {
             std::thread::sleep(AGAIN);
             return None;
         }
@@ -373,6 +247,37 @@ impl Shared {
             }
             hands.close_idle();
         }
+    }
+}
+
+impl Agent for Shared {
+    fn epoch(&self) -> u64 {
+        self.session.epoch()
+    }
+
+    fn state(&self) -> v1::DiskState {
+        let stats = self.store.stats();
+        v1::DiskState {
+            bytes: stats.bytes,
+            used_bytes: stats.used_bytes,
+            memory_bytes: self.config.memory_bytes,
+            bytes_per_second: self.bytes_per_second.load(Ordering::Relaxed),
+            problem: shown(&self.problem().unwrap_or_default()),
+            written_blocks: stats.written_blocks,
+            read_blocks: stats.read_blocks,
+            corrupt_blocks: stats.corrupt_blocks,
+            failed_blocks: stats.failed_blocks,
+            evicted_blocks: stats.evicted_blocks,
+            path: self.path.clone(),
+        }
+    }
+
+    fn say(&self, call: DiskCall) -> Result<()> {
+        self.session.disk(call).wait().map(drop)
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 }
 

@@ -8,6 +8,9 @@ mod runs;
 mod store;
 #[cfg(test)]
 mod store_tests;
+mod telling;
+#[cfg(test)]
+mod telling_tests;
 
 pub use agent::{DiskAgent, DiskConfig};
 pub use store::{DiskStore, News, Put, StoreConfig, StoreStats};

@@ -97,10 +97,13 @@ impl Room {
         Some(self.blocks[oldest.0 as usize].used)
     }
 
-    pub(super) fn hashes(&self) -> Vec<BlockHash> {
-        let ready = |id: &u32| self.blocks[*id as usize].ready;
-        let its = self.index.iter().filter(|(_, id)| ready(id));
-        its.map(|(hash, _)| *hash).collect()
+    /// All blocks that can be found, with when each was used.
+    pub(super) fn uses(&self) -> Vec<(u64, BlockHash)> {
+        let its = self.index.iter();
+        let its = its.map(|(hash, id)| (&self.blocks[*id as usize], *hash));
+        its.filter(|(block, _)| block.ready)
+            .map(|(block, hash)| (block.used, hash))
+            .collect()
     }
 
     /// The block of this hash, also one whose bytes are not there yet.

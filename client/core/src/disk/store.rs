@@ -4,7 +4,8 @@
 //! for them; what cannot be written is not kept; and after a restart what is found in the file is what is there.
 
 use std::{
-    collections::BTreeMap,
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
     io,
     sync::{
         Arc,
@@ -602,31 +603,44 @@ impl DiskStore {
         Some(room.layer_bytes().to_vec())
     }
 
-    /// All namespaces, each with the blocks that can be found. What came or went until now is no news any more.
+    /// All namespaces, the one that was used last first, each with the blocks that can be found, in the order in which they were used.
+    /// What came or went until now is no news any more.
     pub fn all(&self) -> Vec<(Arc<str>, Vec<BlockHash>)> {
         let mut state = self.state.lock();
         state.news.clear();
         let rooms = state.rooms.iter();
-        rooms
-            .map(|(name, room)| (Arc::clone(name), room.hashes()))
+        let mut all: Vec<_> = rooms
+            .map(|(name, room)| (Reverse(room.last_used()), Arc::clone(name), room.uses()))
+            .collect();
+        // There may be millions of blocks: others need not wait for their order.
+        drop(state);
+        all.sort_unstable_by_key(|(used, ..)| *used);
+        let in_order = |mut uses: Vec<(u64, BlockHash)>| {
+            uses.sort_unstable_by_key(|(used, _)| *used);
+            uses.into_iter().map(|(_, hash)| hash).collect()
+        };
+        all.into_iter()
+            .map(|(_, name, uses)| (name, in_order(uses)))
             .collect()
     }
 
-    /// What came or went since this was asked last, by namespace: what can be found now, and what cannot.
+    /// What came or went since this was asked last, by namespace: what can be found now, and what cannot, or could not for a while.
     pub fn news(&self) -> BTreeMap<Arc<str>, News> {
         let mut state = self.state.lock();
         let mut told: BTreeMap<Arc<str>, News> = BTreeMap::new();
-        let mut said = std::collections::HashSet::new();
+        let mut times: HashMap<(Arc<str>, BlockHash), u32> = HashMap::new();
         for (namespace, hash) in std::mem::take(&mut state.news) {
-            if !said.insert((Arc::clone(&namespace), hash)) {
-                continue;
-            }
+            let times = times.entry((Arc::clone(&namespace), hash)).or_default();
+            *times += 1;
             let room = state.rooms.get(&namespace);
             let there = room.is_some_and(|room| room.has(&hash));
             let news = told.entry(namespace).or_default();
-            match there {
-                true => news.stored.push(hash),
-                false => news.dropped.push(hash),
+            match (*times, there) {
+                (1, true) => news.stored.push(hash),
+                (1, false) => news.dropped.push(hash),
+                // It went and came again.
+                (2, true) => news.dropped.push(hash),
+                _ => {}
             }
         }
         told
@@ -665,10 +679,10 @@ impl DiskStore {
 /// Blocks of a namespace that came or went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct News {
+    /// What was there before and went. It comes before what is stored, where some of it may be again.
+    pub dropped: Vec<BlockHash>,
     /// Can be found now.
     pub stored: Vec<BlockHash>,
-    /// Cannot any more.
-    pub dropped: Vec<BlockHash>,
 }
 
 /// Checks the first page, or writes one. Gives the bytes of an extent.

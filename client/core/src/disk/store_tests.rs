@@ -17,7 +17,7 @@ use super::{
 
 const LAYERS: [u64; 2] = [5_000, 3_000];
 
-fn config(dir: &Path, bytes: u64) -> StoreConfig {
+pub(super) fn config(dir: &Path, bytes: u64) -> StoreConfig {
     StoreConfig {
         path: dir.to_owned(),
         bytes,
@@ -26,7 +26,7 @@ fn config(dir: &Path, bytes: u64) -> StoreConfig {
     }
 }
 
-fn hash(n: u32) -> BlockHash {
+pub(super) fn hash(n: u32) -> BlockHash {
     let mut bytes = [7; 16];
     bytes[..4].copy_from_slice(&n.to_le_bytes());
     BlockHash(bytes)
@@ -43,7 +43,7 @@ fn bytes(namespace: &str, n: u32) -> Vec<u8> {
     bytes
 }
 
-fn put(store: &DiskStore, namespace: &str, n: u32) -> Put {
+pub(super) fn put(store: &DiskStore, namespace: &str, n: u32) -> Put {
     store.put(namespace, &LAYERS, hash(n), None, &bytes(namespace, n))
 }
 
@@ -60,7 +60,7 @@ fn has(store: &DiskStore, namespace: &str, n: u32) -> bool {
 }
 
 /// Two extents.
-const SMALL: u64 = PAGE + 2 * (128 << 10);
+pub(super) const SMALL: u64 = PAGE + 2 * (128 << 10);
 
 #[test]
 fn what_is_kept_comes_back_also_after_a_restart_and_only_under_its_own_name() {
@@ -267,8 +267,8 @@ proptest! {
                     // What is told adds up to what is there.
                     for (namespace, news) in open.news() {
                         let known = told.entry(namespace.to_string()).or_default();
-                        known.extend(news.stored);
                         news.dropped.iter().for_each(|hash| { known.remove(hash); });
+                        known.extend(news.stored);
                     }
                     for (namespace, hashes) in open.all() {
                         let known = told.remove(&*namespace).unwrap_or_default();
