@@ -40,7 +40,6 @@ use super::{
     books::{Books, keys_of},
     claims::Claim,
     holders::{Holder, LEVELS, Path, path, tenant_of},
-    region::Region,
     regions::Shelf,
     sessions::Session,
     shares::{Level, max_min_level, scaled},
@@ -89,15 +88,20 @@ impl Demand {
 
     /// Whether slabs are on offer within its reach, and it can use none of them.
     fn is_for_nothing(&self, books: &Books) -> bool {
-        let within = |region: &Region| {
-            books.devices.medium(region.device()) == self.medium
-                && books.devices.path(self.device, region.device()).is_some()
-        };
         let mut offered = (books.regions.iter())
-            .filter(|(key, region)| books.regions.is_listed(*key) && within(region))
+            .map(|(key, _)| key)
+            .filter(|key| is_within_reach(books, self.medium, self.device, *key))
             .peekable();
-        offered.peek().is_some() && !offered.any(|(key, _)| self.can_use(books, key))
+        offered.peek().is_some() && !offered.any(|key| self.can_use(books, key))
     }
+}
+
+/// Whether a region can be lent from, is memory of this kind, and can be reached from a device.
+fn is_within_reach(books: &Books, medium: Medium, from: usize, region: RegionKey) -> bool {
+    let device = books.regions.get(region).device();
+    books.regions.is_listed(region)
+        && books.devices.medium(device) == medium
+        && books.devices.path(from, device).is_some()
 }
 
 /// Whether a session can use slabs of a region, if its blocks fit.
@@ -139,19 +143,15 @@ fn lendable_bytes(books: &Books, medium: Medium, column: impl Fn(&Account) -> u6
 
 /// Free bytes of a kind of memory that a session computing on this device reaches and can use.
 fn free_within_reach(books: &Books, medium: Medium, session: SessionId, from: usize) -> u64 {
-    let reaches = |to| books.devices.path(from, to).is_some();
-    let reached = shelves(books, medium).filter(|(to, _)| reaches(*to));
+    let reached = shelves(books, medium).filter(|(to, _)| books.devices.path(from, *to).is_some());
     let free: u64 = reached.map(|(_, shelf)| shelf.lendable().free).sum();
     let own = books.sessions.get(session).map(Session::regions);
     let of_no_use: BTreeSet<RegionKey> = keys_of(books, own.into_iter().flatten())
         .into_iter()
         .chain(books.unmappable.of(session))
-        .filter(|key| books.regions.is_listed(*key))
+        .filter(|key| is_within_reach(books, medium, from, *key))
         .collect();
     let lost = of_no_use.into_iter().map(|key| books.regions.get(key));
-    let lost = lost.filter(|region| {
-        books.devices.medium(region.device()) == medium && reaches(region.device())
-    });
     free.saturating_sub(lost.map(|region| region.account().free).sum())
 }
 

@@ -58,11 +58,8 @@ impl Unmappable {
 
     /// The session is over.
     pub(super) fn forget_session(&mut self, session: SessionId) {
-        while let Some((_, region)) = (self.by_session.range((session, RegionKey::LEAST)..))
-            .next()
-            .copied()
-            .filter(|(of, _)| *of == session)
-        {
+        let regions: Vec<RegionKey> = self.of(session).collect();
+        for region in regions {
             self.by_session.remove(&(session, region));
             if let Some(of) = self.by_region.get_mut(&region) {
                 of.sessions.remove(&session);
